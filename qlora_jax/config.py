@@ -106,6 +106,9 @@ class DataConfig:
     """Keep at most this many examples; 0 keeps all."""
     format: Literal["auto", "chat", "prompt", "text"] = "auto"
     """chat: messages; prompt: prompt and completion; text: text. auto decides by the fields."""
+    template: Literal["auto", "none"] = "auto"
+    """auto: prompt/completion examples go through the tokenizer's chat template, if it has one;
+    none: prompt and completion are joined as they are. Chat examples always use the template."""
     system_prompt: str | None = None
     """System turn put before prompt/completion and chat examples that have none."""
     loss_on: Literal["answer", "all"] = "answer"

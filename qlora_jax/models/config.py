@@ -111,7 +111,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
     window = raw.get("sliding_window", family.window_by_default)
-    if not window or not raw.get("use_sliding_window", True):
+    if not window or not raw.get("use_sliding_window", family.window_by_default is not None):
         return (None,) * layers
     if kinds := raw.get("layer_types"):
         return tuple(int(window) if k == "sliding_attention" else None for k in kinds)
