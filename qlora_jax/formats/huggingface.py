@@ -78,7 +78,9 @@ def _config(folder: Path) -> DecoderConfig:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{folder}: an adapter and not a model; give the model it was trained on")
+            raise UserError(
+                f"{folder}: an adapter and not a model; give the model it was trained on"
+            )
         raise UserError(f"{folder}: no config.json in it; give a Hugging Face model folder")
     raw = _json(path)
     if quantized := raw.get("quantization_config"):
@@ -100,7 +102,9 @@ def _weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{index}: no weight_map in it; download it again")
         shards = [folder / name for name in sorted(set(names.values()))]
         if absent := [shard.name for shard in shards if not shard.is_file()]:
-            raise UserError(f"{folder}: {absent[0]} is missing ({len(absent)} of {len(shards)} shards are); download it")
+            raise UserError(
+                f"{folder}: {absent[0]} is missing ({len(absent)} of {len(shards)} shards are); download it"
+            )
         return shards
     if other := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
         raise UserError(

@@ -57,7 +57,9 @@ def check_shapes(
     """
     expected = expected_shapes(config)
     if missing := [name for name in expected if name not in found]:
-        raise UserError(f"{where}: not a whole {config.family} checkpoint; missing: {_some(missing)}")
+        raise UserError(
+            f"{where}: not a whole {config.family} checkpoint; missing: {_some(missing)}"
+        )
     wrong = [
         f"{name} is {list(found[name])} and not {list(shape)}"
         for name, shape in expected.items()

@@ -1,0 +1,97 @@
+"""Turns the `model` section of a config into an open checkpoint."""
+
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qlora_jax.config import ModelConfig
+from qlora_jax.errors import UserError
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.fetch import BUILTIN, fetch
+from qlora_jax.formats.gguf import open_gguf
+from qlora_jax.formats.huggingface import open_folder
+
+FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
+HUB_FILES = [
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+]
+
+
+def open_checkpoint(model: ModelConfig) -> Checkpoint:
+    """Opens the model that `model.path` names: a built-in, a folder, a .gguf file or a hub id.
+
+    A built-in or a hub id is downloaded into its cache first; HF_HUB_OFFLINE is honoured.
+
+    Raises:
+      UserError: nothing by that name, or what is there cannot be used.
+    """
+    path = Path(model.path).expanduser()
+    local = model.path in BUILTIN or path.exists() or _looks_local(model.path)
+    if local and model.revision is not None:
+        raise UserError(
+            f"model.revision: {model.path} is not a hub id and has no revisions; remove it"
+        )
+    if model.path in BUILTIN:
+        return open_gguf(fetch(model.path))
+    if path.is_dir():
+        return open_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return open_gguf(path)
+    if path.exists():
+        raise UserError(
+            f"{model.path}: a model is a Hugging Face folder or a .gguf file; give the folder"
+        )
+    if local:
+        raise UserError(f"{model.path}: no such file or folder")
+    return open_folder(_download(model.path, model.revision))
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.endswith(FILE_SUFFIXES) or path.count("/") > 1
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise UserError(
+            f"{repository}: not a folder, a file, a hub id or a built-in model ({', '.join(BUILTIN)})"
+        ) from None
+    except GatedRepoError:
+        raise UserError(
+            f"{repository}: access is restricted; accept its terms and log in"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{repository}: no such model on the hub; the built-in ones are: {', '.join(BUILTIN)}"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"model.revision: {repository} has no revision {revision!r}") from None
+    except LocalEntryNotFoundError:
+        why = (
+            "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
+        )
+        raise UserError(
+            f"{repository}: not in the local hub cache, and {why}; give a local folder, "
+            f"a .gguf file or a built-in model ({', '.join(BUILTIN)})"
+        ) from None
+    except (HfHubHTTPError, OSError) as e:
+        raise UserError(
+            f"{repository}: download failed ({str(e).splitlines()[0]}); try again"
+        ) from None
