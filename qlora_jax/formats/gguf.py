@@ -17,7 +17,7 @@ from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, Rope, from_hugging_face
 
 ARCHITECTURES = {"llama": True, "qwen2": False}
-"""Supported values of `general.architecture`, and whether llama.cpp permutes the rows of q and k."""
+"""Supported values of `general.architecture`, and whether the rows of q and k are permuted."""
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {

@@ -103,7 +103,8 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = [folder / name for name in sorted(set(names.values()))]
         if absent := [shard.name for shard in shards if not shard.is_file()]:
             raise UserError(
-                f"{folder}: {absent[0]} is missing ({len(absent)} of {len(shards)} shards are); download it"
+                f"{folder}: {absent[0]} is missing, {len(absent)} of {len(shards)} shards are; "
+                "download them"
             )
         return shards
     if other := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):

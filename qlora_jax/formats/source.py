@@ -71,7 +71,8 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
     except HFValidationError:
         raise UserError(
-            f"{repository}: not a folder, a file, a hub id or a built-in model ({', '.join(BUILTIN)})"
+            f"{repository}: not a folder, a file, a hub id or a built-in model "
+            f"({', '.join(BUILTIN)})"
         ) from None
     except GatedRepoError:
         raise UserError(
