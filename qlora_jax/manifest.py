@@ -1,0 +1,161 @@
+"""manifest.json: what a run was, in enough detail to run it again and to explain a difference."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_jax import config as config_lib
+from qlora_jax.atomic import write_text
+from qlora_jax.device import cpu_cores, cpu_name, describe_devices
+from qlora_jax.errors import UserError
+
+NAME = "manifest.json"
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "qlora-jax",
+)
+_SESSION = ("started", "finished", "command", "versions", "git", "devices", "environment")
+
+
+def build(config: config_lib.Config, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describes a run that starts now.
+
+    Args:
+      config: the run's configuration.
+      extra: further entries for the top level, e.g. `base_sha256` and `codebook_sha256`.
+
+    Raises:
+      ValueError: an extra entry has the name of one that is recorded anyway.
+    """
+    devices = describe_devices()
+    entries = {
+        "started": _now(),
+        "finished": None,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": config.train.seed,
+        "config_sha256": config_lib.digest(config),
+        "config": config_lib.to_tree(config),
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "git": git_state(),
+        "devices": {
+            "backend": devices.backend,
+            "kind": devices.kind,
+            "count": devices.count,
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": cpu_name(),
+            "cores": cpu_cores(),
+            "memory_bytes": _memory_bytes(),
+        },
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(("JAX_", "XLA_"))
+        },
+    }
+    if twice := entries.keys() & (extra or {}).keys():
+        raise ValueError(f"the manifest already records {', '.join(sorted(twice))}")
+    return entries | dict(extra or {})
+
+
+def write(run_dir: str | Path, manifest: Mapping[str, Any], *, resumed: bool = False) -> Path:
+    """Writes manifest.json.
+
+    With `resumed`, what the file said of the run's earlier sessions (versions, command, devices)
+    is kept as a list under `earlier`.
+
+    Raises:
+      UserError: the folder cannot be written to, or the manifest to be continued is unreadable.
+    """
+    path = Path(run_dir) / NAME
+    manifest = dict(manifest)
+    if resumed and path.exists():
+        previous = read(run_dir)
+        session = {k: previous[k] for k in _SESSION if k in previous}
+        manifest["earlier"] = [*previous.get("earlier", []), session]
+    write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def finish(run_dir: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Records the end time, and `extra`, in the manifest written before.
+
+    Raises:
+      UserError: as `read` and `write`.
+    """
+    return write(run_dir, read(run_dir) | {"finished": _now()} | dict(extra or {}))
+
+
+def read(run_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+      UserError: it is missing, or not JSON.
+    """
+    path = Path(run_dir) / NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; is {run_dir} a run directory?") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; restore it, or delete it to go on") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path}: not a JSON object; restore it, or delete it to go on")
+    return manifest
+
+
+def git_state(folder: str | Path = Path(__file__).parent) -> dict[str, Any] | None:
+    """Commit of the checkout that holds this code, and whether it has uncommitted changes.
+
+    None for an installed package, also inside somebody else's repository, or without git.
+    """
+    try:
+        tracked = _git(folder, "ls-files", "--error-unmatch", "--", ".")
+        commit = _git(folder, "rev-parse", "HEAD")
+        changes = _git(folder, "status", "--porcelain", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "modified": bool(changes)} if tracked else None
+
+
+def _git(folder: str | Path, *arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    return result.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,120 @@
+"""metrics.jsonl, a run's figures over time, and the same scalars for TensorBoard."""
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+from tensorboardX import SummaryWriter
+
+from qlora_jax.atomic import atomic_write, storage_error
+from qlora_jax.errors import UserError
+
+NAME = "metrics.jsonl"
+FLUSH_SECONDS = 10
+
+
+class MetricsLog:
+    """Appends figures to RUN_DIR/metrics.jsonl and to event files in RUN_DIR/tensorboard.
+
+    Each line is one JSON object: `step` and slash-separated names such as `train/loss`. A value
+    that is not finite is null, since JSON has no NaN. A line is handed to the system as it is
+    written, so that a killed process loses none.
+    """
+
+    def __init__(self, run_dir: str | Path, *, start_step: int) -> None:
+        """Opens the log of a run whose last checkpoint holds `start_step` steps; 0 for a new one.
+
+        Lines of later steps, which will be run again, and a half-written last line are dropped.
+
+        Raises:
+          UserError: the folder is not writable, or the file is malformed before its last line.
+        """
+        self.path = Path(run_dir) / NAME
+        self._start_step = start_step
+        if self.path.exists():
+            _keep(self.path, lambda row: row["step"] <= start_step)
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(
+                logdir=str(self.path.parent / "tensorboard"),
+                purge_step=start_step + 1 if start_step else 0,
+                flush_secs=FLUSH_SECONDS,
+                # Event files are named by the second, and a second run in it would overwrite.
+                filename_suffix=f".{secrets.token_hex(4)}",
+            )
+        except OSError as e:
+            raise storage_error(self.path.parent, e) or e from e
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Adds one line. At the step resumed from, it replaces the line with the same names.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        numbers = {name: float(value) for name, value in values.items()}
+        if step == self._start_step:
+            self._file.close()
+            _keep(self.path, lambda r: r["step"] != step or r.keys() - {"step"} != numbers.keys())
+            self._file = self.path.open("a", encoding="utf-8")
+        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise storage_error(self.path.parent, e) or e from e
+        for name, number in numbers.items():
+            self._events.add_scalar(name, number, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order; null becomes NaN, a cut last line is left out.
+
+    Raises:
+      UserError: no such file, or a malformed line before the last.
+    """
+    return [
+        {key: math.nan if value is None else value for key, value in row.items()}
+        for _, row in _rows(Path(path))
+    ]
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; a run writes it in its run directory") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield line, row
+        elif number < len(lines):
+            raise UserError(f"{path}:{number}: not a JSON object with a step; remove this line")
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    kept = b"".join(line + b"\n" for line, row in _rows(path) if wanted(row))
+    if kept != path.read_bytes():
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(kept)

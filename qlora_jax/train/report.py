@@ -1,0 +1,309 @@
+"""What a run achieved, for people: the loss curve, report.md, samples.md."""
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_jax.atomic import atomic_write, write_text
+from qlora_jax.train.display import duration
+from qlora_jax.train.metrics import read_metrics
+
+# Okabe and Ito's blue and vermillion: told apart under every common colour blindness.
+TRAIN_COLOUR = "#0072B2"
+EVAL_COLOUR = "#D55E00"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One held-out prompt, the answer in the data, and the model's before and after training."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A finished run's figures."""
+
+    model: str
+    method: str
+    """qlora, lora or full."""
+    quantization: str
+    """In words, e.g. `nf4, block 64, double quantization`; empty for none."""
+    rank: int | None
+    """None when every weight is trained."""
+    trainable: int
+    """Trained parameters."""
+    total: int
+    """All parameters, the adapters' included."""
+    device: str
+    base_sha256: str
+    """Of the frozen weights, the same before and after; empty when there are none."""
+    steps: int
+    skipped: int
+    """Steps left out because a gradient overflowed."""
+    wall_s: float
+    tokens: int
+    """Tokens trained on, padding excluded."""
+    tokens_per_s: float
+    """Median over steps."""
+    peak_rss_bytes: int
+    peak_device_bytes: int | None = None
+    """None where the backend does not tell, as on a CPU."""
+    eval_before: float | None
+    """Held-out loss in nats per target token; None without held-out data."""
+    eval_after: float | None
+    eval_tokens: int
+    """Held-out target tokens."""
+    samples: Sequence[Sample]
+    command: str
+    """What reproduces the run."""
+    run_dir: str
+
+
+def write_report(summary: Summary) -> Path:
+    """Writes loss_curve.png, samples.md and report.md into the run directory.
+
+    Returns: the path of report.md.
+
+    Raises:
+      UserError: metrics.jsonl is missing or malformed, or the folder cannot be written to.
+    """
+    run_dir = Path(summary.run_dir)
+    plot_loss(read_metrics(run_dir / "metrics.jsonl"), summary, run_dir / "loss_curve.png")
+    write_samples(run_dir / "samples.md", summary.samples)
+    write_text(run_dir / "report.md", _report(summary))
+    return run_dir / "report.md"
+
+
+def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
+    """Writes the samples as markdown, every character shown as it is."""
+    write_text(path, "# Samples\n\n" + _samples(samples))
+
+
+def print_samples(console: Console, samples: Sequence[Sample]) -> None:
+    """Shows each sample's answers side by side."""
+    for sample in samples:
+        table = Table(
+            title=Text(sample.prompt, style="bold"),
+            title_justify="left",
+            caption=Text(f"in the data: {sample.reference}"),
+            caption_justify="left",
+            expand=True,
+        )
+        table.add_column("before", ratio=1, overflow="fold")
+        table.add_column("after", ratio=1, overflow="fold")
+        table.add_row(Text(sample.before), Text(sample.after))
+        console.print(table)
+        console.print()
+
+
+def plot_loss(metrics: Sequence[dict[str, Any]], summary: Summary, path: str | Path) -> None:
+    """Draws training and held-out loss over steps into a PNG.
+
+    Args:
+      metrics: rows with `step` and `train/loss` or `eval/loss`, as `read_metrics` returns.
+      summary: names what is trained, for the title.
+      path: the file.
+    """
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    shown: list[float] = []
+
+    steps, losses = _series(metrics, "train/loss")
+    if len(steps):
+        window = _window(len(steps))
+        smooth = running_mean(losses, window)
+        label = f"training, mean of {window} steps" if window > 1 else "training"
+        if window > 1:
+            axes.plot(steps, losses, color=TRAIN_COLOUR, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color=TRAIN_COLOUR, linewidth=2, label=label)
+        shown += [*losses]
+
+    steps, losses = _series(metrics, "eval/loss")
+    if len(steps):
+        axes.plot(
+            steps, losses, "o-", color=EVAL_COLOUR, linewidth=1.2, markersize=6, label="held out"
+        )
+        shown += [*losses]
+        for index in {0, len(steps) - 1}:
+            axes.annotate(
+                f"{losses[index]:.2f}",
+                (steps[index], losses[index]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="left" if index == 0 else "right",
+                color=EVAL_COLOUR,
+                fontweight="bold",
+            )
+
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if shown:
+        low, high = _range(shown)
+        axes.set_ylim(low, high)
+        axes.legend(frameon=False, loc="upper right")
+    axes.margins(x=0.02)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(_title(summary), loc="left", fontsize=11, parse_math=False)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` values, an odd number; shorter, still centred, at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    half = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
+    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+
+
+def _window(count: int) -> int:
+    return 1 if count < 10 else 2 * (min(count, 400) // 40) + 3
+
+
+def _series(metrics: Iterable[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(r["step"], r[name]) for r in metrics if math.isfinite(r.get(name, math.nan))]
+    array = np.array(points, dtype=float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), float(np.quantile(values, 0.99))
+    high = max(high, values[-1], values[0])
+    margin = 0.12 * (high - low) or 0.1
+    return max(0.0, low - margin), high + margin
+
+
+def _title(summary: Summary) -> str:
+    model = summary.model if len(summary.model) <= 44 else "…" + summary.model[-43:]
+    parts = [f"{model}: {summary.method}", summary.quantization]
+    if summary.rank is not None:
+        parts.append(f"rank {summary.rank}")
+    change = ""
+    if summary.eval_before is not None and summary.eval_after is not None:
+        change = (
+            f"\nheld-out loss {summary.eval_before:.2f} → {summary.eval_after:.2f} "
+            f"({_change(summary.eval_before, summary.eval_after)})"
+        )
+    return ", ".join(p for p in parts if p) + change
+
+
+def _report(summary: Summary) -> str:
+    share = summary.trainable / summary.total
+    facts = [
+        ("model", _escape(summary.model)),
+        ("method", summary.method),
+        ("frozen weights", summary.quantization or ("none" if summary.rank is None else "16 bits")),
+        ("adapter rank", str(summary.rank) if summary.rank is not None else "no adapters"),
+        ("trainable", f"{summary.trainable:,} of {summary.total:,} parameters ({share:.3%})"),
+        ("device", _escape(summary.device)),
+        ("optimizer steps", f"{summary.steps:,}" + _skipped(summary.skipped)),
+        ("tokens trained on", f"{summary.tokens:,}"),
+        ("time", f"{duration(summary.wall_s)} ({'h:mm:ss' if summary.wall_s >= 3600 else 'm:ss'})"),
+        ("speed", f"{summary.tokens_per_s:,.0f} tokens/s, median over steps"),
+        ("peak memory, process", f"{summary.peak_rss_bytes / 2**30:.2f} GiB"),
+    ]
+    if summary.peak_device_bytes is not None:
+        facts.append(("peak memory, device", f"{summary.peak_device_bytes / 2**30:.2f} GiB"))
+    if summary.base_sha256:
+        facts.append(("SHA-256 of the frozen weights", f"`{summary.base_sha256}`"))
+    table = "".join(f"| {name} | {value} |\n" for name, value in facts)
+    prompt = summary.samples[0].prompt if summary.samples else "..."
+    generate = f"qlora-jax generate {shlex.quote(summary.run_dir)} --prompt {shlex.quote(prompt)}"
+    samples = f"## Samples\n\n{_samples(summary.samples)}" if summary.samples else ""
+    return f"""# {_escape(_title(summary).splitlines()[0])}
+
+{_losses(summary)}
+![training and held-out loss over optimizer steps](loss_curve.png)
+
+## What ran
+
+| | |
+|---|---|
+{table}
+Versions, flags and hashes are in [manifest.json](manifest.json), all settings in \
+[config.yaml](config.yaml), all figures in [metrics.jsonl](metrics.jsonl).
+
+{samples}## Again
+
+Run it again:
+
+{_fence(summary.command)}
+
+Ask the trained model; with `--base`, the one before training:
+
+{_fence(generate)}
+"""
+
+
+def _losses(summary: Summary) -> str:
+    before, after = summary.eval_before, summary.eval_after
+    if before is None or after is None:
+        return "No examples were held out, so there is no loss before and after.\n"
+    rows = [("loss (nats per token)", before, after, ".4f")]
+    rows.append(("perplexity", _exp(before), _exp(after), ",.2f"))
+    lines = "".join(
+        f"| {name} | {a:{form}} | {b:{form}} | {_change(a, b)} |\n" for name, a, b, form in rows
+    )
+    return (
+        f"| held out, {summary.eval_tokens:,} target tokens | before | after | change |\n"
+        f"|---|---:|---:|---:|\n{lines}"
+    )
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    return "".join(
+        f"### {number}\n\n| | |\n|---|---|\n"
+        + "".join(
+            f"| {name} | {_escape(text)} |\n"
+            for name, text in (
+                ("prompt", sample.prompt),
+                ("in the data", sample.reference),
+                ("before", sample.before),
+                ("after", sample.after),
+            )
+        )
+        + "\n"
+        for number, sample in enumerate(samples, 1)
+    )
+
+
+def _escape(text: str) -> str:
+    text = re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", text.replace("&", "&amp;").strip("\n"))
+    text = re.sub(r"(?m)^[ \t]+", lambda m: "&nbsp;" * len(m[0].expandtabs(4)), text)
+    return "<br>".join(text.splitlines())
+
+
+def _fence(text: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}\n{text}\n{ticks}"
+
+
+def _skipped(count: int) -> str:
+    return f", {count:,} of them skipped because a gradient overflowed" if count else ""
+
+
+def _change(before: float, after: float) -> str:
+    return f"{(after - before) / before:+.1%}" if before else "n/a"
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
