@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
@@ -143,11 +144,12 @@ def plot_loss(metrics: Sequence[dict[str, Any]], summary: Summary, path: str | P
             axes.annotate(
                 f"{losses[index]:.2f}",
                 (steps[index], losses[index]),
-                xytext=(0, 8),
+                xytext=(7 if index == 0 else 0, 8),
                 textcoords="offset points",
                 ha="left" if index == 0 else "right",
                 color=EVAL_COLOUR,
                 fontweight="bold",
+                path_effects=[withStroke(linewidth=3, foreground="white")],
             )
 
     axes.set_xlabel("optimizer step")
@@ -247,7 +249,7 @@ Run it again:
 
 {_fence(summary.command)}
 
-Ask the trained model; with `--base`, the one before training:
+Ask the trained model (add `--base` to ask the one before training):
 
 {_fence(generate)}
 """

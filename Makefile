@@ -1,0 +1,72 @@
+# make            lists the targets
+# make test PYTHON=python3.13    uses .venv-3.13, so that Python versions do not share a folder
+# make install EXTRA=cuda13      adds jax for NVIDIA GPUs (cuda12 for a driver before 580)
+
+PYTHON ?= python3
+EXTRA ?=
+MODEL := smollm2-135m-instruct
+
+ifndef VENV
+ifeq ($(origin PYTHON),file)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+endif
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed$(EXTRA:%=-%)
+COMMA := ,
+
+.DEFAULT_GOAL := help
+.PHONY: help install model quickstart test lint format parity clean
+
+help:
+	@echo 'make install      set up $(VENV) with everything the project needs'
+	@echo 'make quickstart   fine-tune a small language model and show the result'
+	@echo 'make test         run all tests'
+	@echo 'make lint         check style, formatting, types and layers'
+	@echo 'make format       put the code into its standard form'
+	@echo 'make model        fetch the built-in model, $(MODEL)'
+	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
+	@echo 'make clean        remove what these targets made, runs/ excepted'
+	@echo 'PYTHON=python3.13 picks another Python, EXTRA=cuda13 adds GPU support'
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Give another: make install PYTHON=python3.13")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev$(if $(EXTRA),$(COMMA)$(EXTRA))]'
+	@touch $@
+
+model: install
+	$(BIN)/python -m qlora_jax.formats.fetch $(MODEL)
+
+quickstart: model
+	$(BIN)/qlora-jax train configs/quickstart.yaml --overwrite
+
+test: model
+	$(BIN)/python -m pytest -m 'not parity'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Peers get a folder of their own, so that no default test can lean on them.
+parity:
+	$(MAKE) --no-print-directory run-parity EXTRA=parity VENV=$(VENV)-parity
+
+.PHONY: run-parity
+run-parity: model
+	$(BIN)/python -m pytest -m parity
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find qlora_jax tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
