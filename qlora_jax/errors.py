@@ -1,7 +1,7 @@
 """The one exception that means: the input is at fault, here is the remedy."""
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """The user's input cannot be used.
 
     The message is one line that names the file, key or value and says what to do. The command

@@ -1,0 +1,212 @@
+"""A frozen weight in 4 bits, as a pytree, and the two functions between it and floats."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.errors import UserError
+from qlora_jax.quant.codebooks import codebook as codebook_values
+from qlora_jax.quant.double_quant import dequantize_scales, quantize_scales
+
+GROUP = 64
+"""Rows of W whose codes are packed together."""
+
+BLOCK_SIZES = tuple(2**i for i in range(5, 13))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "nested", "offset", "codebook"],
+    meta_fields=["in_features", "block_size", "nested_block"],
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A stack of matrices W[K, N] in 4 bits; K = in_features is the contraction axis.
+
+    W[k, n] = codebook[code(k, n)] * scale[k // block_size, n], in float32.
+
+    Invariants, with Kp = K rounded up to a multiple of 64 and nb = ceil(K / block_size):
+      * Byte row g*32 + i of `codes` holds element g*64 + i in its low nibble and element
+        g*64 + 32 + i in its high nibble. Rows beyond K hold the code of zero.
+      * `codebook` is non-decreasing within [-1, 1]; a code is an index into it.
+      * Without double quantization `scales` are the blocks' absmax. With it they are indices into
+        the 8-bit dynamic map: scale = map[scales] * nested[(n*nb + b) // nested_block] + offset.
+      * Leading axes (layers) are the same on every leaf. They are never static, so that a stack
+        can be scanned or vmapped over.
+
+    Attributes:
+      codes: uint8[..., Kp/2, N].
+      scales: float32[..., nb, N], or uint8 likewise with double quantization.
+      nested: float32[..., ceil(nb*N / nested_block)], or None.
+      offset: float32[...], or None.
+      codebook: float32[..., 16].
+      in_features: K.
+      block_size: weights per scale along K, a power of two from 32 to 4096.
+      nested_block: scales per nested scale.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    nested: jax.Array | None
+    offset: jax.Array | None
+    codebook: jax.Array
+    in_features: int
+    block_size: int
+    nested_block: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight this stands for, [..., K, N]."""
+        return (*self.codes.shape[:-2], self.in_features, self.codes.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """float32: the dtype in which values are decoded before they are rounded."""
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested is not None
+
+
+def quantize(
+    w: jax.Array | np.ndarray,
+    codebook: str | jax.Array | np.ndarray = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    nested_block: int = 256,
+    name: str = "weight",
+) -> QTensor:
+    """Rounds a weight to 4 bits, block by block along its contraction axis.
+
+    Where K is a multiple of `block_size` the blocks, codes and scales are those of bitsandbytes'
+    CPU build bit for bit (its weight is the transpose, [out, in]).
+
+    Args:
+      w: float32, bfloat16 or float16 [..., K, N], any leading axes.
+      codebook: a name in `CODEBOOKS`, or sixteen non-decreasing values.
+      block_size: weights per scale.
+      double_quant: store the scales in 8 bits.
+      nested_block: scales per scale of scales.
+      name: what to call the weight in an error.
+
+    Raises:
+      UserError: block size that is not allowed, unknown codebook, dtype that is not a float, or
+        NaN or Inf in the weight (not checked under jit).
+    """
+    check_block_size(block_size)
+    if isinstance(codebook, str):
+        codebook = codebook_values(codebook, block_size)
+    if not jnp.issubdtype(w.dtype, jnp.floating) or w.ndim < 2:
+        raise UserError(
+            f"{name}: a weight is a float array of two or more axes, not {w.dtype} {w.shape}"
+        )
+    q, finite = _quantize(
+        jnp.asarray(w), jnp.asarray(codebook, jnp.float32), block_size, double_quant, nested_block
+    )
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        raise UserError(f"{name}: holds NaN or Inf and cannot be quantized; check the checkpoint")
+    return q
+
+
+def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The weight as floats: codebook * scale in float32, rounded once.
+
+    Returns:
+      dtype[..., K, N].
+    """
+    low, high = unpack(q.codes)
+    indices = jnp.stack([_grouped(low), _grouped(high)], axis=-3)
+    indices = indices.reshape(*q.codes.shape[:-2], -1, q.codes.shape[-1])[..., : q.in_features, :]
+    return (decode(indices, q.codebook) * _rows(block_scales(q), q)).astype(dtype)
+
+
+def block_scales(q: QTensor) -> jax.Array:
+    """The absmax of every block, float32[..., nb, N]."""
+    if q.nested is None or q.offset is None:
+        return q.scales
+    return dequantize_scales(q.scales, q.nested, q.offset, q.nested_block)
+
+
+def unpack(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Low and high nibbles, uint8 of the shape of `codes`."""
+    return codes & 15, codes >> 4
+
+
+def decode(indices: jax.Array, codebook: jax.Array) -> jax.Array:
+    """codebook[..., indices[..., :, :]] with leading axes in common; float32."""
+    if codebook.ndim == 1:
+        return codebook[indices]
+    flat = indices.reshape(*indices.shape[:-2], -1).astype(jnp.int32)
+    return jnp.take_along_axis(codebook, flat, axis=-1).reshape(indices.shape)
+
+
+def nbytes(tree: object) -> int:
+    """Bytes held by the arrays of a pytree (arrays or their abstract shapes)."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def bits_per_parameter(q: QTensor) -> float:
+    """Storage of the weight in bits per element, scales and codebook included."""
+    return 8 * nbytes(q) / math.prod(q.shape)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises UserError unless `block_size` is a power of two from 32 to 4096."""
+    if block_size not in BLOCK_SIZES:
+        allowed = ", ".join(map(str, BLOCK_SIZES))
+        raise UserError(f"block_size {block_size} is not allowed; allowed: {allowed}")
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _quantize(
+    w: jax.Array, codebook: jax.Array, block_size: int, double_quant: bool, nested_block: int
+) -> tuple[QTensor, jax.Array]:
+    *lead, k, n = w.shape
+    nb = -(-k // block_size)
+    x = _pad_rows(w.astype(jnp.float32), nb * block_size).reshape(*lead, nb, block_size, n)
+    absmax = jnp.max(jnp.abs(x), axis=-2)
+    safe = jnp.where(absmax > 0, absmax, 1.0)[..., None, :]
+    # bitsandbytes multiplies full blocks by the reciprocal and divides a short last one.
+    scaled = x * (1.0 / safe)
+    if k % block_size:
+        scaled = jnp.where(jnp.arange(nb)[:, None, None] == nb - 1, x / safe, scaled)
+    # XLA:CPU flushes subnormals to zero; a positive weight must stay above a midpoint at zero,
+    # which codebooks with two zeros have.
+    positive = jax.lax.bitcast_convert_type(x, jnp.int32) > 0
+    scaled = jnp.where(positive, jnp.maximum(scaled, jnp.finfo(jnp.float32).tiny), scaled)
+    scaled = scaled.reshape(*lead, nb * block_size, n)
+    middle = (codebook[1:] + codebook[:-1]) / 2
+    index = sum((scaled > middle[i]).astype(jnp.uint8) for i in range(15))
+    index = _pad_rows(
+        index[..., :k, :], -(-k // GROUP) * GROUP, jnp.sum(middle < 0).astype(jnp.uint8)
+    )
+    pairs = index.reshape(*lead, -1, 2, GROUP // 2, n)
+    codes = (pairs[..., 0, :, :] | pairs[..., 1, :, :] << 4).reshape(*lead, -1, n)
+    scales, nested, offset = absmax, None, None
+    if double_quant:
+        scales, nested, offset = quantize_scales(absmax, nested_block)
+    books = jnp.broadcast_to(codebook, (*lead, 16))
+    q = QTensor(codes, scales, nested, offset, books, k, block_size, nested_block)
+    return q, jnp.isfinite(absmax).all()
+
+
+def _pad_rows(x: jax.Array, rows: int, value: jax.Array | float = 0.0) -> jax.Array:
+    pad = [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, 0)]
+    return jnp.pad(x, pad, constant_values=value)
+
+
+def _grouped(nibbles: jax.Array) -> jax.Array:
+    return nibbles.reshape(*nibbles.shape[:-2], -1, GROUP // 2, nibbles.shape[-1])
+
+
+def _rows(scales: jax.Array, q: QTensor) -> jax.Array:
+    return jnp.repeat(scales, q.block_size, axis=-2)[..., : q.in_features, :]

@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_jax.errors import UserError
+from qlora_jax.quant import CODEBOOKS, bits_per_parameter, codebook, dequantize, nbytes, quantize
+from qlora_jax.quant.double_quant import dynamic_map
+from qlora_jax.quant.qtensor import BLOCK_SIZES, block_scales
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
+
+
+def nearest(w: np.ndarray, name: str, block_size: int) -> np.ndarray:
+    """Block-wise nearest value by brute force in float64, [K, N]."""
+    values = codebook(name, block_size).astype(np.float64)
+    out = np.empty(w.shape)
+    for start in range(0, w.shape[0], block_size):
+        block = w[start : start + block_size].astype(np.float64)
+        absmax = np.abs(block).max(axis=0)
+        t = block / np.where(absmax > 0, absmax, 1)
+        out[start : start + block_size] = (
+            values[np.abs(t[..., None] - values).argmin(axis=-1)] * absmax
+        )
+    return out
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=2),
+    k=st.integers(1, 300),
+    n=st.integers(1, 9),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    name=st.sampled_from(sorted(CODEBOOKS)),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    seed=st.integers(0, 2**31),
+)
+def test_values_are_the_nearest_of_their_block(lead, k, n, block_size, name, dtype, seed):
+    w = np.random.default_rng(seed).normal(size=(*lead, k, n)).astype(DTYPES[dtype])
+    q = quantize(w, name, block_size, double_quant=False)
+    assert q.shape == w.shape
+    values = np.asarray(dequantize(q)).reshape(-1, k, n)
+    for ours, original in zip(values, w.reshape(-1, k, n)):
+        original = original.astype(np.float64)
+        expected = nearest(original, name, block_size)
+        # a tie may fall either way: equal distance is as good as an equal value
+        np.testing.assert_allclose(
+            np.abs(ours - original),
+            np.abs(expected - original),
+            rtol=0,
+            atol=2e-6 * np.abs(w).max().astype(float),
+        )
+
+
+@settings(max_examples=12, deadline=None)
+@given(k=st.integers(1, 400), n=st.integers(1, 40), block_size=st.sampled_from([32, 64, 256]))
+def test_double_quantization_moves_scales_by_at_most_half_a_step(k, n, block_size):
+    w = np.random.default_rng(k * n).normal(size=(k, n)).astype(np.float32)
+    single = np.asarray(quantize(w, "nf4", block_size, double_quant=False).scales)
+    q = quantize(w, "nf4", block_size)
+    widest_step = np.diff(dynamic_map()).max() / 2
+    assert (
+        np.abs(np.asarray(block_scales(q)) - single).max()
+        <= widest_step * np.asarray(q.nested).max() + 1e-6
+    )
+
+
+def test_stack_equals_its_layers():
+    w = np.random.default_rng(0).normal(size=(3, 96, 40)).astype(np.float32)
+    stack = quantize(w)
+    for i in range(3):
+        layer = quantize(w[i])
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], stack), layer)
+    np.testing.assert_array_equal(dequantize(stack)[1], dequantize(quantize(w[1])))
+
+
+def test_zero_blocks_stay_zero():
+    w = np.zeros((128, 4), np.float32)
+    w[:64, 0] = np.linspace(-1, 1, 64)
+    for double_quant in (False, True):
+        values = np.asarray(dequantize(quantize(w, double_quant=double_quant)))
+        assert np.isfinite(values).all()
+    assert np.all(np.asarray(dequantize(quantize(w, double_quant=False)))[64:] == 0)
+    assert np.all(np.asarray(dequantize(quantize(np.zeros((64, 8), np.float32)))) == 0)
+
+
+@pytest.mark.parametrize(
+    ("double_quant", "block_size", "bits"),
+    [
+        (True, 64, 4 + 8 / 64 + 32 / (64 * 256)),
+        (False, 64, 4.5),
+        (False, 32, 5.0),
+        (True, 4096, 4.002),
+    ],
+)
+def test_bits_per_parameter(double_quant, block_size, bits):
+    q = jax.eval_shape(
+        lambda w: quantize(w, "nf4", block_size, double_quant),
+        jax.ShapeDtypeStruct((8, 4096, 4096), jnp.bfloat16),
+    )
+    assert bits_per_parameter(q) == pytest.approx(bits, abs=1e-4)
+
+
+def test_codes_take_half_a_byte():
+    q = quantize(np.ones((640, 30), np.float32))
+    assert nbytes(q.codes) == 640 * 30 // 2
+
+
+def test_quantizing_twice_changes_nothing():
+    w = np.random.default_rng(1).normal(size=(256, 16)).astype(np.float32)
+    once = dequantize(quantize(w, double_quant=False))
+    np.testing.assert_allclose(dequantize(quantize(once, double_quant=False)), once, rtol=2e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named(bad):
+    w = np.ones((64, 8), np.float32)
+    w[3, 5] = bad
+    with pytest.raises(UserError, match=r"layers.7.q_proj: holds NaN or Inf"):
+        quantize(w, name="layers.7.q_proj")
+
+
+@pytest.mark.parametrize("block_size", [0, 16, 48, 8192])
+def test_block_size_that_is_not_allowed(block_size):
+    with pytest.raises(UserError, match=f"block_size {block_size} is not allowed; allowed: 32, 64"):
+        quantize(np.ones((64, 8), np.float32), block_size=block_size)
+
+
+def test_integer_weight_is_refused():
+    with pytest.raises(UserError, match="float array"):
+        quantize(np.ones((64, 8), np.int32))
+
+
+def test_abstract_shapes_need_no_data():
+    q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16))
+    assert q.shape == (80, 8192, 28672)
+    assert q.double_quant
