@@ -128,7 +128,7 @@ def _byte_level(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, boo
     tokenizer = Tokenizer(
         models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=pre.ignore_merges)
     )
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if pre.single_digits else []
+    steps: list[Any] = [pre_tokenizers.Digits(True)] if pre.single_digits else []
     if pre.split is not None:
         steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
@@ -157,7 +157,7 @@ def _sentencepiece(metadata: Mapping[str, Any], types: Sequence[int]) -> Tokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=SPACE, prepend_scheme="first" if prefixed else "never", split=False
     )
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefixed:
         steps.append(decoders.Strip(content=" ", left=1))
     tokenizer.decoder = decoders.Sequence(steps)
