@@ -154,9 +154,9 @@ def _sentencepiece(metadata: Mapping[str, Any], types: Sequence[int]) -> Tokeniz
         )
     )
     prefixed = metadata.get(f"{PREFIX}add_space_prefix", True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=SPACE, prepend_scheme="first" if prefixed else "never", split=False
-    )
+    # Not Metaspace, which adds no space to a text that starts with one; SentencePiece does.
+    prepend = [normalizers.Prepend(SPACE)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefixed:
         steps.append(decoders.Strip(content=" ", left=1))

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qlora_jax.atomic import storage_error
 from qlora_jax.errors import UserError
 
 Scaling = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
@@ -102,7 +103,7 @@ def write_adapter(
       dropout: recorded for whoever trains on.
 
     Raises:
-      UserError: nothing to write, or the folder holds something else.
+      UserError: nothing to write, the folder holds something else, or the disk is full.
     """
     present = {path: adapter for path, adapter in adapters.items() if adapter.rank > 0}
     if not present:
@@ -114,16 +115,22 @@ def write_adapter(
         # save_file takes the memory as it lies, so a transposed view would be scrambled.
         tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a.T)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b.T)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-        new, old = Path(work, "new"), Path(work, "old")
-        new.mkdir()
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        config = _config(present, base_name, scaling, dropout)
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+            new, old = Path(work, "new"), Path(work, "old")
+            new.mkdir()
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            config = _config(present, base_name, scaling, dropout)
+            (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(new, folder)
+    except (OSError, SafetensorError) as e:
+        problem = storage_error(folder.parent, e)
+        if problem is None:
+            raise
+        raise problem from None
 
 
 def read_adapter(folder: Path) -> AdapterSet:
