@@ -17,6 +17,7 @@ from qlora_jax.errors import UserError
 _REMEDIES = {
     errno.ENOSPC: "no space left on this disk; free some, or write to another folder",
     errno.EDQUOT: "the disk quota is used up; free some space, or write to another folder",
+    errno.EFBIG: "a file grew past a size limit; raise it (ulimit -f), or write to another folder",
     errno.EACCES: "not writable by this user; change its permissions, or write to another folder",
     errno.EPERM: "not writable by this user; change its permissions, or write to another folder",
     errno.EROFS: "on a read-only file system; write to another folder",

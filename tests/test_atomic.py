@@ -12,8 +12,8 @@ from qlora_jax.errors import UserError
 def test_the_new_content_replaces_the_old(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    write_text(path, "new – ü\n")
-    assert path.read_bytes() == "new – ü\n".encode()
+    write_text(path, "new → ü\n")
+    assert path.read_bytes() == "new → ü\n".encode()
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -31,7 +31,7 @@ def test_nothing_shows_under_the_name_before_the_end(tmp_path):
 def test_a_failure_leaves_the_old_file_and_no_temporary(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(error), atomic_write(path) as temporary:
+    with pytest.raises(error), atomic_write(path) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old"
@@ -53,7 +53,7 @@ def full_disk():
 def test_a_full_disk_names_the_folder_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(UserError) as caught, atomic_write(path) as temporary:
+    with pytest.raises(UserError) as caught, atomic_write(path) as temporary:  # noqa: PT012
         temporary.write_text("half")
         full_disk()
     assert str(caught.value).startswith(f"{tmp_path}: no space left")
@@ -64,9 +64,9 @@ def test_a_full_disk_names_the_folder_and_keeps_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_a_folder_that_cannot_be_written_is_the_users(tmp_path, number):
-    with pytest.raises(UserError, match=f"^{tmp_path}: .*another folder"):
-        with atomic_write(tmp_path / "a") as temporary:
-            raise OSError(number, os.strerror(number), str(temporary))
+    refused = pytest.raises(UserError, match=f"^{tmp_path}: .*another folder")
+    with refused, atomic_write(tmp_path / "a") as temporary:
+        raise OSError(number, os.strerror(number), str(temporary))
 
 
 def test_a_missing_folder_is_named(tmp_path):

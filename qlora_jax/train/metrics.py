@@ -1,19 +1,23 @@
 """metrics.jsonl, a run's figures over time, and the same scalars for TensorBoard."""
 
+import contextlib
 import json
 import math
-import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from tensorboardX import SummaryWriter
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.errors import UserError
 
 NAME = "metrics.jsonl"
+# Each flush of the event file waits for the disk.
 FLUSH_SECONDS = 10
 
 
@@ -21,7 +25,7 @@ class MetricsLog:
     """Appends figures to RUN_DIR/metrics.jsonl and to event files in RUN_DIR/tensorboard.
 
     Each line is one JSON object: `step` and slash-separated names such as `train/loss`. A value
-    that is not finite is null, since JSON has no NaN. A line is handed to the system as it is
+    that is not finite is null, since JSON has no NaN. A line reaches the system as it is
     written, so that a killed process loses none.
     """
 
@@ -38,14 +42,16 @@ class MetricsLog:
         if self.path.exists():
             _keep(self.path, lambda row: row["step"] <= start_step)
         try:
-            self._file = self.path.open("a", encoding="utf-8")
-            self._events = SummaryWriter(
-                logdir=str(self.path.parent / "tensorboard"),
-                purge_step=start_step + 1 if start_step else 0,
-                flush_secs=FLUSH_SECONDS,
-                # Event files are named by the second, and a second run in it would overwrite.
-                filename_suffix=f".{secrets.token_hex(4)}",
-            )
+            self._file = self.path.open("ab", buffering=0)
+            # SummaryWriter writes from a thread, which would wait for ever once the disk is full.
+            events = self.path.parent / "tensorboard"
+            events.mkdir(exist_ok=True)
+            self._events = RecordWriter(str(events / f"events.out.tfevents.{time.time_ns()}"))
+            # TensorBoard forgets the steps from this one on, which earlier event files may hold.
+            first = start_step + 1 if start_step else 0
+            self._add_event(first, file_version="brain.Event:2")
+            self._add_event(first, session_log=SessionLog(status=SessionLog.START))
+            self._flush_events()
         except OSError as e:
             raise storage_error(self.path.parent, e) or e from e
 
@@ -59,19 +65,30 @@ class MetricsLog:
         if step == self._start_step:
             self._file.close()
             _keep(self.path, lambda r: r["step"] != step or r.keys() - {"step"} != numbers.keys())
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
+            for name, number in numbers.items():
+                self._add_event(step, summary=scalar(name, number))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._flush_events()
         except OSError as e:
             raise storage_error(self.path.parent, e) or e from e
-        for name, number in numbers.items():
-            self._events.add_scalar(name, number, step)
 
     def close(self) -> None:
+        """Ends the log.
+
+        Raises:
+          UserError: the disk is full.
+        """
         self._file.close()
-        self._events.close()
+        try:
+            self._events.close()
+        except OSError as e:
+            raise storage_error(self.path.parent, e) or e from e
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -82,7 +99,17 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # What ended the run matters more than what then goes wrong in closing its log.
+        with contextlib.suppress(*([Exception] if error else [])):
+            self.close()
+
+    def _flush_events(self) -> None:
+        self._events.flush()
+        self._flushed = time.monotonic()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
