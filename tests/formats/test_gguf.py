@@ -1,0 +1,289 @@
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from safetensors.numpy import load_file
+
+from qlora_jax.errors import UserError
+from qlora_jax.formats.gguf import open_gguf
+from qlora_jax.formats.gguf_header import read_header
+from qlora_jax.formats.huggingface import open_folder
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def llama_cpp_order(heads: int) -> np.ndarray:
+    """For every row of the file, the Hugging Face row it holds, one by one."""
+    order = np.empty(heads * HEAD_DIM, int)
+    for head in range(heads):
+        for pair in range(HEAD_DIM // 2):
+            order[head * HEAD_DIM + 2 * pair] = head * HEAD_DIM + pair
+            order[head * HEAD_DIM + 2 * pair + 1] = head * HEAD_DIM + pair + HEAD_DIM // 2
+    return order
+
+
+def permutation(name: str, rows: int) -> np.ndarray:
+    heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
+    return np.arange(rows) if heads is None else llama_cpp_order(heads)
+
+
+def to_gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, layer, rest = stem.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
+    return f"{GGUF_NAMES[stem]}.{kind}"
+
+
+def write(
+    path: Path,
+    weights: dict[str, np.ndarray],
+    architecture: str = "llama",
+    kind: Type = Type.F32,
+    drop: tuple[str, ...] = (),
+    **metadata: object,
+) -> dict[str, np.ndarray]:
+    """Writes a file as llama.cpp's converter does; returns what reading it should give."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(128)
+    if "head_count" not in drop:
+        writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(metadata.pop("rope_dimensions", HEAD_DIM))
+    writer.add_rope_freq_base(metadata.pop("theta", 10000.0))
+    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(256)])
+    if "linear" in metadata:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(metadata["linear"])
+    if "rope_scaling" in metadata:
+        writer.add_string(f"{architecture}.rope.scaling.type", metadata["rope_scaling"])
+    if "sliding_window" in metadata:
+        writer.add_sliding_window(metadata["sliding_window"])
+    for name, tensor in metadata.get("extra", {}).items():
+        writer.add_tensor(name, tensor)
+    expected = {}
+    for name, weight in weights.items():
+        order = np.arange(len(weight))
+        if architecture == "llama":
+            order = permutation(name, len(weight))
+        stored = np.ascontiguousarray(weight[order])
+        back = np.argsort(order)
+        if weight.ndim == 1:
+            writer.add_tensor(to_gguf_name(name), stored)
+            expected[name] = weight
+        else:
+            data = gguf.quantize(stored, kind)
+            writer.add_tensor(to_gguf_name(name), data, raw_dtype=kind)
+            expected[name] = gguf.dequantize(data, kind)[back]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+@pytest.fixture
+def weights(models: Path) -> dict[str, np.ndarray]:
+    return load_file(models / "llama" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0],
+)
+def test_reads_every_type_in_hugging_face_layout(tmp_path: Path, weights, kind: Type) -> None:
+    path = tmp_path / "m.gguf"
+    expected = write(path, weights, kind=kind)
+    checkpoint = open_gguf(path)
+    assert set(checkpoint.names()) == set(expected)
+    for name, weight in expected.items():
+        assert checkpoint.shape(name) == weight.shape
+        np.testing.assert_array_equal(checkpoint.read(name).astype(np.float32), weight)
+    floats = {Type.F16: np.float16, Type.BF16: ml_dtypes.bfloat16}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert checkpoint.read(name).dtype == np.dtype(floats.get(kind, np.float32))
+    is_float = kind in (Type.F32, Type.F16, Type.BF16)
+    assert checkpoint.description == f"{'GGUF' if is_float else 'dequantized'} {kind.name}"
+
+
+def test_an_f32_file_gives_back_the_hugging_face_checkpoint(
+    tmp_path: Path, weights, models: Path
+) -> None:
+    write(tmp_path / "m.gguf", weights)
+    checkpoint, original = open_gguf(tmp_path / "m.gguf"), open_folder(models / "llama")
+    assert checkpoint.names() == original.names()
+    for name in original.names():
+        np.testing.assert_array_equal(checkpoint.read(name), original.read(name))
+    a, b = checkpoint.config, original.config
+    assert a.rms_norm_eps == pytest.approx(b.rms_norm_eps, rel=1e-6)
+    assert a == type(b)(**{**vars(b), "rms_norm_eps": a.rms_norm_eps})
+
+
+def test_qwen2_is_not_permuted_and_has_biases(tmp_path: Path, models: Path) -> None:
+    weights = load_file(models / "qwen2" / "model.safetensors")
+    write(tmp_path / "m.gguf", weights, architecture="qwen2")
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    assert checkpoint.config.qkv_bias
+    assert checkpoint.config.tie_embeddings
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), weight)
+
+
+def test_biases_of_a_llama_are_permuted_too(tmp_path: Path, weights) -> None:
+    random = np.random.default_rng(0)
+    for layer in range(3):
+        for name, rows in (("q", 64), ("k", 32), ("v", 32)):
+            key = f"model.layers.{layer}.self_attn.{name}_proj.bias"
+            weights[key] = random.normal(size=rows).astype(np.float32)
+    write(tmp_path / "m.gguf", weights)
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    assert checkpoint.config.qkv_bias
+    assert not checkpoint.config.output_bias
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), weight)
+
+
+def test_without_an_output_tensor_embeddings_are_tied(tmp_path: Path, weights) -> None:
+    del weights["lm_head.weight"]
+    write(tmp_path / "m.gguf", weights)
+    assert open_gguf(tmp_path / "m.gguf").config.tie_embeddings
+
+
+def test_linear_rope_scaling(tmp_path: Path, weights) -> None:
+    write(tmp_path / "m.gguf", weights, linear=4.0, theta=5e5)
+    rope = open_gguf(tmp_path / "m.gguf").config.rope
+    assert (rope.kind, rope.factor, rope.theta) == ("linear", 4.0, 5e5)
+
+
+def llama3_table(factor: float, theta: float, low: float = 1, high: float = 4) -> np.ndarray:
+    """llama.cpp's rope_freqs.weight, frequency by frequency."""
+    table, length = [], 8192
+    for i in range(0, HEAD_DIM, 2):
+        wavelength = 2 * np.pi * theta ** (i / HEAD_DIM)
+        if wavelength < length / high:
+            table.append(1.0)
+        elif wavelength > length / low:
+            table.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            table.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(table, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_scaling_is_recovered_from_its_table(
+    tmp_path: Path, weights, factor: float
+) -> None:
+    extra = {"rope_freqs.weight": llama3_table(factor, 5e5)}
+    write(tmp_path / "m.gguf", weights, theta=5e5, extra=extra)
+    rope = open_gguf(tmp_path / "m.gguf").config.rope
+    assert (rope.kind, rope.factor, rope.theta) == ("llama3", factor, 5e5)
+    assert (rope.low_freq_factor, rope.high_freq_factor, rope.original_positions) == (1, 4, 8192)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"architecture": "gemma2"}, "'gemma2' is not supported; supported: llama, qwen2"),
+        ({"rope_scaling": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"extra": {"rope_freqs.weight": llama3_table(8, 1e4, low=2)}}, "rope_freqs.weight is not"),
+        ({"extra": {"blk.0.ffn_gate_exps.weight": np.zeros(4, np.float32)}}, "ffn_gate_exps"),
+        ({"rope_dimensions": 8}, "8 of 16 dimensions per head are rotated"),
+        ({"sliding_window": 128}, "sliding windows"),
+        ({"drop": ("head_count",)}, r"llama.attention.head_count is None"),
+    ],
+)
+def test_unsupported_files_are_refused(tmp_path: Path, weights, options, says: str) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, weights, **options)
+    with pytest.raises(UserError, match=says) as e:
+        open_gguf(path)
+    assert str(path) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_missing_tensors_and_wrong_shapes_are_refused(tmp_path: Path, weights) -> None:
+    short = {n: w for n, w in weights.items() if ".2.mlp.up_proj" not in n}
+    write(tmp_path / "m.gguf", short)
+    with pytest.raises(UserError, match=r"missing: model.layers.2.mlp.up_proj.weight"):
+        open_gguf(tmp_path / "m.gguf")
+    weights["model.norm.weight"] = np.ones(32, np.float32)
+    write(tmp_path / "m.gguf", weights)
+    with pytest.raises(UserError, match=r"model.norm.weight is \[32\] and not \[64\]"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def test_every_truncation_is_refused(tmp_path: Path, weights) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, weights)
+    whole = path.read_bytes()
+    header_end = len(whole) - sum(w.nbytes for w in weights.values())
+    for length in [0, 3, 4, 23, 24, *range(25, header_end, 97), len(whole) - 64]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"truncated|not a GGUF file"):
+            open_gguf(path)
+
+
+def test_damaged_bytes_of_the_header_never_escape_as_another_error(tmp_path: Path, weights) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, weights)
+    whole = bytearray(path.read_bytes())
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = whole.copy()
+        damaged[int(random.integers(0, 8000))] = int(random.integers(0, 256))
+        path.write_bytes(damaged)
+        try:
+            open_gguf(path)
+        except UserError as e:
+            assert "\n" not in str(e)
+
+
+def test_the_header_agrees_with_the_gguf_packages_reader(tmp_path: Path, weights) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, weights, kind=Type.Q5_1)
+    reader, header = gguf.GGUFReader(path), read_header(path)
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert header.metadata == fields
+    assert list(header.tensors) == [t.name for t in reader.tensors]
+    for tensor in reader.tensors:
+        ours = header.tensors[tensor.name]
+        assert ours.shape == tuple(tensor.shape[::-1])
+        assert (ours.type, ours.offset, ours.nbytes) == (
+            tensor.tensor_type,
+            tensor.data_offset,
+            tensor.n_bytes,
+        )
+
+
+def test_the_builtin_model(builtin_gguf: Path) -> None:
+    checkpoint = open_gguf(builtin_gguf)
+    assert checkpoint.description == "dequantized Q4_1"
+    shapes = [checkpoint.shape(name) for name in checkpoint.names()]
+    assert sum(int(np.prod(shape)) for shape in shapes) == 134_515_008
+    config = checkpoint.config
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
+    assert config.rope.theta == 1e5
+    assert config.tie_embeddings
+    assert checkpoint.read("model.layers.29.mlp.down_proj.weight").dtype == np.float32

@@ -1,0 +1,204 @@
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.errors import UserError
+from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.formats.names import expected_shapes
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder: Path, parts: int = 3) -> dict[str, str]:
+    """Splits model.safetensors the way transformers does; returns the weight map."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for part in range(parts):
+        file = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        chosen = {n: w for i, (n, w) in enumerate(weights.items()) if i % parts == part}
+        save_file(chosen, folder / file)
+        weight_map |= dict.fromkeys(chosen, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_reads_what_transformers_wrote(models: Path, family: str) -> None:
+    checkpoint = open_folder(models / family)
+    weights = load_file(models / family / "model.safetensors")
+    assert set(checkpoint.names()) == set(weights)
+    for name, weight in weights.items():
+        read = checkpoint.read(name)
+        assert read.dtype == weight.dtype
+        assert read.shape == checkpoint.shape(name) == weight.shape
+        np.testing.assert_array_equal(read, weight)
+    assert checkpoint.description == "safetensors F32"
+    assert checkpoint.config.family == family
+    assert checkpoint.tokenizer_path == models / family
+
+
+def test_expected_shapes_count_the_parameters(models: Path) -> None:
+    shapes = expected_shapes(open_folder(models / "qwen2").config)
+    assert "lm_head.weight" not in shapes
+    assert shapes["model.layers.1.self_attn.k_proj.bias"] == (32,)
+    assert shapes["model.layers.2.mlp.down_proj.weight"] == (64, 128)
+
+
+def test_reads_shards(models: Path, llama: Path) -> None:
+    shard(llama)
+    checkpoint = open_folder(llama)
+    for name, weight in load_file(models / "llama" / "model.safetensors").items():
+        np.testing.assert_array_equal(checkpoint.read(name), weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(ml_dtypes.bfloat16, "BF16"), (np.float16, "F16"), (np.float32, "F32")]
+)
+def test_keeps_the_stored_dtype(llama: Path, dtype: type, code: str) -> None:
+    weights = {n: w.astype(dtype) for n, w in load_file(llama / "model.safetensors").items()}
+    save_file(weights, llama / "model.safetensors")
+    checkpoint = open_folder(llama)
+    assert checkpoint.description == f"safetensors {code}"
+    for name, weight in weights.items():
+        assert checkpoint.read(name).dtype == np.dtype(dtype)
+        np.testing.assert_array_equal(checkpoint.read(name), weight)
+
+
+def test_bfloat16_can_be_read_in_a_fresh_process(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    save_file(
+        {n: w.astype(ml_dtypes.bfloat16) for n, w in weights.items()}, llama / "model.safetensors"
+    )
+    program = (
+        "import sys; from pathlib import Path; from qlora_jax.formats.huggingface import open_folder\n"
+        "print(open_folder(Path(sys.argv[1])).read('model.norm.weight').dtype)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(llama)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout.strip() == "bfloat16"
+
+
+def test_an_array_outlives_its_file(llama: Path) -> None:
+    weight = open_folder(llama).read("lm_head.weight")
+    before = weight.copy()
+    (llama / "model.safetensors").write_bytes(b"\0" * 600_000)
+    weight[0, 0] = before[0, 0]  # an array of its own can be written to
+    np.testing.assert_array_equal(weight, before)
+
+
+def test_a_head_beside_tied_embeddings_is_left_out(llama: Path) -> None:
+    edit_config(llama, tie_word_embeddings=True)
+    assert "lm_head.weight" not in open_folder(llama).names()
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def quantized(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def huge_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+
+
+def lost_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def index_without_map(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def lost_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+
+def other_shape(folder: Path) -> None:
+    edit_config(folder, intermediate_size=96)
+
+
+def unknown_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_norm.weight"] = np.ones(16, np.float32)
+    save_file(weights, folder / "model.safetensors")
+
+
+def integers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].astype(np.int8)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (no_config, "no config.json"),
+        (adapter, "give the model it was trained on"),
+        (broken_config, "config.json: not valid JSON"),
+        (quantized, r"config.json: quantization_config \(gptq\).*16-bit checkpoint"),
+        (no_weights, "no model.safetensors"),
+        (pickles, r"pytorch_model.bin.*convert"),
+        (truncated, r"model.safetensors: truncated or damaged.*download it again"),
+        (empty, r"model.safetensors: truncated or damaged"),
+        (huge_header, r"model.safetensors: truncated or damaged"),
+        (lost_shard, r"model-00002-of-00003.safetensors is missing, 1 of 3"),
+        (index_without_map, r"index.json: no weight_map"),
+        (lost_tensor, r"missing: model.layers.1.mlp.up_proj.weight$"),
+        (other_shape, r"model.layers.0.mlp.gate_proj.weight is \[128, 64\] and not \[96, 64\].*more"),
+        (unknown_tensor, r"no place for: model.layers.0.self_attn.q_norm.weight"),
+        (integers, r"lm_head.weight is stored as I8"),
+    ],
+)
+def test_unusable_folders_are_refused_in_one_line(llama: Path, damage, says: str) -> None:
+    damage(llama)
+    with pytest.raises(UserError, match=says) as e:
+        open_folder(llama)
+    assert str(llama) in str(e.value)
+    assert "\n" not in str(e.value)
