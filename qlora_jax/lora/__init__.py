@@ -1,0 +1,8 @@
+"""Low-rank adapters."""
+
+from qlora_jax.lora.adapter import Adapter as Adapter
+from qlora_jax.lora.adapter import LoraParam as LoraParam
+from qlora_jax.lora.adapter import init_adapter as init_adapter
+from qlora_jax.lora.spec import AdapterSpec as AdapterSpec
+from qlora_jax.lora.spec import plan as plan
+from qlora_jax.lora.spec import ranks_above_full as ranks_above_full

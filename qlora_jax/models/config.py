@@ -82,7 +82,9 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         )
     family = FAMILIES[kind]
     if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
+        raise UserError(
+            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; supported: silu"
+        )
     try:
         heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
         layers = int(raw["num_hidden_layers"])

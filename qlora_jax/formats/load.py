@@ -1,0 +1,99 @@
+"""From an open checkpoint to a model, one tensor in memory at a time."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.config import QuantConfig
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layers import LINEARS
+from qlora_jax.quant import QTensor, quantize
+
+PREFIX = "model.layers."
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    quant: QuantConfig | None,
+    dtype: jax.typing.DTypeLike,
+    progress: Callable[[], None] = lambda: None,
+) -> Decoder:
+    """Builds the model on the default device, quantizing each tensor as it arrives.
+
+    Peak memory is the finished model plus a few tensors; the 16-bit model never exists.
+
+    Args:
+      checkpoint: where the weights come from.
+      quant: how the layers' linears are stored; None keeps them in `dtype`. Embeddings, head,
+        norms and biases are never quantized.
+      dtype: of everything that is not quantized.
+      progress: called once per tensor read.
+
+    Raises:
+      UserError: a weight with NaN or Inf, or a codebook or block size that is not allowed.
+    """
+    outer: dict[str, jax.Array] = {}
+    stacks: dict[str, jax.Array | QTensor] = {}
+    for name in checkpoint.names():
+        array = checkpoint.read(name)
+        if not name.startswith(PREFIX):
+            outer[name] = (
+                _transposed(array, dtype) if name == "lm_head.weight" else jnp.asarray(array, dtype)
+            )
+        else:
+            layer, key = name.removeprefix(PREFIX).split(".", 1)
+            value = _value(name, array, key.removesuffix(".weight") in LINEARS, quant, dtype)
+            if key not in stacks:
+                stacks[key] = _empty(value, checkpoint.config.num_layers)
+            stacks[key] = _insert(stacks[key], value, int(layer))
+        progress()
+    return Decoder(
+        checkpoint.config,
+        outer["model.embed_tokens.weight"],
+        [stacks],
+        outer["model.norm.weight"],
+        outer.get("lm_head.weight"),
+    )
+
+
+def _value(
+    name: str,
+    array: np.ndarray,
+    linear: bool,
+    quant: QuantConfig | None,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array | QTensor:
+    if not linear or array.ndim == 1:
+        return jnp.asarray(array, dtype)
+    if quant is None:
+        return _transposed(array, dtype)
+    # float32 once, before the quantizer reads it several times
+    return quantize(
+        _transposed(array, jnp.float32),
+        quant.codebook,
+        quant.block_size,
+        quant.double_quant,
+        quant.nested_block,
+        name=name,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _transposed(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return array.T.astype(dtype)
+
+
+def _empty(value: jax.Array | QTensor, layers: int) -> jax.Array | QTensor:
+    return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), value)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(
+    stack: jax.Array | QTensor, value: jax.Array | QTensor, layer: int
+) -> jax.Array | QTensor:
+    return jax.tree.map(lambda s, v: s.at[layer].set(v), stack, value)

@@ -1,0 +1,107 @@
+"""Which linears get an adapter, of which rank and scale."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+
+from qlora_jax.config import LoraConfig
+from qlora_jax.errors import UserError
+
+SCALINGS: Mapping[str, Callable[[float, int], float]] = {
+    "alpha/r": lambda alpha, rank: alpha / rank,
+    "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
+    "constant": lambda alpha, rank: alpha,
+}
+"""How alpha becomes the factor on B·A: LoRA section 4.1, rsLoRA (arXiv 2312.03732), alpha itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter: y = x @ W + scale * (x @ A) @ B with A [in, rank] and B [rank, out]."""
+
+    rank: int
+    alpha: float
+    scale: float
+
+
+def plan(config: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> dict[str, AdapterSpec]:
+    """Chooses the adapters.
+
+    `target_modules` is all-linear (every linear but the head), a list of names (a module
+    whose path ends in one, as in PEFT) or a regular expression that must match the whole path.
+    `rank_pattern` and `alpha_pattern` keys match the end of a path, as in PEFT; the first that
+    does wins.
+
+    Args:
+      config: the section `lora`.
+      linears: module path (such as model.layers.0.self_attn.q_proj) to (in_features,
+        out_features), the head left out.
+
+    Returns:
+      The targeted paths, in the order of `linears`.
+
+    Raises:
+      UserError: a target or a pattern that matches no linear, or a malformed expression.
+    """
+    targets = [path for path in linears if _targeted(config.target_modules, path)]
+    if not targets:
+        names = sorted({path.rpartition(".")[2] for path in linears})
+        raise UserError(
+            f"lora.target_modules {config.target_modules!r} matches no linear; "
+            f"there are: {', '.join(names)}"
+        )
+    if isinstance(config.target_modules, list):
+        for name in config.target_modules:
+            _require_match("lora.target_modules", name, linears)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            _require_match(f"lora.{field}", key, linears)
+    specs = {}
+    for path in targets:
+        rank = _lookup(config.rank_pattern, path, config.rank)
+        alpha = _lookup(config.alpha_pattern, path, config.alpha)
+        specs[path] = AdapterSpec(rank, alpha, SCALINGS[config.scaling](alpha, rank))
+    return specs
+
+
+def ranks_above_full(
+    specs: Mapping[str, AdapterSpec], linears: Mapping[str, tuple[int, int]]
+) -> list[str]:
+    """Paths whose rank exceeds min(in, out): allowed, but no matrix needs it."""
+    return [path for path, spec in specs.items() if spec.rank > min(linears[path])]
+
+
+def _targeted(targets: str | list[str], path: str) -> bool:
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, list):
+        return any(_ends_in(path, name) for name in targets)
+    try:
+        return re.fullmatch(targets, path) is not None
+    except re.error as e:
+        raise UserError(
+            f"lora.target_modules {targets!r} is not a regular expression: {e}"
+        ) from None
+
+
+def _ends_in(path: str, key: str) -> bool:
+    return (
+        path == key
+        or path.endswith(f".{key}")
+        or re.fullmatch(rf"(.*\.)?({key})", path) is not None
+    )
+
+
+def _lookup(pattern: Mapping[str, float], path: str, default: float) -> float:
+    return next((value for key, value in pattern.items() if _ends_in(path, key)), default)
+
+
+def _require_match(field: str, key: str, linears: Mapping[str, tuple[int, int]]) -> None:
+    try:
+        if any(_ends_in(path, key) for path in linears):
+            return
+    except re.error as e:
+        raise UserError(f"{field}: {key!r} is not a regular expression: {e}") from None
+    names = sorted({path.rpartition(".")[2] for path in linears})
+    raise UserError(f"{field}: {key!r} matches no linear; there are: {', '.join(names)}")

@@ -1,0 +1,188 @@
+"""The decoder of the Llama-like families: embedding, scanned layers, norm and head."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.lora import AdapterSpec, init_adapter
+from qlora_jax.models.attention import visible
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.layers import KVCache, Layer, RMSNorm, Weight, project
+from qlora_jax.models.rope import rotation
+from qlora_jax.quant import QTensor
+
+REMAT: Mapping[str, Callable[[Callable], Callable]] = {
+    "none": lambda f: f,
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": jax.checkpoint,
+}
+"""Name to what wraps a layer: what the backward pass keeps of it."""
+
+
+class Decoder(nnx.Module):
+    """A causal language model over stacked weights.
+
+    Attributes:
+      embed: [vocab, hidden].
+      runs: stacks of structurally identical layers, in order; usually one.
+      head: [hidden, vocab], or None when it is the embedding's transpose.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        embed: jax.Array,
+        runs: Sequence[Mapping[str, jax.Array | QTensor]],
+        norm: jax.Array,
+        head: jax.Array | None,
+    ):
+        self.config = config
+        self.embed = Weight(embed)
+        self.runs = nnx.List([Layer(config, weights) for weights in runs])
+        self.norm = RMSNorm(norm, config.rms_norm_eps)
+        self.head = None if head is None else Weight(head)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        *,
+        dtype: jax.typing.DTypeLike,
+        remat: str = "none",
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The last layer's normalized output.
+
+        Args:
+          tokens: int32[B, T].
+          segments: int32[B, T]; a token sees only its own segment.
+          positions: int32[B, T], from 0 in each segment.
+          dtype: compute dtype.
+          remat: a key of `REMAT`.
+          key: for dropout; None is inference.
+
+        Returns:
+          dtype[B, T, hidden].
+        """
+        see = functools.partial(visible, segments, segments, positions, positions)
+        x, _ = self._layers(tokens, positions, see, dtype, remat, key, None)
+        return x
+
+    def cached(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        *,
+        dtype: jax.typing.DTypeLike,
+    ) -> tuple[jax.Array, KVCache]:
+        """Like `hidden` for one segment a row, reading and writing a cache [L, B, S, ...].
+
+        A token at position p is written to slot p and sees slots 0 to p.
+        """
+        slots = jnp.broadcast_to(jnp.arange(cache.k.shape[2]), (tokens.shape[0], cache.k.shape[2]))
+        see = functools.partial(
+            visible, jnp.zeros_like(positions), jnp.zeros_like(slots), positions, slots
+        )
+        x, cache = self._layers(tokens, positions, see, dtype, "none", None, cache)
+        return x, cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32[..., vocab]."""
+        return head_logits(hidden, self.head_weight())
+
+    def head_weight(self) -> jax.Array:
+        """[hidden, vocab]; the embedding's transpose when tied."""
+        return self.embed.get_value().T if self.head is None else self.head.get_value()
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Every layer's linears: Hugging Face module path to (in_features, out_features)."""
+        shapes = {}
+        for run, start in zip(self.runs, self._starts()):
+            for i in range(run_length(run)):
+                for path, linear in run.linears().items():
+                    shapes[f"model.layers.{start + i}.{path}"] = linear.weight.get_value().shape[
+                        -2:
+                    ]
+        return shapes
+
+    def _starts(self) -> list[int]:
+        return [0, *np.cumsum([run_length(run) for run in self.runs])][:-1]
+
+    def _layers(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        see: Callable[[jax.Array | None], jax.Array],
+        dtype: jax.typing.DTypeLike,
+        remat: str,
+        key: jax.Array | None,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, Any]:
+        config = self.config
+        x = self.embed.get_value()[tokens].astype(dtype)
+        rope = rotation(positions, config.rope, config.head_dim)
+        keys = None if key is None else jax.random.split(key, config.num_layers)
+        windowed = any(config.windows)
+        mask = see(None)
+        windows = jnp.array([w or np.iinfo(np.int32).max for w in config.windows], jnp.int32)
+        caches = []
+        for run, start in zip(self.runs, self._starts()):
+            graph, weights = nnx.split(run)
+            part = slice(start, start + run_length(run))
+
+            def body(x, xs, graph=graph):
+                weights, window, key, cache = xs
+                seen = see(window) if windowed else mask
+                return nnx.merge(graph, weights)(x, rope, seen, key, cache, positions)
+
+            xs = (weights, *jax.tree.map(lambda a, part=part: a[part], (windows, keys, cache)))
+            x, updated = jax.lax.scan(REMAT[remat](body), x, xs)
+            caches.append(updated)
+        cache = None if cache is None else jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
+        return self.norm(x), cache
+
+
+def head_logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+    """hidden[..., D] @ weight[D, vocab] in hidden's dtype, accumulated and returned in float32."""
+    return jnp.dot(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def run_length(run: Layer) -> int:
+    """Number of layers in a stack."""
+    return run.input_layernorm.weight.get_value().shape[0]
+
+
+def empty_cache(
+    config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike
+) -> KVCache:
+    """A zeroed cache [layers, batch, slots, kv_heads, head_dim]."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def attach(
+    model: Decoder,
+    specs: Mapping[str, AdapterSpec],
+    key: jax.Array,
+    *,
+    init: str = "kaiming-uniform",
+    dropout: float = 0.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> None:
+    """Gives every linear named in `specs` (Hugging Face module paths) a fresh adapter, in place."""
+    for run, start in zip(model.runs, model._starts()):
+        for path, linear in run.linears().items():
+            layers = [specs.get(f"model.layers.{start + i}.{path}") for i in range(run_length(run))]
+            key, own = jax.random.split(key)
+            if any(layers):
+                shape = linear.weight.get_value().shape[-2:]
+                linear.adapter = init_adapter(own, layers, *shape, init, dropout, dtype)

@@ -1,0 +1,134 @@
+"""The parts of a decoder layer as modules over (stacks of) weights."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax.kernels import matmul
+from qlora_jax.lora import Adapter
+from qlora_jax.models.attention import attend
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.rope import rotate
+from qlora_jax.quant import QTensor
+
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""A layer's linears, as Hugging Face names them below `model.layers.N`."""
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class KVCache(NamedTuple):
+    """Keys and values [..., B, S, kv_heads, head_dim]; slot s holds position s."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Weight(nnx.Param):
+    """A pretrained weight: an array or a QTensor. Trained by method full only."""
+
+
+class Linear(nnx.Module):
+    """x @ W + bias, plus an adapter where one was attached.
+
+    Attributes:
+      weight: [..., in, out], an array or a QTensor.
+      bias: [..., out] or None.
+      adapter: None until `adapt` sets it.
+    """
+
+    def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):
+        self.weight = Weight(weight)
+        self.bias = None if bias is None else Weight(bias)
+        self.adapter: Adapter | None = None
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        y = project(x, self.weight.get_value())
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(x.dtype)
+        return y if self.adapter is None else y + self.adapter(x, key)
+
+
+def project(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """x @ weight in x's dtype, accumulated in float32."""
+    if isinstance(weight, QTensor):
+        return matmul(x, weight)
+    y = jnp.dot(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization in float32; weight [..., features]."""
+
+    def __init__(self, weight: jax.Array, eps: float):
+        self.weight = Weight(weight)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype) * self.weight.get_value().astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """One pre-norm decoder layer, or a stack of them with a leading axis on every weight.
+
+    Args:
+      config: shapes and switches.
+      weights: Hugging Face's names below `model.layers.N.` to stacked weights, linears [L, in, out].
+    """
+
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, jax.Array | QTensor]):
+        self.config = config
+        for path in LINEARS:
+            name = path.rpartition(".")[2]
+            bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
+            setattr(self, name, Linear(weights[f"{path}.weight"], bias))
+        for name in NORMS:
+            setattr(
+                self, name, RMSNorm(cast(jax.Array, weights[f"{name}.weight"]), config.rms_norm_eps)
+            )
+
+    def linears(self) -> dict[str, Linear]:
+        """The seven linears by their path below the layer, such as self_attn.q_proj."""
+        return {path: getattr(self, path.rpartition(".")[2]) for path in LINEARS}
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        key: jax.Array | None,
+        cache: KVCache | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """One layer on x[B, T, hidden]; with a cache, keys and values go to slot `positions`."""
+        keys = (
+            dict.fromkeys(LINEARS) if key is None else dict(zip(LINEARS, jax.random.split(key, 7)))
+        )
+        head = (*x.shape[:2], -1, self.config.head_dim)
+        h = self.input_layernorm(x)
+        q = rotate(self.q_proj(h, keys["self_attn.q_proj"]).reshape(head), *rope)
+        k = rotate(self.k_proj(h, keys["self_attn.k_proj"]).reshape(head), *rope)
+        v = self.v_proj(h, keys["self_attn.v_proj"]).reshape(head)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
+            k, v = cache.k, cache.v
+        out = attend(q, k, v, mask).reshape(*x.shape[:2], -1)
+        x = x + self.o_proj(out, keys["self_attn.o_proj"])
+        h = self.post_attention_layernorm(x)
+        gate = self.gate_proj(h, keys["mlp.gate_proj"])
+        up = self.up_proj(h, keys["mlp.up_proj"])
+        return x + self.down_proj(jax.nn.silu(gate) * up, keys["mlp.down_proj"]), cache

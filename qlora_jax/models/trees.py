@@ -1,0 +1,65 @@
+"""A model as plain pytrees: what is trained, what is frozen, and how their leaves are named."""
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qlora_jax.lora import LoraParam
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layers import Weight
+from qlora_jax.quant import QTensor
+
+TRAINED = {"qlora": LoraParam, "lora": LoraParam, "full": Weight}
+"""Method to the kind of variable that is differentiated and updated; the rest is frozen."""
+
+
+def split(model: Decoder, method: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Takes a model apart into its structure, its trained tree and its frozen tree.
+
+    `nnx.merge(structure, trained, frozen)` puts it together again, inside jit as well.
+    """
+    return nnx.split(model, TRAINED[method], ...)
+
+
+def flatten(tree: Any) -> dict[str, jax.Array]:
+    """Leaves by a dotted path such as runs.0.q_proj.adapter.a, in the tree's own order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(_key(k) for k in path if _key(k)): leaf for path, leaf in leaves}
+
+
+def sha256(tree: Any) -> str:
+    """Digest of every leaf's path, dtype, shape and bytes, as hex."""
+    digest = hashlib.sha256()
+    for path, leaf in flatten(tree).items():
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {array.dtype} {array.shape}".encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def parameter_counts(model: Decoder, method: str) -> tuple[int, int]:
+    """(trained, total) parameters; zero padding of mixed ranks is not counted.
+
+    The total holds the pretrained weights and the adapters, a quantized weight counted by the
+    elements it stands for.
+    """
+    weights = jax.tree.leaves(nnx.state(model, Weight), is_leaf=lambda x: isinstance(x, QTensor))
+    base = sum(math.prod(w.shape) for w in weights)
+    adapters = sum(
+        spec.rank * sum(linear.weight.get_value().shape[-2:])
+        for run in model.runs
+        for linear in run.linears().values()
+        if linear.adapter is not None
+        for spec in linear.adapter.specs
+        if spec is not None
+    )
+    return (base if method == "full" else adapters), base + adapters
+
+
+def _key(entry: Any) -> str:
+    name = str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry))))
+    return "" if name == "value" else name
