@@ -1,0 +1,1 @@
+"""Data: sources, chat templates, loss masks, packing, the resumable loader."""

@@ -1,0 +1,53 @@
+"""Rows of a data set on the Hugging Face hub, or of a local copy of one."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_jax.errors import UserError
+
+
+def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields (row, place) of one split.
+
+    Args:
+      source: hub id, or a folder of data files.
+      name: configuration, for data sets that have several.
+      split: name of the split, in the form `datasets` takes: `train`, `train[:1000]`.
+
+    Raises:
+      UserError: no network, no such data set, configuration or split.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # Retries are announced one line each; the one error that follows says it all.
+    chatty = [logging.getLogger(n) for n in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in chatty]
+    for logger in chatty:
+        logger.setLevel(logging.ERROR)
+    try:
+        data = datasets.load_dataset(source, name, split=split)
+    except ConnectionError:
+        raise UserError(
+            f"data.source {source}: the hub cannot be reached and the data set is not in the local "
+            "cache; give a local file, or the built-in python-docs"
+        ) from None
+    except datasets.exceptions.DatasetNotFoundError:
+        raise UserError(
+            f"data.source {source}: neither a file here nor a data set on the hub that you can "
+            "read; correct it, or log in"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetsError) as e:
+        raise UserError(f"data.source {source}: {_line(e)}") from None
+    except (ValueError, OSError, RuntimeError) as e:
+        raise UserError(f"data.source {source}, split {split}: {_line(e)}") from None
+    finally:
+        for logger, level in zip(chatty, levels):
+            logger.setLevel(level)
+    for number, row in enumerate(data, 1):
+        yield dict(row), f"{source} {split} row {number}"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

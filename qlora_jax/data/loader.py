@@ -1,0 +1,179 @@
+"""Batches in an order that is a pure function of seed and epoch, so that a run can resume."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qlora_jax.config import DataConfig
+from qlora_jax.data.encode import Example
+from qlora_jax.data.packing import bucket_lengths, fill, pack
+from qlora_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Step(NamedTuple):
+    """The rows of one batch, each a list of examples, and their length."""
+
+    rows: list[list[int]]
+    length: int
+
+
+class Loader:
+    """An endless iterator over training batches.
+
+    A batch is a dict of arrays [k, B, T]: k micro-batches of B rows of T positions, as
+    `packing.fill` describes. T is `sequence_length`, or without packing one of its bucket lengths.
+
+    Every epoch holds each example exactly once. Its rows are dealt evenly over as few steps as
+    hold them, so no step is much smaller than another; the room left is filled with empty rows,
+    which carry no loss. A data set smaller than a batch is thus one step an epoch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: DataConfig,
+        *,
+        batch_size: int,
+        gradient_accumulation: int = 1,
+        seed: int = 0,
+        pad_id: int = 0,
+    ) -> None:
+        """Raises UserError when there are no examples."""
+        if not examples:
+            raise UserError(f"{config.source}: no examples to train on")
+        self._examples = examples
+        self._config = config
+        self._shape = (gradient_accumulation, batch_size)
+        self._seed = seed
+        self._pad_id = pad_id
+        self._epoch = self._step = 0
+        self._steps = self._plan(0)
+        self._fingerprint = _fingerprint(examples, config, self._shape, seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._step == len(self._steps):
+            self._epoch, self._step = self._epoch + 1, 0
+            self._steps = self._plan(self._epoch)
+        rows, length = self._steps[self._step]
+        self._step += 1
+        k, b = self._shape
+        flat = fill(rows, self._examples, length, k * b, self._pad_id)
+        return {name: array.reshape(k, b, length) for name, array in flat.items()}
+
+    @property
+    def epoch(self) -> float:
+        """Epochs passed, with the fraction of the current one."""
+        return self._epoch + self._step / len(self._steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in the current epoch; packing makes it vary a little between epochs."""
+        return len(self._steps)
+
+    def state(self) -> dict[str, Any]:
+        """The position, as plain JSON values."""
+        return {"epoch": self._epoch, "step": self._step, "fingerprint": self._fingerprint}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state()`: the batches that follow are the same, bit for bit.
+
+        Raises:
+          UserError: the state belongs to other data or other batch settings.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError(
+                "the examples, data.sequence_length, data.packing, train.batch_size, "
+                "train.gradient_accumulation or train.seed differ from the run to resume; "
+                "restore them, or start a new run"
+            )
+        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        self._steps = self._plan(self._epoch)
+
+    def _plan(self, epoch: int) -> list[Step]:
+        rng = np.random.default_rng([self._seed, epoch])
+        k, b = self._shape
+        lengths = [len(e.ids) - 1 for e in self._examples]
+        return plan_epoch(lengths, self._config, k * b, rng)
+
+
+def plan_epoch(
+    lengths: Sequence[int], config: DataConfig, rows_per_step: int, rng: np.random.Generator
+) -> list[Step]:
+    """The steps of one epoch.
+
+    Args:
+      lengths: positions each example takes.
+      config: sequence_length and packing are read.
+      rows_per_step: rows in a batch, all micro-batches together.
+      rng: shuffles examples, rows and batches.
+    """
+    order = rng.permutation(len(lengths)).tolist()
+    capacity = config.sequence_length
+    if config.packing:
+        rows = pack(lengths, capacity, order)
+        rows = [rows[i] for i in rng.permutation(len(rows))]
+        return deal(rows, capacity, rows_per_step)
+    steps: list[Step] = []
+    waiting: list[int] = []
+    low = 0
+    for length in bucket_lengths(capacity):
+        # What does not fill a batch joins the next longer rows, in front: its turn comes first.
+        waiting += [i for i in order if low < lengths[i] <= length]
+        whole = len(waiting) - len(waiting) % rows_per_step if length < capacity else len(waiting)
+        steps += deal([[i] for i in waiting[:whole]], length, rows_per_step)
+        waiting, low = waiting[whole:], length
+    return [steps[i] for i in rng.permutation(len(steps))]
+
+
+def deal(rows: Sequence[list[int]], length: int, rows_per_step: int) -> list[Step]:
+    """Deals rows over the fewest steps that hold them, as evenly as can be."""
+    count = -(-len(rows) // rows_per_step)
+    edges = [i * len(rows) // count for i in range(count + 1)] if count else [0]
+    return [Step(list(rows[a:b]), length) for a, b in itertools.pairwise(edges)]
+
+
+def held_out_batches(
+    examples: Sequence[Example],
+    config: DataConfig,
+    batch_size: int,
+    max_rows: int,
+    pad_id: int = 0,
+) -> list[Batch]:
+    """Evaluation batches: dicts of arrays [B, T], always the same ones in the same order.
+
+    Which rows are taken when there are more than `max_rows` depends on the examples alone, not on
+    the run's seed. The last batch of each row length is filled up with empty rows.
+    """
+    lengths = [len(e.ids) - 1 for e in examples]
+    order = np.random.default_rng(0).permutation(len(examples)).tolist()
+    capacity = config.sequence_length
+    if config.packing:
+        groups = {capacity: pack(lengths, capacity, order)[:max_rows]}
+    else:
+        groups = {length: [] for length in bucket_lengths(capacity)}
+        for i in order[:max_rows]:
+            groups[next(b for b in groups if b >= lengths[i])].append([i])
+    return [
+        fill(rows[i : i + batch_size], examples, length, batch_size, pad_id)
+        for length, rows in groups.items()
+        for i in range(0, len(rows), batch_size)
+    ]
+
+
+def _fingerprint(
+    examples: Sequence[Example], config: DataConfig, shape: tuple[int, int], seed: int
+) -> str:
+    digest = hashlib.sha256(repr((config.sequence_length, config.packing, shape, seed)).encode())
+    for example in examples:
+        digest.update(len(example.ids).to_bytes(4, "little"))
+        digest.update(example.ids.tobytes())
+        digest.update(example.target.tobytes())
+    return digest.hexdigest()[:16]

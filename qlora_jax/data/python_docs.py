@@ -1,0 +1,209 @@
+"""A data set that is always there: the documentation strings of the running Python."""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.data.records import Chat, Prompt, Record, Text
+
+QUESTION = "What does `{name}` do?"
+MAX_ANSWER = 600
+MIN_ANSWER = 20
+SKIPPED = frozenset(
+    (
+        "antigravity",
+        "dist-packages",
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "msilib",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "this",
+        "turtledemo",
+    )
+)
+# Modules written in C. Importing them has no side effect.
+COMPILED = (
+    "array",
+    "atexit",
+    "binascii",
+    "builtins",
+    "cmath",
+    "datetime",
+    "errno",
+    "faulthandler",
+    "fcntl",
+    "gc",
+    "itertools",
+    "marshal",
+    "math",
+    "mmap",
+    "resource",
+    "select",
+    "sys",
+    "syslog",
+    "termios",
+    "time",
+    "unicodedata",
+    "zlib",
+)
+COMPILED_PART = (
+    ("posix", "os"),
+    ("_collections", "collections"),
+    ("_functools", "functools"),
+    ("_io", "io"),
+    ("_socket", "socket"),
+    ("_ssl", "ssl"),
+    ("_struct", "struct"),
+)
+"""Compiled halves of modules, and the names they are used under."""
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[Record]:
+    """One record for each documented public function, class and method of the standard library.
+
+    Python sources are parsed and never imported. The order is alphabetical.
+
+    Args:
+      format: auto and chat give conversations that ask `What does `shutil.copytree` do?`; prompt
+        gives the same as prompt and completion; text gives whole documentation strings and the
+        language reference, without questions.
+      dropped: counts what is left out: answers that occur more than once (all of them), and those
+        shorter than twenty characters.
+    """
+    dropped = Counter() if dropped is None else dropped
+    docs = documented()
+    if format == "text":
+        texts = {name: f"{name}\n\n{doc}\n" for name, doc in docs.items()} | _topics()
+        return [Text(text=text, where=f"python-docs {name}") for name, text in texts.items()]
+    answers = {name: answer(doc) for name, doc in docs.items()}
+    uses = Counter(answers.values())
+    dropped["short"] += sum(len(a) < MIN_ANSWER for a in answers.values())
+    dropped["answer occurs twice"] += sum(
+        uses[a] > 1 for a in answers.values() if len(a) >= MIN_ANSWER
+    )
+    return [
+        _record(format, QUESTION.format(name=name), text, f"python-docs {name}")
+        for name, text in answers.items()
+        if len(text) >= MIN_ANSWER and uses[text] == 1
+    ]
+
+
+def documented() -> dict[str, str]:
+    """Dotted public name to cleaned documentation string, sorted by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        module = _module(path.relative_to(root))
+        if module:
+            found.update(_parse(path, module))
+    for name, public in (*((m, m) for m in COMPILED), *COMPILED_PART):
+        with contextlib.suppress(ImportError):
+            for key, doc in _inspect(importlib.import_module(name), public):
+                found.setdefault(key, doc)
+    return dict(sorted(found.items()))
+
+
+def answer(doc: str) -> str:
+    """The prose a documentation string opens with, one paragraph a line, at most 600 characters.
+
+    It stops before the first paragraph that is a list, an example or a table, or introduces one; a
+    signature at the start is left out.
+    """
+    kept: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", doc.strip()):
+        lines = paragraph.splitlines()
+        if not kept and re.match(r"[\w.]+\(.*\)( ?->.*)?$", lines[0]):
+            lines = [line.strip() for line in lines[1:]]
+            if not lines:
+                continue
+        if not _is_prose(lines):
+            break
+        text = " ".join(" ".join(lines).split())
+        if sum(map(len, kept)) + len(kept) + len(text) > MAX_ANSWER or text.endswith(":"):
+            break
+        kept.append(text)
+    return "\n".join(kept)
+
+
+def _record(format: str, question: str, text: str, where: str) -> Record:
+    if format == "prompt":
+        return Prompt(prompt=f"{question}\n", completion=text, where=where)
+    turns = ({"role": "user", "content": question}, {"role": "assistant", "content": text})
+    return Chat(messages=turns, where=where)  # type: ignore[arg-type]
+
+
+def _is_prose(lines: list[str]) -> bool:
+    marks = (" ", "\t", ">>>", "- ", "* ", "+-", "|", "::", ".. ", "==", "--", "@", ":param")
+    return bool(lines) and not any(line.startswith(marks) for line in lines)
+
+
+def _module(path: Path) -> str | None:
+    parts = [*path.parts[:-1], path.stem]
+    if parts[-1] == "__init__":
+        parts.pop()
+    public = all(p.isidentifier() and not p.startswith("_") and p not in SKIPPED for p in parts)
+    return ".".join(parts) if parts and public else None
+
+
+def _parse(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    yield from _definitions(tree.body, module)
+
+
+def _definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
+    for node in body:
+        if isinstance(node, DEFINITIONS):
+            if node.name.startswith("_"):
+                continue
+            name = f"{prefix}.{node.name}"
+            if doc := ast.get_docstring(node):
+                yield name, doc
+            if isinstance(node, ast.ClassDef):
+                yield from _definitions(node.body, name)
+        elif isinstance(node, ast.If | ast.Try):
+            yield from _definitions([*node.body, *node.orelse], prefix)
+
+
+def _inspect(module: Any, public: str) -> Iterator[tuple[str, str]]:
+    prefix = "" if public == "builtins" else f"{public}."
+    for name, value in _public(module):
+        if not (inspect.isroutine(value) or inspect.isclass(value)):
+            continue
+        if doc := inspect.getdoc(value):
+            yield prefix + name, doc
+        if inspect.isclass(value):
+            for method, member in _public(value):
+                if inspect.isroutine(member) and (doc := getattr(member, "__doc__", None)):
+                    yield f"{prefix}{name}.{method}", inspect.cleandoc(doc)
+
+
+def _public(holder: Any) -> list[tuple[str, Any]]:
+    return sorted((n, v) for n, v in vars(holder).items() if not n.startswith("_"))
+
+
+def _topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return {}
+    return {f"topic {name}": text for name, text in sorted(topics.items())}

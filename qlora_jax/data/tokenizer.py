@@ -1,0 +1,216 @@
+"""One tokenizer type for everybody: plain ids and character offsets, and the chat template."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.data.records import Message
+from qlora_jax.errors import UserError
+from qlora_jax.formats.quiet import quiet_transformers
+
+FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
+PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Tokenizer:
+    """A transformers fast tokenizer with its special ids worked out.
+
+    Attributes:
+      fast: the transformers.PreTrainedTokenizerFast itself.
+      source: where it came from, for messages.
+      eos_id: ends a document.
+      pad_id: fills empty positions. It may equal another id: masks never depend on it.
+      bos_id: put before raw text, or None where the tokenizer adds none.
+      stop_ids: ids that end generation: eos and the chat template's end of turn.
+      vocab_size: every id is below this. A model's embedding may have more rows.
+    """
+
+    fast: Any
+    source: str
+    eos_id: int
+    pad_id: int
+    bos_id: int | None
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.fast.chat_template)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The stop ids as they are written in rendered text."""
+        return tuple(self.fast.convert_ids_to_tokens(list(self.stop_ids)))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text as it is: nothing is added, special tokens written in it are honoured."""
+        return self.fast.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids, and for each the characters it covers: i64[n, 2], start and end.
+
+        A token of spaces alone may be empty, its start moved up to its end.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """`encode_with_offsets` of many texts, in parallel."""
+        encodings = self.fast.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(e.ids, np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return self.fast.backend_tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+        )
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The conversation through the chat template.
+
+        Raises:
+          UserError: there is no template, or it refuses the conversation.
+        """
+        return self.render_marked(messages, add_generation_prompt, marked=False)[0]
+
+    def render_marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, marked: bool = True
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """`render`, and the character spans inside the template's `{% generation %}` blocks."""
+        import jinja2
+
+        with quiet_transformers():
+            from transformers.utils.chat_template_utils import render_jinja_template
+        try:
+            conversation: list[Any] = list(messages)
+            rendered: Any = render_jinja_template(
+                conversations=[conversation],
+                chat_template=self._template(),
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=marked,
+                **self.fast.special_tokens_map,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as e:
+            raise UserError(f"the chat template of {self.source} refuses it: {_line(e)}") from None
+        texts, spans = rendered
+        return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []
+
+    @property
+    def template_marks_answers(self) -> bool:
+        """Whether the chat template says itself, by `{% generation %}`, what the model writes."""
+        return "generation %}" in self._template().replace("-%}", " %}").replace("  ", " ")
+
+    def _template(self) -> str:
+        if not self.has_chat_template:
+            raise UserError(
+                f"{self.source}: the tokenizer has no chat template; use an instruct model, or "
+                "prompt/completion data (data.format: prompt)"
+            )
+        return self.fast.get_chat_template()
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder or of a .gguf file.
+
+    Raises:
+      UserError: no tokenizer there, or one that cannot be used.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from qlora_jax.formats.gguf_tokenizer import load_fast_tokenizer
+
+        return wrap(load_fast_tokenizer(path), str(path))
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; a tokenizer is a Hugging Face folder or a .gguf")
+    if not any((path / name).is_file() for name in FOLDER_FILES):
+        raise UserError(f"{path}: no tokenizer.json in it; copy the tokenizer's files there")
+
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+    try:
+        fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as e:  # transformers raises a dozen types here, Exception itself among them
+        raise UserError(f"{path}: the tokenizer cannot be loaded: {_line(e)}") from None
+    if not getattr(fast, "is_fast", False):
+        raise UserError(f"{path}: the tokenizer has no fast version; add its tokenizer.json")
+    return wrap(fast, str(path), _end_ids(path))
+
+
+def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
+    """Works out the special ids of a transformers fast tokenizer.
+
+    Args:
+      fast: a transformers.PreTrainedTokenizerFast; its truncation and padding are switched off.
+      source: file or folder to name in messages.
+      end_ids: further ids that end generation, as a model's generation_config.json lists them;
+        the first stands in for an eos that the tokenizer does not name.
+
+    Raises:
+      UserError: no end-of-text token is known.
+    """
+    fast.backend_tokenizer.no_truncation()
+    fast.backend_tokenizer.no_padding()
+    vocabulary = fast.get_vocab()
+    eos = fast.eos_token_id if fast.eos_token_id is not None else next(iter(end_ids), None)
+    if eos is None:
+        raise UserError(
+            f"{source}: the tokenizer names no end-of-text token; "
+            'set "eos_token" in its tokenizer_config.json'
+        )
+    pads = [fast.pad_token_id, *(vocabulary.get(name) for name in PADDING_TOKENS), eos]
+    tokenizer = Tokenizer(
+        fast=fast,
+        source=source,
+        eos_id=eos,
+        pad_id=next(i for i in pads if i is not None),
+        bos_id=_added_bos(fast),
+        stop_ids=tuple(dict.fromkeys([eos, *end_ids])),
+        vocab_size=max(vocabulary.values()) + 1,
+    )
+    turn = _end_of_turn(tokenizer)
+    if turn is None or turn in tokenizer.stop_ids:
+        return tokenizer
+    return dataclasses.replace(tokenizer, stop_ids=(*tokenizer.stop_ids, turn))
+
+
+def _added_bos(fast: Any) -> int | None:
+    bos = fast.bos_token_id
+    ids = fast.backend_tokenizer.encode("a", add_special_tokens=True).ids
+    return bos if bos is not None and ids[:1] == [bos] else None
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The special token that the template writes right after an answer."""
+    if not tokenizer.has_chat_template:
+        return None
+    try:
+        text = tokenizer.render(PROBE, add_generation_prompt=False)
+    except UserError:
+        return None
+    tail = tokenizer.encode(text.rpartition("answer")[2].lstrip())
+    added = tokenizer.fast.added_tokens_decoder
+    return tail[0] if tail and tail[0] in added and added[tail[0]].special else None
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, else of config.json: a number, a list or absent."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if all(isinstance(i, int) for i in ids):
+            return tuple(ids)
+    return ()
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
