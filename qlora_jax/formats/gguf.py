@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +151,16 @@ def _config(header: GgufHeader, found: dict[str, GgufTensor], path: Path) -> Dec
         if key.startswith(f"{architecture}.")
     }
 
-    def number(key: str) -> Any:
-        value = metadata.get(key)
-        if not isinstance(value, int | float):
+    def number(key: str, default: Any = None) -> Any:
+        value = metadata.get(key, default)
+        if not isinstance(value, int | float) or not value > 0:
             raise UserError(
-                f"{path}: metadata {architecture}.{key} is {value!r}; expected one number"
+                f"{path}: metadata {architecture}.{key} is {value!r}; expected a positive number"
             )
         return value
 
     heads = number("attention.head_count")
-    head_dim = metadata.get("attention.key_length") or number("embedding_length") // heads
+    head_dim = number("attention.key_length", number("embedding_length") // heads)
     rotated = metadata.get("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UserError(
@@ -181,9 +182,7 @@ def _config(header: GgufHeader, found: dict[str, GgufTensor], path: Path) -> Dec
             "intermediate_size": number("feed_forward_length"),
             "num_hidden_layers": number("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": number("attention.head_count_kv")
-            if "attention.head_count_kv" in metadata
-            else heads,
+            "num_key_value_heads": number("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "max_position_embeddings": number("context_length"),
             "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
@@ -194,34 +193,36 @@ def _config(header: GgufHeader, found: dict[str, GgufTensor], path: Path) -> Dec
     first = "model.layers.0"
     return dataclasses.replace(
         config,
-        rope=_rope(metadata, header, head_dim, path),
+        rope=_rope(number, metadata.get("rope.scaling.type", "none"), header, head_dim, path),
         qkv_bias=f"{first}.self_attn.q_proj.bias" in found,
         output_bias=f"{first}.self_attn.o_proj.bias" in found,
         mlp_bias=f"{first}.mlp.down_proj.bias" in found,
     )
 
 
-def _rope(metadata: dict[str, Any], header: GgufHeader, head_dim: int, path: Path) -> Rope:
-    theta = float(metadata.get("rope.freq_base", 10000.0))
+def _rope(
+    number: Callable[..., Any], kind: Any, header: GgufHeader, head_dim: int, path: Path
+) -> Rope:
+    theta = float(number("rope.freq_base", 10000.0))
     if ROPE_TABLE in header.tensors:
         return _llama3_rope(theta, _read(path, header.tensors[ROPE_TABLE]), head_dim, path)
-    kind = metadata.get("rope.scaling.type", "none")
     if kind == "none":
         return Rope(theta=theta)
     if kind == "linear":
-        return Rope(theta=theta, kind="linear", factor=float(metadata["rope.scaling.factor"]))
+        return Rope(theta=theta, kind="linear", factor=float(number("rope.scaling.factor")))
     raise UserError(
         f"{path}: rope scaling {kind!r} is not supported; supported: none, linear, llama3"
     )
 
 
 def _llama3_rope(theta: float, table: np.ndarray, head_dim: int, path: Path) -> Rope:
-    factor = round(float(table.max()), 4)
+    factor = max(round(float(table.max(initial=1)), 4), 1.0)
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
     length = LLAMA3["original_max_position_embeddings"]
     turns = length / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
     blend = np.clip((turns - low) / (high - low), 0, 1)
-    if not np.allclose(table, 1 / ((1 - blend) / factor + blend), rtol=1e-4):
+    expected = 1 / ((1 - blend) / factor + blend)
+    if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-4):
         raise UserError(
             f"{path}: {ROPE_TABLE} is not Llama 3.1's rope scaling; give a Hugging Face folder"
         )

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,10 +96,9 @@ class _Stream:
             layout = SCALARS[item]
             data = self.bytes(count * struct.calcsize(layout))
             return list(struct.unpack(f"<{count}{layout[1]}", data))
-        read: Callable[[], Any] = (
-            self.text if item == GGUFValueType.STRING else lambda: self.value(item)
-        )
-        return [read() for _ in range(count)]
+        if item != GGUFValueType.STRING:
+            raise ValueError("an array of arrays")
+        return [self.text() for _ in range(count)]
 
 
 def _read(stream: _Stream, path: Path) -> GgufHeader:
@@ -122,6 +120,8 @@ def _read(stream: _Stream, path: Path) -> GgufHeader:
         shape = tuple(stream.scalar("<Q") for _ in range(stream.scalar("<I")))[::-1]
         table[name] = (shape, stream.scalar("<I"), stream.scalar("<Q"))
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-stream.position // alignment) * alignment
     tensors = {n: _tensor(n, s, t, start + o, path) for n, (s, t, o) in table.items()}
     end = max((t.offset + t.nbytes for t in tensors.values()), default=0)

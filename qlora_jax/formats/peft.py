@@ -125,7 +125,12 @@ def write_adapter(
             (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if folder.exists():
                 os.replace(folder, old)
-            os.replace(new, folder)
+            try:
+                os.replace(new, folder)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
     except (OSError, SafetensorError) as e:
         problem = storage_error(folder.parent, e)
         if problem is None:
@@ -269,6 +274,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; an adapter in PEFT's format has one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON ({e}); export the adapter again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; export the adapter again")
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported: LORA"

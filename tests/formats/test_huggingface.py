@@ -81,7 +81,8 @@ def test_bfloat16_can_be_read_in_a_fresh_process(llama: Path) -> None:
         {n: w.astype(ml_dtypes.bfloat16) for n, w in weights.items()}, llama / "model.safetensors"
     )
     program = (
-        "import sys; from pathlib import Path; from qlora_jax.formats.huggingface import open_folder\n"
+        "import sys; from pathlib import Path\n"
+        "from qlora_jax.formats.huggingface import open_folder\n"
         "print(open_folder(Path(sys.argv[1])).read('model.norm.weight').dtype)"
     )
     done = subprocess.run(
@@ -191,7 +192,10 @@ def integers(folder: Path) -> None:
         (lost_shard, r"model-00002-of-00003.safetensors is missing, 1 of 3"),
         (index_without_map, r"index.json: no weight_map"),
         (lost_tensor, r"missing: model.layers.1.mlp.up_proj.weight$"),
-        (other_shape, r"model.layers.0.mlp.gate_proj.weight is \[128, 64\] and not \[96, 64\].*more"),
+        (
+            other_shape,
+            r"model.layers.0.mlp.gate_proj.weight is \[128, 64\] and not \[96, 64\].*more",
+        ),
         (unknown_tensor, r"no place for: model.layers.0.self_attn.q_norm.weight"),
         (integers, r"lm_head.weight is stored as I8"),
     ],

@@ -1,0 +1,235 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.errors import UserError
+from qlora_jax.formats.peft import Adapter, factor, read_adapter, write_adapter
+
+Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+UP1 = "model.layers.1.mlp.up_proj"
+
+
+def make(rank: int, alpha: float, columns: int = 0, dtype: type = np.float32) -> Adapter:
+    """A random adapter [64 -> 32], padded with zeros to `columns`."""
+    random = np.random.default_rng(rank)
+    width = max(columns, rank)
+    a, b = np.zeros((64, width), dtype), np.zeros((width, 32), dtype)
+    a[:, :rank] = random.normal(size=(64, rank))
+    b[:rank] = random.normal(size=(rank, 32))
+    return Adapter(a, b, alpha, rank)
+
+
+def config(folder: Path) -> dict:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+@pytest.fixture
+def reference(models: Path, tmp_path: Path) -> Path:
+    """A copy of an adapter that PEFT wrote, to damage."""
+    return Path(shutil.copytree(models / "llama" / "peft_lora", tmp_path / "reference"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(config(folder) | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling"), [("peft_lora", "alpha/r"), ("peft_rslora", "alpha/sqrt(r)")]
+)
+def test_what_peft_wrote_survives_reading_and_writing(
+    models: Path, tmp_path: Path, name: str, scaling: str
+) -> None:
+    original = models / "llama" / name
+    adapter = read_adapter(original)
+    assert adapter.scaling == scaling
+    assert len(adapter.adapters) == 21
+    assert {(a.rank, a.alpha) for a in adapter.adapters.values()} == {(8, 16)}
+    assert adapter.adapters["model.layers.0.mlp.down_proj"].a.shape == (128, 8)
+    write_adapter(tmp_path / "out", adapter.adapters, base_name="llama", scaling=adapter.scaling)
+    before = load_file(original / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key], tensor)
+    theirs, ours = config(original), config(tmp_path / "out")
+    assert sorted(theirs.pop("target_modules")) == ours.pop("target_modules")
+    assert ours == {key: theirs[key] for key in ours}
+
+
+def test_tensors_are_the_transposes(tmp_path: Path) -> None:
+    adapter = make(4, 8)
+    write_adapter(tmp_path / "a", {Q0: adapter}, base_name="m")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    prefix = f"base_model.model.{Q0}"
+    np.testing.assert_array_equal(tensors[f"{prefix}.lora_A.weight"], adapter.a.T)
+    np.testing.assert_array_equal(tensors[f"{prefix}.lora_B.weight"], adapter.b.T)
+
+
+def test_other_ranks_and_alphas_become_patterns(tmp_path: Path) -> None:
+    adapters = {Q0: make(4, 8), Q1: make(4, 8), UP1: make(2, 6.5)}
+    write_adapter(tmp_path / "a", adapters, base_name="m")
+    written = config(tmp_path / "a")
+    assert (written["r"], written["lora_alpha"]) == (4, 8)
+    assert written["rank_pattern"] == {UP1: 2}
+    assert written["alpha_pattern"] == {UP1: 6.5}
+    for path, adapter in read_adapter(tmp_path / "a").adapters.items():
+        assert (adapter.rank, adapter.alpha) == (adapters[path].rank, adapters[path].alpha)
+
+
+def test_padding_and_rank_zero_are_left_out(tmp_path: Path) -> None:
+    adapters = {Q0: make(4, 8, columns=8), Q1: make(0, 8, columns=8)}
+    write_adapter(tmp_path / "a", adapters, base_name="m")
+    read = read_adapter(tmp_path / "a").adapters
+    assert list(read) == [Q0]
+    np.testing.assert_array_equal(read[Q0].a, adapters[Q0].a[:, :4])
+    np.testing.assert_array_equal(read[Q0].b, adapters[Q0].b[:4])
+
+
+def test_constant_scaling_keeps_the_factor_at_every_rank(tmp_path: Path) -> None:
+    adapters = {Q0: make(4, 0.5), UP1: make(8, 0.5)}
+    write_adapter(tmp_path / "a", adapters, base_name="m", scaling="constant")
+    read = read_adapter(tmp_path / "a")
+    assert read.scaling == "alpha/r"
+    assert {factor(a, read.scaling) for a in read.adapters.values()} == {0.5}
+
+
+def test_factors() -> None:
+    adapter = make(16, 32)
+    assert factor(adapter, "alpha/r") == 2
+    assert factor(adapter, "alpha/sqrt(r)") == 8
+    assert factor(adapter, "constant") == 32
+
+
+@pytest.mark.parametrize(
+    ("paths", "targets"),
+    [
+        ([Q0, Q1], ["q_proj"]),
+        ([Q0, Q1, "lm_head"], ["lm_head", "q_proj"]),
+        ([Q1], [Q1]),
+        ([Q0, Q1, UP1], [UP1, Q0, Q1]),
+    ],
+)
+def test_short_target_names_only_where_they_claim_no_more(tmp_path, paths, targets) -> None:
+    write_adapter(tmp_path / "a", {path: make(4, 8) for path in paths}, base_name="m")
+    assert sorted(config(tmp_path / "a")["target_modules"]) == sorted(targets)
+
+
+def test_bfloat16_adapters(tmp_path: Path) -> None:
+    adapter = make(4, 8, dtype=ml_dtypes.bfloat16)
+    write_adapter(tmp_path / "a", {Q0: adapter}, base_name="m", dropout=0.1)
+    read = read_adapter(tmp_path / "a")
+    assert read.dropout == 0.1
+    assert read.adapters[Q0].a.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(read.adapters[Q0].a, adapter.a)
+
+
+def test_patterns_match_by_suffix_and_expression_as_in_peft(reference: Path) -> None:
+    edit_config(reference, alpha_pattern={"layers.1.mlp.up_proj": 3, ".*[qk]_proj": 5, "q_proj": 7})
+    read = read_adapter(reference).adapters
+    assert read["model.layers.1.mlp.up_proj"].alpha == 3
+    assert read["model.layers.0.mlp.up_proj"].alpha == 16
+    assert read[Q0].alpha == 5
+
+
+def test_writing_again_replaces_the_adapter(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", {Q0: make(4, 8)}, base_name="m")
+    write_adapter(tmp_path / "a", {UP1: make(2, 8)}, base_name="m")
+    assert list(read_adapter(tmp_path / "a").adapters) == [UP1]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_write_leaves_the_old_adapter(tmp_path: Path, monkeypatch) -> None:
+    write_adapter(tmp_path / "a", {Q0: make(4, 8)}, base_name="m")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("qlora_jax.formats.peft.save_file", fail)
+    with pytest.raises(RuntimeError):
+        write_adapter(tmp_path / "a", {UP1: make(2, 8)}, base_name="m")
+    assert list(read_adapter(tmp_path / "a").adapters) == [Q0]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_swap_puts_the_old_adapter_back(tmp_path: Path, monkeypatch) -> None:
+    write_adapter(tmp_path / "a", {Q0: make(4, 8)}, base_name="m")
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(tmp_path / "a", {UP1: make(2, 8)}, base_name="m")
+    assert list(read_adapter(tmp_path / "a").adapters) == [Q0]
+
+
+def test_never_replaces_other_files(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes.txt"):
+        write_adapter(tmp_path, {Q0: make(4, 8)}, base_name="m")
+    with pytest.raises(UserError, match="a file is in the way"):
+        write_adapter(tmp_path / "notes.txt", {Q0: make(4, 8)}, base_name="m")
+    with pytest.raises(UserError, match="nothing to write"):
+        write_adapter(tmp_path / "a", {Q0: make(0, 8)}, base_name="m")
+
+
+def without(key: str, *more: tuple[str, np.ndarray]):
+    def damage(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors = {k: v for k, v in tensors.items() if key not in k} | dict(more)
+        save_file(tensors, path)
+
+    return damage
+
+
+def setting(**changes: object):
+    return lambda folder: edit_config(folder, **changes)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (without(f"{Q0}.lora_A"), rf"missing: base_model.model.{Q0}.lora_A.weight"),
+        (without("q_proj"), "missing: any module q_proj"),
+        (without("lora"), "missing: any module"),
+        (
+            without("nothing", (f"base_model.model.{Q0}.lora_magnitude_vector", np.ones(64))),
+            "unexpected tensors: .*lora_magnitude_vector",
+        ),
+        (truncate, "truncated or damaged"),
+        (
+            lambda f: (f / "adapter_model.safetensors").unlink(),
+            "adapter_model.safetensors: no such",
+        ),
+        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
+        (setting(r=4), r"has A \[8, 128\] and B \[64, 8\], but adapter_config.json says rank 4"),
+        (setting(peft_type="IA3"), "peft_type 'IA3' is not supported"),
+        (setting(use_dora=True), "use_dora is set"),
+        (setting(modules_to_save=["lm_head"]), "modules_to_save is set"),
+        (setting(bias="all"), "bias 'all' is not supported"),
+        (setting(init_lora_weights="pissa"), "'pissa' changes the base weights"),
+    ],
+)
+def test_unusable_adapters_are_refused(reference: Path, damage, says: str) -> None:
+    damage(reference)
+    with pytest.raises(UserError, match=says) as e:
+        read_adapter(reference)
+    assert str(reference) in str(e.value)
+    assert "\n" not in str(e.value)

@@ -1,0 +1,82 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.errors as hub
+import pytest
+
+from qlora_jax.config import ModelConfig
+from qlora_jax.errors import UserError
+from qlora_jax.formats import source
+from qlora_jax.formats.source import open_checkpoint
+
+
+@pytest.fixture
+def snapshot(monkeypatch: pytest.MonkeyPatch):
+    """Stands in for the hub: records what is asked for and gives a folder or raises."""
+    calls: list[tuple[str, str | None]] = []
+
+    def install(result) -> list[tuple[str, str | None]]:
+        def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+            calls.append((repository, revision))
+            if isinstance(result, Exception):
+                raise result
+            return str(result)
+
+        monkeypatch.setattr(source, "snapshot_download", download)
+        return calls
+
+    return install
+
+
+def test_opens_a_folder(models: Path) -> None:
+    assert open_checkpoint(ModelConfig(path=str(models / "qwen2"))).config.family == "qwen2"
+
+
+def test_opens_a_builtin_model(builtin_gguf: Path) -> None:
+    assert open_checkpoint(ModelConfig(path="smollm2-135m-instruct")).path == builtin_gguf
+    assert open_checkpoint(ModelConfig(path=str(builtin_gguf))).path == builtin_gguf
+
+
+def test_opens_a_hub_id_at_its_revision(models: Path, snapshot) -> None:
+    calls = snapshot(models / "llama")
+    checkpoint = open_checkpoint(ModelConfig(path="owner/name", revision="v1"))
+    assert checkpoint.path == models / "llama"
+    assert calls == [("owner/name", "v1")]
+
+
+@pytest.mark.parametrize(
+    "path", ["./model", "/no/model", "model.gguf", "a/b/c", "~/model", "m.json"]
+)
+def test_a_missing_local_path_never_asks_the_hub(path: str, snapshot) -> None:
+    calls = snapshot(AssertionError("asked the hub"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_checkpoint(ModelConfig(path=path))
+    assert calls == []
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None, status_code=404)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (hub.RepositoryNotFoundError("x", response=RESPONSE), "owner/name: no such model"),
+        (hub.RevisionNotFoundError("x", response=RESPONSE), "has no revision 'v9'"),
+        (hub.GatedRepoError("x", response=RESPONSE), "access is restricted"),
+        (hub.LocalEntryNotFoundError("x"), "not in the local hub cache"),
+        (hub.HFValidationError("x"), "not a folder, a file, a hub id"),
+        (hub.HfHubHTTPError("down\nfor now", response=RESPONSE), r"download failed \(down\)"),
+    ],
+)
+def test_hub_failures_are_one_line(error: Exception, says: str, snapshot) -> None:
+    snapshot(error)
+    with pytest.raises(UserError, match=says) as e:
+        open_checkpoint(ModelConfig(path="owner/name", revision="v9"))
+    assert "\n" not in str(e.value)
+
+
+def test_other_files_and_needless_revisions_are_refused(models: Path) -> None:
+    with pytest.raises(UserError, match="give the folder"):
+        open_checkpoint(ModelConfig(path=str(models / "llama" / "model.safetensors")))
+    with pytest.raises(UserError, match=r"model\.revision"):
+        open_checkpoint(ModelConfig(path=str(models / "llama"), revision="main"))
