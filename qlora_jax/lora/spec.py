@@ -13,7 +13,7 @@ SCALINGS: Mapping[str, Callable[[float, int], float]] = {
     "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
     "constant": lambda alpha, rank: alpha,
 }
-"""How alpha becomes the factor on B·A: LoRA section 4.1, rsLoRA (arXiv 2312.03732), alpha itself."""
+"""How alpha becomes the factor on B·A: LoRA section 4.1, rsLoRA (arXiv 2312.03732), or as it is."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(qkv_bias=False, output_bias=False, window_by_default=4096),
     "qwen2": Family(qkv_bias=True, output_bias=False),
 }
-"""The supported values of `model_type`. A new family is a row here when the decoder has its parts."""
+"""The supported values of `model_type`; a family whose parts the decoder has is a row here."""
 
 ROPE_KINDS = ("default", "linear", "llama3")
 

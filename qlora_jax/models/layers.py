@@ -86,7 +86,7 @@ class Layer(nnx.Module):
 
     Args:
       config: shapes and switches.
-      weights: Hugging Face's names below `model.layers.N.` to stacked weights, linears [L, in, out].
+      weights: Hugging Face's names below `model.layers.N.` to stacks, linears [L, in, out].
     """
 
     def __init__(self, config: DecoderConfig, weights: Mapping[str, jax.Array | QTensor]):
