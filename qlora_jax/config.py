@@ -5,6 +5,7 @@ This file is the whole list of settings; the string under a field is its documen
 """
 
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import json
@@ -25,8 +26,8 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 FloatType = Literal["float32", "bfloat16", "float16"]
 
@@ -214,8 +215,10 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     path = Path(path)
     try:
         tree = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such config file") from None
+    except PermissionError:
+        raise UserError(f"{path}: not readable by this user; change its permissions") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is YAML") from None
     except MarkedYAMLError as e:
@@ -245,7 +248,7 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
 
 def to_tree(config: Config) -> dict[str, Any]:
     """The config as plain nested dicts, every default written out."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload]
+    return dataclasses.asdict(config)
 
 
 def dump(config: Config, path: Path) -> None:
@@ -253,6 +256,7 @@ def dump(config: Config, path: Path) -> None:
     with path.open("w", encoding="utf-8") as f:
         writer = YAML()
         writer.default_flow_style = False
+        writer.allow_unicode = False  # U+0085 would be written as it is and read back as a space
         writer.dump(to_tree(config), f)
 
 
@@ -277,7 +281,11 @@ def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
         if dataclasses.is_dataclass(info.annotation):
             yield from settings(typing.cast(type, info.annotation), f"{prefix}{name}.")
         else:
-            default = "required" if info.is_required() else str(info.get_default(call_default_factory=True))
+            default = (
+                "required"
+                if info.is_required()
+                else str(info.get_default(call_default_factory=True))
+            )
             doc = " ".join((info.description or "").split())
             yield Setting(prefix + name, _type_name(info.annotation), doc, default)
 
@@ -287,21 +295,31 @@ def _names(cls: type) -> list[str]:
 
 
 def _sections() -> dict[str, type]:
-    return {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}  # type: ignore[misc, arg-type]
+    return {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}  # type: ignore[misc]
 
 
 def _expand(tree: dict[str, Any]) -> dict[str, Any]:
     sections = _sections()
     return {
-        key: {_names(sections[key])[0]: value} if key in sections and isinstance(value, str) else value
+        key: {_names(sections[key])[0]: value}
+        if key in sections and isinstance(value, str)
+        else value
         for key, value in tree.items()
     }
+
+
+def _text_keys() -> set[str]:
+    types = {s.key: s.type.split(" | ") for s in settings()}
+    keys = {key for key, names in types.items() if "str" in names}
+    return keys | {n for n, cls in _sections().items() if f"{n}.{_names(cls)[0]}" in keys}
 
 
 def _override(tree: dict[str, Any], key: str, text: str) -> None:
     try:
         value = YAML(typ="safe").load(text)
     except YAMLError:
+        value = text
+    if isinstance(value, int | float | datetime.date) and key in _text_keys():
         value = text
     *parents, last = key.split(".")
     if not parents and isinstance(value, str):
@@ -317,21 +335,39 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     problems = error.errors()
-    unknown = [p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")]
+    unknown = [
+        p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    ]
     problem = (unknown or problems)[0]
     location = [str(x) for x in problem["loc"]]
     key = ".".join(location)
     if unknown:
-        known = [s.key for s in settings()] + list(_sections())
-        near = difflib.get_close_matches(key, known, 1, 0.0)
-        leaf = [k for k in known if k.rpartition(".")[2] == location[-1]]
-        return f"unknown key {key}; the nearest known one is {(leaf or near)[0]}"
+        return f"unknown key {key}; the nearest known one is {_nearest(key)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key} is missing; add it to the file or give --{key}=..."
     schema = {s.key: s for s in settings()}
-    key = next((".".join(location[:n]) for n in range(len(location), 0, -1) if ".".join(location[:n]) in schema), key)
+    key = next(
+        (
+            ".".join(location[:n])
+            for n in range(len(location), 0, -1)
+            if ".".join(location[:n]) in schema
+        ),
+        key,
+    )
     expected = f" (expected: {schema[key].type})" if key in schema else ""
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}{expected}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {message}, not {problem['input']!r}{expected}"
+
+
+def _nearest(key: str) -> str:
+    known = [s.key for s in settings()] + list(_sections())
+
+    def likeness(other: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, key, other).ratio()
+        last = difflib.SequenceMatcher(None, key.split(".")[-1], other.split(".")[-1]).ratio()
+        return max(whole, last), whole
+
+    return max(known, key=likeness)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -366,7 +402,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            raise UserError(f"unexpected argument {argument!r}; settings are given as --section.key=value")
+            raise UserError(
+                f"unexpected argument {argument!r}; settings are given as --section.key=value"
+            )
         key, equals, value = argument[2:].partition("=")
         if not equals:
             if not rest:

@@ -62,6 +62,8 @@ def test_a_number_is_a_float_however_it_is_written(load, text, value):
     [
         ("lora: {rnak: 3}\n", "unknown key lora.rnak; the nearest known one is lora.rank"),
         ("learning_rate: 1\n", "unknown key learning_rate; the nearest known one is optimizer.lea"),
+        ("rnak: 3\n", "unknown key rnak; the nearest known one is lora.rank"),
+        ("optimizer: {learning_rate: .inf}\n", "optimizer.learning_rate: .*finite.* not inf "),
         ("lorra: {rank: 3}\n", "unknown key lorra; the nearest known one is lora"),
         ("trian: {steps: 3}\n", "unknown key trian; the nearest known one is train"),
         ("lora: {rank: x}\n", "lora.rank: .*integer.* not 'x' "),
@@ -107,8 +109,9 @@ def test_a_file_that_is_not_a_config_is_refused(refusal, text, expected):
     assert refusal(text).startswith(expected)
 
 
-@pytest.mark.parametrize("name", ["missing.yaml", "."])
+@pytest.mark.parametrize("name", ["missing.yaml", ".", "file/run.yaml"])
 def test_a_missing_file_is_named(tmp_path, name):
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"^{tmp_path / name}: no such config file$"):
         config_lib.load(tmp_path / name)
 
@@ -121,6 +124,8 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"model": "b.gguf"}, "model.path", "b.gguf"),
         ({"model.path": "c"}, "model.path", "c"),
         ({"lora.target_modules": "[q_proj, v_proj]"}, "lora.target_modules", ["q_proj", "v_proj"]),
+        ({"model": "12"}, "model.path", "12"),
+        ({"output": "2026-01-01"}, "output", "2026-01-01"),
         ({"lora.target_modules": "[a-z"}, "lora.target_modules", "[a-z"),
         ({"lora.rank_pattern.q_proj": "4"}, "lora.rank_pattern", {"q_proj": 4}),
         ({"lora": "{rank: 4}"}, "lora.rank", 4),
