@@ -1,4 +1,5 @@
-"""x @ W where W is a QTensor, and its gradient."""
+"""x @ W, where W is a QTensor or an array, and its gradient."""
 
+from qlora_jax.kernels.dense import dense as dense
 from qlora_jax.kernels.matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
 from qlora_jax.kernels.matmul import matmul as matmul

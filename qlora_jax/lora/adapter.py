@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qlora_jax.kernels import dense
 from qlora_jax.lora.spec import AdapterSpec
 
 
@@ -69,10 +70,8 @@ class Adapter(nnx.Module):
         if self.dropout and key is not None:
             keep = 1 - self.dropout
             x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
-        low = jnp.dot(x, self.a[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        low = (low * self.scale[...]).astype(x.dtype)
-        high = jnp.dot(low, self.b[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        return high.astype(x.dtype)
+        low = dense(x, self.a.get_value()) * self.scale.get_value()
+        return dense(low.astype(x.dtype), self.b.get_value())
 
 
 def init_adapter(

@@ -185,4 +185,6 @@ def attach(
             key, own = jax.random.split(key)
             if any(layers):
                 shape = linear.weight.get_value().shape[-2:]
-                linear.adapter = init_adapter(own, layers, *shape, init, dropout, dtype)
+                linear.adapter = nnx.data(
+                    init_adapter(own, layers, *shape, init, dropout, dtype)
+                )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.kernels import matmul
+from qlora_jax.kernels import dense, matmul
 from qlora_jax.lora import Adapter
 from qlora_jax.models.attention import attend
 from qlora_jax.models.config import DecoderConfig
@@ -64,8 +64,7 @@ def project(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """x @ weight in x's dtype, accumulated in float32."""
     if isinstance(weight, QTensor):
         return matmul(x, weight)
-    y = jnp.dot(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return dense(x, weight)
 
 
 class RMSNorm(nnx.Module):

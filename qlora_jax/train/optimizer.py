@@ -1,0 +1,63 @@
+"""AdamW over the trained tree, one transformation per group of leaves."""
+
+from typing import Any
+
+import jax
+import optax
+
+from qlora_jax.config import OptimizerConfig
+from qlora_jax.models.trees import flatten
+
+VECTORS = ("bias", "norm.weight", "layernorm.weight")
+"""Ends of the paths of leaves that are not matrices (stacked, they have two axes all the same)."""
+
+
+def label(path: str) -> str:
+    """The group of a leaf by its path: `b` (an adapter's B), `vector` or `matrix`."""
+    if path.endswith("adapter.b"):
+        return "b"
+    return "vector" if path.endswith(VECTORS) else "matrix"
+
+
+def schedule(config: OptimizerConfig, steps: int, ratio: float = 1.0) -> optax.Schedule:
+    """The learning rate by step, times `ratio`: linear warm-up, then the named schedule."""
+    peak, rest = config.learning_rate * ratio, max(steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with decay on matrices only and B's own rate (LoRA+, arXiv 2402.12354).
+
+    Clipping is not part of it: it needs the norm of the whole tree, which the gradient program
+    has. What is here works leaf by leaf.
+    """
+
+    def group(ratio: float, decay: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            schedule(config, steps, ratio),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=decay,
+        )
+
+    groups = {
+        "matrix": group(1.0, config.weight_decay),
+        "b": group(config.lora_plus_ratio, config.weight_decay),
+        "vector": group(1.0, 0.0),
+    }
+    return optax.partition(groups, labels)
+
+
+def labels(tree: Any) -> Any:
+    """The tree with every leaf replaced by its group."""
+    structure = jax.tree.structure(tree)
+    return jax.tree.unflatten(structure, [label(path) for path in flatten(tree)])
