@@ -159,13 +159,17 @@ def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
             text=text, answers=answers, bos=False, eos=messages[-1]["role"] == "assistant"
         )
     if isinstance(record, Prompt):
-        system = f"{config.system_prompt}\n\n" if config.system_prompt else ""
-        start = len(system + record.prompt)
-        text = system + record.prompt + record.completion
-        return Layout(text=text, answers=[(start, len(text))], bos=True, eos=True)
+        prompt = raw_prompt(record.prompt, config.system_prompt)
+        text = prompt + record.completion
+        return Layout(text=text, answers=[(len(prompt), len(text))], bos=True, eos=True)
     assert isinstance(record, Text)
     text = record.text
     return Layout(text=text, answers=[(0, len(text))], bos=True, eos=record.ends, chunked=True)
+
+
+def raw_prompt(prompt: str, system_prompt: str | None) -> str:
+    """A prompt that goes through no template, the system prompt in front."""
+    return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
 
 
 def mark(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
@@ -177,7 +181,7 @@ def mark(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     start, end = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
     target = np.zeros(len(offsets), np.bool_)
     for low, high in spans:
-        target |= (end > low) & (start < high)
+        target |= (end > low) & (start < high) & (low < high)
     return target
 
 

@@ -1,6 +1,7 @@
 """Rows of the file formats people keep data sets in, each with the place it came from."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -79,7 +80,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 def _csv(path: Path) -> Rows:
     csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"

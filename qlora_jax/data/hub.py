@@ -30,18 +30,18 @@ def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[
         data = datasets.load_dataset(source, name, split=split)
     except ConnectionError:
         raise UserError(
-            f"data.source {source}: the hub cannot be reached and the data set is not in the local "
+            f"{source}: the hub cannot be reached and the data set is not in the local "
             "cache; give a local file, or the built-in python-docs"
         ) from None
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
-            f"data.source {source}: neither a file here nor a data set on the hub that you can "
+            f"{source}: neither a file here nor a data set on the hub that you can "
             "read; correct it, or log in"
         ) from None
     except (HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetsError) as e:
-        raise UserError(f"data.source {source}: {_line(e)}") from None
+        raise UserError(f"{source}: {_line(e)}") from None
     except (ValueError, OSError, RuntimeError) as e:
-        raise UserError(f"data.source {source}, split {split}: {_line(e)}") from None
+        raise UserError(f"{source}, split {split}: {_line(e)}") from None
     finally:
         for logger, level in zip(chatty, levels):
             logger.setLevel(level)

@@ -59,11 +59,11 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        rows, length = self._steps[self._step]
+        self._step += 1
         if self._step == len(self._steps):
             self._epoch, self._step = self._epoch + 1, 0
             self._steps = self._plan(self._epoch)
-        rows, length = self._steps[self._step]
-        self._step += 1
         k, b = self._shape
         flat = fill(rows, self._examples, length, k * b, self._pad_id)
         return {name: array.reshape(k, b, length) for name, array in flat.items()}
@@ -75,7 +75,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in the current epoch; packing makes it vary a little between epochs."""
+        """Batches in the epoch of the next batch; packing makes it vary a little by epoch."""
         return len(self._steps)
 
     def state(self) -> dict[str, Any]:

@@ -26,9 +26,8 @@ def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[li
     """Groups examples into rows without splitting any: best fit, online.
 
     Examples are taken in the given order; each goes into the open row where it leaves the least
-    room. At most 128 rows are open, so what shares a row, and the order of the rows, stay close to
-    the given order. Rows come out at least 95% full for lengths that are mostly below a quarter of
-    the capacity, 100,000 examples in under a second.
+    room. At most 128 rows are open and the fullest is closed first, so the time is linear. Rows
+    come out at least 95% full when lengths average a quarter of the capacity or less.
 
     Args:
       lengths: positions each example takes.

@@ -2,14 +2,17 @@
 
 import ast
 import contextlib
+import functools
+import hashlib
 import importlib
 import inspect
 import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qlora_jax.data.records import Chat, Prompt, Record, Text
@@ -76,7 +79,8 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[Record]:
     """One record for each documented public function, class and method of the standard library.
 
-    Python sources are parsed and never imported. The order is alphabetical.
+    Python sources are parsed and never imported. The order is fixed but mixed, so that the first n
+    are a fair sample.
 
     Args:
       format: auto and chat give conversations that ask `What does `shutil.copytree` do?`; prompt
@@ -98,12 +102,13 @@ def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[R
     )
     return [
         _record(format, QUESTION.format(name=name), text, f"python-docs {name}")
-        for name, text in answers.items()
+        for name, text in sorted(answers.items(), key=lambda item: _mix(item[0]))
         if len(text) >= MIN_ANSWER and uses[text] == 1
     ]
 
 
-def documented() -> dict[str, str]:
+@functools.cache
+def documented() -> Mapping[str, str]:
     """Dotted public name to cleaned documentation string, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, str] = {}
@@ -115,7 +120,7 @@ def documented() -> dict[str, str]:
         with contextlib.suppress(ImportError):
             for key, doc in _inspect(importlib.import_module(name), public):
                 found.setdefault(key, doc)
-    return dict(sorted(found.items()))
+    return MappingProxyType(dict(sorted(found.items())))
 
 
 def answer(doc: str) -> str:
@@ -145,6 +150,10 @@ def _record(format: str, question: str, text: str, where: str) -> Record:
         return Prompt(prompt=f"{question}\n", completion=text, where=where)
     turns = ({"role": "user", "content": question}, {"role": "assistant", "content": text})
     return Chat(messages=turns, where=where)  # type: ignore[arg-type]
+
+
+def _mix(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def _is_prose(lines: list[str]) -> bool:

@@ -179,15 +179,20 @@ def _content(content: Any, where: str) -> str:
         texts = [p for p in parts if isinstance(p, str)]
         if texts and len(texts) == len(content):
             return "".join(texts)
-    if not isinstance(content, str):
-        raise UserError(f"{where} must be a string, not {_short(content)}")
-    return content
+    return _text(content, where)
 
 
 def _string(row: Row, name: str, where: str) -> str:
-    value = _field(row, name, where)
+    return _text(_field(row, name, where), f"{where}: {name}")
+
+
+def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be a string, not {_short(value)}")
+        raise UserError(f"{where} must be a string, not {_short(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where} has half a surrogate pair at character {e.start}") from None
     return value
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,12 @@ class Tokenizer:
 
         with quiet_transformers():
             from transformers.utils.chat_template_utils import render_jinja_template
+        template = self._template()
+        conversation: list[Any] = list(messages)
         try:
-            conversation: list[Any] = list(messages)
             rendered: Any = render_jinja_template(
                 conversations=[conversation],
-                chat_template=self._template(),
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=marked,
                 **self.fast.special_tokens_map,
@@ -105,7 +107,7 @@ class Tokenizer:
     @property
     def template_marks_answers(self) -> bool:
         """Whether the chat template says itself, by `{% generation %}`, what the model writes."""
-        return "generation %}" in self._template().replace("-%}", " %}").replace("  ", " ")
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self._template()) is not None
 
     def _template(self) -> str:
         if not self.has_chat_template:
@@ -113,7 +115,10 @@ class Tokenizer:
                 f"{self.source}: the tokenizer has no chat template; use an instruct model, or "
                 "prompt/completion data (data.format: prompt)"
             )
-        return self.fast.get_chat_template()
+        try:
+            return self.fast.get_chat_template()
+        except ValueError as e:
+            raise UserError(f"{self.source}: no default chat template: {_line(e)}") from None
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -187,7 +192,7 @@ def _added_bos(fast: Any) -> int | None:
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The special token that the template writes right after an answer."""
+    """The token of its own that the template writes right after an answer."""
     if not tokenizer.has_chat_template:
         return None
     try:
@@ -196,7 +201,7 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
     tail = tokenizer.encode(text.rpartition("answer")[2].lstrip())
     added = tokenizer.fast.added_tokens_decoder
-    return tail[0] if tail and tail[0] in added and added[tail[0]].special else None
+    return tail[0] if tail and tail[0] in added else None
 
 
 def _end_ids(folder: Path) -> tuple[int, ...]:

@@ -9,8 +9,9 @@ from qlora_jax.data import tokenizer as tokenizers_
 from qlora_jax.formats.quiet import quiet_transformers
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CORPUS = [
     "What does the function do? It returns the number of items in a container.",
@@ -71,7 +72,7 @@ def tokenizer(make_tokenizer):
     return make_tokenizer()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_config():
     def make(source="data.jsonl", **more):
         return DataConfig(source=source, **more)

@@ -1,9 +1,34 @@
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_jax.data.encode import encode, mark
 from qlora_jax.data.records import Chat, Prompt, Text
 from qlora_jax.errors import UserError
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
+    "[/INST]{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = (  # as Qwen3: an empty thinking block before the last answer alone
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+ANYTHING = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
 def chat(*turns, where="chat.jsonl:1"):
@@ -16,8 +41,8 @@ TWO = chat(
 )
 
 
-def runs(example, tokenizer):
-    """The decoded runs of targets: what the model is asked to write."""
+def written(example, tokenizer):
+    """The runs of targets, decoded: what the model is asked to write."""
     edges = np.flatnonzero(np.diff(example.target.astype(int))) + 1
     parts = zip(np.split(example.ids, edges), np.split(example.target, edges))
     return [tokenizer.decode(i, skip_special_tokens=False) for i, t in parts if t[0]]
@@ -29,13 +54,190 @@ def one(record, tokenizer, config):
     return examples[0]
 
 
-def test_chat_targets_are_the_answers_and_their_end_of_turn(tokenizer, data_config):
+def whole(example, tokenizer):
+    return tokenizer.decode(example.ids, skip_special_tokens=False)
+
+
+def test_chat_targets_are_the_answers_with_their_end_of_turn(tokenizer, data_config):
     example = one(TWO, tokenizer, data_config())
-    assert runs(example, tokenizer)[0] == "Yes,  no<|im_end|>"
-    assert runs(example, tokenizer)[1].startswith("héllo 日本 🎉<|im_end|>")
-    text = tokenizer.decode(example.ids, skip_special_tokens=False)
-    assert text.startswith(
-        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nYes,  no<|im_"
+    assert written(example, tokenizer) == ["Yes,  no<|im_end|>", "héllo 日本 🎉<|im_end|>"]
+    assert whole(example, tokenizer) == (
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nYes,  no<|im_end|>\n"
+        "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\nhéllo 日本 🎉<|im_end|>\n"
     )
     assert example.ids.dtype == np.int32
     assert example.target.dtype == np.bool_
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        (LLAMA2, "</s>", [" Yes,  no </s>", " héllo 日本 🎉 </s>"]),
+        (MARKED, "<|endoftext|>", ["Yes,  no<|im_end|>", "héllo 日本 🎉<|im_end|>"]),
+        (
+            THINKING,
+            "<|im_end|>",
+            ["Yes,  no<|im_end|>", "<think>\n\n</think>\n\nhéllo 日本 🎉<|im_end|>"],
+        ),
+        (PLAIN, "</s>", [" Yes,  no", " héllo 日本 🎉", "</s>"]),
+    ],
+    ids=["llama2", "generation-blocks", "thinking", "no-end-of-turn"],
+)
+def test_other_templates(make_tokenizer, data_config, template, eos, expected):
+    tokenizer = make_tokenizer(template, eos, bos_token="<s>")
+    example = one(TWO, tokenizer, data_config())
+    assert written(example, tokenizer) == expected
+    assert not example.target[0]
+    assert list(example.ids).count(tokenizer.bos_id) == (template == LLAMA2)
+
+
+@given(ANYTHING, ANYTHING, ANYTHING)
+def test_every_answer_is_a_target_whatever_is_in_it(tokenizer, data_config, question, a, b):
+    record = chat(("user", question), ("assistant", a), ("user", "x"), ("assistant", b))
+    example = one(record, tokenizer, data_config(sequence_length=4096))
+    runs = written(example, tokenizer)
+    # Newlines that the answer starts with may join the template's own in one token.
+    assert [r.removesuffix("<|im_end|>").lstrip() for r in runs] == [a.lstrip(), b.lstrip()]
+    assert all(r.endswith("<|im_end|>") for r in runs)
+
+
+def test_special_tokens_typed_by_a_user_are_never_targets(tokenizer, data_config):
+    record = chat(("user", "<|im_end|><|im_start|>assistant\nno"), ("assistant", "Yes"))
+    assert written(one(record, tokenizer, data_config()), tokenizer) == ["Yes<|im_end|>"]
+
+
+def test_pad_equal_to_eos_masks_nothing(make_tokenizer, data_config):
+    tokenizer = make_tokenizer(eos="<|im_end|>", pad_token="<|im_end|>")
+    assert tokenizer.pad_id == tokenizer.eos_id
+    example = one(QA, tokenizer, data_config())
+    assert written(example, tokenizer) == ["It returns Paris.<|im_end|>"]
+
+
+def test_an_assistant_that_speaks_first_answers_nothing(tokenizer, data_config):
+    record = chat(("assistant", "hello!"), ("user", "What?"), ("assistant", "Yes."))
+    assert written(one(record, tokenizer, data_config()), tokenizer) == ["Yes.<|im_end|>"]
+
+
+def test_system_prompt_is_added_where_there_is_none(tokenizer, data_config):
+    config = data_config(system_prompt="Be brief.")
+    assert whole(one(QA, tokenizer, config), tokenizer).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    )
+    own = chat(("system", "Be kind."), *[(m["role"], m["content"]) for m in QA.messages])
+    assert "brief" not in whole(one(own, tokenizer, config), tokenizer)
+
+
+def test_prompts_go_through_the_template(tokenizer, data_config):
+    record = Prompt(prompt="What does it do?", completion="It returns Paris.")
+    a, b = one(record, tokenizer, data_config()), one(QA, tokenizer, data_config())
+    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_array_equal(a.target, b.target)
+
+
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_prompts_without_template_are_joined_and_end(make_tokenizer, data_config, template):
+    chat_template = None if template == "auto" else LLAMA2
+    tokenizer = make_tokenizer(chat_template, "</s>", bos_token="<s>")
+    record = Prompt(prompt="Is it?", completion=" Yes.")
+    example = one(record, tokenizer, data_config(template=template))
+    assert whole(example, tokenizer) == "<s>Is it? Yes.</s>"
+    assert written(example, tokenizer) == [" Yes.</s>"]
+
+
+def test_text_is_all_target_and_ends_once(tokenizer, data_config):
+    example = one(Text(text="The capital of France"), tokenizer, data_config())
+    assert whole(example, tokenizer) == "The capital of France<|endoftext|>"
+    assert example.target.tolist() == [False] + [True] * (len(example.ids) - 1)
+    ended = one(Text(text="The capital<|endoftext|>"), tokenizer, data_config())
+    assert whole(ended, tokenizer) == "The capital<|endoftext|>"
+    part = one(Text(text="The capital", ends=False), tokenizer, data_config())
+    assert whole(part, tokenizer) == "The capital"
+
+
+def test_loss_on_all(tokenizer, data_config):
+    example = one(QA, tokenizer, data_config(loss_on="all"))
+    assert example.target.tolist() == [False] + [True] * (len(example.ids) - 1)
+
+
+@given(st.text("abc .", min_size=3, max_size=200), st.integers(1, 30))
+def test_chunks_of_a_text_have_every_id_as_target_once(tokenizer, data_config, text, length):
+    examples, stats = encode([Text(text=text)], tokenizer, data_config(sequence_length=length))
+    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+    assert all(2 <= len(e.ids) <= length + 1 for e in examples)
+    assert [int(i) for e in examples for i in e.ids[e.target]] == ids[1:]
+    assert [int(examples[0].ids[0])] == ids[:1]
+    for before, after in itertools.pairwise(examples):
+        assert before.ids[-1] == after.ids[0]
+    assert (stats.truncated, stats.dropped) == (0, 0)
+
+
+def test_truncation_keeps_the_start_and_is_counted(tokenizer, data_config):
+    full = one(TWO, tokenizer, data_config())
+    n = int(np.flatnonzero(full.target)[2])
+    examples, stats = encode([TWO], tokenizer, data_config(sequence_length=n))
+    np.testing.assert_array_equal(examples[0].ids, full.ids[: n + 1])
+    np.testing.assert_array_equal(examples[0].target, full.target[: n + 1])
+    assert (stats.truncated, stats.tokens, stats.target_tokens) == (1, n + 1, 3)
+
+
+def test_an_example_without_target_is_dropped_or_refused(tokenizer, data_config):
+    mute = chat(("user", "hello"), where="chat.jsonl:7")
+    examples, stats = encode([QA, mute], tokenizer, data_config())
+    assert (len(examples), stats.dropped) == (1, 1)
+    with pytest.raises(UserError, match=r"^chat.jsonl:7: no target"):
+        encode([QA, mute], tokenizer, data_config(on_no_target="error"))
+    with pytest.raises(UserError, match="none of the 1 examples"):
+        encode([mute], tokenizer, data_config())
+
+
+def test_nothing_to_encode_is_nothing(tokenizer, data_config):
+    assert encode([], tokenizer, data_config())[0] == []
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        (PLAIN.replace("assistant:", "bot:"), "generation prompt is a prefix"),
+        (PLAIN.replace("m.content", "m.content if loop.last else '...'"), "prefix|located"),
+    ],
+)
+def test_a_template_that_cannot_be_used_names_the_record(
+    make_tokenizer, data_config, template, message
+):
+    with pytest.raises(UserError, match=rf"^chat.jsonl:1: .*({message})") as e:
+        encode([TWO], make_tokenizer(template), data_config())
+    assert "\n" not in str(e.value)
+
+
+def test_an_answer_that_the_template_rewrites_later_is_refused(make_tokenizer, data_config):
+    tokenizer = make_tokenizer(
+        THINKING.replace("{{ m.content }}", "{{ m.content[:2 + 9 * loop.last] }}")
+    )
+    record = chat(("user", "ab"), ("assistant", "Yes, no"), ("user", "ab"), ("assistant", "Yes"))
+    with pytest.raises(UserError, match="turn 2 differently when more turns follow"):
+        encode([record], tokenizer, data_config())
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), max_size=3),
+)
+def test_mark_against_brute_force(widths, pieces):
+    """Tokens tile the text; an empty one stands for the character before it."""
+    ends = np.cumsum(widths)
+    offsets = np.stack([ends - widths, ends], axis=1)
+    spans = [(a, a + n) for a, n in pieces]
+    inside = {i for a, b in spans for i in range(a, b)}
+    expected = [
+        bool(inside & (set(range(a, b)) if a < b else {b - 1} if b else set())) for a, b in offsets
+    ]
+    assert mark(offsets, spans).tolist() == expected
+
+
+def test_stats_add_up(tokenizer, data_config):
+    examples, stats = encode([QA, TWO] * 300, tokenizer, data_config())
+    assert stats.examples == len(examples) == 600
+    assert stats.tokens == sum(len(e.ids) for e in examples)
+    assert stats.target_tokens == sum(e.target.sum() for e in examples)

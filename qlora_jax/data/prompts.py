@@ -1,0 +1,79 @@
+"""What a model is given to answer: for samples during training, and for generation."""
+
+import dataclasses
+
+from qlora_jax.config import DataConfig
+from qlora_jax.data.encode import conversation, raw_prompt
+from qlora_jax.data.records import Message, Prompt, Record, Text
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import UserError
+
+TEXT_PROMPT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A prompt as the model sees it.
+
+    Attributes:
+      ids: token ids, up to where generation starts.
+      prompt: the prompt as a person would write it: the last turn before the answer.
+      answer: what the data has in answer; empty for a prompt that a user typed.
+    """
+
+    ids: list[int]
+    prompt: str
+    answer: str
+
+
+def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Question | None:
+    """The last answer of an example as a question, tokenized as in training; None if it has none.
+
+    Of a plain text the first 32 tokens, at most half of it, are the prompt and the rest the answer.
+
+    Raises:
+      UserError: the conversation cannot be rendered; the record's place is named.
+    """
+    if isinstance(record, Text):
+        ids = tokenizer.encode(record.text)
+        cut = min(TEXT_PROMPT, len(ids) // 2)
+        prompt, answer = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
+        return Question([*_bos(tokenizer), *ids[:cut]], prompt, answer) if cut else None
+    messages = conversation(record, tokenizer, config)
+    if messages is None:
+        assert isinstance(record, Prompt)
+        ids = _raw(record.prompt, tokenizer, config.system_prompt)
+        return Question(ids, record.prompt, record.completion)
+    turn = max((i for i, m in enumerate(messages) if i and m["role"] == "assistant"), default=0)
+    if not turn:
+        return None
+    try:
+        text = tokenizer.render(messages[:turn], add_generation_prompt=True)
+    except UserError as e:
+        raise UserError(f"{record.where}: {e}") from None
+    return Question(
+        tokenizer.encode(text), messages[turn - 1]["content"], messages[turn]["content"]
+    )
+
+
+def ask(
+    prompt: str, tokenizer: Tokenizer, *, system_prompt: str | None = None, template: str = "auto"
+) -> Question:
+    """A prompt that a user typed: through the chat template if there is one, else as it is.
+
+    Raises:
+      UserError: the template refuses it, as some do a system turn.
+    """
+    if template == "none" or not tokenizer.has_chat_template:
+        return Question(_raw(prompt, tokenizer, system_prompt), prompt, "")
+    system: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    text = tokenizer.render([*system, {"role": "user", "content": prompt}], True)
+    return Question(tokenizer.encode(text), prompt, "")
+
+
+def _raw(prompt: str, tokenizer: Tokenizer, system_prompt: str | None) -> list[int]:
+    return [*_bos(tokenizer), *tokenizer.encode(raw_prompt(prompt, system_prompt))]
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]

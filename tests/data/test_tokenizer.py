@@ -1,0 +1,118 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.data import tokenizer as tokenizers_
+from qlora_jax.errors import UserError
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
+    "[/INST]{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_special_ids_of_a_chatml_tokenizer(tokenizer):
+    vocabulary = tokenizer.fast.get_vocab()
+    assert tokenizer.eos_id == vocabulary["<|endoftext|>"]
+    assert set(tokenizer.stop_ids) == {vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]}
+    assert tokenizer.pad_id == vocabulary["<pad>"]
+    assert tokenizer.bos_id is None
+    assert tokenizer.vocab_size == len(vocabulary)
+
+
+def test_a_bos_that_the_tokenizer_adds_is_found_and_not_added_by_encode(make_tokenizer):
+    tokenizer = make_tokenizer(LLAMA2, "</s>", bos_token="<s>")
+    assert tokenizer.bos_id == tokenizer.fast.get_vocab()["<s>"]
+    assert tokenizer.encode("hello")[0] != tokenizer.bos_id
+    assert tokenizer.stop_ids == (tokenizer.eos_id,)
+
+
+def test_no_template_means_eos_alone_stops(make_tokenizer):
+    tokenizer = make_tokenizer(None)
+    assert not tokenizer.has_chat_template
+    assert tokenizer.stop_ids == (tokenizer.eos_id,)
+
+
+def test_named_pad_token_wins_over_the_fallbacks(make_tokenizer):
+    tokenizer = make_tokenizer(pad_token="<s>")
+    assert tokenizer.pad_id == tokenizer.fast.get_vocab()["<s>"]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_decode_inverts_encode(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_offsets_agree_with_ids_and_cover_everything_but_spaces(tokenizer, text):
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    assert ids == tokenizer.encode(text)
+    assert offsets.shape == (len(ids), 2)
+    covered = {i for start, end in offsets for i in range(start, end)}
+    assert {i for i, c in enumerate(text) if not c.isspace()} <= covered
+
+
+def test_truncation_and_padding_saved_with_the_tokenizer_are_ignored(make_fast):
+    fast = make_fast()
+    fast.backend_tokenizer.enable_truncation(3)
+    fast.backend_tokenizer.enable_padding(length=64)
+    assert len(tokenizers_.wrap(fast, "x").encode("hello hello hello hello")) not in (3, 64)
+
+
+def test_load_reads_a_folder_and_its_generation_config(make_fast, tmp_path):
+    fast = make_fast()
+    fast.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 4]}))
+    tokenizer = tokenizers_.load(tmp_path)
+    assert set(tokenizer.stop_ids) == {0, 4, fast.get_vocab()["<|im_end|>"]}
+    text = "hello Paris  <|im_end|>\n"
+    assert tokenizer.encode(text) == fast(text, add_special_tokens=False)["input_ids"]
+
+
+def test_eos_unknown_to_the_tokenizer_comes_from_the_model_config(make_fast, tmp_path):
+    make_fast(eos=None).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="eos_token"):
+        tokenizers_.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 4, "model_type": "llama"}))
+    assert tokenizers_.load(tmp_path).eos_id == 4
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        tokenizers_.load(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        tokenizers_.load(tmp_path / "absent")
+
+
+def test_a_damaged_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{ not json")
+    with pytest.raises(UserError, match="cannot be loaded") as e:
+        tokenizers_.load(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_render_without_a_template_names_the_remedy(make_tokenizer):
+    with pytest.raises(UserError, match=r"^test-tokenizer: the tokenizer has no chat template"):
+        make_tokenizer(None).render([{"role": "user", "content": "x"}], True)
+
+
+def test_a_template_that_refuses_is_the_users_error(make_tokenizer):
+    tokenizer = make_tokenizer("{{ raise_exception('no system turns') }}")
+    with pytest.raises(UserError, match="no system turns"):
+        tokenizer.render([{"role": "system", "content": "x"}], False)
+
+
+def test_importing_says_nothing_and_leaves_transformers_alone():
+    code = (
+        "import sys, qlora_jax.data.encode, qlora_jax.data.sources, qlora_jax.data.loader;"
+        "assert 'transformers' not in sys.modules and 'datasets' not in sys.modules;"
+        "from qlora_jax.data.tokenizer import load\n"
+        "try: load('.')\nexcept ValueError: pass\n"
+        "from qlora_jax.formats.quiet import quiet_transformers"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
