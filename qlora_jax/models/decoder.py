@@ -1,7 +1,7 @@
 """The decoder of the Llama-like families: embedding, scanned layers, norm and head."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.lora import AdapterSpec, init_adapter
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import KVCache, Layer, RMSNorm, Weight
+from qlora_jax.models.layers import KVCache, Layer, Linear, RMSNorm, Weight
 from qlora_jax.models.rope import rotation
 from qlora_jax.quant import QTensor
 
@@ -105,14 +105,14 @@ class Decoder(nnx.Module):
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every layer's linears: Hugging Face module path to (in_features, out_features)."""
-        shapes = {}
+        return {path: linear.weight.get_value().shape[-2:] for path, linear, _ in self.walk()}
+
+    def walk(self) -> Iterator[tuple[str, Linear, int]]:
+        """Every layer's linears: Hugging Face module path, the stack it is in, its index there."""
         for run, start in zip(self.runs, self._starts()):
             for i in range(run_length(run)):
                 for path, linear in run.linears().items():
-                    shapes[f"model.layers.{start + i}.{path}"] = linear.weight.get_value().shape[
-                        -2:
-                    ]
-        return shapes
+                    yield f"model.layers.{start + i}.{path}", linear, i
 
     def _starts(self) -> list[int]:
         return [0, *np.cumsum([run_length(run) for run in self.runs])][:-1]
