@@ -6,7 +6,9 @@ Run in an environment with torch, transformers and peft:
 
 Every model is a Hugging Face folder with `reference.npz`: `tokens` [2, 33] and the float32
 `logits` that transformers computes for them with eager attention. `llama/peft_lora` and
-`llama/peft_rslora` are adapters made by PEFT, with B not zero, and the logits with them on.
+`llama/peft_rslora` are adapters made by PEFT, with B not zero, and the logits with them on;
+`llama/peft_patterns` has ranks and alphas that differ between modules. The models of `VARIANTS`
+are smaller and cover one feature each: scaled rotary embeddings, sliding windows, biases.
 The files in the repository came from transformers 5.23.0, PEFT 0.21.2 and torch 2.13.0.
 """
 
@@ -35,7 +37,51 @@ FAMILIES = {
     "mistral": {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 32},
     "qwen2": {"tie_word_embeddings": True},
 }
-ADAPTERS = {"peft_lora": {}, "peft_rslora": {"use_rslora": True}}
+SMALL = SHAPE | {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+    "tie_word_embeddings": True,
+}
+VARIANTS = {
+    "llama_rope_llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama_rope_linear_biases": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "mistral_window": ("mistral", {"sliding_window": 8}),
+    "qwen2_window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+}
+ADAPTERS = {
+    "peft_lora": {},
+    "peft_rslora": {"use_rslora": True},
+    "peft_patterns": {
+        "target_modules": r".*\.(self_attn\.[qv]_proj|mlp\.down_proj)",
+        # in alphabetical order, in which PEFT writes them: the first that matches wins
+        "rank_pattern": {r".*\.2\..*v_proj": 3, "down_proj": 2, "layers.1.self_attn.q_proj": 4},
+        "alpha_pattern": {"layers.0.*": 40, "v_proj": 6},
+    },
+}
 
 
 @torch.no_grad()
@@ -44,8 +90,8 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def make_base(family: str, folder: Path, random: torch.Generator) -> torch.Tensor:
-    config = AutoConfig.for_model(family, **SHAPE, **FAMILIES[family])
+def make_base(family: str, settings: dict, folder: Path, random: torch.Generator) -> torch.Tensor:
+    config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     # Norms that are all one and biases that are all zero would hide being left out.
@@ -54,7 +100,7 @@ def make_base(family: str, folder: Path, random: torch.Generator) -> torch.Tenso
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
         else:
             parameter.mul_(3.0)
-    tokens = torch.randint(0, SHAPE["vocab_size"], (2, 33), generator=random)
+    tokens = torch.randint(0, settings["vocab_size"], (2, 33), generator=random)
     model.save_pretrained(folder)
     np.savez_compressed(
         folder / "reference.npz",
@@ -67,13 +113,15 @@ def make_base(family: str, folder: Path, random: torch.Generator) -> torch.Tenso
 def make_adapter(base: Path, name: str, tokens: torch.Tensor, random: torch.Generator) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").float()
     config = LoraConfig(
-        r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTERS[name]
+        **{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        | ADAPTERS[name]
     )
     model = get_peft_model(model, config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=random))
+    model.peft_config["default"].base_model_name_or_path = base.name
     model.save_pretrained(base / name)
     np.savez_compressed(base / name / "reference.npz", logits=logits(model, tokens))
 
@@ -81,10 +129,13 @@ def make_adapter(base: Path, name: str, tokens: torch.Tensor, random: torch.Gene
 def main(out: Path) -> None:
     for family in FAMILIES:
         random = torch.Generator().manual_seed(SEED + 1)
-        tokens = make_base(family, out / family, random)
+        tokens = make_base(family, SHAPE | FAMILIES[family], out / family, random)
         if family == "llama":
             for name in ADAPTERS:
                 make_adapter(out / family, name, tokens, random)
+    for name, (family, settings) in VARIANTS.items():
+        random = torch.Generator().manual_seed(SEED + 1)
+        make_base(family, SMALL | settings, out / name, random)
 
 
 if __name__ == "__main__":
