@@ -4,9 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from qlora_jax.config import LoraConfig
 from qlora_jax.errors import UserError
+
+T = TypeVar("T")
 
 SCALINGS: Mapping[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
@@ -93,7 +96,7 @@ def _ends_in(path: str, key: str) -> bool:
     )
 
 
-def _lookup(pattern: Mapping[str, float], path: str, default: float) -> float:
+def _lookup(pattern: Mapping[str, T], path: str, default: T) -> T:
     return next((value for key, value in pattern.items() if _ends_in(path, key)), default)
 
 

@@ -75,10 +75,11 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     Raises:
       UserError: a model type or a rope scaling that is not supported, or a missing key.
     """
-    kind = raw.get("model_type")
+    kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
         raise UserError(
-            f"{where}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: model_type {raw.get('model_type')!r} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     if raw.get("hidden_act", "silu") != "silu":

@@ -184,7 +184,5 @@ def attach(
             layers = [specs.get(f"model.layers.{start + i}.{path}") for i in range(run_length(run))]
             key, own = jax.random.split(key)
             if any(layers):
-                shape = linear.weight.get_value().shape[-2:]
-                linear.adapter = nnx.data(
-                    init_adapter(own, layers, *shape, init, dropout, dtype)
-                )
+                k, n = linear.weight.get_value().shape[-2:]
+                linear.adapter = nnx.data(init_adapter(own, layers, k, n, init, dropout, dtype))

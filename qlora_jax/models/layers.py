@@ -88,6 +88,16 @@ class Layer(nnx.Module):
       weights: Hugging Face's names below `model.layers.N.` to stacks, linears [L, in, out].
     """
 
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+
     def __init__(self, config: DecoderConfig, weights: Mapping[str, jax.Array | QTensor]):
         self.config = config
         for path in LINEARS:

@@ -22,7 +22,8 @@ def split(model: Decoder, method: str) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
 
     `nnx.merge(structure, trained, frozen)` puts it together again, inside jit as well.
     """
-    return nnx.split(model, TRAINED[method], ...)
+    structure, *states = nnx.split(model, TRAINED[method], ...)
+    return structure, states[0], states[1]
 
 
 def flatten(tree: Any) -> dict[str, jax.Array]:
