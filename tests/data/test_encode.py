@@ -101,6 +101,17 @@ def test_every_answer_is_a_target_whatever_is_in_it(tokenizer, data_config, ques
     assert all(r.endswith("<|im_end|>") for r in runs)
 
 
+def test_answers_under_a_sentencepiece_tokenizer(
+    make_tokenizer, sentencepiece_backend, data_config
+):
+    tokenizer = make_tokenizer(LLAMA2, "</s>", sentencepiece_backend, bos_token="<s>")
+    expected = [" Yes,  no </s>", " héllo 日本 🎉 </s>"]
+    assert written(one(TWO, tokenizer, data_config()), tokenizer) == expected
+    pair = Prompt(prompt="hello?", completion="日本")
+    example = one(pair, tokenizer, data_config(template="none"))
+    assert written(example, tokenizer) == ["日本</s>"]
+
+
 def test_special_tokens_typed_by_a_user_are_never_targets(tokenizer, data_config):
     record = chat(("user", "<|im_end|><|im_start|>assistant\nno"), ("assistant", "Yes"))
     assert written(one(record, tokenizer, data_config()), tokenizer) == ["Yes<|im_end|>"]
@@ -209,6 +220,13 @@ def test_a_template_that_cannot_be_used_names_the_record(
     with pytest.raises(UserError, match=rf"^chat.jsonl:1: .*({message})") as e:
         encode([TWO], make_tokenizer(template), data_config())
     assert "\n" not in str(e.value)
+
+
+def test_an_answer_is_not_mistaken_for_a_later_one_with_the_same_words(make_tokenizer, data_config):
+    forgetful = THINKING.replace("{{ m.content }}", "{{ m.content if loop.last else '...' }}")
+    record = chat(("user", "..."), ("assistant", "Yes"), ("user", "..."), ("assistant", "Yes"))
+    with pytest.raises(UserError, match="turn 2 differently when more turns follow"):
+        encode([record], make_tokenizer(forgetful), data_config())
 
 
 def test_an_answer_that_the_template_rewrites_later_is_refused(make_tokenizer, data_config):

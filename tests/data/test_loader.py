@@ -116,13 +116,19 @@ def test_resume_is_exact(data_config, packing, done):
         assert same(a, b)
 
 
-@pytest.mark.parametrize("change", ["examples", "length", "packing", "batch", "steps", "seed"])
+@pytest.mark.parametrize(
+    "change", ["ids", "target", "order", "length", "packing", "batch", "steps", "seed"]
+)
 def test_resume_refuses_another_run(data_config, change):
     config = data_config(sequence_length=32)
     examples = make_examples(20)
     state = make_loader(examples, config).state()
+    ids, target = examples[0].ids.copy(), ~examples[0].target
+    ids[0] += 1
     other = {
-        "examples": lambda: make_loader(make_examples(20, seed=1), config),
+        "ids": lambda: make_loader([Example(ids, ~target), *examples[1:]], config),
+        "target": lambda: make_loader([Example(examples[0].ids, target), *examples[1:]], config),
+        "order": lambda: make_loader(examples[::-1], config),
         "length": lambda: make_loader(examples, data_config(sequence_length=33)),
         "packing": lambda: make_loader(examples, data_config(sequence_length=32, packing=False)),
         "batch": lambda: make_loader(examples, config, batch_size=3),
@@ -153,6 +159,15 @@ def test_rows_are_dealt_evenly_over_the_fewest_steps(n, per_step):
     assert [row for s in steps for row in s.rows] == [[i] for i in range(n)]
     assert len(steps) == (n + per_step - 1) // per_step
     assert not sizes or (max(sizes) <= per_step and max(sizes) - min(sizes) <= 1)
+
+
+def test_the_rows_that_packing_left_room_in_are_anywhere(data_config):
+    loader = make_loader(make_examples(100), data_config(sequence_length=T), 1, 1)
+    places = []
+    for _ in range(30):
+        used = [(b["segments"] > 0).sum() for b in take_epoch(loader)]
+        places.append(np.argmin(used) / len(used))
+    assert 0.3 < np.mean(places) < 0.7
 
 
 def test_without_packing_batches_are_not_sorted_by_length(data_config):

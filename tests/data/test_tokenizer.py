@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data import tokenizer as tokenizers_
 from qlora_jax.errors import UserError
+from qlora_jax.formats import gguf_tokenizer
 
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
@@ -88,6 +90,18 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         tokenizers_.load(tmp_path / "absent")
 
 
+def test_load_reads_a_gguf_file_through_its_own_reader(make_fast, monkeypatch):
+    fast = make_fast()
+    files = {Path("a/model.gguf"): fast}
+    monkeypatch.setattr(gguf_tokenizer, "load_fast_tokenizer", files.__getitem__)
+    assert tokenizers_.load("a/model.gguf").fast is fast
+
+
+def test_a_missing_gguf_file(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.gguf"):
+        tokenizers_.load(tmp_path / "absent.gguf")
+
+
 def test_a_damaged_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{ not json")
     with pytest.raises(UserError, match="cannot be loaded") as e:
@@ -104,6 +118,11 @@ def test_a_template_that_refuses_is_the_users_error(make_tokenizer):
     tokenizer = make_tokenizer("{{ raise_exception('no system turns') }}")
     with pytest.raises(UserError, match="no system turns"):
         tokenizer.render([{"role": "system", "content": "x"}], False)
+
+
+def test_a_template_that_prints_the_date_gives_the_same_text_every_day(make_tokenizer):
+    tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
+    assert tokenizer.render([{"role": "user", "content": "x"}], False) == "26 Jul 2024x"
 
 
 def test_importing_says_nothing_and_leaves_transformers_alone():

@@ -1,0 +1,66 @@
+"""Loss and perplexity on a run's held-out split."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import optax
+
+from qlora_jax.data.loader import held_out_batches
+from qlora_jax.errors import UserError
+from qlora_jax.models import trees
+from qlora_jax.train import step as steps
+from qlora_jax.train.display import progress
+from qlora_jax.train.loop import evaluate
+from qlora_jax.train.restore import Restored
+from qlora_jax.train.setup import read_data
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """`loss` is in nats per target token of `split`; `step` 0 is the model before training."""
+
+    split: str
+    step: int
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+def held_out_loss(restored: Restored) -> HeldOut:
+    """Evaluates a model on the rows its training run evaluates on.
+
+    Raises:
+      UserError: the config sets nothing aside.
+    """
+    config = restored.config
+    data = read_data(config, restored.tokenizer)
+    if not data.held_out:
+        raise UserError("data.eval_fraction: no held-out data; give it, or data.eval_source")
+    graph, trained, frozen = trees.split(restored.model, config.method)
+    program = steps.build(
+        graph,
+        optax.identity(),
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        remat="none",
+        clip_norm=0.0,
+        train_head=False,
+    )
+    batches = held_out_batches(
+        data.held_out,
+        config.data,
+        config.train.batch_size,
+        config.train.eval_rows,
+        restored.tokenizer.pad_id,
+    )
+    with progress("evaluating", None):
+        loss, tokens = evaluate(program, trained, frozen, batches)
+    return HeldOut(split_name(restored), restored.step, loss, math.exp(loss), tokens)
+
+
+def split_name(restored: Restored) -> str:
+    """What is evaluated on, in words."""
+    data = restored.config.data
+    if data.eval_source or data.eval_split:
+        return f"{data.eval_source or data.source}:{data.eval_split or data.split}"
+    return f"{data.source}: {data.eval_fraction:.0%} held out by text"

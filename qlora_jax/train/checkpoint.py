@@ -1,0 +1,102 @@
+"""Checkpoints of a run: one orbax step folder each, written whole or not at all."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from qlora_jax.atomic import storage_error
+from qlora_jax.errors import UserError
+from qlora_jax.models.trees import flatten
+from qlora_jax.train.step import State
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Each holds the State (trained tree, optimizer, step, loss scale) in its stacked form by dotted
+    path, and `extra`: plain JSON values such as the loader's position and the seed. Randomness
+    follows from seed and step, so no other generator state exists.
+    """
+
+    def __init__(self, run_dir: Path, keep: int):
+        """Opens, and makes, RUN_DIR/checkpoints; the newest `keep` are kept."""
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = run_dir.absolute() / FOLDER
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as e:
+            raise storage_error(self.folder, e) or e from None
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: State, extra: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and waits until it is on disk; older ones beyond `keep` go then.
+
+        Raises:
+          UserError: the disk is full or not writable. The checkpoints before are untouched.
+        """
+        step = int(state.step)
+        if step == self.latest():
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(flatten(state)),
+                    extra=ocp.args.JsonSave(dict(extra)),
+                ),
+            )
+            self._manager.wait_until_finished()
+        except Exception as e:
+            problem = storage_error(self.folder, e)
+            if problem is None:
+                raise
+            kept = self.latest()
+            raise UserError(f"{problem}; the last good checkpoint is step {kept}") from e
+
+    def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
+        """Reads a checkpoint, the newest by default.
+
+        Args:
+          like: a State of the same structure, shapes and dtypes.
+          step: which one.
+
+        Raises:
+          UserError: there is none, or it holds another model's or method's state.
+        """
+        step = self.latest() if step is None else step
+        if step is None:
+            raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
+        flat = flatten(like)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(jax.tree.map(_abstract, flat)),
+                    extra=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError) as e:
+            raise UserError(
+                f"{self.folder}/{step}: does not hold this run's state: {str(e).splitlines()[0]}"
+            ) from e
+        leaves = [restored.state[path] for path in flat]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(restored.extra)
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,0 +1,38 @@
+"""SIGINT and SIGTERM as a request to stop at the next safe point."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Stopped(Exception):
+    """The run was asked to stop and saved its state. `code` is the exit code, 128 + signal."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
+        self.code = 128 + number
+
+
+class Requests:
+    """While entered, the first SIGINT or SIGTERM is noted in `signal`; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Requests":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._previous = {n: signal.signal(n, self._note) for n in numbers}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for n, handler in self._previous.items():
+            signal.signal(n, handler)

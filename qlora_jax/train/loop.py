@@ -1,0 +1,157 @@
+"""The loop over steps: log, evaluate, save, stop."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.config import Config
+from qlora_jax.data.loader import Loader
+from qlora_jax.errors import RunFailed
+from qlora_jax.models.trees import flatten
+from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.display import TrainDisplay
+from qlora_jax.train.interrupt import Requests, Stopped
+from qlora_jax.train.metrics import MetricsLog
+from qlora_jax.train.step import Figures, Program, State
+
+MOST_SKIPPED = 20
+"""Overflowing steps in a row that stop a run."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Plain counters that go on across a resume; saved in each checkpoint.
+
+    Attributes:
+      tokens: trained on so far, padding excluded.
+      skipped: steps without an update because a gradient overflowed.
+      skipped_in_a_row: of those, the latest uninterrupted ones.
+      seconds: spent in steps.
+      eval_before: held-out loss before training.
+      answers_before: the samples' answers before training.
+    """
+
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    eval_before: float | None = None
+    answers_before: list[str] = dataclasses.field(default_factory=list)
+
+
+def evaluate(
+    program: Program, trained: Any, frozen: Any, batches: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[float, int]:
+    """Mean loss in nats per target token over fixed batches, and the number of those tokens."""
+    sums = [program.evaluate(trained, frozen, batch) for batch in batches]
+    count = sum(float(n) for _, n in sums)
+    return sum(float(s) for s, _ in sums) / max(count, 1), int(count)
+
+
+def loop(
+    config: Config,
+    program: Program,
+    state: State,
+    frozen: Any,
+    loader: Loader,
+    held_out: Sequence[Mapping[str, np.ndarray]],
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    counters: Progress,
+    learning_rate: Callable[[int], Any],
+) -> tuple[State, list[float]]:
+    """Trains from `state` to `config.train.steps`.
+
+    Returns:
+      The last state and this session's tokens per second, step by step.
+
+    Raises:
+      Stopped: a signal arrived; the state is saved.
+      RunFailed: the loss or gradient is not finite; the checkpoints before stay.
+    """
+    train = config.train
+    key = (
+        jax.random.key(train.seed + 1) if config.lora.dropout and config.method != "full" else None
+    )
+    rates: list[float] = []
+    step = int(state.step)
+
+    def save() -> None:
+        extra = {
+            "loader": loader.state(),
+            "seed": train.seed,
+            "progress": dataclasses.asdict(counters),
+        }
+        checkpoints.save(state, extra)
+
+    with Requests() as requests, TrainDisplay(train.steps, start=step) as display:
+        while step < train.steps:
+            start = time.perf_counter()
+            batch = next(loader)
+            step_key = None if key is None else jax.random.fold_in(key, step)
+            grads, figures = program.gradient(state, frozen, batch, step_key)
+            scale = float(state.scale)
+            state = program.update(state, grads, figures.finite)
+            figures = jax.device_get(jax.block_until_ready(figures))
+            step += 1
+            tokens, seconds = int((batch["segments"] > 0).sum()), time.perf_counter() - start
+            rates.append(tokens / seconds)
+            counters.tokens += tokens
+            counters.seconds += seconds
+            _check(config, figures, scale, grads, step, counters, checkpoints)
+            values = {
+                "train/loss": figures.loss,
+                "train/tokens_per_s": rates[-1],
+                "train/grad_norm": figures.norm,
+                "train/learning_rate": learning_rate(step - 1),
+                "train/epoch": loader.epoch,
+                "train/target_tokens": figures.tokens,
+            }
+            if config.model.compute_dtype == "float16":
+                values |= {"train/loss_scale": scale, "train/skipped_steps": counters.skipped}
+            log.write(step, values)
+            display.update(step, loss=float(figures.loss), tokens_per_s=rates[-1])
+            if held_out and train.eval_every and step % train.eval_every == 0:
+                loss, _ = evaluate(program, state.trained, frozen, held_out)
+                log.write(step, {"eval/loss": loss, "eval/perplexity": np.exp(loss)})
+                display.note(f"step {step}: held-out loss {loss:.4f}")
+            if step == train.steps or (train.save_every and step % train.save_every == 0):
+                save()
+            if requests.signal is not None:
+                save()
+                raise Stopped(requests.signal, step)
+    return state, rates
+
+
+def _check(
+    config: Config,
+    figures: Figures,
+    scale: float,
+    grads: Any,
+    step: int,
+    counters: Progress,
+    checkpoints: Checkpoints,
+) -> None:
+    if figures.finite:
+        counters.skipped_in_a_row = 0
+        return
+    counters.skipped += 1
+    counters.skipped_in_a_row += 1
+    overflow = config.model.compute_dtype == "float16" and scale > 1
+    if overflow and counters.skipped_in_a_row < MOST_SKIPPED:
+        return
+    kept = checkpoints.latest()
+    kept_text = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
+    bad = next(
+        (path for path, g in flatten(grads).items() if not jnp.isfinite(g).all()), "the loss"
+    )
+    what = f"{MOST_SKIPPED} overflowing steps in a row" if overflow else "not a finite number"
+    raise RunFailed(
+        f"step {step}: loss {figures.loss}, gradient norm {figures.norm}: {what} (first in {bad}); "
+        f"{kept_text}. Lower optimizer.learning_rate, or compute in bfloat16 or float32"
+    )

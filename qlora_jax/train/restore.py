@@ -1,0 +1,62 @@
+"""A run directory back into a model."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from flax import nnx
+
+from qlora_jax.config import Config
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.models import trees
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.train import rundir
+from qlora_jax.train import step as steps
+from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.setup import load_model, open_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A run's config, tokenizer and model; `step` is 0 for the model before training."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: Decoder
+    step: int
+
+
+def restore(folder: str | Path, *, base: bool, warn: Callable[[str], None]) -> Restored:
+    """Loads a run's model with what it trained, or without.
+
+    Args:
+      folder: run directory.
+      base: leave the trained part as it was before the first step.
+      warn: called with lines for the user.
+
+    Raises:
+      UserError: not a run directory, no checkpoint in it, or its model cannot be loaded.
+    """
+    config = rundir.open_run(folder)
+    return _restore(config, None if base else Path(folder), warn)
+
+
+def from_config(config: Config, warn: Callable[[str], None]) -> Restored:
+    """The model that a config starts from."""
+    return _restore(config, None, warn)
+
+
+def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -> Restored:
+    checkpoint, text = open_model(config)
+    model, _ = load_model(config, checkpoint, warn)
+    if folder is None:
+        return Restored(config, text, model, 0)
+    graph, trained, frozen = trees.split(model, config.method)
+    like = steps.init(
+        trained,
+        adamw(config.optimizer, config.train.steps),
+        config.model.compute_dtype == "float16",
+    )
+    state, _ = Checkpoints(folder, config.train.keep).restore(like)
+    return Restored(config, text, nnx.merge(graph, state.trained, frozen), int(state.step))

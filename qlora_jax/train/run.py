@@ -1,0 +1,261 @@
+"""A fine-tuning run from its config to its report."""
+
+import dataclasses
+import hashlib
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax import manifest
+from qlora_jax.config import Config
+from qlora_jax.data.loader import Loader, held_out_batches
+from qlora_jax.data.prompts import Question
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.device import describe_devices
+from qlora_jax.errors import RunFailed
+from qlora_jax.models import trees
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.generate import generate
+from qlora_jax.quant.codebooks import codebook
+from qlora_jax.train import export, rundir
+from qlora_jax.train import step as steps
+from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.display import progress
+from qlora_jax.train.loop import Progress, evaluate, loop
+from qlora_jax.train.metrics import MetricsLog
+from qlora_jax.train.optimizer import adamw, schedule
+from qlora_jax.train.report import Sample, Summary, write_report
+from qlora_jax.train.setup import Data, load_model, open_model, read_data
+
+
+def train(
+    config: Config,
+    *,
+    say: Callable[[str], None],
+    command: str,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Summary:
+    """Fine-tunes, and leaves a run directory with the adapter, checkpoints and a report.
+
+    Args:
+      config: of the run.
+      say: called with lines for the user.
+      command: what reproduces the run, for the report.
+      resume: go on where the directory's run stopped.
+      overwrite: delete the run that the directory holds.
+
+    Raises:
+      UserError: the input is at fault; nothing is left half-written.
+      RunFailed: the loss is not finite, or the frozen base changed.
+      Stopped: by a signal, with the state saved.
+    """
+    started = time.perf_counter()
+    checkpoint, text = open_model(config)
+    data = read_data(config, text)
+    run_dir = rundir.claim(config, resume=resume, overwrite=overwrite)
+    checkpoints = Checkpoints(run_dir, config.train.keep)
+    resumed = resume and checkpoints.latest() is not None
+    device = str(describe_devices())
+    say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
+    say(describe_data(data))
+    model, specs = load_model(config, checkpoint, say)
+    trained_count, total_count = trees.parameter_counts(model, config.method)
+    say(f"trainable: {trained_count:,} of {total_count:,} ({trained_count / total_count:.3%})")
+    if scales := sorted({round(spec.scale, 6) for spec in specs.values()}):
+        say(f"adapter scale ({config.lora.scaling}): {', '.join(map(str, scales))}")
+
+    graph, trained, frozen = trees.split(model, config.method)
+    del model
+    if specs:
+        check_identity(graph, trained, frozen, config)
+    base_hash = trees.sha256(frozen if specs else trained)
+    optimizer = adamw(config.optimizer, config.train.steps)
+    state = steps.init(trained, optimizer, config.model.compute_dtype == "float16")
+    program = steps.build(
+        graph,
+        optimizer,
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        clip_norm=config.optimizer.clip_norm,
+        train_head=config.method == "full",
+    )
+    loader = Loader(
+        data.train,
+        config.data,
+        batch_size=config.train.batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        seed=config.train.seed,
+        pad_id=text.pad_id,
+    )
+    rows = config.train.eval_rows
+    held_out = (
+        held_out_batches(data.held_out, config.data, config.train.batch_size, rows, text.pad_id)
+        if data.held_out
+        else []
+    )
+    counters = Progress()
+    if resumed:
+        state, extra = checkpoints.restore(state)
+        loader.restore(extra["loader"])
+        counters = Progress(**extra["progress"])
+        say(f"resumed from step {int(state.step)}")
+    manifest.write(
+        run_dir,
+        manifest.build(
+            config, {"base_sha256": base_hash, "codebook_sha256": _codebook_hash(config)}
+        ),
+        resumed=resume,
+    )
+
+    def answers(description: str) -> list[str]:
+        return answer(
+            config, nnx.merge(graph, state.trained, frozen), text, data.questions, description
+        )
+
+    with MetricsLog(run_dir, start_step=int(state.step)) as log:
+        if not resumed:
+            if held_out:
+                counters.eval_before, _ = _evaluate(program, state, frozen, held_out, log, 0)
+                say(f"held-out loss before training: {counters.eval_before:.4f}")
+            counters.answers_before = answers("answering samples before training")
+        rate = schedule(config.optimizer, config.train.steps)
+        state, rates = loop(
+            config, program, state, frozen, loader, held_out, checkpoints, log, counters, rate
+        )
+        checkpoints.close()
+        eval_after, eval_tokens = None, 0
+        if held_out:
+            eval_after, eval_tokens = _evaluate(
+                program, state, frozen, held_out, log, int(state.step)
+            )
+    if specs:
+        if trees.sha256(frozen) != base_hash:
+            raise RunFailed("the frozen base changed in training; this is a bug, please report it")
+        say(f"base unchanged: SHA-256 {base_hash} before and after")
+        export.export_adapter(
+            config, nnx.merge(graph, state.trained, frozen), run_dir / export.FOLDER
+        )
+    after = answers("answering samples after training")
+    summary = Summary(
+        model=config.model.path,
+        method=config.method,
+        quantization=describe_quantization(config),
+        rank=config.lora.rank if specs else None,
+        trainable=trained_count,
+        total=total_count,
+        device=device,
+        base_sha256=base_hash if specs else "",
+        steps=int(state.step),
+        skipped=counters.skipped,
+        wall_s=time.perf_counter() - started,
+        tokens=counters.tokens,
+        tokens_per_s=float(np.median(rates)) if rates else 0.0,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_device_bytes=_peak_device_bytes(),
+        eval_before=counters.eval_before,
+        eval_after=eval_after,
+        eval_tokens=eval_tokens,
+        samples=[
+            Sample(q.prompt, q.answer, before, now)
+            for q, before, now in zip(data.questions, counters.answers_before, after)
+        ],
+        command=command,
+        run_dir=str(run_dir),
+    )
+    write_report(summary)
+    results = {k: v for k, v in dataclasses.asdict(summary).items() if k != "samples"}
+    manifest.finish(run_dir, {"results": results})
+    return summary
+
+
+def answer(
+    config: Config,
+    model: Decoder,
+    text: Tokenizer,
+    questions: Sequence[Question],
+    description: str,
+) -> list[str]:
+    """The model's greedy answers, decoded."""
+    if not questions:
+        return []
+    with progress(description, len(questions)) as advance:
+        rows = generate(
+            model,
+            [q.ids for q in questions],
+            max_new_tokens=config.train.sample_tokens,
+            stop_ids=text.stop_ids,
+            pad_id=text.pad_id,
+            dtype=jnp.dtype(config.model.compute_dtype),
+        )
+        advance(len(questions))
+    return [text.decode(row) for row in rows]
+
+
+def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Config) -> None:
+    """Raises RunFailed unless fresh adapters leave the model's output exactly as it was."""
+
+    @jax.jit
+    def output(trained: Any, frozen: Any) -> jax.Array:
+        model: Decoder = nnx.merge(graph, trained, frozen)
+        tokens = jnp.arange(16)[None] % model.config.vocab_size
+        segments, dtype = jnp.ones_like(tokens), jnp.dtype(config.model.compute_dtype)
+        return model.hidden(tokens, segments, jnp.arange(16)[None], dtype=dtype)
+
+    without = jax.tree.map(jnp.zeros_like, trained)
+    if not jnp.array_equal(output(trained, frozen), output(without, frozen)):
+        raise RunFailed("fresh adapters change the model's output; this is a bug, please report it")
+
+
+def describe_data(data: Data) -> str:
+    """One line on what is trained on, and what was left out."""
+    stats = data.stats
+    parts = [
+        f"{stats.examples:,} examples, {stats.tokens:,} tokens of which {stats.target_tokens:,} "
+        f"carry loss; {len(data.held_out):,} held out"
+    ]
+    if stats.truncated:
+        parts.append(f"{stats.truncated:,} cut at the sequence length")
+    parts += [f"{count:,} left out: {reason}" for reason, count in data.dropped.items()]
+    return "; ".join(parts)
+
+
+def describe_quantization(config: Config) -> str:
+    """The base's storage in words; empty when it is not quantized."""
+    if config.method != "qlora":
+        return ""
+    double = ", double quantization" if config.quant.double_quant else ""
+    return f"{config.quant.codebook}, block {config.quant.block_size}{double}"
+
+
+def _evaluate(
+    program: steps.Program,
+    state: steps.State,
+    frozen: Any,
+    held_out: Sequence[dict[str, np.ndarray]],
+    log: MetricsLog,
+    step: int,
+) -> tuple[float, int]:
+    with progress("evaluating", None):
+        loss, tokens = evaluate(program, state.trained, frozen, held_out)
+    log.write(step, {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))})
+    return loss, tokens
+
+
+def _codebook_hash(config: Config) -> str | None:
+    if config.method != "qlora":
+        return None
+    values = codebook(config.quant.codebook, config.quant.block_size)
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def _peak_device_bytes() -> int | None:
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None

@@ -1,0 +1,116 @@
+"""From a config to the pieces of a run: checkpoint, tokenizer, data and model."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.config import Config
+from qlora_jax.data import encode, sources, tokenizer
+from qlora_jax.data.encode import EncodeStats, Example
+from qlora_jax.data.prompts import Question, question
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import UserError
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.load import load
+from qlora_jax.formats.source import open_checkpoint
+from qlora_jax.lora import plan, ranks_above_full
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.models.decoder import Decoder, attach
+from qlora_jax.quant.codebooks import codebook
+from qlora_jax.quant.qtensor import check_block_size
+from qlora_jax.train.display import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Encoded examples of a run. `questions` are held-out prompts to answer as samples."""
+
+    train: list[Example]
+    held_out: list[Example]
+    questions: list[Question]
+    stats: EncodeStats
+    dropped: dict[str, int]
+
+
+def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
+    """Opens the pretrained model and its tokenizer, after all that can be checked before.
+
+    Raises:
+      UserError: a setting, the checkpoint or the tokenizer cannot be used.
+    """
+    if config.method == "qlora":
+        check_block_size(config.quant.block_size)
+        codebook(config.quant.codebook, config.quant.block_size)
+    checkpoint = open_checkpoint(config.model)
+    longest = checkpoint.config.max_positions
+    if config.data.sequence_length > longest:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} is beyond the {longest} positions "
+            f"of {config.model.path}; give {longest} or less"
+        )
+    text = tokenizer.load(checkpoint.tokenizer_path)
+    if text.vocab_size > checkpoint.config.vocab_size:
+        raise UserError(
+            f"{text.source}: the tokenizer has ids up to {text.vocab_size - 1} but the model only "
+            f"{checkpoint.config.vocab_size} embeddings; they do not belong together"
+        )
+    return checkpoint, text
+
+
+def read_data(config: Config, text: Tokenizer) -> Data:
+    """Reads, splits and encodes the examples.
+
+    Raises:
+      UserError: the data cannot be used.
+    """
+    split = sources.read(config.data)
+    train, stats = encode.encode(split.train, text, config.data)
+    held_out = encode.encode(split.held_out, text, config.data)[0] if split.held_out else []
+    questions: list[Question] = []
+    for record in split.held_out:
+        if len(questions) == config.train.samples:
+            break
+        asked = question(record, text, config.data)
+        if asked is not None and len(asked.ids) <= config.data.sequence_length:
+            questions.append(asked)
+    dropped = dict(split.dropped)
+    if stats.dropped:
+        dropped["no target after truncation"] = stats.dropped
+    return Data(train, held_out, questions, stats, dropped)
+
+
+def load_model(
+    config: Config, checkpoint: Checkpoint, warn: Callable[[str], None]
+) -> tuple[Decoder, dict[str, AdapterSpec]]:
+    """Loads the weights, streamed, and attaches fresh adapters unless every weight is trained.
+
+    Raises:
+      UserError: weights that cannot be quantized, or targets that match nothing.
+    """
+    full, quantized = config.method == "full", config.method == "qlora"
+    names = checkpoint.names()
+    with progress(f"loading {config.model.path}", len(names)) as advance:
+        model = load(
+            checkpoint,
+            quant=config.quant if quantized else None,
+            dtype=jnp.dtype(config.lora.dtype if full else config.model.storage_dtype),
+            progress=advance,
+        )
+    if full:
+        return model, {}
+    linears = model.linears()
+    specs = plan(config.lora, linears)
+    if above := ranks_above_full(specs, linears):
+        warn(f"warning: the rank is above min(in, out) of {len(above)} linears, first {above[0]}")
+    lora = config.lora
+    attach(
+        model,
+        specs,
+        jax.random.key(config.train.seed),
+        init=lora.init,
+        dropout=lora.dropout,
+        dtype=jnp.dtype(lora.dtype),
+    )
+    return model, specs
