@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.lora import AdapterSpec, init_adapter
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import KVCache, Layer, Linear, RMSNorm, Weight
+from qlora_jax.models.layers import KVCache, Layer, RMSNorm, Slots, Weight
 from qlora_jax.models.rope import rotation
 from qlora_jax.quant import QTensor
 
@@ -133,21 +133,22 @@ class Decoder(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.num_layers)
         windowed = any(config.windows)
         mask = see(None)
+        layers = jnp.arange(config.num_layers)
         windows = jnp.array([w or np.iinfo(np.int32).max for w in config.windows], jnp.int32)
-        caches = []
         for run, start in zip(self.runs, self._starts()):
             graph, weights = nnx.split(run)
             part = slice(start, start + run_length(run))
 
-            def body(x, xs, graph=graph):
-                weights, window, key, cache = xs
+            def body(carry, xs, graph=graph):
+                x, cache = carry
+                weights, layer, window, key = xs
                 seen = see(window) if windowed else mask
-                return nnx.merge(graph, weights)(x, rope, seen, key, cache, positions)
+                slots = None if cache is None else Slots(cache, layer, positions)
+                return nnx.merge(graph, weights)(x, rope, seen, key, slots), None
 
-            xs = (weights, *jax.tree.map(lambda a, part=part: a[part], (windows, keys, cache)))
-            x, updated = jax.lax.scan(REMAT[remat](body), x, xs)
-            caches.append(updated)
-        cache = None if cache is None else jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
+            xs = jax.tree.map(lambda a, part=part: a[part], (layers, windows, keys))
+            # the cache is carried, not scanned over, so that each token is written in place
+            (x, cache), _ = jax.lax.scan(REMAT[remat](body), (x, cache), (weights, *xs))
         return self.norm(x), cache
 
 

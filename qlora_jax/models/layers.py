@@ -29,10 +29,24 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 class KVCache(NamedTuple):
-    """Keys and values [..., B, S, kv_heads, head_dim]; slot s holds position s."""
+    """Keys and values [L, B, S, kv_heads, head_dim]; slot s holds position s."""
 
     k: jax.Array
     v: jax.Array
+
+
+class Slots(NamedTuple):
+    """Where a layer reads and writes: its index in the cache and the positions [B, T]."""
+
+    cache: KVCache
+    layer: jax.Array
+    positions: jax.Array
+
+    def put(self, k: jax.Array, v: jax.Array) -> KVCache:
+        """The cache with k and v [B, T, kv_heads, head_dim] in their slots."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        place = (self.layer, rows, self.positions)
+        return KVCache(self.cache.k.at[place].set(k), self.cache.v.at[place].set(v))
 
 
 class Weight(nnx.Param):
@@ -119,10 +133,9 @@ class Layer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         mask: jax.Array,
         key: jax.Array | None,
-        cache: KVCache | None = None,
-        positions: jax.Array | None = None,
+        slots: Slots | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """One layer on x[B, T, hidden]; with a cache, keys and values go to slot `positions`."""
+        """One layer on x[B, T, hidden]; with slots, over the cache, which it returns updated."""
         keys = (
             dict.fromkeys(LINEARS) if key is None else dict(zip(LINEARS, jax.random.split(key, 7)))
         )
@@ -131,10 +144,10 @@ class Layer(nnx.Module):
         q = rotate(self.q_proj(h, keys["self_attn.q_proj"]).reshape(head), *rope)
         k = rotate(self.k_proj(h, keys["self_attn.k_proj"]).reshape(head), *rope)
         v = self.v_proj(h, keys["self_attn.v_proj"]).reshape(head)
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = KVCache(cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v))
-            k, v = cache.k, cache.v
+        cache = None
+        if slots is not None:
+            cache = slots.put(k, v)
+            k, v = cache.k[slots.layer], cache.v[slots.layer]
         out = attend(q, k, v, mask).reshape(*x.shape[:2], -1)
         x = x + self.o_proj(out, keys["self_attn.o_proj"])
         h = self.post_attention_layernorm(x)

@@ -185,7 +185,8 @@ def _quantize(
     scaled = jnp.where(positive, jnp.maximum(scaled, jnp.finfo(jnp.float32).tiny), scaled)
     scaled = scaled.reshape(*lead, nb * block_size, n)
     middle = (codebook[1:] + codebook[:-1]) / 2
-    index = sum((scaled > middle[i]).astype(jnp.uint8) for i in range(15))
+    above = [(scaled > middle[i]).astype(jnp.uint8) for i in range(15)]
+    index = functools.reduce(jnp.add, above)
     index = _pad_rows(
         index[..., :k, :], -(-k // GROUP) * GROUP, jnp.sum(middle < 0).astype(jnp.uint8)
     )

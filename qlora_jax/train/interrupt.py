@@ -13,7 +13,7 @@ class Stopped(Exception):
 
 
 class Requests:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal`; a second one acts at once."""
+    """While entered, the first SIGINT or SIGTERM is noted in `signal`; the next acts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
