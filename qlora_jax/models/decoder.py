@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.lora import AdapterSpec, init_adapter
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import KVCache, Layer, RMSNorm, Slots, Weight
+from qlora_jax.models.layers import KVCache, Layer, Linear, RMSNorm, Slots, Weight
 from qlora_jax.models.rope import rotation
 from qlora_jax.quant import QTensor
 
