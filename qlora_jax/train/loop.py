@@ -106,6 +106,7 @@ def loop(
             _check(config, figures, scale, grads, step, counters, checkpoints)
             values = {
                 "train/loss": figures.loss,
+                "train/seconds": seconds,
                 "train/tokens_per_s": rates[-1],
                 "train/grad_norm": figures.norm,
                 "train/learning_rate": learning_rate(step - 1),
