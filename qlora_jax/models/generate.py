@@ -90,7 +90,8 @@ def generate(
     dtype = jnp.dtype(dtype)
     slots = padded_size(lengths.max() + max_new_tokens)
     sampling = Sampling(temperature, top_p, _row_keys(np.uint32(seed & 0xFFFFFFFF), _ids(prompts)))
-    stops = np.array(sorted(stop_ids) or [-1], np.int32)
+    stops = np.full(padded_size(len(stop_ids), 8), -1, np.int32)
+    stops[: len(stop_ids)] = list(stop_ids)
 
     rows, cache = _prefill(structure, weights, tokens, lengths, sampling, stops, slots, dtype)
     new = np.asarray(rows.tokens)[:, None]
@@ -114,9 +115,9 @@ def generate(
         left -= steps
 
 
-def padded_size(size: int) -> int:
-    """The least `SMALLEST` times a power of two that holds `size`."""
-    padded = SMALLEST
+def padded_size(size: int, smallest: int = SMALLEST) -> int:
+    """The least `smallest` times a power of two that holds `size`."""
+    padded = smallest
     while padded < size:
         padded *= 2
     return padded
@@ -249,7 +250,7 @@ def _check(
     vocabulary, room = model.config.vocab_size, model.config.max_positions
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} is not allowed; give 1 or more")
-    if temperature < 0:
+    if not temperature >= 0:
         raise UserError(f"temperature {temperature} is not allowed; give 0 or more")
     if not 0 <= top_p <= 1:
         raise UserError(f"top_p {top_p} is not allowed; give a probability from 0 to 1")
