@@ -37,11 +37,13 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Give another: make install PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[dev$(if $(EXTRA),$(COMMA)$(EXTRA))]'
+	@echo "installing into $(VENV): one to two minutes"
+	@$(BIN)/python -m pip install --quiet -e '.[dev$(if $(EXTRA),$(COMMA)$(EXTRA))]'
 	@touch $@
 
 model: install
-	$(BIN)/python -m qlora_jax.formats.fetch $(MODEL)
+	@echo "fetching $(MODEL) (93 MB) unless it is cached"
+	@$(BIN)/python -m qlora_jax.formats.fetch $(MODEL)
 
 quickstart: model
 	$(BIN)/qlora-jax train configs/quickstart.yaml --overwrite
