@@ -3,26 +3,32 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
+import math
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from qlora_jax import config as configs
 from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.train import rundir
+from qlora_jax.train.interrupt import Stopped
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Runs a command and returns its exit code; --help and --version raise SystemExit(0)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options, rest = _parser().parse_known_args(arguments)
-    with _exit_code(options.debug) as code:
-        options.run(options, rest, shlex.join(["qlora-jax", *arguments]))
+    with _exit_code("--debug" in arguments) as code:
+        options, settings = _parse(arguments)
+        options.run(options, settings, shlex.join(["qlora-jax", *arguments]))
+        sys.stdout.flush()
     return code.value
 
 
@@ -42,17 +48,15 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
     except RunFailed as e:
         code.value = FAILED
         _fail(str(e), debug)
+    except Stopped as e:
+        code.value = e.code
+        _fail(f"{e}; the state is saved, --resume goes on", debug)
     except KeyboardInterrupt:
         code.value = INTERRUPTED
         _fail("interrupted", debug)
     except BrokenPipeError:
         # The reader of stdout went away, as `| head` does; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as e:
-        if (number := getattr(e, "code", None)) is None:
-            raise
-        code.value = number
-        _fail(str(e), debug)
 
 
 def _fail(message: str, debug: bool) -> None:
@@ -61,16 +65,65 @@ def _fail(message: str, debug: bool) -> None:
     print(f"qlora-jax: {' '.join(message.split())}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing the usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    @property
+    def options(self) -> set[str]:
+        return set(self._option_string_actions)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own options, and the `--section.key=value` settings among the arguments."""
+    parser, commands = _parser()
+    command = next((commands[a] for a in arguments if a in commands), None)
+    if command is None or not command.get_default("settings"):
+        return parser.parse_args(arguments), []
+    own, settings = _separate(arguments, command.options)
+    return parser.parse_args(own), settings
+
+
+def _separate(arguments: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:
+    # argparse would take the value in `--train.steps 50 my.yaml` for the config.
+    own: list[str] = []
+    settings: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, _ = argument.partition("=")
+        if not name.startswith("--") or name in options:
+            own.append(argument)
+            continue
+        _check_known(name.removeprefix("--"), options)
+        settings.append(argument)
+        if not equals and rest:
+            settings.append(rest.pop(0))
+    return own, settings
+
+
+def _check_known(key: str, options: set[str]) -> None:
+    more = [o.removeprefix("--") for o in options]
+    if not configs.is_known(key):
+        raise UserError(
+            f"--{key}: neither an option nor a setting; the nearest is "
+            f"--{configs.nearest(key, more)}"
+        )
+
+
+def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
+    parser = _Parser(
         prog="qlora-jax", description="LoRA and QLoRA fine-tuning in JAX.", allow_abbrev=False
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--json", action="store_true", help="print the results as JSON")
 
-    def command(name: str, run: object, text: str, **more: str) -> argparse.ArgumentParser:
+    def command(name: str, run: object, text: str, **more: Any) -> _Parser:
         made = commands.add_parser(
             name,
             help=text,
@@ -78,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
             parents=[common],
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **more,  # type: ignore[arg-type]
+            **more,
         )
         made.set_defaults(run=run)
         return made
@@ -87,19 +140,25 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "Fine-tune a model; writes a run directory.",
-        usage="qlora-jax train CONFIG [--resume | --overwrite] [--preview N] [--section.key=value ...]",
+        usage="qlora-jax train CONFIG [--resume | --overwrite | --preview N] "
+        "[--json] [--debug] [--section.key=value ...]",
         epilog=_settings(),
     )
+    train.set_defaults(settings=True)
     train.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
     train.add_argument("--resume", action="store_true", help="go on where the run stopped")
     train.add_argument("--overwrite", action="store_true", help="delete the run that is there")
     train.add_argument(
-        "--preview", type=int, metavar="N", help="print N examples, loss marked, and stop"
+        "--preview", type=_count, metavar="N", help="print N examples, loss marked, and stop"
     )
 
     evaluate = command(
-        "evaluate", _evaluate, "Held-out loss and perplexity of a run, or of a config's base model."
+        "evaluate",
+        _evaluate,
+        "Held-out loss and perplexity of a run, or of a config's base model.",
+        epilog="A config's settings can be changed by --section.key=value, as for train.",
     )
+    evaluate.set_defaults(settings=True)
     evaluate.add_argument("path", metavar="RUN_DIR|CONFIG")
     evaluate.add_argument("--base", action="store_true", help="the model before training")
 
@@ -107,11 +166,40 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("path", metavar="RUN_DIR")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     generate.add_argument("--base", action="store_true", help="without the adapter")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    return parser
+    generate.add_argument("--max-new-tokens", type=_count, default=128, metavar="N")
+    generate.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default: greedy"
+    )
+    generate.add_argument(
+        "--top-p", type=_share, default=1.0, metavar="P", help="sample from this share; default 1"
+    )
+    generate.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the sampling")
+    return parser, commands.choices
+
+
+def _number(
+    kind: Callable[[str], float], allowed: Callable[[float], bool], rule: str
+) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if allowed(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
+
+    return parse
+
+
+_count = _number(int, lambda n: n >= 1, "a whole number of 1 or more")
+_temperature = _number(float, lambda n: 0 <= n < math.inf, "a number of 0 or more")
+_share = _number(float, lambda n: 0 < n <= 1, "a number above 0 and at most 1")
+_seed = _number(int, lambda n: n >= 0, "a whole number of 0 or more")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qlora-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _settings() -> str:
@@ -133,20 +221,17 @@ def _warn_if_gpu_idle() -> None:
         _say(warning)
 
 
-def _config(path: str, rest: Sequence[str]) -> configs.Config:
-    from qlora_jax.train import rundir
-
+def _config(path: str, settings: Sequence[str]) -> configs.Config:
+    overrides = configs.parse_overrides(settings)
     file = Path(path) / rundir.CONFIG
-    return configs.load(file if file.is_file() else path, configs.parse_overrides(rest))
+    if not file.is_file():
+        return configs.load(path, overrides)
+    # The directory may have been moved, or been named from elsewhere, since it was made.
+    return configs.load(file, {"output": path} | overrides)
 
 
-def _no_more(rest: Sequence[str]) -> None:
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; see --help")
-
-
-def _train(options: argparse.Namespace, rest: Sequence[str], command: str) -> None:
-    config = _config(options.config, rest)
+def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    config = _config(options.config, settings)
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
     _warn_if_gpu_idle()
@@ -180,17 +265,18 @@ def _train(options: argparse.Namespace, rest: Sequence[str], command: str) -> No
     print(f"run directory: {summary.run_dir} (report.md, adapter/, checkpoints/)")
 
 
-def _evaluate(options: argparse.Namespace, rest: Sequence[str], command: str) -> None:
+def _evaluate(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    is_run = Path(options.path).is_dir()
+    if is_run and settings:
+        raise UserError(f"{settings[0]}: a run directory's settings are fixed; give a config")
+    config = rundir.open_run(options.path) if is_run else _config(options.path, settings)
+    _warn_if_gpu_idle()
     from qlora_jax.evaluate.heldout import held_out_loss
     from qlora_jax.train.restore import from_config, restore
 
-    if Path(options.path).is_dir():
-        _no_more(rest)
-        _warn_if_gpu_idle()
+    if is_run:
         restored = restore(options.path, base=options.base, warn=_say)
     else:
-        config = _config(options.path, rest)
-        _warn_if_gpu_idle()
         restored = from_config(config, _say)
     result = held_out_loss(restored)
     if options.json:
@@ -202,10 +288,10 @@ def _evaluate(options: argparse.Namespace, rest: Sequence[str], command: str) ->
     )
 
 
-def _generate(options: argparse.Namespace, rest: Sequence[str], command: str) -> None:
-    _no_more(rest)
+def _generate(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     if not options.prompt:
         raise UserError('--prompt is missing; give --prompt "..."')
+    rundir.open_run(options.path)
     _warn_if_gpu_idle()
     import jax.numpy as jnp
 

@@ -342,7 +342,7 @@ def _explain(error: ValidationError) -> str:
     location = [str(x) for x in problem["loc"]]
     key = ".".join(location)
     if unknown:
-        return f"unknown key {key}; the nearest known one is {_nearest(key)}"
+        return f"unknown key {key}; the nearest known one is {nearest(key)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key} is missing; add it to the file or give --{key}=..."
     schema = {s.key: s for s in settings()}
@@ -359,8 +359,19 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {message}, not {problem['input']!r}{expected}"
 
 
-def _nearest(key: str) -> str:
-    known = [s.key for s in settings()] + list(_sections())
+def is_known(key: str) -> bool:
+    """Whether a dotted key is a setting, a section, or an entry of a setting that is a mapping."""
+    schema = {s.key: s.type for s in settings()}
+    return (
+        key in schema
+        or key in _sections()
+        or any(key.startswith(f"{k}.") for k, kind in schema.items() if kind.startswith("dict"))
+    )
+
+
+def nearest(key: str, more: Sequence[str] = ()) -> str:
+    """The setting, section or name in `more` that a mistyped key most resembles."""
+    known = [s.key for s in settings()] + list(_sections()) + list(more)
 
     def likeness(other: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, key, other).ratio()
