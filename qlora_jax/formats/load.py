@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import QuantConfig
+from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.layers import LINEARS
@@ -42,9 +43,7 @@ def load(
     for name in checkpoint.names():
         array = checkpoint.read(name)
         if not name.startswith(PREFIX):
-            outer[name] = (
-                _transposed(array, dtype) if name == "lm_head.weight" else jnp.asarray(array, dtype)
-            )
+            outer[name] = _plain(name, array, name == "lm_head.weight", dtype)
         else:
             layer, key = name.removeprefix(PREFIX).split(".", 1)
             value = _value(name, array, key.removesuffix(".weight") in LINEARS, quant, dtype)
@@ -68,10 +67,8 @@ def _value(
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array | QTensor:
-    if not linear or array.ndim == 1:
-        return jnp.asarray(array, dtype)
-    if quant is None:
-        return _transposed(array, dtype)
+    if not linear or array.ndim == 1 or quant is None:
+        return _plain(name, array, linear and array.ndim == 2, dtype)
     # float32 once, before the quantizer reads it several times
     return quantize(
         _transposed(array, jnp.float32),
@@ -81,6 +78,21 @@ def _value(
         quant.nested_block,
         name=name,
     )
+
+
+def _plain(name: str, array: np.ndarray, transpose: bool, dtype: jax.typing.DTypeLike) -> jax.Array:
+    value = _transposed(array, dtype) if transpose else jnp.asarray(array, dtype)
+    if not _all_finite(value):
+        raise UserError(
+            f"{name}: holds NaN or Inf as {jnp.dtype(dtype).name}; download it again, or hold it "
+            "in another dtype (model.storage_dtype; for method full lora.dtype)"
+        )
+    return value
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(jnp.abs(array).max())  # twice as quick as a test of each element
 
 
 @functools.partial(jax.jit, static_argnums=1)
