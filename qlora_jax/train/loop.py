@@ -64,11 +64,11 @@ def loop(
     log: MetricsLog,
     counters: Progress,
     learning_rate: Callable[[int], Any],
-) -> tuple[State, list[float]]:
-    """Trains from `state` to `config.train.steps`.
+) -> State:
+    """Trains from `state` to `config.train.steps`; evaluates on the way, not at the end.
 
     Returns:
-      The last state and this session's tokens per second, step by step.
+      The last state.
 
     Raises:
       Stopped: a signal arrived; the state is saved.
@@ -78,7 +78,6 @@ def loop(
     key = (
         jax.random.key(train.seed + 1) if config.lora.dropout and config.method != "full" else None
     )
-    rates: list[float] = []
     step = int(state.step)
 
     def save() -> None:
@@ -100,14 +99,13 @@ def loop(
             figures = jax.device_get(jax.block_until_ready(figures))
             step += 1
             tokens, seconds = int((batch["segments"] > 0).sum()), time.perf_counter() - start
-            rates.append(tokens / seconds)
             counters.tokens += tokens
             counters.seconds += seconds
             _check(config, figures, scale, grads, step, counters, checkpoints)
             values = {
                 "train/loss": figures.loss,
                 "train/seconds": seconds,
-                "train/tokens_per_s": rates[-1],
+                "train/tokens_per_s": tokens / seconds,
                 "train/grad_norm": figures.norm,
                 "train/learning_rate": learning_rate(step - 1),
                 "train/epoch": loader.epoch,
@@ -116,8 +114,9 @@ def loop(
             if config.model.compute_dtype == "float16":
                 values |= {"train/loss_scale": scale, "train/skipped_steps": counters.skipped}
             log.write(step, values)
-            display.update(step, loss=float(figures.loss), tokens_per_s=rates[-1])
-            if held_out and train.eval_every and step % train.eval_every == 0:
+            display.update(step, loss=float(figures.loss), tokens_per_s=tokens / seconds)
+            due = train.eval_every and step % train.eval_every == 0
+            if held_out and due and step < train.steps:
                 loss, _ = evaluate(program, state.trained, frozen, held_out)
                 log.write(step, {"eval/loss": loss, "eval/perplexity": np.exp(loss)})
                 display.note(f"step {step}: held-out loss {loss:.4f}")
@@ -126,7 +125,7 @@ def loop(
             if requests.signal is not None:
                 save()
                 raise Stopped(requests.signal, step)
-    return state, rates
+    return state
 
 
 def _check(

@@ -5,6 +5,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,12 +24,12 @@ from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
 from qlora_jax.quant.codebooks import codebook
-from qlora_jax.train import export, rundir
+from qlora_jax.train import export, metrics, rundir
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.display import progress
 from qlora_jax.train.loop import Progress, evaluate, loop
-from qlora_jax.train.metrics import MetricsLog
+from qlora_jax.train.metrics import MetricsLog, read_metrics
 from qlora_jax.train.optimizer import adamw, schedule
 from qlora_jax.train.report import Sample, Summary, write_report
 from qlora_jax.train.setup import Data, load_model, open_model, read_data
@@ -57,11 +58,9 @@ def train(
       Stopped: by a signal, with the state saved.
     """
     started = time.perf_counter()
+    rundir.check(config, resume=resume, overwrite=overwrite)
     checkpoint, text = open_model(config)
     data = read_data(config, text)
-    run_dir = rundir.claim(config, resume=resume, overwrite=overwrite)
-    checkpoints = Checkpoints(run_dir, config.train.keep)
-    resumed = resume and checkpoints.latest() is not None
     device = str(describe_devices())
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(describe_data(data))
@@ -100,12 +99,17 @@ def train(
         if data.held_out
         else []
     )
+    # All that the input can be at fault for is behind: only now is anything written.
+    run_dir = rundir.claim(config, resume=resume, overwrite=overwrite)
+    checkpoints = Checkpoints(run_dir, config.train.keep)
     counters = Progress()
-    if resumed:
+    if resumed := resume and checkpoints.latest() is not None:
         state, extra = checkpoints.restore(state)
         loader.restore(extra["loader"])
         counters = Progress(**extra["progress"])
+        _warn_if_base_changed(run_dir, base_hash, say)
         say(f"resumed from step {int(state.step)}")
+    earlier_s = counters.seconds
     manifest.write(
         run_dir,
         manifest.build(
@@ -126,7 +130,7 @@ def train(
                 say(f"held-out loss before training: {counters.eval_before:.4f}")
             counters.answers_before = answers("answering samples before training")
         rate = schedule(config.optimizer, config.train.steps)
-        state, rates = loop(
+        state = loop(
             config, program, state, frozen, loader, held_out, checkpoints, log, counters, rate
         )
         checkpoints.close()
@@ -154,9 +158,9 @@ def train(
         base_sha256=base_hash if specs else "",
         steps=int(state.step),
         skipped=counters.skipped,
-        wall_s=time.perf_counter() - started,
+        wall_s=earlier_s + time.perf_counter() - started,
         tokens=counters.tokens,
-        tokens_per_s=float(np.median(rates)) if rates else 0.0,
+        tokens_per_s=_median_rate(run_dir),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_bytes=_peak_device_bytes(),
         eval_before=counters.eval_before,
@@ -246,6 +250,22 @@ def _evaluate(
         loss, tokens = evaluate(program, state.trained, frozen, held_out)
     log.write(step, {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))})
     return loss, tokens
+
+
+def _median_rate(run_dir: Path) -> float:
+    rows = read_metrics(run_dir / metrics.NAME)
+    name = "train/tokens_per_s"
+    return float(np.median([row[name] for row in rows if name in row]))
+
+
+def _warn_if_base_changed(run_dir: Path, base_hash: str, say: Callable[[str], None]) -> None:
+    if not (run_dir / manifest.NAME).exists():
+        return
+    if (before := manifest.read(run_dir).get("base_sha256")) != base_hash:
+        say(
+            f"warning: the model's weights are not those the run began with (SHA-256 {base_hash}, "
+            f"then {before}): the files, the device or a version changed"
+        )
 
 
 def _codebook_hash(config: Config) -> str | None:

@@ -1,5 +1,7 @@
 """The run directory: made, claimed for a new run or opened for one that goes on."""
 
+import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,38 @@ from qlora_jax.config import Config
 from qlora_jax.errors import UserError
 
 CONFIG = "config.yaml"
+
+
+def check(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Raises what `claim` would, as far as it shows without writing; costs nothing."""
+    folder = Path(config.output)
+    file = folder / CONFIG
+    if file.exists() and not overwrite:
+        if not resume:
+            raise UserError(
+                f"{folder}: holds a run already; add --resume to go on with it, --overwrite to "
+                "delete it, or give another --output"
+            )
+        stored = configs.load(file)
+        # The folder is where it is, however it is spelt and wherever it was made.
+        here = dataclasses.replace(config, output=stored.output)
+        if differences := configs.difference(stored, here):
+            raise UserError(
+                f"{folder}: was made with another config, so it cannot be resumed; "
+                f"{'; '.join(differences)}"
+            )
+    elif folder.exists() and not file.exists() and not _is_empty(folder):
+        raise UserError(f"{folder}: exists and is not a run directory; give another --output")
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"{folder}: {parent} is a file, not a folder; give another --output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {parent} is not writable by this user; give another --output")
+
+
+def _is_empty(folder: Path) -> bool:
+    # A run killed while it wrote its config leaves a temporary file, whose name starts with a dot.
+    return folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
 
 
 def claim(config: Config, *, resume: bool, overwrite: bool) -> Path:
@@ -23,22 +57,11 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> Path:
       UserError: the directory holds a run and neither was asked for, holds something else, was
         made with another config, or cannot be written to.
     """
+    check(config, resume=resume, overwrite=overwrite)
     folder = Path(config.output)
     file = folder / CONFIG
     if file.exists() and not overwrite:
-        if not resume:
-            raise UserError(
-                f"{folder}: holds a run already; add --resume to go on with it, --overwrite to "
-                "delete it, or give another --output"
-            )
-        if differences := configs.difference(configs.load(file), config):
-            raise UserError(
-                f"{folder}: was made with another config, so it cannot be resumed; "
-                f"{'; '.join(differences)}"
-            )
         return folder
-    if folder.exists() and not file.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not a run directory; give another --output")
     try:
         if overwrite and folder.exists():
             shutil.rmtree(folder)

@@ -13,7 +13,7 @@ from qlora_jax.data.prompts import Question, question
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import PREFIX, load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.lora import plan, ranks_above_full
 from qlora_jax.lora.spec import AdapterSpec
@@ -50,6 +50,8 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
             f"data.sequence_length {config.data.sequence_length} is beyond the {longest} positions "
             f"of {config.model.path}; give {longest} or less"
         )
+    if config.method != "full":
+        plan(config.lora, _linears(checkpoint))
     text = tokenizer.load(checkpoint.tokenizer_path)
     if text.vocab_size > checkpoint.config.vocab_size:
         raise UserError(
@@ -57,6 +59,11 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
             f"{checkpoint.config.vocab_size} embeddings; they do not belong together"
         )
     return checkpoint, text
+
+
+def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    shapes = {n: checkpoint.shape(n) for n in checkpoint.names() if n.startswith(PREFIX)}
+    return {n.removesuffix(".weight"): (s[1], s[0]) for n, s in shapes.items() if len(s) == 2}
 
 
 def read_data(config: Config, text: Tokenizer) -> Data:
