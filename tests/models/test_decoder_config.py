@@ -1,0 +1,159 @@
+import json
+
+import pytest
+
+from qlora_jax.errors import UserError
+from qlora_jax.models.config import FAMILIES, Rope, from_hugging_face
+
+SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read(model_type="llama", **settings):
+    return from_hugging_face({"model_type": model_type} | SHAPE | settings, "config.json")
+
+
+def test_what_a_file_leaves_out():
+    config = read()
+    assert (config.num_kv_heads, config.head_dim) == (4, 16)
+    assert (config.max_positions, config.rms_norm_eps) == (2048, 1e-6)
+    assert config.rope == Rope(theta=10000.0)
+    assert not config.tie_embeddings
+    assert config.windows == (None,) * 4
+
+
+def test_what_a_file_says():
+    config = read(
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        mlp_bias=True,
+    )
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (256, 64, 128)
+    assert (config.num_layers, config.num_heads) == (4, 4)
+    assert (config.num_kv_heads, config.head_dim, config.max_positions) == (2, 32, 512)
+    assert (config.rms_norm_eps, config.tie_embeddings, config.mlp_bias) == (1e-5, True, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention_bias", "qkv", "output"),
+    [
+        ("llama", True, True, True),
+        ("llama", False, False, False),
+        ("mistral", True, False, False),
+        ("qwen2", False, True, False),
+    ],
+)
+def test_biases_of_a_family(family, attention_bias, qkv, output):
+    config = read(family, attention_bias=attention_bias)
+    assert (config.qkv_bias, config.output_bias) == (qkv, output)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            {"rope_theta": 5e5},
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            Rope(theta=5e5),
+        ),
+        (
+            {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 4}},
+            {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0}},
+            Rope(theta=1e6, kind="linear", factor=4.0),
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3"} | LLAMA3},
+            Rope(
+                theta=5e5,
+                kind="llama3",
+                factor=32.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_positions=8192,
+            ),
+        ),
+        ({"rope_scaling": None}, {"rope_parameters": None}, Rope()),
+    ],
+)
+def test_rope_as_transformers_4_and_5_write_it(old, new, expected):
+    assert read(**old).rope == read(**new).rope == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "windows"),
+    [
+        ("mistral", {}, (4096,) * 4),
+        ("mistral", {"sliding_window": 8}, (8,) * 4),
+        ("mistral", {"sliding_window": None}, (None,) * 4),
+        ("qwen2", {"sliding_window": 8}, (None,) * 4),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, (None,) * 4),
+        (
+            "qwen2",
+            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3},
+            (None, None, None, 8),
+        ),
+        (
+            "qwen2",
+            {
+                "sliding_window": 8,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (8, None, 8, None),
+        ),
+        ("llama", {"sliding_window": 8}, (None,) * 4),
+    ],
+)
+def test_windows(family, settings, windows):
+    assert read(family, **settings).windows == windows
+
+
+def test_reference_models_are_read(models):
+    for name in ("llama", "mistral", "qwen2", "mistral_window", "qwen2_window"):
+        raw = json.loads((models / name / "config.json").read_text())
+        config = from_hugging_face(raw, name)
+        assert config.family in FAMILIES
+        assert config.num_layers == len(config.windows) == raw["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported; .*llama, mist"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "config.json: key factor is missing"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "key low_freq_factor is missing",
+        ),
+    ],
+)
+def test_errors(settings, message):
+    with pytest.raises(UserError, match=message):
+        from_hugging_face({"model_type": "llama"} | SHAPE | settings, "config.json")
+
+
+@pytest.mark.parametrize("key", sorted(SHAPE))
+def test_a_missing_key_is_named(key):
+    raw = {"model_type": "llama"} | SHAPE
+    del raw[key]
+    with pytest.raises(UserError, match=f"config.json: key {key} is missing"):
+        from_hugging_face(raw, "config.json")
