@@ -66,7 +66,7 @@ parity:
 	$(MAKE) --no-print-directory run-parity EXTRA=parity VENV=$(VENV)-parity
 
 .PHONY: run-parity
-run-parity: model
+run-parity: install
 	$(BIN)/python -m pytest -m parity
 
 clean:
