@@ -1,6 +1,7 @@
 """Checkpoints of a run: one orbax step folder each, written whole or not at all."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,25 @@ class Checkpoints:
     follows from seed and step, so no other generator state exists.
     """
 
-    def __init__(self, run_dir: Path, keep: int):
-        """Opens, and makes, RUN_DIR/checkpoints; the newest `keep` are kept."""
+    def __init__(self, run_dir: Path, keep: int = 0):
+        """Opens RUN_DIR/checkpoints to write there, and makes it; the newest `keep` are kept.
+
+        With `keep` 0 it is opened for reading alone, and a run that is writing there goes on
+        undisturbed.
+
+        Raises:
+          UserError: the folder cannot be made, or is not there to be read.
+        """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = run_dir.absolute() / FOLDER
+        if not keep and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+            # switches the first two off: half-written folders belong to the run that writes
+            read_only=not keep,
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -39,6 +53,13 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
+
+    def latest_text(self) -> str:
+        """What is kept, for messages about a run that ends."""
+        step = self.latest()
+        if step is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is step {step}"
 
     def save(self, state: State, extra: Mapping[str, Any]) -> None:
         """Writes a checkpoint and waits until it is on disk; older ones beyond `keep` go then.
@@ -59,11 +80,10 @@ class Checkpoints:
             )
             self._manager.wait_until_finished()
         except Exception as e:
-            problem = storage_error(self.folder, e)
+            problem = _storage_error(self.folder, e)
             if problem is None:
                 raise
-            kept = self.latest()
-            raise UserError(f"{problem}; the last good checkpoint is step {kept}") from e
+            raise UserError(f"{problem}; {self.latest_text()}") from e
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
         """Reads a checkpoint, the newest by default.
@@ -96,6 +116,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _storage_error(folder: Path, error: Exception) -> UserError | None:
+    # tensorstore reports an OSError as a ValueError with its number in the text
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return storage_error(folder, OSError(int(number[1]), "") if number else error)
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

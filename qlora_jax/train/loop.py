@@ -101,13 +101,15 @@ def loop(
             tokens, seconds = int((batch["segments"] > 0).sum()), time.perf_counter() - start
             counters.tokens += tokens
             counters.seconds += seconds
+            # the optimizer counts the steps that it took
+            rate = learning_rate(step - 1 - counters.skipped)
             _check(config, figures, scale, grads, step, counters, checkpoints)
             values = {
                 "train/loss": figures.loss,
                 "train/seconds": seconds,
                 "train/tokens_per_s": tokens / seconds,
                 "train/grad_norm": figures.norm,
-                "train/learning_rate": learning_rate(step - 1),
+                "train/learning_rate": rate,
                 "train/epoch": loader.epoch,
                 "train/target_tokens": figures.tokens,
             }
@@ -145,13 +147,12 @@ def _check(
     overflow = config.model.compute_dtype == "float16" and scale > 1
     if overflow and counters.skipped_in_a_row < MOST_SKIPPED:
         return
-    kept = checkpoints.latest()
-    kept_text = f"the last good checkpoint is step {kept}" if kept else "there is no checkpoint yet"
     bad = next(
         (path for path, g in flatten(grads).items() if not jnp.isfinite(g).all()), "the loss"
     )
     what = f"{MOST_SKIPPED} overflowing steps in a row" if overflow else "not a finite number"
     raise RunFailed(
         f"step {step}: loss {figures.loss}, gradient norm {figures.norm}: {what} (first in {bad}); "
-        f"{kept_text}. Lower optimizer.learning_rate, or compute in bfloat16 or float32"
+        f"{checkpoints.latest_text()}. Lower optimizer.learning_rate, or compute in bfloat16 or "
+        "float32"
     )

@@ -58,5 +58,7 @@ def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -
         adamw(config.optimizer, config.train.steps),
         config.model.compute_dtype == "float16",
     )
-    state, _ = Checkpoints(folder, config.train.keep).restore(like)
+    checkpoints = Checkpoints(folder)
+    state, _ = checkpoints.restore(like)
+    checkpoints.close()
     return Restored(config, text, nnx.merge(graph, state.trained, frozen), int(state.step))
