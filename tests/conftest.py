@@ -1,0 +1,203 @@
+"""A model, its tokenizer and data small enough to train in a second, for tests of whole runs."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from qlora_jax import cli
+
+ROOT = Path(__file__).parents[1]
+LLAMA = Path(__file__).parent / "golden" / "models" / "llama"
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+WORDS = ("copytree", "rmtree", "sorted", "divmod", "chr", "open", "hash", "zip", "slice", "repr")
+
+
+class Ended(NamedTuple):
+    """What a command left: its exit code and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """The last line on stderr, the one that tells the error."""
+        return self.err.rstrip("\n").splitlines()[-1]
+
+
+def byte_tokens() -> list[str]:
+    """GPT-2's letters for the bytes that UTF-8 uses: special tokens still fit in 256 ids."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return [letters[b] for b in range(256) if b not in NEVER_IN_UTF8]
+
+
+TOKENS = (*byte_tokens(), *SPECIAL)
+
+
+def write_tokenizer(folder: Path, template: str | None) -> None:
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(TOKENS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def write_model(folder: Path, template: str | None = CHATML) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(LLAMA / name, folder / name)
+    write_tokenizer(folder, template)
+    return folder
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    turns = (("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+@pytest.fixture(scope="session")
+def byte_vocabulary() -> tuple[tuple[str, ...], str]:
+    """The tiny model's tokens by id, and its chat template."""
+    return TOKENS, CHATML
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """Makes a Hugging Face folder of 3 layers, hidden size 64 and 246 tokens of one byte each."""
+    return write_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a folder with a ChatML template; read only."""
+    return write_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl file of 24 short questions and answers; read only."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    words = [(WORDS[i % len(WORDS)], i) for i in range(24)]
+    rows = [chat(f"What does {word} {i} do?", f"{word} is number {i}.") for word, i in words]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny_model: Path, chats: Path) -> Callable[..., Path]:
+    """Writes FOLDER/config.yaml for a run of a few short steps into FOLDER/run.
+
+    Keyword arguments change it, with __ for the dot: `lora__rank=8`; None removes a key.
+    """
+
+    def write(folder: Path, **changes: Any) -> Path:
+        tree: dict[str, Any] = {
+            "model": {"path": str(tiny_model), "compute_dtype": "float32"},
+            "data": {"source": str(chats), "eval_source": str(chats), "sequence_length": 128},
+            "output": str(folder / "run"),
+            "lora": {"rank": 4, "alpha": 8},
+            "optimizer": {"learning_rate": 0.01},
+            "train": {
+                "steps": 4,
+                "batch_size": 2,
+                "eval_every": 2,
+                "eval_rows": 4,
+                "save_every": 2,
+                "samples": 0,
+                "sample_tokens": 8,
+            },
+        }
+        for key, value in changes.items():
+            *parents, last = key.split("__")
+            node = tree
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[last] = value
+            if value is None:
+                del node[last]
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(tree, indent=1), encoding="utf-8")  # JSON is YAML
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment under which processes share what they compile, which is most of their time."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@contextlib.contextmanager
+def sharing(environment: dict[str, str]) -> Iterator[None]:
+    """Has this process, too, share what it compiles."""
+    names = [name.lower() for name in environment]
+    before = {name: getattr(jax.config, name) for name in names}
+    kinds = {name: str if name.endswith("_dir") else int for name in names}
+    try:
+        compilation_cache.reset_cache()
+        for name, value in zip(names, environment.values()):
+            jax.config.update(name, kinds[name](value))
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def run_cli(compiled: dict[str, str]) -> Callable[..., Ended]:
+    """Runs a command in this process."""
+
+    def run(*arguments: str | os.PathLike[str]) -> Ended:
+        out, err = io.StringIO(), io.StringIO()
+        with sharing(compiled), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main([str(a) for a in arguments])
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_process(compiled: dict[str, str]) -> Callable[..., Ended]:
+    """Runs a command in a process of its own; keyword arguments are environment variables."""
+
+    def run(*arguments: str | os.PathLike[str], **environment: str) -> Ended:
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_jax.cli", *map(str, arguments)],
+            env=os.environ | compiled | environment | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
