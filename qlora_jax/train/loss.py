@@ -37,7 +37,7 @@ def token_loss(
     flat, mask = hidden.reshape(-1, hidden.shape[-1]), mask.reshape(-1)
     order = jnp.argsort(~mask, stable=True)
     # Rows without loss read as zeros, so that what is not finite there reaches no gradient.
-    order = jnp.where(mask[order], order, len(order))
+    order = jnp.where(jnp.arange(len(order)) < mask.sum(), order, len(order))
     order = jnp.pad(order, (0, -len(order) % CHUNK), constant_values=len(order))
 
     def chunks(x: jax.Array) -> jax.Array:

@@ -1,0 +1,73 @@
+"""dense against numpy in float64: values and both gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.kernels.dense import dense, product
+
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+def make(compute: str, storage: str, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [2, 5, 48], w [48, 24] and a cotangent [2, 5, 24]."""
+    random = np.random.default_rng(seed)
+    x = jnp.asarray(random.normal(size=(2, 5, 48)), compute)
+    w = jnp.asarray(random.normal(size=(48, 24)) / 7, storage)
+    return x, w, jnp.asarray(random.normal(size=(2, 5, 24)), compute)
+
+
+def wide(array: jax.Array) -> np.ndarray:
+    return np.asarray(array).astype(np.float64)
+
+
+def assert_product(y: jax.Array, left: np.ndarray, right: np.ndarray, dtype: str) -> None:
+    """y is left @ right, accumulated in float32 and rounded once to dtype."""
+    exact, size = left @ right, np.abs(left) @ np.abs(right)
+    allowed = EPSILON[dtype] / 2 * np.abs(exact) + left.shape[-1] * 2.0**-24 * size
+    assert y.dtype == dtype
+    assert np.all(np.abs(wide(y) - exact) <= allowed * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("storage", sorted(EPSILON))
+@pytest.mark.parametrize("compute", sorted(EPSILON))
+def test_value_and_gradients(compute: str, storage: str) -> None:
+    x, w, g = make(compute, storage)
+    y, pull = jax.vjp(dense, x, w)
+    cast = wide(w.astype(compute))
+    assert_product(y, wide(x), cast, compute)
+    dx, dw = pull(g)
+    assert_product(dx, wide(g), cast.T, compute)
+    assert dw.shape == w.shape
+    assert_product(dw, wide(x).reshape(10, 48).T, wide(g).reshape(10, 24), storage)
+
+
+def test_a_float32_weight_gets_a_float32_gradient_in_bfloat16_compute() -> None:
+    x, w, g = make("bfloat16", "float32")
+    dw = jax.vjp(dense, x, w)[1](g)[1]
+    assert np.mean(np.asarray(dw) != np.asarray(dw.astype(jnp.bfloat16))) > 0.9
+
+
+def test_many_rows_do_not_lose_small_terms() -> None:
+    # 4096 terms of 1: a sum kept in bfloat16 would stop at 256.
+    x, w = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 1), jnp.bfloat16)
+    y, pull = jax.vjp(dense, x, w)
+    assert float(y[0, 0]) == 4096
+    rows = jnp.ones((4096, 2), jnp.bfloat16)
+    y, pull = jax.vjp(dense, rows, jnp.ones((2, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(pull(jnp.ones_like(y))[1], 4096)
+
+
+@pytest.mark.parametrize("contracted", [0, 1])
+def test_product_contracts_either_axis(contracted: int) -> None:
+    x, w, _ = make("bfloat16", "bfloat16")
+    y = product(x, w if contracted == 0 else w.T, contracted)
+    assert_product(y, wide(x), wide(w), "float32")
+
+
+def test_no_rows() -> None:
+    w = jnp.ones((48, 24))
+    y, pull = jax.vjp(dense, jnp.zeros((0, 48)), w)
+    assert y.shape == (0, 24)
+    np.testing.assert_array_equal(pull(y)[1], np.zeros((48, 24)))

@@ -1,0 +1,176 @@
+"""token_loss against a dense cross-entropy in float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.train import loss as module
+from qlora_jax.train.loss import CHUNK, token_loss
+
+D, VOCAB = 8, 32
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+def make(shape: tuple[int, ...], share: float, dtype: str = "float32", seed: int = 0):
+    """hidden, head, targets and a mask that holds on about `share` of the positions."""
+    random = np.random.default_rng(seed)
+    hidden = jnp.asarray(random.normal(size=(*shape, D)), dtype)
+    head = jnp.asarray(random.normal(size=(D, VOCAB)), dtype)
+    targets = jnp.asarray(random.integers(0, VOCAB, shape), jnp.int32)
+    return hidden, head, targets, jnp.asarray(random.random(shape) < share)
+
+
+def dense(hidden, head, targets, mask):
+    """Sum, count, and the sum's gradients with respect to hidden and head, in float64."""
+    hidden, head = (np.asarray(x).astype(np.float64) for x in (hidden, head))
+    targets, mask = np.asarray(targets), np.asarray(mask)
+    flat = hidden.reshape(-1, hidden.shape[-1])[mask.reshape(-1)]
+    targets = targets.reshape(-1)[mask.reshape(-1)]
+    logits = flat @ head
+    top = logits.max(axis=-1, keepdims=True, initial=0)
+    log_p = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+    dlogits = np.exp(log_p) - np.eye(head.shape[1])[targets]
+    dhidden = np.zeros_like(hidden)
+    dhidden[mask] = dlogits @ head.T
+    total = -np.take_along_axis(log_p, targets[:, None], axis=1).sum()
+    return total, mask.sum(), dhidden, flat.T @ dlogits
+
+
+@jax.jit
+def ours(hidden, head, targets, mask):
+    """What `dense` gives; the sum's gradient is asked for with a factor of 0.5."""
+
+    def half(hidden, head):
+        total, count = token_loss(hidden, head, targets, mask, train_head=True)
+        return 0.5 * total, (total, count)
+
+    grads, (total, count) = jax.grad(half, argnums=(0, 1), has_aux=True)(hidden, head)
+    return total, count, *grads
+
+
+def assert_matches(found, expected, factor: float, epsilon: float) -> None:
+    total, count, *grads = (np.asarray(x).astype(np.float64) for x in found)
+    np.testing.assert_allclose(total, expected[0], rtol=4e-6)
+    assert count == expected[1]
+    for ours, exact in zip(grads, expected[2:]):
+        atol = epsilon * max(np.abs(exact).max(), 1e-6)
+        np.testing.assert_allclose(ours, factor * exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [((3,), 1), ((CHUNK,), 0.9), ((CHUNK + 1,), 1), ((3, 2, 117), 0.6), ((4, 256), 0.1)],
+)
+def test_value_and_gradients(shape, share) -> None:
+    arguments = make(shape, share)
+    assert_matches(ours(*arguments), dense(*arguments), 0.5, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_in_16_bits(dtype) -> None:
+    arguments = make((3, 2, 117), 0.6, dtype)
+    found = ours(*arguments)
+    assert found[0].dtype == jnp.float32
+    assert {g.dtype for g in found[2:]} == {jnp.dtype(dtype)}
+    # The logits' gradient and the result are each rounded once.
+    assert_matches(found, dense(*arguments), 0.5, EPSILON[dtype])
+
+
+def test_nothing_to_learn_from() -> None:
+    arguments = make((2, 40), 0)
+    total, count, *grads = ours(*arguments)
+    assert (float(total), float(count)) == (0, 0)
+    for grad in grads:
+        np.testing.assert_array_equal(grad, np.zeros_like(grad))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("share", [0.5, 0])
+def test_what_is_not_finite_without_loss_goes_nowhere(share, bad) -> None:
+    hidden, head, targets, mask = make((3, 2, 117), share)
+    dirty = jnp.where(mask[..., None], hidden, bad)
+    found = ours(dirty, head, targets, mask)
+    assert_matches(found, dense(hidden, head, targets, mask), 0.5, 2e-6)
+
+
+def test_what_is_not_finite_with_loss_shows() -> None:
+    hidden, head, targets, mask = make((3, 2, 117), 1)
+    total, _, dhidden, _ = ours(hidden.at[1, 1, 5].set(jnp.nan), head, targets, mask)
+    assert math.isnan(total)
+    assert math.isnan(dhidden[1, 1, 5, 0])
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_only_chunks_with_targets_are_computed(train_head, monkeypatch) -> None:
+    seen = []
+    cross_entropy = module._cross_entropy
+
+    def counted(h, head, targets, mask):
+        jax.debug.callback(lambda n: seen.append(int(n)), mask.sum())
+        return cross_entropy(h, head, targets, mask)
+
+    monkeypatch.setattr(module, "_cross_entropy", counted)
+    hidden, head, targets, _ = make((10 * CHUNK,), 1)
+    mask = jnp.arange(10 * CHUNK) % 9 == 5
+    wanted = [CHUNK, int(mask.sum()) - CHUNK]
+    assert 0 < wanted[1] < CHUNK
+
+    def total(hidden):
+        return token_loss(hidden, head, targets, mask, train_head=train_head)[0]
+
+    for run in (total, jax.grad(total)):
+        seen.clear()
+        jax.block_until_ready(run(hidden))
+        jax.effects_barrier()
+        assert sorted(seen, reverse=True) == wanted
+
+
+def test_an_untrained_head_gets_no_gradient_and_hidden_the_same() -> None:
+    hidden, head, targets, mask = make((3, 2, 117), 0.6)
+    _, pull = jax.vjp(lambda h, w: token_loss(h, w, targets, mask)[0], hidden, head)
+    dhidden, dhead = pull(jnp.float32(1))
+    np.testing.assert_array_equal(dhead, np.zeros((D, VOCAB)))
+    np.testing.assert_allclose(dhidden, dense(hidden, head, targets, mask)[2], atol=2e-6)
+
+
+def test_a_tied_embedding_gets_the_gradient_of_both_its_uses() -> None:
+    random = np.random.default_rng(3)
+    embed = random.normal(size=(VOCAB, D)).astype(np.float32)
+    tokens = random.integers(0, VOCAB, (2, 9))
+    _, _, targets, mask = make((2, 9), 0.7)
+
+    def total(embed):
+        return token_loss(embed[tokens], embed.T, targets, mask, train_head=True)[0]
+
+    _, _, dhidden, dhead = dense(embed[tokens], embed.T, targets, mask)
+    lookup = np.zeros((VOCAB, D))
+    np.add.at(lookup, tokens, dhidden)
+    found = jax.grad(total)(jnp.asarray(embed))
+    np.testing.assert_allclose(found, lookup + dhead.T, atol=4e-6)
+    assert np.abs(lookup).max() > 0.1
+    assert np.abs(dhead).max() > 0.1
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_memory_of_one_chunk_of_logits(train_head) -> None:
+    positions, vocab = 32 * CHUNK, 2048
+    hidden, head = jnp.zeros((positions, D)), jnp.zeros((D, vocab))
+    targets, mask = jnp.zeros(positions, jnp.int32), jnp.ones(positions, bool)
+
+    def chunked(hidden, head):
+        return token_loss(hidden, head, targets, mask, train_head=train_head)[0]
+
+    def naive(hidden, head):
+        log_p = jax.nn.log_softmax(hidden @ head)
+        return -jnp.take_along_axis(log_p, targets[:, None], axis=1).sum()
+
+    def bytes_of(loss):
+        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    logits = positions * vocab * 4
+    assert bytes_of(naive) >= logits
+    assert bytes_of(chunked) < logits / 6
