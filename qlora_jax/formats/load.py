@@ -71,7 +71,7 @@ def _value(
         return _plain(name, array, linear and array.ndim == 2, dtype)
     # float32 once, before the quantizer reads it several times
     return quantize(
-        _checked(name, _transposed(array, jnp.float32)),
+        _transposed(array, jnp.float32),
         quant.codebook,
         quant.block_size,
         quant.double_quant,
@@ -81,10 +81,7 @@ def _value(
 
 
 def _plain(name: str, array: np.ndarray, transpose: bool, dtype: jax.typing.DTypeLike) -> jax.Array:
-    return _checked(name, _transposed(array, dtype) if transpose else jnp.asarray(array, dtype))
-
-
-def _checked(name: str, value: jax.Array) -> jax.Array:
+    value = _transposed(array, dtype) if transpose else jnp.asarray(array, dtype)
     if not _all_finite(value):
         remedy = (
             ""
