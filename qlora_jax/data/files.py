@@ -81,17 +81,21 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _csv(path: Path) -> Rows:
     csv.field_size_limit(1 << 30)
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    good = 0
     try:
+        header = reader.fieldnames or ()
+        good = reader.line_num
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
                 raise UserError(
-                    f"{where}: the row does not have the header's {len(reader.fieldnames or ())} "
+                    f"{where}: the row does not have the header's {len(header)} "
                     "columns; quote fields that hold commas"
                 )
+            good = reader.line_num
             yield row, where
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV: {e}; correct it") from None
+        raise UserError(f"{path}:{good + 1}: not valid CSV: {e}; correct it") from None
 
 
 def _parquet(path: Path) -> Rows:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from qlora_jax.errors import UserError
@@ -19,6 +20,7 @@ def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[
       UserError: no network, no such data set, configuration or split.
     """
     import datasets
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # Retries are announced one line each; the one error that follows says it all.
@@ -26,6 +28,10 @@ def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[
     levels = [logger.level for logger in chatty]
     for logger in chatty:
         logger.setLevel(logging.ERROR)
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and not Path(source).is_dir() and not reachable(source):
+        # Else the library tries five times, half a minute long, before it looks into its cache.
+        constants.HF_HUB_OFFLINE = True
     try:
         data = datasets.load_dataset(source, name, split=split)
     except ConnectionError:
@@ -43,10 +49,25 @@ def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[
     except (ValueError, OSError, RuntimeError) as e:
         raise UserError(f"{source}, split {split}: {_line(e)}") from None
     finally:
+        constants.HF_HUB_OFFLINE = offline
         for logger, level in zip(chatty, levels):
             logger.setLevel(level)
     for number, row in enumerate(data, 1):
         yield dict(row), f"{source} {split} row {number}"
+
+
+def reachable(source: str) -> bool:
+    """Whether the hub answers, if only to say that there is no such data set."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(source, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return True
+    except Exception:  # whichever HTTP library huggingface_hub uses has its own types
+        return False
+    return True
 
 
 def _line(error: Exception) -> str:

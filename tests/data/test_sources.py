@@ -3,6 +3,7 @@ import json
 import datasets
 import pytest
 
+from qlora_jax.data import hub as hub_module
 from qlora_jax.data import sources
 from qlora_jax.data.records import Chat, Prompt
 from qlora_jax.errors import UserError
@@ -35,6 +36,7 @@ def hub(monkeypatch):
             return datasets.Dataset.from_list(answer[split])
 
         monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr(hub_module, "reachable", lambda source: True)
         return calls
 
     return serve
