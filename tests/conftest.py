@@ -111,6 +111,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_config(tiny_model: Path, chats: Path) -> Callable[..., Path]:
     """Writes FOLDER/config.yaml for a run of a few short steps into FOLDER/run.
 
+    Tests that leave the shapes alone share what is compiled, which is most of a run's time.
     Keyword arguments change it, with __ for the dot: `lora__rank=8`; None removes a key.
     """
 
@@ -119,16 +120,16 @@ def write_config(tiny_model: Path, chats: Path) -> Callable[..., Path]:
             "model": {"path": str(tiny_model), "compute_dtype": "float32"},
             "data": {"source": str(chats), "eval_source": str(chats), "sequence_length": 128},
             "output": str(folder / "run"),
-            "lora": {"rank": 4, "alpha": 8},
+            "lora": {"rank": 3, "alpha": 6},
             "optimizer": {"learning_rate": 0.01},
             "train": {
                 "steps": 4,
-                "batch_size": 2,
+                "batch_size": 8,
                 "eval_every": 2,
-                "eval_rows": 4,
+                "eval_rows": 24,
                 "save_every": 2,
                 "samples": 0,
-                "sample_tokens": 8,
+                "sample_tokens": 24,
             },
         }
         for key, value in changes.items():

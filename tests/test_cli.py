@@ -1,0 +1,217 @@
+"""The command line itself: arguments, help, exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_jax import cli
+from qlora_jax import config as configs
+from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.train import rundir
+from qlora_jax.train.interrupt import Stopped
+
+RunCli = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "arguments are required: COMMAND; see qlora-jax --help"),
+        (["trian"], "'trian' (choose from"),
+        (["--nothing"], "COMMAND"),
+        (["train"], "arguments are required: CONFIG; see qlora-jax train --help"),
+        (["train", "--train.steps=3"], "arguments are required: CONFIG"),
+        (["train", "c.yaml", "d.yaml"], "unrecognized arguments: d.yaml"),
+        (["train", "c.yaml", "-x"], "unrecognized arguments: -x"),
+        (["train", "c.yaml", "--resum"], "--resum: neither an option nor a setting; the nearest"),
+        (["train", "--trian.steps=3", "c.yaml"], "--trian.steps: neither an option nor a setting"),
+        (["train", "c.yaml", "--train.stesp", "3"], "the nearest is --train.steps"),
+        (["train", "c.yaml", "--lora.rank"], "--lora.rank has no value; write --lora.rank=VALUE"),
+        (["train", "c.yaml", "--preview", "0"], "--preview: must be a whole number of 1 or more"),
+        (["train", "c.yaml", "--preview", "two"], "--preview: must be a whole number"),
+        (["train", "c.yaml", "--preview"], "--preview: expected one argument"),
+        (["generate", "d"], '--prompt is missing; give --prompt "..."'),
+        (["generate", "d", "--prompt", "a", "--top-p=0"], "--top-p: must be a number above 0"),
+        (["generate", "d", "--prompt", "a", "--temperature", "-1"], "--temperature: "),
+        (["generate", "d", "--prompt", "a", "--temperature", "nan"], "--temperature: must be"),
+        (["generate", "d", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens: must"),
+        (["generate", "d", "--prompt", "a", "--train.steps=3"], "unrecognized arguments: --train"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_be_used(
+    run_cli: RunCli, arguments: list[str], expected: str
+) -> None:
+    ended = run_cli(*arguments)
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.startswith("qlora-jax: ")
+    assert ended.err.count("\n") == 1
+    assert expected in ended.err
+
+
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, str]]]:
+    """What `train` would read: the config's path, and the settings over it."""
+    seen: list[tuple[str, dict[str, str]]] = []
+
+    def load(path: str | Path, overrides: dict[str, str]) -> configs.Config:
+        seen.append((str(path), overrides))
+        raise UserError("enough")
+
+    monkeypatch.setattr(configs, "load", load)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["c.yaml", "--train.steps=50", "--lora.rank=8"],
+        ["c.yaml", "--train.steps", "50", "--lora.rank", "8"],
+        ["--train.steps", "50", "--lora.rank", "8", "c.yaml"],
+        ["--train.steps=50", "c.yaml", "--lora.rank", "8"],
+        ["--train.steps", "50", "--debug", "c.yaml", "--json", "--lora.rank=8", "--resume"],
+    ],
+    ids=" ".join,
+)
+def test_settings_stand_anywhere_in_both_forms(
+    run_cli: RunCli, configured: list[tuple[str, dict[str, str]]], arguments: list[str]
+) -> None:
+    run_cli("train", *arguments)
+    assert configured == [("c.yaml", {"train.steps": "50", "lora.rank": "8"})]
+
+
+@pytest.mark.parametrize("value", ["-1", "-x", "--x", "a b", "a=b", "", "train"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_setting_takes_any_text(
+    run_cli: RunCli,
+    configured: list[tuple[str, dict[str, str]]],
+    value: str,
+    joined: bool,
+) -> None:
+    key = "data.system_prompt"
+    run_cli("train", *([f"--{key}={value}"] if joined else [f"--{key}", value]), "c.yaml")
+    assert configured == [("c.yaml", {key: value})]
+
+
+def test_a_run_directory_is_its_own_output(
+    tmp_path: Path,
+    run_cli: RunCli,
+    write_config: Callable[..., Path],
+    configured: list[tuple[str, dict[str, str]]],
+) -> None:
+    write_config(tmp_path)
+    run_cli("train", tmp_path, "--resume")
+    run_cli("train", tmp_path, "--output=elsewhere")
+    file = str(tmp_path / rundir.CONFIG)
+    assert configured == [(file, {"output": str(tmp_path)}), (file, {"output": "elsewhere"})]
+
+
+def test_an_entry_of_a_mapping_can_be_set(
+    tmp_path: Path, run_cli: RunCli, write_config: Callable[..., Path]
+) -> None:
+    ended = run_cli("train", write_config(tmp_path), "--lora.rank_pattern.q_proj=0")
+    assert "lora.rank_pattern: " in ended.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("file: bad\n  remedy"), 2, "file: bad remedy"),
+        (RunFailed("step 3"), 1, "step 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Stopped(signal.SIGINT, 3), 130, "stopped by SIGINT after step 3; the state is saved, "),
+        (Stopped(signal.SIGTERM, 3), 143, "stopped by SIGTERM after step 3; the state is saved, "),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_each_end_has_its_code_and_line(
+    run_cli: RunCli,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    line: str,
+    debug: bool,
+) -> None:
+    def train(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_train", train)
+    ended = run_cli("train", "c.yaml", *(["--debug"] if debug else []))
+    assert ended.code == code
+    assert ended.message.startswith(f"qlora-jax: {line}")
+    assert ("Traceback" in ended.err) == debug
+    assert debug or ended.err.count("\n") == 1
+
+
+def test_a_bug_shows_its_traceback(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_train", train)
+    with pytest.raises(ZeroDivisionError):
+        run_cli("train", "c.yaml")
+
+
+def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    settings = list(configs.settings())
+    assert len(settings) > 50
+    for setting in settings:
+        assert len(setting.doc) >= 10
+        assert f"  {setting.key}: {setting.type} = {setting.default}\n      {setting.doc}" in text
+    for option in ("--resume", "--overwrite", "--preview", "--json", "--debug"):
+        assert option in text
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_help_lists_the_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 0
+        assert command in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("qlora-jax ")
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "no.yaml"], ["generate"]])
+def test_help_and_early_errors_do_not_wait_for_jax(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom qlora_jax import cli\n"
+        "try:\n    cli.main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'jax', 'flax', 'numpy', 'transformers', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    root = Path(__file__).parents[1]
+    command = f"{sys.executable} -m qlora_jax.cli train --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True
+    )
+    assert done.stderr == b""
+    assert done.returncode == 0
