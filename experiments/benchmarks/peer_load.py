@@ -21,7 +21,7 @@ def main() -> None:
     import time
 
     import torch
-    from peer_model import load_base
+    from peer_model import load_base, nbytes
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     imported, before = time.perf_counter(), memory.now()
@@ -36,7 +36,7 @@ def main() -> None:
             "peak_mib": memory.process(),
             "before_load_mib": before,
             "after_load_mib": memory.now(),
-            "weights_mib": round(model.get_memory_footprint() / 2**20),
+            "weights_mib": round(nbytes(model) / 2**20),
             **measure.surroundings(["torch", "bitsandbytes", "transformers", "safetensors"]),
         },
         options.json,

@@ -30,3 +30,15 @@ def load_base(folder: str, dtype: torch.dtype, *, quantized: bool) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=config, device_map={"": "cpu"}
     )
+
+
+def nbytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters and of the scales of those in 4 bits."""
+    tensors = list(model.parameters())
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            tensors += [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.state2.absmax, state.state2.code]
+    # the codebooks are one tensor for the whole model
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
