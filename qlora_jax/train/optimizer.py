@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from qlora_jax.config import OptimizerConfig
@@ -37,7 +38,8 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW with decay on matrices only and B's own rate (LoRA+, arXiv 2402.12354).
 
     Clipping is not part of it: it needs the norm of the whole tree, which the gradient program
-    has. What is here works leaf by leaf.
+    has. What is here works leaf by leaf. Moments are float32 whatever the leaves are: 16 bits
+    round away the second moment's slow decay.
     """
 
     def group(ratio: float, decay: float) -> optax.GradientTransformation:
@@ -54,7 +56,17 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
         "b": group(config.lora_plus_ratio, config.weight_decay),
         "vector": group(1.0, 0.0),
     }
-    return optax.partition(groups, labels)
+    return _in_float32(optax.partition(groups, labels))
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(wide(grads), state, wide(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
 
 
 def labels(tree: Any) -> Any:
