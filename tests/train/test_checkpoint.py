@@ -1,0 +1,241 @@
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections import OrderedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from qlora_jax.errors import UserError
+from qlora_jax.models.trees import flatten
+from qlora_jax.train.checkpoint import FOLDER, Checkpoints
+from qlora_jax.train.step import State
+
+EXTRA = {
+    "loader": {"epoch": 3, "step": 1, "fingerprint": "ab12"},
+    "seed": 2**40,
+    "progress": {"seconds": 0.1 + 0.2, "eval_before": None, "answers": ['é "x"\n', ""], "ok": True},
+}
+
+
+def make(step, seed=0, columns=4, **more):
+    random = np.random.default_rng([seed, step])
+
+    def array(dtype, *shape):
+        return jnp.asarray(random.normal(size=shape) * 100, dtype)
+
+    trained = {
+        "a": array(jnp.float32, 3, columns),
+        "b": array(jnp.bfloat16, 5),
+        "c": array(jnp.float16, 2, 2),
+        **more,
+    }
+    optimizer = {"mu": array(jnp.float32, 3, columns), "count": jnp.int32(step)}
+    return State(
+        trained, optimizer, jnp.int32(step), jnp.float32(2.0**15), jnp.asarray(step + 3, jnp.int32)
+    )
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for path, x in flatten(expected).items():
+        y = flatten(found)[path]
+        assert y.dtype == x.dtype
+        assert np.asarray(y).tobytes() == np.asarray(x).tobytes(), path
+
+
+def steps(run_dir):
+    return sorted(int(name) for name in os.listdir(run_dir / FOLDER) if name.isdigit())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run directory with a checkpoint of step 3, open for writing."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(make(3), EXTRA)
+    return checkpoints
+
+
+def test_what_is_saved_comes_back_to_the_bit(tmp_path, saved):
+    state, extra = Checkpoints(tmp_path, 2).restore(make(0, seed=1))
+    assert_same(state, make(3))
+    assert extra == EXTRA
+    assert extra["progress"]["seconds"].hex() == (0.1 + 0.2).hex()
+
+
+def test_the_newest_are_kept(tmp_path, saved):
+    for step in (5, 8, 11):
+        saved.save(make(step), {"step": step})
+    assert steps(tmp_path) == [8, 11]
+    assert saved.latest() == 11
+    for step in (8, 11):
+        state, extra = saved.restore(make(0), step)
+        assert_same(state, make(step))
+        assert extra == {"step": step}
+    assert_same(saved.restore(make(0))[0], make(11))
+
+
+def test_saving_the_same_step_again_keeps_the_first(saved):
+    saved.save(make(3, seed=9), {})
+    assert_same(saved.restore(make(0))[0], make(3))
+
+
+def test_the_state_may_be_used_while_more_is_saved(tmp_path, saved):
+    state = make(4)
+    saved.save(state, {})
+    jax.tree.map(lambda x: x.delete(), state)
+    assert_same(saved.restore(make(0))[0], make(4))
+
+
+def test_an_empty_folder_has_none(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.latest() is None
+    assert checkpoints.latest_text() == "there is no checkpoint yet"
+    with pytest.raises(UserError, match=f"^{tmp_path / FOLDER}: no checkpoint in it; train"):
+        checkpoints.restore(make(0))
+
+
+@pytest.mark.parametrize(
+    "like",
+    [
+        make(0, columns=5),
+        make(0, d=jnp.zeros(3)),
+        make(0)._replace(trained={"a": jnp.zeros((3, 4))}),
+        make(0)._replace(trained=OrderedDict(x=jnp.zeros((3, 4)))),
+    ],
+    ids=["shape", "more", "fewer", "names"],
+)
+def test_another_models_state_is_refused(tmp_path, saved, like):
+    with pytest.raises(UserError, match=f"^{tmp_path / FOLDER}/3: does not hold this run's") as e:
+        saved.restore(like)
+    assert "\n" not in str(e.value)
+
+
+def test_a_half_written_checkpoint_is_ignored_and_swept_away(tmp_path, saved):
+    whole = tmp_path / FOLDER / "3"
+    half = tmp_path / FOLDER / "5.orbax-checkpoint-tmp"
+    shutil.copytree(whole, half)
+    again = Checkpoints(tmp_path, 2)
+    assert again.latest() == 3
+    assert_same(again.restore(make(0))[0], make(3))
+    again.save(make(5), {})
+    assert not half.exists()
+    assert_same(again.restore(make(0))[0], make(5))
+
+
+def test_reading_leaves_the_writers_folder_alone(tmp_path, saved):
+    half = tmp_path / FOLDER / "5.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / FOLDER / "3", half)
+    before = sorted(tmp_path.rglob("*"))
+    reader = Checkpoints(tmp_path)
+    assert_same(reader.restore(make(0))[0], make(3))
+    reader.close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_reading_makes_no_folder(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'none' / FOLDER}: no checkpoint in it"):
+        Checkpoints(tmp_path / "none")
+    assert not os.listdir(tmp_path)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import jax.numpy as jnp
+from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.step import State
+make = lambda n: State({"a": jnp.full((4, 4), n)}, {}, jnp.int32(n), jnp.float32(1), jnp.int32(0))
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), 2)
+checkpoints.save(make(1), {"n": 1})
+for name in ("rename", "replace"):
+    original = getattr(os, name)
+    def kill(source, target, *rest, original=original, **more):
+        if pathlib.Path(target).name == "2":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(source, target, *rest, **more)
+    setattr(os, name, kill)
+checkpoints.save(make(2), {"n": 2})
+"""
+
+
+def test_a_process_killed_while_saving_leaves_the_last_good_one(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path / FOLDER)) == 2
+    like = State({"a": jnp.zeros((4, 4))}, {}, jnp.int32(0), jnp.float32(0), jnp.int32(0))
+    again = Checkpoints(tmp_path, 2)
+    state, extra = again.restore(like)
+    assert (int(state.step), extra) == (1, {"n": 1})
+    np.testing.assert_array_equal(state.trained["a"], 1)
+    again.save(state._replace(step=jnp.int32(2)), {})
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_file_size_limit_ends_in_one_clear_line(tmp_path, saved):
+    large = make(4, d=jax.random.normal(jax.random.key(0), (200, 200)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(UserError) as e:
+            saved.save(large, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(e.value) == (
+        f"{tmp_path / FOLDER}: a file grew past a size limit; raise it (ulimit -f), or write to "
+        "another folder; the last good checkpoint is step 3"
+    )
+    assert_same(Checkpoints(tmp_path, 2).restore(make(0))[0], make(3))
+    saved.save(large, {})
+    assert_same(saved.restore(large)[0], large)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left [os_error_code='28']"),
+    ],
+    ids=["python", "tensorstore"],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_full_disk_ends_in_one_clear_line(tmp_path, monkeypatch, error, before):
+    checkpoints = Checkpoints(tmp_path, 2)
+    if before:
+        checkpoints.save(make(3), EXTRA)
+
+    def full(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(UserError) as e:
+            checkpoints.save(make(4), {})
+    kept = "the last good checkpoint is step 3" if before else "there is no checkpoint yet"
+    assert str(e.value) == (
+        f"{tmp_path / FOLDER}: no space left on this disk; free some, or write to another folder; "
+        f"{kept}"
+    )
+    if before:
+        assert_same(checkpoints.restore(make(0))[0], make(3))
+
+
+def test_other_errors_are_not_hidden(saved, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with pytest.raises(RuntimeError, match="bug"):
+        saved.save(make(4), {})
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'file' / FOLDER}: not a folder"):
+        Checkpoints(tmp_path / "file", 2)
