@@ -68,7 +68,7 @@ def run(
         train__save_every=25,
         train__samples=1,
     )
-    ended = run_cli("train", config, "--json", "--train.steps=60", "--lora.alpha", "9")
+    ended = run_cli("train", config, "--json", "--train.steps=60", "--lora.alpha", "8")
     assert ended.code == 0, ended.err
     return Run(folder / "run", request.param, json.loads(ended.out), ended.err)
 
@@ -87,7 +87,7 @@ def test_what_can_be_learnt_by_heart_is_learnt(run: Run) -> None:
     losses = run.losses()
     assert list(losses) == [0, 20, 40, 60]
     assert losses[0] == run.json["eval_before"] == pytest.approx(math.log(256), abs=0.2)
-    assert losses[60] == run.json["eval_after"] < 0.5 * losses[0]
+    assert losses[60] == run.json["eval_after"] < 0.6 * losses[0]
     assert losses[60] < losses[40] < losses[20] < losses[0]
 
 
@@ -134,7 +134,7 @@ def test_generate_answers_as_the_samples_do(run: Run, run_cli: Callable[..., Any
 
 def test_the_config_holds_the_overrides_and_the_defaults(run: Run) -> None:
     tree = YAML(typ="safe").load((run.folder / "config.yaml").read_text("utf-8"))
-    assert (tree["train"]["steps"], tree["lora"]["alpha"], tree["method"]) == (60, 9, run.method)
+    assert (tree["train"]["steps"], tree["lora"]["alpha"], tree["method"]) == (60, 8, run.method)
     assert tree["optimizer"]["beta2"] == 0.999
 
 

@@ -1,0 +1,198 @@
+"""Does a run that is killed again and again end with the same bytes as one that is not?
+
+Expected: yes, whatever the moment: importing, loading, compiling, between steps, while saving or
+  after the last step.
+Cost: two runs of the config, and the start of one more for each kill.
+Command: python experiments/kill_resume.py configs/quickstart.yaml --kills 5 --seed 0
+  Further arguments are settings for both runs, such as --train.steps=20.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qlora_jax import config as configs
+
+ADAPTER = Path("adapter") / "adapter_model.safetensors"
+POLL_SECONDS = 0.002
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """When to send which signal.
+
+    Attributes:
+      after: seconds that the process has to be old.
+      step: that has to be logged.
+      saving: whether it has to be writing a checkpoint, too.
+      number: the signal.
+    """
+
+    after: float = 0.0
+    step: int = 0
+    saving: bool = False
+    number: signal.Signals = signal.SIGKILL
+
+    def __str__(self) -> str:
+        parts = [f"{self.after:.1f} s after the start"] if self.after else []
+        parts += [f"from step {self.step} on"] if self.step else []
+        parts += ["while saving"] if self.saving else []
+        return f"{self.number.name} {' '.join(parts)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """What a signal did.
+
+    Attributes:
+      moment: what was waited for.
+      sent: whether it came; else the process ended before.
+      code: of the process, as subprocess tells it.
+      step: the last one logged.
+      saved: the last one with a whole checkpoint.
+    """
+
+    moment: Moment
+    sent: bool
+    code: int
+    step: int
+    saved: int
+
+
+class Trial:
+    """Runs of one config, each in a process and in an output directory of its own."""
+
+    def __init__(
+        self,
+        config: str | Path,
+        settings: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._command = [sys.executable, "-m", "qlora_jax.cli", "train", str(config), *settings]
+        self._environment = dict(os.environ if environment is None else environment)
+
+    def finish(self, output: Path) -> float:
+        """Runs, or resumes, to the end; returns the seconds before a step was logged.
+
+        Raises:
+          RuntimeError: the command failed; says how.
+        """
+        began = time.monotonic()
+        process = self._start(output)
+        while process.poll() is None and not last_step(output):
+            time.sleep(POLL_SECONDS)
+        first = time.monotonic() - began
+        if code := process.wait():
+            lines = _log(output).read_text(encoding="utf-8").splitlines()
+            raise RuntimeError(f"exit code {code}: {lines[-1] if lines else 'no message'}")
+        return first
+
+    def hit(self, output: Path, moment: Moment) -> Hit:
+        """Runs, or resumes, and sends the signal when its moment comes."""
+        began = time.monotonic()
+        process = self._start(output)
+        sent = False
+        while process.poll() is None:
+            if time.monotonic() - began >= moment.after and _has_come(output, moment):
+                process.send_signal(moment.number)
+                sent = True
+                break
+            time.sleep(POLL_SECONDS)
+        code = process.wait()
+        return Hit(moment, sent, code, last_step(output), max(saved_steps(output), default=0))
+
+    def _start(self, output: Path) -> subprocess.Popen[bytes]:
+        with _log(output).open("wb") as log:
+            return subprocess.Popen(
+                [*self._command, f"--output={output}", "--resume"],
+                env=self._environment,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+
+
+def last_step(output: Path) -> int:
+    """The last training step that the run has logged; 0 for none."""
+    try:
+        lines = (output / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return max((row["step"] for row in rows if "train/loss" in row), default=0)
+
+
+def saved_steps(output: Path) -> list[int]:
+    """The steps of the whole checkpoints."""
+    folder = output / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def adapter_hash(output: Path) -> str:
+    """SHA-256 of the adapter's file."""
+    return hashlib.sha256((output / ADAPTER).read_bytes()).hexdigest()
+
+
+def choose(
+    rng: random.Random, reached: int, steps: int, kills_left: int, start_seconds: float
+) -> Moment:
+    """A random moment, with room for the kills that are still to come."""
+    kind = rng.choice(["starting", "stepping", "saving"])
+    if kind == "starting":
+        return Moment(after=rng.uniform(0.0, start_seconds))
+    stride = 2 * (steps - reached) / (kills_left + 1)
+    step = min(steps, reached + 1 + int(rng.uniform(0, stride)))
+    return Moment(step=step, saving=kind == "saving")
+
+
+def _has_come(output: Path, moment: Moment) -> bool:
+    return last_step(output) >= moment.step and (not moment.saving or _is_saving(output))
+
+
+def _log(output: Path) -> Path:
+    return output.with_name(f"{output.name}.log")
+
+
+def _is_saving(output: Path) -> bool:
+    folder = output / "checkpoints"
+    # orbax writes a step under a name of this kind and renames it when it is whole.
+    return folder.is_dir() and any("orbax-checkpoint-tmp" in p.name for p in folder.iterdir())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options, settings = parser.parse_known_args()
+    steps = configs.load(options.config, configs.parse_overrides(settings)).train.steps
+    rng = random.Random(options.seed)
+    trial = Trial(options.config, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        seconds = trial.finish(whole)
+        print(f"uninterrupted: {steps} steps, the first after {seconds:.1f} s", flush=True)
+        for i in range(options.kills):
+            moment = choose(rng, last_step(killed), steps, options.kills - i, seconds)
+            hit = trial.hit(killed, moment)
+            what = f"step {hit.step} reached" if hit.sent else "it had ended before"
+            print(f"kill {i + 1}: {moment}: {what}, step {hit.saved} saved", flush=True)
+        trial.finish(killed)
+        hashes = [adapter_hash(output) for output in (whole, killed)]
+    equal = hashes[0] == hashes[1]
+    print(f"adapter bytes {'equal' if equal else 'differ'}: {hashes[0]}, {hashes[1]}")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""A run that is stopped, killed and resumed ends as one that was left alone, bit for bit."""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from qlora_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS = 40
+LEFT_OUT = ("train/seconds", "train/tokens_per_s")
+"""Figures of the clock, which alone may differ."""
+
+
+@pytest.fixture(scope="module")
+def experiment() -> ModuleType:
+    """experiments/kill_resume.py, which does the same with any config."""
+    path = ROOT / "experiments" / "kill_resume.py"
+    spec = importlib.util.spec_from_file_location("kill_resume", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["kill_resume"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Runs(NamedTuple):
+    """The same run twice; `hits` tells what interrupted the second."""
+
+    whole: Path
+    killed: Path
+    hits: list[Any]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    experiment: ModuleType,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_config: Callable[..., Path],
+    run_cli: Callable[..., Any],
+    compiled: dict[str, str],
+) -> Runs:
+    folder = tmp_path_factory.mktemp("resume")
+    config = write_config(
+        folder,
+        lora__dropout=0.1,
+        data__packing=True,
+        optimizer__schedule="cosine",
+        train__steps=STEPS,
+        train__batch_size=2,
+        train__gradient_accumulation=2,
+        train__eval_every=6,
+        train__save_every=4,
+    )
+    whole, killed = folder / "whole", folder / "killed"
+    ended = run_cli("train", config, f"--output={whole}")
+    assert ended.code == 0, ended.err
+    environment = os.environ | compiled | {"PYTHONPATH": str(ROOT)}
+    trial = experiment.Trial(config, environment=environment)
+    moments = [
+        experiment.Moment(after=2.0),
+        experiment.Moment(step=6),
+        experiment.Moment(step=11, saving=True),
+        experiment.Moment(step=17, number=signal.SIGTERM),
+        experiment.Moment(step=26, number=signal.SIGINT),
+        experiment.Moment(step=STEPS),
+    ]
+    hits = [trial.hit(killed, moment) for moment in moments]
+    trial.finish(killed)
+    return Runs(whole, killed, hits)
+
+
+def state(run: Path, step: int) -> dict[str, np.ndarray]:
+    """Everything in a checkpoint but `extra`, by name."""
+    manager = ocp.CheckpointManager(run / "checkpoints")
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    manager.close()
+    return {name: np.asarray(value) for name, value in restored.state.items()}
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in LEFT_OUT} for row in rows]
+
+
+def sorting(row: dict[str, Any]) -> tuple[int, bool]:
+    return row["step"], "eval/loss" in row
+
+
+def test_every_signal_came_in_the_middle(runs: Runs) -> None:
+    codes = [hit.code for hit in runs.hits]
+    killed = -signal.SIGKILL
+    assert codes == [killed, killed, killed, 143, 130, killed]
+    assert all(hit.sent for hit in runs.hits)
+    steps = [hit.step for hit in runs.hits]
+    assert steps[0] == 0
+    assert steps == sorted(steps)
+    assert steps[-2] < STEPS
+
+
+def test_a_request_to_stop_saves_the_step_it_reached(runs: Runs) -> None:
+    killed, stopped = runs.hits[:3], runs.hits[3:5]
+    assert [hit.saved for hit in stopped] == [hit.step for hit in stopped]
+    assert any(hit.saved != hit.step for hit in killed)
+
+
+def test_the_adapter_has_the_same_bytes(runs: Runs, experiment: ModuleType) -> None:
+    whole, killed = ((run / experiment.ADAPTER).read_bytes() for run in (runs.whole, runs.killed))
+    assert whole == killed
+
+
+def test_the_last_checkpoint_holds_the_same_state(runs: Runs, experiment: ModuleType) -> None:
+    assert experiment.saved_steps(runs.whole) == [STEPS - 4, STEPS]
+    assert experiment.saved_steps(runs.killed)[-1] == STEPS
+    whole, killed = state(runs.whole, STEPS), state(runs.killed, STEPS)
+    assert whole.keys() == killed.keys()
+    assert any("adapter.b" in name and name.startswith("trained") for name in whole)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, killed[name], err_msg=name)
+
+
+def test_the_figures_are_the_same_and_each_step_is_there_once(runs: Runs) -> None:
+    whole, killed = figures(runs.whole), figures(runs.killed)
+    assert [r["step"] for r in killed if "train/loss" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in killed if "eval/loss" in r] == [*range(0, STEPS, 6), STEPS]
+    assert sorted(whole, key=sorting) == sorted(killed, key=sorting)
+
+
+def test_resuming_a_finished_run_does_no_step(
+    runs: Runs, experiment: ModuleType, run_cli: Callable[..., Any]
+) -> None:
+    before = (runs.whole / experiment.ADAPTER).read_bytes(), figures(runs.whole)
+    ended = run_cli("train", runs.whole, "--resume", "--json")
+    assert ended.code == 0, ended.err
+    assert f"resumed from step {STEPS}" in ended.err
+    after = (runs.whole / experiment.ADAPTER).read_bytes(), figures(runs.whole)
+    assert before == after
+    summary = json.loads(ended.out)
+    assert summary["steps"] == STEPS
+    assert summary["tokens_per_s"] > 0
+    assert summary["eval_before"] == before[1][0]["eval/loss"]
+
+
+def test_the_experiments_moments_leave_room_for_all_kills(experiment: ModuleType) -> None:
+    for seed in range(50):
+        rng = experiment.random.Random(seed)
+        reached = 0
+        for left in range(5, 0, -1):
+            moment = experiment.choose(rng, reached, 60, left, 10.0)
+            assert moment.after < 10
+            assert moment.step <= 60
+            assert bool(moment.after) != bool(moment.step)
+            reached = max(reached, moment.step - 1)
