@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,8 @@ class MetricsLog:
         Raises:
           UserError: the folder is not writable, or the file is malformed before its last line.
         """
+        # it warns of every gradient norm that is not finite, which the loss scale deals with
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         self.path = Path(run_dir) / NAME
         self._start_step = start_step
         if self.path.exists():
