@@ -178,7 +178,10 @@ def _quantize(
     # bitsandbytes multiplies full blocks by the reciprocal and divides a short last one.
     scaled = x * (1.0 / safe)
     if k % block_size:
-        scaled = jnp.where(jnp.arange(nb)[:, None, None] == nb - 1, x / safe, scaled)
+        # A divisor that is a broadcast would be turned into a product with its reciprocal; one that
+        # depends on x is divided by. Zero stays zero either way.
+        divided = x / jnp.where(x == 0, 1.0, safe)
+        scaled = jnp.where(jnp.arange(nb)[:, None, None] == nb - 1, divided, scaled)
     # XLA:CPU flushes subnormals to zero; a positive weight must stay above a midpoint at zero,
     # which codebooks with two zeros have.
     positive = jax.lax.bitcast_convert_type(x, jnp.int32) > 0

@@ -137,3 +137,14 @@ def test_abstract_shapes_need_no_data():
     q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16))
     assert q.shape == (80, 8192, 28672)
     assert q.double_quant
+
+
+def test_a_short_last_block_is_divided_and_not_multiplied_by_a_reciprocal():
+    w = np.random.default_rng(3).normal(size=(1000, 1)).astype(np.float32)
+    values, absmax = codebook("nf4"), np.abs(w).max()
+    # between its two neighbours a quotient that is a midpoint goes to the lower value
+    w[1:16, 0] = (values[1:] + values[:-1]) / 2 * absmax
+    quotient = (w / absmax).astype(np.float32)
+    expected = values[(quotient > (values[1:] + values[:-1]) / 2).sum(axis=-1)] * absmax
+    got = np.asarray(dequantize(quantize(w, "nf4", 1024, double_quant=False)))[:, 0]
+    np.testing.assert_array_equal(got, expected.astype(np.float32))
