@@ -74,7 +74,11 @@ def read_data(config: Config, text: Tokenizer) -> Data:
     """
     split = sources.read(config.data)
     train, stats = encode.encode(split.train, text, config.data)
-    held_out = encode.encode(split.held_out, text, config.data)[0] if split.held_out else []
+    held_out: list[Example] = []
+    without_target = stats.dropped
+    if split.held_out:
+        held_out, held_out_stats = encode.encode(split.held_out, text, config.data)
+        without_target += held_out_stats.dropped
     questions: list[Question] = []
     for record in split.held_out:
         if len(questions) == config.train.samples:
@@ -83,8 +87,8 @@ def read_data(config: Config, text: Tokenizer) -> Data:
         if asked is not None and len(asked.ids) <= config.data.sequence_length:
             questions.append(asked)
     dropped = dict(split.dropped)
-    if stats.dropped:
-        dropped["no target after truncation"] = stats.dropped
+    if without_target:
+        dropped["no target after truncation"] = without_target
     return Data(train, held_out, questions, stats, dropped)
 
 
