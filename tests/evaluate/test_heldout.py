@@ -1,0 +1,94 @@
+"""Held-out loss against one example at a time, in float64 from the logits on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax import config as configs
+from qlora_jax.errors import UserError
+from qlora_jax.evaluate.heldout import held_out_loss, split_name
+from qlora_jax.train.restore import from_config
+from qlora_jax.train.setup import read_data
+
+
+@pytest.fixture(scope="module")
+def make_restored(tiny_model, chats):
+    """The model of a config over the tiny one, with adapters that do something."""
+
+    def make(**data):
+        tree = {
+            "model": {
+                "path": str(tiny_model),
+                "compute_dtype": "float32",
+                "storage_dtype": "float32",
+            },
+            "data": {"source": str(chats), "sequence_length": 160, "eval_fraction": 0.3} | data,
+            "output": "run",
+            "method": "lora",
+            "lora": {"rank": 4, "target_modules": ["q_proj", "down_proj"], "dropout": 0.5},
+            "train": {"batch_size": 2},
+        }
+        restored = from_config(configs.from_tree(tree, "test"), pytest.fail)
+        random = np.random.default_rng(0)
+        for name in ("q_proj", "down_proj"):
+            b = getattr(restored.model.runs[0], name).adapter.b
+            b.set_value(jnp.asarray(random.normal(size=b.get_value().shape), jnp.float32))
+        return restored
+
+    return make
+
+
+def one_by_one(restored):
+    """Summed loss and number of targets, each example in a row of its own."""
+    structure, weights = nnx.split(restored.model)
+
+    @jax.jit
+    def logits(weights, row):
+        model = nnx.merge(structure, weights)
+        positions = jnp.arange(row.shape[1])[None]
+        return model.logits(model.hidden(row, jnp.ones_like(row), positions, dtype=jnp.float32))
+
+    total = count = 0
+    for example in read_data(restored.config, restored.tokenizer).held_out:
+        row = np.zeros((1, 160), np.int32)
+        row[0, : len(example.ids)] = example.ids
+        scores = np.asarray(logits(weights, row))[0, : len(example.ids) - 1].astype(np.float64)
+        log_p = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+        picked = np.take_along_axis(log_p, example.ids[1:, None], axis=1)[:, 0]
+        total -= picked[example.target[1:]].sum()
+        count += example.target[1:].sum()
+    return total, count
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_loss_is_the_mean_over_the_targets_of_all_examples(make_restored, packing):
+    restored = make_restored(packing=packing)
+    total, count = one_by_one(restored)
+    found = held_out_loss(restored)
+    assert found.tokens == count > 50
+    assert found.loss == pytest.approx(total / count, rel=2e-6)
+    assert found.perplexity == pytest.approx(np.exp(total / count), rel=1e-5)
+    assert found.step == 0
+
+
+def test_nothing_held_out(make_restored):
+    with pytest.raises(UserError, match=r"^data.eval_fraction: no held-out data; give it, or"):
+        held_out_loss(make_restored(eval_fraction=0.0))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"source": "a.jsonl", "eval_fraction": 0.05}, "a.jsonl: 5% held out by text"),
+        ({"source": "a.jsonl", "eval_source": "b.jsonl"}, "b.jsonl:train"),
+        ({"source": "org/a", "eval_split": "test"}, "org/a:test"),
+    ],
+)
+def test_the_split_is_named(make_restored, data, name):
+    restored = make_restored()
+    tree = configs.to_tree(restored.config) | {"data": data}
+    assert split_name(dataclasses.replace(restored, config=configs.from_tree(tree, "t"))) == name
