@@ -20,7 +20,7 @@ GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "bnb.npz")
 FOLDERS = sorted({k.rpartition("/")[0] for k in GOLDEN.files if k.count("/") == 2})
 EXTREME = ("tiny.", "subnormal.", "huge.")
 COMPARED = [f for f in FOLDERS if not f.startswith(EXTREME)]
-SINGLE, DOUBLE = 91, 91
+SINGLE, DOUBLE = 96, 96
 BOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 
 
