@@ -26,6 +26,13 @@ EXTRA = {
 }
 
 
+def dropped_by_orbax(test):
+    """Other reads or writes that orbax drops after an error complain when they are collected."""
+    for kind in ("pytest.PytestUnraisableExceptionWarning", "RuntimeWarning"):
+        test = pytest.mark.filterwarnings(f"ignore::{kind}")(test)
+    return test
+
+
 def make(step, seed=0, columns=4, **more):
     random = np.random.default_rng([seed, step])
 
@@ -103,6 +110,7 @@ def test_an_empty_folder_has_none(tmp_path):
         checkpoints.restore(make(0))
 
 
+@dropped_by_orbax
 @pytest.mark.parametrize(
     "like",
     [
@@ -117,6 +125,7 @@ def test_another_models_state_is_refused(tmp_path, saved, like):
     with pytest.raises(UserError, match=f"^{tmp_path / FOLDER}/3: does not hold this run's") as e:
         saved.restore(like)
     assert "\n" not in str(e.value)
+    gc.collect()
 
 
 def test_a_half_written_checkpoint_is_ignored_and_swept_away(tmp_path, saved):
@@ -179,9 +188,7 @@ def test_a_process_killed_while_saving_leaves_the_last_good_one(tmp_path):
     assert steps(tmp_path) == [1, 2]
 
 
-# orbax drops what it had begun, which shows when it is collected
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@dropped_by_orbax
 def test_a_file_size_limit_ends_in_one_clear_line(tmp_path, saved):
     large = make(4, d=jax.random.normal(jax.random.key(0), (200, 200)))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

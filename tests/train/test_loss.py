@@ -62,7 +62,7 @@ def assert_matches(found, expected, factor: float, epsilon: float) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "share"),
-    [((3,), 1), ((CHUNK,), 0.9), ((CHUNK + 1,), 1), ((3, 2, 117), 0.6), ((4, 256), 0.1)],
+    [((3,), 1), ((CHUNK,), 0.9), ((CHUNK + 1,), 1), ((3, 2, 117), 0.6)],
 )
 def test_value_and_gradients(shape, share) -> None:
     arguments = make(shape, share)

@@ -160,7 +160,7 @@ def test_dtypes_are_those_of_the_config(make_config, method, storage, adapter):
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_weights_are_those_of_the_files(make_config, tiny_model, method):
-    config = make_config(method=method, model__storage_dtype="float32", quant__double_quant=False)
+    config = make_config(method=method, model__storage_dtype="float32")
     model, _ = load_model(config, open_model(config)[0], pytest.fail)
     stored = load_file(tiny_model / "model.safetensors")
     np.testing.assert_array_equal(model.embed.get_value(), stored["model.embed_tokens.weight"])
@@ -169,8 +169,8 @@ def test_weights_are_those_of_the_files(make_config, tiny_model, method):
         if method == "qlora":
             exact = stored[f"{path}.weight"].T
             error = np.abs(np.asarray(dequantize(weight))[i] - exact)
-            # NF4's widest gap is 0.304 of the block's largest
-            assert error.max() <= 0.153 * np.abs(exact).max()
+            # NF4's widest gap is 0.304 of the block's largest, itself rounded to 8 bits
+            assert error.max() <= 0.16 * np.abs(exact).max()
             assert error.max() > 0
         else:
             np.testing.assert_array_equal(weight[i], stored[f"{path}.weight"].T)
