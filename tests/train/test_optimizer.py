@@ -87,14 +87,14 @@ def test_against_adamw_in_numpy() -> None:
     )
     optimizer = adamw(config, 6)
     ours = random_tree(0)
-    state = optimizer.init(ours)
+    state, update = optimizer.init(ours), jax.jit(optimizer.update)
     values = {path: np.asarray(x, np.float64) for path, x in trees.flatten(ours).items()}
     first = {path: np.zeros_like(x) for path, x in values.items()}
     second = {path: np.zeros_like(x) for path, x in values.items()}
     no_decay = ("bias", "norm.weight", "layernorm.weight")
     for step in range(5):
         grads = random_tree(step + 1)
-        updates, state = jax.jit(optimizer.update)(grads, state, ours)
+        updates, state = update(grads, state, ours)
         ours = optax.apply_updates(ours, updates)
         for path, g in trees.flatten(grads).items():
             g = np.asarray(g, np.float64)
@@ -115,7 +115,7 @@ def test_lora_plus_moves_b_by_a_multiple(ratio: float) -> None:
     tree = {"adapter": {"a": jnp.full((4, 4), 0.5), "b": jnp.full((4, 4), 0.5)}}
     grads = {"adapter": dict.fromkeys("ab", jnp.full((4, 4), -0.25))}
     optimizer = adamw(config, 10)
-    updates, _ = optimizer.update(grads, optimizer.init(tree), tree)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tree), tree)
     # Adam's first step has the size of the rate.
     np.testing.assert_allclose(updates["adapter"]["a"], 0.01, rtol=1e-5)
     np.testing.assert_allclose(updates["adapter"]["b"], 0.01 * ratio, rtol=1e-5)
@@ -126,7 +126,7 @@ def test_without_a_gradient_only_matrices_decay() -> None:
     tree = random_tree(0)
     optimizer = adamw(config, 10)
     zeros = jax.tree.map(jnp.zeros_like, tree)
-    updates, _ = optimizer.update(zeros, optimizer.init(tree), tree)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(tree), tree)
     after = trees.flatten(optax.apply_updates(tree, updates))
     for path, before in trees.flatten(tree).items():
         vector = path.endswith(("bias", "norm.weight", "layernorm.weight"))
@@ -139,9 +139,10 @@ def test_16_bit_leaves_have_float32_moments_and_keep_their_dtype(dtype: str) -> 
     optimizer = adamw(OptimizerConfig(learning_rate=0.125, beta2=0.999), 10)
     state = optimizer.init(tree)
     types = jax.tree.map(lambda x: x.dtype, (tree, state))
+    update = jax.jit(optimizer.update)
     for size in (1.0, 1e-3, 1e-3, 1e-3):
         grads = jax.tree.map(lambda x, size=size: jnp.full(x.shape, size), tree)
-        updates, state = optimizer.update(grads, state, tree)
+        updates, state = update(grads, state, tree)
         tree = optax.apply_updates(tree, updates)
         assert jax.tree.map(lambda x: x.dtype, (tree, state)) == types
     moments = [x for path, x in trees.flatten(state).items() if ".nu." in path]
@@ -176,6 +177,6 @@ def test_every_leaf_is_in_a_group_that_is_updated() -> None:
     config = dataclasses.replace(OptimizerConfig(), learning_rate=0.1)
     tree = random_tree(0)
     optimizer = adamw(config, 10)
-    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
+    updates, _ = jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)
     for path, update in trees.flatten(updates).items():
         np.testing.assert_allclose(np.abs(update), 0.1, rtol=1e-4, err_msg=path)
