@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import shlex
 import sys
 import traceback
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 from qlora_jax import config as configs
 from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.streams import outlets
 from qlora_jax.train import rundir
 from qlora_jax.train.interrupt import Stopped
 
@@ -25,10 +25,9 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; --help and --version raise SystemExit(0)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    with _exit_code("--debug" in arguments) as code:
+    with outlets(), _exit_code("--debug" in arguments) as code:
         options, settings = _parse(arguments)
         options.run(options, settings, shlex.join(["qlora-jax", *arguments]))
-        sys.stdout.flush()
     return code.value
 
 
@@ -54,9 +53,6 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
     except KeyboardInterrupt:
         code.value = INTERRUPTED
         _fail("interrupted", debug)
-    except BrokenPipeError:
-        # The reader of stdout went away, as `| head` does; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, debug: bool) -> None:

@@ -1,12 +1,14 @@
 """The command line itself: arguments, help, exit codes."""
 
+import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -207,11 +209,61 @@ def test_help_and_early_errors_do_not_wait_for_jax(arguments: list[str]) -> None
     assert done.returncode == 0, done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
-    root = Path(__file__).parents[1]
-    command = f"{sys.executable} -m qlora_jax.cli train --help | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", command], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True
+def shell(command: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs `qlora-jax`, so named in the command, by a shell; stdout is buffered as usual."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    define = f'qlora-jax() {{ {shlex.quote(sys.executable)} -m qlora_jax.cli "$@"; }}; '
+    return subprocess.run(
+        ["bash", "-c", define + command],
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
     )
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "--version"])
+def test_a_reader_that_goes_away_is_no_error(arguments: str) -> None:
+    done = shell(f"qlora-jax {arguments} | true; exit ${{PIPESTATUS[0]}}")
     assert done.stderr == b""
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)"])
+def test_an_error_nobody_reads_keeps_its_code(stderr: str) -> None:
+    done = shell(f"qlora-jax train no.yaml {stderr}")
+    assert done.stdout == b""
+    assert done.returncode == 2
+
+
+def test_help_to_a_closed_stdout() -> None:
+    done = shell("qlora-jax --help >&-")
+    assert done.stderr == b""
+    assert done.returncode == 0
+
+
+@pytest.fixture
+def unread() -> Iterator[TextIO]:
+    """A pipe whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream:
+        yield stream
+
+
+def test_training_goes_on_when_nobody_reads_its_messages(
+    tmp_path: Path, write_config: Callable[..., Path], unread: TextIO
+) -> None:
+    config = write_config(tmp_path, train__steps=1, train__samples=1)
+    with contextlib.redirect_stderr(unread), contextlib.redirect_stdout(unread):
+        assert cli.main(["train", str(config)]) == 0
+    assert (tmp_path / "run" / "report.md").is_file()
+
+
+def test_a_broken_pipe_elsewhere_is_no_success(
+    run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_train", train)
+    with pytest.raises(BrokenPipeError):
+        run_cli("train", "c.yaml")
