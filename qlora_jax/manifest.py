@@ -5,9 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,14 @@ _PACKAGES = (
 _SESSION = ("started", "finished", "command", "versions", "git", "devices", "environment")
 
 
-def build(config: config_lib.Config, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def build(
+    config: config_lib.Config, command: str, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Describes a run that starts now.
 
     Args:
       config: the run's configuration.
+      command: what started it.
       extra: further entries for the top level, e.g. `base_sha256` and `codebook_sha256`.
 
     Raises:
@@ -46,7 +47,7 @@ def build(config: config_lib.Config, extra: Mapping[str, Any] | None = None) -> 
     entries = {
         "started": _now(),
         "finished": None,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
         "seed": config.train.seed,
         "config_sha256": config_lib.digest(config),
         "config": config_lib.to_tree(config),

@@ -319,6 +319,17 @@ def test_a_directory_that_holds_something_else(
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_stranger_in_a_finished_run(finished: Path, run_cli: RunCli) -> None:
+    folder = finished.parent / "run"
+    (folder / "thesis.tex").write_text("years of work")
+    before = files(folder)
+    check(run_cli("train", finished, "--overwrite"), f"{folder}: holds thesis.tex", "move it away")
+    assert files(folder) == before
+    (folder / "thesis.tex").unlink()
+    ended = run_cli("train", finished, "--overwrite")
+    assert ended.code == 0, ended.err
+
+
 @pytest.mark.parametrize("output", ["file", "file/run", "file/a/b", "/proc/run"])
 def test_an_output_that_cannot_be_written(
     tmp_path: Path, write_config: WriteConfig, run_cli: RunCli, output: str

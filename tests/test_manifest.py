@@ -3,7 +3,6 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-import sys
 
 import jax
 import pytest
@@ -33,13 +32,13 @@ def test_it_records_what_ran(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=")
     monkeypatch.setenv("JAX_TEST_SETTING", "1")
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr(sys, "argv", ["/a/folder/qlora-jax", "train", "my run.yaml"])
-    built = json.loads(json.dumps(manifest.build(CONFIG, {"base_sha256": "ab"})))
+    command = "qlora-jax train 'my run.yaml'"
+    built = json.loads(json.dumps(manifest.build(CONFIG, command, {"base_sha256": "ab"})))
     assert built["config_sha256"] == config_lib.digest(CONFIG)
     assert config_lib.from_tree(built["config"], "manifest") == CONFIG
     assert built["seed"] == 7
     assert built["base_sha256"] == "ab"
-    assert built["command"] == "qlora-jax train 'my run.yaml'"
+    assert built["command"] == command
     assert built["environment"]["XLA_FLAGS"] == "--xla_dump_to="
     assert built["environment"]["JAX_TEST_SETTING"] == "1"
     assert "secret" not in json.dumps(built)
@@ -54,7 +53,7 @@ def test_it_records_what_ran(monkeypatch):
 
 def test_the_times_are_utc(tmp_path):
     before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    manifest.write(tmp_path, manifest.build(CONFIG))
+    manifest.write(tmp_path, manifest.build(CONFIG, ""))
     assert manifest.read(tmp_path)["finished"] is None
     manifest.finish(tmp_path, {"steps": 3})
     written = manifest.read(tmp_path)
@@ -68,12 +67,12 @@ def test_the_times_are_utc(tmp_path):
 
 def test_an_extra_entry_cannot_hide_a_recorded_one():
     with pytest.raises(ValueError, match="seed"):
-        manifest.build(CONFIG, {"seed": 8})
+        manifest.build(CONFIG, "", {"seed": 8})
 
 
 def test_a_resumed_run_keeps_its_earlier_sessions(tmp_path):
     for number in range(3):
-        built = manifest.build(CONFIG) | {"command": f"session {number}"}
+        built = manifest.build(CONFIG, f"session {number}")
         manifest.write(tmp_path, built, resumed=number > 0)
     written = manifest.read(tmp_path)
     assert written["command"] == "session 2"
@@ -124,4 +123,4 @@ def test_no_git_is_no_failure(tmp_path, monkeypatch):
     assert manifest.git_state(tmp_path) is None
     monkeypatch.setenv("PATH", "")
     assert manifest.git_state() is None
-    assert manifest.build(CONFIG)["git"] is None
+    assert manifest.build(CONFIG, "")["git"] is None

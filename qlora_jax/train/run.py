@@ -48,7 +48,7 @@ def train(
     Args:
       config: of the run.
       say: called with lines for the user.
-      command: what reproduces the run, for the report.
+      command: what reproduces the run, for the report and the manifest.
       resume: go on where the directory's run stopped.
       overwrite: delete the run that the directory holds.
 
@@ -100,7 +100,10 @@ def train(
         else []
     )
     # All that the input can be at fault for is behind: only now is anything written.
-    run_dir = rundir.claim(config, resume=resume, overwrite=overwrite)
+    hashes = {"base_sha256": base_hash, "codebook_sha256": _codebook_hash(config)}
+    described = manifest.build(config, command, hashes)
+    goes_on = resume and rundir.holds_run(config.output)
+    run_dir = rundir.claim(config, described, resume=resume, overwrite=overwrite)
     checkpoints = Checkpoints(run_dir, config.train.keep)
     counters = Progress()
     if resumed := resume and checkpoints.latest() is not None:
@@ -110,13 +113,8 @@ def train(
         _warn_if_base_changed(run_dir, base_hash, say)
         say(f"resumed from step {int(state.step)}")
     earlier_s = counters.seconds
-    manifest.write(
-        run_dir,
-        manifest.build(
-            config, {"base_sha256": base_hash, "codebook_sha256": _codebook_hash(config)}
-        ),
-        resumed=resume,
-    )
+    if goes_on:
+        manifest.write(run_dir, described, resumed=True)
 
     def answers(description: str) -> list[str]:
         return answer(

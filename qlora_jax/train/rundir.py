@@ -1,29 +1,69 @@
 """The run directory: made, claimed for a new run or opened for one that goes on."""
 
 import dataclasses
+import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qlora_jax import config as configs
+from qlora_jax import paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.config import Config
 from qlora_jax.errors import UserError
 
 CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+OWN = (
+    CONFIG,
+    MANIFEST,
+    CHECKPOINTS,
+    "metrics.jsonl",
+    "tensorboard",
+    "adapter",
+    "samples.md",
+    "report.md",
+    "loss_curve.png",
+)
+"""All that a run writes into its directory."""
+TEMPORARY = r"\.(config|manifest|metrics|samples|report|loss_curve)\.[0-9a-f]{8}\.\w+|\.adapter-\w+"
+"""What a run that is killed while it writes may leave."""
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether a run was begun in the folder.
+
+    Raises:
+      UserError: the folder may not be searched.
+    """
+    folder = Path(folder)
+    begun = paths.exists(folder / MANIFEST) or paths.is_dir(folder / CHECKPOINTS)
+    return begun and paths.is_file(folder / CONFIG)
 
 
 def check(config: Config, *, resume: bool, overwrite: bool) -> None:
     """Raises what `claim` would, as far as it shows without writing; costs nothing."""
     folder = Path(config.output)
-    file = folder / CONFIG
-    if file.exists() and not overwrite:
-        if not resume:
+    _check_links(folder)
+    if not holds_run(folder):
+        if paths.exists(folder) and (stranger := _first_stranger(folder)):
             raise UserError(
-                f"{folder}: holds a run already; add --resume to go on with it, --overwrite to "
-                "delete it, or give another --output"
+                f"{folder}: exists and is not a run directory (it holds {stranger}); "
+                "give another --output"
             )
-        stored = configs.load(file)
+    elif overwrite:
+        _check_deletable(folder)
+    elif not resume:
+        raise UserError(
+            f"{folder}: holds a run already; add --resume to go on with it, --overwrite to "
+            "delete it, or give another --output"
+        )
+    else:
+        stored = configs.load(folder / CONFIG)
         # The folder is where it is, however it is spelt and wherever it was made.
         here = dataclasses.replace(config, output=stored.output)
         if differences := configs.difference(stored, here):
@@ -31,25 +71,67 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
                 f"{folder}: was made with another config, so it cannot be resumed; "
                 f"{'; '.join(differences)}"
             )
-    elif folder.exists() and not file.exists() and not _is_empty(folder):
-        raise UserError(f"{folder}: exists and is not a run directory; give another --output")
-    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not parent.is_dir():
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if paths.exists(p))
+    if not paths.is_dir(parent):
         raise UserError(f"{folder}: {parent} is a file, not a folder; give another --output")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: {parent} is not writable by this user; give another --output")
 
 
-def _is_empty(folder: Path) -> bool:
-    # A run killed while it wrote its config leaves a temporary file, whose name starts with a dot.
-    return folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
+def _check_links(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not paths.exists(path):
+            raise UserError(
+                f"{folder}: {path} is a symbolic link to {os.readlink(path)}, which does not "
+                "exist; make that folder, or give another --output"
+            )
 
 
-def claim(config: Config, *, resume: bool, overwrite: bool) -> Path:
-    """Makes the run directory and writes its config, or opens that of the run to resume.
+def _first_stranger(folder: Path) -> str | None:
+    """An entry that bars a new run from the folder; files whose names start with a dot do not."""
+    if not paths.is_dir(folder):
+        return None
+    for name in _entries(folder):
+        # The manifest comes before the config, so a run killed there leaves it alone.
+        if not name.startswith(".") and not (name == MANIFEST and _is_manifest(folder / name)):
+            return name
+    return None
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        return "config_sha256" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _check_deletable(folder: Path) -> None:
+    if not paths.exists(folder / MANIFEST):
+        raise UserError(
+            f"{folder}: no {MANIFEST} in it, so it may not be a run's; delete it yourself, or "
+            "give another --output"
+        )
+    for name in _entries(folder):
+        if name not in OWN and not re.fullmatch(TEMPORARY, name):
+            raise UserError(
+                f"{folder}: holds {name}, which is not the run's and which --overwrite would "
+                "delete; move it away, or give another --output"
+            )
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as e:
+        raise paths.unreadable(folder, e) from None
+
+
+def claim(config: Config, manifest: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path:
+    """Makes the run directory with its manifest and config, or opens that of the run to resume.
 
     Args:
       config: of the run.
+      manifest: of the run, written if it is a new one.
       resume: go on where the directory's run stopped; a directory without a run starts one.
       overwrite: delete the run that the directory holds.
 
@@ -59,18 +141,35 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> Path:
     """
     check(config, resume=resume, overwrite=overwrite)
     folder = Path(config.output)
-    file = folder / CONFIG
-    if file.exists() and not overwrite:
-        return folder
+    if holds_run(folder):
+        if not overwrite:
+            return folder
+        _clear(folder)
     try:
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise storage_error(folder, e) or e from None
-    with atomic_write(file) as temporary:
+    from qlora_jax.manifest import write  # takes jax along, which --help does not wait for
+
+    write(folder, manifest)
+    with atomic_write(folder / CONFIG) as temporary:
         configs.dump(config, temporary)
     return folder
+
+
+def _clear(folder: Path) -> None:
+    # The folder itself stays: it may be a link or a mount. Killed on the way, it can be cleared
+    # again, since the names that make it a run's go last.
+    names = sorted(_entries(folder), key=(MANIFEST, CONFIG).__contains__)
+    try:
+        for name in names:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as e:
+        raise storage_error(folder, e) or e from None
 
 
 def open_run(folder: str | Path) -> Config:
@@ -79,6 +178,6 @@ def open_run(folder: str | Path) -> Config:
     Raises:
       UserError: not a run directory.
     """
-    if not (Path(folder) / CONFIG).is_file():
+    if not paths.is_file(Path(folder) / CONFIG):
         raise UserError(f"{folder}: not a run directory (no {CONFIG} in it)")
     return configs.load(Path(folder) / CONFIG)

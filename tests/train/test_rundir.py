@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +14,36 @@ def make(output, **train):
 
 
 def claim(config, resume=False, overwrite=False):
-    return rundir.claim(config, resume=resume, overwrite=overwrite)
+    manifest = {"config_sha256": configs.digest(config)}
+    return rundir.claim(config, manifest, resume=resume, overwrite=overwrite)
 
 
-def test_a_new_run_gets_a_folder_with_its_config(tmp_path):
+def killed_at(moment, config, monkeypatch):
+    """Claims a folder in a process that dies before it has written the file `moment`."""
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+
+    def until(old, new):
+        if os.path.basename(new) == moment:
+            raise Killed
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", until)
+        # a killed process does not clean up either
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            claim(config)
+
+
+def test_a_new_run_gets_a_folder_with_its_config_and_manifest(tmp_path):
     config = make(tmp_path / "deep" / "run", steps=7)
     assert claim(config) == tmp_path / "deep" / "run"
     assert rundir.open_run(tmp_path / "deep" / "run") == config
-    assert os.listdir(tmp_path / "deep" / "run") == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path / "deep" / "run")) == ["config.yaml", "manifest.json"]
 
 
 def test_an_empty_folder_is_taken(tmp_path):
@@ -70,8 +93,124 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / "x").write_text("x")
     claim(make(tmp_path / "run", steps=8), overwrite=True)
-    assert os.listdir(tmp_path / "run") == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "manifest.json"]
     assert rundir.open_run(tmp_path / "run").train.steps == 8
+
+
+@pytest.mark.parametrize("moment", ["manifest.json", "config.yaml"])
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_run_killed_while_it_claims_its_folder_can_be_started_again(
+    tmp_path, monkeypatch, moment, flags
+):
+    killed_at(moment, make(tmp_path / "run", steps=7), monkeypatch)
+    assert os.listdir(tmp_path / "run")
+    claim(make(tmp_path / "run", steps=8), **flags)
+    assert rundir.open_run(tmp_path / "run").train.steps == 8
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_resumed_and_overwritten(tmp_path, monkeypatch):
+    config = make(tmp_path / "run")
+    killed_at("config.yaml", config, monkeypatch)
+    claim(config)
+    (tmp_path / "run" / ".adapter-x1_").mkdir()
+    claim(config, resume=True)
+    claim(make(tmp_path / "run", steps=8), overwrite=True)
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "manifest.json"]
+
+
+@pytest.mark.parametrize("moment", rundir.OWN)
+def test_overwriting_that_fails_on_the_way_can_be_done_again(tmp_path, monkeypatch, moment):
+    config = make(tmp_path / "run")
+    claim(config)
+    for name in rundir.OWN:
+        (tmp_path / "run" / name).touch()
+    unlink = Path.unlink
+
+    def refuse(path, **_):
+        if path.name == moment:
+            raise OSError(13, "Permission denied", str(path))
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(UserError, match="run: not writable"):
+            claim(config, overwrite=True)
+    claim(config, overwrite=True)
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "manifest.json"]
+
+
+@pytest.mark.parametrize("stranger", ["thesis.tex", ".git", "config.yml"])
+def test_overwriting_never_deletes_what_is_not_the_runs(tmp_path, stranger):
+    claim(make(tmp_path / "run"))
+    (tmp_path / "run" / stranger).mkdir()
+    (tmp_path / "run" / stranger / "work").write_text("x")
+    with pytest.raises(UserError, match=f"run: holds {stranger}, which is not the run's"):
+        claim(make(tmp_path / "run"), overwrite=True)
+    assert (tmp_path / "run" / stranger / "work").read_text() == "x"
+    assert len(os.listdir(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_with_a_config_of_the_users_is_no_run(tmp_path, flags):
+    configs.dump(make(tmp_path), tmp_path / "config.yaml")
+    (tmp_path / "data.jsonl").touch()
+    with pytest.raises(UserError, match=r"not a run directory \(it holds config.yaml\)"):
+        claim(make(tmp_path), **flags)
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "data.jsonl"]
+
+
+def test_checkpoints_without_a_manifest_are_resumed_and_never_deleted(tmp_path):
+    claim(make(tmp_path / "run"))
+    (tmp_path / "run" / "manifest.json").unlink()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    claim(make(tmp_path / "run"), resume=True)
+    with pytest.raises(UserError, match=r"run: no manifest.json in it"):
+        claim(make(tmp_path / "run"), overwrite=True)
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}])
+def test_another_programs_manifest_is_left_alone(tmp_path, flags):
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(UserError, match=r"not a run directory \(it holds manifest.json\)"):
+        claim(make(tmp_path), **flags)
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
+
+
+def test_hidden_files_are_no_run_and_stay(tmp_path):
+    (tmp_path / ".gitkeep").touch()
+    claim(make(tmp_path), overwrite=True)
+    assert (tmp_path / ".gitkeep").exists()
+
+
+def test_an_output_that_is_a_link_is_the_folder_it_names(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    claim(make(tmp_path / "run", steps=7))
+    claim(make(tmp_path / "run", steps=7), resume=True)
+    (tmp_path / "disk" / "metrics.jsonl").touch()
+    claim(make(tmp_path / "run", steps=8), overwrite=True)
+    assert (tmp_path / "run").is_symlink()
+    assert rundir.open_run(tmp_path / "disk").train.steps == 8
+    assert not (tmp_path / "disk" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("output", ["run", "run/below"])
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_link_to_nothing_is_named(tmp_path, flags, output):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"/run is a symbolic link to .*/gone, which does not"):
+        claim(make(tmp_path / output), **flags)
+
+
+def test_what_lies_in_a_linked_checkpoints_folder_stays(tmp_path):
+    claim(make(tmp_path / "run"))
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "kept").touch()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "shared")
+    claim(make(tmp_path / "run"), overwrite=True)
+    assert (tmp_path / "shared" / "kept").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
