@@ -1,5 +1,7 @@
 """x @ W, where W is a QTensor or an array, and its gradient."""
 
+from qlora_jax.kernels.dense import KEPT as KEPT
 from qlora_jax.kernels.dense import dense as dense
+from qlora_jax.kernels.dense import kept as kept
 from qlora_jax.kernels.matmul import IMPLEMENTATIONS as IMPLEMENTATIONS
 from qlora_jax.kernels.matmul import matmul as matmul

@@ -2,6 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = "product"
+"""The name of what `kept` marks, for policies of `jax.checkpoint`."""
 
 
 @jax.custom_vjp
@@ -19,6 +23,11 @@ def dense(x: jax.Array, w: jax.Array) -> jax.Array:
       [..., N] in x's dtype.
     """
     return product(x, w.astype(x.dtype), 0).astype(x.dtype)
+
+
+def kept(y: jax.Array) -> jax.Array:
+    """y, marked as a product that rather takes memory than is computed again."""
+    return checkpoint_name(y, KEPT)
 
 
 def product(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:

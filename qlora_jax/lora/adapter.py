@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.kernels import dense
+from qlora_jax.kernels import dense, kept
 from qlora_jax.lora.spec import AdapterSpec
 
 
@@ -71,7 +71,7 @@ class Adapter(nnx.Module):
             keep = 1 - self.dropout
             x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
         low = dense(x, self.a.get_value()) * self.scale.get_value()
-        return dense(low.astype(x.dtype), self.b.get_value())
+        return dense(kept(low.astype(x.dtype)), self.b.get_value())
 
 
 def init_adapter(

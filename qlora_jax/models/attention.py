@@ -28,8 +28,12 @@ def visible(
     return mask[:, None]
 
 
+@jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled dot-product attention with grouped heads, softmax in float32.
+
+    The backward pass forms scores and softmax again; they are never residuals. Its products run
+    in q's dtype, accumulated in float32.
 
     Args:
       q: [B, T, H, D].
@@ -39,10 +43,39 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     Returns:
       [B, T, H, D] in q's dtype.
     """
-    b, t, h, d = q.shape
-    groups = q.reshape(b, t, k.shape[2], h // k.shape[2], d)
-    scores = jnp.einsum("btkgd,bskd->bkgts", groups, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, :, None], scores * d**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(b, t, h, d)
+    weights = _softmax(_grouped(q, k), k, mask).astype(q.dtype)
+    return _einsum("bkgts,bskd->btkgd", weights, v).astype(q.dtype).reshape(q.shape)
+
+
+def _forward(q, k, v, mask):
+    return attend(q, k, v, mask), (q, k, v, mask)
+
+
+def _backward(saved, g):
+    q, k, v, mask = saved
+    groups, g = _grouped(q, k), _grouped(g, k)
+    weights = _softmax(groups, k, mask)
+    slopes = _einsum("btkgd,bskd->bkgts", g, v)
+    slopes -= jnp.sum(weights * slopes, axis=-1, keepdims=True)
+    slopes = jnp.where(mask[:, :, None], weights * slopes * q.shape[-1] ** -0.5, 0).astype(q.dtype)
+    dq = _einsum("bkgts,bskd->btkgd", slopes, k).reshape(q.shape)
+    dk = _einsum("bkgts,btkgd->bskd", slopes, groups)
+    dv = _einsum("bkgts,btkgd->bskd", weights.astype(q.dtype), g)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, T, H, D] to [B, T, H_kv, H / H_kv, D]."""
+    return x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
+
+
+def _softmax(groups: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    scores = _einsum("btkgd,bskd->bkgts", groups, k) * groups.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qlora_jax.kernels import KEPT
 from qlora_jax.lora import AdapterSpec, init_adapter
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
@@ -19,7 +20,7 @@ from qlora_jax.quant import QTensor
 REMAT: Mapping[str, Callable[[Callable], Callable]] = {
     "none": lambda f: f,
     "dots": functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT)
     ),
     "full": jax.checkpoint,
 }
@@ -101,7 +102,12 @@ class Decoder(nnx.Module):
 
     def head_weight(self) -> jax.Array:
         """[hidden, vocab]; the embedding's transpose when tied."""
-        return self.embed.get_value().T if self.head is None else self.head.get_value()
+        weight, vocab_axis = self.stored_head()
+        return weight if vocab_axis == 1 else weight.T
+
+    def stored_head(self) -> tuple[jax.Array, int]:
+        """The head as it is stored, and which of its axes is the vocabulary."""
+        return (self.embed.get_value(), 0) if self.head is None else (self.head.get_value(), 1)
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every layer's linears: Hugging Face module path to (in_features, out_features)."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.kernels import dense, matmul
+from qlora_jax.kernels import dense, kept, matmul
 from qlora_jax.lora import Adapter
 from qlora_jax.models.attention import attend
 from qlora_jax.models.config import DecoderConfig
@@ -71,7 +71,9 @@ class Linear(nnx.Module):
         y = project(x, self.weight.get_value())
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype)
-        return y if self.adapter is None else y + self.adapter(x, key)
+        if self.adapter is not None:
+            y = y + self.adapter(x, key)
+        return kept(y)
 
 
 def project(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
@@ -148,7 +150,7 @@ class Layer(nnx.Module):
         if slots is not None:
             cache = slots.put(k, v)
             k, v = cache.k[slots.layer], cache.v[slots.layer]
-        out = attend(q, k, v, mask).reshape(*x.shape[:2], -1)
+        out = kept(attend(q, k, v, mask).reshape(*x.shape[:2], -1))
         x = x + self.o_proj(out, keys["self_attn.o_proj"])
         h = self.post_attention_layernorm(x)
         gate = self.gate_proj(h, keys["mlp.gate_proj"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qlora_jax.kernels.dense import product
 
-CHUNK = 256
+CHUNK = 128
 """Positions whose logits exist at one time."""
 
 
@@ -17,6 +17,7 @@ def token_loss(
     targets: jax.Array,
     mask: jax.Array,
     *,
+    vocab_axis: int = 1,
     train_head: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy over the positions that carry loss, and their number.
@@ -26,9 +27,10 @@ def token_loss(
 
     Args:
       hidden: [..., D] in the compute dtype.
-      head: [D, vocab].
+      head: [D, vocab], or [vocab, D] with vocab_axis 0.
       targets: int32[...].
       mask: bool[...].
+      vocab_axis: which axis of the head is the vocabulary.
       train_head: whether the head needs a gradient; without it, its gradient is zero.
 
     Returns:
@@ -44,34 +46,42 @@ def token_loss(
         rows = x.at[order].get(mode="fill", fill_value=0)
         return rows.reshape(-1, CHUNK, *x.shape[1:])
 
-    total = _total(train_head, chunks(flat), head, chunks(targets.reshape(-1)), chunks(mask))
+    total = _total(
+        vocab_axis, train_head, chunks(flat), head, chunks(targets.reshape(-1)), chunks(mask)
+    )
     return total, mask.sum().astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _total(
-    train_head: bool, hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array
+    vocab_axis: int,
+    train_head: bool,
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
 ) -> jax.Array:
     def chunk(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, t, m = xs
         loss = jax.lax.cond(
-            m.any(), lambda: _cross_entropy(h, head, t, m)[0], lambda: jnp.float32(0)
+            m.any(), lambda: _cross_entropy(vocab_axis, h, head, t, m)[0], lambda: jnp.float32(0)
         )
         return total + loss, None
 
     return jax.lax.scan(chunk, jnp.float32(0), (hidden, targets, mask))[0]
 
 
-def _forward(train_head, hidden, head, targets, mask):
+def _forward(vocab_axis, train_head, hidden, head, targets, mask):
     def chunk(carry, xs):
         h, t, m = xs
 
         def compute(dhead):
-            loss, dlogits = _cross_entropy(h, head, t, m)
+            loss, dlogits = _cross_entropy(vocab_axis, h, head, t, m)
             dlogits = dlogits.astype(h.dtype)
             if train_head:
-                dhead = dhead + product(h.T, dlogits, 0)
-            return loss, product(dlogits, head.astype(h.dtype), 1), dhead
+                rows, columns = (h, dlogits) if vocab_axis else (dlogits, h)
+                dhead = dhead + product(rows.T, columns, 0)
+            return loss, product(dlogits, head.astype(h.dtype), vocab_axis), dhead
 
         def skip(dhead):
             return jnp.float32(0), jnp.zeros(h.shape, jnp.float32), dhead
@@ -85,7 +95,7 @@ def _forward(train_head, hidden, head, targets, mask):
     return total, (dh, dhead, hidden[:0], head[:0])
 
 
-def _backward(train_head, saved, g):
+def _backward(vocab_axis, train_head, saved, g):
     dh, dhead, hidden, head = saved
     grad = (dhead * g).astype(head.dtype) if train_head else None
     return (dh * g).astype(hidden.dtype), grad, None, None
@@ -95,10 +105,10 @@ _total.defvjp(_forward, _backward)
 
 
 def _cross_entropy(
-    h: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array
+    vocab_axis: int, h: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss of one chunk and its gradient with respect to the logits, float32."""
-    logits = product(h, head.astype(h.dtype), 0)
+    logits = product(h, head.astype(h.dtype), 1 - vocab_axis)
     normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     loss = jnp.sum(jnp.where(mask[:, None], normalizer - picked, 0))

@@ -111,8 +111,10 @@ def build(
             remat=remat,
             key=key,
         )
-        head = model.head_weight()
-        return token_loss(hidden, head, batch["targets"], batch["mask"], train_head=train_head)
+        head, axis = model.stored_head()
+        return token_loss(
+            hidden, head, batch["targets"], batch["mask"], vocab_axis=axis, train_head=train_head
+        )
 
     @jax.jit
     def gradient(

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,19 +21,65 @@ def test_a_query_sees_its_own_segment_up_to_itself_and_within_the_window(window)
             assert np.flatnonzero(mask[row, 0, q]).tolist() == list(range(first, q + 1))
 
 
-def test_attention_is_softmax_of_scaled_products_of_grouped_heads():
-    random = np.random.default_rng(0)
-    q = random.normal(size=(2, 3, 4, 8)).astype(np.float32)
+def make(seed: int = 0) -> list[np.ndarray]:
+    """q [2, 3, 4, 8], k and v [2, 5, 2, 8], a mask, and a cotangent of q's shape."""
+    random = np.random.default_rng(seed)
+    q, g = random.normal(size=(2, 2, 3, 4, 8)).astype(np.float32)
     k, v = random.normal(size=(2, 2, 5, 2, 8)).astype(np.float32)
     mask = random.random((2, 1, 3, 5)) < 0.6
     mask[..., 0] = True
-    out = np.asarray(attend(q, k, v, mask))
-    for b in range(2):
-        for h in range(4):
-            scores = q[b, :, h].astype(np.float64) @ k[b, :, h // 2].T / np.sqrt(8)
-            p = np.where(mask[b, 0], np.exp(scores), 0)
-            expected = p / p.sum(axis=-1, keepdims=True) @ v[b, :, h // 2]
-            np.testing.assert_allclose(out[b, :, h], expected, rtol=1e-4, atol=1e-5)
+    return [q, k, v, mask, g]
+
+
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Attention head by head, float64."""
+    out = np.zeros(q.shape)
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        scores = q[b, :, h].astype(np.float64) @ k[b, :, h // 2].T / np.sqrt(q.shape[-1])
+        p = np.where(mask[b, 0], np.exp(scores), 0)
+        out[b, :, h] = p / p.sum(axis=-1, keepdims=True) @ v[b, :, h // 2]
+    return out
+
+
+def test_attention_is_softmax_of_scaled_products_of_grouped_heads():
+    *inputs, _ = make()
+    np.testing.assert_allclose(attend(*inputs), reference(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("argument", range(3), ids="qkv")
+def test_gradient_is_the_finite_difference(argument):
+    *inputs, g = make()
+    pull = jax.vjp(attend, *inputs)[1]
+    ours, step = np.asarray(pull(jnp.asarray(g))[argument]), 1e-5
+    expected = np.zeros(ours.shape)
+    for place in np.ndindex(ours.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = [x.astype(np.float64) if i < 3 else x for i, x in enumerate(inputs)]
+            moved[argument][place] += sign * step
+            ends.append(np.sum(g * reference(*moved)))
+        expected[place] = (ends[0] - ends[1]) / (2 * step)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_16_bit_gradient_is_rounded_not_wrong():
+    *inputs, mask, g = make()
+    exact = jax.vjp(attend, *inputs, mask)[1](jnp.asarray(g))[:3]
+    short = [jnp.asarray(x, jnp.bfloat16) for x in (*inputs, g)]
+    found = jax.vjp(attend, *short[:3], mask)[1](short[3])[:3]
+    for ours, expected in zip(found, exact):
+        assert ours.dtype == jnp.bfloat16
+        error = np.abs(np.asarray(ours, np.float32) - expected).max()
+        assert error < 4 * 2.0**-8 * np.abs(expected).max()
+
+
+def test_scores_are_not_residuals():
+    q, k, v, mask, _ = make()
+    saved = jax.eval_shape(
+        lambda q, k, v: jax.vjp(lambda *x: attend(*x, mask), q, k, v)[1], q, k, v
+    )
+    largest = max(leaf.size for leaf in jax.tree.leaves(saved))
+    assert largest <= q.size
 
 
 def test_a_query_that_sees_nothing_gets_a_finite_average():

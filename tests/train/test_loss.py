@@ -69,6 +69,18 @@ def test_value_and_gradients(shape, share) -> None:
     assert_matches(ours(*arguments), dense(*arguments), 0.5, 2e-6)
 
 
+def test_a_head_stored_with_the_vocabulary_first() -> None:
+    hidden, head, targets, mask = make((3, 2, 117), 0.6)
+
+    @jax.jit
+    def value(hidden, rows):
+        return token_loss(hidden, rows, targets, mask, vocab_axis=0, train_head=True)[0]
+
+    total, (dhidden, drows) = jax.value_and_grad(value, argnums=(0, 1))(hidden, head.T)
+    found = total, mask.sum(), dhidden, drows.T
+    assert_matches(found, dense(hidden, head, targets, mask), 1, 2e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_in_16_bits(dtype) -> None:
     arguments = make((3, 2, 117), 0.6, dtype)
@@ -108,9 +120,9 @@ def test_only_chunks_with_targets_are_computed(train_head, monkeypatch) -> None:
     seen = []
     cross_entropy = module._cross_entropy
 
-    def counted(h, head, targets, mask):
+    def counted(axis, h, head, targets, mask):
         jax.debug.callback(lambda n: seen.append(int(n)), mask.sum())
-        return cross_entropy(h, head, targets, mask)
+        return cross_entropy(axis, h, head, targets, mask)
 
     monkeypatch.setattr(module, "_cross_entropy", counted)
     hidden, head, targets, _ = make((10 * CHUNK,), 1)
