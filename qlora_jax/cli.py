@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_jax import config as configs
+from qlora_jax import paths
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.streams import outlets
 from qlora_jax.train import rundir
@@ -220,7 +221,7 @@ def _warn_if_gpu_idle() -> None:
 def _config(path: str, settings: Sequence[str]) -> configs.Config:
     overrides = configs.parse_overrides(settings)
     file = Path(path) / rundir.CONFIG
-    if not file.is_file():
+    if not paths.is_file(file):
         return configs.load(path, overrides)
     # The directory may have been moved, or been named from elsewhere, since it was made.
     return configs.load(file, {"output": path} | overrides)
@@ -262,7 +263,7 @@ def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -
 
 
 def _evaluate(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    is_run = Path(options.path).is_dir()
+    is_run = paths.is_dir(options.path)
     if is_run and settings:
         raise UserError(f"{settings[0]}: a run directory's settings are fixed; give a config")
     config = rundir.open_run(options.path) if is_run else _config(options.path, settings)

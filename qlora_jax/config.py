@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from qlora_jax import paths
 from qlora_jax.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -45,8 +46,9 @@ class ModelConfig:
     Under method full every weight is held in lora.dtype."""
     compute_dtype: FloatType = "bfloat16"
     """Activations and matrix products; float16 switches dynamic loss scaling on."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole layers."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What the backward pass recomputes: nothing, all but products with weights, or whole layers;
+    attention scores always."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -217,8 +219,8 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
         tree = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such config file") from None
-    except PermissionError:
-        raise UserError(f"{path}: not readable by this user; change its permissions") from None
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is YAML") from None
     except MarkedYAMLError as e:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as config_lib
+from qlora_jax import paths
 from qlora_jax.atomic import write_text
 from qlora_jax.device import cpu_cores, cpu_name, describe_devices
 from qlora_jax.errors import UserError
@@ -112,6 +113,8 @@ def read(run_dir: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; is {run_dir} a run directory?") from None
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
     except ValueError:
         raise UserError(f"{path}: not valid JSON; restore it, or delete it to go on") from None
     if not isinstance(manifest, dict):

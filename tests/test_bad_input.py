@@ -348,6 +348,55 @@ def test_an_output_in_a_read_only_folder(
     fails(f"{tmp_path} is not writable by this user")
 
 
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may not be searched; root may search any, so the answers are replaced."""
+    folder = tmp_path / "locked"
+
+    def deny(name: str) -> None:
+        usual = getattr(Path, name)
+
+        def ask(path: Path, *args: Any, **kwargs: Any) -> Any:
+            if folder in path.parents:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return usual(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, ask)
+
+    for name in ("stat", "exists", "is_file", "is_dir", "open", "read_text", "read_bytes"):
+        deny(name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": "run"},
+        {"model__path": "model"},
+        {"model__path": "m.gguf"},
+        {"data__source": "a.jsonl"},
+        {"data__source": "a.txt"},
+        {"data__eval_source": "folder"},
+    ],
+    ids=str,
+)
+def test_a_path_below_a_folder_that_may_not_be_searched(
+    locked: Path, fails: Callable[..., None], changes: dict[str, str]
+) -> None:
+    changes = {key: str(locked / name) for key, name in changes.items()}
+    fails(f"{next(iter(changes.values()))}", "not readable by this user; change its", **changes)
+
+
+def test_a_run_below_a_folder_that_may_not_be_searched(locked: Path, run_cli: RunCli) -> None:
+    for arguments in (
+        ["train", locked / "c.yaml"],
+        ["train", locked / "run", "--resume"],
+        ["evaluate", locked / "run"],
+        ["generate", locked / "run", "--prompt", "a"],
+    ):
+        check(run_cli(*arguments), f"{arguments[1]}", "not readable by this user; change its")
+
+
 def test_a_disk_that_fills_up_while_saving(
     tmp_path: Path, write_config: WriteConfig, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax import paths
 from qlora_jax.errors import UserError
 
 Rows = Iterator[tuple[dict[str, Any], str]]
@@ -18,7 +19,7 @@ def read_rows(path: Path) -> Rows:
     Raises:
       UserError: missing file, unknown kind of file, or a malformed one; the line is named.
     """
-    if not path.exists():
+    if not paths.exists(path):
         raise UserError(f"{path}: no such file")
     if path.suffix not in READERS:
         raise UserError(f"{path}: a data file ends in {', '.join([*READERS, '.txt'])}; convert it")
@@ -37,7 +38,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+        raise paths.unreadable(path, e) from None
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from None

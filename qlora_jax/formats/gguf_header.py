@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from qlora_jax import paths
 from qlora_jax.errors import UserError
 
 VERSIONS = (2, 3)
@@ -64,7 +65,7 @@ def read_header(path: Path) -> GgufHeader:
             f"{path}: truncated or damaged GGUF file ({e}); download it again"
         ) from None
     except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+        raise paths.unreadable(path, e) from None
 
 
 class _Stream:

@@ -9,6 +9,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qlora_jax import paths
 from qlora_jax.errors import UserError
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
@@ -76,8 +77,8 @@ def open_folder(folder: Path) -> HuggingFaceCheckpoint:
 
 def _config(folder: Path) -> DecoderConfig:
     path = folder / "config.json"
-    if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
+    if not paths.is_file(path):
+        if paths.is_file(folder / "adapter_config.json"):
             raise UserError(
                 f"{folder}: an adapter and not a model; give the model it was trained on"
             )
@@ -94,14 +95,14 @@ def _config(folder: Path) -> DecoderConfig:
 
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / WEIGHTS, folder / INDEX
-    if single.is_file():
+    if paths.is_file(single):
         return [single]
-    if index.is_file():
+    if paths.is_file(index):
         names = _json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
             raise UserError(f"{index}: no weight_map in it; download it again")
         shards = [folder / name for name in sorted(set(names.values()))]
-        if absent := [shard.name for shard in shards if not shard.is_file()]:
+        if absent := [shard.name for shard in shards if not paths.is_file(shard)]:
             raise UserError(
                 f"{folder}: {absent[0]} is missing, {len(absent)} of {len(shards)} shards are; "
                 "download them"
@@ -127,6 +128,8 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON ({e}); download it again") from None
     if not isinstance(raw, dict):

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qlora_jax import paths
 from qlora_jax.atomic import storage_error
 from qlora_jax.errors import UserError
 
@@ -257,9 +258,9 @@ def _targets(paths: Iterable[str]) -> list[str]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
+    if not paths.exists(folder):
         return
-    if not folder.is_dir():
+    if not paths.is_dir(folder):
         raise UserError(f"{folder}: a file is in the way; give another folder")
     if other := sorted({p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS}):
         raise UserError(
@@ -272,6 +273,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; an adapter in PEFT's format has one") from None
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON ({e}); export the adapter again") from None
     if not isinstance(config, dict):
@@ -296,7 +299,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
+    if not paths.is_file(path):
         raise UserError(f"{path}: no such file; an adapter in PEFT's format has one")
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:

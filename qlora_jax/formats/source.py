@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from qlora_jax import paths
 from qlora_jax.config import ModelConfig
 from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
@@ -42,18 +43,18 @@ def open_checkpoint(model: ModelConfig) -> Checkpoint:
       UserError: nothing by that name, or what is there cannot be used.
     """
     path = Path(model.path).expanduser()
-    local = model.path in BUILTIN or path.exists() or _looks_local(model.path)
+    local = model.path in BUILTIN or paths.exists(path) or _looks_local(model.path)
     if local and model.revision is not None:
         raise UserError(
             f"model.revision: {model.path} is not a hub id and has no revisions; remove it"
         )
     if model.path in BUILTIN:
         return open_gguf(fetch(model.path))
-    if path.is_dir():
+    if paths.is_dir(path):
         return open_folder(path)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and paths.is_file(path):
         return open_gguf(path)
-    if path.exists():
+    if paths.exists(path):
         raise UserError(
             f"{model.path}: a model is a Hugging Face folder or a .gguf file; give the folder"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from qlora_jax import paths
 from qlora_jax.atomic import storage_error
 from qlora_jax.errors import UserError
 from qlora_jax.models.trees import flatten
@@ -36,7 +37,7 @@ class Checkpoints:
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = run_dir.absolute() / FOLDER
-        if not keep and not self.folder.is_dir():
+        if not keep and not paths.is_dir(self.folder):
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,

@@ -14,6 +14,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from qlora_jax import paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.errors import UserError
 
@@ -132,6 +133,8 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         lines = path.read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; a run writes it in its run directory") from None
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

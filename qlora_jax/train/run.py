@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax import manifest
+from qlora_jax import manifest, paths
 from qlora_jax.config import Config
 from qlora_jax.data.loader import Loader, held_out_batches
 from qlora_jax.data.prompts import Question
@@ -257,7 +257,7 @@ def _median_rate(run_dir: Path) -> float:
 
 
 def _warn_if_base_changed(run_dir: Path, base_hash: str, say: Callable[[str], None]) -> None:
-    if not (run_dir / manifest.NAME).exists():
+    if not paths.exists(run_dir / manifest.NAME):
         return
     if (before := manifest.read(run_dir).get("base_sha256")) != base_hash:
         say(

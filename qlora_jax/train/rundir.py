@@ -80,7 +80,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
 
 def _check_links(folder: Path) -> None:
     for path in (folder, *folder.parents):
-        if path.is_symlink() and not paths.exists(path):
+        if not paths.exists(path) and path.is_symlink():
             raise UserError(
                 f"{folder}: {path} is a symbolic link to {os.readlink(path)}, which does not "
                 "exist; make that folder, or give another --output"

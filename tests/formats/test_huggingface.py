@@ -206,3 +206,12 @@ def test_unusable_folders_are_refused_in_one_line(llama: Path, damage, says: str
         open_folder(llama)
     assert str(llama) in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(llama: Path, monkeypatch) -> None:
+    def denied(path: Path, **_: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(UserError, match=f"^{llama}/config.json: not readable by this user; change"):
+        open_folder(llama)

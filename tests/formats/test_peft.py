@@ -233,3 +233,19 @@ def test_unusable_adapters_are_refused(reference: Path, damage, says: str) -> No
         read_adapter(reference)
     assert str(reference) in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(13, "Permission denied"), "not readable by this user; change"),
+        (OSError(5, "Input/output error"), "cannot be read: Input/output error"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, error, says) -> None:
+    def refused(path: Path, **_: object) -> str:
+        raise error
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(UserError, match=f"^{tmp_path}/adapter_config.json: {says}"):
+        read_adapter(tmp_path)
