@@ -78,7 +78,7 @@ class Trial:
         settings: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._command = [sys.executable, "-m", "qlora_jax.cli", "train", str(config), *settings]
+        self._command = [sys.executable, "-m", "qlora_jax", "train", str(config), *settings]
         self._environment = dict(os.environ if environment is None else environment)
 
     def finish(self, output: Path) -> float:

@@ -32,7 +32,7 @@ COLUMNS = (
 def run(config: str, out: Path, method: str, overrides: list[str]) -> None:
     """Trains one method as a process of its own, so that memory and compilation are not shared."""
     command = [
-        *(sys.executable, "-m", "qlora_jax.cli", "train", config, "--overwrite"),
+        *(sys.executable, "-m", "qlora_jax", "train", config, "--overwrite"),
         *(f"--method={method}", f"--output={out / method}"),
         *(f"--optimizer.learning_rate={RATES[method]}", "--train.samples=0", *overrides),
     ]

@@ -8,8 +8,11 @@ Cost: seconds to a minute for 1.1B parameters on 2 CPU cores; 0.6 bytes a parame
 import measure
 from measure import PeakMemory
 
+from qlora_jax import hugepages
+
 
 def main() -> None:
+    hugepages.restart()
     options = measure.load_arguments(__doc__).parse_args()
     memory = PeakMemory()
 

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +23,14 @@ TUNING = ("XLA_", "JAX_", "OMP_", "MKL_", "ONEDNN_", "GLIBC_TUNABLES", "MALLOC_"
 """Starts of the names of environment variables that change speed or memory."""
 
 
-def step_arguments(description: str, remat: Iterable[str]) -> argparse.ArgumentParser:
-    """The options of a training-step benchmark; `remat` are the choices this side has."""
+def step_arguments(description: str, remat: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of a training-step benchmark; `remat`: this side's choices, the default first."""
     parser = load_arguments(description)
     parser.add_argument("--method", choices=["qlora", "lora", "full"], default="qlora")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute dtype"
     )
-    parser.add_argument("--remat", choices=list(remat), default="none")
+    parser.add_argument("--remat", choices=remat, default=remat[0])
     parser.add_argument("--batch", type=int, default=2, help="rows")
     parser.add_argument("--seq", type=int, default=256, help="tokens a row, each with a target")
     parser.add_argument("--rank", type=int, default=16)

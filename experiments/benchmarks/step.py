@@ -9,9 +9,12 @@ Step: forward, loss, backward, clipping and AdamW; NF4 with double quantization 
 import measure
 from measure import PeakMemory
 
+from qlora_jax import hugepages
+
 
 def main() -> None:
-    parser = measure.step_arguments(__doc__, ["none", "dots", "full"])
+    hugepages.restart()
+    parser = measure.step_arguments(__doc__, ["dots", "none", "full"])
     options = parser.parse_args()
     memory = PeakMemory()
 
