@@ -34,7 +34,7 @@ def asking(environment: Mapping[str, str]) -> dict[str, str] | None:
 def on_request(switch: Path = SWITCH) -> bool:
     """Whether the kernel gives huge pages to those who ask, and this libc can ask (2.35)."""
     try:
-        name, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         numbers = tuple(int(part) for part in version.split(".")[:2])
         return name == "glibc" and numbers >= (2, 35) and "[madvise]" in switch.read_text()
     except (AttributeError, OSError, ValueError):
