@@ -5,7 +5,6 @@ This file is the whole list of settings; the string under a field is its documen
 """
 
 import dataclasses
-import datetime
 import difflib
 import hashlib
 import json
@@ -15,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -25,11 +25,19 @@ from qlora_jax.errors import UserError
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+def _number(value: Any) -> Any:
+    # pydantic would take true for 1
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 FloatType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -209,7 +217,9 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     Args:
       path: the YAML file. A section given as one word fills its first field: `model: a.gguf`
         means `model: {path: a.gguf}`, `data: my.jsonl` means `data: {source: my.jsonl}`.
-      overrides: dotted key to YAML text, e.g. `{"lora.rank": "8"}`.
+      overrides: dotted key to its value, e.g. `{"lora.rank": "8"}`: the text itself where the
+        setting is text, with null or nothing for none, else YAML. One that is for a section, such
+        as `{"model": "a.gguf"}`, keeps the section's other settings.
 
     Raises:
       UserError: missing or malformed file, unknown key (the nearest one is named), wrong type.
@@ -226,7 +236,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     except MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else "?"
         raise UserError(f"{path}:{line}: not valid YAML: {e.problem}") from None
-    except YAMLError as e:
+    except (YAMLError, ValueError) as e:  # ValueError: the 45th of May
         raise UserError(f"{path}: not valid YAML: {str(e).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping with the keys {', '.join(_names(Config))}")
@@ -310,29 +320,56 @@ def _expand(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text_keys() -> set[str]:
-    types = {s.key: s.type.split(" | ") for s in settings()}
-    keys = {key for key, names in types.items() if "str" in names}
-    return keys | {n for n, cls in _sections().items() if f"{n}.{_names(cls)[0]}" in keys}
-
-
 def _override(tree: dict[str, Any], key: str, text: str) -> None:
-    try:
-        value = YAML(typ="safe").load(text)
-    except YAMLError:
-        value = text
-    if isinstance(value, int | float | datetime.date) and key in _text_keys():
-        value = text
-    *parents, last = key.split(".")
-    if not parents and isinstance(value, str):
-        tree.update(_expand({last: value}))
+    kinds = {s.key: s.type for s in settings()}
+    if key in _sections():
+        _override_section(tree, key, text, kinds)
         return
+    *parents, last = _steps(key, kinds)
     for name in parents:
         node = tree.setdefault(name, {})
         if not isinstance(node, dict):
             raise UserError(f"--{key}: {name} is a single value, {node!r}, and has no keys")
         tree = node
-    tree[last] = value
+    tree[last] = _value(text, kinds.get(key, ""))
+
+
+def _override_section(
+    tree: dict[str, Any], section: str, text: str, kinds: Mapping[str, str]
+) -> None:
+    value = _parse(text)
+    if not isinstance(value, dict):
+        first = f"{section}.{_names(_sections()[section])[0]}"
+        value = text if kinds[first] == "str" else value
+    value, before = _expand({section: value})[section], tree.get(section)
+    both = isinstance(value, dict) and isinstance(before, dict)
+    tree[section] = before | value if both else value
+
+
+def _steps(key: str, kinds: Mapping[str, str]) -> list[str]:
+    # The keys of a mapping are module paths, which have dots of their own.
+    for name, kind in kinds.items():
+        if kind.startswith("dict") and key.startswith(f"{name}."):
+            return [*name.split("."), key.removeprefix(f"{name}.")]
+    return key.split(".")
+
+
+def _value(text: str, kind: str) -> Any:
+    kinds = kind.split(" | ")
+    if "str" not in kinds:
+        return _parse(text)
+    if text in ("", "null") and "null" in kinds:
+        return None
+    if "list[str]" in kinds and isinstance(value := _parse(text), list):
+        return value
+    return text
+
+
+def _parse(text: str) -> Any:
+    try:
+        return YAML(typ="safe").load(text)
+    except (YAMLError, ValueError):  # ValueError: the 45th of May
+        return text
 
 
 def _explain(error: ValidationError) -> str:

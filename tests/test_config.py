@@ -80,6 +80,12 @@ def test_a_number_is_a_float_however_it_is_written(load, text, value):
         ("quant: {double_quant: maybe}\n", "quant.double_quant: .*boolean.* not 'maybe' "),
         ("method: qlorra\n", "method: .*qlora.* not 'qlorra' "),
         ("train: {steps: -1}\n", "train.steps: .* not -1 "),
+        ("train: {steps: true}\n", r"train.steps: .*number, not True \(expected: int\)"),
+        ("train: {seed: false}\n", "train.seed: .*number, not False "),
+        ("lora: {alpha: true}\n", "lora.alpha: .*number, not True "),
+        ("lora: {dropout: false}\n", "lora.dropout: .*number, not False "),
+        ("optimizer: {clip_norm: true}\n", "optimizer.clip_norm: .*number, not True "),
+        ("lora: {rank_pattern: {q_proj: true}}\n", "lora.rank_pattern: .*number, not True "),
         ("3: x\n", "3: keys should be strings"),
     ],
 )
@@ -103,6 +109,7 @@ def test_a_wrong_key_or_value_is_named(refusal, text, expected):
         (BASE + "lora:\n  rank: 1\n  rank: 2\n", "run.yaml:6: not valid YAML: found duplicate key"),
         (b"\xff\xfe\x00", "run.yaml: not a text file"),
         ("\0", "run.yaml: not valid YAML: unacceptable character"),
+        ("output: 2026-05-45\n", "run.yaml: not valid YAML: day is out of range"),
     ],
 )
 def test_a_file_that_is_not_a_config_is_refused(refusal, text, expected):
@@ -127,9 +134,22 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"model": "12"}, "model.path", "12"),
         ({"output": "2026-01-01"}, "output", "2026-01-01"),
         ({"lora.target_modules": "[a-z"}, "lora.target_modules", "[a-z"),
+        ({"lora.target_modules": "# q"}, "lora.target_modules", "# q"),
         ({"lora.rank_pattern.q_proj": "4"}, "lora.rank_pattern", {"q_proj": 4}),
+        (
+            {"lora.rank_pattern.layers.0.q_proj": "4", "lora.rank_pattern.v_proj": "5"},
+            "lora.rank_pattern",
+            {"layers.0.q_proj": 4, "v_proj": 5},
+        ),
+        ({"lora.alpha_pattern.layers.0.q": "4"}, "lora.alpha_pattern", {"layers.0.q": 4.0}),
         ({"lora": "{rank: 4}"}, "lora.rank", 4),
         ({"data.eval_source": "null"}, "data.eval_source", None),
+        ({"data.eval_source": ""}, "data.eval_source", None),
+        ({"data.source": "null"}, "data.source", "null"),
+        ({"data.source": ""}, "data.source", ""),
+        ({"output": "2026-05-45"}, "output", "2026-05-45"),
+        ({"output": "{a}"}, "output", "{a}"),
+        ({"data": "[a]"}, "data.source", "[a]"),
         ({"quant.double_quant": "false"}, "quant.double_quant", False),
     ],
 )
@@ -139,6 +159,52 @@ def test_an_override_is_laid_over_the_file(load, overrides, key, value):
         node = getattr(node, name)
     assert node == value
     assert type(node) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["Briefly: yes or no", "[INST]", "# hi", "12", "1e-4", "true", "~", "'a'", "- a", "*b"]
+)
+@pytest.mark.parametrize("key", ["data.system_prompt", "model.path", "output", "quant.codebook"])
+def test_an_override_of_text_is_that_text(load, key, text):
+    node = load(BASE, {key: text})
+    for name in key.split("."):
+        node = getattr(node, name)
+    assert node == text
+
+
+FULL = """\
+model: {path: a.gguf, compute_dtype: float32, remat: dots}
+data: {source: d.jsonl, sequence_length: 64}
+output: runs/a
+lora: {rank: 2, alpha: 3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ({"model": "b.gguf"}, {}),
+        ({"model": "12"}, {}),
+        ({"model": "{path: b.gguf}"}, {}),
+        ({"data": "e.jsonl"}, {}),
+        ({"lora": "{rank: 4}"}, {}),
+        ({"model.storage_dtype": "float16", "model": "b.gguf"}, {"model.storage_dtype": "float16"}),
+        ({"model": "b.gguf", "model.storage_dtype": "float16"}, {"model.storage_dtype": "float16"}),
+        ({"data.packing": "false", "data": "e.jsonl"}, {"data.packing": "false"}),
+    ],
+)
+def test_a_section_in_one_word_keeps_the_rest_of_it(load, overrides, kept):
+    config = load(FULL, overrides)
+    assert config != load(FULL, kept)
+    first = {"model": "model.path", "data": "data.source", "lora": "lora.rank"}
+    back = {"model": "a.gguf", "data": "d.jsonl", "lora": "2"}
+    undone = {first[key]: back[key] for key in overrides if key in first}
+    assert load(FULL, overrides | undone) == load(FULL, kept)
+
+
+def test_a_section_the_file_lacks_can_be_given_in_one_word(load):
+    config = load("output: o\n", {"data": "d", "model": "m", "model.remat": "full"})
+    assert (config.data.source, config.model.path, config.model.remat) == ("d", "m", "full")
 
 
 @pytest.mark.parametrize(
