@@ -16,6 +16,19 @@ from qlora_jax.errors import UserError
 from qlora_jax.formats.quiet import quiet_transformers
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Of these a folder has one at least."""
+END_FILES = ("generation_config.json", "config.json")
+"""Where eos_token_id is looked for, in this order."""
+FILES = (
+    *FOLDER_FILES,
+    *END_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template*",
+)
+"""Patterns of all that `load` may read in a folder, transformers included."""
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
 TODAY = datetime.date(2024, 7, 26)
 """What chat templates get for the date: a run must come out the same on another day."""
@@ -217,8 +230,8 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def _end_ids(folder: Path) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, else of config.json: a number, a list or absent."""
-    for name in ("generation_config.json", "config.json"):
+    """eos_token_id of the first file that has one: a number, a list or absent."""
+    for name in END_FILES:
         try:
             value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):

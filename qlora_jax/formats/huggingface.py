@@ -15,6 +15,7 @@ from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 
 FLOATS = ("F32", "F16", "BF16")
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -76,7 +77,7 @@ def open_folder(folder: Path) -> HuggingFaceCheckpoint:
 
 
 def _config(folder: Path) -> DecoderConfig:
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not paths.is_file(path):
         if paths.is_file(folder / "adapter_config.json"):
             raise UserError(

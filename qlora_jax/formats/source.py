@@ -14,24 +14,15 @@ from huggingface_hub.errors import (
 
 from qlora_jax import paths
 from qlora_jax.config import ModelConfig
+from qlora_jax.data import tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.fetch import BUILTIN, fetch
 from qlora_jax.formats.gguf import open_gguf
-from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.formats.huggingface import CONFIG, INDEX, open_folder
 
 FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
-HUB_FILES = [
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-]
+HUB_FILES = [CONFIG, INDEX, "model*.safetensors", *tokenizer.FILES]
 
 
 def open_checkpoint(model: ModelConfig) -> Checkpoint:

@@ -1,18 +1,23 @@
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.errors as hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from qlora_jax.config import ModelConfig
+from qlora_jax.data import tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.formats import source
+from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.source import open_checkpoint
 
 
 @pytest.fixture
-def snapshot(monkeypatch: pytest.MonkeyPatch):
-    """Stands in for the hub: records what is asked for and gives a folder or raises."""
+def snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Stands in for the hub: records what is asked for and gives that of a folder, or raises."""
     calls: list[tuple[str, str | None]] = []
 
     def install(result) -> list[tuple[str, str | None]]:
@@ -20,7 +25,11 @@ def snapshot(monkeypatch: pytest.MonkeyPatch):
             calls.append((repository, revision))
             if isinstance(result, Exception):
                 raise result
-            return str(result)
+            folder = tmp_path / "snapshot"
+            folder.mkdir()
+            for name in filter_repo_objects(os.listdir(result), allow_patterns=allow_patterns):
+                shutil.copyfile(result / name, folder / name)
+            return str(folder)
 
         monkeypatch.setattr(source, "snapshot_download", download)
         return calls
@@ -40,8 +49,33 @@ def test_opens_a_builtin_model(builtin_gguf: Path) -> None:
 def test_opens_a_hub_id_at_its_revision(models: Path, snapshot) -> None:
     calls = snapshot(models / "llama")
     checkpoint = open_checkpoint(ModelConfig(path="owner/name", revision="v1"))
-    assert checkpoint.path == models / "llama"
+    assert checkpoint.names() == open_folder(models / "llama").names()
     assert calls == [("owner/name", "v1")]
+
+
+def test_all_that_is_read_is_downloaded(make_model, tmp_path: Path, snapshot) -> None:
+    there = make_model(tmp_path / "there")
+    # ids that the tokenizer itself does not name as ends
+    (there / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    snapshot(there)
+    here = open_checkpoint(ModelConfig(path="owner/name")).tokenizer_path
+    assert here != there
+    stop_ids = tokenizer.load(here).stop_ids
+    assert {7, 9} < set(stop_ids)
+    assert stop_ids == tokenizer.load(there).stop_ids
+
+
+def test_the_same_weights_in_other_formats_are_not_downloaded(models, tmp_path, snapshot) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(models / "llama" / name, there / name)
+    wanted = {*tokenizer.FOLDER_FILES, *tokenizer.END_FILES, "model.safetensors"}
+    for name in wanted | {"consolidated.safetensors", "pytorch_model.bin", "README.md"}:
+        (there / name).touch()
+    snapshot(there)
+    here = open_checkpoint(ModelConfig(path="owner/name")).path
+    assert {p.name for p in here.iterdir()} == wanted
 
 
 @pytest.mark.parametrize(
