@@ -35,7 +35,7 @@ class Split:
 def read(config: DataConfig) -> Split:
     """Reads the source, its first `max_examples` records, and sets the held-out part aside.
 
-    A held-out source or split of its own is read in the same way and taken whole.
+    Empty records are left out and do not count. A held-out source or split of its own is read in the same way and taken whole.
 
     A .txt file is one document: it is cut at paragraphs into passages that only serve to hold
     some of it out, and an end of text is put after the last one alone.
@@ -62,12 +62,15 @@ def read(config: DataConfig) -> Split:
 def _read(config: DataConfig, source: str, split: str, dropped: Counter[str]) -> list[Record]:
     if config.name is not None and source == config.source and _is_single(source):
         raise UserError(f"data.name: {source} has no configurations; remove it")
-    records = []
-    for record in islice(_records(config, source, split, dropped), config.max_examples or None):
-        if record.key.strip():
-            records.append(record)
-        else:
-            dropped["empty"] += 1
+
+    def kept() -> Iterator[Record]:
+        for record in _records(config, source, split, dropped):
+            if record.key.strip():
+                yield record
+            else:
+                dropped["empty"] += 1
+
+    records = list(islice(kept(), config.max_examples or None))
     if not records:
         raise UserError(f"{source}: no examples in it")
     return records
@@ -84,7 +87,9 @@ def _records(
     if _is_single(source):
         rows = files.read_rows(path)
     else:
-        rows = hub.read_rows(str(path) if paths.is_dir(path) else source, config.name, split)
+        # Another data set has other configurations.
+        name = config.name if source == config.source else None
+        rows = hub.read_rows(str(path) if paths.is_dir(path) else source, name, split)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source}: no examples in it")

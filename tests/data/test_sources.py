@@ -56,6 +56,14 @@ def test_max_examples_keeps_the_first(jsonl, data_config):
     assert [r.prompt for r in split.train] == ["question 0", "question 1", "question 2"]
 
 
+def test_max_examples_counts_those_that_are_kept(jsonl, data_config):
+    texts = ["", "a", " ", "b", "", "c"]
+    path = jsonl([{"text": text} for text in texts])
+    split = sources.read(data_config(path, eval_fraction=0, max_examples=2))
+    assert [r.text for r in split.train] == ["a", "b"]
+    assert split.dropped == {"empty": 2}
+
+
 def test_eval_source_is_read_whole(jsonl, data_config):
     config = data_config(jsonl(rows(5)), eval_source=jsonl(rows(3), "held.jsonl"))
     split = sources.read(config)
@@ -95,6 +103,13 @@ def test_hub_splits_and_configuration(hub, data_config):
     assert (len(split.train), len(split.held_out)) == (4, 2)
     assert calls == [("org/set", "main", "train"), ("org/set", "main", "test")]
     assert split.held_out[1].where == "org/set test row 2"
+
+
+@pytest.mark.parametrize(("eval_source", "name"), [("org/other", None), ("org/set", "main")])
+def test_the_configuration_is_that_of_the_source_alone(hub, data_config, eval_source, name):
+    calls = hub({"train": rows(4), "test": rows(2)})
+    sources.read(data_config("org/set", name="main", eval_source=eval_source, eval_split="test"))
+    assert calls == [("org/set", "main", "train"), (eval_source, name, "test")]
 
 
 @pytest.mark.parametrize(
