@@ -241,8 +241,8 @@ def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -
     if options.preview is not None:
         from qlora_jax.data.preview import preview
 
-        text = open_model(config)[1]
-        data = read_data(config, text)
+        checkpoint, text = open_model(config)
+        data = read_data(config, text, checkpoint.config.max_positions)
         Console().print(preview(data.train, text, options.preview))
         _say(describe_data(data))
         return

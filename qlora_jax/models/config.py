@@ -51,7 +51,6 @@ class Family:
 
     qkv_bias: bool | None = None  # None: the file's `attention_bias`
     output_bias: bool | None = None
-    tied_by_default: bool = False
     window_by_default: int | None = None
 
 
@@ -102,7 +101,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
             max_positions=int(raw.get("max_position_embeddings", 2048)),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope=_rope(raw, where),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", family.tied_by_default)),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
             output_bias=attention_bias if family.output_bias is None else family.output_bias,
             mlp_bias=bool(raw.get("mlp_bias", False)),
@@ -110,6 +109,8 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         )
     except KeyError as e:
         raise UserError(f"{where}: key {e.args[0]} is missing") from None
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{where}: a value is not of the right type: {e}") from None
 
 
 def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:

@@ -59,7 +59,7 @@ class Linear(nnx.Module):
     Attributes:
       weight: [..., in, out], an array or a QTensor.
       bias: [..., out] or None.
-      adapter: None until `adapt` sets it.
+      adapter: None until `attach` sets it.
     """
 
     def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):

@@ -60,7 +60,7 @@ def train(
     started = time.perf_counter()
     rundir.check(config, resume=resume, overwrite=overwrite)
     checkpoint, text = open_model(config)
-    data = read_data(config, text)
+    data = read_data(config, text, checkpoint.config.max_positions)
     device = str(describe_devices())
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(describe_data(data))

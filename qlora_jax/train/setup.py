@@ -66,8 +66,10 @@ def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return {n.removesuffix(".weight"): (s[1], s[0]) for n, s in shapes.items() if len(s) == 2}
 
 
-def read_data(config: Config, text: Tokenizer) -> Data:
+def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
     """Reads, splits and encodes the examples.
+
+    A held-out prompt is a question when it and `train.sample_tokens` fit in `max_positions`.
 
     Raises:
       UserError: the data cannot be used.
@@ -84,11 +86,12 @@ def read_data(config: Config, text: Tokenizer) -> Data:
         if len(questions) == config.train.samples:
             break
         asked = question(record, text, config.data)
-        if asked is not None and len(asked.ids) <= config.data.sequence_length:
+        room = min(config.data.sequence_length, max_positions - config.train.sample_tokens)
+        if asked is not None and 0 < len(asked.ids) <= room:
             questions.append(asked)
     dropped = dict(split.dropped)
     if without_target:
-        dropped["no target after truncation"] = without_target
+        dropped["no target"] = without_target
     return Data(train, held_out, questions, stats, dropped)
 
 
@@ -114,7 +117,11 @@ def load_model(
     linears = model.linears()
     specs = plan(config.lora, linears)
     if above := ranks_above_full(specs, linears):
-        warn(f"warning: the rank is above min(in, out) of {len(above)} linears, first {above[0]}")
+        kinds = ", ".join(sorted({path.rpartition(".")[2] for path in above}))
+        warn(
+            f"warning: the rank is above min(in, out) of {len(above)} linears ({kinds}), "
+            f"first {above[0]}"
+        )
     lora = config.lora
     attach(
         model,

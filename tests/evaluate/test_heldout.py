@@ -53,7 +53,7 @@ def one_by_one(restored):
         return model.logits(model.hidden(row, jnp.ones_like(row), positions, dtype=jnp.float32))
 
     total = count = 0
-    for example in read_data(restored.config, restored.tokenizer).held_out:
+    for example in read_data(restored.config, restored.tokenizer, 512).held_out:
         row = np.zeros((1, 160), np.int32)
         row[0, : len(example.ids)] = example.ids
         scores = np.asarray(logits(weights, row))[0, : len(example.ids) - 1].astype(np.float64)

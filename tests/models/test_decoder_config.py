@@ -151,6 +151,13 @@ def test_errors(settings, message):
         from_hugging_face({"model_type": "llama"} | SHAPE | settings, "config.json")
 
 
+@pytest.mark.parametrize("value", [None, "many", []])
+def test_a_value_of_another_type_is_an_error(value):
+    raw = {"model_type": "llama"} | SHAPE | {"num_hidden_layers": value}
+    with pytest.raises(UserError, match=r"config.json: a value is not of the right type: .*int"):
+        from_hugging_face(raw, "config.json")
+
+
 @pytest.mark.parametrize("key", sorted(SHAPE))
 def test_a_missing_key_is_named(key):
     raw = {"model_type": "llama"} | SHAPE

@@ -95,7 +95,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make_config, tiny_m
 def test_examples_questions_and_what_was_left_out(make_config):
     config = make_config(train__samples=2)
     _, text = open_model(config)
-    data = read_data(config, text)
+    data = read_data(config, text, 512)
     assert len(data.train) + len(data.held_out) + sum(data.dropped.values()) == 24
     assert 2 <= len(data.held_out) < 12
     assert data.stats.examples == len(data.train)
@@ -106,13 +106,22 @@ def test_examples_questions_and_what_was_left_out(make_config):
     assert not any(q.prompt in row for row in shown for q in data.questions)
 
 
+def test_a_prompt_without_room_for_an_answer_is_no_question(make_config):
+    config = make_config(train__samples=2, train__sample_tokens=24)
+    _, text = open_model(config)
+    longest = max(len(q.ids) for q in read_data(config, text, 512).questions)
+    assert len(read_data(config, text, longest + 24).questions) == 2
+    assert all(len(q.ids) < longest for q in read_data(config, text, longest + 23).questions)
+    assert read_data(config, text, 24).questions == []
+
+
 def test_examples_without_a_target_are_counted(make_config):
     # 38 to 44 tokens come before an answer
     config = make_config(data__sequence_length=41)
-    data = read_data(config, open_model(config)[1])
+    data = read_data(config, open_model(config)[1], 512)
     left = len(data.train) + len(data.held_out)
     assert 0 < left < 24
-    assert data.dropped == {"no target after truncation": 24 - left}
+    assert data.dropped == {"no target": 24 - left}
     assert data.stats.examples == len(data.train)
     assert 0 < data.stats.dropped < 24 - left
 
