@@ -35,7 +35,8 @@ class Split:
 def read(config: DataConfig) -> Split:
     """Reads the source, its first `max_examples` records, and sets the held-out part aside.
 
-    Empty records are left out and do not count. A held-out source or split of its own is read in the same way and taken whole.
+    Empty records are left out and do not count. A held-out source or split of its own is read in
+    the same way and taken whole.
 
     A .txt file is one document: it is cut at paragraphs into passages that only serve to hold
     some of it out, and an end of text is put after the last one alone.
