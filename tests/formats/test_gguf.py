@@ -128,6 +128,74 @@ def test_reads_every_type_in_hugging_face_layout(tmp_path: Path, weights, kind: 
     assert checkpoint.description == f"{'GGUF' if is_float else 'dequantized'} {kind.name}"
 
 
+def is_dequantizable(kind: Type) -> bool:
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+FLOAT_TYPES = (Type.F32, Type.F16, Type.BF16)
+DEQUANTIZABLE = [k for k in Type if k not in FLOAT_TYPES and is_dequantizable(k)]
+OTHERS = [k for k in Type if not is_dequantizable(k)]
+
+
+def write_blocks(path: Path, kind: Type) -> dict[str, np.ndarray]:
+    """A decoder of one layer, all of whose matrices are 256 by 256; returns their raw blocks."""
+    random = np.random.default_rng(kind.value)
+    block, width = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(512)
+    writer.add_embedding_length(256)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    layer = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    blocks = {
+        name: random.integers(0, 256, (256, 256 // block * width), np.uint8)
+        for name in ("token_embd", *(f"blk.0.{part}" for part in layer))
+    }
+    for name, raw in blocks.items():
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return blocks
+
+
+def test_the_types_in_use_can_be_dequantized() -> None:
+    in_use = {Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS}
+    assert in_use <= set(DEQUANTIZABLE)
+
+
+# random scales are now and then too large, or no number
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", DEQUANTIZABLE, ids=lambda kind: kind.name)
+def test_blocks_of_any_bytes_are_read_as_the_gguf_package_does(tmp_path: Path, kind: Type) -> None:
+    blocks = write_blocks(tmp_path / "m.gguf", kind)
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    assert checkpoint.description == f"dequantized {kind.name}"
+    back = {to_gguf_name(name).removesuffix(".weight"): name for name in checkpoint.names()}
+    for name, raw in blocks.items():
+        weight = checkpoint.read(back[name])
+        assert weight.shape == (256, 256)
+        np.testing.assert_array_equal(weight, gguf.dequantize(raw, kind))
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.name)
+def test_a_type_that_cannot_be_dequantized_is_refused(tmp_path: Path, kind: Type) -> None:
+    write_blocks(tmp_path / "m.gguf", kind)
+    says = f"model.embed_tokens.weight has type {kind.name}, which cannot be dequantized; give a Q4"
+    with pytest.raises(UserError, match=says) as e:
+        open_gguf(tmp_path / "m.gguf")
+    assert str(e.value).startswith(f"{tmp_path}/m.gguf: ")
+
+
 def test_an_f32_file_gives_back_the_hugging_face_checkpoint(
     tmp_path: Path, weights, models: Path
 ) -> None:
