@@ -1,5 +1,9 @@
+import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -11,3 +15,27 @@ def test_imports_go_one_way():
     result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 kept, 0 broken" in result.stdout
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_is_imported_is_declared():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {plain(re.match(r"[\w.-]+", line)[0]) for line in declared}
+    files = list((ROOT / "qlora_jax").rglob("*.py"))
+    packages = {name.partition(".")[0] for file in files for name in imported(file)}
+    packages -= {*sys.stdlib_module_names, "qlora_jax"}
+    assert {"jax", "pyarrow", "ruamel"} <= packages
+    providers = importlib.metadata.packages_distributions()
+    missing = {p for p in packages if not declared & {plain(d) for d in providers.get(p, [p])}}
+    assert not missing
