@@ -1,4 +1,4 @@
-"""The one exception that means: the input is at fault, here is the remedy."""
+"""The exceptions that end a command with one line, and how other errors become such a line."""
 
 
 class UserError(ValueError):
@@ -14,3 +14,8 @@ class RunFailed(RuntimeError):
 
     The message says what happened and what was kept; the command line exits with code 1.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

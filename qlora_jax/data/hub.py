@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_jax import paths
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, first_line
 
 
 def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -45,9 +45,9 @@ def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[
             "read; correct it, or log in"
         ) from None
     except (HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetsError) as e:
-        raise UserError(f"{source}: {_line(e)}") from None
+        raise UserError(f"{source}: {first_line(e)}") from None
     except (ValueError, OSError, RuntimeError) as e:
-        raise UserError(f"{source}, split {split}: {_line(e)}") from None
+        raise UserError(f"{source}, split {split}: {first_line(e)}") from None
     finally:
         constants.HF_HUB_OFFLINE = offline
         for logger, level in zip(chatty, levels):
@@ -68,7 +68,3 @@ def reachable(source: str) -> bool:
     except Exception:  # whichever HTTP library huggingface_hub uses has its own types
         return False
     return True
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_jax import paths
 from qlora_jax.data.records import Message
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, first_line
 from qlora_jax.formats.quiet import quiet_transformers
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -123,7 +123,9 @@ class Tokenizer:
                 **self.fast.special_tokens_map,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as e:
-            raise UserError(f"the chat template of {self.source} refuses it: {_line(e)}") from None
+            raise UserError(
+                f"the chat template of {self.source} refuses it: {first_line(e)}"
+            ) from None
         texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []
 
@@ -155,7 +157,7 @@ def load(path: str | Path) -> Tokenizer:
         fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as e:  # transformers raises a dozen types here, Exception itself among them
         raise UserError(
-            f"{path}: the tokenizer cannot be loaded ({_line(e)}); download it again, "
+            f"{path}: the tokenizer cannot be loaded ({first_line(e)}); download it again, "
             "with its tokenizer.json"
         ) from None
     if not getattr(fast, "is_fast", False):
@@ -240,7 +242,3 @@ def _end_ids(folder: Path) -> tuple[int, ...]:
         if all(isinstance(i, int) for i in ids):
             return tuple(ids)
     return ()
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
