@@ -228,7 +228,7 @@ def test_a_damaged_model(
     [
         ("m.gguf", b"GGUF\x03\x00\x00\x00\x01", "m.gguf: truncated"),
         ("m.gguf", b"not a model", "m.gguf: not a GGUF file"),
-        ("m.gguf", b"", "m.gguf: "),
+        ("m.gguf", b"", "m.gguf: not a GGUF file; give a file made by llama.cpp's converter"),
         ("m.gguf", None, "m.gguf: no such file or folder"),
         ("m.safetensors", b"a", "m.safetensors: a model is a Hugging Face folder or a .gguf file"),
     ],
@@ -336,7 +336,9 @@ def test_an_output_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("a")
     output = str(tmp_path / output)
-    check(run_cli("train", write_config(tmp_path, output=output)), output)
+    check(
+        run_cli("train", write_config(tmp_path, output=output)), output, "; give another --output"
+    )
     assert (tmp_path / "file").read_text() == "a"
 
 
@@ -452,9 +454,12 @@ def test_a_hub_id_without_network(
     tmp_path: Path,
     write_config: WriteConfig,
     run_process: RunCli,
+    monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
     expected: list[str],
 ) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     start = time.monotonic()
     ended = run_process(
         "train",

@@ -147,6 +147,8 @@ def claim(config: Config, manifest: Mapping[str, Any], *, resume: bool, overwrit
         _clear(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # as /proc answers
+        raise UserError(f"{folder}: no folder can be made there; give another --output") from None
     except OSError as e:
         raise storage_error(folder, e) or e from None
     from qlora_jax.manifest import write  # takes jax along, which --help does not wait for
