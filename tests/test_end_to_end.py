@@ -145,6 +145,7 @@ def test_the_config_holds_the_overrides_and_the_defaults(run: Run) -> None:
 
 def test_the_manifest_tells_what_ran(run: Run) -> None:
     told = manifest.read(run.folder)
+    assert told["command"].startswith("qlora-jax train /")
     assert told["finished"] >= told["started"]
     assert told["config_sha256"] == digest(rundir.open_run(run.folder))
     assert told["results"]["eval_after"] == run.json["eval_after"]
