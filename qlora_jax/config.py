@@ -94,7 +94,7 @@ class LoraConfig:
     init: Literal["kaiming-uniform", "gaussian"] = "kaiming-uniform"
     """Distribution of A; B starts at zero."""
     dtype: FloatType = "float32"
-    """Adapters, their gradients and the optimizer's moments."""
+    """Adapters; under method full, every weight. Moments are float32 always."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -111,11 +111,6 @@ def encode(
                     )
                 else:
                     dropped += 1
-    if records and not examples:
-        raise UserError(
-            f"none of the {len(records)} examples has an answer within data.sequence_length "
-            f"{config.sequence_length}; raise it, or check data.format"
-        )
     return examples, EncodeStats(
         examples=len(examples),
         tokens=sum(len(e.ids) for e in examples),

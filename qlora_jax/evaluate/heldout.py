@@ -1,9 +1,9 @@
 """Loss and perplexity on a run's held-out split."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qlora_jax.data.loader import held_out_batches
@@ -55,7 +55,7 @@ def held_out_loss(restored: Restored) -> HeldOut:
     )
     with progress("evaluating", None):
         loss, tokens = evaluate(program, trained, frozen, batches)
-    return HeldOut(split_name(restored), restored.step, loss, math.exp(loss), tokens)
+    return HeldOut(split_name(restored), restored.step, loss, float(np.exp(loss)), tokens)
 
 
 def split_name(restored: Restored) -> str:

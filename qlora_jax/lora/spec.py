@@ -56,10 +56,10 @@ def plan(config: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> dict[str
         )
     if isinstance(config.target_modules, list):
         for name in config.target_modules:
-            _require_match("lora.target_modules", name, linears)
+            _require_match("lora.target_modules", name, linears, _named)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            _require_match(f"lora.{field}", key, linears)
+            _require_match(f"lora.{field}", key, linears, _ends_in)
     specs = {}
     for path in targets:
         rank = _lookup(config.rank_pattern, path, config.rank)
@@ -79,7 +79,7 @@ def _targeted(targets: str | list[str], path: str) -> bool:
     if targets == "all-linear":
         return True
     if isinstance(targets, list):
-        return any(_ends_in(path, name) for name in targets)
+        return any(_named(path, name) for name in targets)
     try:
         return re.fullmatch(targets, path) is not None
     except re.error as e:
@@ -88,21 +88,26 @@ def _targeted(targets: str | list[str], path: str) -> bool:
         ) from None
 
 
+def _named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
 def _ends_in(path: str, key: str) -> bool:
-    return (
-        path == key
-        or path.endswith(f".{key}")
-        or re.fullmatch(rf"(.*\.)?({key})", path) is not None
-    )
+    return _named(path, key) or re.fullmatch(rf"(.*\.)?({key})", path) is not None
 
 
 def _lookup(pattern: Mapping[str, T], path: str, default: T) -> T:
     return next((value for key, value in pattern.items() if _ends_in(path, key)), default)
 
 
-def _require_match(field: str, key: str, linears: Mapping[str, tuple[int, int]]) -> None:
+def _require_match(
+    field: str,
+    key: str,
+    linears: Mapping[str, tuple[int, int]],
+    matches: Callable[[str, str], bool],
+) -> None:
     try:
-        if any(_ends_in(path, key) for path in linears):
+        if any(matches(path, key) for path in linears):
             return
     except re.error as e:
         raise UserError(f"{field}: {key!r} is not a regular expression: {e}") from None

@@ -109,8 +109,8 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         )
     except KeyError as e:
         raise UserError(f"{where}: key {e.args[0]} is missing") from None
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where}: a value is not of the right type: {e}") from None
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise UserError(f"{where}: a value cannot be used: {e}") from None
 
 
 def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
@@ -118,6 +118,8 @@ def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int |
     if not window or not raw.get("use_sliding_window", family.window_by_default is not None):
         return (None,) * layers
     if kinds := raw.get("layer_types"):
+        if len(kinds) != layers:
+            raise ValueError(f"{len(kinds)} layer_types for {layers} layers")
         return tuple(int(window) if k == "sliding_attention" else None for k in kinds)
     first = int(raw.get("max_window_layers", 0))  # Qwen2: the layers below use full attention
     return tuple(int(window) if i >= first else None for i in range(layers))

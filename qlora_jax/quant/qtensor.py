@@ -99,12 +99,17 @@ def quantize(
       name: what to call the weight in an error.
 
     Raises:
-      UserError: block size that is not allowed, unknown codebook, dtype that is not a float, or
+      UserError: block size that is not allowed, a codebook that is unknown or not sixteen
+        non-decreasing values, dtype that is not a float, or
         NaN or Inf in the weight (not checked under jit).
     """
     check_block_size(block_size)
+    if nested_block < 1:
+        raise UserError(f"nested_block {nested_block} is not allowed; give 1 or more")
     if isinstance(codebook, str):
         codebook = codebook_values(codebook, block_size)
+    elif not isinstance(codebook, jax.core.Tracer):
+        check_codebook(np.asarray(codebook))
     if not jnp.issubdtype(w.dtype, jnp.floating) or w.ndim < 2:
         raise UserError(
             f"{name}: a weight is a float array of two or more axes, not {w.dtype} {w.shape}"
@@ -157,6 +162,12 @@ def nbytes(tree: object) -> int:
 def bits_per_parameter(q: QTensor) -> float:
     """Storage of the weight in bits per element, scales and codebook included."""
     return 8 * nbytes(q) / math.prod(q.shape)
+
+
+def check_codebook(values: np.ndarray) -> None:
+    """Raises UserError unless `values` are sixteen non-decreasing numbers within [-1, 1]."""
+    if values.shape != (16,) or not np.all(np.diff(values) >= 0) or np.abs(values).max() > 1:
+        raise UserError("codebook: give sixteen non-decreasing values from -1 to 1")
 
 
 def check_block_size(block_size: int) -> None:

@@ -212,7 +212,10 @@ def _report(summary: Summary) -> str:
     facts = [
         ("model", _escape(summary.model)),
         ("method", summary.method),
-        ("frozen weights", summary.quantization or ("none" if summary.rank is None else "16 bits")),
+        (
+            "frozen weights",
+            summary.quantization or ("none" if summary.rank is None else "not quantized"),
+        ),
         ("adapter rank", str(summary.rank) if summary.rank is not None else "no adapters"),
         ("trainable", f"{summary.trainable:,} of {summary.total:,} parameters ({share:.3%})"),
         ("device", _escape(summary.device)),

@@ -77,6 +77,7 @@ def train(
     base_hash = trees.sha256(frozen if specs else trained)
     optimizer = adamw(config.optimizer, config.train.steps)
     state = steps.init(trained, optimizer, config.model.compute_dtype == "float16")
+    del trained  # a resumed run replaces it, and must not hold both
     program = steps.build(
         graph,
         optimizer,

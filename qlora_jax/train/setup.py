@@ -76,6 +76,11 @@ def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
     """
     split = sources.read(config.data)
     train, stats = encode.encode(split.train, text, config.data)
+    if not train:
+        raise UserError(
+            f"none of the {len(split.train)} examples has an answer within data.sequence_length "
+            f"{config.data.sequence_length}; raise it, or check data.format"
+        )
     held_out: list[Example] = []
     without_target = stats.dropped
     if split.held_out:

@@ -49,6 +49,8 @@ def test_what_is_chosen_is_what_was_asked_for_in_the_models_order():
         ({"target_modules": ["qproj"]}, r"'qproj'.* matches no linear; there are: down_proj, gate"),
         ({"target_modules": ["q_proj", "proj"]}, "'proj' matches no linear"),
         ({"target_modules": []}, "matches no linear"),
+        ({"target_modules": ["(q_proj"]}, r"'\(q_proj'.* matches no linear"),
+        ({"target_modules": ["q_proj", "*_proj"]}, r"'\*_proj' matches no linear"),
         ({"target_modules": "q_proj"}, "'q_proj' matches no linear"),
         ({"target_modules": "lm_head"}, "'lm_head' matches no linear"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),

@@ -151,10 +151,24 @@ def test_errors(settings, message):
         from_hugging_face({"model_type": "llama"} | SHAPE | settings, "config.json")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_attention_heads": 0},
+        {"rope_scaling": "linear"},
+        {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"]},
+    ],
+)
+def test_a_value_without_sense_is_an_error(settings):
+    raw = {"model_type": "qwen2"} | SHAPE | settings
+    with pytest.raises(UserError, match=r"config.json: a value cannot be used: "):
+        from_hugging_face(raw, "config.json")
+
+
 @pytest.mark.parametrize("value", [None, "many", []])
 def test_a_value_of_another_type_is_an_error(value):
     raw = {"model_type": "llama"} | SHAPE | {"num_hidden_layers": value}
-    with pytest.raises(UserError, match=r"config.json: a value is not of the right type: .*int"):
+    with pytest.raises(UserError, match=r"config.json: a value cannot be used: .*int"):
         from_hugging_face(raw, "config.json")
 
 

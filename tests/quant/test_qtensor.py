@@ -148,3 +148,14 @@ def test_a_short_last_block_is_divided_and_not_multiplied_by_a_reciprocal():
     expected = values[(quotient > (values[1:] + values[:-1]) / 2).sum(axis=-1)] * absmax
     got = np.asarray(dequantize(quantize(w, "nf4", 1024, double_quant=False)))[:, 0]
     np.testing.assert_array_equal(got, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("values", [np.linspace(1, -1, 16), np.linspace(-1, 1, 15), np.arange(16)])
+def test_a_codebook_that_is_none_is_an_error(values):
+    with pytest.raises(UserError, match="sixteen non-decreasing values"):
+        quantize(np.ones((64, 8), np.float32), values)
+
+
+def test_a_nested_block_without_scales_is_an_error():
+    with pytest.raises(UserError, match="nested_block 0 is not allowed"):
+        quantize(np.ones((64, 8), np.float32), nested_block=0)

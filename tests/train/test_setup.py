@@ -115,6 +115,16 @@ def test_a_prompt_without_room_for_an_answer_is_no_question(make_config):
     assert read_data(config, text, 24).questions == []
 
 
+def test_a_held_out_part_without_a_target_leaves_the_training(make_config, tmp_path):
+    path = tmp_path / "mute.jsonl"
+    path.write_text(json.dumps({"prompt": "hello " * 200, "completion": "yes"}) + "\n")
+    config = make_config(data__eval_source=str(path))
+    data = read_data(config, open_model(config)[1], 512)
+    assert data.train
+    assert data.held_out == []
+    assert data.dropped["no target"] == 1
+
+
 def test_examples_without_a_target_are_counted(make_config):
     # 38 to 44 tokens come before an answer
     config = make_config(data__sequence_length=41)
