@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed$(EXTRA:%=-%)
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help install model quickstart test lint format parity clean
+.PHONY: help install model quickstart test lint format parity gpu-check clean
 
 help:
 	@echo 'make install      set up $(VENV) with everything the project needs'
@@ -29,6 +29,7 @@ help:
 	@echo 'make format       put the code into its standard form'
 	@echo 'make model        fetch the built-in model, $(MODEL)'
 	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
+	@echo 'make gpu-check    compile the GPU kernels for GPUs that are not here (large: the CUDA compiler)'
 	@echo 'make clean        remove what these targets made, runs/ excepted'
 	@echo 'PYTHON=python3.13 picks another Python, EXTRA=cuda13 adds GPU support'
 
@@ -68,6 +69,14 @@ parity:
 .PHONY: run-parity
 run-parity: install
 	$(BIN)/python -m pytest -m parity
+
+# With these packages every start of jax looks for a GPU: a folder of their own, too.
+gpu-check:
+	$(MAKE) --no-print-directory run-gpu-check EXTRA=gpu-check VENV=$(VENV)-gpu
+
+.PHONY: run-gpu-check
+run-gpu-check: install
+	$(BIN)/python experiments/gpu_check.py
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

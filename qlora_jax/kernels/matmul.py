@@ -1,17 +1,18 @@
 """The one entry point for x @ W with W in 4 bits."""
 
 import functools
-from collections.abc import Mapping
-from types import ModuleType
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax.custom_batching import custom_vmap
 
 from qlora_jax.errors import UserError
-from qlora_jax.kernels import xla
 from qlora_jax.quant import QTensor
 
-IMPLEMENTATIONS: Mapping[str, ModuleType] = {"xla": xla}
-"""Name to a module with `forward(x, q)` and `backward(g, q)`."""
+IMPLEMENTATIONS = ("xla", "triton")
+"""Modules beside this one, each with `forward(x, q)` and `backward(g, q)`; imported when used."""
 
 
 def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.Array:
@@ -23,7 +24,9 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
     Args:
       x: float [..., K].
       q: one matrix [K, N]; map or scan over a stack.
-      implementation: a key of `IMPLEMENTATIONS`; None picks.
+      implementation: "xla" decodes the weight, then multiplies, on every device. "triton" decodes
+        inside the product, on NVIDIA GPUs from sm_80 on: the weight in floats is never in memory.
+        None is "xla".
 
     Returns:
       [..., N] in x's dtype.
@@ -42,15 +45,33 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(implementation: str, x: jax.Array, q: QTensor) -> jax.Array:
-    return IMPLEMENTATIONS[implementation].forward(x, q)
+    return _product(implementation, "forward")(x, q)
 
 
 def _forward(implementation: str, x: jax.Array, q: QTensor) -> tuple[jax.Array, QTensor]:
-    return IMPLEMENTATIONS[implementation].forward(x, q), q
+    return _matmul(implementation, x, q), q
 
 
 def _backward(implementation: str, q: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
-    return IMPLEMENTATIONS[implementation].backward(g, q), None
+    return _product(implementation, "backward")(g, q), None
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _product(implementation: str, direction: str) -> Callable[[jax.Array, QTensor], jax.Array]:
+    module = importlib.import_module(f"qlora_jax.kernels.{implementation}")
+    function = getattr(module, direction)
+    product = custom_vmap(function)
+
+    @product.def_vmap
+    def fold(size: int, batched: tuple[bool, Any], x: jax.Array, q: QTensor) -> tuple[Any, bool]:
+        # A batch of x over one weight is more rows of x. (Under its own rule a kernel would
+        # decode the weight once for each.)
+        if not any(jax.tree.leaves(batched[1])):
+            return product(x, q), True
+        axes = jax.tree.map(lambda moves: 0 if moves else None, batched)
+        return jax.vmap(function, in_axes=axes, axis_size=size)(x, q), True
+
+    return product

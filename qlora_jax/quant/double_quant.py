@@ -53,7 +53,7 @@ def quantize_scales(scales: jax.Array, nested_block: int) -> tuple[jax.Array, ja
     flat = _column_major(scales)
     # Summed in two stages, which stays within 2 ulp of bitsandbytes' mean.
     total = jnp.sum(jnp.sum(_blocks(flat, 256), axis=-1), axis=-1)
-    offset = _unfused(total / flat.shape[-1])
+    offset = unfused(total / flat.shape[-1])
     blocks = _blocks(flat - offset[..., None], nested_block)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     scaled = blocks * (1.0 / jnp.where(absmax > 0, absmax, 1.0))[..., None]
@@ -73,10 +73,11 @@ def dequantize_scales(
     nb, n = codes.shape[-2:]
     index = (jnp.arange(n)[None, :] * nb + jnp.arange(nb)[:, None]) // nested_block
     product = jnp.asarray(dynamic_map())[codes] * nested[..., index]
-    return _unfused(product) + offset[..., None, None]
+    return unfused(product) + offset[..., None, None]
 
 
-def _unfused(product: jax.Array) -> jax.Array:
+def unfused(product: jax.Array) -> jax.Array:
+    """The product, rounded to float32 before it is added to something."""
     # A clip between a product and a sum keeps XLA from contracting them into an FMA, which
     # would differ from bitsandbytes in the last bit. An optimization barrier does not, on 0.10.
     return jnp.clip(product, -3e38, 3e38)

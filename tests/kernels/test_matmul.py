@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.errors import UserError
-from qlora_jax.kernels import IMPLEMENTATIONS, matmul
+from qlora_jax.kernels import matmul
 from qlora_jax.quant import dequantize, nbytes, quantize
 
 EPSILON = {
@@ -39,7 +39,7 @@ def assert_product(y, x, w, dtype):
     assert np.all(np.abs(wide(y) - exact) <= allowed * (1 + 1e-6))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize(("k", "n", "block_size"), SHAPES)
 def test_product_and_gradient(implementation, dtype, k, n, block_size):
@@ -144,7 +144,7 @@ def test_a_scanned_backward_pass_stores_activations_alone(wrap):
 @pytest.mark.parametrize(
     ("x", "implementation", "message"),
     [
-        ((2, 64), "cuda", "implementation 'cuda' is not known; known: xla"),
+        ((2, 64), "cuda", "implementation 'cuda' is not known; known: xla, triton"),
         ((2, 65), None, r"x \(2, 65\) does not match one matrix, q \(64, 8\)"),
     ],
 )

@@ -1,0 +1,1 @@
+"""What a program needs on a GPU, before one is there."""

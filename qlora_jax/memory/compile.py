@@ -1,0 +1,130 @@
+"""Compiling for an NVIDIA GPU that is not here: XLA's own compiler, for a described device.
+
+The descriptions in `targets/` are XLA's own for a100 and h100; t4, a6000, rtx4090 and b200 follow
+NVIDIA's data sheets. Needs the packages of `PLUGIN`, which need no GPU and no driver.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from qlora_jax.errors import UserError
+
+TARGETS = Path(__file__).parent / "targets"
+GPUS = tuple(sorted(path.stem for path in TARGETS.glob("*.txtpb")))
+PLUGIN = "jax_plugins.xla_cuda13"
+FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_fail_ptx_compilation_on_register_spilling=true")
+"""Autotuning needs a GPU; a spill would go unnoticed."""
+
+STAND_INS = {"NVIDIA RTX A6000": "NVIDIA A10"}
+"""Names that Pallas' table of GPUs lacks, to one in it of the same compute capability."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A described GPU.
+
+    Attributes:
+      name: NVIDIA's name.
+      capability: compute capability, (8, 0) for sm_80.
+      cores: streaming multiprocessors.
+      memory: device memory in bytes.
+      shared: shared memory that a block may ask for, in bytes.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    memory: int
+    shared: int
+
+
+def environment() -> dict[str, str]:
+    """What a process that compiles for absent GPUs sets before it imports jax."""
+    flags = filter(None, (os.environ.get("XLA_FLAGS"), *FLAGS))
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+
+
+def has_plugin() -> bool:
+    """Whether the compile-only packages are installed."""
+    return (
+        importlib.util.find_spec("jax_plugins") is not None
+        and importlib.util.find_spec(PLUGIN) is not None
+    )
+
+
+def description(gpu: str) -> str:
+    """XLA's target description of a GPU.
+
+    Raises:
+      UserError: a name not in `GPUS`.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}")
+    return (TARGETS / f"{gpu}.txtpb").read_text("utf-8")
+
+
+@functools.cache
+def read_gpu(gpu: str) -> Gpu:
+    """The figures of a description that decide what fits."""
+    text = description(gpu)
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\b{key}: (\d+)", text)[1])  # type: ignore[index]
+
+    return Gpu(
+        name=re.search(r'\bname: "([^"]+)"', text)[1],  # type: ignore[index]
+        capability=(number("major"), number("minor")),
+        cores=number("core_count"),
+        memory=number("device_memory_size"),
+        shared=number("shared_memory_per_block_optin"),
+    )
+
+
+def compile_for(
+    gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
+    """`function` compiled for a GPU.
+
+    Args:
+      gpu: a name in `GPUS`.
+      function: takes arrays, or trees of them.
+      arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
+      donate: positions of donated arguments.
+
+    Raises:
+      UserError: an unknown name, or the compile-only packages are missing.
+    """
+    text = description(gpu)
+    if not has_plugin():
+        raise UserError(
+            f"compiling for {gpu} needs packages that are not installed: make gpu-check"
+        )
+    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
+    place = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    with _on(read_gpu(gpu)):
+        lowered = jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(placed, arguments))
+    return lowered.compile()
+
+
+@contextlib.contextmanager
+def _on(gpu: Gpu) -> Iterator[None]:
+    # From 0.11 on, Pallas lowers for the GPU of the context, where there is none for that of jax.
+    device = AbstractDevice(STAND_INS.get(gpu.name, gpu.name), gpu.cores, "gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
