@@ -28,7 +28,10 @@ _PACKAGES = (
     "tokenizers",
     "qlora-jax",
 )
-_SESSION = ("started", "finished", "command", "versions", "git", "devices", "environment")
+_SESSION = (
+    *("started", "finished", "command", "versions", "git", "devices", "machine", "environment"),
+    "base_sha256",
+)
 
 
 def build(
@@ -66,7 +69,7 @@ def build(
             "memory_bytes": _memory_bytes(),
         },
         "environment": {
-            k: v for k, v in sorted(os.environ.items()) if k.startswith(("JAX_", "XLA_"))
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(("JAX_", "XLA_", "GLIBC_"))
         },
     }
     if twice := entries.keys() & (extra or {}).keys():

@@ -72,11 +72,12 @@ def test_an_extra_entry_cannot_hide_a_recorded_one():
 
 def test_a_resumed_run_keeps_its_earlier_sessions(tmp_path):
     for number in range(3):
-        built = manifest.build(CONFIG, f"session {number}")
+        built = manifest.build(CONFIG, f"session {number}", {"base_sha256": f"base {number}"})
         manifest.write(tmp_path, built, resumed=number > 0)
     written = manifest.read(tmp_path)
     assert written["command"] == "session 2"
     assert [s["command"] for s in written["earlier"]] == ["session 0", "session 1"]
+    assert [s["base_sha256"] for s in written["earlier"]] == ["base 0", "base 1"]
     assert all("versions" in s and "config" not in s for s in written["earlier"])
     manifest.write(tmp_path, built)
     assert "earlier" not in manifest.read(tmp_path)

@@ -88,6 +88,7 @@ def write_adapter(
     adapters: Mapping[str, Adapter],
     *,
     base_name: str,
+    revision: str | None = None,
     scaling: Scaling = "alpha/r",
     dropout: float = 0.0,
 ) -> None:
@@ -100,6 +101,7 @@ def write_adapter(
       folder: where; its parents are made.
       adapters: Hugging Face module path, e.g. `model.layers.0.self_attn.q_proj`, to its adapter.
       base_name: the model it belongs to, as a name or path.
+      revision: of the model, where it is a hub's.
       scaling: how alpha becomes the factor.
       dropout: recorded for whoever trains on.
 
@@ -122,7 +124,7 @@ def write_adapter(
             new, old = Path(work, "new"), Path(work, "old")
             new.mkdir()
             save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-            config = _config(present, base_name, scaling, dropout)
+            config = _config(present, base_name, revision, scaling, dropout)
             (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if folder.exists():
                 os.replace(folder, old)
@@ -200,7 +202,11 @@ def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> 
 
 
 def _config(
-    adapters: Mapping[str, Adapter], base_name: str, scaling: Scaling, dropout: float
+    adapters: Mapping[str, Adapter],
+    base_name: str,
+    revision: str | None,
+    scaling: Scaling,
+    dropout: float,
 ) -> dict[str, Any]:
     ranks = {path: adapter.rank for path, adapter in adapters.items()}
     alphas = {
@@ -213,7 +219,7 @@ def _config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "revision": None,
+        "revision": revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,

@@ -11,7 +11,7 @@ from flax import nnx
 from qlora_jax.lora import LoraParam
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.layers import Weight
-from qlora_jax.quant import QTensor
+from qlora_jax.quant import QTensor, nbytes
 
 TRAINED = {"qlora": LoraParam, "lora": LoraParam, "full": Weight}
 """Method to the kind of variable that is differentiated and updated; the rest is frozen."""
@@ -40,6 +40,14 @@ def sha256(tree: Any) -> str:
         digest.update(f"{path} {array.dtype} {array.shape}".encode())
         digest.update(array.view(np.uint8).data)
     return digest.hexdigest()
+
+
+def quantized_size(model: Decoder) -> tuple[float, int]:
+    """(bits per parameter, bytes) of the quantized weights, scales and codebooks included."""
+    weights = jax.tree.leaves(nnx.state(model, Weight), is_leaf=lambda x: isinstance(x, QTensor))
+    quantized = [w for w in weights if isinstance(w, QTensor)]
+    size = nbytes(quantized)
+    return 8 * size / sum(math.prod(w.shape) for w in quantized), size
 
 
 def parameter_counts(model: Decoder, method: str) -> tuple[int, int]:

@@ -33,6 +33,7 @@ def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
         folder,
         adapters(model),
         base_name=config.model.path,
+        revision=config.model.revision,
         scaling=config.lora.scaling,
         dropout=config.lora.dropout,
     )

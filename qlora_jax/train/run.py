@@ -67,6 +67,9 @@ def train(
     model, specs = load_model(config, checkpoint, say)
     trained_count, total_count = trees.parameter_counts(model, config.method)
     say(f"trainable: {trained_count:,} of {total_count:,} ({trained_count / total_count:.3%})")
+    if config.method == "qlora":
+        bits, bytes_ = trees.quantized_size(model)
+        say(f"quantized linears: {bits:.3f} bits per parameter, {bytes_ / 2**20:.1f} MiB")
     if scales := sorted({round(spec.scale, 6) for spec in specs.values()}):
         say(f"adapter scale ({config.lora.scaling}): {', '.join(map(str, scales))}")
 

@@ -62,6 +62,13 @@ def test_what_peft_wrote_survives_reading_and_writing(
     assert ours == {key: theirs[key] for key in ours}
 
 
+def test_the_models_revision_is_recorded(tmp_path: Path) -> None:
+    for revision in (None, "v2"):
+        out = tmp_path / str(revision)
+        write_adapter(out, {Q0: make(4, 8)}, base_name="m", revision=revision)
+        assert config(out)["revision"] == revision
+
+
 def test_tensors_are_the_transposes(tmp_path: Path) -> None:
     adapter = make(4, 8)
     write_adapter(tmp_path / "a", {Q0: adapter}, base_name="m")

@@ -139,3 +139,15 @@ def test_parameter_counts_leave_padding_out_and_count_4_bit_weights_whole(open_m
     adapters = q_proj + v_proj + down_proj
     assert trees.parameter_counts(adapted, "qlora") == (adapters, base + adapters)
     assert trees.parameter_counts(open_model("llama"), "full") == (base, base)
+
+
+def test_quantized_size_is_codes_scales_nested_scales_and_codebooks(open_model):
+    model = open_model("llama", QuantConfig())
+    expected = count = 0
+    for k, n in model.linears().values():
+        scales = -(-k // 64) * n
+        expected += -(-k // 64) * 32 * n + scales + 4 * -(-scales // 256) + 4 + 64
+        count += k * n
+    bits, size = trees.quantized_size(model)
+    assert size == expected
+    assert bits == 8 * expected / count
