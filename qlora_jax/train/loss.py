@@ -10,6 +10,10 @@ from qlora_jax.kernels.dense import product
 CHUNK = 128
 """Positions whose logits exist at one time."""
 
+LIFT = 2.0**12
+"""Factor on the logits' gradient, at most 1, while it is in the compute dtype: in float16 most
+probabilities of a large vocabulary would be subnormal."""
+
 
 def token_loss(
     hidden: jax.Array,
@@ -77,11 +81,12 @@ def _forward(vocab_axis, train_head, hidden, head, targets, mask):
 
         def compute(dhead):
             loss, dlogits = _cross_entropy(vocab_axis, h, head, t, m)
-            dlogits = dlogits.astype(h.dtype)
+            dlogits = (dlogits * LIFT).astype(h.dtype)
             if train_head:
                 rows, columns = (h, dlogits) if vocab_axis else (dlogits, h)
-                dhead = dhead + product(rows.T, columns, 0)
-            return loss, product(dlogits, head.astype(h.dtype), vocab_axis), dhead
+                dhead = dhead + product(rows.T, columns, 0) / LIFT
+            dh = product(dlogits, head.astype(h.dtype), vocab_axis) / LIFT
+            return loss, dh, dhead
 
         def skip(dhead):
             return jnp.float32(0), jnp.zeros(h.shape, jnp.float32), dhead

@@ -91,6 +91,17 @@ def test_gradients_in_16_bits(dtype) -> None:
     assert_matches(found, dense(*arguments), 0.5, EPSILON[dtype])
 
 
+def test_small_probabilities_survive_float16() -> None:
+    # Each of 1000 wrong tokens has probability 1.5e-6, 25.4 of float16's smallest steps.
+    head = np.zeros((2, 1001), np.float32)
+    head[0, -1], head[1, :-1] = 13.4, 1.0
+    arguments = jnp.array([[1.0, 0.0]], jnp.float16), jnp.asarray(head, jnp.float16)
+    arguments += jnp.array([1000]), jnp.array([True])
+    dhidden = np.asarray(ours(*arguments)[2]).astype(np.float64)
+    expected = 0.5 * dense(*arguments)[2]
+    np.testing.assert_allclose(dhidden[0, 1], expected[0, 1], rtol=2e-3)
+
+
 def test_nothing_to_learn_from() -> None:
     arguments = make((2, 40), 0)
     total, count, *grads = ours(*arguments)
