@@ -1,4 +1,3 @@
-import os
 import signal
 
 import pytest
@@ -31,16 +30,16 @@ def current():
 def test_the_first_signal_is_noted(handlers, number):
     with Requests() as requests:
         assert requests.signal is None
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert requests.signal == number
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_acts_at_once(handlers, second):
     with Requests() as requests:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Default):
-            os.kill(os.getpid(), second)
+            signal.raise_signal(second)
         assert requests.signal == signal.SIGTERM
 
 

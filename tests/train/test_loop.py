@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import signal
 
 import jax
@@ -101,7 +100,7 @@ def like(trainer):
 
 
 def stop(number=signal.SIGTERM):
-    return lambda: os.kill(os.getpid(), number)
+    return lambda: signal.raise_signal(number)
 
 
 def test_every_step_is_logged_and_held_out_loss_now_and_then(run, metrics, trainer, make_batch):
@@ -181,8 +180,8 @@ def test_a_signal_saves_and_stops_after_the_step(run, tmp_path, like, number):
 
 def test_the_second_signal_acts_at_once(run, tmp_path):
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         run(save_every=0, at=(3, twice))
