@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 from qlora_jax.errors import UserError
 from qlora_jax.quant import QTensor
 
-IMPLEMENTATIONS = ("xla", "triton")
+IMPLEMENTATIONS = ("xla", "triton", "mosaic")
 """Modules beside this one, each with `forward(x, q)` and `backward(g, q)`; imported when used."""
 
 
@@ -24,9 +24,9 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
     Args:
       x: float [..., K].
       q: one matrix [K, N]; map or scan over a stack.
-      implementation: "xla" decodes the weight, then multiplies, on every device. "triton" decodes
-        inside the product, on NVIDIA GPUs from sm_80 on: the weight in floats is never in memory.
-        None is "xla".
+      implementation: "xla" decodes the weight, then multiplies, on every device. "mosaic" (jax
+        0.12; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
+        the weight in floats is never in memory. None is "xla".
 
     Returns:
       [..., N] in x's dtype.

@@ -1,0 +1,509 @@
+"""Device code of the Mosaic GPU kernels: from codes in shared memory to operands of `mma`.
+
+Runs per thread of a warpgroup, on registers. A weight reaches the tensor cores in three steps:
+a byte of codes indexes a table of pairs of codebook values in shared memory, two entries give two
+registers of the operand, and these are multiplied by the block's scale. Every lane has its own
+copy of the table in its own memory bank, so that look-ups never collide.
+
+Which thread holds which element is taken from the layouts, and whatever a register needs is looked
+for there: that all threads find it in the same place is checked for each register (`locate`), as
+is that the address of what they read is one sum for all (`Place`).
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.mma import MMALayouts, mma
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from qlora_jax.quant.qtensor import GROUP
+
+HALF = GROUP // 2
+THREADS, LANES, WARPS = 128, 32, 4
+TABLE = (256, LANES)
+"""Shape of the table of pairs, 32-bit words; entry b holds (codebook[b & 15], codebook[b >> 4])."""
+
+SPLIT_M = 16
+"""Rows of an operand whose contraction the warps share."""
+
+Register = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """The right operand of one step, [c, o] of contraction and output features.
+
+    Forward it is a tile of W[K, N] and `transposed` is false; backward of its transpose.
+
+    With few rows on the left the four warps share the contraction (`split`), so that each element
+    of the left operand is read once; and forward a thread takes columns of W that are neighbours
+    in memory, so that `mma` counts the output features in another order.
+
+    Attributes:
+      c, o: its shape.
+      transposed: whether output features are rows of W.
+      block_size: of the QTensor.
+      split: whether the warps share the contraction; else they share the output features.
+    """
+
+    c: int
+    o: int
+    transposed: bool
+    block_size: int
+    split: bool
+
+    @property
+    def share(self) -> int:
+        """Contraction indices of one warp."""
+        return self.c // WARPS if self.split else self.c
+
+    @property
+    def codes_shape(self) -> tuple[int, int]:
+        """Of the bytes that hold it."""
+        k, n = (self.o, self.c) if self.transposed else (self.c, self.o)
+        return k // 2, n
+
+    @property
+    def code_swizzle(self) -> int:
+        """Bytes of a row that are swizzled together in shared memory."""
+        return min(128, self.codes_shape[1])
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Of its scales in shared memory: 16-bit values backward, pairs of equal ones forward."""
+        rows = (self.o if self.transposed else self.c) // self.block_size
+        return max(1, rows), self.codes_shape[1]
+
+    @property
+    def m_warps(self) -> int:
+        """Warps along the rows of the result, as `mma` counts them."""
+        return WARPS if self.split else 1
+
+    def contraction(self, index: np.ndarray) -> np.ndarray:
+        """[warps, ...] of indices within a warp's share to those of the tile."""
+        if not self.split:
+            return index
+        return index + self.share * np.arange(WARPS).reshape(-1, *(1,) * (index.ndim - 1))
+
+    def output(self, index: np.ndarray) -> np.ndarray:
+        """Output features in `mma`'s order to those of the tile."""
+        if self.split and not self.transposed:
+            return index % 8 * (self.o // 8) + index // 8  # lane g takes neighbours
+        return index
+
+    def elements(self, layout: fa.TiledLayout) -> tuple[np.ndarray, np.ndarray]:
+        """k and n within the tile of W for [warps, lanes, *registers, vector]."""
+        c, o = divmod(ownership(layout, (self.share, self.o)), self.o)
+        c, o = self.contraction(c), self.output(o)
+        return (o, c) if self.transposed else (c, o)
+
+
+def code_layout(operand: Operand) -> fa.TiledLayout:
+    """How a warpgroup holds the bytes so that each thread has those of its own operand registers.
+
+    The right operand of `mma` gives lane 4g + t the output features g of every eight, of its
+    warp's if the warps share them, and the contraction indices 2t, 2t + 1 of every eight.
+    """
+    rows, columns = operand.codes_shape
+    match operand.split, operand.transposed:
+        case False, False:
+            return _layout((8, WARPS * 8), (2, 8), (1,), warp=-4, lanes=(-2, -5))
+        case False, True:
+            return _layout((WARPS * 8, 8), (8, 2), warp=-4, lanes=(-2, -3))
+        case True, False:
+            tiles = (rows, columns), (rows // WARPS, columns), (8, columns), (2, columns // 8)
+            return _layout(*tiles, warp=-8, lanes=(-3, -4))
+        case _:
+            tiles = (rows, columns), (rows, columns // WARPS), (8, 8), (2,)
+            return _layout(*tiles, warp=-6, lanes=(-3, -2))
+
+
+def _layout(*tiles: tuple[int, ...], warp: int, lanes: tuple[int, int]) -> fa.TiledLayout:
+    layout = fa.TiledLayout(fa.Tiling(tiles), (warp,), lanes, -1, _check_canonical=False)
+    return layout.canonicalize()
+
+
+def ownership(layout: fa.TiledLayout, shape: tuple[int, ...]) -> np.ndarray:
+    """Which element each thread holds in each register.
+
+    Returns:
+      int[4 warps, 32 lanes, *registers, vector]: index into the flattened array.
+    """
+    held = np.arange(math.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead, rank = held.shape[: -len(tile)], len(tile)
+        split = [n for size, t in zip(held.shape[-rank:], tile) for n in (size // t, t)]
+        axes = [len(lead) + i for i in (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))]
+        held = held.reshape(*lead, *split).transpose(*range(len(lead)), *axes)
+    partitioned = [
+        (d, held.shape[d]) if isinstance(d, int) else (None, d.times)
+        for d in (*layout.warp_dims, *layout.lane_dims)
+    ]
+    dims = [d for d, _ in partitioned if d is not None]
+    kept = np.moveaxis(held, (*dims, layout.vector_dim), (*range(len(dims)), -1))
+    kept = kept.reshape(*kept.shape[: len(dims)], *layout.registers_shape(shape), -1)
+    for axis, (d, size) in enumerate(partitioned):
+        if d is None:
+            kept = np.repeat(np.expand_dims(kept, axis), size, axis)
+    return kept.reshape(WARPS, LANES, *kept.shape[len(partitioned) :])
+
+
+def locate(wanted: np.ndarray, held: np.ndarray) -> dict[Register, tuple[Register, int]]:
+    """Where registers find their elements among registers that were loaded.
+
+    Args:
+      wanted: int[warps, lanes, *registers]: each thread's element.
+      held: int[warps, lanes, *registers, vector], likewise.
+
+    Returns:
+      For every index into the registers of `wanted`, a register of `held` and a place in it.
+
+    Raises:
+      AssertionError: threads would have to look in different places.
+    """
+    where = {int(held[(0, 0, *i)]): i for i in np.ndindex(held.shape[2:])}
+    found = {}
+    for register in np.ndindex(wanted.shape[2:]):
+        elements = wanted[(slice(None), slice(None), *register)]
+        spot = where[int(elements[0, 0])]
+        if not (held[(slice(None), slice(None), *spot)] == elements).all():
+            raise AssertionError(f"register {register} is in another place in each thread")
+        found[register] = (spot[:-1], spot[-1])
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A memory index that differs between threads: warps[w] + g * (lane // 4) + t * (lane % 4)."""
+
+    warps: tuple[int, ...]
+    g: int
+    t: int
+
+    @staticmethod
+    def of(index: np.ndarray) -> "Place":
+        """From int[warps, lanes], which is such a sum with 0 for the first thread.
+
+        Raises:
+          AssertionError: it is not.
+        """
+        place = Place(tuple(map(int, index[:, 0])), int(index[0, 4]), int(index[0, 1]))
+        lane = np.arange(LANES)
+        sums = index[:, :1] + place.g * (lane // 4) + place.t * (lane % 4)
+        if not (sums == index).all():
+            raise AssertionError("an index that is no sum over warp and lane")
+        return place
+
+    def value(self) -> ir.Value:
+        """In the running thread."""
+        lane = _lane()
+        own = _add(_mul(arith.divui(lane, _c(4)), self.g), _mul(arith.remui(lane, _c(4)), self.t))
+        step = self.warps[1]
+        if self.warps == tuple(step * w for w in range(WARPS)):
+            return _add(own, _mul(_warp(), step))
+        warp, offset = _warp(), _c(self.warps[0])
+        for w in range(1, WARPS):
+            here = arith.cmpi(arith.CmpIPredicate.eq, warp, _c(w))
+            offset = arith.select(here, _c(self.warps[w]), offset)
+        return _add(own, offset)
+
+
+def fill_table(table: ir.Value, codebook: ir.Value, dtype: ir.Type) -> None:
+    """Writes the table of pairs in `dtype` from the sixteen float32 values; no barrier."""
+    warp, lane = _warp(), _lane()
+    values = utils.memref_ptr(codebook)
+
+    def bits(index: ir.Value | int) -> ir.Value:
+        rounded = arith.truncf(dtype, llvm.load(_f32(), _at(values, index, _f32())))
+        return arith.extui(_i32(), utils.bitcast(rounded, _int(16)))
+
+    share = TABLE[0] // WARPS
+    words = _at(utils.memref_ptr(table), _add(_mul(warp, share * LANES), lane), _i32())
+    low = [bits(i) for i in range(16)]
+    for i in range(share // 16):
+        high = arith.shli(bits(_add(_mul(warp, share // 16), i)), _c(16))
+        for j in range(16):
+            llvm.store(arith.ori(high, low[j]), _at(words, (i * 16 + j) * LANES, _i32()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Where a kernel finds a QTensor's block scales, as references to device memory.
+
+    Attributes:
+      blocks: float32 or uint8[nb, N].
+      nested, offset, dynamic_map: float32, or None without double quantization.
+      nested_block: scales per nested scale.
+    """
+
+    blocks: ir.Value
+    nested: ir.Value | None
+    offset: ir.Value | None
+    dynamic_map: ir.Value | None
+    nested_block: int
+
+    def load(self, operand: Operand, o: ir.Value, step: ir.Value | int) -> list[ir.Value]:
+        """This thread's share of an operand's scales, float32: output tile `o`, step `step`."""
+        block, column = (o, step) if operand.transposed else (step, o)
+        k, n = (operand.o, operand.c) if operand.transposed else (operand.c, operand.o)
+        block = arith.divui(_mul(block, k), _c(operand.block_size))
+        column = _mul(column, n)
+        last = ir.MemRefType(self.blocks.type).shape[0] - 1
+        found = []
+        for entry in _entries(operand):
+            width = operand.scale_shape[1]
+            b = _add(block, arith.divui(entry, _c(width)))
+            b = arith.minui(b, _c(last))  # rows beyond K
+            found.append(self._scale(b, _add(column, arith.remui(entry, _c(width)))))
+        return found
+
+    def _scale(self, block: ir.Value, column: ir.Value) -> ir.Value:
+        nb, columns = ir.MemRefType(self.blocks.type).shape
+        place = _add(_mul(block, columns), column)
+        if self.nested is None:
+            return _load_f32(self.blocks, place)
+        code = llvm.load(_int(8), _at(utils.memref_ptr(self.blocks), place, _int(8)))
+        value = _load_f32(self.dynamic_map, arith.extui(_i32(), code))
+        index = arith.divui(_add(_mul(column, nb), block), _c(self.nested_block))
+        last = ir.MemRefType(self.nested.type).shape[0] - 1
+        index = arith.minui(index, _c(last))  # padded columns
+        product = arith.mulf(value, _load_f32(self.nested, index))
+        return arith.addf(product, _load_f32(self.offset, 0))
+
+
+def store_scales(
+    values: list[ir.Value], operand: Operand, scales: ir.Value, dtype: ir.Type
+) -> None:
+    """Rounds this thread's scales to `dtype` and stores them in shared memory; no barrier."""
+    base = utils.memref_ptr(scales)
+    for entry, value in zip(_entries(operand), values):
+        rounded = arith.truncf(dtype, value)
+        if operand.transposed:
+            llvm.store(rounded, _at(base, entry, dtype))
+        else:
+            pair = vector.broadcast(ir.VectorType.get((2,), dtype), rounded)
+            llvm.store(utils.bitcast(pair, _i32()), _at(base, entry, _i32()))
+
+
+def _entries(operand: Operand) -> list[ir.Value]:
+    count = math.prod(operand.scale_shape)
+    thread = arith.remui(utils.thread_idx(), _c(THREADS))
+    if count < THREADS:  # some are stored twice, with the same value
+        return [arith.remui(thread, _c(count))]
+    return [_add(thread, i * THREADS) for i in range(count // THREADS)]
+
+
+def weights(
+    operand: Operand,
+    codes: ir.Value,
+    table: ir.Value,
+    scales: ir.Value,
+    dtype: ir.Type,
+) -> fa.FragmentedArray:
+    """The operand in `dtype`, in the layout that `mma` takes: codebook * scale, each rounded."""
+    layout = MMALayouts(dtype, m_warps=operand.m_warps).rhs
+    packed = fa.FragmentedArray.load_tiled(
+        codes, swizzle=operand.code_swizzle, layout=code_layout(operand), is_signed=False
+    )
+    own_scales: dict[Place, ir.Value] = {}
+    pair = ir.VectorType.get((2,), dtype)
+
+    @functools.cache
+    def entry(register: Register, byte: int) -> ir.Value:
+        place = _entry_offset(packed.registers[register], byte)
+        return llvm.load(_i32(), _at(utils.memref_ptr(table), place, _int(8)))
+
+    @functools.cache
+    def scale(place: Place, word: int) -> ir.Value:
+        if place not in own_scales:
+            own_scales[place] = _at(utils.memref_ptr(scales), place.value(), _i32())
+        return utils.bitcast(llvm.load(_i32(), _at(own_scales[place], word, _i32())), pair)
+
+    registers = np.empty(layout.registers_shape((operand.share, operand.o)), object)
+    for register, found in _plan(operand, layout).items():
+        halves = _permute(*(entry(*code) for code in found.codes), 0x7632 if found.high else 0x5410)
+        factor = scale(found.scale_place, found.scale_word)
+        registers[register] = arith.mulf(utils.bitcast(halves, pair), factor)
+    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Where a register's two elements come from, the same in every thread.
+
+    Attributes:
+      codes: of each element, the register of codes and the byte in it.
+      high: whether they are high nibbles.
+      scale_place, scale_word: 32-bit word of scales in shared memory, the thread's part and the
+        rest.
+    """
+
+    codes: tuple[tuple[Register, int], tuple[Register, int]]
+    high: bool
+    scale_place: Place
+    scale_word: int
+
+
+@functools.cache
+def _plan(operand: Operand, layout: fa.TiledLayout) -> dict[Register, Found]:
+    k, n = operand.elements(layout)
+    rows, columns = operand.codes_shape
+    codes = locate(
+        (k // GROUP * HALF + k % HALF) * columns + n,
+        ownership(code_layout(operand), (rows, columns)),
+    )
+    high = k % GROUP >= HALF
+    scale = (k // operand.block_size if operand.scale_shape[0] > 1 else 0) * columns + n
+    plan = {}
+    for register in np.ndindex(k.shape[2:-1]):
+        every = (slice(None), slice(None), *register)
+        if not (high[every] == high[(0, 0, *register, 0)]).all():
+            raise AssertionError(f"register {register} mixes low and high nibbles")
+        words = scale[every]
+        if not (words[..., 1] == words[..., 0] + operand.transposed).all():
+            raise AssertionError(f"register {register} has no one word of scales")
+        words = words[..., 0] // 2 if operand.transposed else words[..., 0]
+        plan[register] = Found(
+            codes=(codes[(*register, 0)], codes[(*register, 1)]),
+            high=bool(high[(0, 0, *register, 0)]),
+            scale_place=Place.of(words - words[0, 0]),
+            scale_word=int(words[0, 0]),
+        )
+    return plan
+
+
+def product(
+    operand: Operand, total: fa.FragmentedArray, left: ir.Value, right: fa.FragmentedArray
+) -> fa.FragmentedArray:
+    """total + left @ right, left [m, c] in swizzled shared memory.
+
+    If the warps share the contraction, each adds its own product to its own rows of `total`
+    [4 * SPLIT_M, o].
+    """
+    layout = MMALayouts(right.mlir_dtype, m_warps=operand.m_warps).lhs
+    if not operand.split:
+        return mma(total, fa.FragmentedArray.load_tiled(left, swizzle=128, layout=layout), right)
+    # Every warp reads its own columns of the tile as rows of one larger operand.
+    own = MMALayouts(right.mlir_dtype, m_warps=1).lhs
+    row, c = divmod(ownership(layout, (WARPS * SPLIT_M, operand.share)), operand.share)
+    same = ownership(own, (SPLIT_M, operand.share)) == row % SPLIT_M * operand.share + c
+    if not same.all():
+        raise AssertionError("the layouts of one and of four warps differ within a warp")
+    columns = utils.memref_slice(left, (slice(None), utils.ds(_index(_warp()), 1)))
+    loaded = fa.FragmentedArray.load_tiled(columns, swizzle=128, layout=own)
+    rows = fa.FragmentedArray(_registers=loaded.registers, _layout=layout, _is_signed=None)
+    return mma(total, rows, right)
+
+
+def sum_warps(
+    operand: Operand,
+    total: fa.FragmentedArray,
+    scratch: ir.Value,
+    out: ir.Value,
+    m: ir.Value,
+    o: ir.Value,
+    dtype: ir.Type,
+) -> None:
+    """Adds up what the warps have and writes tile (m, o) of `out`, rounded to `dtype`.
+
+    `scratch` is shared memory of at least WARPS * SPLIT_M * (operand.o + 8) words.
+    """
+    width = operand.o + 8  # rows that start in the same bank would be written one by one
+    row, o_index = divmod(ownership(total.layout, (WARPS * SPLIT_M, operand.o)), operand.o)
+    words = row * width + operand.output(o_index)
+    base = utils.memref_ptr(scratch)
+    bases: dict[Place, ir.Value] = {}
+    for register in np.ndindex(words.shape[2:]):
+        index = words[(slice(None), slice(None), *register)]
+        place = Place.of(index - index[0, 0])
+        if place not in bases:
+            bases[place] = _at(base, place.value(), _i32())
+        value = _extract(total.registers[register[:-1]], register[-1])
+        llvm.store(value, _at(bases[place], int(index[0, 0]), _f32()))
+    utils.warpgroup_barrier()
+    each = SPLIT_M * operand.o // THREADS
+    threads = operand.o // each  # of a row
+    thread = arith.remui(utils.thread_idx(), _c(THREADS))
+    r, column = arith.divui(thread, _c(threads)), _mul(arith.remui(thread, _c(threads)), each)
+    own = _at(base, _add(_mul(r, width), column), _f32())
+    kind = ir.VectorType.get((each,), _f32())
+    parts = [
+        llvm.load(kind, _at(own, w * SPLIT_M * width, _f32()), alignment=16) for w in range(WARPS)
+    ]
+    result = arith.truncf(ir.VectorType.get((each,), dtype), functools.reduce(arith.addf, parts))
+    stride = ir.MemRefType(out.type).shape[1]
+    target = _add(_mul(_add(_mul(m, SPLIT_M), r), stride), _add(_mul(o, operand.o), column))
+    llvm.store(result, _at(utils.memref_ptr(out), target, dtype), alignment=2 * each)
+
+
+def _entry_offset(register: ir.Value, byte: int) -> ir.Value:
+    """Bytes from the start of the table to the running lane's copy of an entry."""
+    size = ir.VectorType(register.type).shape[0]
+    if size < 4:
+        code = arith.extui(_i32(), _extract(register, byte))
+        return _add(_mul(code, 4 * LANES), _mul(_lane(), 4))
+    # a shift and a mask, where taking out the byte and multiplying it would be three operations
+    words = utils.bitcast(register, ir.VectorType.get((size // 4,), _i32()))
+    word, by = _extract(words, byte // 4), 8 * (byte % 4) - (4 * LANES).bit_length() + 1
+    shifted = arith.shrui(word, _c(by)) if by > 0 else arith.shli(word, _c(-by))
+    return arith.ori(arith.andi(shifted, _c(0xFF * 4 * LANES)), _mul(_lane(), 4))
+
+
+def _permute(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
+    asm = f"prmt.b32 $0, $1, $2, {selector:#x};"
+    return llvm.inline_asm(_i32(), [a, b], asm, "=r,r,r", has_side_effects=False)
+
+
+def _extract(register: ir.Value, position: int) -> ir.Value:
+    static = ir.DenseI64ArrayAttr.get([position])
+    return vector.extract(register, dynamic_position=[], static_position=static)
+
+
+def _load_f32(array: ir.Value | None, index: ir.Value | int) -> ir.Value:
+    return llvm.load(_f32(), _at(utils.memref_ptr(array), index, _f32()))
+
+
+def _at(pointer: ir.Value, index: ir.Value | int, element: ir.Type) -> ir.Value:
+    return utils.getelementptr(pointer, [index], element)
+
+
+def _warp() -> ir.Value:
+    thread = arith.remui(utils.thread_idx(), _c(THREADS))
+    return arith.divui(thread, _c(LANES))
+
+
+def _lane() -> ir.Value:
+    return arith.remui(utils.thread_idx(), _c(LANES))
+
+
+def _index(value: ir.Value) -> ir.Value:
+    return arith.index_cast(ir.IndexType.get(), value)
+
+
+def _c(value: int) -> ir.Value:
+    return utils.c(value, _i32())
+
+
+def _add(a: ir.Value, b: ir.Value | int) -> ir.Value:
+    return arith.addi(a, _c(b) if isinstance(b, int) else b)
+
+
+def _mul(a: ir.Value | int, b: int) -> ir.Value:
+    return arith.muli(_c(a) if isinstance(a, int) else a, _c(b))
+
+
+def _int(bits: int) -> ir.Type:
+    return ir.IntegerType.get_signless(bits)
+
+
+def _i32() -> ir.Type:
+    return _int(32)
+
+
+def _f32() -> ir.Type:
+    return ir.F32Type.get()

@@ -1,0 +1,251 @@
+"""The product fused with its decode, as Pallas Mosaic GPU kernels (jax 0.12, sm_80 and newer).
+
+One source for Ampere to Blackwell: tiles of the left operand and of the codes arrive in shared
+memory in a pipeline, the codes are decoded in registers straight into the layout of the tensor
+cores' right operand, and `mma` adds up in float32. Backward is the same kernel on the transposed
+weight. Codebook and scales are rounded to the compute dtype, and so is their product.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qlora_jax.errors import UserError
+
+if jax.__version_info__ < (0, 12):
+    raise UserError(
+        f"implementation mosaic needs jax 0.12 and Python 3.12, not jax {jax.__version__}; "
+        "take triton or xla"
+    )
+
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qlora_jax.kernels import fragments, tuning
+from qlora_jax.kernels.fragments import Operand
+from qlora_jax.kernels.tuning import MosaicTile
+from qlora_jax.quant.double_quant import dynamic_map
+from qlora_jax.quant.qtensor import QTensor
+
+DTYPES = ("bfloat16", "float16")
+EDGE = 64
+"""Columns of W come in multiples of this; others are padded, which copies the codes."""
+
+
+def forward(x: jax.Array, q: QTensor) -> jax.Array:
+    """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
+    return _product(x, q, transposed=False)
+
+
+def backward(g: jax.Array, q: QTensor) -> jax.Array:
+    """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
+    return _product(g, q, transposed=True)
+
+
+def _product(left: jax.Array, q: QTensor, transposed: bool) -> jax.Array:
+    if left.dtype not in DTYPES:
+        raise UserError(
+            f"implementation mosaic computes in {' or '.join(DTYPES)}, not {left.dtype}; "
+            "set model.compute_dtype, or take triton or xla"
+        )
+    lead, features = left.shape[:-1], q.shape[0 if transposed else 1]
+    if 0 in left.shape:
+        return jnp.zeros((*lead, features), left.dtype)
+    rows = left.reshape(math.prod(lead), -1)
+    k, n = 2 * q.codes.shape[0], _up(q.shape[1], EDGE)
+    codes, scales = (_pad(leaf, leaf.shape[0], n) for leaf in (q.codes, q.scales))
+    inner, outer = (n, k) if transposed else (k, n)
+    tile = tuning.mosaic_tile(rows.shape[0], inner, outer)
+    padded = _pad(rows, _up(rows.shape[0], tile.m), inner)
+    split = tile.m == fragments.SPLIT_M
+    operand = Operand(tile.c, tile.o, transposed, q.block_size, split)
+    nested: tuple[jax.Array, ...] = ()
+    if q.nested is not None and q.offset is not None:
+        nested = (q.nested, q.offset[None], jnp.asarray(dynamic_map()))
+    kernel = Kernel(tile, operand, left.dtype, inner // tile.c, q.nested_block)
+    y = kernel(padded, codes, q.codebook, (scales, *nested), outer)
+    return y[: rows.shape[0], :features].reshape(*lead, features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled form: everything about a product but its data and its number of tiles.
+
+    Attributes:
+      tile: a block's share.
+      operand: the right operand of a step.
+      dtype: of the left operand and of the result.
+      steps: along the contraction.
+      nested_block: scales per nested scale.
+    """
+
+    tile: MosaicTile
+    operand: Operand
+    dtype: Any
+    steps: int
+    nested_block: int
+
+    def __call__(
+        self,
+        left: jax.Array,
+        codes: jax.Array,
+        codebook: jax.Array,
+        scales: tuple[jax.Array, ...],
+        outer: int,
+    ) -> jax.Array:
+        """left [M, C] @ the weight [C, outer] in dtype; M and outer are multiples of the tile's.
+
+        `scales` are those of the blocks and, with double quantization, nested, offset [1] and the
+        dynamic map.
+        """
+        tile, pairs = self.tile, self.operand.scale_shape
+        call = plgpu.kernel(
+            functools.partial(self._block, len(scales)),
+            out_type=jax.ShapeDtypeStruct((left.shape[0], outer), self.dtype),
+            grid=(left.shape[0] // tile.m, outer // tile.o),
+            grid_names=("m", "o"),
+            scratch_types=[
+                plgpu.SMEM(fragments.TABLE, jnp.int32),
+                plgpu.SMEM((2, *pairs), self.dtype if self.operand.transposed else jnp.int32),
+            ],
+        )
+        return call(left, codes, codebook, *scales)
+
+    @property
+    def left_tiling(self) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+        return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+
+    @property
+    def code_tiling(self) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+        width = self.operand.code_swizzle
+        return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)
+
+    @property
+    def accumulator(self) -> plgpu.ShapeDtypeStruct:
+        warps = self.operand.m_warps
+        layout = plgpu.Layout.MMA_ACC(self.dtype, m_warps=warps)
+        shape = (warps * self.tile.m, self.tile.o)
+        return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
+
+    def _block(self, count: int, left: Any, codes: Any, codebook: Any, *rest: Any) -> None:
+        scales, (out, table, slots) = rest[:count], rest[count:]
+        tile, acc = self.tile, self.accumulator
+        m, o = lax.axis_index("m"), lax.axis_index("o")
+        prepare, multiply, finish = device_code(self, count)
+
+        def step(index: Any, left_tile: Any, code_tile: Any, total: jax.Array) -> jax.Array:
+            # scales are decoded one step ahead, while the tensor cores are busy
+            i = index[0]
+            now, later = slots.at[i % 2], slots.at[(i + 1) % 2]
+            ahead = jnp.minimum(i + 1, self.steps - 1)
+            return multiply(left_tile, code_tile, table, now, later, scales, o, ahead, total)
+
+        prepare(codebook, table, slots.at[0], scales, o)
+        code_index = (lambda i: (o, i)) if self.operand.transposed else (lambda i: (i, o))
+        pipeline = plgpu.emit_pipeline(
+            step,
+            grid=(self.steps,),
+            in_specs=[
+                _spec((tile.m, tile.c), lambda i: (m, i), self.left_tiling),
+                _spec(self.operand.codes_shape, code_index, self.code_tiling),
+            ],
+            max_concurrent_steps=tile.stages,
+            init_carry=plgpu.layout_cast(jnp.zeros(acc.shape, jnp.float32), acc.layout),
+        )
+        finish(pipeline(left, codes), table, out, m, o)
+
+
+class DeviceCode(NamedTuple):
+    """The parts of a block that are written for threads, as functions of references.
+
+    Attributes:
+      prepare: (codebook, table, slot, scales, o), fills the table of pairs and step 0's scales.
+      multiply: (left, codes, table, now, later, scales, o, ahead, total), adds one step's product
+        to `total` with the scales in `now`, and writes those of step `ahead` to `later`.
+      finish: (total, table, out, m, o), writes tile (m, o) of the result; the table is free.
+    """
+
+    prepare: Callable[..., None]
+    multiply: Callable[..., jax.Array]
+    finish: Callable[..., None]
+
+
+def device_code(kernel: Kernel, count: int) -> DeviceCode:
+    """The device code of a kernel whose QTensor has `count` arrays of scales."""
+    operand, ref, scalar = kernel.operand, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+    pointers = (ref,) * count
+
+    def described(scales: Any) -> fragments.Scales:
+        blocks, nested, offset, levels = (*scales, None, None, None)[:4]
+        return fragments.Scales(blocks, nested, offset, levels, kernel.nested_block)
+
+    @plgpu.inline_mgpu(arg_types=(ref, ref, ref, pointers, scalar))
+    def prepare(_, codebook, table, slot, scales, o):
+        element = utils.dtype_to_ir_type(kernel.dtype)
+        values = described(scales).load(operand, o.registers.item(), 0)
+        fragments.fill_table(table, codebook, element)
+        fragments.store_scales(values, operand, slot, element)
+        utils.warpgroup_barrier()
+        return ()
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.RefType(kernel.left_tiling),
+            plgpu.RefType(kernel.code_tiling),
+            *(ref, ref, ref, pointers, scalar, scalar),
+            kernel.accumulator.layout,
+        ),
+        return_type=kernel.accumulator,
+    )
+    def multiply(_, left, codes, table, now, later, scales, o, ahead, total):
+        element = utils.dtype_to_ir_type(kernel.dtype)
+        values = described(scales).load(operand, o.registers.item(), ahead.registers.item())
+        right = fragments.weights(operand, codes, table, now, element)
+        total = fragments.product(operand, total, left, right)
+        fragments.store_scales(values, operand, later, element)
+        # the next step reads these scales, and its copies may overwrite this step's tiles
+        utils.warpgroup_barrier()
+        return total
+
+    @plgpu.inline_mgpu(arg_types=(kernel.accumulator.layout, ref, ref, scalar, scalar))
+    def sum_warps(_, total, scratch, out, m, o):
+        element = utils.dtype_to_ir_type(kernel.dtype)
+        place = m.registers.item(), o.registers.item()
+        fragments.sum_warps(operand, total, scratch, out, *place, element)
+        return ()
+
+    def store(total, table, out, m, o) -> None:
+        rows, columns = pl.ds(m * kernel.tile.m, kernel.tile.m), pl.ds(o * operand.o, operand.o)
+        plgpu.store(out.at[rows, columns], total.astype(kernel.dtype), optimized=False)
+
+    return DeviceCode(prepare, multiply, sum_warps if operand.split else store)
+
+
+def _spec(shape: tuple[int, int], index_map: Callable, transforms: Any) -> plgpu.BlockSpec:
+    # In bounds by the padding; the pipelines of sm_80 take nothing else. An untiled block would
+    # be copied without regard to the rows' stride there, and nothing would say so.
+    if not transforms:
+        raise AssertionError("a block without a tiling")
+    return plgpu.BlockSpec(
+        shape,
+        index_map,
+        transforms=transforms,
+        oob_fill_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+    )
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    if x.shape == (rows, columns):
+        return x
+    return jnp.pad(x, ((0, rows - x.shape[0]), (0, columns - x.shape[1])))

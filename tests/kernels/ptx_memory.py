@@ -1,0 +1,215 @@
+"""Byte-addressed memory that refuses what a GPU would get wrong: bounds, alignment, races."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ptx_text import PtxError
+
+Array = np.ndarray
+
+GAP = 1 << 16
+POISON = 0xFF
+NOBODY, SEVERAL = -1, -2
+
+
+class Fault(PtxError):
+    """An access out of bounds, misaligned, or of memory that nothing has written."""
+
+
+class Race(PtxError):
+    """Threads that touch the same shared memory with no barrier between them."""
+
+
+class Memory:
+    """Allocations with unusable gaps between them.
+
+    Attributes:
+      base: address of `data[0]`, a multiple of 1024.
+      data: uint8 [bytes].
+      usable: bool [bytes], false in the gaps.
+    """
+
+    def __init__(self, base: int, sizes: Sequence[int], gap: int = GAP) -> None:
+        """Lays out allocations of `sizes` bytes, each at a multiple of 1024."""
+        self.base, at, self.offsets = base, gap, []
+        for size in sizes:
+            self.offsets.append(at)
+            at += -(-size // 1024) * 1024 + gap
+        self.data = np.full(at, POISON, np.uint8)
+        self.usable = np.zeros(at, bool)
+        for offset, size in zip(self.offsets, sizes):
+            self.usable[offset : offset + size] = True
+
+    def address(self, i: int) -> int:
+        return self.base + self.offsets[i]
+
+    def rows(self, addresses: Array, size: int, threads: Array) -> Array:
+        """Indices into arrays seen as [bytes / size, size], one for each thread.
+
+        Raises:
+          Fault: an address out of bounds or not a multiple of size.
+        """
+        offsets = addresses.astype(np.int64) - self.base
+        inside = (offsets >= 0) & (offsets + size <= len(self.data))
+        if inside.all():
+            aligned = offsets % size == 0
+            if not aligned.all():
+                raise self._fault("is not aligned", ~aligned, addresses, size, threads)
+            rows = offsets // size
+            inside = self.usable.reshape(-1, size)[rows].all(-1)
+            if inside.all():
+                return rows
+        raise self._fault("is out of bounds", ~inside, addresses, size, threads)
+
+    @staticmethod
+    def _fault(what: str, bad: Array, addresses: Array, size: int, threads: Array) -> Fault:
+        first = np.flatnonzero(bad)[0]
+        return Fault(
+            f"{size} bytes at {int(addresses[first]):#x} by thread {threads[first]}: "
+            f"{what} ({bad.sum()} of {len(bad)} threads)"
+        )
+
+    def read(self, addresses: Array, size: int, threads: Array) -> Array:
+        """uint8 [threads, size]."""
+        return self.data.reshape(-1, size)[self.rows(addresses, size, threads)]
+
+    def write(self, addresses: Array, values: Array, threads: Array) -> None:
+        """Stores uint8 [threads, size]."""
+        size = values.shape[1]
+        self.data.reshape(-1, size)[self.rows(addresses, size, threads)] = values
+
+
+class Clocks:
+    """What each warp knows of the others, from barriers.
+
+    An event of warp w has the clock `now[w]`. Warp v may rely on it once `seen[v, w]` reaches that
+    clock; `seen[v, v]` is behind `now[v]`, for lanes of one warp need a barrier as well.
+    """
+
+    def __init__(self, warps: int) -> None:
+        self.now = np.ones(warps, np.int64)
+        self.seen = np.zeros((warps, warps), np.int64)
+
+    def leave(self, warp: int) -> Array:
+        """Ends the warp's present clock; all that the warp lets others know."""
+        self.seen[warp, warp] = self.now[warp]
+        self.now[warp] += 1
+        return self.seen[warp].copy()
+
+    def join(self, warp: int, known: Array) -> None:
+        self.seen[warp] = np.maximum(self.seen[warp], known)
+
+
+class Shared(Memory):
+    """A block's shared memory, poisoned, with every byte's last accesses.
+
+    Raises on a read of a byte that nothing wrote, or that another thread wrote, or that a cp.async
+    in flight will write; on a write over a byte that another thread read or wrote otherwise; each
+    unless a barrier lies between.
+    """
+
+    def __init__(self, base: int, size: int, clocks: Clocks) -> None:
+        super().__init__(base, [size], gap=0)
+        length, warps = len(self.data), len(clocks.now)
+        self.clocks = clocks
+        self.writer = np.full(length, NOBODY, np.int32)
+        self.written = np.zeros(length, np.int64)
+        self.reader = np.full((length, warps), NOBODY, np.int32)
+        self.was_read = np.zeros((length, warps), np.int64)
+        self.in_flight = np.full(length, NOBODY, np.int32)
+
+    def read(self, addresses: Array, size: int, threads: Array, together: bool = False) -> Array:
+        """uint8 [threads, size]; `together`: every lane of the warp gets the bytes."""
+        rows = self.rows(addresses, size, threads)
+        warps = threads // 32
+        writer = self.writer.reshape(-1, size)[rows]
+        self._refuse(writer == NOBODY, "read before anything wrote it", writer, addresses, threads)
+        self._landed(rows, size, addresses, threads)
+        unseen = (
+            self.written.reshape(-1, size)[rows] > self.clocks.seen[warps[:, None], writer // 32]
+        )
+        if not together:
+            unseen &= writer != threads[:, None]
+        self._refuse(
+            unseen, "read without a barrier after its write by", writer, addresses, threads
+        )
+        count = self.reader.shape[1]
+        reader = self.reader.reshape(-1, size, count)
+        was_read = self.was_read.reshape(-1, size, count)
+        new = was_read[rows, :, warps] != self.clocks.now[warps][:, None]
+        owner = np.where(together, SEVERAL, threads)[:, None]
+        before = reader[rows, :, warps]
+        reader[rows, :, warps] = np.where(new | (before == owner), owner, SEVERAL)
+        lost, byte = np.nonzero(reader[rows, :, warps] != owner)
+        reader[rows[lost], byte, warps[lost]] = SEVERAL
+        was_read[rows, :, warps] = self.clocks.now[warps][:, None]
+        return self.data.reshape(-1, size)[rows]
+
+    def write(self, addresses: Array, values: Array, threads: Array) -> None:
+        size = values.shape[1]
+        rows = self.rows(addresses, size, threads)
+        self._landed(rows, size, addresses, threads)
+        self._store(rows, values, addresses, threads)
+
+    def launch(self, addresses: Array, size: int, threads: Array) -> None:
+        """Notes that a cp.async will write here."""
+        rows = self.rows(addresses, size, threads)
+        self._landed(rows, size, addresses, threads)
+        self._unread(rows, size, addresses, threads)
+        self.in_flight.reshape(-1, size)[rows] = threads[:, None]
+
+    def land(self, addresses: Array, values: Array, threads: Array) -> None:
+        """Stores what a cp.async has brought."""
+        size = values.shape[1]
+        rows = self.rows(addresses, size, threads)
+        self.in_flight.reshape(-1, size)[rows] = NOBODY
+        self._store(rows, values, addresses, threads)
+
+    def mark(self, addresses: Array, size: int, threads: Array) -> None:
+        """Notes a write that needs no barrier, an atomic one's."""
+        rows = self.rows(addresses, size, threads)
+        self.writer.reshape(-1, size)[rows] = threads[:, None]
+        self.written.reshape(-1, size)[rows] = self.clocks.now[threads // 32][:, None]
+
+    def _store(self, rows: Array, values: Array, addresses: Array, threads: Array) -> None:
+        size = values.shape[1]
+        self._unread(rows, size, addresses, threads)
+        warps = threads // 32
+        data, writer, written = (
+            x.reshape(-1, size) for x in (self.data, self.writer, self.written)
+        )
+        before = writer[rows]
+        unseen = written[rows] > self.clocks.seen[warps[:, None], before // 32]
+        unseen &= (before != NOBODY) & (before != threads[:, None]) & (data[rows] != values)
+        self._refuse(
+            unseen, "written without a barrier after its write by", before, addresses, threads
+        )
+        data[rows], writer[rows] = values, threads[:, None]
+        written[rows] = self.clocks.now[warps][:, None]
+        self._refuse(data[rows] != values, "written otherwise by", writer[rows], addresses, threads)
+
+    def _unread(self, rows: Array, size: int, addresses: Array, threads: Array) -> None:
+        warps, count = threads // 32, self.reader.shape[1]
+        reader = self.reader.reshape(-1, size, count)[rows]
+        unseen = self.was_read.reshape(-1, size, count)[rows] > self.clocks.seen[warps][:, None]
+        unseen &= reader != threads[:, None, None]
+        if unseen.any():
+            worst = unseen.argmax(-1)[..., None]
+            who = np.take_along_axis(reader, worst, -1)[..., 0]
+            what = "written without a barrier after its read by"
+            self._refuse(unseen.any(-1), what, who, addresses, threads)
+
+    def _landed(self, rows: Array, size: int, addresses: Array, threads: Array) -> None:
+        owner = self.in_flight.reshape(-1, size)[rows]
+        what = "touched while a cp.async is in flight of"
+        self._refuse(owner != NOBODY, what, owner, addresses, threads)
+
+    def _refuse(self, bad: Array, what: str, who: Array, addresses: Array, threads: Array) -> None:
+        if bad.any():
+            thread, byte = np.argwhere(bad)[0]
+            other = {NOBODY: "", SEVERAL: "several threads"}.get(
+                int(who[thread, byte]), f"thread {who[thread, byte]}"
+            )
+            at = int(addresses[thread]) + int(byte) - self.base
+            kind = Fault if other == "" else Race
+            raise kind(f"shared byte {at} {what} {other}; now thread {threads[thread]}")

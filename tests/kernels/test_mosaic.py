@@ -1,0 +1,192 @@
+"""The Mosaic GPU kernels: in Pallas' interpreter, and their device code's plan of registers."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from qlora_jax.errors import UserError
+from qlora_jax.kernels import matmul
+from qlora_jax.quant import CODEBOOKS, quantize
+
+if jax.__version_info__ < (0, 12):
+
+    def test_an_older_jax_is_refused_with_a_remedy() -> None:
+        q = quantize(np.ones((64, 64), np.float32))
+        with pytest.raises(UserError, match=r"needs jax 0\.12 .*take triton or xla"):
+            matmul(jnp.ones((2, 64), jnp.bfloat16), q, "mosaic")
+else:
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jax.experimental.mosaic.gpu.mma import MMALayouts
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from plain_mosaic import device_code, rounded_weight
+
+    from qlora_jax.kernels import fragments, mosaic
+    from qlora_jax.kernels.fragments import Operand, Place
+    from qlora_jax.kernels.tuning import MOSAIC_TILES, mosaic_tile
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="Mosaic GPU kernels need jax 0.12 (Python 3.12)"
+)
+EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic, "device_code", device_code)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+
+
+def wide(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def assert_product(y, x, w, dtype: str) -> None:
+    """y is x @ w to float32 accumulation and one rounding to dtype."""
+    exact, size = wide(x) @ w, np.abs(wide(x)) @ np.abs(w)
+    allowed = EPSILON[dtype] / 2 * np.abs(exact) + x.shape[-1] * 2.0**-24 * size
+    assert y.dtype == dtype
+    assert np.all(np.abs(wide(y) - exact) <= allowed * (1 + 1e-6))
+
+
+@needs_mosaic
+@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(
+    m=st.integers(1, 40),
+    k=st.integers(1, 200),
+    n=st.integers(1, 130),
+    block_size=st.sampled_from([32, 64, 128]),
+    codebook=st.sampled_from(sorted(CODEBOOKS)),
+    double_quant=st.booleans(),
+    dtype=st.sampled_from(sorted(EPSILON)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_both_directions(
+    interpreted, m, k, n, block_size, codebook, double_quant, dtype, seed
+) -> None:
+    random = np.random.default_rng(seed)
+    q = quantize(random.normal(size=(k, n)).astype(np.float32), codebook, block_size, double_quant)
+    x = jnp.asarray(random.normal(size=(m, k)), dtype)
+    g = jnp.asarray(random.normal(size=(m, n)), dtype)
+    y, pull = jax.vjp(lambda x: matmul(x, q, "mosaic"), x)
+    w = rounded_weight(q, jnp.dtype(dtype))
+    assert_product(y, x, w, dtype)
+    assert_product(pull(g)[0], g, w.T, dtype)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("m", "k"), [(3, 1280), (20, 384)])
+def test_every_step_of_the_pipeline_counts(interpreted, m: int, k: int) -> None:
+    random = np.random.default_rng(0)
+    q = quantize(random.normal(size=(k, 128)).astype(np.float32))
+    x = jnp.asarray(random.normal(size=(m, k)), jnp.bfloat16)
+    assert_product(matmul(x, q, "mosaic"), x, rounded_weight(q, ml_dtypes.bfloat16), "bfloat16")
+
+
+@needs_mosaic
+def test_scan_over_layers_and_vmap(interpreted) -> None:
+    random = np.random.default_rng(0)
+    stack = quantize(random.normal(size=(3, 64, 64)).astype(np.float32) / 8)
+    x = jnp.asarray(random.normal(size=(5, 64)), jnp.bfloat16)
+
+    def loss(x, implementation):
+        def body(x, q):
+            return jnp.tanh(matmul(x, q, implementation)), None
+
+        return jax.lax.scan(body, x, stack)[0].astype(jnp.float32).sum()
+
+    grads = [jax.jit(jax.grad(loss), static_argnums=1)(x, i) for i in ("mosaic", "xla")]
+    np.testing.assert_allclose(*map(wide, grads), rtol=0.05, atol=0.02)
+    xs = jnp.asarray(random.normal(size=(3, 5, 64)), jnp.bfloat16)
+    each = jax.vmap(lambda x, q: matmul(x, q, "mosaic"))(xs, stack)
+    for y, x, q in zip(each, xs, (jax.tree.map(lambda a, i=i: a[i], stack) for i in range(3))):
+        assert_product(y, x, rounded_weight(q, ml_dtypes.bfloat16), "bfloat16")
+
+
+@needs_mosaic
+def test_no_rows() -> None:
+    q = quantize(np.ones((64, 8), np.float32))
+    assert mosaic.forward(jnp.zeros((2, 0, 64), jnp.bfloat16), q).shape == (2, 0, 8)
+
+
+@needs_mosaic
+def test_float32_is_refused_with_a_remedy() -> None:
+    q = quantize(np.ones((64, 64), np.float32))
+    with pytest.raises(UserError, match=r"bfloat16 or float16, not float32; set model\.compute"):
+        matmul(jnp.ones((2, 64)), q, "mosaic")
+
+
+def operands() -> list["Operand"]:
+    tiles = {(t.c, t.o, t.m == fragments.SPLIT_M) for t in MOSAIC_TILES}
+    return [
+        Operand(c, o, transposed, block_size, split)
+        for c, o, split in sorted(tiles)
+        for transposed in (False, True)
+        for block_size in (32, 64, 128, 4096)
+    ]
+
+
+@needs_mosaic
+def test_the_right_operand_is_where_the_ptx_manual_has_it() -> None:
+    """m16n8k16, matrix B: lane 4g + t holds rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g."""
+    layout = MMALayouts("bfloat16", m_warps=1).rhs
+    held = fragments.ownership(layout, (64, 128)).reshape(4, 32, -1)
+    g, t = np.arange(32) // 4, np.arange(32) % 4
+    for warp in range(4):
+        columns = {8 * warp + 32 * j for j in range(4)}
+        rows = {16 * s + h + e for s in range(4) for h in (0, 8) for e in (0, 1)}
+        for lane in range(32):
+            expected = {(r + 2 * t[lane], c + g[lane]) for r in rows for c in columns}
+            assert {divmod(int(i), 128) for i in held[warp, lane]} == expected
+    assert (held[..., 1::2] == held[..., ::2] + 128).all()  # pairs along the rows
+
+
+@needs_mosaic
+def test_every_byte_is_held_once_and_every_operand_has_a_plan() -> None:
+    for operand in operands():
+        layout = fragments.code_layout(operand)
+        held = fragments.ownership(layout, operand.codes_shape)
+        assert sorted(held.reshape(-1)) == list(range(np.prod(operand.codes_shape)))
+        warps = MMALayouts("bfloat16", m_warps=operand.m_warps).rhs
+        plan = fragments._plan(operand, warps)
+        assert len(plan) * 2 * 128 == operand.c * operand.o
+        k, n = operand.elements(warps)
+        elements = k.astype(np.int64) * 10**6 + n
+        assert len(np.unique(elements)) == operand.c * operand.o
+        assert max(found.scale_word for found in plan.values()) < np.prod(operand.scale_shape)
+
+
+@needs_mosaic
+def test_what_threads_find_in_different_places_is_refused() -> None:
+    layout = fa.TiledLayout(fa.Tiling(((8, 32), (2, 8), (1,))), (-4,), (-2, -5), -1)
+    held = fragments.ownership(layout, (32, 64))
+    wanted = held[..., 0].copy()
+    assert fragments.locate(wanted, held)
+    wanted[2, 7] = np.roll(wanted[2, 7], 1)
+    with pytest.raises(AssertionError, match="another place"):
+        fragments.locate(wanted, held)
+
+
+@needs_mosaic
+def test_a_place_is_a_sum_over_warp_and_lane() -> None:
+    lane = np.arange(32)
+    index = np.array([0, 5, 5, 9])[:, None] + 3 * (lane // 4) + 7 * (lane % 4)
+    assert Place.of(index) == Place((0, 5, 5, 9), 3, 7)
+    index[1, 9] += 1
+    with pytest.raises(AssertionError, match="no sum"):
+        Place.of(index)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("inner", [64, 192, 4096])
+@pytest.mark.parametrize("outer", [64, 192, 4096])
+def test_tiles_divide_and_grow_with_m(inner: int, outer: int) -> None:
+    for m in (1, 16, 17, 64, 65, 5000):
+        tile = mosaic_tile(m, inner, outer)
+        assert inner % tile.c == outer % tile.o == 0
+        assert tile.m >= min(m, 64)

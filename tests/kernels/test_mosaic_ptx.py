@@ -1,0 +1,97 @@
+"""The Mosaic kernels as they are compiled for sm_80, executed by an emulator of PTX.
+
+Shared memory's swizzles, asynchronous copies, ldmatrix, the look-ups and the tensor cores'
+fragments are all in what runs here; the emulator knows them from NVIDIA's manual alone. It
+reports races, reads of what was never written and accesses out of bounds.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.memory.compile import has_plugin
+from qlora_jax.quant import CODEBOOKS, QTensor, quantize
+
+if jax.__version_info__ < (0, 12):
+    pytest.skip("Mosaic GPU kernels need jax 0.12 (Python 3.12)", allow_module_level=True)
+if not has_plugin():
+    pytest.skip("compile-only GPU packages absent: make gpu-check", allow_module_level=True)
+
+import ptx_compile
+from plain_mosaic import rounded_weight
+
+from qlora_jax.kernels import mosaic
+
+EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+CASES = [
+    # rows, K, N, direction, dtype, block size, double quantization, codebook
+    (1, 512, 64, "forward", "bfloat16", 64, True, "nf4"),
+    (16, 1280, 64, "forward", "float16", 32, True, "fp4_bnb"),
+    (5, 256, 128, "forward", "bfloat16", 4096, False, "lloyd"),
+    (16, 64, 1280, "backward", "bfloat16", 64, True, "nf4"),
+    (3, 128, 256, "backward", "float16", 32, False, "int4"),
+    (20, 192, 64, "forward", "bfloat16", 32, True, "af4"),
+    (20, 64, 448, "backward", "bfloat16", 64, True, "nf4"),
+    (64, 448, 128, "forward", "float16", 64, True, "nf4"),
+    (40, 128, 192, "backward", "bfloat16", 32, True, "fp4_e2m1"),
+    (130, 256, 128, "forward", "bfloat16", 128, True, "nf4"),
+    (130, 128, 320, "backward", "float16", 64, True, "fp4_e3m0"),
+    (17, 72, 40, "forward", "bfloat16", 32, True, "nf4"),
+    (17, 72, 40, "backward", "bfloat16", 32, True, "nf4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "direction", "dtype", "block_size", "double_quant", "codebook"), CASES
+)
+def test_compiled_kernel(m, k, n, direction, dtype, block_size, double_quant, codebook) -> None:
+    random = np.random.default_rng(m * k + n)
+    w = random.normal(size=(k, n)).astype(np.float32)
+    q = quantize(w, codebook, block_size, double_quant)
+    x = jnp.asarray(random.normal(size=(m, k if direction == "forward" else n)), dtype)
+    y = emulated(getattr(mosaic, direction), x, q)
+    weight = rounded_weight(q, jnp.dtype(dtype))
+    weight = weight if direction == "forward" else weight.T
+    left = np.asarray(x).astype(np.float64)
+    exact, size = left @ weight, np.abs(left) @ np.abs(weight)
+    allowed = EPSILON[dtype] / 2 * np.abs(exact) + left.shape[1] * 2.0**-24 * size
+    assert np.all(np.abs(y.astype(np.float64) - exact) <= allowed * (1 + 1e-6))
+
+
+def emulated(product, x: jax.Array, q: QTensor) -> np.ndarray:
+    """The product with the kernel's part done by the emulator."""
+    kernel, operands, outer = captured(product, x, q)
+    (compiled,) = ptx_compile.kernels(functools.partial(kernel, outer=outer), *operands).values()
+    left, codes, codebook, scales = operands
+    out = np.full((left.shape[0], outer), np.nan, left.dtype)
+    compiled.run(*(np.array(a) for a in (left, codes, codebook, *scales)), out)
+    return np.asarray(replayed(product, x, q, jnp.asarray(out)))
+
+
+def captured(product, x: jax.Array, q: QTensor) -> tuple[mosaic.Kernel, tuple, int]:
+    """The kernel of a product and what it is called with."""
+    calls = []
+
+    def called(kernel, *operands):
+        calls.append((kernel, operands[:-1], operands[-1]))
+        return jnp.zeros((operands[0].shape[0], operands[-1]), operands[0].dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic.Kernel, "__call__", called)
+        product(x, q)
+    (call,) = calls
+    return call
+
+
+def replayed(product, x: jax.Array, q: QTensor, result: jax.Array) -> jax.Array:
+    """The product, given its kernel's result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic.Kernel, "__call__", lambda *_: result)
+        return product(x, q)
+
+
+def test_every_codebook_is_among_the_cases() -> None:
+    assert {case[-1] for case in CASES} == set(CODEBOOKS)
