@@ -18,11 +18,13 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.mma import MMALayouts, mma
+from jax.experimental.mosaic.gpu.wgmma import WGMMAAccumulator, wgmma
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from qlora_jax.quant.qtensor import GROUP
 
+WGMMA_LAYOUT = fa.WGMMA_LAYOUT
 HALF = GROUP // 2
 THREADS, LANES, WARPS = 128, 32, 4
 TABLE = (256, LANES)
@@ -36,26 +38,34 @@ Register = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """The right operand of one step, [c, o] of contraction and output features.
+    """The decoded operand of one step, [c, o] of contraction and output features.
 
-    Forward it is a tile of W[K, N] and `transposed` is false; backward of its transpose.
+    Forward it is a tile of W[K, N] and `transposed` is false; backward of its transpose. How it
+    is divided among the four warps, and in which order the instruction counts its axes:
 
-    With few rows on the left the four warps share the contraction (`split`), so that each element
-    of the left operand is read once; and forward a thread takes columns of W that are neighbours
-    in memory, so that `mma` counts the output features in another order.
+      * "mma": the right operand of mma; the warps share the output features.
+      * "split": likewise, but the warps share the contraction, so that each element of the other
+        operand is read once, by one warp: for few rows. Forward a thread takes columns of W that
+        are neighbours in memory, and output features are counted in another order.
+      * "wgmma": the left operand of wgmma (sm_90), which takes features as rows, 64 at a time;
+        their order is such that a thread has both nibbles of its bytes.
 
     Attributes:
       c, o: its shape.
       transposed: whether output features are rows of W.
       block_size: of the QTensor.
-      split: whether the warps share the contraction; else they share the output features.
+      form: one of the three.
     """
 
     c: int
     o: int
     transposed: bool
     block_size: int
-    split: bool
+    form: str
+
+    @property
+    def split(self) -> bool:
+        return self.form == "split"
 
     @property
     def share(self) -> int:
@@ -94,11 +104,24 @@ class Operand:
         """Output features in `mma`'s order to those of the tile."""
         if self.split and not self.transposed:
             return index % 8 * (self.o // 8) + index // 8  # lane g takes neighbours
+        if self.form == "wgmma":
+            # rows 16w + 8h + g of every 64 are features 32h + 8w + g
+            return index // 64 * 64 + index // 8 % 2 * 32 + index % 64 // 16 * 8 + index % 8
         return index
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """In the instruction's order of axes; one warp's share if they share the contraction."""
+        return (self.o, self.c) if self.form == "wgmma" else (self.share, self.o)
+
+    def layout(self, dtype: ir.Type | str) -> fa.TiledLayout:
+        """The instruction's layout of registers."""
+        return WGMMA_LAYOUT if self.form == "wgmma" else MMALayouts(dtype, m_warps=self.m_warps).rhs
 
     def elements(self, layout: fa.TiledLayout) -> tuple[np.ndarray, np.ndarray]:
         """k and n within the tile of W for [warps, lanes, *registers, vector]."""
-        c, o = divmod(ownership(layout, (self.share, self.o)), self.o)
+        first, second = divmod(ownership(layout, self.shape), self.shape[1])
+        c, o = (second, first) if self.form == "wgmma" else (first, second)
         c, o = self.contraction(c), self.output(o)
         return (o, c) if self.transposed else (c, o)
 
@@ -306,7 +329,7 @@ def weights(
     dtype: ir.Type,
 ) -> fa.FragmentedArray:
     """The operand in `dtype`, in the layout that `mma` takes: codebook * scale, each rounded."""
-    layout = MMALayouts(dtype, m_warps=operand.m_warps).rhs
+    layout = operand.layout(dtype)
     packed = fa.FragmentedArray.load_tiled(
         codes, swizzle=operand.code_swizzle, layout=code_layout(operand), is_signed=False
     )
@@ -324,7 +347,7 @@ def weights(
             own_scales[place] = _at(utils.memref_ptr(scales), place.value(), _i32())
         return utils.bitcast(llvm.load(_i32(), _at(own_scales[place], word, _i32())), pair)
 
-    registers = np.empty(layout.registers_shape((operand.share, operand.o)), object)
+    registers = np.empty(layout.registers_shape(operand.shape), object)
     for register, found in _plan(operand, layout).items():
         halves = _permute(*(entry(*code) for code in found.codes), 0x7632 if found.high else 0x5410)
         factor = scale(found.scale_place, found.scale_word)
@@ -383,8 +406,14 @@ def product(
     """total + left @ right, left [m, c] in swizzled shared memory.
 
     If the warps share the contraction, each adds its own product to its own rows of `total`
-    [4 * SPLIT_M, o].
+    [4 * SPLIT_M, o]. With wgmma `total` is transposed, [o, m].
     """
+    if operand.form == "wgmma":
+        columns = utils.memref_transpose(left, (1, 0, 3, 2))
+        sum_ = wgmma(WGMMAAccumulator.from_registers(total), right, columns, swizzle=128)
+        nvvm.wgmma_commit_group_sync_aligned()
+        nvvm.wgmma_wait_group_sync_aligned(0)
+        return sum_.value
     layout = MMALayouts(right.mlir_dtype, m_warps=operand.m_warps).lhs
     if not operand.split:
         return mma(total, fa.FragmentedArray.load_tiled(left, swizzle=128, layout=layout), right)
@@ -398,6 +427,36 @@ def product(
     loaded = fa.FragmentedArray.load_tiled(columns, swizzle=128, layout=own)
     rows = fa.FragmentedArray(_registers=loaded.registers, _layout=layout, _is_signed=None)
     return mma(total, rows, right)
+
+
+def store_transposed(
+    operand: Operand,
+    total: fa.FragmentedArray,
+    out: ir.Value,
+    m: ir.Value,
+    o: ir.Value,
+    dtype: ir.Type,
+) -> None:
+    """Writes `total` [o, m] of wgmma to tile (m, o) of `out`, rounded to `dtype`."""
+    rows, stride = total.shape[1], ir.MemRefType(out.type).shape[1]
+    o_index, row = divmod(ownership(total.layout, total.shape), rows)
+    places = row * stride + operand.output(o_index)
+    tile = _add(_mul(m, rows * stride), _mul(o, operand.o))
+    _scatter(total, places, _at(utils.memref_ptr(out), tile, dtype), dtype)
+
+
+def _scatter(array: fa.FragmentedArray, places: np.ndarray, base: ir.Value, dtype: ir.Type) -> None:
+    """Stores the elements of an array at `places` [warps, lanes, *registers, vector] after base."""
+    bases: dict[Place, ir.Value] = {}
+    for register in np.ndindex(places.shape[2:]):
+        index = places[(slice(None), slice(None), *register)]
+        place = Place.of(index - index[0, 0])
+        if place not in bases:
+            bases[place] = _at(base, place.value(), dtype)
+        value = _extract(array.registers[register[:-1]], register[-1])
+        if dtype != array.mlir_dtype:
+            value = arith.truncf(dtype, value)
+        llvm.store(value, _at(bases[place], int(index[0, 0]), dtype))
 
 
 def sum_warps(
@@ -417,14 +476,7 @@ def sum_warps(
     row, o_index = divmod(ownership(total.layout, (WARPS * SPLIT_M, operand.o)), operand.o)
     words = row * width + operand.output(o_index)
     base = utils.memref_ptr(scratch)
-    bases: dict[Place, ir.Value] = {}
-    for register in np.ndindex(words.shape[2:]):
-        index = words[(slice(None), slice(None), *register)]
-        place = Place.of(index - index[0, 0])
-        if place not in bases:
-            bases[place] = _at(base, place.value(), _i32())
-        value = _extract(total.registers[register[:-1]], register[-1])
-        llvm.store(value, _at(bases[place], int(index[0, 0]), _f32()))
+    _scatter(total, words, base, _f32())
     utils.warpgroup_barrier()
     each = SPLIT_M * operand.o // THREADS
     threads = operand.o // each  # of a row

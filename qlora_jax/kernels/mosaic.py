@@ -2,8 +2,9 @@
 
 One source for Ampere to Blackwell: tiles of the left operand and of the codes arrive in shared
 memory in a pipeline, the codes are decoded in registers straight into the layout of the tensor
-cores' right operand, and `mma` adds up in float32. Backward is the same kernel on the transposed
-weight. Codebook and scales are rounded to the compute dtype, and so is their product.
+cores' operand, and `mma`, or `wgmma` on Hopper, adds up in float32. Backward is the same kernel on
+the transposed weight. Codebook and scales are rounded to the compute dtype, and so is their
+product.
 """
 
 import dataclasses
@@ -62,10 +63,9 @@ def _product(left: jax.Array, q: QTensor, transposed: bool) -> jax.Array:
     k, n = 2 * q.codes.shape[0], _up(q.shape[1], EDGE)
     codes, scales = (_pad(leaf, leaf.shape[0], n) for leaf in (q.codes, q.scales))
     inner, outer = (n, k) if transposed else (k, n)
-    tile = tuning.mosaic_tile(rows.shape[0], inner, outer)
+    tile = tuning.mosaic_tile(rows.shape[0], inner, outer, utils._infer_arch())
     padded = _pad(rows, _up(rows.shape[0], tile.m), inner)
-    split = tile.m == fragments.SPLIT_M
-    operand = Operand(tile.c, tile.o, transposed, q.block_size, split)
+    operand = Operand(tile.c, tile.o, transposed, q.block_size, tile.form)
     nested: tuple[jax.Array, ...] = ()
     if q.nested is not None and q.offset is not None:
         nested = (q.nested, q.offset[None], jnp.asarray(dynamic_map()))
@@ -129,6 +129,9 @@ class Kernel:
 
     @property
     def accumulator(self) -> plgpu.ShapeDtypeStruct:
+        if self.operand.form == "wgmma":
+            shape = (self.tile.o, self.tile.m)
+            return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
         warps = self.operand.m_warps
         layout = plgpu.Layout.MMA_ACC(self.dtype, m_warps=warps)
         shape = (warps * self.tile.m, self.tile.o)
@@ -215,17 +218,20 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         return total
 
     @plgpu.inline_mgpu(arg_types=(kernel.accumulator.layout, ref, ref, scalar, scalar))
-    def sum_warps(_, total, scratch, out, m, o):
+    def write(_, total, scratch, out, m, o):
         element = utils.dtype_to_ir_type(kernel.dtype)
         place = m.registers.item(), o.registers.item()
-        fragments.sum_warps(operand, total, scratch, out, *place, element)
+        if operand.split:
+            fragments.sum_warps(operand, total, scratch, out, *place, element)
+        else:
+            fragments.store_transposed(operand, total, out, *place, element)
         return ()
 
     def store(total, table, out, m, o) -> None:
         rows, columns = pl.ds(m * kernel.tile.m, kernel.tile.m), pl.ds(o * operand.o, operand.o)
         plgpu.store(out.at[rows, columns], total.astype(kernel.dtype), optimized=False)
 
-    return DeviceCode(prepare, multiply, sum_warps if operand.split else store)
+    return DeviceCode(prepare, multiply, store if operand.form == "mma" else write)
 
 
 def _spec(shape: tuple[int, int], index_map: Callable, transforms: Any) -> plgpu.BlockSpec:

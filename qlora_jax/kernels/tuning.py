@@ -43,16 +43,18 @@ class MosaicTile(NamedTuple):
       o: output features.
       c: contraction indices of a step.
       stages: steps in flight.
+      form: how the decoded operand meets the tensor cores, of `fragments.Operand`.
     """
 
     m: int
     o: int
     c: int
     stages: int
+    form: str = "mma"
 
 
 MOSAIC_TILES = (
-    MosaicTile(16, 64, 256, 3),
+    MosaicTile(16, 64, 256, 3, "split"),
     MosaicTile(32, 64, 64, 4),
     MosaicTile(64, 128, 64, 3),
     MosaicTile(128, 128, 64, 3),
@@ -60,13 +62,22 @@ MOSAIC_TILES = (
 )
 """By preference among those of equal m."""
 
+HOPPER_TILES = (
+    MosaicTile(64, 128, 64, 3, "wgmma"),
+    MosaicTile(128, 128, 64, 3, "wgmma"),
+)
+"""Before the others on an sm_90, which alone has this instruction."""
 
-def mosaic_tile(m: int, inner: int, outer: int) -> MosaicTile:
+
+def mosaic_tile(m: int, inner: int, outer: int, capability: tuple[int, int]) -> MosaicTile:
     """The tile for m rows: the least that holds them, or else the largest, of those that divide.
 
     Args:
       m: rows.
       inner, outer: contraction and output features, multiples of 64.
+      capability: of the GPU, (8, 0) for sm_80.
     """
-    fits = [t for t in MOSAIC_TILES if inner % t.c == 0 and outer % t.o == 0]
-    return min((t for t in fits if t.m >= m), key=lambda t: t.m, default=max(fits))
+    tiles = (*HOPPER_TILES, *MOSAIC_TILES) if capability == (9, 0) else MOSAIC_TILES
+    fits = [t for t in tiles if inner % t.c == 0 and outer % t.o == 0]
+    holding = [t for t in fits if t.m >= m]
+    return min(holding, key=lambda t: t.m) if holding else max(fits, key=lambda t: t.m)

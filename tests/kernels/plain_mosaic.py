@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.kernels.fragments import WARPS
 from qlora_jax.kernels.mosaic import DeviceCode, Kernel
+from qlora_jax.quant.double_quant import unfused
 from qlora_jax.quant.qtensor import block_scales
 
 
@@ -32,7 +33,7 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         if count > 1:
             nested, offset, levels = (ref[...] for ref in scales[1:])
             index = jnp.minimum((n * nb + b) // kernel.nested_block, nested.shape[0] - 1)
-            found = levels[found.astype(jnp.int32)] * nested[index] + offset[0]
+            found = unfused(levels[found.astype(jnp.int32)] * nested[index]) + offset[0]
         found = found.astype(dtype)
         if operand.transposed:
             return found
@@ -61,16 +62,18 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         parts = WARPS if operand.split else 1
         lefts = jnp.split(left[...], parts, axis=1)
         products = [
-            jnp.dot(a, b, preferred_element_type=jnp.float32)
+            jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
             for a, b in zip(lefts, jnp.split(right, parts))
         ]
+        product = jnp.concatenate(products)
         # where the device code has a barrier
         plgpu.commit_smem()
-        return total + jnp.concatenate(products)
+        return total + (product.T if operand.form == "wgmma" else product)
 
     def finish(total, table, out, m, o) -> None:
         shape = (kernel.tile.m, kernel.tile.o)
         place = tuple(pl.ds(i * size, size) for i, size in zip((m, o), shape))
+        total = total.T if operand.form == "wgmma" else total
         out[place] = total.reshape(-1, *shape).sum(axis=0).astype(dtype)
 
     return DeviceCode(prepare, multiply, finish)

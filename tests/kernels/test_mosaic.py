@@ -26,7 +26,7 @@ else:
 
     from qlora_jax.kernels import fragments, mosaic
     from qlora_jax.kernels.fragments import Operand, Place
-    from qlora_jax.kernels.tuning import MOSAIC_TILES, mosaic_tile
+    from qlora_jax.kernels.tuning import HOPPER_TILES, MOSAIC_TILES, mosaic_tile
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="Mosaic GPU kernels need jax 0.12 (Python 3.12)"
@@ -80,7 +80,7 @@ def test_both_directions(
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("m", "k"), [(3, 1280), (20, 384)])
+@pytest.mark.parametrize(("m", "k"), [(3, 1280), (20, 384), (40, 256)])
 def test_every_step_of_the_pipeline_counts(interpreted, m: int, k: int) -> None:
     random = np.random.default_rng(0)
     q = quantize(random.normal(size=(k, 128)).astype(np.float32))
@@ -122,10 +122,10 @@ def test_float32_is_refused_with_a_remedy() -> None:
 
 
 def operands() -> list["Operand"]:
-    tiles = {(t.c, t.o, t.m == fragments.SPLIT_M) for t in MOSAIC_TILES}
+    tiles = {(t.c, t.o, t.form) for t in (*MOSAIC_TILES, *HOPPER_TILES)}
     return [
-        Operand(c, o, transposed, block_size, split)
-        for c, o, split in sorted(tiles)
+        Operand(c, o, transposed, block_size, form)
+        for c, o, form in sorted(tiles)
         for transposed in (False, True)
         for block_size in (32, 64, 128, 4096)
     ]
@@ -152,7 +152,7 @@ def test_every_byte_is_held_once_and_every_operand_has_a_plan() -> None:
         layout = fragments.code_layout(operand)
         held = fragments.ownership(layout, operand.codes_shape)
         assert sorted(held.reshape(-1)) == list(range(np.prod(operand.codes_shape)))
-        warps = MMALayouts("bfloat16", m_warps=operand.m_warps).rhs
+        warps = operand.layout("bfloat16")
         plan = fragments._plan(operand, warps)
         assert len(plan) * 2 * 128 == operand.c * operand.o
         k, n = operand.elements(warps)
@@ -183,10 +183,25 @@ def test_a_place_is_a_sum_over_warp_and_lane() -> None:
 
 
 @needs_mosaic
+def test_wgmma_takes_and_gives_what_the_ptx_manual_says() -> None:
+    """Matrix A in registers and D of wgmma m64: lane 4g + t of warp w holds rows 16w + g, + 8 and
+    columns 2t, 2t + 1 of every eight."""
+    held = fragments.ownership(fragments.WGMMA_LAYOUT, (128, 64)).reshape(4, 32, -1)
+    for warp in range(4):
+        for lane in range(32):
+            g, t = divmod(lane, 4)
+            rows = {64 * i + 16 * warp + 8 * h + g for i in (0, 1) for h in (0, 1)}
+            columns = {8 * j + 2 * t + e for j in range(8) for e in (0, 1)}
+            expected = {(r, c) for r in rows for c in columns}
+            assert {divmod(int(i), 64) for i in held[warp, lane]} == expected
+
+
+@needs_mosaic
 @pytest.mark.parametrize("inner", [64, 192, 4096])
 @pytest.mark.parametrize("outer", [64, 192, 4096])
-def test_tiles_divide_and_grow_with_m(inner: int, outer: int) -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_tiles_divide_and_grow_with_m(inner: int, outer: int, capability) -> None:
     for m in (1, 16, 17, 64, 65, 5000):
-        tile = mosaic_tile(m, inner, outer)
+        tile = mosaic_tile(m, inner, outer, capability)
         assert inner % tile.c == outer % tile.o == 0
         assert tile.m >= min(m, 64)

@@ -81,6 +81,7 @@ def captured(product, x: jax.Array, q: QTensor) -> tuple[mosaic.Kernel, tuple, i
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mosaic.Kernel, "__call__", called)
+        patch.setattr(mosaic.utils, "_infer_arch", lambda: (8, 0))
         product(x, q)
     (call,) = calls
     return call
@@ -90,6 +91,7 @@ def replayed(product, x: jax.Array, q: QTensor, result: jax.Array) -> jax.Array:
     """The product, given its kernel's result."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mosaic.Kernel, "__call__", lambda *_: result)
+        patch.setattr(mosaic.utils, "_infer_arch", lambda: (8, 0))
         return product(x, q)
 
 
