@@ -56,7 +56,11 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         scale = now[...]
         if not operand.transposed:
             scale = _value(lax.bitcast_convert_type(scale, jnp.uint32) & 0xFFFF, dtype)
-        w = w * jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0)
+        # else XLA would keep the product in float32 on its way into the next one
+        bits = jnp.finfo(dtype)
+        w = lax.reduce_precision(
+            w * jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0), bits.nexp, bits.nmant
+        )
         later[...] = scales_of(scales, o, ahead)
         right = w.T if operand.transposed else w
         parts = WARPS if operand.split else 1
