@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from qlora_jax import config as configs
 from qlora_jax import paths
+from qlora_jax.bench import command as bench_command
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.streams import outlets
 from qlora_jax.train import rundir
@@ -171,6 +172,9 @@ def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
         "--top-p", type=_share, default=1.0, metavar="P", help="sample from this share; default 1"
     )
     generate.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the sampling")
+
+    bench = command("bench", _bench, "Measure this machine, beside installed peers if given.")
+    bench_command.add_arguments(bench)
     return parser, commands.choices
 
 
@@ -318,6 +322,10 @@ def _generate(options: argparse.Namespace, settings: Sequence[str], command: str
         print(json.dumps([{"prompt": q.prompt, "answer": a} for q, a in zip(questions, answers)]))
         return
     print("\n\n".join(answers))
+
+
+def _bench(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    bench_command.run(options, _say)
 
 
 if __name__ == "__main__":

@@ -1,105 +1,190 @@
-"""Our figures beside the peer's, from runs that alternate.
+"""Every benchmark beside the installed peers: JSON, tables and a picture.
 
-Each run is a process of its own; one of ours, one of theirs, and again, so that a slow minute of
-the machine falls on both. Ratios are ours / theirs, pair by pair, and so less noisy than figures.
-
-Command: python experiments/benchmarks/compare.py {step,load} --peer PYTHON [--repeat 3] MODEL
-    [options that both scripts take] [--ours-args="--remat dots"] [--peer-args=--no-prepare]
-Expected: step: ours is at least level in tokens/s on jax 0.12; load: ours is quicker, in less than
-  half the memory.
-Cost: 2 x --repeat times one run, a minute each at SmolLM2-135M's shape on 2 CPU cores.
+Question: how do speed and memory compare with bitsandbytes, PEFT, transformers and qwix on this
+  machine?
+Expected: the targets that docs/benchmarks.md names.
+Cost: about half an hour on 2 CPU cores with 3 rounds, 5 GB of memory. Each round is saved as it
+  ends: a run that was stopped, or that --minutes cut, goes on with the same command. Rounds that
+  other code or other versions measured are measured anew.
+Command: python experiments/benchmarks/compare.py all --peer PYTHON [--peer PYTHON]
+    --out docs/results/benchmarks-cpu-jax012.json [--page docs/benchmarks.md]
+  OUT.png is drawn beside it; the tables replace what stands in the page between
+  `<!-- begin NAME -->` and `<!-- end NAME -->`, NAME being OUT's without its ending.
 """
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
-import shlex
-import statistics
-import subprocess
+import platform
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
-FIGURES = {
-    "step": ("tokens_per_s", "step_min_s", "peak_train_mib", "peak_mib", "load_s", "compile_s"),
-    "load": ("load_s", "import_s", "peak_mib", "after_load_mib", "weights_mib"),
+import qlora_jax
+from qlora_jax.atomic import write_text
+from qlora_jax.bench import plot, tools
+from qlora_jax.bench.command import with_model
+from qlora_jax.bench.compare import round_of, summarize
+from qlora_jax.bench.options import Generate, Kernels, Load, Options, Step, to_tree
+from qlora_jax.bench.table import remarks, table
+from qlora_jax.bench.tools import Tool
+from qlora_jax.errors import RunFailed, UserError
+
+SMALL, LARGE = "random-smollm2-135m", "random-tinyllama-1.1b"
+
+
+class Section(NamedTuple):
+    """One table. `against`: our own other options, measured in place of peers."""
+
+    title: str
+    what: str
+    options: Options
+    against: tuple[str, Options] | None = None
+
+
+SECTIONS = {
+    "kernels": Section("Quantizing, decoding, products", "kernels", Kernels()),
+    "step": Section("Training step, SmolLM2-135M's shape, 2 x 256", "step", Step(SMALL)),
+    "step-full": Section("The same, recomputing everything", "step", Step(SMALL, remat="full")),
+    "step-lora": Section(
+        "QLoRA against our 16-bit LoRA", "step", Step(SMALL), ("16-bit LoRA", Step(SMALL, "lora"))
+    ),
+    "load": Section("Loading 1.1B parameters into NF4", "load", Load(LARGE)),
+    "generate": Section(
+        "Generation, SmolLM2-135M's shape in NF4, 34 + 64 tokens", "generate", Generate(SMALL)
+    ),
 }
-"""What is compared, of what each script reports."""
-
-
-def run(python: str, script: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """One run; its messages go to stderr, its report is the last line of its output."""
-    command = [python, str(HERE / script), *arguments, "--json"]
-    print(shlex.join(command), file=sys.stderr)
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if result.returncode:
-        sys.exit(f"exit code {result.returncode}: {shlex.join(command)}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def summarize(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], names: Sequence[str]) -> dict:
-    """Per figure: both medians, every pair's ratio and the median ratio; None where not known."""
-    summary = {}
-    for name in names:
-        ours, peer = ([report[name] for report in side] for side in zip(*pairs))
-        if None in (*ours, *peer):
-            continue
-        ratios = [round(a / b, 3) if b else None for a, b in zip(ours, peer)]
-        summary[name] = {
-            "ours": statistics.median(ours),
-            "peer": statistics.median(peer),
-            "ratio": None if None in ratios else statistics.median(ratios),
-            "ratios": ratios,
-        }
-    return summary
-
-
-def table(summary: dict[str, dict[str, Any]], labels: tuple[str, str]) -> str:
-    rows = [("median", *labels, "ratio", "pair by pair"), ("---",) * 5]
-    for name, row in summary.items():
-        pairs = "" if row["ratio"] is None else ", ".join(map(str, row["ratios"]))
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        rows.append((name, f"{row['ours']:g}", f"{row['peer']:g}", ratio, pairs))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def label(report: dict[str, Any]) -> str:
-    versions = report["versions"]
-    package = "jax" if "jax" in versions else "bitsandbytes"
-    return f"{report['tool']} ({package} {versions[package]})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=FIGURES)
-    parser.add_argument("--ours", default=sys.executable, metavar="PYTHON", help="default: this")
-    parser.add_argument("--peer", required=True, metavar="PYTHON")
-    parser.add_argument("--ours-args", default="", metavar="ARGS", help="further, for ours alone")
-    parser.add_argument("--peer-args", default="", metavar="ARGS", help="further, for theirs alone")
-    parser.add_argument("--repeat", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
-    options, shared = parser.parse_known_args()
-    pairs = []
-    for _ in range(options.repeat):
-        ours = run(options.ours, f"{options.what}.py", [*shared, *shlex.split(options.ours_args)])
-        peer = run(
-            options.peer, f"peer_{options.what}.py", [*shared, *shlex.split(options.peer_args)]
+    parser.add_argument(
+        "sections",
+        nargs="+",
+        choices=["all", *SECTIONS],
+        metavar="SECTION",
+        help=f"all, or any of {', '.join(SECTIONS)}",
+    )
+    parser.add_argument("--peer", action="append", default=[], metavar="PYTHON")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--page", type=Path, metavar="FILE.md")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no round after this many"
+    )
+    options = parser.parse_args()
+    chosen = SECTIONS if "all" in options.sections else {s: SECTIONS[s] for s in options.sections}
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    deadline = time.monotonic() + 60 * options.minutes
+    for name, section in chosen.items():
+        sides = _sides(section, options.peer)
+        rounds = _kept(results.get(name), section, sides)
+        _say(f"{name}: {len(rounds)} of {options.rounds} rounds are there")
+        while len(rounds) < options.rounds and time.monotonic() < deadline:
+            rounds.append(_round(section, sides))
+            results[name] = {"what": section.what, "key": _key(section, sides), "rounds": rounds}
+            _write(options.out, {n: results[n] for n in SECTIONS if n in results})
+    _show(results, options.out, options.page)
+    if left := [n for n in chosen if len(results.get(n, {}).get("rounds", ())) < options.rounds]:
+        _say(f"not complete: {', '.join(left)}; the same command goes on")
+
+
+def _sides(section: Section, pythons: Sequence[str]) -> list[Tool]:
+    """Ours, and every peer of this section that one of the interpreters has."""
+    found, errors = [tools.ours()], []
+    if section.against is not None:
+        return found
+    for python in pythons:
+        try:
+            found += tools.peers(python, section.what)
+        except UserError as e:
+            errors.append(e)
+    if errors and len(found) == 1:
+        raise errors[0]
+    return found
+
+
+def _round(section: Section, sides: Sequence[Tool]) -> list[dict[str, Any]]:
+    first = with_model(section.options, len(sides) > 1, _say)
+    reports = round_of(sides, section.what, first, _say)
+    if section.against is not None:
+        label, other = section.against
+        other = with_model(other, False, _say)
+        reports.append(tools.measured(sides[0], section.what, other, _say) | {"label": label})
+    for report in reports:
+        # the name, and not where this machine keeps it
+        report["options"] |= (
+            {"model": section.options.model} if "model" in report["options"] else {}
         )
-        pairs.append((ours, peer))
-    summary = summarize(pairs, FIGURES[options.what])
-    if options.json:
-        print(json.dumps({"summary": summary, "runs": [list(pair) for pair in pairs]}))
+    return reports
+
+
+def _key(section: Section, sides: Sequence[Tool]) -> dict[str, Any]:
+    """What must be the same for rounds to belong together."""
+    root = Path(qlora_jax.__file__).parent
+    code = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        code.update(str(file.relative_to(root)).encode() + file.read_bytes())
+
+    return {
+        "code": code.hexdigest(),
+        "python": platform.python_version(),
+        "jax": importlib.metadata.version("jax"),
+        "sides": [side.name for side in sides],
+        "options": to_tree(section.options),
+    }
+
+
+def _kept(
+    result: Mapping[str, Any] | None, section: Section, sides: Sequence[Tool]
+) -> list[list[dict[str, Any]]]:
+    key = json.loads(json.dumps(_key(section, sides)))
+    return list(result["rounds"]) if result and result["key"] == key else []
+
+
+def _write(out: Path, results: Mapping[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in results.items()]
+    write_text(out, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _show(results: Mapping[str, Any], out: Path, page: Path | None) -> None:
+    summaries = {n: summarize(results[n]["rounds"]) for n in SECTIONS if n in results}
+    if not summaries:
         return
-    ours, peer = pairs[0]
-    print(table(summary, (label(ours), label(peer))))
-    if "losses" in ours:
-        print(f"\nfirst losses on the same tokens: {ours['losses'][0]}, {peer['losses'][0]}")
-        busy = [max(pair[0]["others_cores"], pair[1]["others_cores"]) for pair in pairs]
-        print(f"cores that other processes took, the worse run of each pair: {busy}")
+    parts = []
+    for name, summary in summaries.items():
+        notes = "\n".join(f"- {line}" for line in remarks(results[name]["rounds"]))
+        parts.append(f"### {SECTIONS[name].title}\n\n{table(summary)}\n\n{notes}")
+    text = "\n\n".join(parts)
+    print(text)
+    picture = out.with_suffix(".png")
+    plot.save({SECTIONS[n].title: s for n, s in summaries.items()}, picture)
+    if page is not None:
+        link = f"![{out.stem}]({picture.relative_to(page.parent)})"
+        write_text(page, replaced(page.read_text(), out.stem, f"{text}\n\n{link}"))
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """The page with what stands between the marks of `name` replaced."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise UserError(f"--page: it needs one line {begin} and after it one {end}")
+    head, _, rest = page.partition(begin)
+    return f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, RunFailed) as e:
+        sys.exit(f"compare.py: {e}")

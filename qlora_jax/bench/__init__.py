@@ -1,0 +1,1 @@
+"""Our figures on the machine at hand, and beside installed peers'."""

@@ -1,0 +1,238 @@
+"""The command `qlora-jax bench`: its arguments, and what it does."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax import paths
+from qlora_jax.bench.options import BENCHMARKS, DTYPES, METHODS, REMAT, Options
+from qlora_jax.errors import UserError
+
+MODEL = "random-smollm2-135m"
+MODEL_HELP = (
+    "a Hugging Face folder, a .gguf file, a hub id, a built-in model, or random weights of a real "
+    f"shape: random-smollm2-135m, random-tinyllama-1.1b; default: {MODEL}"
+)
+WHAT = {
+    "kernels": "quantizing, decoding, and products with 4-bit weights, forward and backward",
+    "step": "a training step: tokens/s and peak memory",
+    "load": "loading a checkpoint into NF4: seconds and peak memory",
+    "generate": "greedy generation: prefill, decode and peak memory",
+}
+
+
+def add_arguments(parser: Any) -> None:
+    """Adds the benchmarks and their options to the parser of `bench`."""
+    benchmarks = parser.add_subparsers(
+        dest="what", required=True, metavar="WHAT", title="benchmarks"
+    )
+    for what, text in WHAT.items():
+        own = benchmarks.add_parser(
+            what, help=text, description=f"Measure {text}.", allow_abbrev=False
+        )
+        _ADD[what](own)
+        own.add_argument(
+            "--peer",
+            action="append",
+            default=[],
+            metavar="PYTHON",
+            help="interpreter with bitsandbytes (and PEFT, transformers) or, for kernels, qwix: "
+            "measured beside, alternating; may be repeated",
+        )
+        own.add_argument(
+            "--rounds", type=_count, metavar="N", help="runs of each; default 1, with peers 3"
+        )
+        own.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
+        # SUPPRESS: what stands before WHAT must not be reset
+        for flag, meaning in {
+            "--json": "print the summary and every run as JSON",
+            "--debug": "show the traceback of an error",
+        }.items():
+            own.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meaning)
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Measures and prints.
+
+    Args:
+      options: parsed from what `add_arguments` added.
+      say: told progress.
+
+    Raises:
+      UserError: a peer, the model or a file cannot be used.
+      RunFailed: a run failed.
+    """
+    from qlora_jax.bench import compare, plot, tools
+    from qlora_jax.bench.table import remarks, table
+
+    what = options.what
+    chosen = _options(options)
+    sides = [tools.ours(), *(tool for python in options.peer for tool in tools.peers(python, what))]
+    chosen = with_model(chosen, len(sides) > 1, say)
+    count = options.rounds or (3 if len(sides) > 1 else 1)
+    rounds = []
+    for i in range(count):
+        if count > 1:
+            say(f"round {i + 1} of {count}: {', '.join(side.name for side in sides)}")
+        rounds.append(compare.round_of(sides, what, chosen, say))
+    summary = compare.summarize(rounds)
+    if options.plot is not None:
+        plot.save({what: summary}, options.plot)
+    if options.json:
+        print(json.dumps({"what": what, "summary": summary, "rounds": rounds}))
+        return
+    print(table(summary))
+    print("\n" + "\n".join(remarks(rounds)))
+
+
+def with_model(options: Options, peers: bool, say: Callable[[str], None]) -> Options:
+    """The options with the name of a random model replaced by its folder.
+
+    Raises:
+      UserError: a model that peers cannot read, or the cache cannot be written to.
+    """
+    model = getattr(options, "model", None)
+    if model is None:
+        return options
+    from qlora_jax.bench import random_models
+
+    if model in random_models.SHAPES:
+        return dataclasses.replace(options, model=str(random_models.folder(model, say)))  # type: ignore[arg-type]
+    if peers and not paths.is_dir(model):
+        raise UserError(
+            f"{model}: peers read a Hugging Face folder alone; give one, or random weights: "
+            f"{', '.join(random_models.SHAPES)}"
+        )
+    return options
+
+
+def _options(parsed: argparse.Namespace) -> Options:
+    kind = BENCHMARKS[parsed.what]
+    return kind(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)})
+
+
+def _kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        type=_list(_shape),
+        default=(),
+        metavar="KxN,...",
+        help="of weights; default 4096x4096, on a GPU 4096x11008, too",
+    )
+    parser.add_argument(
+        "--rows",
+        type=_list(_count),
+        default=(),
+        metavar="M,...",
+        help="default 1,16,512,2048, on a GPU 8192, too",
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=_list(_dtype),
+        default=(),
+        metavar="DTYPE,...",
+        help="default bfloat16,float32, on a GPU bfloat16",
+    )
+    _samples(parser, 10, "timed calls of each case")
+    parser.set_defaults(device="")
+
+
+def _step(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--method", choices=METHODS, default="qlora", help="default qlora")
+    _compute(parser)
+    parser.add_argument(
+        "--remat", choices=REMAT, default="dots", help="default dots; peers know none and full"
+    )
+    for name, default, text in (
+        ("batch", 2, "rows"),
+        ("seq", 256, "tokens a row"),
+        ("rank", 16, "of the adapters"),
+        ("steps", 6, "timed steps"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=_count,
+            default=default,
+            metavar="N",
+            help=f"{text}; default {default}",
+        )
+    parser.add_argument(
+        "--no-prepare",
+        dest="prepare",
+        action="store_false",
+        help="peers: without peft.prepare_model_for_kbit_training",
+    )
+    parser.set_defaults(seed=0)
+
+
+def _load(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _compute(parser)
+    for name, default, text in (
+        ("prompt", 34, "tokens to read"),
+        ("tokens", 64, "tokens to write"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=_count,
+            default=default,
+            metavar="N",
+            help=f"{text}; default {default}",
+        )
+    _samples(parser, 5, "timed answers")
+    parser.set_defaults(seed=0)
+
+
+_ADD: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "kernels": _kernels,
+    "step": _step,
+    "load": _load,
+    "generate": _generate,
+}
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default=MODEL, metavar="MODEL", help=MODEL_HELP)
+
+
+def _compute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="compute dtype; default bfloat16"
+    )
+
+
+def _samples(parser: argparse.ArgumentParser, default: int, text: str) -> None:
+    parser.add_argument(
+        "--samples", type=_count, default=default, metavar="N", help=f"{text}; default {default}"
+    )
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    return lambda text: tuple(kind(part.strip()) for part in text.split(","))
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sides: Sequence[str] = text.split("x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"a shape is IN x OUT such as 4096x4096, not {text!r}")
+    return _count(sides[0]), _count(sides[1])
+
+
+def _dtype(text: str) -> str:
+    if text in DTYPES:
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DTYPES)}")

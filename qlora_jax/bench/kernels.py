@@ -1,0 +1,122 @@
+"""Our quantizer, decoder and products, timed case by case.
+
+Beside what `matmul` picks stand, as variants, every implementation where the device has several
+(`xla` is dequantize-then-GEMM) and the product with a weight that was never quantized.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.bench import measure
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, cases, described, settle
+from qlora_jax.bench.jax_timing import Inputs, copies, seconds
+from qlora_jax.bench.measure import Figure, Neighbours
+from qlora_jax.bench.options import Kernels, to_tree
+from qlora_jax.bench.worker import OURS
+from qlora_jax.device import describe_devices, warn_if_gpu_idle
+from qlora_jax.errors import UserError, first_line
+from qlora_jax.kernels import IMPLEMENTATIONS, dense, matmul
+from qlora_jax.manifest import git_state
+from qlora_jax.quant import QTensor, dequantize, quantize
+
+PICKED = ""
+UNQUANTIZED = "never quantized"
+
+
+def run(options: Kernels) -> dict[str, Any]:
+    """Times every case of `cases.cases`.
+
+    Raises:
+      UserError: the options ask for a device that jax does not run on.
+    """
+    backend = jax.default_backend()
+    if options.device not in ("", backend):
+        raise UserError(f"--device {options.device}: jax runs on {backend} here; leave it out")
+    options = settle(options, backend)
+    figures: dict[str, dict[str, Figure]] = {}
+    notes = dict.fromkeys(filter(None, [warn_if_gpu_idle()]))
+    with Neighbours() as neighbours:
+        for case in cases(options):
+            for variant in variants(case, backend):
+                try:
+                    time = median_time(case, variant, options.samples)
+                except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as e:
+                    if variant == PICKED:
+                        raise
+                    notes[f"{variant}, {case.dtype}: not here ({first_line(e)})"] = None
+                else:
+                    figures.setdefault(variant, {})[case.name] = time | described(case)
+    return measure.report(
+        OURS,
+        ["jax", "jaxlib"],
+        to_tree(options),
+        figures.pop(PICKED),
+        variants=figures,
+        notes=list(notes),
+        others_cores=neighbours.cores,
+        device=str(describe_devices()),
+        git=git_state(),
+    )
+
+
+def variants(case: Case, backend: str) -> Iterator[str]:
+    """What else is timed on a case, after what a user gets."""
+    yield PICKED
+    if case.rows:
+        if backend == "gpu":
+            yield from IMPLEMENTATIONS
+        yield UNQUANTIZED
+
+
+def median_time(case: Case, variant: str, samples: int) -> Figure:
+    """Milliseconds of one call.
+
+    Args:
+      case: the operation.
+      variant: PICKED, UNQUANTIZED or an implementation.
+      samples: how many to take; see `jax_timing.seconds`.
+    """
+    implementation = None if variant in (PICKED, UNQUANTIZED) else variant
+    sets = copies(arguments(case, variant != UNQUANTIZED), case.copies)
+    # the quantizer is timed with the check that it makes outside of its program
+    jit = case.operation != "quantize"
+    return measure.median_ms(seconds(operation(case, implementation), sets, samples, jit))
+
+
+def operation(case: Case, implementation: str | None) -> Callable[..., Any]:
+    """The function of one case; of (w), (q) or (x or g, weight)."""
+    dtype = jnp.dtype(case.dtype)
+    if case.operation == "quantize":
+        return functools.partial(
+            quantize, codebook=CODEBOOK, block_size=BLOCK_SIZE, double_quant=case.double
+        )
+    if case.operation == "dequantize":
+        return functools.partial(dequantize, dtype=dtype)
+
+    def product(x: jax.Array, w: QTensor | jax.Array) -> jax.Array:
+        return matmul(x, w, implementation) if isinstance(w, QTensor) else dense(x, w)
+
+    if case.operation == "forward":
+        return product
+
+    def backward(g: jax.Array, w: QTensor | jax.Array) -> jax.Array:
+        # x is no part of its own gradient: its product falls away
+        x = jnp.zeros((*g.shape[:-1], case.k), dtype)
+        return jax.vjp(lambda x: product(x, w), x)[1](g)[0]
+
+    return backward
+
+
+def arguments(case: Case, quantized: bool = True) -> Inputs:
+    """What `operation` takes; the weight in 4 bits or, for a product, in floats."""
+    w = case.weight()
+    if case.operation == "quantize":
+        return (w,)
+    weight = (
+        quantize(w, CODEBOOK, BLOCK_SIZE, case.double) if quantized else jnp.asarray(w, case.dtype)
+    )
+    return (jnp.asarray(case.operand(), case.dtype), weight) if case.rows else (weight,)

@@ -1,0 +1,119 @@
+"""What is measured, as data: every benchmark with its options, which all sides take alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from qlora_jax.errors import UserError
+
+DTYPES = ("bfloat16", "float32", "float16")
+METHODS = ("qlora", "lora", "full")
+REMAT = ("dots", "none", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Quantizing, decoding and multiplying by 4-bit weights.
+
+    Attributes:
+      shapes: of weights, (in_features, out_features) each; empty: by device.
+      rows: of the products' other operand; empty: by device.
+      dtypes: of the products and of decoded weights; empty: by device.
+      samples: timed calls of each case, after one to warm up.
+      device: cpu or gpu; empty: what jax runs on.
+    """
+
+    shapes: tuple[tuple[int, int], ...] = ()
+    rows: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    samples: int = 10
+    device: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer step: forward, loss, backward, clipping and AdamW, on random tokens.
+
+    Attributes:
+      model: a folder, a .gguf file or a built-in name.
+      method: a setting `method`.
+      dtype: of computation, and of weights that are not quantized.
+      remat: what the backward pass computes again; peers know none (for dots, too) and full.
+      batch: rows.
+      seq: tokens a row, each with a target.
+      rank: of the adapters, on every linear.
+      steps: timed steps, after one to warm up.
+      seed: of the tokens and of the adapters.
+      prepare: qlora, peers: peft.prepare_model_for_kbit_training, which holds the embeddings, norms
+        and head in float32.
+    """
+
+    model: str
+    method: str = "qlora"
+    dtype: str = "bfloat16"
+    remat: str = "dots"
+    batch: int = 2
+    seq: int = 256
+    rank: int = 16
+    steps: int = 6
+    seed: int = 0
+    prepare: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """Reading a checkpoint into NF4 with double quantization."""
+
+    model: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Greedy text from a model in NF4 with double quantization.
+
+    Attributes:
+      model: a folder, a .gguf file or a built-in name.
+      dtype: of computation, and of weights that are not quantized.
+      prompt: random tokens that are read.
+      tokens: tokens that are written, the first by reading the prompt.
+      samples: timed answers, after one to warm up.
+      seed: of the prompt.
+    """
+
+    model: str
+    dtype: str = "bfloat16"
+    prompt: int = 34
+    tokens: int = 64
+    samples: int = 5
+    seed: int = 0
+
+
+Options = Kernels | Step | Load | Generate
+
+BENCHMARKS: dict[str, type[Options]] = {
+    "kernels": Kernels,
+    "step": Step,
+    "load": Load,
+    "generate": Generate,
+}
+
+
+def to_tree(options: Options) -> dict[str, Any]:
+    """As JSON takes it."""
+    return dataclasses.asdict(options)
+
+
+def from_tree(what: str, tree: dict[str, Any]) -> Any:
+    """The options of benchmark `what` that `to_tree` wrote, after JSON made its tuples lists.
+
+    Raises:
+      UserError: no such benchmark.
+    """
+    if what not in BENCHMARKS:
+        raise UserError(f"{what!r} is no benchmark; there are: {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[what](**{name: _frozen(value) for name, value in tree.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -1,0 +1,109 @@
+"""bitsandbytes' quantizer, decoder and products, case by case as ours."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes import functional
+
+from qlora_jax.bench import measure
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, cases, described
+from qlora_jax.bench.options import Kernels, to_tree
+from qlora_jax.errors import UserError
+
+QUEUED = 50
+"""Calls in one timed stretch on a GPU."""
+
+NOTES = {
+    "cpu": [],
+    "gpu": [
+        "bitsandbytes' calls are dispatched one by one: at few rows that, and not the kernel, is "
+        "what its time shows"
+    ],
+}
+
+
+def run(options: Kernels) -> dict[str, Any]:
+    """Times every case.
+
+    Raises:
+      UserError: its torch does not see the GPU that ours runs on.
+    """
+    gpu = options.device == "gpu"
+    if gpu and not torch.cuda.is_available():
+        raise UserError("--peer: its torch sees no GPU, and ours runs on one; install torch for it")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    figures = {}
+    with measure.Neighbours() as neighbours:
+        for case in cases(options):
+            calls = prepared(case, "cuda" if gpu else "cpu")
+            times = (queued if gpu else one_by_one)(calls, options.samples)
+            figures[case.name] = measure.median_ms(times) | described(case)
+    return measure.report(
+        "bitsandbytes",
+        ["bitsandbytes", "torch"],
+        to_tree(options),
+        figures,
+        notes=NOTES[options.device],
+        others_cores=neighbours.cores,
+    )
+
+
+def prepared(case: Case, device: str) -> list[Callable[[], Any]]:
+    """One call for each set of inputs."""
+    dtype = getattr(torch, case.dtype)
+    # its weight is [out, in]
+    w = torch.from_numpy(case.weight()).T.contiguous().to(device)
+
+    quantize = functools.partial(
+        functional.quantize_4bit,
+        blocksize=BLOCK_SIZE,
+        compress_statistics=case.double,
+        quant_type=CODEBOOK,
+    )
+    if case.operation == "quantize":
+        return [functools.partial(quantize, w.clone()) for _ in range(case.copies)]
+    calls = []
+    for _ in range(case.copies):
+        codes, state = quantize(w)
+        state.dtype = dtype
+        calls.append(_call(case, codes, state))
+    return calls
+
+
+def _call(case: Case, codes: torch.Tensor, state: Any) -> Callable[[], Any]:
+    if case.operation == "dequantize":
+        return lambda: functional.dequantize_4bit(codes, state)
+    operand = torch.from_numpy(case.operand()).to(codes.device, state.dtype)
+    if case.operation == "forward":
+        return lambda: bitsandbytes.matmul_4bit(operand, codes, state)
+    x = torch.zeros(case.rows, case.k, dtype=operand.dtype, device=operand.device)
+    x.requires_grad_()
+    y = bitsandbytes.matmul_4bit(x, codes, state)
+    return lambda: torch.autograd.grad(y, x, operand, retain_graph=True)
+
+
+def one_by_one(calls: list[Callable[[], Any]], samples: int) -> list[float]:
+    """Seconds of single calls, in turn."""
+    turn = 0
+
+    def call() -> float:
+        nonlocal turn
+        turn += 1
+        return measure.timed(calls[turn % len(calls)])
+
+    return measure.take(call, samples)
+
+
+def queued(calls: list[Callable[[], Any]], samples: int) -> list[float]:
+    """Seconds per call of many on a GPU."""
+
+    def stretch() -> None:
+        for i in range(QUEUED):
+            calls[i % len(calls)]()
+        torch.cuda.synchronize()
+
+    return measure.take(lambda: measure.timed(stretch) / QUEUED, samples)

@@ -1,0 +1,84 @@
+"""qwix's quantizer, decoder and products, case by case as ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+from qlora_jax.bench import measure
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, cases, described
+from qlora_jax.bench.jax_timing import Inputs, copies, seconds
+from qlora_jax.bench.options import Kernels, to_tree
+from qlora_jax.errors import UserError
+
+NOTES = (
+    "qwix has no double quantization: its products read scales in the product's dtype, ours in 8 "
+    "bits",
+    "qwix takes a byte per 4-bit weight",
+)
+
+
+def run(options: Kernels) -> dict[str, Any]:
+    """Times every case without double quantization, and the products.
+
+    Raises:
+      UserError: its jax does not run on the device that ours runs on.
+    """
+    if jax.default_backend() != options.device:
+        raise UserError(
+            f"--peer: its jax runs on {jax.default_backend()}, ours on {options.device}; give an "
+            "interpreter whose jax does too"
+        )
+    figures = {}
+    with measure.Neighbours() as neighbours:
+        for case in cases(options):
+            if case.double and not case.rows:
+                continue
+            sets = copies(arguments(case), case.copies)
+            times = seconds(operation(case), sets, options.samples)
+            figures[case.name] = measure.median_ms(times) | described(case)
+    return measure.report(
+        "qwix",
+        ["qwix", "jax", "jaxlib"],
+        to_tree(options),
+        figures,
+        notes=list(NOTES),
+        others_cores=neighbours.cores,
+    )
+
+
+def operation(case: Case) -> Callable[..., Any]:
+    """The function of one case; of (w), (q) or (x or g, q)."""
+    dtype = jnp.dtype(case.dtype)
+    if case.operation == "quantize":
+        return quantized
+    if case.operation == "dequantize":
+        return qwix.dequantize
+
+    def product(x: jax.Array, q: qwix.QArray) -> jax.Array:
+        return qwix.dot_general(x, q, (((1,), (0,)), ((), ()))).astype(dtype)
+
+    if case.operation == "forward":
+        return product
+
+    def backward(g: jax.Array, q: qwix.QArray) -> jax.Array:
+        x = jnp.zeros((g.shape[0], case.k), dtype)
+        return jax.vjp(lambda x: product(x, q), x)[1](g)[0]
+
+    return backward
+
+
+def quantized(w: jax.Array) -> qwix.QArray:
+    """w [k, n] in blocks along k."""
+    return qwix.quantize(w, CODEBOOK, channelwise_axes=(1,), tiled_axes={0: BLOCK_SIZE})
+
+
+def arguments(case: Case) -> Inputs:
+    """What `operation` takes."""
+    w = jnp.asarray(case.weight(), case.dtype)
+    if case.operation == "quantize":
+        return (w,)
+    q = jax.jit(quantized)(w)
+    return (jnp.asarray(case.operand(), case.dtype), q) if case.rows else (q,)
