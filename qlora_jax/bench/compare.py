@@ -96,8 +96,8 @@ def _figures(rounds: Sequence[Round], side: int, variant: str | None, name: str)
 
 
 def _values(figures: Sequence[Figure]) -> list[float] | None:
-    values = [figure.get("value") for figure in figures]
-    return None if None in values else values
+    values = [figure["value"] for figure in figures if figure.get("value") is not None]
+    return values if len(values) == len(figures) else None
 
 
 def _cell(values: Sequence[float], figures: Sequence[Figure]) -> dict[str, float]:

@@ -70,7 +70,8 @@ def over_all(function: Callable[..., Any], passes: int, sets: Sequence[Inputs]) 
     """Results of the last of `passes` rounds over the sets."""
 
     def once(_: jax.Array, previous: Any) -> Any:
-        # Without the barrier a round would not depend on the one before and be computed once.
+        # Without the barrier a round would not depend on the one before and be computed once. (It
+        # does not hold XLA:CPU back, which drops it early; XLA:GPU keeps it until after that.)
         sets_, _ = jax.lax.optimization_barrier((sets, previous))
         return [function(*arguments) for arguments in sets_]
 

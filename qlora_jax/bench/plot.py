@@ -57,37 +57,44 @@ def panels_of(name: str, summary: Summary) -> list[tuple[str, Sequence[str], lis
 
 
 def _lines(axes: Any, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    for label in columns:
+    for color, label in enumerate(columns):
         points = [(r["case"]["rows"], r["cells"][label]) for r in rows if label in r["cells"]]
-        if not points:
-            continue
-        x = [m for m, _ in points]
-        y = [cell["median"] for _, cell in points]
-        spread = [
-            [c["median"] - c["low"] for _, c in points],
-            [c["high"] - c["median"] for _, c in points],
-        ]
-        axes.errorbar(x, y, spread, marker="o", markersize=4, capsize=2, label=label)
+        if points:
+            x, cells = zip(*points)
+            y = [cell["median"] for cell in cells]
+            axes.errorbar(x, y, _reach(cells), marker="o", color=f"C{color}", label=label, **_STYLE)
+    ticks = sorted({row["case"]["rows"] for row in rows})
     axes.set(xscale="log", yscale="log", xlabel="rows M", ylabel="ms, median")
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
 def _bars(axes: Any, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    for i, label in enumerate(columns[1:]):
+    for color, label in enumerate(columns[1:], 1):
         points = [(y, r["ratios"][label]) for y, r in enumerate(rows) if label in r["ratios"]]
-        if not points:
-            continue
-        y = [place + 0.15 * i for place, _ in points]
-        x = [ratio["median"] for _, ratio in points]
-        spread = [
-            [r["median"] - r["low"] for _, r in points],
-            [r["high"] - r["median"] for _, r in points],
-        ]
-        axes.errorbar(x, y, xerr=spread, fmt="o", markersize=5, capsize=2, label=label)
+        if points:
+            places, ratios = zip(*points)
+            x = [ratio["median"] for ratio in ratios]
+            y = [place + 0.12 * (color - 1) for place in places]
+            axes.errorbar(
+                x, y, xerr=_reach(ratios), fmt="o", color=f"C{color}", label=label, **_STYLE
+            )
     axes.axvline(1, color="grey", linewidth=1)
     axes.set(xscale="log", xlabel="ours / theirs")
     axes.set_yticks(range(len(rows)), [f"{r['figure']}, {r['unit']}" for r in rows], fontsize=8)
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x", which="both")
     axes.legend(fontsize=8)
+
+
+_STYLE = {"markersize": 4, "capsize": 2}
+
+
+def _reach(spreads: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """How far each spread goes below and above its median, which may lie outside of quartiles."""
+    return [
+        [max(0.0, s["median"] - s["low"]) for s in spreads],
+        [max(0.0, s["high"] - s["median"]) for s in spreads],
+    ]

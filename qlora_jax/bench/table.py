@@ -26,8 +26,11 @@ def remarks(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     first = rounds[0]
     lines = [f"{len(rounds)} round{'s' * (len(rounds) > 1)} on {first[0]['device']}"]
     for report in first:
-        versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-        lines.append(f"{report.get('label', report['tool'])}: {versions}")
+        versions = [f"{name} {version}" for name, version in report["versions"].items()]
+        if git := report.get("git"):
+            versions.append(f"commit {git['commit'][:10]}{' with changes' * git['modified']}")
+        settings = [f"{name}={value}" for name, value in report.get("environment", {}).items()]
+        lines.append(f"{report.get('label', report['tool'])}: {', '.join(versions + settings)}")
     busy = [r["others_cores"] for reports in rounds for r in reports if r["others_cores"]]
     if busy:
         lines.append(f"cores that other processes kept busy, at most: {max(busy)}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax import hugepages
 from qlora_jax.bench.options import Options, to_tree
 from qlora_jax.bench.worker import OURS
 from qlora_jax.errors import RunFailed, UserError
@@ -112,6 +113,10 @@ def _installed(python: str, packages: Sequence[str]) -> set[str]:
 
 
 def _clean() -> dict[str, str]:
-    """The environment without what leads to our own packages."""
-    ours_alone = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    return {name: value for name, value in os.environ.items() if name not in ours_alone}
+    """The environment without what leads to our packages, and what our program asked for itself."""
+    names = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "GLIBC_TUNABLES")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
+    if kept := [part for part in tunables if part and part != f"{hugepages.TUNABLE}=1"]:
+        environment["GLIBC_TUNABLES"] = ":".join(kept)
+    return environment

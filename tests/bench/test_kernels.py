@@ -1,0 +1,185 @@
+"""The cases that are timed: the right functions on the right inputs, each call once."""
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.bench import cases, jax_timing, kernels
+from qlora_jax.bench.cases import Case
+from qlora_jax.bench.options import Kernels, from_tree, to_tree
+from qlora_jax.errors import UserError
+from qlora_jax.memory.compile import environment, has_plugin
+from qlora_jax.quant import QTensor, dequantize, quantize
+
+TINY = Kernels(((128, 64),), (1, 3), ("float32",), samples=2)
+
+
+def test_names_are_unique_and_say_what_is_timed() -> None:
+    names = [case.name for case in cases.cases(cases.settle(Kernels(), "gpu"))]
+    assert len(names) == len(set(names)) == 2 * 4 + 2 * 2 * 5
+    assert Case("forward", 4096, 11008, "bfloat16", 16).name == "forward 4096x11008, M=16, bfloat16"
+    assert Case("quantize", 64, 64, "float32", double=False).name.endswith(", plain scales")
+
+
+def test_the_device_settles_only_what_was_left_open() -> None:
+    settled = cases.settle(Kernels(rows=(7,)), "gpu")
+    assert settled.rows == (7,)
+    assert settled.shapes == ((4096, 4096), (4096, 11008))
+    assert settled.device == "gpu"
+    assert cases.settle(Kernels(), "cpu").rows == (1, 16, 512, 2048)
+
+
+@pytest.mark.parametrize(
+    ("case", "nbytes"),
+    [
+        (Case("forward", 4096, 4096, "bfloat16", 1), 2**23 + 2 * 2 * 4096),
+        (Case("backward", 4096, 4096, "bfloat16", 2048), 2**23 + 2 * 2 * 4096 * 2048),
+        (Case("dequantize", 4096, 4096, "float32"), 2**23 + 2**26),
+    ],
+)
+def test_inputs_in_turn_are_beyond_any_cache(case: Case, nbytes: int) -> None:
+    assert (case.copies - 1) * nbytes < cases.BEYOND_CACHES <= case.copies * nbytes
+
+
+def test_huge_and_tiny_inputs_have_a_few_copies() -> None:
+    assert Case("forward", 4096, 11008, "float32", 2**16).copies == 2
+    assert Case("forward", 64, 64, "float32", 1).copies == cases.MOST_COPIES
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_products(quantized: bool) -> None:
+    k, n, m = 128, 64, 3
+    forward, backward = (Case(o, k, n, "float32", m) for o in ("forward", "backward"))
+    x, w = kernels.arguments(forward, quantized)
+    assert isinstance(w, QTensor) == quantized
+    dense = np.asarray(dequantize(w) if isinstance(w, QTensor) else w, np.float64)
+    y = jax.jit(kernels.operation(forward, None))(x, w)
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ dense, rtol=1e-5, atol=1e-4)
+    g, w = kernels.arguments(backward, quantized)
+    assert g.shape == (m, n)
+    dx = jax.jit(kernels.operation(backward, None))(g, w)
+    np.testing.assert_allclose(dx, np.asarray(g, np.float64) @ dense.T, rtol=1e-5, atol=1e-4)
+
+
+def test_the_backward_case_multiplies_once() -> None:
+    case = Case("backward", 128, 64, "float32", 3)
+    program = jax.jit(kernels.operation(case, None)).lower(*kernels.arguments(case))
+    assert program.compile().as_text().count(" dot(") == 1
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_quantize_and_dequantize(double: bool) -> None:
+    case = Case("quantize", 128, 64, "float32", double=double)
+    q = kernels.operation(case, None)(*kernels.arguments(case))
+    assert q.double_quant == double
+    assert q.block_size == 64
+    expected = quantize(case.weight(), "nf4", 64, double)
+    np.testing.assert_array_equal(q.codes, expected.codes)
+    case = Case("dequantize", 128, 64, "bfloat16", double=double)
+    (held,) = kernels.arguments(case)
+    assert held.double_quant == double
+    w = kernels.operation(case, None)(held)
+    assert w.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(w, dequantize(expected, jnp.bfloat16))
+
+
+def test_calls_take_their_inputs_in_turn() -> None:
+    seen: list[int] = []
+    times = jax_timing.one_by_one(lambda i: seen.append(i), [(0,), (1,), (2,)], samples=5)
+    assert len(times) == 5
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2]
+    assert seen[:3] != seen[1:4]
+
+
+def test_copies_share_no_buffer() -> None:
+    sets = jax_timing.copies(kernels.arguments(Case("forward", 64, 64, "float32", 1)), 3)
+    leaves = jax.tree.leaves(sets)
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+def test_one_program_goes_over_all_inputs_in_every_pass() -> None:
+    """As many products are run as a GPU's time is divided by."""
+    ran: list[float] = []
+
+    def function(x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda x: ran.append(float(x)), x)
+        return 2 * x
+
+    sets = [(jnp.float32(i),) for i in range(3)]
+    results = jax.jit(lambda s: jax_timing.over_all(function, 4, s))(sets)
+    jax.effects_barrier()
+    assert sorted(ran) == sorted([0.0, 1.0, 2.0] * 4)
+    assert [float(r) for r in results] == [0, 2, 4]
+
+
+@pytest.mark.skipif(not has_plugin(), reason="needs the compile-only GPU packages")
+@pytest.mark.parametrize("implementation", ["xla", None])
+def test_on_a_gpu_every_pass_is_computed(implementation: str | None) -> None:
+    """No product, and no decoding, is moved out of the loop, and no weight is copied."""
+    program = f"""
+import functools, jax, jax.numpy as jnp
+from qlora_jax.bench import jax_timing, kernels
+from qlora_jax.bench.cases import Case
+from qlora_jax.memory.compile import compile_for
+from qlora_jax.quant import quantize
+x = jax.ShapeDtypeStruct((16, 1024), jnp.bfloat16)
+w = jax.ShapeDtypeStruct((1024, 2048), jnp.float32)
+w = jax.eval_shape(quantize, w) if {implementation!r} else w
+function = kernels.operation(Case("forward", 1024, 2048, "bfloat16", 16), {implementation!r})
+over_all = functools.partial(jax_timing.over_all, function, 20)
+print(compile_for("a100", over_all, [(x, w)] * 3).as_text())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (body,) = re.findall(r"body=%?([\w.-]+)", done.stdout)
+    parts = {
+        part.split()[0].lstrip("%"): part for part in done.stdout.split("\n\n") if part.strip()
+    }
+    gemm = re.compile(r"gemm_fusion|__cublas|__triton_gemm")
+    assert len(set(re.findall(r"%(\S*gemm_fusion\S*) = ", parts[body]))) == 3
+    assert not gemm.search(parts["ENTRY"])
+    assert "[1024,2048]" not in "".join(re.findall(r".* = .*copy\(.*", done.stdout))
+
+
+def test_report() -> None:
+    report = kernels.run(TINY)
+    settled = from_tree("kernels", report["options"])
+    assert settled == cases.settle(TINY, jax.default_backend())
+    expected = list(cases.cases(settled))
+    assert list(report["figures"]) == [case.name for case in expected]
+    for case in expected:
+        figure = report["figures"][case.name]
+        assert Case(**figure["case"]) == case
+        assert figure["unit"] == "ms"
+        assert len(figure["samples"]) == 2
+        assert figure["value"] == pytest.approx(np.mean(figure["samples"]), rel=1e-3)
+    products = {case.name for case in expected if case.rows}
+    assert report["variants"][kernels.UNQUANTIZED].keys() == products
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(UserError, match="--device tpu: jax runs on"):
+        kernels.run(Kernels(device="tpu"))
+
+
+def test_an_implementation_that_is_not_here_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "variants", lambda case, _: ["", "triton"][: 1 + bool(case.rows)])
+    report: dict[str, Any] = kernels.run(TINY)
+    assert report["variants"] == {}
+    if jax.default_backend() == "cpu":
+        assert any(note.startswith("triton, float32: not here (") for note in report["notes"])
+
+
+def test_options_survive_json() -> None:
+    assert from_tree("kernels", json.loads(json.dumps(to_tree(TINY)))) == TINY
+    with pytest.raises(UserError, match="'speed' is no benchmark; there are: kernels, step"):
+        from_tree("speed", {})

@@ -1,0 +1,95 @@
+"""experiments/benchmarks/compare.py: what is kept of earlier rounds, and the page it fills in."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from qlora_jax.bench import tools
+from qlora_jax.bench.options import Load
+from qlora_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def compare(
+    make_peer: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> ModuleType:
+    """The script with one section, and ours an interpreter that answers at once."""
+    spec = importlib.util.spec_from_file_location(
+        "compare_script", ROOT / "experiments" / "benchmarks" / "compare.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    figures = {"load": {"unit": "s", "value": 1}}
+    ours = make_peer("ours", [], figures, device="a device", variants={})
+    monkeypatch.setattr(tools, "ours", lambda: tools.Tool("qlora-jax", str(ours)))
+    section = module.Section("Loading", "load", Load(str(tiny_model)))
+    monkeypatch.setattr(module, "SECTIONS", {"load": section})
+    return module
+
+
+def test_rounds_go_on_and_other_code_starts_anew(
+    compare: ModuleType,
+    make_peer: Callable[..., Path],
+    runs_of: Callable[[Path], list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packages = ["torch", "bitsandbytes", "transformers", "accelerate"]
+    peer = make_peer("peer", packages, {"load": {"unit": "s", "value": 4}})
+    page, out = tmp_path / "page.md", tmp_path / "results" / "line.json"
+    page.write_text("before\n<!-- begin line -->\nold\n<!-- end line -->\nafter\n")
+    arguments = ["compare", "all", "--peer", str(peer), "--out", str(out), "--page", str(page)]
+
+    def run(*more: str) -> list[Any]:
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        compare.main()
+        return json.loads(out.read_text())["load"]["rounds"]
+
+    assert len(run("--rounds", "1")) == 1
+    assert len(run("--rounds", "2")) == 2
+    assert len(run("--rounds", "2")) == 2
+    assert len(runs_of(peer)) == 2
+    assert len(run("--rounds", "3", "--minutes", "0")) == 2
+    text = page.read_text()
+    assert text.startswith("before\n<!-- begin line -->\n")
+    assert text.endswith("<!-- end line -->\nafter\n")
+    assert "old" not in text
+    assert re.search(r"\| load, s \| 1 +\| 4 +\| 0.25 +\|", text)
+    assert "![line](results/line.png)" in text
+    assert out.with_suffix(".png").exists()
+
+    key = compare._key
+    monkeypatch.setattr(compare, "_key", lambda *a: key(*a) | {"code": "another"})
+    assert len(run("--rounds", "1")) == 1
+    assert len(runs_of(peer)) == 3
+
+
+def test_a_page_without_its_place(compare: ModuleType) -> None:
+    with pytest.raises(UserError, match="it needs one line <!-- begin x -->"):
+        compare.replaced("text", "x", "new")
+
+
+def test_every_section_names_a_benchmark_with_its_options() -> None:
+    from qlora_jax.bench.options import BENCHMARKS
+
+    spec = importlib.util.spec_from_file_location(
+        "compare_sections", ROOT / "experiments" / "benchmarks" / "compare.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for section in module.SECTIONS.values():
+        assert type(section.options) is BENCHMARKS[section.what]
+        assert section.against is None or type(section.against[1]) is type(section.options)

@@ -1,0 +1,125 @@
+"""Step, load and generation on a tiny model: what the reports hold and how their figures relate."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_jax.bench import generate, load, random_models, step
+from qlora_jax.bench.options import Generate, Load, Step
+from qlora_jax.errors import UserError
+from qlora_jax.models.generate import CHUNK
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("random") / "tiny"
+    random_models.write(folder, random_models.COMMON | TINY)
+    return str(folder)
+
+
+def value(report: dict[str, Any], name: str) -> float:
+    return report["figures"][name]["value"]
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_step(model: str, method: str) -> None:
+    options = Step(model, method, "float32", "none", batch=2, seq=16, rank=2, steps=3)
+    report = step.run(options)
+    speed, median = report["figures"]["speed"], report["figures"]["step, median"]
+    assert len(speed["samples"]) == len(median["samples"]) == 3
+    for tokens_per_s, ms in zip(speed["samples"], median["samples"]):
+        assert tokens_per_s == pytest.approx(2 * 16 / ms * 1e3, rel=2e-3)
+    assert median["value"] == np.median(median["samples"])
+    assert value(report, "step, quickest") == min(median["samples"])
+    assert len(report["losses"]) == 4  # the warm-up's, too
+    assert report["losses"][0] == pytest.approx(np.log(128), rel=0.05)
+    assert report["losses"][-1] < report["losses"][0]
+    # rank 2 on q, k, v, o, gate, up and down of two layers
+    ends = [64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 96, 64 + 96, 96 + 64]
+    assert report["trainable"] == 2 * 2 * sum(ends)
+    assert value(report, "peak memory") >= (value(report, "peak memory, training") or 0)
+
+
+def test_a_step_that_is_too_long(model: str) -> None:
+    with pytest.raises(UserError, match=r"--seq 65 is beyond the 64 positions of .*; give that"):
+        step.run(Step(model, seq=65))
+
+
+def test_load(model: str) -> None:
+    report = load.run(Load(model))
+    config = random_models.COMMON | TINY
+    embeddings, norms = 128 * 64, 5 * 64
+    linears = random_models.parameters(config) - embeddings - norms
+    expected = (2 * (embeddings + norms) + 4.2 / 8 * linears) / 2**20
+    # tiny scales' blocks are not full and every layer holds a codebook
+    assert expected < value(report, "weights") < 1.1 * expected
+    assert value(report, "load") > 0
+    assert value(report, "peak memory") > value(report, "weights")
+
+
+def test_generate(model: str) -> None:
+    tokens = CHUNK + 5
+    report = generate.run(Generate(model, "float32", prompt=7, tokens=tokens, samples=2))
+    assert len(report["ids"]) == tokens
+    assert all(0 <= i < 128 for i in report["ids"])
+    assert len(report["figures"]["prefill"]["samples"]) == 2
+    # all decoding takes less than a whole answer with compiling, but not nothing
+    least = (tokens - 1) / value(report, "first answer")
+    assert value(report, "decode") > least
+    assert report["figures"]["decode"]["unit"] == "tokens/s"
+
+
+def test_generation_beyond_the_models_positions(model: str) -> None:
+    with pytest.raises(UserError, match="more than the model's 64 positions"):
+        generate.run(Generate(model, prompt=34, tokens=64))
+
+
+@pytest.mark.parametrize("run", [step.run, load.run, generate.run])
+def test_no_model(run: Any) -> None:
+    kind = {step.run: Step, load.run: Load, generate.run: Generate}[run]
+    with pytest.raises(UserError, match=r"\./none: no such file or folder"):
+        run(kind("./none"))
+
+
+def test_random_models_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(random_models, "SHAPES", {"random-tiny": TINY})
+    said: list[str] = []
+    first = random_models.folder("random-tiny", said.append)
+    before = (first / "model.safetensors").read_bytes()
+    assert random_models.folder("random-tiny", said.append) == first
+    assert len(said) == 1
+    random_models.write(tmp_path / "again", random_models.COMMON | TINY)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in first.parent.iterdir()] == ["random-tiny"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(random_models, "SHAPES", {"random-tiny": TINY})
+    with pytest.raises(UserError, match=r"cannot be written: .*; set QLORA_JAX_CACHE"):
+        random_models.folder("random-tiny", print)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("random-smollm2-135m", 134_515_008), ("random-tinyllama-1.1b", 1_100_048_384)],
+)
+def test_shapes_are_the_real_ones(name: str, count: int) -> None:
+    config = random_models.COMMON | random_models.SHAPES[name]
+    assert random_models.parameters(config) == count
