@@ -46,7 +46,11 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "kernels": Section("Quantizing, decoding, products", "kernels", Kernels()),
+    "quantizer": Section(
+        "Quantizing and decoding", "kernels", Kernels(operations=("quantize", "dequantize"))
+    ),
+    "forward": Section("x @ W", "kernels", Kernels(operations=("forward",))),
+    "backward": Section("Its backward pass", "kernels", Kernels(operations=("backward",))),
     "step": Section("Training step, SmolLM2-135M's shape, 2 x 256", "step", Step(SMALL)),
     "step-full": Section("The same, recomputing everything", "step", Step(SMALL, remat="full")),
     "step-lora": Section(

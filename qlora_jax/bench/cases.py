@@ -92,6 +92,10 @@ def settle(options: Kernels, device: str) -> Kernels:
 
 def cases(options: Kernels) -> Iterator[Case]:
     """All cases of settled options: those on the weight alone first."""
+    return (case for case in _all(options) if case.operation in options.operations)
+
+
+def _all(options: Kernels) -> Iterator[Case]:
     for k, n in options.shapes:
         for double in (True, False):
             yield Case("quantize", k, n, "float32", double=double)

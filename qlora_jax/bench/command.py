@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import paths
-from qlora_jax.bench.options import BENCHMARKS, DTYPES, METHODS, REMAT, Options
+from qlora_jax.bench.options import BENCHMARKS, DTYPES, METHODS, OPERATIONS, REMAT, Options
 from qlora_jax.errors import UserError
 
 MODEL = "random-smollm2-135m"
@@ -131,10 +131,17 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtypes",
-        type=_list(_dtype),
+        type=_list(_one_of(DTYPES)),
         default=(),
         metavar="DTYPE,...",
         help="default bfloat16,float32, on a GPU bfloat16",
+    )
+    parser.add_argument(
+        "--operations",
+        type=_list(_one_of(OPERATIONS)),
+        default=OPERATIONS,
+        metavar="NAME,...",
+        help=f"default {','.join(OPERATIONS)}",
     )
     _samples(parser, 10, "timed calls of each case")
     parser.set_defaults(device="")
@@ -232,7 +239,10 @@ def _shape(text: str) -> tuple[int, int]:
     return _count(sides[0]), _count(sides[1])
 
 
-def _dtype(text: str) -> str:
-    if text in DTYPES:
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DTYPES)}")
+def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
+
+    return parse

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_jax.errors import UserError
 
+OPERATIONS = ("quantize", "dequantize", "forward", "backward")
 DTYPES = ("bfloat16", "float32", "float16")
 METHODS = ("qlora", "lora", "full")
 REMAT = ("dots", "none", "full")
@@ -21,6 +22,7 @@ class Kernels:
       rows: of the products' other operand; empty: by device.
       dtypes: of the products and of decoded weights; empty: by device.
       samples: timed calls of each case, after one to warm up.
+      operations: of `OPERATIONS`.
       device: cpu or gpu; empty: what jax runs on.
     """
 
@@ -28,6 +30,7 @@ class Kernels:
     rows: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
     samples: int = 10
+    operations: tuple[str, ...] = OPERATIONS
     device: str = ""
 
 

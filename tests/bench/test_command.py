@@ -143,6 +143,7 @@ def test_a_peers_process_sees_neither_our_packages_nor_our_huge_pages(
         (["kernels", "--rows", "1,x"], "--rows: must be a whole number of 1 or more, not 'x'"),
         (["kernels", "--shapes", "4096"], "a shape is IN x OUT such as 4096x4096, not '4096'"),
         (["kernels", "--dtypes", "int8"], "'int8' is not one of bfloat16, float32, float16"),
+        (["kernels", "--operations", "quantize,multiply"], "'multiply' is not one of quantize, "),
         (["kernels", "--batch", "2"], "unrecognized arguments: --batch 2"),
         (["step", "--method", "dora"], "--method: invalid choice: 'dora'"),
         (["step", "./none"], "./none: no such file or folder"),

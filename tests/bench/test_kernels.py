@@ -28,6 +28,12 @@ def test_names_are_unique_and_say_what_is_timed() -> None:
     assert Case("quantize", 64, 64, "float32", double=False).name.endswith(", plain scales")
 
 
+def test_operations_can_be_chosen() -> None:
+    chosen = list(cases.cases(cases.settle(Kernels(operations=("backward",)), "cpu")))
+    assert {case.operation for case in chosen} == {"backward"}
+    assert len(chosen) == 2 * 4
+
+
 def test_the_device_settles_only_what_was_left_open() -> None:
     settled = cases.settle(Kernels(rows=(7,)), "gpu")
     assert settled.rows == (7,)
