@@ -7,10 +7,11 @@ NVIDIA's data sheets. Needs the packages of `PLUGIN`, which need no GPU and no d
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class Gpu:
       cores: streaming multiprocessors.
       memory: device memory in bytes.
       shared: shared memory that a block may ask for, in bytes.
+      shared_per_core: shared memory of one multiprocessor, in bytes.
+      registers_per_core: 32-bit registers of one multiprocessor.
+      threads_per_core: threads that one multiprocessor holds.
+      bandwidth: of the device memory, bytes per second.
+      l2: bytes of the level 2 cache.
     """
 
     name: str
@@ -47,6 +53,11 @@ class Gpu:
     cores: int
     memory: int
     shared: int
+    shared_per_core: int
+    registers_per_core: int
+    threads_per_core: int
+    bandwidth: int
+    l2: int
 
 
 def environment() -> dict[str, str]:
@@ -88,11 +99,20 @@ def read_gpu(gpu: str) -> Gpu:
         cores=number("core_count"),
         memory=number("device_memory_size"),
         shared=number("shared_memory_per_block_optin"),
+        shared_per_core=number("shared_memory_per_core"),
+        registers_per_core=number("registers_per_core_limit"),
+        threads_per_core=number("threads_per_core_limit"),
+        bandwidth=number("memory_bandwidth"),
+        l2=number("l2_cache_size"),
     )
 
 
 def compile_for(
-    gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+    gpu: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate: tuple[int, ...] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     """`function` compiled for a GPU.
 
@@ -101,6 +121,7 @@ def compile_for(
       function: takes arrays, or trees of them.
       arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
       donate: positions of donated arguments.
+      options: of XLA's compiler, beside `FLAGS`.
 
     Raises:
       UserError: an unknown name, or the compile-only packages are missing.
@@ -118,7 +139,7 @@ def compile_for(
 
     with _on(read_gpu(gpu)):
         lowered = jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(placed, arguments))
-    return lowered.compile()
+    return lowered.compile(dict(options) if options else None)
 
 
 @contextlib.contextmanager
@@ -126,5 +147,20 @@ def _on(gpu: Gpu) -> Iterator[None]:
     # From 0.11 on, Pallas lowers for the GPU of the context, where there is none for that of jax.
     device = AbstractDevice(STAND_INS.get(gpu.name, gpu.name), gpu.cores, "gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh), _mosaic_on(gpu.capability):
         yield
+
+
+@contextlib.contextmanager
+def _mosaic_on(capability: tuple[int, int]) -> Iterator[None]:
+    # Mosaic GPU asks jax's own device for its architecture and takes sm_90 where that is no GPU.
+    if jax.__version_info__ < (0, 12):
+        yield  # not usable below sm_90
+        return
+    utils: Any = importlib.import_module("jax.experimental.mosaic.gpu.utils")
+    asked = utils._infer_arch
+    utils._infer_arch = lambda: capability
+    try:
+        yield
+    finally:
+        utils._infer_arch = asked
