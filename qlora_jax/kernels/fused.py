@@ -1,0 +1,69 @@
+"""The implementations that decode inside the product, as data: where they run, what they look like.
+
+To add one: its module, its name in `matmul.IMPLEMENTATIONS`, one entry here. `make gpu-check`
+compiles it from then on and `docs/gpu.md` shows it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qlora_jax.kernels import tuning
+from qlora_jax.quant.qtensor import GROUP
+
+
+class Fused(NamedTuple):
+    """One implementation.
+
+    Attributes:
+      capability: the least compute capability of an NVIDIA GPU.
+      jax: the least version of jax.
+      dtypes: of x.
+      target: how the target of its custom call begins, in a compiled program.
+      tile: (rows, dtype of x, contracted features, resulting features, direction) to the rows and
+        columns of the result that one block computes.
+    """
+
+    capability: tuple[int, int]
+    jax: tuple[int, int]
+    dtypes: tuple[str, ...]
+    target: str
+    tile: Callable[[int, DTypeLike, int, int, str], tuple[int, int]]
+
+
+def _triton_tile(m: int, dtype: DTypeLike, inner: int, outer: int, direction: str):
+    tile = tuning.triton_tile(m, dtype)
+    return tile.m, tile.n if direction == "forward" else GROUP
+
+
+FUSED: Mapping[str, Fused] = {
+    "triton": Fused(
+        (8, 0), (0, 10), ("bfloat16", "float16", "float32"), "__gpu$xla.gpu.triton", _triton_tile
+    ),
+}
+"""Name to facts, the preferred first."""
+
+
+def usable(capability: tuple[int, int] | None, dtype: DTypeLike) -> list[str]:
+    """Names in `FUSED` that run on a GPU of this capability (None: no such GPU) in this dtype."""
+    return [
+        name
+        for name, fused in FUSED.items()
+        if capability is not None
+        and capability >= fused.capability
+        and jax.__version_info__[:2] >= fused.jax
+        and jnp.dtype(dtype).name in fused.dtypes
+    ]
+
+
+def capability_of(device: jax.Device) -> tuple[int, int] | None:
+    """An NVIDIA GPU's compute capability, (8, 0) for sm_80; None of any other device."""
+    text = getattr(device, "compute_capability", None)
+    try:
+        major, minor = map(int, str(text).split("."))
+    except ValueError:
+        return None
+    return major, minor

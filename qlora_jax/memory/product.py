@@ -1,0 +1,207 @@
+"""One product with a 4-bit weight, compiled for a GPU that is not here, and what became of it.
+
+`compile_all` does so in processes of their own: a compiler that aborts takes one case with it, and
+Mosaic GPU keeps the architecture of the first compilation in a process.
+"""
+
+import collections
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.errors import UserError
+from qlora_jax.kernels.fused import FUSED
+from qlora_jax.memory import roofline, sass
+from qlora_jax.memory.compile import compile_for, environment, has_plugin, read_gpu
+from qlora_jax.memory.sass import Kernel
+from qlora_jax.quant import quantize
+
+DIRECTIONS = ("forward", "backward")
+DECODE_FIRST = "xla"
+"""The implementation that decodes the weight to memory, then multiplies."""
+
+COMMAND = [sys.executable, "-m", "qlora_jax.memory.product"]
+
+
+class Case(NamedTuple):
+    """x @ W (forward: x is [rows, k]) or g @ W.T (backward: g is [rows, n]), W in NF4 with double
+    quantization."""
+
+    gpu: str
+    implementation: str
+    rows: int
+    k: int
+    n: int
+    dtype: str
+    direction: str
+
+    @property
+    def inner(self) -> int:
+        return self.k if self.direction == "forward" else self.n
+
+    @property
+    def outer(self) -> int:
+        return self.n if self.direction == "forward" else self.k
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """Compiles one case in this process.
+
+    Returns:
+      Its fields; `error`, the compiler's or a broken rule's message, or None; `temp_bytes`;
+      `floor_bytes`, operands and result once; `moved_bytes`, operands and results of everything
+      that the program runs; `kernels`, figures of each; `seconds`, modelled, by what bounds it.
+    """
+    record: dict[str, Any] = {**case._asdict(), "error": None, "kernels": []}
+    q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((case.k, case.n), jnp.float32))
+    x = jax.ShapeDtypeStruct((case.rows, case.inner), case.dtype)
+    module = importlib.import_module(f"qlora_jax.kernels.{case.implementation}")
+    with tempfile.TemporaryDirectory() as name, sass.dumping(folder := Path(name)) as options:
+        try:
+            function = getattr(module, case.direction)
+            compiled = compile_for(case.gpu, function, x, q, options=options)
+            kernels = sass.kernels(folder)
+        except (jax.errors.JaxRuntimeError, subprocess.CalledProcessError) as e:
+            return {**record, "error": str(e).splitlines()[0]}
+    hlo: str = compiled.as_text()  # type: ignore[assignment]
+    operations = roofline.operations(hlo)
+    result = case.rows * case.outer * jnp.dtype(case.dtype).itemsize
+    record |= {
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
+        "floor_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((x, q))) + result,
+        "moved_bytes": sum(operation.bytes for operation in operations),
+        "kernels": [_figures(case, kernel) for kernel in kernels],
+    }
+    if case.implementation == DECODE_FIRST:
+        seconds = _decode_first(case, operations, kernels)
+    else:
+        record["error"] = broken_rule(case, hlo, record["temp_bytes"], kernels)
+        seconds = _fused(case, record["moved_bytes"], kernels)
+    return {**record, "seconds": seconds}
+
+
+def broken_rule(case: Case, hlo: str, temp_bytes: int, kernels: Sequence[Kernel]) -> str | None:
+    """What is wrong with a program that is to decode within its kernel; None if nothing."""
+    limit = read_gpu(case.gpu).shared
+    if FUSED[case.implementation].target not in hlo or not _with_launch(kernels):
+        return "the program holds no kernel"
+    if temp_bytes >= case.k * case.n:
+        return f"{temp_bytes} bytes of temporaries beside a weight of {case.k * case.n // 2} bytes"
+    for kernel in kernels:
+        if kernel.spill_bytes:
+            return f"{kernel.name}: spilling {kernel.spill_bytes} bytes"
+        if kernel.shared > limit:
+            return f"{kernel.name}: {kernel.shared} bytes of shared memory, the limit is {limit}"
+    return None
+
+
+def _with_launch(kernels: Iterable[Kernel]) -> list[Kernel]:
+    return [kernel for kernel in kernels if kernel.launch is not None]
+
+
+def _figures(case: Case, kernel: Kernel) -> dict[str, Any]:
+    loop = kernel.main_loop()
+    classes = sass.histogram(loop)
+    return {
+        "name": kernel.name,
+        "registers": kernel.registers,
+        "spill_bytes": kernel.spill_bytes,
+        "shared_bytes": kernel.shared,
+        "launch": kernel.launch and kernel.launch._asdict(),
+        "blocks_per_core": kernel.launch and roofline.occupancy(kernel, case.gpu),
+        "main_loop": dict(classes),
+        "main_loop_tensor_flop": sass.tensor_flop(loop),
+    }
+
+
+def _fused(case: Case, moved: int, kernels: Sequence[Kernel]) -> dict[str, float]:
+    """Of the one kernel that multiplies; what it runs beside that is in the bytes alone."""
+    m, o = FUSED[case.implementation].tile(
+        case.rows, case.dtype, case.inner, case.outer, case.direction
+    )
+    flop = 2.0 * -(-case.rows // m) * m * -(-case.outer // o) * o * case.inner
+    for kernel in _with_launch(kernels):
+        if sass.tensor_flop(kernel.main_loop()):
+            time = roofline.fused_time(kernel, case.gpu, flop, moved)
+            return {**time._asdict(), "total": time.seconds}
+    return {}
+
+
+def _decode_first(
+    case: Case, operations: Sequence[roofline.Operation], kernels: Sequence[Kernel]
+) -> dict[str, float]:
+    """The decoding kernels as they were compiled, then the product as a library would do it."""
+    by_name = {kernel.name: kernel for kernel in _with_launch(kernels)}
+    total: dict[str, float] = collections.defaultdict(float)
+    for operation in operations:
+        kernel = by_name.get(operation.name.replace(".", "_"))
+        if operation.multiplies or kernel is None:
+            time = roofline.product_time(
+                case.gpu, case.rows if operation.multiplies else 0, case.k, case.n, operation.bytes
+            )
+        else:
+            time = roofline.straight_time(kernel, case.gpu, operation.bytes)
+        part = "product" if operation.multiplies else "decode"
+        for name, seconds in {**time._asdict(), part: time.seconds, "total": time.seconds}.items():
+            total[name] += seconds
+    return dict(total)
+
+
+def compile_all(cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
+    """`describe` for each case, in its own order, one process per GPU and implementation.
+
+    Raises:
+      UserError: the compile-only packages are not installed.
+    """
+    if not has_plugin():
+        raise UserError("the compile-only GPU packages are not installed: make gpu-check")
+    for _, group in itertools.groupby(cases, key=lambda case: case[:2]):
+        rest = list(group)
+        while rest:
+            for record in _in_a_process(rest):
+                yield record
+                rest = rest[1:]
+
+
+def _in_a_process(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Records of the first cases; if the process dies, the last is of the case it died of."""
+    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
+        asked.writelines(json.dumps(case) + "\n" for case in cases)
+        asked.seek(0)
+        process = subprocess.Popen(
+            COMMAND,
+            stdin=asked,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=environment(),
+        )
+        done = 0
+        with process, process.stdout:  # type: ignore[union-attr]
+            for line in process.stdout:  # type: ignore[union-attr]
+                yield json.loads(line)
+                done += 1
+        if done < len(cases):
+            said.seek(0)
+            last = (said.read().strip().splitlines() or ["nothing on standard error"])[-1]
+            error = f"the compiler's process ended with {process.returncode}: {last}"
+            yield {**cases[done]._asdict(), "error": error, "kernels": []}
+
+
+def main() -> None:
+    """Reads cases from standard input, one a line, and writes their records likewise."""
+    for line in sys.stdin:
+        print(json.dumps(describe(Case(*json.loads(line)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
