@@ -74,6 +74,17 @@ class QuantConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class KernelsConfig:
+    """How training multiplies by 4-bit weights; read by method qlora only."""
+
+    materialize: Literal["never", "auto"] = "auto"
+    """never: no 4-bit weight is ever decoded to memory, only within a GPU kernel; auto: where that
+    is quicker it is, one at a time."""
+    implementation: Literal["xla", "triton", "mosaic"] | None = None
+    """Always this one; null picks by device, dtype and rows."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoraConfig:
     """The adapters."""
 
@@ -193,6 +204,7 @@ class Config:
     method: Literal["qlora", "lora", "full"] = "qlora"
     """qlora: 4-bit base and adapters; lora: 16-bit base and adapters; full: every weight."""
     quant: QuantConfig = Field(default_factory=QuantConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

@@ -62,6 +62,8 @@ def fails(tmp_path: Path, write_config: WriteConfig, run_cli: RunCli) -> Callabl
         ({"quant__block_size": 48}, ["block_size", "48", "64"]),
         ({"quant__block_size": 16}, ["block_size", "16", "64"]),
         ({"quant__codebook": "nf5"}, ["codebook", "nf5", "nf4"]),
+        ({"kernels__materialize": "never"}, ["kernels.materialize never", "cpu", "set it to auto"]),
+        ({"kernels__implementation": "cuda"}, ["kernels.implementation", "xla | triton | mosaic"]),
         ({"data__sequence_length": 1024}, ["data.sequence_length 1024", "give 512 or less"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

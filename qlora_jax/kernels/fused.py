@@ -33,6 +33,12 @@ class Fused(NamedTuple):
     target: str
     tile: Callable[[int, DTypeLike, int, int, str], tuple[int, int]]
 
+    def __str__(self) -> str:
+        major, minor = self.capability
+        version = ".".join(map(str, self.jax))
+        dtypes = " or ".join(self.dtypes)
+        return f"NVIDIA GPUs from sm_{major}{minor}, jax from {version}, {dtypes}"
+
 
 def _triton_tile(m: int, dtype: DTypeLike, inner: int, outer: int, direction: str):
     tile = tuning.triton_tile(m, dtype)

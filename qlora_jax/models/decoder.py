@@ -193,3 +193,10 @@ def attach(
             if any(layers):
                 k, n = linear.weight.get_value().shape[-2:]
                 linear.adapter = nnx.data(init_adapter(own, layers, k, n, init, dropout, dtype))
+
+
+def use_kernel(model: Decoder, implementation: str | None) -> None:
+    """Has every linear multiply by this implementation of `matmul`, in place."""
+    for run in model.runs:
+        for linear in run.linears().values():
+            linear.implementation = implementation

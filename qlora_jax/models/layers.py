@@ -60,15 +60,17 @@ class Linear(nnx.Module):
       weight: [..., in, out], an array or a QTensor.
       bias: [..., out] or None.
       adapter: None until `attach` sets it.
+      implementation: of `matmul`; None until `use_kernel` sets it.
     """
 
     def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):
         self.weight = Weight(weight)
         self.bias = None if bias is None else Weight(bias)
         self.adapter: Adapter | None = None
+        self.implementation: str | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        y = project(x, self.weight.get_value())
+        y = project(x, self.weight.get_value(), self.implementation)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype)
         if self.adapter is not None:
@@ -76,10 +78,12 @@ class Linear(nnx.Module):
         return kept(y)
 
 
-def project(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
-    """x @ weight in x's dtype, accumulated in float32."""
+def project(
+    x: jax.Array, weight: jax.Array | QTensor, implementation: str | None = None
+) -> jax.Array:
+    """x @ weight in x's dtype, accumulated in float32; `implementation` is `matmul`'s."""
     if isinstance(weight, QTensor):
-        return matmul(x, weight)
+        return matmul(x, weight, implementation)
     return dense(x, weight)
 
 

@@ -15,6 +15,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import PREFIX, load
 from qlora_jax.formats.source import open_checkpoint
+from qlora_jax.kernels.fused import FUSED, capability_of, usable
 from qlora_jax.lora import plan, ranks_above_full
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models.decoder import Decoder, attach
@@ -64,6 +65,35 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
 def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     shapes = {n: checkpoint.shape(n) for n in checkpoint.names() if n.startswith(PREFIX)}
     return {n.removesuffix(".weight"): (s[1], s[0]) for n, s in shapes.items() if len(s) == 2}
+
+
+def choose_kernel(config: Config, device: jax.Device) -> str | None:
+    """The implementation of products with 4-bit weights; None leaves it to `matmul`.
+
+    Raises:
+      UserError: what the config asks for does not run on the device.
+    """
+    asked, never = config.kernels.implementation, config.kernels.materialize == "never"
+    if config.method != "qlora" or (asked is None and not never):
+        return None
+    if asked == "xla":
+        if never:
+            raise UserError(
+                "kernels.implementation xla decodes whole weights, which kernels.materialize never "
+                "forbids; give another implementation, or set materialize to auto"
+            )
+        return asked
+    dtype = config.model.compute_dtype
+    able = usable(capability_of(device), dtype)
+    if asked in able or (asked is None and able):
+        return asked or able[0]
+    setting = f"implementation {asked}" if asked else "materialize never"
+    remedy = "remove it" if asked else "set it to auto"
+    known = ", ".join(f"{name}: {fused}" for name, fused in FUSED.items())
+    raise UserError(
+        f"kernels.{setting}: no such kernel runs on {device.device_kind} in {dtype} ({known}); "
+        f"{remedy}, or change the device or model.compute_dtype"
+    )
 
 
 def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
