@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED
-from qlora_jax.memory import roofline, sass
+from qlora_jax.memory import hlo, roofline, sass
 from qlora_jax.memory.compile import compile_for, environment, has_plugin, read_gpu
 from qlora_jax.memory.sass import Kernel
 from qlora_jax.quant import quantize
@@ -70,10 +70,10 @@ def describe(case: Case) -> dict[str, Any]:
             function = getattr(module, case.direction)
             compiled = compile_for(case.gpu, function, x, q, options=options)
             kernels = sass.kernels(folder)
-        except (jax.errors.JaxRuntimeError, subprocess.CalledProcessError) as e:
-            return {**record, "error": str(e).splitlines()[0]}
-    hlo: str = compiled.as_text()  # type: ignore[assignment]
-    operations = roofline.operations(hlo)
+        except Exception as e:  # several compilers, each with errors of its own
+            return {**record, "error": f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"}
+    text: str = compiled.as_text()  # type: ignore[assignment]
+    operations = hlo.operations(text)
     result = case.rows * case.outer * jnp.dtype(case.dtype).itemsize
     record |= {
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
@@ -82,17 +82,29 @@ def describe(case: Case) -> dict[str, Any]:
         "kernels": [_figures(case, kernel) for kernel in kernels],
     }
     if case.implementation == DECODE_FIRST:
+        record["error"] = widened(case, text)
         seconds = _decode_first(case, operations, kernels)
     else:
-        record["error"] = broken_rule(case, hlo, record["temp_bytes"], kernels)
+        record["error"] = broken_rule(case, text, record["temp_bytes"], kernels)
         seconds = _fused(case, record["moved_bytes"], kernels)
     return {**record, "seconds": seconds}
 
 
-def broken_rule(case: Case, hlo: str, temp_bytes: int, kernels: Sequence[Kernel]) -> str | None:
+def widened(case: Case, text: str) -> str | None:
+    """A complaint if products of 16-bit operands are done in float32; None if not.
+
+    A product with one row, which XLA widens on every GPU, is bound by its bytes and may be.
+    """
+    if case.rows == 1 or jnp.dtype(case.dtype).itemsize != 2:
+        return None
+    wide = hlo.products_of(text, "f32")
+    return f"products of {case.dtype} are done in float32: {', '.join(wide)}" if wide else None
+
+
+def broken_rule(case: Case, text: str, temp_bytes: int, kernels: Sequence[Kernel]) -> str | None:
     """What is wrong with a program that is to decode within its kernel; None if nothing."""
     limit = read_gpu(case.gpu).shared
-    if FUSED[case.implementation].target not in hlo or not _with_launch(kernels):
+    if FUSED[case.implementation].target not in text or not _with_launch(kernels):
         return "the program holds no kernel"
     if temp_bytes >= case.k * case.n:
         return f"{temp_bytes} bytes of temporaries beside a weight of {case.k * case.n // 2} bytes"
@@ -137,7 +149,7 @@ def _fused(case: Case, moved: int, kernels: Sequence[Kernel]) -> dict[str, float
 
 
 def _decode_first(
-    case: Case, operations: Sequence[roofline.Operation], kernels: Sequence[Kernel]
+    case: Case, operations: Sequence[hlo.Operation], kernels: Sequence[Kernel]
 ) -> dict[str, float]:
     """The decoding kernels as they were compiled, then the product as a library would do it."""
     by_name = {kernel.name: kernel for kernel in _with_launch(kernels)}

@@ -10,7 +10,6 @@ takes whole blocks, so a grid that does not fill the GPU is charged for what it 
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -82,20 +81,6 @@ class Time(NamedTuple):
     def bound(self) -> str:
         """Which of the three it is."""
         return self._fields[self.index(max(self))]
-
-
-class Operation(NamedTuple):
-    """One instruction of a compiled program that runs on the device.
-
-    Attributes:
-      name: as in the HLO; its kernel's has `_` for `.`.
-      multiplies: whether it is a matrix product.
-      bytes: of operands and results.
-    """
-
-    name: str
-    multiplies: bool
-    bytes: int
 
 
 def occupancy(kernel: Kernel, gpu: str) -> int:
@@ -192,41 +177,3 @@ def _passes(name: str) -> int:
     if name.startswith("U"):
         return 0  # the engine that copies tiles
     return max((WAVEFRONT.get(part, 1) for part in name.split(".")[1:]), default=1)
-
-
-_FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota")
-_SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5}
-
-
-def operations(hlo: str) -> list[Operation]:
-    """What the entry of a compiled program runs, with the bytes of its operands and results.
-
-    Args:
-      hlo: `compiled.as_text()` of a program without loops or branches.
-    """
-    computations = dict(re.findall(r"^%?(\S+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S))
-    entry = re.search(r"^ENTRY [^\n]*\n(.*?)^\}", hlo, re.M | re.S)[1]  # type: ignore[index]
-    sizes: dict[str, int] = {}
-    found = []
-    for line in entry.splitlines():
-        match = re.match(r"\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)", line)
-        if match is None:
-            continue
-        name, shape, opcode, operands, rest = match.groups()
-        sizes[name] = _bytes(shape)
-        if opcode in _FREE:
-            continue
-        inputs = sum(sizes.get(o, 0) for o in re.findall(r"%([\w.-]+)", operands))
-        called = re.search(r"calls=%(\S+?),", rest)
-        body = computations.get(called[1], "") if called else ""
-        multiplies = opcode == "dot" or "cublas" in rest or " dot(" in body
-        found.append(Operation(name, multiplies, sizes[name] + inputs))
-    return found
-
-
-def _bytes(shape: str) -> int:
-    total = 0.0
-    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
-        size = _SIZES.get(dtype) or int(re.sub(r"\D", "", dtype.partition("e")[0])) / 8
-        total += size * math.prod(int(d) for d in dims.split(",") if d)
-    return math.ceil(total)

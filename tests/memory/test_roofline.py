@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.memory import roofline
 from qlora_jax.memory.compile import GPUS, description, read_gpu
-from qlora_jax.memory.roofline import RATES, Time, operations, pipe_clocks
+from qlora_jax.memory.roofline import RATES, Time, pipe_clocks
 from qlora_jax.memory.sass import Instruction, Kernel, Launch
 
 PEAK_TFLOPS = {
@@ -100,38 +100,3 @@ def test_time_of_a_library_product() -> None:
     assert time.tensor == pytest.approx(2 * 2048 * 4096 * 4096 / 312e12, rel=0.01)
     few = roofline.product_time("a100", 1, 4096, 4096, 1000)
     assert few.tensor == roofline.product_time("a100", 16, 4096, 4096, 0).tensor
-
-
-HLO = """HloModule m
-
-%fused_add (a: f32[8]) -> f32[8] {
-  ROOT %x = f32[8]{0} add(%a, %a)
-}
-
-%gemm (p: bf16[16,64], w: bf16[64,32]) -> bf16[16,32] {
-  ROOT %d = f32[16,32]{1,0} dot(%p, %w), lhs_contracting_dims={1}
-}
-
-ENTRY %main (x: bf16[16,64], q: u8[32,32], s: f32[8]) -> bf16[16,32] {
-  %x.1 = bf16[16,64]{1,0} parameter(0)
-  %q.1 = u8[32,32]{1,0} parameter(1)
-  %s.1 = f32[8]{0} parameter(2)
-  %b = f32[1,8]{1,0} bitcast(%s.1)
-  %loop_add = f32[8]{0} fusion(%s.1), kind=kLoop, calls=%fused_add, metadata={op_name="a(b)"}
-  %decode.2 = (bf16[64,32]{1,0}, s4[10]{0}) custom-call(%q.1, %loop_add), custom_call_target="f"
-  %g = bf16[64,32]{1,0} get-tuple-element(%decode.2), index=0
-  ROOT %gemm_fusion = bf16[16,32]{1,0} fusion(%x.1, /*index=1*/%g), kind=kCustom, calls=%gemm, x
-}
-"""
-
-
-def test_bytes_of_a_program() -> None:
-    found = operations(HLO)
-    assert [o.name for o in found] == ["loop_add", "decode.2", "gemm_fusion"]
-    assert [o.multiplies for o in found] == [False, False, True]
-    weight = 64 * 32 * 2
-    assert [o.bytes for o in found] == [
-        32 + 32,
-        weight + 5 + 32 * 32 + 32,
-        16 * 32 * 2 + 16 * 64 * 2 + weight,
-    ]

@@ -24,7 +24,7 @@ from qlora_jax.kernels import triton
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.lora import plan
 from qlora_jax.memory.compile import compile_for, environment, has_plugin
-from qlora_jax.memory.materialized import weight_shaped
+from qlora_jax.memory.hlo import weight_shaped
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig, Rope
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
@@ -131,35 +131,6 @@ def test_the_detector_finds_decoded_weights() -> None:
         np.prod([int(d) for d in buffer.partition("[")[2][:-1].split(",")]) for buffer in found
     }
     assert {k * n for k, n in LINEARS.values()} <= sizes
-
-
-HLO = """
-%fused (p: u8[8]) -> f32[6,4] {
-  ROOT %inside = f32[6,4]{1,0} convert(%p)
-}
-
-%body (t: (f32[2])) -> (f32[2]) {
-  %in_a_loop = bf16[24]{0} fusion(%t), kind=kLoop, calls=%fused
-}
-
-ENTRY %main (x: f32[3]) -> f32[3] {
-  %codes = u8[6,4]{1,0} parameter(0)
-  %turned = f32[4,6]{1,0} fusion(%codes), kind=kLoop, calls=%fused
-  %pair = (f16[2,2,2,2,3]{1,0}, s8[4]{0}) custom-call(%codes), custom_call_target="f"
-  %loop = (f32[2]{0}) while(%x), condition=%c, body=%body
-  ROOT %x = f32[5,5]{1,0} add(%turned)
-}
-"""
-
-
-def test_buffers_are_found_by_their_size() -> None:
-    assert weight_shaped(HLO, [(6, 4)], layers=2) == [
-        "in_a_loop = bf16[24]",
-        "turned = f32[4,6]",
-        "pair = f16[2,2,2,2,3]",
-    ]
-    assert weight_shaped(HLO, [(6, 4)]) == ["in_a_loop = bf16[24]", "turned = f32[4,6]"]
-    assert weight_shaped(HLO, [(7, 4)], layers=2) == []
 
 
 @pytest.mark.skipif(not has_plugin(), reason="compile-only GPU packages absent: make gpu-check")

@@ -1,0 +1,122 @@
+"""make gpu-check: what it compiles, what it says and when it fails."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from qlora_jax.kernels.fused import FUSED
+from qlora_jax.memory.compile import environment, has_plugin
+from qlora_jax.memory.product import Case, compile_all
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "gpu_check.py"
+WITHOUT = "compile-only GPU packages absent: make gpu-check"
+FIVE = {"a100", "a6000", "b200", "h100", "rtx4090"}
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, list[str], str]]:
+    """Runs the script on made-up outcomes: case to error or None."""
+
+    def run(outcome: Callable[[Case], str | None], keep: Callable[[Case], bool] = bool):
+        def compiled(cases):
+            return ({**c._asdict(), "error": outcome(c)} for c in cases if keep(c))
+
+        monkeypatch.setattr(script, "compile_all", compiled)
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+        code = script.main()
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+def test_the_cases_cover_each_kernel(script: ModuleType) -> None:
+    cases = script.cases()
+    assert len(cases) == len(set(cases))
+    triton = [c for c in cases if c.implementation == "triton"]
+    assert {c.gpu for c in triton} == FIVE
+    assert len(triton) == 18 * 5
+    rest = [c for c in cases if c.implementation == "xla"]
+    assert {(c.gpu, c.dtype, c.direction) for c in rest} == {
+        ("t4", "float16", "forward"),
+        ("t4", "float16", "backward"),
+    }
+    assert {c.implementation for c in cases} <= {*FUSED, "xla"}
+
+
+def test_the_last_line_and_the_exit_code(run: Any) -> None:
+    code, lines, err = run(lambda case: None, lambda case: case.implementation != "mosaic")
+    assert (code, lines[-1], err) == (0, "18 kernels x 5 GPUs compiled, 0 spilled", "")
+    assert lines[0] == "t4: 6 products of float16 without a product of float32"
+
+
+def test_a_spill_fails(run: Any) -> None:
+    code, lines, err = run(
+        lambda c: "k: spilling 8 bytes" if c.gpu == "a100" and c.rows == 1 else None,
+        lambda case: case.implementation != "mosaic",
+    )
+    assert (code, lines[-1]) == (1, "16.8 kernels x 5 GPUs compiled, 6 spilled")
+    assert "a100, triton, 1 rows, float16, forward: k: spilling 8 bytes" in err
+
+
+def test_it_fails_when_it_compiled_none(run: Any) -> None:
+    code, lines, _ = run(lambda case: None, lambda case: case.implementation == "xla")
+    assert (code, lines[-1]) == (1, "0 kernels x 0 GPUs compiled, 0 spilled")
+    assert run(lambda case: "no", lambda case: case.gpu == "h100")[0] == 1
+
+
+@pytest.mark.skipif(has_plugin(), reason="the compile-only GPU packages are here")
+def test_without_the_compiler_the_remedy_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env=environment() | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "the compile-only GPU packages are not installed: make gpu-check\n"
+
+
+@pytest.mark.skipif(not has_plugin(), reason=WITHOUT)
+def test_every_kernel_compiles_for_every_gpu_without_spilling() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json"],
+        env=environment() | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    assert {r["gpu"] for r in records if r["implementation"] in FUSED} == FIVE
+    for r in records:
+        assert r["kernels"], r
+        assert all(kernel["spill_bytes"] == 0 for kernel in r["kernels"]), r
+
+
+@pytest.mark.skipif(not has_plugin(), reason=WITHOUT)
+def test_a_t4_that_is_given_bfloat16_multiplies_in_float32() -> None:
+    """So that silence about float16 says something."""
+    case = Case("t4", "xla", 32, 256, 256, "bfloat16", "forward")
+    (record,) = compile_all([case])
+    assert record["error"].startswith("products of bfloat16 are done in float32")
+    (record,) = compile_all([case._replace(dtype="float16")])
+    assert record["error"] is None
