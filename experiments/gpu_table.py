@@ -6,6 +6,7 @@ are read from the machine code, and `qlora_jax/memory/roofline.py` turns them in
 Expected: decoding inside the product moves a fifth of the bytes, so it can win at few rows; at many
   rows it wins where its main loop issues no slower than the tensor cores multiply.
 Cost: about 10 minutes per implementation on 2 CPU cores; no GPU. Needs the extra `gpu-check`.
+  With --only or --gpu, what the file of --json holds of all others is kept.
 Command: python experiments/gpu_table.py --write docs/gpu.md --json docs/gpu.json
 """
 
@@ -38,14 +39,14 @@ HMMA = 2 * 16 * 8 * 16
 Record = Mapping[str, Any]
 
 
-def cases(gpus: Sequence[str], rows: Sequence[int]) -> list[Case]:
+def cases(gpus: Sequence[str]) -> list[Case]:
     """All products, grouped by GPU and implementation."""
     found = []
     for gpu in gpus:
         capability = read_gpu(gpu).capability
         dtype = "bfloat16" if capability >= (8, 0) else "float16"
         for name in (DECODE_FIRST, *usable(capability, dtype)):
-            for (k, n), m, direction in itertools.product(SHAPES, rows, DIRECTIONS):
+            for (k, n), m, direction in itertools.product(SHAPES, ROWS, DIRECTIONS):
                 found.append(Case(gpu, name, m, k, n, dtype, direction))
     return found
 
@@ -148,20 +149,24 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=GPUS)
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--only", nargs="*", choices=(DECODE_FIRST, *FUSED), help="implementations")
     parser.add_argument("--write", type=Path, help="page with the two markers; else printed")
-    parser.add_argument("--json", type=Path, help="where all the figures go")
-    parser.add_argument("--from-json", type=Path, help="tables from such a file; compiles nothing")
+    parser.add_argument("--json", type=Path, help="file of all the figures")
     options = parser.parse_args()
-    if options.from_json:
-        records = json.loads(options.from_json.read_text("utf-8"))
-    else:
-        asked = cases(options.gpu, options.rows)
-        records = []
-        for record in compile_all(asked):
-            records.append(record)
-            print(f"\r{len(records)} of {len(asked)}", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+    everything = cases(GPUS)
+    known: dict[Case, Record] = {}
+    if options.json and options.json.exists():
+        kept = json.loads(options.json.read_text("utf-8"))
+        known = {Case(*(record[field] for field in Case._fields)): record for record in kept}
+    asked = [
+        case
+        for case in everything
+        if case.gpu in options.gpu and (options.only is None or case.implementation in options.only)
+    ]
+    for i, record in enumerate(compile_all(asked) if asked else ()):
+        known[asked[i]] = record
+        print(f"\r{i + 1} of {len(asked)}", end="", file=sys.stderr, flush=True)
+    records = [known[case] for case in everything if case in known]
     for record in records:
         if record["error"]:
             print(f"{list(record.values())[:7]}: {record['error']}", file=sys.stderr)

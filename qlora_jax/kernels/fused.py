@@ -45,7 +45,13 @@ def _triton_tile(m: int, dtype: DTypeLike, inner: int, outer: int, direction: st
     return tile.m, tile.n if direction == "forward" else GROUP
 
 
+def _mosaic_tile(m: int, dtype: DTypeLike, inner: int, outer: int, direction: str):
+    tile = tuning.mosaic_tile(m, -(-inner // GROUP) * GROUP, -(-outer // GROUP) * GROUP)
+    return tile.m, tile.o
+
+
 FUSED: Mapping[str, Fused] = {
+    "mosaic": Fused((8, 0), (0, 12), ("bfloat16", "float16"), "mosaic_gpu", _mosaic_tile),
     "triton": Fused(
         (8, 0), (0, 10), ("bfloat16", "float16", "float32"), "__gpu$xla.gpu.triton", _triton_tile
     ),

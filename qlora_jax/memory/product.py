@@ -131,6 +131,7 @@ def _figures(case: Case, kernel: Kernel) -> dict[str, Any]:
         "launch": kernel.launch and kernel.launch._asdict(),
         "blocks_per_core": kernel.launch and roofline.occupancy(kernel, case.gpu),
         "main_loop": dict(classes),
+        "main_loop_clocks": roofline.pipe_clocks(loop, roofline.RATES[case.gpu]),
         "main_loop_tensor_flop": sass.tensor_flop(loop),
     }
 

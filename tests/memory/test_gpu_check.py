@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import pytest
 
 from qlora_jax.kernels.fused import FUSED
@@ -55,6 +56,8 @@ def test_the_cases_cover_each_kernel(script: ModuleType) -> None:
     triton = [c for c in cases if c.implementation == "triton"]
     assert {c.gpu for c in triton} == FIVE
     assert len(triton) == 18 * 5
+    mosaic = [c for c in cases if c.implementation == "mosaic"]
+    assert len(mosaic) == (12 * 5 if jax.__version_info__ >= (0, 12) else 0)
     rest = [c for c in cases if c.implementation == "xla"]
     assert {(c.gpu, c.dtype, c.direction) for c in rest} == {
         ("t4", "float16", "forward"),

@@ -47,7 +47,7 @@ def test_tables_go_between_the_markers(tmp_path: Path) -> None:
     figures, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
     figures.write_text(json.dumps([FIRST, FUSED]))
     page.write_text("before\n<!-- gpu_table.py begins -->old<!-- gpu_table.py ends -->\nafter\n")
-    done = run("--from-json", str(figures), "--write", str(page))
+    done = run("--only", "--json", str(figures), "--write", str(page))
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert text.startswith("before\n")
@@ -59,14 +59,14 @@ def test_tables_go_between_the_markers(tmp_path: Path) -> None:
     assert row in text
     assert "| forward | a100 | xla | 38.2 (21.7 + 16.5) |" in text
     assert "| forward | a100 | triton | **5 issue** |" in text
-    assert run("--from-json", str(figures), "--write", str(page)).returncode == 0
+    assert run("--only", "--json", str(figures), "--write", str(page)).returncode == 0
     assert page.read_text() == text
 
 
 def test_what_did_not_compile_fails(tmp_path: Path) -> None:
     figures = tmp_path / "gpu.json"
     figures.write_text(json.dumps([FUSED | {"error": "no such thing", "kernels": []}]))
-    done = run("--from-json", str(figures))
+    done = run("--only", "--json", str(figures))
     assert done.returncode == 1
     assert "no such thing" in done.stderr
 
@@ -75,7 +75,7 @@ def test_a_page_without_markers(tmp_path: Path) -> None:
     figures, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
     figures.write_text("[]")
     page.write_text("nothing")
-    done = run("--from-json", str(figures), "--write", str(page))
+    done = run("--only", "--json", str(figures), "--write", str(page))
     assert done.returncode == 2
     assert "add the lines <!-- gpu_table.py begins -->" in done.stderr
     assert page.read_text() == "nothing"
