@@ -25,7 +25,7 @@ import jaxlib
 from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED, usable
 from qlora_jax.memory.compile import GPUS, read_gpu
-from qlora_jax.memory.product import DECODE_FIRST, DIRECTIONS, Case, compile_all
+from qlora_jax.memory.product import DECODE_FIRST, DIRECTIONS, Case, compile_all, tile
 
 ROWS = (1, 16, 512, 2048, 8192)
 SHAPES = ((4096, 4096), (4096, 11008))
@@ -76,15 +76,14 @@ def _kernels(records: Sequence[Record]) -> str:
         if r["error"]:
             lines.append([name, r["gpu"], r["rows"], r["error"], "", "", "", "", ""])
             continue
-        inner, outer = (r["k"], r["n"]) if r["direction"] == "forward" else (r["n"], r["k"])
-        tile = fused.tile(r["rows"], r["dtype"], inner, outer, r["direction"])
+        block = tile(Case(*(r[field] for field in Case._fields)))
         kernel = next(x for x in r["kernels"] if x["main_loop_tensor_flop"])
         resident = kernel["blocks_per_core"]
         threads = resident * kernel["launch"]["threads"] / read_gpu(r["gpu"]).threads_per_core
         each = sum(kernel["main_loop"].values()) / (kernel["main_loop_tensor_flop"] / HMMA)
         lines.append(
             [
-                *(name, r["gpu"], r["rows"], "x".join(map(str, tile)), kernel["registers"]),
+                *(name, r["gpu"], r["rows"], "x".join(map(str, block)), kernel["registers"]),
                 f"{kernel['shared_bytes'] / 1e3:.1f}",
                 f"{resident} ({threads:.0%})",
                 f"{each:.1f}",

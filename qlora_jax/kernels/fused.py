@@ -15,6 +15,9 @@ from qlora_jax.kernels import tuning
 from qlora_jax.quant.qtensor import GROUP
 
 
+Capability = tuple[int, int]
+
+
 class Fused(NamedTuple):
     """One implementation.
 
@@ -23,15 +26,15 @@ class Fused(NamedTuple):
       jax: the least version of jax.
       dtypes: of x.
       target: how the target of its custom call begins, in a compiled program.
-      tile: (rows, dtype of x, contracted features, resulting features, direction) to the rows and
-        columns of the result that one block computes.
+      tile: (rows, dtype of x, contracted features, resulting features, direction, the GPU's
+        compute capability) to the rows and columns of the result that one block computes.
     """
 
-    capability: tuple[int, int]
+    capability: Capability
     jax: tuple[int, int]
     dtypes: tuple[str, ...]
     target: str
-    tile: Callable[[int, DTypeLike, int, int, str], tuple[int, int]]
+    tile: Callable[[int, DTypeLike, int, int, str, Capability], tuple[int, int]]
 
     def __str__(self) -> str:
         major, minor = self.capability
@@ -40,13 +43,18 @@ class Fused(NamedTuple):
         return f"NVIDIA GPUs from sm_{major}{minor}, jax from {version}, {dtypes}"
 
 
-def _triton_tile(m: int, dtype: DTypeLike, inner: int, outer: int, direction: str):
+def _triton_tile(
+    m: int, dtype: DTypeLike, inner: int, outer: int, direction: str, capability: Capability
+) -> tuple[int, int]:
     tile = tuning.triton_tile(m, dtype)
     return tile.m, tile.n if direction == "forward" else GROUP
 
 
-def _mosaic_tile(m: int, dtype: DTypeLike, inner: int, outer: int, direction: str):
-    tile = tuning.mosaic_tile(m, -(-inner // GROUP) * GROUP, -(-outer // GROUP) * GROUP)
+def _mosaic_tile(
+    m: int, dtype: DTypeLike, inner: int, outer: int, direction: str, capability: Capability
+) -> tuple[int, int]:
+    inner, outer = (-(-size // GROUP) * GROUP for size in (inner, outer))
+    tile = tuning.mosaic_tile(m, inner, outer, capability)
     return tile.m, tile.o
 
 
@@ -59,7 +67,7 @@ FUSED: Mapping[str, Fused] = {
 """Name to facts, the preferred first."""
 
 
-def usable(capability: tuple[int, int] | None, dtype: DTypeLike) -> list[str]:
+def usable(capability: Capability | None, dtype: DTypeLike) -> list[str]:
     """Names in `FUSED` that run on a GPU of this capability (None: no such GPU) in this dtype."""
     return [
         name
@@ -71,7 +79,7 @@ def usable(capability: tuple[int, int] | None, dtype: DTypeLike) -> list[str]:
     ]
 
 
-def capability_of(device: jax.Device) -> tuple[int, int] | None:
+def capability_of(device: jax.Device) -> Capability | None:
     """An NVIDIA GPU's compute capability, (8, 0) for sm_80; None of any other device."""
     text = getattr(device, "compute_capability", None)
     try:

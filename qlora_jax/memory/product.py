@@ -136,11 +136,21 @@ def _figures(case: Case, kernel: Kernel) -> dict[str, Any]:
     }
 
 
+def tile(case: Case) -> tuple[int, int]:
+    """Rows and columns of the result that one block of a fused kernel computes."""
+    return FUSED[case.implementation].tile(
+        case.rows,
+        case.dtype,
+        case.inner,
+        case.outer,
+        case.direction,
+        read_gpu(case.gpu).capability,
+    )
+
+
 def _fused(case: Case, moved: int, kernels: Sequence[Kernel]) -> dict[str, float]:
     """Of the one kernel that multiplies; what it runs beside that is in the bytes alone."""
-    m, o = FUSED[case.implementation].tile(
-        case.rows, case.dtype, case.inner, case.outer, case.direction
-    )
+    m, o = tile(case)
     flop = 2.0 * -(-case.rows // m) * m * -(-case.outer // o) * o * case.inner
     for kernel in _with_launch(kernels):
         if sass.tensor_flop(kernel.main_loop()):

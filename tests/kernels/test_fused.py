@@ -46,6 +46,6 @@ def test_every_name_is_one_of_matmul() -> None:
 @pytest.mark.parametrize("name", FUSED)
 def test_tiles_cover_the_result(name: str) -> None:
     for rows in (1, 16, 100, 4096):
-        m, o = FUSED[name].tile(rows, "bfloat16", 4096, 11008, "forward")
+        m, o = FUSED[name].tile(rows, "bfloat16", 4096, 11008, "forward", (9, 0))
         assert m >= min(rows, 16)
         assert 11008 % o == 0
