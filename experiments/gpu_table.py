@@ -164,13 +164,14 @@ def main() -> int:
     ]
     for i, record in enumerate(compile_all(asked) if asked else ()):
         known[asked[i]] = record
+        if options.json:  # at once: an hour's figures outlive an interrupt
+            kept = [known[case] for case in everything if case in known]
+            options.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
         print(f"\r{i + 1} of {len(asked)}", end="", file=sys.stderr, flush=True)
     records = [known[case] for case in everything if case in known]
     for record in records:
         if record["error"]:
             print(f"{list(record.values())[:7]}: {record['error']}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
     text = tables(records)
     if options.write:
         write(options.write, text)

@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 from qlora_jax.kernels import tuning
 from qlora_jax.quant.qtensor import GROUP
 
-
 Capability = tuple[int, int]
 
 
