@@ -4,7 +4,9 @@ To add one: its module, its name in `matmul.IMPLEMENTATIONS`, one entry here. `m
 compiles it from then on and `docs/gpu.md` shows it.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -86,3 +88,29 @@ def capability_of(device: jax.Device) -> Capability | None:
     except ValueError:
         return None
     return major, minor
+
+
+_target: ContextVar[Capability | None] = ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(capability: Capability) -> Iterator[None]:
+    """Within it products are for a GPU of this capability, which need not be here."""
+    token = _target.set(capability)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def pick(rows: int, dtype: DTypeLike) -> str:
+    """The implementation for `rows` of x on the GPU that is compiled for: by `tuning.FUSED_ROWS`.
+
+    Elsewhere, and beyond those rows, it is xla.
+    """
+    capability = _target.get() or capability_of(jax.devices()[0])
+    for name in usable(capability, dtype):
+        known = [c for c in tuning.FUSED_ROWS[name] if capability is not None and c <= capability]
+        if known and rows <= tuning.FUSED_ROWS[name][max(known)]:
+            return name
+    return "xla"

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 from jax.custom_batching import custom_vmap
 
 from qlora_jax.errors import UserError
+from qlora_jax.kernels.fused import pick
 from qlora_jax.quant import QTensor
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic")
@@ -26,7 +28,8 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
       q: one matrix [K, N]; map or scan over a stack.
       implementation: "xla" decodes the weight, then multiplies, on every device. "mosaic" (jax
         0.12; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
-        the weight in floats is never in memory. None is "xla".
+        the weight in floats is never in memory. None picks by device, dtype and rows, see
+        `fused.pick`.
 
     Returns:
       [..., N] in x's dtype.
@@ -40,7 +43,7 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
         )
     if q.ndim != 2 or x.shape[-1] != q.in_features:
         raise UserError(f"matmul: x {x.shape} does not match one matrix, q {q.shape}")
-    return _matmul(implementation or "xla", x, q)
+    return _matmul(implementation or pick(math.prod(x.shape[:-1]), x.dtype), x, q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,9 +1,13 @@
 """Which tile each kernel uses, as data."""
 
+import sys
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+EVERY = sys.maxsize
+"""More rows than there are."""
 
 
 class Tile(NamedTuple):
@@ -81,3 +85,11 @@ def mosaic_tile(m: int, inner: int, outer: int, capability: tuple[int, int]) -> 
     fits = [t for t in tiles if inner % t.c == 0 and outer % t.o == 0]
     holding = [t for t in fits if t.m >= m]
     return min(holding, key=lambda t: t.m) if holding else max(fits, key=lambda t: t.m)
+
+
+FUSED_ROWS = {
+    "mosaic": {(8, 0): EVERY, (8, 6): EVERY, (8, 9): EVERY, (9, 0): EVERY, (10, 0): 512},
+    "triton": {(8, 0): 16},
+}
+"""Implementation to compute capability (and those above, up to the next) to the most rows at which
+its modelled time is no worse than decoding first; `docs/gpu.md` has the times."""

@@ -20,6 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from qlora_jax.errors import UserError
+from qlora_jax.kernels.fused import compiling_for
 
 TARGETS = Path(__file__).parent / "targets"
 GPUS = tuple(sorted(path.stem for path in TARGETS.glob("*.txtpb")))
@@ -147,7 +148,8 @@ def _on(gpu: Gpu) -> Iterator[None]:
     # From 0.11 on, Pallas lowers for the GPU of the context, where there is none for that of jax.
     device = AbstractDevice(STAND_INS.get(gpu.name, gpu.name), gpu.cores, "gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), _mosaic_on(gpu.capability):
+    place = jax.sharding.use_abstract_mesh(mesh)
+    with place, _mosaic_on(gpu.capability), compiling_for(gpu.capability):
         yield
 
 

@@ -21,7 +21,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.device import describe_devices
 from qlora_jax.errors import RunFailed
 from qlora_jax.models import trees
-from qlora_jax.models.decoder import Decoder, use_kernel
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.train import export, metrics, rundir
@@ -59,14 +59,13 @@ def train(
     """
     started = time.perf_counter()
     rundir.check(config, resume=resume, overwrite=overwrite)
-    implementation = choose_kernel(config, jax.devices()[0])
+    choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config)
     data = read_data(config, text, checkpoint.config.max_positions)
     device = str(describe_devices())
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(describe_data(data))
     model, specs = load_model(config, checkpoint, say)
-    use_kernel(model, implementation)
     trained_count, total_count = trees.parameter_counts(model, config.method)
     say(f"trainable: {trained_count:,} of {total_count:,} ({trained_count / total_count:.3%})")
     if config.method == "qlora":

@@ -11,14 +11,15 @@ from qlora_jax.data import encode, sources, tokenizer
 from qlora_jax.data.encode import EncodeStats, Example
 from qlora_jax.data.prompts import Question, question
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
+from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import PREFIX, load
 from qlora_jax.formats.source import open_checkpoint
+from qlora_jax.kernels.check import agrees
 from qlora_jax.kernels.fused import FUSED, capability_of, usable
 from qlora_jax.lora import plan, ranks_above_full
 from qlora_jax.lora.spec import AdapterSpec
-from qlora_jax.models.decoder import Decoder, attach
+from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
 from qlora_jax.train.display import progress
@@ -96,6 +97,27 @@ def choose_kernel(config: Config, device: jax.Device) -> str | None:
     )
 
 
+def trusted_kernel(config: Config, device: jax.Device, warn: Callable[[str], None]) -> str | None:
+    """`choose_kernel`, after the kernels it may take have been tried on the device.
+
+    Raises:
+      UserError: as `choose_kernel`.
+      RunFailed: the config asks for a kernel whose products are wrong here.
+    """
+    chosen, dtype = choose_kernel(config, device), config.model.compute_dtype
+    if config.method != "qlora" or chosen == "xla":
+        return chosen
+    for name in [chosen] if chosen else usable(capability_of(device), dtype):
+        if agrees(name, dtype):
+            continue
+        problem = f"kernel {name} gives wrong products on {device.device_kind} in {dtype}"
+        if chosen:
+            raise RunFailed(f"{problem}: set kernels.implementation to xla, and please report it")
+        warn(f"warning: {problem}, so weights are decoded first; please report it")
+        return "xla"
+    return chosen
+
+
 def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
     """Reads, splits and encodes the examples.
 
@@ -137,6 +159,7 @@ def load_model(
 
     Raises:
       UserError: weights that cannot be quantized, or targets that match nothing.
+      RunFailed: a kernel that the config asks for is wrong on this device.
     """
     full, quantized = config.method == "full", config.method == "qlora"
     names = checkpoint.names()
@@ -149,6 +172,7 @@ def load_model(
         )
     if full:
         return model, {}
+    use_kernel(model, trusted_kernel(config, jax.devices()[0], warn))
     linears = model.linears()
     specs = plan(config.lora, linears)
     if above := ranks_above_full(specs, linears):

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 from qlora_jax.config import Config, LoraConfig, from_tree
-from qlora_jax.errors import UserError
+from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.kernels import triton
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.lora import plan
@@ -29,8 +29,9 @@ from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig, Rope
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.quant import quantize
+from qlora_jax.train import setup
 from qlora_jax.train import step as steps
-from qlora_jax.train.setup import choose_kernel
+from qlora_jax.train.setup import choose_kernel, trusted_kernel
 
 LAYERS, HIDDEN, FEED, VOCAB = 3, 192, 320, 128
 ROWS, LENGTH = 2, 41
@@ -212,6 +213,26 @@ def test_what_cannot_be(device: Any, kernels: dict[str, str], expected: str) -> 
     with pytest.raises(UserError, match=expected) as caught:
         choose_kernel(config(**kernels), device)
     assert "\n" not in str(caught.value)
+
+
+def test_a_kernel_that_is_wrong_on_the_device_is_not_used(monkeypatch) -> None:
+    tried, said = [], []
+    monkeypatch.setattr(setup, "agrees", lambda name, dtype: tried.append(name))
+    assert trusted_kernel(config(), Gpu, said.append) == "xla"  # type: ignore[arg-type]
+    (line,) = said
+    assert line.startswith(f"warning: kernel {tried[0]} gives wrong products on NVIDIA A10")
+    with pytest.raises(RunFailed, match="set kernels.implementation to xla, and please report"):
+        trusted_kernel(config(implementation="triton"), Gpu, said.append)  # type: ignore[arg-type]
+    monkeypatch.setattr(setup, "agrees", lambda name, dtype: True)
+    assert trusted_kernel(config(), Gpu, said.append) is None  # type: ignore[arg-type]
+    assert said == [line]
+
+
+def test_nothing_is_tried_where_no_kernel_runs(monkeypatch) -> None:
+    monkeypatch.setattr(setup, "agrees", None)
+    assert trusted_kernel(config(), CPU, print) is None
+    assert trusted_kernel(config(implementation="xla"), Gpu, print) == "xla"  # type: ignore[arg-type]
+    assert trusted_kernel(config(method="lora"), Gpu, print) is None  # type: ignore[arg-type]
 
 
 def main(gpu: str, implementation: str) -> None:

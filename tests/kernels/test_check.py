@@ -1,0 +1,59 @@
+"""The trial of kernels on a device, and the choice among them."""
+
+import jax.numpy as jnp
+import pytest
+
+from qlora_jax.kernels import check, fused, matmul, triton, tuning, xla
+from qlora_jax.quant import quantize
+
+A100, ADA, LATER = (8, 0), (8, 9), (12, 0)
+
+
+@pytest.fixture(params=["forward", "backward"])
+def broken(request, monkeypatch):
+    """Triton's module with one direction off by a percent in a single row."""
+    matmul_module = __import__("qlora_jax.kernels.matmul", fromlist=["_product"])
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(triton, direction, getattr(xla, direction))
+    right = getattr(xla, request.param)
+    monkeypatch.setattr(triton, request.param, lambda x, q: right(x, q).at[0].multiply(1.2))
+    matmul_module._product.cache_clear()
+    yield
+    matmul_module._product.cache_clear()
+
+
+def test_a_wrong_kernel_is_seen(broken) -> None:
+    assert not check.agrees("triton", "bfloat16")
+    assert check.agrees("xla", "bfloat16")
+
+
+def test_not_a_number_is_wrong(monkeypatch, broken) -> None:
+    monkeypatch.setattr(triton, "forward", lambda x, q: xla.forward(x, q) * jnp.nan)
+    __import__("qlora_jax.kernels.matmul", fromlist=["_product"])._product.cache_clear()
+    assert not check.agrees("triton", "float16")
+
+
+def test_a_right_kernel_passes(monkeypatch) -> None:
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    assert check.agrees("triton", "bfloat16")
+
+
+def test_the_pick_follows_the_table(monkeypatch) -> None:
+    monkeypatch.setattr(fused, "usable", lambda capability, dtype: ["mosaic", "triton"])
+    rows = {"mosaic": {A100: 64, (9, 0): 8}, "triton": {A100: 128}}
+    monkeypatch.setattr(tuning, "FUSED_ROWS", rows)
+    expected = {1: "mosaic", 64: "mosaic", 65: "triton", 129: "xla"}
+    for capability in (A100, ADA):
+        with fused.compiling_for(capability):
+            assert {m: fused.pick(m, "bfloat16") for m in expected} == expected
+    with fused.compiling_for(LATER):
+        assert [fused.pick(m, "bfloat16") for m in (8, 9, 129)] == ["mosaic", "triton", "xla"]
+    with fused.compiling_for((7, 5)):
+        assert fused.pick(1, "float16") == "xla"
+
+
+def test_on_a_cpu_the_pick_is_xla() -> None:
+    assert fused.pick(1, "bfloat16") == "xla"
+    q = quantize(jnp.ones((64, 8)))
+    x = jnp.ones((2, 64), jnp.bfloat16)
+    assert (matmul(x, q) == matmul(x, q, "xla")).all()
