@@ -128,10 +128,14 @@ def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Arr
     Returns:
       dtype[..., K, N].
     """
-    low, high = unpack(q.codes)
-    indices = jnp.stack([_grouped(low), _grouped(high)], axis=-3)
-    indices = indices.reshape(*q.codes.shape[:-2], -1, q.codes.shape[-1])[..., : q.in_features, :]
-    return (decode(indices, q.codebook) * _rows(block_scales(q), q)).astype(dtype)
+    *lead, rows, n = q.codes.shape
+    # One elementwise expression for both halves of a group: a concatenation of two would keep
+    # XLA:CPU from vectorizing it.
+    grouped = q.codes.reshape(*lead, -1, 1, GROUP // 2, n)
+    high = jnp.arange(2)[:, None, None] == 1
+    values = decode(jnp.where(high, grouped >> 4, grouped & 15), q.codebook)
+    values = (values * _group_scales(block_scales(q), q)).astype(dtype)
+    return values.reshape(*lead, 2 * rows, n)[..., : q.in_features, :]
 
 
 def block_scales(q: QTensor) -> jax.Array:
@@ -147,11 +151,21 @@ def unpack(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(indices: jax.Array, codebook: jax.Array) -> jax.Array:
-    """codebook[..., indices[..., :, :]] with leading axes in common; float32."""
-    if codebook.ndim == 1:
-        return codebook[indices]
-    flat = indices.reshape(*indices.shape[:-2], -1).astype(jnp.int32)
-    return jnp.take_along_axis(codebook, flat, axis=-1).reshape(indices.shape)
+    """codebook[..., indices] as a tree of selections, which vectorizes where a lookup does not.
+
+    Args:
+      indices: uint8, below 16, with the codebook's leading axes.
+      codebook: float32[..., 16].
+
+    Returns:
+      float32 of the shape of `indices`.
+    """
+    axes = (*codebook.shape[:-1], *[1] * (indices.ndim - codebook.ndim + 1))
+    values = [codebook[..., i].reshape(axes) for i in range(16)]
+    for bit in range(4):
+        is_set = indices & (1 << bit) != 0
+        values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2])]
+    return values[0]
 
 
 def nbytes(tree: object) -> int:
@@ -220,9 +234,11 @@ def _pad_rows(x: jax.Array, rows: int, value: jax.Array | float = 0.0) -> jax.Ar
     return jnp.pad(x, pad, constant_values=value)
 
 
-def _grouped(nibbles: jax.Array) -> jax.Array:
-    return nibbles.reshape(*nibbles.shape[:-2], -1, GROUP // 2, nibbles.shape[-1])
-
-
-def _rows(scales: jax.Array, q: QTensor) -> jax.Array:
-    return jnp.repeat(scales, q.block_size, axis=-2)[..., : q.in_features, :]
+def _group_scales(scales: jax.Array, q: QTensor) -> jax.Array:
+    """Block scales against codes[..., group, half, row, n]: axes of length 1 where they repeat."""
+    *lead, _, n = scales.shape
+    groups = q.codes.shape[-2] // (GROUP // 2)
+    if q.block_size < GROUP:
+        return _pad_rows(scales, 2 * groups).reshape(*lead, groups, 2, 1, n)
+    repeated = jnp.repeat(scales, q.block_size // GROUP, axis=-2)
+    return repeated[..., :groups, :].reshape(*lead, groups, 1, 1, n)
