@@ -1,8 +1,13 @@
 """x @ W where W is an array: the same dtype rule as `matmul`, and a gradient for both."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from qlora_jax.kernels import tuning
 
 KEPT = "product"
 """The name of what `kept` marks, for policies of `jax.checkpoint`."""
@@ -32,8 +37,37 @@ def kept(y: jax.Array) -> jax.Array:
 
 def product(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
     """Contracts x's last axis with axis `contracted` of the matrix w; float32."""
+    if math.prod(x.shape[:-1]) == 1 and w.dtype == jnp.bfloat16:
+        one_row = functools.partial(_one_row, contracted=contracted)
+        default = functools.partial(_dot, contracted=contracted)
+        return jax.lax.platform_dependent(x, w, cpu=one_row, default=default)
+    return _dot(x, w, contracted)
+
+
+def _dot(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
     dimensions = (((x.ndim - 1,), (contracted,)), ((), ()))
     return jax.lax.dot_general(x, w, dimensions, preferred_element_type=jnp.float32)
+
+
+def _one_row(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
+    """The same for a single row of x, without a copy of w in float32, which XLA:CPU would make.
+
+    One elementwise expression adds up slices of w along the contracted axis; the product with
+    ones adds up the rest.
+    """
+    # Held to x, so that no loop around this converts w to float32 beforehand and keeps that.
+    x, w = jax.lax.optimization_barrier((x, w))
+    part = tuning.cpu_part(w.shape[contracted])
+    parts = range(w.shape[contracted] // part)
+    wide = x.reshape(-1, part).astype(jnp.float32)
+    if contracted:
+        slices = w.reshape(w.shape[0], -1, part)
+        terms = [slices[:, i] * wide[i] for i in parts]
+    else:
+        slices = w.reshape(-1, part, w.shape[1])
+        terms = [slices[i] * wide[i, :, None] for i in parts]
+    total = functools.reduce(jnp.add, terms)
+    return _dot(jnp.ones((*x.shape[:-1], part), jnp.float32), total, contracted)
 
 
 def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

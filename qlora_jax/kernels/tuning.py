@@ -1,4 +1,4 @@
-"""Which tile each kernel uses, as data."""
+"""Which tile and which implementation each product uses, as data."""
 
 import sys
 from typing import NamedTuple
@@ -93,3 +93,20 @@ FUSED_ROWS = {
 }
 """Implementation to compute capability (and those above, up to the next) to the most rows at which
 its modelled time is no worse than decoding first; `docs/gpu.md` has the times."""
+
+
+CPU_ROWS_FUSED = 8
+"""Rows of each half of a group in one expression, in a product with one row of x on a CPU; divides
+32. With fewer, XLA of jax 0.10 leaves the loop scalar (7x slower); with more, compiling takes
+longer and the product no less."""
+
+CPU_TERMS = 12
+"""Slices of a 16-bit weight that are added up in one expression, at most. With 16, XLA of jax 0.10
+converts the weight to float32 outside of it."""
+
+
+def cpu_part(features: int) -> int:
+    """The length of a slice: a divisor of `features`, vectors of 16 where it can be."""
+    least = -(-features // CPU_TERMS)
+    parts = [p for p in range(least, features + 1) if features % p == 0]
+    return next((p for p in parts if p % 16 == 0), features)

@@ -1,16 +1,53 @@
 """The reference: decode the weight, then one matrix product. Runs on every backend."""
 
-import jax
+import functools
+import math
 
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.kernels import tuning
 from qlora_jax.kernels.dense import product
 from qlora_jax.quant import QTensor, dequantize
+from qlora_jax.quant.qtensor import GROUP, block_scales, decode, group_scales
+
+HALF = GROUP // 2
 
 
 def forward(x: jax.Array, q: QTensor) -> jax.Array:
     """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
-    return product(x, dequantize(q, x.dtype), 0).astype(x.dtype)
+    if math.prod(x.shape[:-1]) == 1:
+        return jax.lax.platform_dependent(x, q, cpu=_one_row, default=_decoded)
+    return _decoded(x, q)
 
 
 def backward(g: jax.Array, q: QTensor) -> jax.Array:
     """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
     return product(g, dequantize(q, g.dtype), 1).astype(g.dtype)
+
+
+def _decoded(x: jax.Array, q: QTensor) -> jax.Array:
+    return product(x, dequantize(q, x.dtype), 0).astype(x.dtype)
+
+
+def _one_row(x: jax.Array, q: QTensor) -> jax.Array:
+    """x @ W for a single row of x; the decoded weight is never in memory, nor rounded.
+
+    One elementwise expression over [group, row, n] sums `CPU_ROWS_FUSED` rows of each half and
+    scales the sum; XLA:CPU vectorizes it along n and divides it among threads. What is left to
+    add up is a product with ones, which unlike a sum is not fused into it and kept scalar.
+    """
+    fused = tuning.CPU_ROWS_FUSED
+    n = q.codes.shape[-1]
+    flat = jnp.pad(x.reshape(-1), (0, 2 * q.codes.shape[0] - q.in_features)).astype(jnp.float32)
+    rows = flat.reshape(-1, 2, fused, HALF // fused, 1)
+    codes = q.codes.reshape(-1, fused, HALF // fused, n)
+    scales = group_scales(block_scales(q), q)
+    total = jnp.float32(0)
+    for half in range(2):
+        nibbles = codes >> 4 if half else codes & 15
+        terms = [decode(nibbles[:, i], q.codebook) * rows[:, half, i] for i in range(fused)]
+        total += functools.reduce(jnp.add, terms) * scales[:, half % scales.shape[1]]
+    total = total.reshape(-1, n)
+    y = product(jnp.ones((1, total.shape[0]), jnp.float32), total, 0)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], n)

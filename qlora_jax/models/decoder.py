@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.kernels import KEPT
+from qlora_jax.kernels.dense import product
 from qlora_jax.lora import AdapterSpec, init_adapter
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
@@ -97,8 +98,9 @@ class Decoder(nnx.Module):
         return x, cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32[..., vocab]."""
-        return head_logits(hidden, self.head_weight())
+        """hidden @ head, accumulated and returned in float32: [..., vocab]."""
+        weight, vocab_axis = self.stored_head()
+        return product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
 
     def head_weight(self) -> jax.Array:
         """[hidden, vocab]; the embedding's transpose when tied."""
@@ -139,28 +141,27 @@ class Decoder(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.num_layers)
         windowed = any(config.windows)
         mask = see(None)
-        layers = jnp.arange(config.num_layers)
+        written: list[KVCache | None] = []
         windows = jnp.array([w or np.iinfo(np.int32).max for w in config.windows], jnp.int32)
         for run, start in zip(self.runs, self._starts()):
             graph, weights = nnx.split(run)
             part = slice(start, start + run_length(run))
 
-            def body(carry, xs, graph=graph):
-                x, cache = carry
-                weights, layer, window, key = xs
+            def body(x, xs, graph=graph):
+                weights, window, key, layer_cache = xs
                 seen = see(window) if windowed else mask
-                slots = None if cache is None else Slots(cache, layer, positions)
-                return nnx.merge(graph, weights)(x, rope, seen, key, slots), None
+                slots = None if layer_cache is None else Slots(layer_cache, positions)
+                return nnx.merge(graph, weights)(x, rope, seen, key, slots)
 
-            xs = jax.tree.map(lambda a, part=part: a[part], (layers, windows, keys))
-            # the cache is carried, not scanned over, so that each token is written in place
-            (x, cache), _ = jax.lax.scan(REMAT[remat](body), (x, cache), (weights, *xs))
+            xs = jax.tree.map(lambda a, part=part: a[part], (windows, keys, cache))
+            x, new = jax.lax.scan(REMAT[remat](body), x, (weights, *xs))
+            written.append(new)
+        if cache is not None:
+            # All layers' tokens at once: a cache that each layer writes is copied by each layer.
+            place = jnp.arange(tokens.shape[0])[:, None], positions
+            new = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+            cache = jax.tree.map(lambda all, x: all.at[:, *place].set(x), cache, new)
         return self.norm(x), cache
-
-
-def head_logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
-    """hidden[..., D] @ weight[D, vocab] in hidden's dtype, accumulated and returned in float32."""
-    return jnp.dot(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def run_length(run: Layer) -> int:

@@ -13,6 +13,8 @@ from flax import nnx
 from qlora_jax.errors import UserError
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.layers import KVCache
+from qlora_jax.quant import QTensor
+from qlora_jax.quant.qtensor import with_plain_scales
 
 SMALLEST = 64
 """Prompts and caches are padded to this times a power of two, so that few programs compile."""
@@ -180,6 +182,8 @@ def _decode(
     dtype: jnp.dtype,
 ) -> tuple[Rows, KVCache, jax.Array]:
     """Draws up to `steps` tokens a row into int32[B, CHUNK], fewer once every row is done."""
+    # once, not for every token
+    weights = jax.tree.map(with_plain_scales, weights, is_leaf=lambda x: isinstance(x, QTensor))
     model = nnx.merge(structure, weights)
 
     def proceed(state: tuple[jax.Array, Rows, KVCache, jax.Array]) -> jax.Array:

@@ -36,17 +36,15 @@ class KVCache(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where a layer reads and writes: its index in the cache and the positions [B, T]."""
+    """A layer's part of the cache [B, S, ...] and the positions [B, T] of its input."""
 
     cache: KVCache
-    layer: jax.Array
     positions: jax.Array
 
-    def put(self, k: jax.Array, v: jax.Array) -> KVCache:
-        """The cache with k and v [B, T, kv_heads, head_dim] in their slots."""
-        rows = jnp.arange(k.shape[0])[:, None]
-        place = (self.layer, rows, self.positions)
-        return KVCache(self.cache.k.at[place].set(k), self.cache.v.at[place].set(v))
+    def put(self, new: KVCache) -> KVCache:
+        """The layer's cache with keys and values [B, T, kv_heads, head_dim] in their slots."""
+        rows = jnp.arange(new.k.shape[0])[:, None]
+        return jax.tree.map(lambda all, x: all.at[rows, self.positions].set(x), self.cache, new)
 
 
 class Weight(nnx.Param):
@@ -141,7 +139,11 @@ class Layer(nnx.Module):
         key: jax.Array | None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """One layer on x[B, T, hidden]; with slots, over the cache, which it returns updated."""
+        """One layer on x[B, T, hidden]; with slots, over the cache too.
+
+        Returns:
+          x, and the keys and values [B, T, kv_heads, head_dim] to write to the cache, if any.
+        """
         keys = (
             dict.fromkeys(LINEARS) if key is None else dict(zip(LINEARS, jax.random.split(key, 7)))
         )
@@ -150,13 +152,13 @@ class Layer(nnx.Module):
         q = rotate(self.q_proj(h, keys["self_attn.q_proj"]).reshape(head), *rope)
         k = rotate(self.k_proj(h, keys["self_attn.k_proj"]).reshape(head), *rope)
         v = self.v_proj(h, keys["self_attn.v_proj"]).reshape(head)
-        cache = None
+        new = None
         if slots is not None:
-            cache = slots.put(k, v)
-            k, v = cache.k[slots.layer], cache.v[slots.layer]
+            new = KVCache(k.astype(slots.cache.k.dtype), v.astype(slots.cache.v.dtype))
+            k, v = slots.put(new)
         out = kept(attend(q, k, v, mask).reshape(*x.shape[:2], -1))
         x = x + self.o_proj(out, keys["self_attn.o_proj"])
         h = self.post_attention_layernorm(x)
         gate = self.gate_proj(h, keys["mlp.gate_proj"])
         up = self.up_proj(h, keys["mlp.up_proj"])
-        return x + self.down_proj(jax.nn.silu(gate) * up, keys["mlp.down_proj"]), cache
+        return x + self.down_proj(jax.nn.silu(gate) * up, keys["mlp.down_proj"]), new

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Arr
     grouped = q.codes.reshape(*lead, -1, 1, GROUP // 2, n)
     high = jnp.arange(2)[:, None, None] == 1
     values = decode(jnp.where(high, grouped >> 4, grouped & 15), q.codebook)
-    values = (values * _group_scales(block_scales(q), q)).astype(dtype)
+    values = (values * group_scales(block_scales(q), q)).astype(dtype)
     return values.reshape(*lead, 2 * rows, n)[..., : q.in_features, :]
 
 
@@ -148,6 +149,31 @@ def block_scales(q: QTensor) -> jax.Array:
 def unpack(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Low and high nibbles, uint8 of the shape of `codes`."""
     return codes & 15, codes >> 4
+
+
+def with_plain_scales(x: Any) -> Any:
+    """A QTensor of the same values whose scales need no decoding; anything else as it is."""
+    if not isinstance(x, QTensor):
+        return x
+    return dataclasses.replace(x, scales=block_scales(x), nested=None, offset=None)
+
+
+def group_scales(scales: jax.Array, q: QTensor) -> jax.Array:
+    """Block scales to multiply with values [..., group, half, row, n].
+
+    Args:
+      scales: float32[..., nb, N], of `block_scales`.
+      q: whose scales they are.
+
+    Returns:
+      float32[..., Kp/64, 1 or 2, 1, N]: one for a whole group, or one for each half.
+    """
+    *lead, _, n = scales.shape
+    groups = q.codes.shape[-2] // (GROUP // 2)
+    if q.block_size < GROUP:
+        return _pad_rows(scales, 2 * groups).reshape(*lead, groups, 2, 1, n)
+    repeated = jnp.repeat(scales, q.block_size // GROUP, axis=-2)
+    return repeated[..., :groups, :].reshape(*lead, groups, 1, 1, n)
 
 
 def decode(indices: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -232,13 +258,3 @@ def _quantize(
 def _pad_rows(x: jax.Array, rows: int, value: jax.Array | float = 0.0) -> jax.Array:
     pad = [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, 0)]
     return jnp.pad(x, pad, constant_values=value)
-
-
-def _group_scales(scales: jax.Array, q: QTensor) -> jax.Array:
-    """Block scales against codes[..., group, half, row, n]: axes of length 1 where they repeat."""
-    *lead, _, n = scales.shape
-    groups = q.codes.shape[-2] // (GROUP // 2)
-    if q.block_size < GROUP:
-        return _pad_rows(scales, 2 * groups).reshape(*lead, groups, 2, 1, n)
-    repeated = jnp.repeat(scales, q.block_size // GROUP, axis=-2)
-    return repeated[..., :groups, :].reshape(*lead, groups, 1, 1, n)

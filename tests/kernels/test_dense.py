@@ -71,3 +71,27 @@ def test_no_rows() -> None:
     y, pull = jax.vjp(dense, jnp.zeros((0, 48)), w)
     assert y.shape == (0, 24)
     np.testing.assert_array_equal(pull(y)[1], np.zeros((48, 24)))
+
+
+@pytest.mark.parametrize("shape", [(48, 24), (576, 40), (7, 5), (1, 3)])
+@pytest.mark.parametrize("contracted", [0, 1])
+def test_one_row(shape: tuple[int, int], contracted: int) -> None:
+    random = np.random.default_rng(3)
+    w = jnp.asarray(random.normal(size=shape[::-1] if contracted else shape), jnp.bfloat16)
+    x = jnp.asarray(random.normal(size=(1, 1, shape[0])), jnp.bfloat16)
+    y = jax.jit(product, static_argnums=2)(x, w, contracted)
+    assert y.shape == (1, 1, shape[1])
+    assert_product(y, wide(x), wide(w).T if contracted else wide(w), "float32")
+
+
+def test_one_row_in_a_loop_keeps_no_copy_of_the_weight() -> None:
+    x, w = jnp.ones((1, 256), jnp.bfloat16), jnp.ones((4096, 256), jnp.bfloat16)
+
+    def run(x, w):
+        def step(_, x):
+            return product(x, w, 1)[:, :256].astype(x.dtype)
+
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    memory = jax.jit(run).lower(x, w).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < w.nbytes

@@ -57,6 +57,18 @@ def test_product_and_gradient(implementation, dtype, k, n, block_size):
     assert_product(gx, g, w.T, dtype)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize(("k", "n", "block_size"), [*SHAPES, (64, 1, 64), (576, 192, 4096)])
+def test_one_row_is_the_product_with_the_unrounded_weight(dtype, k, n, block_size, double_quant):
+    x, _ = make(k, n, block_size, dtype)
+    w = np.random.default_rng(2).normal(size=(k, n)).astype(np.float32)
+    q = quantize(w, "lloyd", block_size, double_quant)
+    y = jax.jit(matmul)(x[:1, :1], q)
+    assert y.shape == (1, 1, n)
+    assert_product(y, x[:1, :1], dequantize(q), dtype)
+
+
 def test_gradient_is_the_finite_difference():
     x, q = make(200, 40, 128)
     direction = np.random.default_rng(2).normal(size=x.shape)
