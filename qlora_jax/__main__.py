@@ -2,12 +2,13 @@
 
 import sys
 
-from qlora_jax import hugepages
+from qlora_jax import compilation, hugepages
 
 
 def main() -> int:
-    """`cli.main`, in a process that has huge pages."""
+    """`cli.main`, in a process that has huge pages and keeps what it compiles."""
     hugepages.restart()
+    compilation.keep()
     from qlora_jax import cli
 
     return cli.main()

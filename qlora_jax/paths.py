@@ -7,6 +7,13 @@ from pathlib import Path
 from qlora_jax.errors import UserError
 
 
+def cache_folder() -> Path:
+    """`$QLORA_JAX_CACHE`, else `$XDG_CACHE_HOME/qlora_jax`, else `~/.cache/qlora_jax`."""
+    if own := os.environ.get("QLORA_JAX_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_jax"
+
+
 def exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is anything.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qlora_jax import paths
 from qlora_jax.errors import UserError
+from qlora_jax.paths import cache_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,6 @@ BUILTIN: Mapping[str, Wheel] = {
     ),
 }
 """The built-in models by name."""
-
-
-def cache_folder() -> Path:
-    """`$QLORA_JAX_CACHE`, else `$XDG_CACHE_HOME/qlora_jax`, else `~/.cache/qlora_jax`."""
-    if own := os.environ.get("QLORA_JAX_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_jax"
 
 
 def fetch(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path:

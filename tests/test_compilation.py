@@ -1,0 +1,84 @@
+"""Where compiled programs are kept."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_jax import compilation
+
+CHILD = """
+import json
+from qlora_jax import compilation
+compilation.keep()
+import jax, jax.numpy as jnp
+jax.jit(lambda x: jnp.linalg.svd(x @ x.T)[0])(jnp.ones((9, 9))).block_until_ready()
+print(json.dumps([jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache]))
+"""
+CHANGED = {name for name in os.environ if name.startswith(("JAX_", "XDG_CACHE", "QLORA_JAX_"))}
+
+
+def run(**environment: str) -> list:
+    """What jax is set to in a new process that compiles something."""
+    root = Path(__file__).parents[1]
+    inherited = {k: v for k, v in os.environ.items() if k not in CHANGED}
+    everything = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        env=inherited | everything | environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def files(folder: Path) -> set[str]:
+    return {file.name for file in folder.rglob("*-cache")}
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path: Path) -> None:
+    kept = run(QLORA_JAX_CACHE=str(tmp_path))
+    assert kept == [str(tmp_path / "compiled" / compilation.processor()), True]
+    first = files(tmp_path / "compiled")
+    assert first
+    run(QLORA_JAX_CACHE=str(tmp_path))
+    assert files(tmp_path / "compiled") == first
+
+
+def test_another_folder(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    run(QLORA_JAX_CACHE=str(own), JAX_COMPILATION_CACHE_DIR=str(other))
+    assert files(other)
+    assert not own.exists()
+
+
+def test_declined(tmp_path: Path) -> None:
+    assert run(QLORA_JAX_CACHE=str(tmp_path), JAX_ENABLE_COMPILATION_CACHE="0")[1] is False
+    assert not files(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    run(QLORA_JAX_CACHE=str(file))
+
+
+@pytest.mark.parametrize("name", compilation.SETTINGS)
+def test_what_is_set_stays(name: str) -> None:
+    environment = {name: "7"}
+    compilation.keep(environment)
+    assert environment.pop(name) == "7"
+    assert environment.keys() == {compilation.FOLDER, *compilation.SETTINGS} - {name}
+
+
+def test_processors_of_other_abilities_share_nothing(tmp_path: Path) -> None:
+    names = []
+    for flags in ("sse avx", "sse"):
+        (tmp_path / "cpuinfo").write_text(f"model : x\nflags\t: {flags}\n")
+        names.append(compilation.processor(tmp_path / "cpuinfo"))
+    assert len(set(names)) == 2
+    assert compilation.processor(tmp_path / "none")
