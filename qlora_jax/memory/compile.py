@@ -64,7 +64,13 @@ class Gpu:
 def environment() -> dict[str, str]:
     """What a process that compiles for absent GPUs sets before it imports jax."""
     flags = filter(None, (os.environ.get("XLA_FLAGS"), *FLAGS))
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags),
+        # what comes from the cache leaves no machine code behind
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
 
 
 def has_plugin() -> bool:

@@ -61,3 +61,20 @@ def kernel(spill: int = 0, shared: int = 1000, launch: bool = True) -> Kernel:
 def test_rules(hlo: str, temp: int, kernels: list[Kernel], error: str | None) -> None:
     found = broken_rule(CASE, hlo, temp, kernels)
     assert found is None if error is None else error in (found or "")
+
+
+def test_equal_mosaic_kernels_are_dumped_once_and_found_again() -> None:
+    def mosaic(name: str) -> Kernel:
+        return Kernel(f"{name}_mosaic_gpu_kernel", "sm_80", 64, 0, 0, Launch(1, 128, 0), ())
+
+    def program(key: str) -> str:
+        return f'custom-call(), backend_config={{kernel_hash = "{key}"}}'
+
+    one, other, pad = mosaic("one"), mosaic("other"), kernel()
+    first, second = 'a\\"1', "a"
+    assert product.with_earlier(program(first), [one]) == [one]
+    assert product.with_earlier(program(second), [other]) == [other]
+    assert product.with_earlier(program(first), [pad]) == [pad, one]
+    assert product.with_earlier(program(second), []) == [other]
+    assert product.with_earlier("no hash", [pad]) == [pad]
+    assert product.with_earlier(program("new"), [pad]) == [pad]
