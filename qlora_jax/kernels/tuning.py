@@ -48,6 +48,7 @@ class MosaicTile(NamedTuple):
       c: contraction indices of a step.
       stages: steps in flight.
       form: how the decoded operand meets the tensor cores, of `fragments.Operand`.
+      rows: of x, for which it is taken at most.
     """
 
     m: int
@@ -55,41 +56,43 @@ class MosaicTile(NamedTuple):
     c: int
     stages: int
     form: str = "mma"
+    rows: int = EVERY
 
 
-MOSAIC_TILES = (
-    MosaicTile(16, 64, 256, 3, "split"),
-    MosaicTile(32, 64, 64, 4),
-    MosaicTile(64, 128, 64, 3),
-    MosaicTile(128, 128, 64, 3),
-    MosaicTile(64, 64, 64, 3),
-)
-"""By preference among those of equal m."""
+_FEW = (MosaicTile(16, 64, 256, 3, "split", 16), MosaicTile(32, 64, 64, 4, rows=32))
+_ANY = (MosaicTile(64, 64, 64, 3),)
 
-HOPPER_TILES = (
-    MosaicTile(64, 128, 64, 3, "wgmma"),
-    MosaicTile(128, 128, 64, 3, "wgmma"),
-)
-"""Before the others on an sm_90, which alone has this instruction."""
+MOSAIC_TILES = {
+    (8, 0): (*_FEW, MosaicTile(64, 128, 64, 3, rows=1023), MosaicTile(128, 128, 64, 3), *_ANY),
+    # 128 rows spill here, and their tensor cores are busy with 64
+    (8, 6): (*_FEW, MosaicTile(64, 128, 64, 3), *_ANY),
+    (9, 0): (
+        *_FEW,
+        MosaicTile(64, 128, 64, 3, "wgmma", 255),
+        MosaicTile(128, 128, 64, 3, "wgmma"),
+        *_ANY,
+    ),
+    (10, 0): (*_FEW, MosaicTile(64, 128, 64, 3, rows=1023), MosaicTile(128, 128, 64, 3), *_ANY),
+}
+"""Compute capability (and those above, up to the next) to tiles, by preference. With fewer rows a
+large tile would leave multiprocessors idle."""
 
 
 def mosaic_tile(m: int, inner: int, outer: int, capability: tuple[int, int]) -> MosaicTile:
-    """The tile for m rows: the least that holds them, or else the largest, of those that divide.
+    """The first tile that is for m rows and divides the features.
 
     Args:
       m: rows.
       inner, outer: contraction and output features, multiples of 64.
       capability: of the GPU, (8, 0) for sm_80.
     """
-    tiles = (*HOPPER_TILES, *MOSAIC_TILES) if capability == (9, 0) else MOSAIC_TILES
-    fits = [t for t in tiles if inner % t.c == 0 and outer % t.o == 0]
-    holding = [t for t in fits if t.m >= m]
-    return min(holding, key=lambda t: t.m) if holding else max(fits, key=lambda t: t.m)
+    tiles = MOSAIC_TILES[max(c for c in MOSAIC_TILES if c <= capability)]
+    return next(t for t in tiles if m <= t.rows and inner % t.c == 0 and outer % t.o == 0)
 
 
 FUSED_ROWS = {
-    "mosaic": {(8, 0): EVERY, (8, 6): EVERY, (8, 9): EVERY, (9, 0): EVERY, (10, 0): 512},
-    "triton": {(8, 0): 16},
+    "mosaic": {(8, 0): EVERY, (10, 0): 16},
+    "triton": {(8, 0): 0},
 }
 """Implementation to compute capability (and those above, up to the next) to the most rows at which
 its modelled time is no worse than decoding first; `docs/gpu.md` has the times."""

@@ -26,7 +26,7 @@ else:
 
     from qlora_jax.kernels import fragments, mosaic
     from qlora_jax.kernels.fragments import Operand, Place
-    from qlora_jax.kernels.tuning import HOPPER_TILES, MOSAIC_TILES, mosaic_tile
+    from qlora_jax.kernels.tuning import MOSAIC_TILES, mosaic_tile
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="Mosaic GPU kernels need jax 0.12 (Python 3.12)"
@@ -122,7 +122,7 @@ def test_float32_is_refused_with_a_remedy() -> None:
 
 
 def operands() -> list["Operand"]:
-    tiles = {(t.c, t.o, t.form) for t in (*MOSAIC_TILES, *HOPPER_TILES)}
+    tiles = {(t.c, t.o, t.form) for tiles in MOSAIC_TILES.values() for t in tiles}
     return [
         Operand(c, o, transposed, block_size, form)
         for c, o, form in sorted(tiles)
@@ -199,9 +199,10 @@ def test_wgmma_takes_and_gives_what_the_ptx_manual_says() -> None:
 @needs_mosaic
 @pytest.mark.parametrize("inner", [64, 192, 4096])
 @pytest.mark.parametrize("outer", [64, 192, 4096])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_tiles_divide_and_grow_with_m(inner: int, outer: int, capability) -> None:
-    for m in (1, 16, 17, 64, 65, 5000):
-        tile = mosaic_tile(m, inner, outer, capability)
-        assert inner % tile.c == outer % tile.o == 0
-        assert tile.m >= min(m, 64)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_a_tile_divides_the_features_and_is_for_the_rows(inner, outer, capability) -> None:
+    tiles = [mosaic_tile(m, inner, outer, capability) for m in (1, 16, 17, 64, 65, 5000)]
+    assert all(inner % tile.c == outer % tile.o == 0 for tile in tiles)
+    assert [tile.m for tile in tiles] == sorted(tile.m for tile in tiles)
+    assert tiles[1].m == (16 if inner % 256 == 0 else 32)
+    assert (tiles[-1].form == "wgmma") == (capability == (9, 0) and outer % 128 == 0)
