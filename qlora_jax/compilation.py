@@ -1,5 +1,7 @@
-"""Where compiled programs are kept, so that the next process need not compile them again."""
+"""What compiling leaves: programs, kept for the next process, and memory, given back."""
 
+import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -16,6 +18,11 @@ SETTINGS: Mapping[str, str] = {
 }
 """Programs worth keeping, by the seconds they took, and bytes of all, the least used go first."""
 
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+WORTH_A_TRIM = 0.5
+"""Seconds of compiling; giving memory back takes up to 0.2."""
+
 
 def keep(environment: MutableMapping[str, str] = os.environ) -> None:
     """Asks jax, which must not be imported yet, to keep what it compiles in the user's cache.
@@ -28,6 +35,26 @@ def keep(environment: MutableMapping[str, str] = os.environ) -> None:
     environment[FOLDER] = str(cache_folder() / "compiled" / processor())
     for name, value in SETTINGS.items():
         environment.setdefault(name, value)
+
+
+@functools.cache
+def give_memory_back() -> None:
+    """From here on, gives the memory of each long compilation back to the system, where glibc can.
+
+    The compiler frees some 200 MB that malloc would keep beside the program's own buffers.
+    """
+    import jax  # not at the top: `keep` comes before jax
+
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+
+    def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILED and duration_secs > WORTH_A_TRIM:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,33 @@ def test_processors_of_other_abilities_share_nothing(tmp_path: Path) -> None:
         names.append(compilation.processor(tmp_path / "cpuinfo"))
     assert len(set(names)) == 2
     assert compilation.processor(tmp_path / "none")
+
+
+MEMORY = """
+import sys
+from qlora_jax import compilation
+if sys.argv[1] == "give back":
+    compilation.give_memory_back()
+    compilation.give_memory_back()
+import jax, jax.numpy as jnp
+def deep(x):
+    for i in range(150):
+        x = jnp.sort(jnp.sin(x @ x + i), axis=i % 2)
+    return x
+jax.jit(deep).lower(jnp.ones((8, 8))).compile()
+lines = open("/proc/self/status").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_the_compilers_memory_is_given_back() -> None:
+    def resident(how: str) -> int:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        environment |= {"JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", MEMORY, how]
+        return int(subprocess.check_output(command, env=environment, text=True)) >> 10
+
+    kept, given = resident("keep"), resident("give back")
+    print(f"MiB after compiling: {kept} kept, {given} given back")
+    assert given < kept - 20

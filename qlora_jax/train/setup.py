@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from qlora_jax import compilation
 from qlora_jax.config import Config
 from qlora_jax.data import encode, sources, tokenizer
 from qlora_jax.data.encode import EncodeStats, Example
@@ -161,6 +162,8 @@ def load_model(
       UserError: weights that cannot be quantized, or targets that match nothing.
       RunFailed: a kernel that the config asks for is wrong on this device.
     """
+    # here, since every program that follows is compiled beside the model
+    compilation.give_memory_back()
     full, quantized = config.method == "full", config.method == "qlora"
     names = checkpoint.names()
     with progress(f"loading {config.model.path}", len(names)) as advance:
