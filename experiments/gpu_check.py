@@ -19,8 +19,9 @@ from qlora_jax.kernels.fused import FUSED, usable
 from qlora_jax.memory.compile import GPUS, read_gpu
 from qlora_jax.memory.product import DECODE_FIRST, DIRECTIONS, Case, compile_all
 
-K = N = 4096
-ROWS = (1, 32, 512)
+PRODUCTS = ((1, 4096, 4096), (32, 4096, 4096), (512, 4096, 4096), (512, 4096, 11008))
+"""Rows, K and N: registers that suffice for one shape need not for another."""
+
 PLAIN = tuple(gpu for gpu in GPUS if not usable(read_gpu(gpu).capability, "float16"))
 """GPUs without a fused kernel."""
 
@@ -28,14 +29,14 @@ PLAIN = tuple(gpu for gpu in GPUS if not usable(read_gpu(gpu).capability, "float
 def cases() -> list[Case]:
     """Every kernel for every GPU, and decoding first for the GPUs that have none."""
     fused = [
-        Case(gpu, name, rows, K, N, dtype, direction)
+        Case(gpu, name, *product, dtype, direction)
         for gpu, name in itertools.product(GPUS, FUSED)
-        for rows, dtype, direction in itertools.product(ROWS, FUSED[name].dtypes, DIRECTIONS)
+        for product, dtype, direction in itertools.product(PRODUCTS, FUSED[name].dtypes, DIRECTIONS)
         if name in usable(read_gpu(gpu).capability, dtype)
     ]
     plain = [
-        Case(gpu, DECODE_FIRST, rows, K, N, "float16", direction)
-        for gpu, rows, direction in itertools.product(PLAIN, ROWS, DIRECTIONS)
+        Case(gpu, DECODE_FIRST, *product, "float16", direction)
+        for gpu, product, direction in itertools.product(PLAIN, PRODUCTS, DIRECTIONS)
     ]
     return fused + plain
 
@@ -57,7 +58,7 @@ def main() -> int:
     options = parser.parse_args()
     records = list(compile_all(cases()))
     failed = [record for record in records if record["error"]]
-    line = "{gpu}, {implementation}, {rows} rows, {dtype}, {direction}: {error}"
+    line = "{gpu}, {implementation}, {rows} rows, {k}x{n}, {dtype}, {direction}: {error}"
     for record in failed:
         print(line.format(**record), file=sys.stderr)
     if options.json:

@@ -55,9 +55,9 @@ def test_the_cases_cover_each_kernel(script: ModuleType) -> None:
     assert len(cases) == len(set(cases))
     triton = [c for c in cases if c.implementation == "triton"]
     assert {c.gpu for c in triton} == FIVE
-    assert len(triton) == 18 * 5
+    assert len(triton) == 24 * 5
     mosaic = [c for c in cases if c.implementation == "mosaic"]
-    assert len(mosaic) == (12 * 5 if jax.__version_info__ >= (0, 12) else 0)
+    assert len(mosaic) == (16 * 5 if jax.__version_info__ >= (0, 12) else 0)
     rest = [c for c in cases if c.implementation == "xla"]
     assert {(c.gpu, c.dtype, c.direction) for c in rest} == {
         ("t4", "float16", "forward"),
@@ -68,8 +68,8 @@ def test_the_cases_cover_each_kernel(script: ModuleType) -> None:
 
 def test_the_last_line_and_the_exit_code(run: Any) -> None:
     code, lines, err = run(lambda case: None, lambda case: case.implementation != "mosaic")
-    assert (code, lines[-1], err) == (0, "18 kernels x 5 GPUs compiled, 0 spilled", "")
-    assert lines[0] == "t4: 6 products of float16 without a product of float32"
+    assert (code, lines[-1], err) == (0, "24 kernels x 5 GPUs compiled, 0 spilled", "")
+    assert lines[0] == "t4: 8 products of float16 without a product of float32"
 
 
 def test_a_spill_fails(run: Any) -> None:
@@ -77,8 +77,8 @@ def test_a_spill_fails(run: Any) -> None:
         lambda c: "k: spilling 8 bytes" if c.gpu == "a100" and c.rows == 1 else None,
         lambda case: case.implementation != "mosaic",
     )
-    assert (code, lines[-1]) == (1, "16.8 kernels x 5 GPUs compiled, 6 spilled")
-    assert "a100, triton, 1 rows, float16, forward: k: spilling 8 bytes" in err
+    assert (code, lines[-1]) == (1, "22.8 kernels x 5 GPUs compiled, 6 spilled")
+    assert "a100, triton, 1 rows, 4096x4096, float16, forward: k: spilling 8 bytes" in err
 
 
 def test_it_fails_when_it_compiled_none(run: Any) -> None:
