@@ -106,11 +106,11 @@ def compiling_for(capability: Capability) -> Iterator[None]:
 def pick(rows: int, dtype: DTypeLike) -> str:
     """The implementation for `rows` of x on the GPU that is compiled for: by `tuning.FUSED_ROWS`.
 
-    Elsewhere, and beyond those rows, it is xla.
+    Elsewhere, and for other rows, it is xla.
     """
     capability = _target.get() or capability_of(jax.devices()[0])
     for name in usable(capability, dtype):
         known = [c for c in tuning.FUSED_ROWS[name] if capability is not None and c <= capability]
-        if known and rows <= tuning.FUSED_ROWS[name][max(known)]:
+        if known and any(rows in some for some in tuning.FUSED_ROWS[name][max(known)]):
             return name
     return "xla"

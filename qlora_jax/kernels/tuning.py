@@ -1,6 +1,7 @@
 """Which tile and which implementation each product uses, as data."""
 
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -90,13 +91,16 @@ def mosaic_tile(m: int, inner: int, outer: int, capability: tuple[int, int]) -> 
     return next(t for t in tiles if m <= t.rows and inner % t.c == 0 and outer % t.o == 0)
 
 
-FUSED_ROWS = {
-    "mosaic": {(8, 0): EVERY, (10, 0): 16},
-    "triton": {(8, 0): 0},
+FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {
+    "mosaic": {
+        (8, 0): (range(17), range(1024, EVERY)),
+        (8, 6): (range(EVERY),),
+        (10, 0): (range(17),),
+    },
+    "triton": {},
 }
-"""Implementation to compute capability (and those above, up to the next) to the most rows at which
-its modelled time is no worse than decoding first; `docs/gpu.md` has the times."""
-
+"""Implementation to compute capability (and those above, up to the next) to the rows of x for which
+its modelled time is no worse than decoding first. `docs/gpu.md` has the times."""
 
 CPU_ROWS_FUSED = 8
 """Rows of each half of a group in one expression, in a product with one row of x on a CPU; divides

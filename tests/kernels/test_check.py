@@ -40,9 +40,12 @@ def test_a_right_kernel_passes(monkeypatch) -> None:
 
 def test_the_pick_follows_the_table(monkeypatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda capability, dtype: ["mosaic", "triton"])
-    rows = {"mosaic": {A100: 64, (9, 0): 8}, "triton": {A100: 128}}
+    rows = {
+        "mosaic": {A100: (range(65), range(512, 10**6)), (9, 0): (range(9),)},
+        "triton": {A100: (range(129),)},
+    }
     monkeypatch.setattr(tuning, "FUSED_ROWS", rows)
-    expected = {1: "mosaic", 64: "mosaic", 65: "triton", 129: "xla"}
+    expected = {1: "mosaic", 64: "mosaic", 65: "triton", 129: "xla", 600: "mosaic"}
     for capability in (A100, ADA):
         with fused.compiling_for(capability):
             assert {m: fused.pick(m, "bfloat16") for m in expected} == expected
