@@ -185,13 +185,13 @@ def _decode_first(
     total: dict[str, float] = collections.defaultdict(float)
     for operation in operations:
         kernel = by_name.get(operation.name.replace(".", "_"))
-        if operation.multiplies or kernel is None:
-            time = roofline.product_time(
-                case.gpu, case.rows if operation.multiplies else 0, case.k, case.n, operation.bytes
-            )
+        multiplies = operation.multiplies or (kernel is not None and sass.multiplies(kernel.code))
+        if multiplies or kernel is None:
+            rows = case.rows if multiplies else 0
+            time = roofline.product_time(case.gpu, rows, case.k, case.n, operation.bytes)
         else:
             time = roofline.straight_time(kernel, case.gpu, operation.bytes)
-        part = "product" if operation.multiplies else "decode"
+        part = "product" if multiplies else "decode"
         for name, seconds in {**time._asdict(), part: time.seconds, "total": time.seconds}.items():
             total[name] += seconds
     return dict(total)

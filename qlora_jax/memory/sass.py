@@ -200,9 +200,18 @@ def mma_flop(name: str) -> int:
     raise ValueError(f"{name}: no shape in it")
 
 
+def multiplies(code: Sequence[Instruction]) -> bool:
+    """Whether tensor instructions are among them."""
+    return any(classify(i.name) == "tensor" for i in code)
+
+
 def tensor_flop(code: Sequence[Instruction]) -> int:
-    """Floating-point operations of the tensor instructions, per warp."""
-    return sum(mma_flop(i.name) for i in code if classify(i.name) == "tensor")
+    """Floating-point operations of the tensor instructions, per warp.
+
+    tcgen05's (UTCHMMA) have their shape in a descriptor and are not counted.
+    """
+    names = (i.name for i in code if classify(i.name) == "tensor")
+    return sum(mma_flop(name) for name in names if not name.startswith("UTC"))
 
 
 @contextlib.contextmanager

@@ -143,3 +143,8 @@ def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sass.shutil, "which", lambda name, path=None: None)
     with pytest.raises(sass.UserError, match="ptxas is not installed: make gpu-check"):
         sass.program("ptxas")
+
+
+def test_an_instruction_whose_shape_is_in_a_descriptor_is_not_counted() -> None:
+    code = [Instruction("HMMA.16816.F32.BF16", ""), Instruction("UTCHMMA.2CTA", "")]
+    assert sass.tensor_flop(code) == 2 * 16 * 8 * 16
