@@ -188,11 +188,13 @@ def mma_flop(name: str) -> int:
     """Floating-point operations that one tensor instruction does per warp.
 
     Source: the shape in the mnemonic, m n k: HMMA.16816 is a warp's 16 x 8 x 16; HGMMA.64x128x16 is
-    shared by the four warps of a warpgroup.
+    shared by the four warps of a warpgroup. tcgen05 (UTCHMMA) has its shape in a descriptor: 0.
 
     Raises:
       ValueError: a mnemonic without a shape.
     """
+    if name.startswith("UTC"):
+        return 0
     if group := re.search(r"\.(\d+)x(\d+)x(\d+)", name):
         return 2 * math.prod(map(int, group.groups())) // 4
     if shape := re.search(r"\.(16|8)(8|16)(4|8|16|32)\b", name):
@@ -206,12 +208,8 @@ def multiplies(code: Sequence[Instruction]) -> bool:
 
 
 def tensor_flop(code: Sequence[Instruction]) -> int:
-    """Floating-point operations of the tensor instructions, per warp.
-
-    tcgen05's (UTCHMMA) have their shape in a descriptor and are not counted.
-    """
-    names = (i.name for i in code if classify(i.name) == "tensor")
-    return sum(mma_flop(name) for name in names if not name.startswith("UTC"))
+    """Floating-point operations of the tensor instructions, per warp."""
+    return sum(mma_flop(i.name) for i in code if classify(i.name) == "tensor")
 
 
 @contextlib.contextmanager
