@@ -30,7 +30,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.kernels import fragments, tuning
-from qlora_jax.kernels.fragments import Operand
+from qlora_jax.kernels.operand import Operand
 from qlora_jax.kernels.tuning import MosaicTile
 from qlora_jax.quant.double_quant import dynamic_map
 from qlora_jax.quant.qtensor import QTensor

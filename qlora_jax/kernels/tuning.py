@@ -48,7 +48,7 @@ class MosaicTile(NamedTuple):
       o: output features.
       c: contraction indices of a step.
       stages: steps in flight.
-      form: how the decoded operand meets the tensor cores, of `fragments.Operand`.
+      form: how the decoded operand meets the tensor cores, of `operand.Operand`.
       rows: of x, for which it is taken at most.
     """
 
@@ -93,7 +93,8 @@ def mosaic_tile(m: int, inner: int, outer: int, capability: tuple[int, int]) -> 
 
 FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {
     "mosaic": {
-        (8, 0): (range(EVERY),),
+        (8, 0): (range(17), range(1024, EVERY)),
+        (8, 6): (range(EVERY),),
         (10, 0): (range(17),),
     },
     "triton": {},

@@ -182,8 +182,9 @@ def _decode(
     dtype: jnp.dtype,
 ) -> tuple[Rows, KVCache, jax.Array]:
     """Draws up to `steps` tokens a row into int32[B, CHUNK], fewer once every row is done."""
-    # once, not for every token
-    weights = jax.tree.map(with_plain_scales, weights, is_leaf=lambda x: isinstance(x, QTensor))
+    if jax.default_backend() == "cpu":
+        # Once, not for every token. A GPU's kernels decode them as they go, and read less.
+        weights = jax.tree.map(with_plain_scales, weights, is_leaf=lambda x: isinstance(x, QTensor))
     model = nnx.merge(structure, weights)
 
     def proceed(state: tuple[jax.Array, Rows, KVCache, jax.Array]) -> jax.Array:

@@ -177,7 +177,10 @@ def group_scales(scales: jax.Array, q: QTensor) -> jax.Array:
 
 
 def decode(indices: jax.Array, codebook: jax.Array) -> jax.Array:
-    """codebook[..., indices] as a tree of selections, which vectorizes where a lookup does not.
+    """codebook[..., indices].
+
+    On a CPU it is a tree of selections, which vectorizes where a lookup does not; on a GPU the
+    lookups are quicker.
 
     Args:
       indices: uint8, below 16, with the codebook's leading axes.
@@ -186,12 +189,23 @@ def decode(indices: jax.Array, codebook: jax.Array) -> jax.Array:
     Returns:
       float32 of the shape of `indices`.
     """
+    return jax.lax.platform_dependent(indices, codebook, cpu=_selected, default=_looked_up)
+
+
+def _selected(indices: jax.Array, codebook: jax.Array) -> jax.Array:
     axes = (*codebook.shape[:-1], *[1] * (indices.ndim - codebook.ndim + 1))
     values = [codebook[..., i].reshape(axes) for i in range(16)]
     for bit in range(4):
         is_set = indices & (1 << bit) != 0
         values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2])]
     return values[0]
+
+
+def _looked_up(indices: jax.Array, codebook: jax.Array) -> jax.Array:
+    if codebook.ndim == 1:
+        return codebook[indices]
+    flat = indices.reshape(*codebook.shape[:-1], -1).astype(jnp.int32)
+    return jnp.take_along_axis(codebook, flat, axis=-1).reshape(indices.shape)
 
 
 def nbytes(tree: object) -> int:

@@ -24,8 +24,8 @@ else:
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from plain_mosaic import device_code, rounded_weight
 
-    from qlora_jax.kernels import fragments, mosaic
-    from qlora_jax.kernels.fragments import Operand, Place
+    from qlora_jax.kernels import mosaic, operand
+    from qlora_jax.kernels.operand import Operand, Place
     from qlora_jax.kernels.tuning import MOSAIC_TILES, mosaic_tile
 
 needs_mosaic = pytest.mark.skipif(
@@ -135,7 +135,7 @@ def operands() -> list["Operand"]:
 def test_the_right_operand_is_where_the_ptx_manual_has_it() -> None:
     """m16n8k16, matrix B: lane 4g + t holds rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g."""
     layout = MMALayouts("bfloat16", m_warps=1).rhs
-    held = fragments.ownership(layout, (64, 128)).reshape(4, 32, -1)
+    held = operand.ownership(layout, (64, 128)).reshape(4, 32, -1)
     g, t = np.arange(32) // 4, np.arange(32) % 4
     for warp in range(4):
         columns = {8 * warp + 32 * j for j in range(4)}
@@ -148,28 +148,28 @@ def test_the_right_operand_is_where_the_ptx_manual_has_it() -> None:
 
 @needs_mosaic
 def test_every_byte_is_held_once_and_every_operand_has_a_plan() -> None:
-    for operand in operands():
-        layout = fragments.code_layout(operand)
-        held = fragments.ownership(layout, operand.codes_shape)
-        assert sorted(held.reshape(-1)) == list(range(np.prod(operand.codes_shape)))
-        warps = operand.layout("bfloat16")
-        plan = fragments._plan(operand, warps)
-        assert len(plan) * 2 * 128 == operand.c * operand.o
-        k, n = operand.elements(warps)
+    for op in operands():
+        layout = operand.code_layout(op)
+        held = operand.ownership(layout, op.codes_shape)
+        assert sorted(held.reshape(-1)) == list(range(np.prod(op.codes_shape)))
+        warps = op.layout("bfloat16")
+        plan = operand.plan(op, warps)
+        assert len(plan) * 2 * 128 == op.c * op.o
+        k, n = op.elements(warps)
         elements = k.astype(np.int64) * 10**6 + n
-        assert len(np.unique(elements)) == operand.c * operand.o
-        assert max(found.scale_word for found in plan.values()) < np.prod(operand.scale_shape)
+        assert len(np.unique(elements)) == op.c * op.o
+        assert max(found.scale_word for found in plan.values()) < np.prod(op.scale_shape)
 
 
 @needs_mosaic
 def test_what_threads_find_in_different_places_is_refused() -> None:
     layout = fa.TiledLayout(fa.Tiling(((8, 32), (2, 8), (1,))), (-4,), (-2, -5), -1)
-    held = fragments.ownership(layout, (32, 64))
+    held = operand.ownership(layout, (32, 64))
     wanted = held[..., 0].copy()
-    assert fragments.locate(wanted, held)
+    assert operand.locate(wanted, held)
     wanted[2, 7] = np.roll(wanted[2, 7], 1)
     with pytest.raises(AssertionError, match="another place"):
-        fragments.locate(wanted, held)
+        operand.locate(wanted, held)
 
 
 @needs_mosaic
@@ -186,7 +186,7 @@ def test_a_place_is_a_sum_over_warp_and_lane() -> None:
 def test_wgmma_takes_and_gives_what_the_ptx_manual_says() -> None:
     """Matrix A in registers and D of wgmma m64: lane 4g + t of warp w holds rows 16w + g, + 8 and
     columns 2t, 2t + 1 of every eight."""
-    held = fragments.ownership(fragments.WGMMA_LAYOUT, (128, 64)).reshape(4, 32, -1)
+    held = operand.ownership(operand.WGMMA_LAYOUT, (128, 64)).reshape(4, 32, -1)
     for warp in range(4):
         for lane in range(32):
             g, t = divmod(lane, 4)

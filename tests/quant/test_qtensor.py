@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qlora_jax.errors import UserError
 from qlora_jax.quant import CODEBOOKS, bits_per_parameter, codebook, dequantize, nbytes, quantize
 from qlora_jax.quant.double_quant import dynamic_map
-from qlora_jax.quant.qtensor import BLOCK_SIZES, block_scales
+from qlora_jax.quant.qtensor import BLOCK_SIZES, _looked_up, _selected, block_scales, decode
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 
@@ -159,3 +159,14 @@ def test_a_codebook_that_is_none_is_an_error(values):
 def test_a_nested_block_without_scales_is_an_error():
     with pytest.raises(UserError, match="nested_block 0 is not allowed"):
         quantize(np.ones((64, 8), np.float32), nested_block=0)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_every_way_to_decode_gives_the_codebooks_own_values(lead: tuple[int, ...]) -> None:
+    random = np.random.default_rng(0)
+    books = np.sort(random.normal(size=(*lead, 16)).astype(np.float32))
+    indices = random.integers(0, 16, (*lead, 4, 2, 5), dtype=np.uint8)
+    flat = indices.reshape(*lead, -1).astype(int)
+    expected = np.take_along_axis(books, flat, axis=-1).reshape(indices.shape)
+    for way in (decode, _selected, _looked_up):
+        np.testing.assert_array_equal(way(jnp.asarray(indices), jnp.asarray(books)), expected)
