@@ -76,7 +76,7 @@ gpu-check:
 
 .PHONY: run-gpu-check
 run-gpu-check: install
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/memory tests/train/test_materialize.py -k 'not every_kernel'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_mosaic_ptx.py tests/kernels/test_ptx_compile.py tests/memory tests/train/test_materialize.py -k 'not every_kernel'
 	$(BIN)/python experiments/gpu_check.py
 
 clean:
