@@ -56,7 +56,8 @@ RATES: Mapping[str, Rates] = {
 2250 TFLOPS (half of the figure with sparsity). Lanes: CUDA C++ Programming Guide, "Throughput of
 Native Arithmetic Instructions", halved where a lane holds a pair; blocks: its "Technical
 Specifications per Compute Capability". `mma` of the h100: arXiv 2402.13499, 63% of the peak, which
-wgmma alone reaches. **Assumed**, for want of a source: the b200's `mma` rate per multiprocessor
+wgmma alone reaches. These lanes and that share are quoted from memory and to be checked.
+**Assumed**, for want of a source: the b200's `mma` rate per multiprocessor
 and clock is the h100's (its peak needs tcgen05)."""
 
 INTEGER_LANES = 64

@@ -102,11 +102,6 @@ class Decoder(nnx.Module):
         weight, vocab_axis = self.stored_head()
         return product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
 
-    def head_weight(self) -> jax.Array:
-        """[hidden, vocab]; the embedding's transpose when tied."""
-        weight, vocab_axis = self.stored_head()
-        return weight if vocab_axis == 1 else weight.T
-
     def stored_head(self) -> tuple[jax.Array, int]:
         """The head as it is stored, and which of its axes is the vocabulary."""
         return (self.embed.get_value(), 0) if self.head is None else (self.head.get_value(), 1)
