@@ -45,16 +45,19 @@ def give_memory_back() -> None:
     """
     import jax  # not at the top: `keep` comes before jax
 
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return
-
     def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED and duration_secs > WORTH_A_TRIM:
-            trim(0)
+            trim()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
+
+
+def trim() -> None:
+    """Gives memory that malloc holds free back to the system, where glibc can."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

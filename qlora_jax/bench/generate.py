@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from qlora_jax import compilation
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
@@ -24,6 +25,7 @@ def run(options: Generate) -> dict[str, Any]:
     Raises:
       UserError: the model cannot be opened, or has too few positions.
     """
+    compilation.give_memory_back()
     memory = PeakMemory()
     jax.devices()
     start = time.perf_counter()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax import compilation
 from qlora_jax.config import QuantConfig
 from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
@@ -51,6 +52,7 @@ def load(
                 stacks[key] = _empty(value, checkpoint.config.num_layers)
             stacks[key] = _insert(stacks[key], value, int(layer))
         progress()
+    compilation.trim()  # after many short compilations
     return Decoder(
         checkpoint.config,
         outer["model.embed_tokens.weight"],

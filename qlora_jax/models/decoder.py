@@ -131,7 +131,9 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
-        x = self.embed.get_value()[tokens].astype(dtype)
+        # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens, and keep that.
+        embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
+        x = embed[tokens].astype(dtype)
         rope = rotation(positions, config.rope, config.head_dim)
         keys = None if key is None else jax.random.split(key, config.num_layers)
         windowed = any(config.windows)

@@ -1,18 +1,35 @@
-"""Next-token cross-entropy as (sum, count), without the logits of a whole batch."""
+"""Next-token cross-entropy as (sum, count), without the logits of a batch or of a vocabulary."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qlora_jax.kernels.dense import product
 
-CHUNK = 128
-"""Positions whose logits exist at one time."""
+ROWS = 256
+"""Positions taken at a time."""
+
+COLUMNS = 4096
+"""Most tokens of the vocabulary whose logits exist at one time."""
 
 LIFT = 2.0**12
-"""Factor on the logits' gradient, at most 1, while it is in the compute dtype: in float16 most
+"""Factor on exponentials, at most 1, while they are in the compute dtype: in float16 most
 probabilities of a large vocabulary would be subnormal."""
+
+
+class _Online(NamedTuple):
+    """What has been seen of the vocabulary: per row, all float32."""
+
+    highest: jax.Array
+    """[R], the largest logit."""
+    total: jax.Array
+    """[R], the sum of exp(logit - highest)."""
+    target: jax.Array
+    """[R], the target's logit."""
+    mean: jax.Array
+    """[R, D], the sum of exp(logit - highest) times the head's vectors."""
 
 
 def token_loss(
@@ -26,8 +43,11 @@ def token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy over the positions that carry loss, and their number.
 
-    Positions are taken `CHUNK` at a time, those with loss first; a chunk without any is skipped.
-    The gradient is formed in the forward pass, so logits are computed once.
+    Positions are taken `ROWS` at a time, those with loss first, and the vocabulary in blocks of
+    `COLUMNS`; rows without any loss are skipped. The gradient is formed in the forward pass with
+    an online softmax: d loss / d hidden is the mean of the head's vectors under the predicted
+    distribution, less the target's, as attention over the vocabulary would compute it. The head's
+    own gradient takes the logits a second time.
 
     Args:
       hidden: [..., D] in the compute dtype.
@@ -41,14 +61,15 @@ def token_loss(
       float32 sum and float32 count.
     """
     flat, mask = hidden.reshape(-1, hidden.shape[-1]), mask.reshape(-1)
+    rows = min(ROWS, len(mask))
     order = jnp.argsort(~mask, stable=True)
     # Rows without loss read as zeros, so that what is not finite there reaches no gradient.
     order = jnp.where(jnp.arange(len(order)) < mask.sum(), order, len(order))
-    order = jnp.pad(order, (0, -len(order) % CHUNK), constant_values=len(order))
+    order = jnp.pad(order, (0, -len(order) % rows), constant_values=len(order))
 
     def chunks(x: jax.Array) -> jax.Array:
-        rows = x.at[order].get(mode="fill", fill_value=0)
-        return rows.reshape(-1, CHUNK, *x.shape[1:])
+        taken = x.at[order].get(mode="fill", fill_value=0)
+        return taken.reshape(-1, rows, *x.shape[1:])
 
     total = _total(
         vocab_axis, train_head, chunks(flat), head, chunks(targets.reshape(-1)), chunks(mask)
@@ -67,10 +88,11 @@ def _total(
 ) -> jax.Array:
     def chunk(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         h, t, m = xs
-        loss = jax.lax.cond(
-            m.any(), lambda: _cross_entropy(vocab_axis, h, head, t, m)[0], lambda: jnp.float32(0)
-        )
-        return total + loss, None
+
+        def compute() -> jax.Array:
+            return _loss(_over_vocabulary(vocab_axis, h, head, t, with_mean=False), m)
+
+        return total + jax.lax.cond(m.any(), compute, lambda: jnp.float32(0)), None
 
     return jax.lax.scan(chunk, jnp.float32(0), (hidden, targets, mask))[0]
 
@@ -80,13 +102,14 @@ def _forward(vocab_axis, train_head, hidden, head, targets, mask):
         h, t, m = xs
 
         def compute(dhead):
-            loss, dlogits = _cross_entropy(vocab_axis, h, head, t, m)
-            dlogits = (dlogits * LIFT).astype(h.dtype)
+            seen = _over_vocabulary(vocab_axis, h, head, t, with_mean=True)
+            # rounded as the product before it rounded the other vectors
+            of_target = jnp.take(head, t, axis=vocab_axis, mode="clip").astype(h.dtype)
+            of_target = of_target.T if vocab_axis else of_target
+            dh = (seen.mean / seen.total[:, None] - of_target) * m[:, None]
             if train_head:
-                rows, columns = (h, dlogits) if vocab_axis else (dlogits, h)
-                dhead = dhead + product(rows.T, columns, 0) / LIFT
-            dh = product(dlogits, head.astype(h.dtype), vocab_axis) / LIFT
-            return loss, dh, dhead
+                dhead = _add_head_gradient(vocab_axis, dhead, h, head, t, m, seen)
+            return _loss(seen, m), dh, dhead
 
         def skip(dhead):
             return jnp.float32(0), jnp.zeros(h.shape, jnp.float32), dhead
@@ -109,13 +132,79 @@ def _backward(vocab_axis, train_head, saved, g):
 _total.defvjp(_forward, _backward)
 
 
-def _cross_entropy(
-    vocab_axis: int, h: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Summed loss of one chunk and its gradient with respect to the logits, float32."""
-    logits = product(h, head.astype(h.dtype), 1 - vocab_axis)
-    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    loss = jnp.sum(jnp.where(mask[:, None], normalizer - picked, 0))
-    hit = jnp.arange(logits.shape[-1]) == targets[:, None]
-    return loss, (jnp.exp(logits - normalizer) - hit) * mask[:, None]
+def _loss(seen: _Online, mask: jax.Array) -> jax.Array:
+    normalizer = seen.highest + jnp.log(seen.total)
+    return jnp.sum(jnp.where(mask, normalizer - seen.target, 0))
+
+
+def _over_vocabulary(
+    vocab_axis: int, h: jax.Array, head: jax.Array, targets: jax.Array, *, with_mean: bool
+) -> _Online:
+    """One pass over the head, block by block; `mean` stays zero unless it is asked for."""
+
+    def block(i: jax.Array, seen: _Online) -> _Online:
+        weight, ids, new = _block(vocab_axis, head, i)
+        logits = jnp.where(new, product(h, weight.astype(h.dtype), 1 - vocab_axis), -jnp.inf)
+        highest = jnp.maximum(seen.highest, logits.max(axis=-1))
+        powers = jnp.exp(logits - highest[:, None])
+        shrink = jnp.exp(seen.highest - highest)
+        hit = ids == targets[:, None]
+        mean = seen.mean
+        if with_mean:
+            lifted = (powers * LIFT).astype(h.dtype)
+            mean *= shrink[:, None]
+            mean += product(lifted, weight.astype(h.dtype), vocab_axis) / LIFT
+        return _Online(
+            highest,
+            seen.total * shrink + powers.sum(axis=-1),
+            seen.target + jnp.where(hit & new, logits, 0).sum(axis=-1),
+            mean,
+        )
+
+    rows = jnp.zeros(h.shape[0], jnp.float32)
+    nothing = _Online(rows - jnp.inf, rows, rows, jnp.zeros(h.shape, jnp.float32))
+    return jax.lax.fori_loop(0, _blocks(head.shape[vocab_axis])[0], block, nothing)
+
+
+def _add_head_gradient(
+    vocab_axis: int,
+    dhead: jax.Array,
+    h: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    seen: _Online,
+) -> jax.Array:
+    normalizer = seen.highest + jnp.log(seen.total)
+
+    def block(i: jax.Array, dhead: jax.Array) -> jax.Array:
+        weight, ids, new = _block(vocab_axis, head, i)
+        logits = product(h, weight.astype(h.dtype), 1 - vocab_axis)
+        hit = ids == targets[:, None]
+        dlogits = (jnp.exp(logits - normalizer[:, None]) - hit) * (mask[:, None] & new)
+        dlogits = (dlogits * LIFT).astype(h.dtype)
+        rows, columns = (h, dlogits) if vocab_axis else (dlogits, h)
+        part = product(rows.T, columns, 0) / LIFT
+        old = jax.lax.dynamic_slice_in_dim(dhead, ids[0], len(ids), vocab_axis)
+        return jax.lax.dynamic_update_slice_in_dim(dhead, old + part, ids[0], vocab_axis)
+
+    return jax.lax.fori_loop(0, _blocks(head.shape[vocab_axis])[0], block, dhead)
+
+
+def _blocks(vocabulary: int) -> tuple[int, int]:
+    """Number and size of the blocks; the last may reach back into the one before it."""
+    blocks = -(-vocabulary // COLUMNS)
+    # whole vectors of a CPU and tiles of a GPU
+    return blocks, min(vocabulary, -(-vocabulary // (blocks * 128)) * 128)
+
+
+def _block(
+    vocab_axis: int, head: jax.Array, i: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Block i of the head, the tokens in it, and which of them no block before it held."""
+    vocabulary = head.shape[vocab_axis]
+    _, size = _blocks(vocabulary)
+    start = jnp.minimum(i * size, vocabulary - size)
+    ids = start + jnp.arange(size)
+    weight = jax.lax.dynamic_slice_in_dim(head, start, size, vocab_axis)
+    return weight, ids, ids >= i * size

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 
 from qlora_jax.train import loss as module
-from qlora_jax.train.loss import CHUNK, token_loss
+from qlora_jax.train.loss import COLUMNS, ROWS, token_loss
 
 D, VOCAB = 8, 32
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
-def make(shape: tuple[int, ...], share: float, dtype: str = "float32", seed: int = 0):
+def make(
+    shape: tuple[int, ...], share: float, dtype: str = "float32", seed: int = 0, vocab: int = VOCAB
+):
     """hidden, head, targets and a mask that holds on about `share` of the positions."""
     random = np.random.default_rng(seed)
     hidden = jnp.asarray(random.normal(size=(*shape, D)), dtype)
-    head = jnp.asarray(random.normal(size=(D, VOCAB)), dtype)
-    targets = jnp.asarray(random.integers(0, VOCAB, shape), jnp.int32)
+    head = jnp.asarray(random.normal(size=(D, vocab)), dtype)
+    targets = jnp.asarray(random.integers(0, vocab, shape), jnp.int32)
     return hidden, head, targets, jnp.asarray(random.random(shape) < share)
 
 
@@ -62,7 +64,7 @@ def assert_matches(found, expected, factor: float, epsilon: float) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "share"),
-    [((3,), 1), ((CHUNK,), 0.9), ((CHUNK + 1,), 1), ((3, 2, 117), 0.6)],
+    [((3,), 1), ((ROWS,), 0.9), ((ROWS + 1,), 1), ((3, 2, 117), 0.6)],
 )
 def test_value_and_gradients(shape, share) -> None:
     arguments = make(shape, share)
@@ -79,6 +81,22 @@ def test_a_head_stored_with_the_vocabulary_first() -> None:
     total, (dhidden, drows) = jax.value_and_grad(value, argnums=(0, 1))(hidden, head.T)
     found = total, mask.sum(), dhidden, drows.T
     assert_matches(found, dense(hidden, head, targets, mask), 1, 2e-6)
+
+
+@pytest.mark.parametrize("vocab", [COLUMNS, COLUMNS + 1, 2 * COLUMNS + 1037])
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_a_vocabulary_in_blocks(vocab, vocab_axis) -> None:
+    hidden, head, targets, mask = make((3, 117), 0.6, vocab=vocab)
+    # the ends of blocks, and the likeliest token in the first and in the last block
+    targets = targets.at[0, :4].set(jnp.array([0, COLUMNS - 1, vocab - 1, vocab - COLUMNS]))
+    head = head.at[:, 0].mul(4).at[:, -1].mul(4)
+
+    def value(hidden, head):
+        stored = head if vocab_axis else head.T
+        return token_loss(hidden, stored, targets, mask, vocab_axis=vocab_axis, train_head=True)[0]
+
+    total, grads = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(hidden, head)
+    assert_matches((total, mask.sum(), *grads), dense(hidden, head, targets, mask), 1, 4e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -129,17 +147,17 @@ def test_what_is_not_finite_with_loss_shows() -> None:
 @pytest.mark.parametrize("train_head", [False, True])
 def test_only_chunks_with_targets_are_computed(train_head, monkeypatch) -> None:
     seen = []
-    cross_entropy = module._cross_entropy
+    loss = module._loss
 
-    def counted(axis, h, head, targets, mask):
+    def counted(figures, mask):
         jax.debug.callback(lambda n: seen.append(int(n)), mask.sum())
-        return cross_entropy(axis, h, head, targets, mask)
+        return loss(figures, mask)
 
-    monkeypatch.setattr(module, "_cross_entropy", counted)
-    hidden, head, targets, _ = make((10 * CHUNK,), 1)
-    mask = jnp.arange(10 * CHUNK) % 9 == 5
-    wanted = [CHUNK, int(mask.sum()) - CHUNK]
-    assert 0 < wanted[1] < CHUNK
+    monkeypatch.setattr(module, "_loss", counted)
+    hidden, head, targets, _ = make((10 * ROWS,), 1)
+    mask = jnp.arange(10 * ROWS) % 9 == 5
+    wanted = [ROWS, int(mask.sum()) - ROWS]
+    assert 0 < wanted[1] < ROWS
 
     def total(hidden):
         return token_loss(hidden, head, targets, mask, train_head=train_head)[0]
@@ -178,22 +196,15 @@ def test_a_tied_embedding_gets_the_gradient_of_both_its_uses() -> None:
 
 
 @pytest.mark.parametrize("train_head", [False, True])
-def test_memory_of_one_chunk_of_logits(train_head) -> None:
-    positions, vocab = 32 * CHUNK, 2048
+def test_memory_of_one_block_of_logits(train_head) -> None:
+    positions, vocab = 8 * ROWS, 8 * COLUMNS
     hidden, head = jnp.zeros((positions, D)), jnp.zeros((D, vocab))
     targets, mask = jnp.zeros(positions, jnp.int32), jnp.ones(positions, bool)
 
-    def chunked(hidden, head):
+    def loss(hidden, head):
         return token_loss(hidden, head, targets, mask, train_head=train_head)[0]
 
-    def naive(hidden, head):
-        log_p = jax.nn.log_softmax(hidden @ head)
-        return -jnp.take_along_axis(log_p, targets[:, None], axis=1).sum()
-
-    def bytes_of(loss):
-        lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
-
-    logits = positions * vocab * 4
-    assert bytes_of(naive) >= logits
-    assert bytes_of(chunked) < logits / 6
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
+    block, gradients = ROWS * COLUMNS * 4, 3 * (hidden.nbytes + head.nbytes)
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * block + gradients
+    assert 3 * block + gradients < positions * vocab * 4 / 10
