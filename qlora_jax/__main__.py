@@ -6,8 +6,9 @@ from qlora_jax import compilation, hugepages
 
 
 def main() -> int:
-    """`cli.main`, in a process that has huge pages and keeps what it compiles."""
+    """`cli.main`, in a process that has huge pages and wide vectors and keeps what it compiles."""
     hugepages.restart()
+    compilation.widen()
     compilation.keep()
     from qlora_jax import cli
 

@@ -1,5 +1,6 @@
-"""What compiling leaves: programs, kept for the next process, and memory, given back."""
+"""How XLA compiles, and what compiling leaves: programs, kept for the next process, and memory."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,10 +19,23 @@ SETTINGS: Mapping[str, str] = {
 }
 """Programs worth keeping, by the seconds they took, and bytes of all, the least used go first."""
 
+WIDTH = "--xla_cpu_prefer_vector_width"
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 WORTH_A_TRIM = 0.5
 """Seconds of compiling; giving memory back takes up to 0.2."""
+
+
+def widen(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Asks XLA:CPU, before its first program, for vectors of 512 bits where the processor has them.
+
+    Its own choice is 256: a token is then decoded a fifth slower. Flags of the user's come first:
+    `XLA_FLAGS=--xla_cpu_prefer_vector_width=256` declines.
+    """
+    flags = environment.get("XLA_FLAGS", "")
+    if WIDTH not in flags:
+        environment["XLA_FLAGS"] = f"{flags} {WIDTH}=512".strip()
 
 
 def keep(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -54,10 +68,8 @@ def give_memory_back() -> None:
 
 def trim() -> None:
     """Gives memory that malloc holds free back to the system, where glibc can."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

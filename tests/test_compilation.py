@@ -50,6 +50,20 @@ def test_programs_are_kept_in_the_users_cache(tmp_path: Path) -> None:
     assert files(tmp_path / "compiled") == first
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "--xla_cpu_prefer_vector_width=512"),
+        ("--xla_dump_to=x", "--xla_dump_to=x --xla_cpu_prefer_vector_width=512"),
+        ("--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
+    ],
+)
+def test_wide_vectors_beside_the_users_flags(before: str, after: str) -> None:
+    environment = {"XLA_FLAGS": before}
+    compilation.widen(environment)
+    assert environment == {"XLA_FLAGS": after}
+
+
 def test_another_folder(tmp_path: Path) -> None:
     own, other = tmp_path / "own", tmp_path / "other"
     run(QLORA_JAX_CACHE=str(own), JAX_COMPILATION_CACHE_DIR=str(other))

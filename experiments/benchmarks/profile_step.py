@@ -5,67 +5,37 @@ Expected: matrix products first; decoding the weights behind them.
 Cost: a minute at SmolLM2-135M's shape on 2 CPU cores.
 """
 
+import argparse
 import collections
+import json
 import re
 import tempfile
 import time
 from pathlib import Path
 
-import measure
+from qlora_jax import compilation, hugepages
+from qlora_jax.bench.command import options_of, step_arguments, with_model
 
 HOLDS_OTHERS = ("while", "call", "conditional")
 
 
 def main() -> None:
-    parser = measure.step_arguments(__doc__, ["dots", "none", "full"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    step_arguments(parser)
     parser.add_argument("--top", type=int, default=10, help="operations to list")
-    options = parser.parse_args()
+    parser.add_argument("--json", action="store_true")
+    hugepages.restart()
+    compilation.widen()
+    options = parser.parse_args(namespace=argparse.Namespace(what="step"))
+    step = with_model(options_of(options), False, print)
 
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
-    from qlora_jax.config import from_tree
-    from qlora_jax.formats.source import open_checkpoint
-    from qlora_jax.models import trees
-    from qlora_jax.train import step as steps
-    from qlora_jax.train.optimizer import adamw
-    from qlora_jax.train.setup import load_model
+    from qlora_jax.bench.step import prepare
 
-    config = from_tree(
-        {
-            "model": {"path": options.model, "storage_dtype": options.dtype},
-            "data": {"source": "random tokens"},
-            "output": "none",
-            "method": options.method,
-            "lora": {"rank": options.rank, "alpha": 2 * options.rank},
-        },
-        "options",
-    )
-    checkpoint = open_checkpoint(config.model)
-    model, _ = load_model(config, checkpoint, print)
-    graph, trained, frozen = trees.split(model, config.method)
-    optimizer = adamw(config.optimizer, 2)
-    program = steps.build(
-        graph,
-        optimizer,
-        compute_dtype=jnp.dtype(options.dtype),
-        remat=options.remat,
-        clip_norm=config.optimizer.clip_norm,
-        train_head=config.method == "full",
-    )
-    state = steps.init(trained, optimizer, dynamic_scale=False)
-    tokens, targets = measure.random_tokens(
-        checkpoint.config.vocab_size, options.batch, options.seq, options.seed
-    )
-    batch = {
-        "tokens": tokens,
-        "targets": targets,
-        "mask": np.ones_like(tokens, bool),
-        "segments": np.ones_like(tokens),
-        "positions": np.broadcast_to(np.arange(options.seq, dtype=np.int32), tokens.shape),
-    }
-    batch = {name: array[None] for name, array in batch.items()}
+    program, state, frozen, batch = prepare(step)[:4]  # type: ignore[arg-type]
     gradient = program.gradient.lower(state, frozen, batch, None).compile()
     made = origins(gradient.as_text())
     jax.block_until_ready(gradient(state, frozen, batch, None))
@@ -81,7 +51,7 @@ def main() -> None:
     rows = [(name, ms / options.steps) for name, ms in spent.most_common(options.top)]
     if options.json:
         figures = {"wall_ms": 1e3 * wall, "thread_ms": total / options.steps, "top_ms": dict(rows)}
-        measure.show(figures | measure.surroundings(["jax", "jaxlib"]), True)
+        print(json.dumps(figures | {"jax": jax.__version__}))
         return
     print(f"gradient: {1e3 * wall:.0f} ms, {total / options.steps:.0f} ms summed over threads")
     print("| ms a step | operation | result | from |\n| --- | --- | --- | --- |")

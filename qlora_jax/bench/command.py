@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     from qlora_jax.bench.table import remarks, table
 
     what = options.what
-    chosen = _options(options)
+    chosen = options_of(options)
     sides = [tools.ours(), *(tool for python in options.peer for tool in tools.peers(python, what))]
     chosen = with_model(chosen, len(sides) > 1, say)
     count = options.rounds or (3 if len(sides) > 1 else 1)
@@ -109,7 +109,7 @@ def with_model(options: Options, peers: bool, say: Callable[[str], None]) -> Opt
     return options
 
 
-def _options(parsed: argparse.Namespace) -> Options:
+def options_of(parsed: argparse.Namespace) -> Options:
     kind = BENCHMARKS[parsed.what]
     return kind(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)})
 
@@ -147,7 +147,7 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(device="")
 
 
-def _step(parser: argparse.ArgumentParser) -> None:
+def step_arguments(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("--method", choices=METHODS, default="qlora", help="default qlora")
     _compute(parser)
@@ -200,7 +200,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 _ADD: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "kernels": _kernels,
-    "step": _step,
+    "step": step_arguments,
     "load": _load,
     "generate": _generate,
 }

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,17 @@ from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.setup import load_model
 
 
+class Prepared(NamedTuple):
+    """What a step takes: the program's functions and their arguments."""
+
+    program: steps.Program
+    state: steps.State
+    frozen: Any
+    batch: dict[str, np.ndarray]
+    trainable: int
+    parameters: int
+
+
 def run(options: Step) -> dict[str, Any]:
     """Loads, compiles and runs the step.
 
@@ -33,32 +44,10 @@ def run(options: Step) -> dict[str, Any]:
     memory = PeakMemory()
     jax.devices()
     imported = time.perf_counter()
-    config = _config(options)
-    checkpoint = open_checkpoint(config.model)
-    if options.seq > checkpoint.config.max_positions:
-        raise UserError(
-            f"--seq {options.seq} is beyond the {checkpoint.config.max_positions} positions of "
-            f"{options.model}; give that many or fewer"
-        )
-    model, _ = load_model(config, checkpoint, lambda line: print(line, file=sys.stderr))
-    jax.block_until_ready(jax.tree.leaves(trees.split(model, config.method)[1:]))
+    prepared = prepare(options)
+    program, state, frozen, batch = prepared[:4]
+    jax.block_until_ready((state, frozen))
     loaded = time.perf_counter()
-
-    trained_count, total_count = trees.parameter_counts(model, config.method)
-    graph, trained, frozen = trees.split(model, config.method)
-    del model
-    optimizer = adamw(config.optimizer, config.train.steps)
-    program = steps.build(
-        graph,
-        optimizer,
-        compute_dtype=jnp.dtype(options.dtype),
-        remat=options.remat,
-        clip_norm=config.optimizer.clip_norm,
-        train_head=config.method == "full",
-    )
-    state = steps.init(trained, optimizer, dynamic_scale=options.dtype == "float16")
-    del trained
-    batch = _batch(options, checkpoint.config.vocab_size)
 
     start = time.perf_counter()
     gradient = program.gradient.lower(state, frozen, batch, None).compile()  # type: ignore[attr-defined]
@@ -93,13 +82,42 @@ def run(options: Step) -> dict[str, Any]:
         to_tree(options),
         figures,
         losses=losses,
-        trainable=trained_count,
-        parameters=total_count,
+        trainable=prepared.trainable,
+        parameters=prepared.parameters,
         notes=list(filter(None, [warn_if_gpu_idle()])),
         others_cores=neighbours.cores,
         device=str(describe_devices()),
         git=git_state(),
     )
+
+
+def prepare(options: Step) -> Prepared:
+    """Loads the model and builds its step; nothing is compiled yet.
+
+    Raises:
+      UserError: the model cannot be opened, or a row is longer than it can read.
+    """
+    config = _config(options)
+    checkpoint = open_checkpoint(config.model)
+    if options.seq > checkpoint.config.max_positions:
+        raise UserError(
+            f"--seq {options.seq} is beyond the {checkpoint.config.max_positions} positions of "
+            f"{options.model}; give that many or fewer"
+        )
+    model, _ = load_model(config, checkpoint, lambda line: print(line, file=sys.stderr))
+    counts = trees.parameter_counts(model, config.method)
+    graph, trained, frozen = trees.split(model, config.method)
+    optimizer = adamw(config.optimizer, config.train.steps)
+    program = steps.build(
+        graph,
+        optimizer,
+        compute_dtype=jnp.dtype(options.dtype),
+        remat=options.remat,
+        clip_norm=config.optimizer.clip_norm,
+        train_head=config.method == "full",
+    )
+    state = steps.init(trained, optimizer, dynamic_scale=options.dtype == "float16")
+    return Prepared(program, state, frozen, _batch(options, checkpoint.config.vocab_size), *counts)
 
 
 def _config(options: Step) -> Config:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax import hugepages
+from qlora_jax import compilation, hugepages
 from qlora_jax.bench.options import Options, to_tree
 from qlora_jax.bench.worker import OURS
 from qlora_jax.errors import RunFailed, UserError
@@ -23,6 +23,12 @@ PEERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "generate": {"bitsandbytes": TORCH},
 }
 """Per benchmark: who can be measured in it, and the packages that takes."""
+
+OWN = (
+    ("GLIBC_TUNABLES", ":", f"{hugepages.TUNABLE}=1"),
+    ("XLA_FLAGS", " ", f"{compilation.WIDTH}=512"),
+)
+"""What our program asks for itself: variable, what separates its parts, the part."""
 
 _PROBE = """
 import importlib.metadata, json, sys
@@ -114,9 +120,10 @@ def _installed(python: str, packages: Sequence[str]) -> set[str]:
 
 def _clean() -> dict[str, str]:
     """The environment without what leads to our packages, and what our program asked for itself."""
-    names = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "GLIBC_TUNABLES")
+    names = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    tunables = os.environ.get("GLIBC_TUNABLES", "").split(":")
-    if kept := [part for part in tunables if part and part != f"{hugepages.TUNABLE}=1"]:
-        environment["GLIBC_TUNABLES"] = ":".join(kept)
+    for name, separator, own in OWN:
+        parts = environment.pop(name, "").split(separator)
+        if kept := [part for part in parts if part and part != own]:
+            environment[name] = separator.join(kept)
     return environment

@@ -22,9 +22,10 @@ def main() -> int:
     from qlora_jax.errors import UserError
 
     if tool == OURS:
-        from qlora_jax import hugepages
+        from qlora_jax import compilation, hugepages
 
         hugepages.restart()
+        compilation.widen()
     module = f"qlora_jax.bench.{what}" if tool == OURS else f"qlora_jax.bench.peers.{tool}_{what}"
     # first, since seconds of import are counted from here
     from qlora_jax.bench import measure  # noqa: F401

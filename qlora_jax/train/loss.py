@@ -206,5 +206,7 @@ def _block(
     _, size = _blocks(vocabulary)
     start = jnp.minimum(i * size, vocabulary - size)
     ids = start + jnp.arange(size)
+    # Held to the block: XLA:CPU would convert the whole head before the loop, and keep that.
+    head, start = jax.lax.optimization_barrier((head, start))
     weight = jax.lax.dynamic_slice_in_dim(head, start, size, vocab_axis)
     return weight, ids, ids >= i * size

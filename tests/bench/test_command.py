@@ -119,12 +119,14 @@ def test_a_peers_process_sees_neither_our_packages_nor_our_huge_pages(
     as_ours({})
     monkeypatch.setenv("PYTHONPATH", "ours")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.check=0")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=512")
     peer = tmp_path / "peer"
     peer.write_text(
         f"#!{sys.executable}\n"
         "import json, os, sys\n"
         "assert 'PYTHONPATH' not in os.environ\n"
         "assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.check=0'\n"
+        "assert 'XLA_FLAGS' not in os.environ\n"
         "print(json.dumps(sys.argv[3:]))\n"
         "sys.exit('saw nothing' if sys.argv[1] != '-c' else 0)\n"
     )
