@@ -50,7 +50,7 @@ quickstart: model
 	$(BIN)/qlora-jax train configs/quickstart.yaml --overwrite
 
 test: model
-	$(BIN)/python -m pytest -m 'not parity'
+	$(BIN)/python -m pytest -m 'not parity' -n auto --maxprocesses 4 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

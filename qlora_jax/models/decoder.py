@@ -131,7 +131,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
-        # Held to the tokens: before a loop over them, XLA:CPU would convert all of it and keep that.
+        # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens and keep it.
         embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
         x = embed[tokens].astype(dtype)
         rope = rotation(positions, config.rope, config.head_dim)
