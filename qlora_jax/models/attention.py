@@ -1,5 +1,8 @@
 """Which positions see which, and the attention over them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -28,12 +31,17 @@ def visible(
     return mask[:, None]
 
 
+ROWS = 256
+"""Queries whose scores exist at one time."""
+
+
 @jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled dot-product attention with grouped heads, softmax in float32.
 
-    The backward pass forms scores and softmax again; they are never residuals. Its products run
-    in q's dtype, accumulated in float32.
+    Queries are taken `ROWS` at a time, so that scores of T x S are never held. The backward pass
+    forms scores and softmax again; they are never residuals. Its products run in q's dtype,
+    accumulated in float32.
 
     Args:
       q: [B, T, H, D].
@@ -43,8 +51,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     Returns:
       [B, T, H, D] in q's dtype.
     """
-    weights = _softmax(_grouped(q, k), k, mask).astype(q.dtype)
-    return _einsum("bkgts,bskd->btkgd", weights, v).astype(q.dtype).reshape(q.shape)
+
+    def rows(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+        q, mask = xs
+        weights = _softmax(_grouped(q, k), k, mask).astype(q.dtype)
+        return None, _einsum("bkgts,bskd->btkgd", weights, v).astype(q.dtype).reshape(q.shape)
+
+    return _over_rows(rows, None, (q, 1), (mask, 2))[1]
 
 
 def _forward(q, k, v, mask):
@@ -53,18 +66,64 @@ def _forward(q, k, v, mask):
 
 def _backward(saved, g):
     q, k, v, mask = saved
-    groups, g = _grouped(q, k), _grouped(g, k)
-    weights = _softmax(groups, k, mask)
-    slopes = _einsum("btkgd,bskd->bkgts", g, v)
-    slopes -= jnp.sum(weights * slopes, axis=-1, keepdims=True)
-    slopes = jnp.where(mask[:, :, None], weights * slopes * q.shape[-1] ** -0.5, 0).astype(q.dtype)
-    dq = _einsum("bkgts,bskd->btkgd", slopes, k).reshape(q.shape)
-    dk = _einsum("bkgts,btkgd->bskd", slopes, groups)
-    dv = _einsum("bkgts,btkgd->bskd", weights.astype(q.dtype), g)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+    def rows(carry, xs):
+        dk, dv = carry
+        q, g, mask = xs
+        groups, g = _grouped(q, k), _grouped(g, k)
+        weights = _softmax(groups, k, mask)
+        slopes = _einsum("btkgd,bskd->bkgts", g, v)
+        slopes -= jnp.sum(weights * slopes, axis=-1, keepdims=True)
+        slopes = jnp.where(mask[:, :, None], weights * slopes * q.shape[-1] ** -0.5, 0)
+        slopes = slopes.astype(q.dtype)
+        dq = _einsum("bkgts,bskd->btkgd", slopes, k).reshape(q.shape).astype(q.dtype)
+        dk += _einsum("bkgts,btkgd->bskd", slopes, groups)
+        dv += _einsum("bkgts,btkgd->bskd", weights.astype(q.dtype), g)
+        return (dk, dv), dq
+
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    (dk, dv), dq = _over_rows(rows, zeros, (q, 1), (g, 1), (mask, 2))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 attend.defvjp(_forward, _backward)
+
+
+def _over_rows(
+    step: Callable[[Any, tuple[jax.Array, ...]], tuple[Any, jax.Array]],
+    carry: Any,
+    *arrays: tuple[jax.Array, int],
+) -> tuple[Any, jax.Array]:
+    """Scans over `ROWS` queries at a time.
+
+    Args:
+      step: (carry, chunks) to (carry, rows [B, `ROWS`, ...] of the result).
+      carry: what the first step begins with.
+      arrays: each with its axis of queries.
+
+    Returns:
+      The last carry, and the result [B, T, ...].
+    """
+    length = arrays[0][0].shape[arrays[0][1]]
+    if length <= ROWS:
+        return step(carry, tuple(x for x, _ in arrays))
+    chunks = -(-length // ROWS)
+
+    def padded(x: jax.Array, axis: int) -> jax.Array:
+        pad = [(0, chunks * ROWS - length) if i == axis else (0, 0) for i in range(x.ndim)]
+        return jnp.pad(x, pad)
+
+    wide = [(padded(x, axis), axis) for x, axis in arrays]
+
+    def chunk(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+        return step(
+            carry,
+            tuple(jax.lax.dynamic_slice_in_dim(x, i * ROWS, ROWS, axis) for x, axis in wide),
+        )
+
+    carry, made = jax.lax.scan(chunk, carry, jnp.arange(chunks))
+    made = made.swapaxes(0, 1)
+    return carry, made.reshape(made.shape[0], -1, *made.shape[3:])[:, :length]
 
 
 def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:

@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.models import attention
 from qlora_jax.models.attention import attend, visible
+
+
+@pytest.fixture(autouse=True, params=[256, 2], ids="{} rows".format)
+def rows(request, monkeypatch):
+    """Every test with all queries at a time and with two."""
+    monkeypatch.setattr(attention, "ROWS", request.param)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -80,6 +87,20 @@ def test_scores_are_not_residuals():
     )
     largest = max(leaf.size for leaf in jax.tree.leaves(saved))
     assert largest <= q.size
+
+
+def test_no_scores_of_all_queries_exist(monkeypatch):
+    monkeypatch.setattr(attention, "ROWS", 64)
+    heads, length = 4, 1024
+    q = jnp.zeros((1, length, heads, 8))
+    mask = jnp.ones((1, 1, length, length), bool)
+
+    def loss(q, k, v):
+        return attend(q, k, v, mask).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).compile()
+    scores = heads * length * length * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
 
 
 def test_a_query_that_sees_nothing_gets_a_finite_average():
