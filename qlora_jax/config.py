@@ -54,9 +54,9 @@ class ModelConfig:
     Under method full every weight is held in lora.dtype."""
     compute_dtype: FloatType = "bfloat16"
     """Activations and matrix products; float16 switches dynamic loss scaling on."""
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Literal["none", "dots", "full", "host"] = "dots"
     """What the backward pass recomputes: nothing, all but products with weights, or whole layers;
-    attention scores always."""
+    host: whole layers, whose inputs wait in pinned host memory. Attention scores always."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -105,7 +105,7 @@ class LoraConfig:
     init: Literal["kaiming-uniform", "gaussian"] = "kaiming-uniform"
     """Distribution of A; B starts at zero."""
     dtype: FloatType = "float32"
-    """Adapters; under method full, every weight. Moments are float32 always."""
+    """Adapters; under method full, every weight."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -165,6 +165,12 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 does not clip."""
     lora_plus_ratio: PositiveFloat = 1.0
     """LoRA+: B's learning rate is this multiple of A's."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How both moments are kept; updates compute in float32. int8: bitsandbytes' 8 bits in blocks
+    of 256, arrays of fewer than 4096 elements in float32."""
+    offload: Literal["auto", "device", "host"] = "auto"
+    """Where moments live: host keeps them in pinned host memory and brings them to the device layer
+    by layer; auto: on the host where the plan says that the device is too small."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -268,6 +274,18 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
         return _ADAPTER.validate_python(dict(tree))
     except ValidationError as e:
         raise UserError(f"{where}: {_explain(e)}") from None
+
+
+def changed(config: Config, overrides: Mapping[str, str]) -> Config:
+    """The config with dotted overrides laid over it.
+
+    Raises:
+      UserError: an unknown key or a value of the wrong type.
+    """
+    tree = to_tree(config)
+    for key, text in overrides.items():
+        _override(tree, key, text)
+    return from_tree(tree, "the command line")
 
 
 def to_tree(config: Config) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def usable(capability: Capability | None, dtype: DTypeLike) -> list[str]:
     ]
 
 
-def capability_of(device: jax.Device) -> Capability | None:
+def capability_of(device: object) -> Capability | None:
     """An NVIDIA GPU's compute capability, (8, 0) for sm_80; None of any other device."""
     text = getattr(device, "compute_capability", None)
     try:

@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qlora_jax.kernels import fragments, tuning
 from qlora_jax.kernels.operand import Operand
 from qlora_jax.kernels.tuning import MosaicTile
-from qlora_jax.quant.double_quant import dynamic_map
+from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import QTensor
 
 DTYPES = ("bfloat16", "float16")

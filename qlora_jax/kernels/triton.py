@@ -17,7 +17,8 @@ from jax.experimental.pallas import triton as plt
 
 from qlora_jax.kernels import tuning
 from qlora_jax.kernels.tuning import Tile
-from qlora_jax.quant.double_quant import dynamic_map, unfused
+from qlora_jax.quant.double_quant import unfused
+from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import GROUP, QTensor
 
 HALF = GROUP // 2

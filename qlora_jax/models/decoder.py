@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.kernels import KEPT
 from qlora_jax.kernels.dense import product
@@ -18,12 +19,24 @@ from qlora_jax.models.layers import KVCache, Layer, Linear, RMSNorm, Slots, Weig
 from qlora_jax.models.rope import rotation
 from qlora_jax.quant import QTensor
 
+INPUT = "layer input"
+"""The name of what a layer reads, for policies of `jax.checkpoint`."""
+
 REMAT: Mapping[str, Callable[[Callable], Callable]] = {
     "none": lambda f: f,
     "dots": functools.partial(
         jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT)
     ),
     "full": jax.checkpoint,
+    "host": functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
 }
 """Name to what wraps a layer: what the backward pass keeps of it."""
 
@@ -146,6 +159,7 @@ class Decoder(nnx.Module):
 
             def body(x, xs, graph=graph):
                 weights, window, key, layer_cache = xs
+                x = checkpoint_name(x, INPUT)
                 seen = see(window) if windowed else mask
                 slots = None if layer_cache is None else Slots(layer_cache, positions)
                 return nnx.merge(graph, weights)(x, rope, seen, key, slots)

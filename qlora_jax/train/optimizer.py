@@ -8,6 +8,7 @@ import optax
 
 from qlora_jax.config import OptimizerConfig
 from qlora_jax.models.trees import flatten
+from qlora_jax.train.moments import stored
 
 VECTORS = ("bias", "norm.weight", "layernorm.weight")
 """Ends of the paths of leaves that are not matrices (stacked, they have two axes all the same)."""
@@ -38,17 +39,16 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW with decay on matrices only and B's own rate (LoRA+, arXiv 2402.12354).
 
     Clipping is not part of it: it needs the norm of the whole tree, which the gradient program
-    has. What is here works leaf by leaf. Moments are float32 whatever the leaves are: 16 bits
-    round away the second moment's slow decay.
+    has. What is here works leaf by leaf, on any part of the tree. An update computes in float32
+    whatever the leaves are; `config.moments` is what it keeps.
     """
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
 
     def group(ratio: float, decay: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            schedule(config, steps, ratio),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=decay,
+        return optax.chain(
+            stored(adam, config.moments),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(schedule(config, steps, ratio)),
         )
 
     groups = {

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.gguf_header import read_header
 from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.models.shapes import find
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 GGUF_NAMES = {
@@ -359,3 +361,9 @@ def test_the_builtin_model(builtin_gguf: Path) -> None:
     assert config.rope.theta == 1e5
     assert config.tie_embeddings
     assert checkpoint.read("model.layers.29.mlp.down_proj.weight").dtype == np.float32
+
+
+def test_the_builtin_models_shapes_are_the_published_ones(builtin_gguf):
+    published = find("smollm2-135m")
+    epsilon = float(np.float32(published.rms_norm_eps))  # as the file holds it
+    assert open_gguf(builtin_gguf).config == dataclasses.replace(published, rms_norm_eps=epsilon)

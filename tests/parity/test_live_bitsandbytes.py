@@ -13,7 +13,7 @@ from pairs import REASON, our_logits, ours, save, their_logits, theirs, tokens, 
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.quant import QTensor, codebook, dequantize, quantize
-from qlora_jax.quant.double_quant import dynamic_map
+from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import unpack
 
 F = pytest.importorskip("bitsandbytes", reason=REASON).functional
@@ -101,7 +101,9 @@ def test_double_quantization_is_next_to_theirs(shape, block, dtype, kind):
 
 
 def test_tables_are_theirs():
-    np.testing.assert_array_equal(dynamic_map(), F.create_dynamic_map().numpy())
+    for signed in (True, False):
+        expected = F.create_dynamic_map(signed=signed).numpy()
+        np.testing.assert_array_equal(dynamic_map(signed), expected)
     for kind, name in BOOKS.items():
         values = F.get_4bit_type(kind, device="cpu").numpy()
         np.testing.assert_array_equal(codebook(name), np.sort(values))

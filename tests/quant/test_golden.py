@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.quant import codebook, dequantize, quantize
-from qlora_jax.quant.double_quant import dynamic_map
+from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import block_scales, unpack
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "bnb.npz")
