@@ -21,6 +21,7 @@ from qlora_jax.manifest import git_state
 from qlora_jax.models import trees
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.placement import ON_DEVICE, Placement
 from qlora_jax.train.setup import load_model
 
 
@@ -51,8 +52,6 @@ def run(options: Step) -> dict[str, Any]:
 
     start = time.perf_counter()
     gradient = program.gradient.lower(state, frozen, batch, None).compile()  # type: ignore[attr-defined]
-    grads, shapes = jax.eval_shape(program.gradient, state, frozen, batch, None)
-    update = program.update.lower(state, grads, shapes.finite).compile()  # type: ignore[attr-defined]
     compiled = time.perf_counter() - start
     memory.restart()
     losses = []
@@ -61,7 +60,7 @@ def run(options: Step) -> dict[str, Any]:
         nonlocal state
         start = time.perf_counter()
         grads, figures = gradient(state, frozen, batch, None)
-        state = update(state, grads, figures.finite)
+        state = program.update(state, grads, figures.finite)
         jax.block_until_ready(state)
         losses.append(float(figures.loss))
         return time.perf_counter() - start
@@ -91,8 +90,8 @@ def run(options: Step) -> dict[str, Any]:
     )
 
 
-def prepare(options: Step) -> Prepared:
-    """Loads the model and builds its step; nothing is compiled yet.
+def prepare(options: Step, moments: Placement = ON_DEVICE) -> Prepared:
+    """Loads the model and builds its step with moments there; nothing is compiled yet.
 
     Raises:
       UserError: the model cannot be opened, or a row is longer than it can read.
@@ -115,8 +114,9 @@ def prepare(options: Step) -> Prepared:
         remat=options.remat,
         clip_norm=config.optimizer.clip_norm,
         train_head=config.method == "full",
+        moments=moments,
     )
-    state = steps.init(trained, optimizer, dynamic_scale=options.dtype == "float16")
+    state = steps.init(trained, optimizer, options.dtype == "float16", moments)
     return Prepared(program, state, frozen, _batch(options, checkpoint.config.vocab_size), *counts)
 
 

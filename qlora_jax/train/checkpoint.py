@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax import paths
 from qlora_jax.atomic import storage_error
 from qlora_jax.errors import UserError
 from qlora_jax.models.trees import flatten
+from qlora_jax.train import units
 from qlora_jax.train.step import State
 
 FOLDER = "checkpoints"
@@ -21,9 +23,10 @@ FOLDER = "checkpoints"
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    Each holds the State (trained tree, optimizer, step, loss scale) in its stacked form by dotted
-    path, and `extra`: plain JSON values such as the loader's position and the seed. Randomness
-    follows from seed and step, so no other generator state exists.
+    Each holds the State (trained tree, optimizer, step, loss scale) by dotted path, the optimizer's
+    units stacked (`units.stacked`) wherever they live, and `extra`: plain JSON values such as the
+    loader's position and the seed. Randomness follows from seed and step, so no other generator
+    state exists.
     """
 
     def __init__(self, run_dir: Path, keep: int = 0):
@@ -46,8 +49,12 @@ class Checkpoints:
             # switches the first two off: half-written folders belong to the run that writes
             read_only=not keep,
         )
+        # named, so that a manager which has saved nothing can describe what is there
+        handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handlers
+            )
         except OSError as e:
             raise storage_error(self.folder, e) or e from None
 
@@ -75,7 +82,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(flatten(state)),
+                    state=ocp.args.StandardSave(flatten(_stacked(state))),
                     extra=ocp.args.JsonSave(dict(extra)),
                 ),
             )
@@ -94,12 +101,14 @@ class Checkpoints:
           step: which one.
 
         Raises:
-          UserError: there is none, or it holds another model's or method's state.
+          UserError: there is none, or it holds another model's, method's or optimizer's state.
         """
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
-        flat = flatten(like)
+        template = like._replace(optimizer=units.stacked_like(like.trained, like.optimizer))
+        flat = flatten(template)
+        self._check(step, flat)
         try:
             restored = self._manager.restore(
                 step,
@@ -113,7 +122,25 @@ class Checkpoints:
                 f"{self.folder}/{step}: does not hold this run's state: {str(e).splitlines()[0]}"
             ) from e
         leaves = [restored.state[path] for path in flat]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), dict(restored.extra)
+        state = jax.tree.unflatten(jax.tree.structure(template), leaves)
+        optimizer = units.unstacked(like.trained, state.optimizer, like.optimizer)
+        return state._replace(optimizer=optimizer), dict(restored.extra)
+
+    def _check(self, step: int, flat: Mapping[str, jax.Array]) -> None:
+        # orbax converts dtypes silently
+        saved = self._manager.item_metadata(step).state.tree
+        here, there = ({path: _kind(x) for path, x in tree.items()} for tree in (flat, saved))
+        differing = [path for path in here | there if here.get(path) != there.get(path)]
+        if not differing:
+            return
+        path = min(differing, key=_is_optimizers)
+        remedy = (
+            "; give the optimizer.moments that it was made with" if _is_optimizers(path) else ""
+        )
+        raise UserError(
+            f"{self.folder}/{step}: does not hold this run's state: {path} is "
+            f"{there.get(path, 'absent')} there, {here.get(path, 'absent')} here{remedy}"
+        )
 
     def close(self) -> None:
         self._manager.close()
@@ -125,5 +152,19 @@ def _storage_error(folder: Path, error: Exception) -> UserError | None:
     return storage_error(folder, OSError(int(number[1]), "") if number else error)
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+def _stacked(state: State) -> State:
+    return state._replace(optimizer=units.stacked(state.trained, state.optimizer))
+
+
+def _is_optimizers(path: str) -> bool:
+    return path.startswith("optimizer.")
+
+
+def _kind(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def _abstract(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct | np.ndarray:
+    if isinstance(x, np.ndarray):
+        return x
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -13,6 +13,7 @@ from qlora_jax.config import Config
 from qlora_jax.data.loader import Loader
 from qlora_jax.errors import RunFailed
 from qlora_jax.models.trees import flatten
+from qlora_jax.quant import nbytes
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.display import TrainDisplay
 from qlora_jax.train.interrupt import Requests, Stopped
@@ -64,8 +65,13 @@ def loop(
     log: MetricsLog,
     counters: Progress,
     learning_rate: Callable[[int], Any],
+    *,
+    moves: bool = False,
 ) -> State:
     """Trains from `state` to `config.train.steps`; evaluates on the way, not at the end.
+
+    Args:
+      moves: whether moments come to the device and go back; that is reported then.
 
     Returns:
       The last state.
@@ -95,15 +101,18 @@ def loop(
             step_key = None if key is None else jax.random.fold_in(key, step)
             grads, figures = program.gradient(state, frozen, batch, step_key)
             scale = float(state.scale)
-            state = program.update(state, grads, figures.finite)
-            figures = jax.device_get(jax.block_until_ready(figures))
+            figures = jax.device_get(figures)
+            updating = time.perf_counter()
+            state = jax.block_until_ready(program.update(state, grads, figures.finite))
             step += 1
-            tokens, seconds = int((batch["segments"] > 0).sum()), time.perf_counter() - start
+            now = time.perf_counter()
+            tokens, seconds = int((batch["segments"] > 0).sum()), now - start
             counters.tokens += tokens
             counters.seconds += seconds
             # the optimizer counts the steps that it took
             rate = learning_rate(step - 1 - counters.skipped)
             _check(config, figures, scale, grads, step, counters, checkpoints)
+            del grads  # else they would stand beside the next step's
             values = {
                 "train/loss": figures.loss,
                 "train/seconds": seconds,
@@ -115,6 +124,11 @@ def loop(
             }
             if config.model.compute_dtype == "float16":
                 values |= {"train/loss_scale": scale, "train/skipped_steps": counters.skipped}
+            if moves:
+                values |= {
+                    "train/update_ms": 1e3 * (now - updating),
+                    "train/moments_moved_mb": 2 * nbytes(state.optimizer) / 1e6,
+                }
             log.write(step, values)
             display.update(step, loss=float(figures.loss), tokens_per_s=tokens / seconds)
             due = train.eval_every and step % train.eval_every == 0

@@ -31,6 +31,7 @@ from qlora_jax.train.display import progress
 from qlora_jax.train.loop import Progress, evaluate, loop
 from qlora_jax.train.metrics import MetricsLog, read_metrics
 from qlora_jax.train.optimizer import adamw, schedule
+from qlora_jax.train.placement import ON_DEVICE, Placement
 from qlora_jax.train.report import Sample, Summary, write_report
 from qlora_jax.train.setup import Data, choose_kernel, load_model, open_model, read_data
 
@@ -42,6 +43,7 @@ def train(
     command: str,
     resume: bool = False,
     overwrite: bool = False,
+    moments: Placement = ON_DEVICE,
 ) -> Summary:
     """Fine-tunes, and leaves a run directory with the adapter, checkpoints and a report.
 
@@ -51,6 +53,7 @@ def train(
       command: what reproduces the run, for the report and the manifest.
       resume: go on where the directory's run stopped.
       overwrite: delete the run that the directory holds.
+      moments: where the optimizer's state lives.
 
     Raises:
       UserError: the input is at fault; nothing is left half-written.
@@ -80,7 +83,7 @@ def train(
         check_identity(graph, trained, frozen, config)
     base_hash = trees.sha256(frozen if specs else trained)
     optimizer = adamw(config.optimizer, config.train.steps)
-    state = steps.init(trained, optimizer, config.model.compute_dtype == "float16")
+    state = steps.init(trained, optimizer, config.model.compute_dtype == "float16", moments)
     del trained  # a resumed run replaces it, and must not hold both
     program = steps.build(
         graph,
@@ -89,6 +92,7 @@ def train(
         remat=config.model.remat,
         clip_norm=config.optimizer.clip_norm,
         train_head=config.method == "full",
+        moments=moments,
     )
     loader = Loader(
         data.train,
@@ -134,7 +138,17 @@ def train(
             counters.answers_before = answers("answering samples before training")
         rate = schedule(config.optimizer, config.train.steps)
         state = loop(
-            config, program, state, frozen, loader, held_out, checkpoints, log, counters, rate
+            config,
+            program,
+            state,
+            frozen,
+            loader,
+            held_out,
+            checkpoints,
+            log,
+            counters,
+            rate,
+            moves=moments is not ON_DEVICE,
         )
         checkpoints.close()
         eval_after, eval_tokens = None, 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,14 @@ def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     return {n.removesuffix(".weight"): (s[1], s[0]) for n, s in shapes.items() if len(s) == 2}
 
 
-def choose_kernel(config: Config, device: jax.Device) -> str | None:
+class Hardware(Protocol):
+    """A jax device, or the description of one; an NVIDIA GPU's has `compute_capability` too."""
+
+    @property
+    def device_kind(self) -> str: ...
+
+
+def choose_kernel(config: Config, device: Hardware) -> str | None:
     """The implementation of products with 4-bit weights; None leaves it to `matmul`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""One training step as two programs over plain trees: the gradient, then the update.
+"""One training step over plain trees: a program for the gradient, then one for each unit's update.
 
 The same code trains adapters on a 4-bit base, adapters on a 16-bit base, or every weight; they
 differ in what is in `trained` and in `frozen`.
@@ -6,7 +6,7 @@ differ in what is in `trained` and in `frozen`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,9 @@ import optax
 from flax import nnx
 
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.train import units
 from qlora_jax.train.loss import token_loss
+from qlora_jax.train.placement import ON_DEVICE, Placement
 
 GROWTH_INTERVAL = 2000
 """Finite steps after which the loss scale doubles; it halves at every overflow."""
@@ -28,7 +30,7 @@ class State(NamedTuple):
 
     Attributes:
       trained: the trained tree.
-      optimizer: the optimizer's state.
+      optimizer: the optimizer's state, one for each unit of the trained tree (`units`).
       step: int32[], steps taken, skipped ones included.
       scale: float32[], the loss scale; 1 and constant unless compute is float16.
       finite_steps: int32[], since the scale last changed.
@@ -60,23 +62,44 @@ class Program:
 
     Attributes:
       gradient: (state, frozen, batch, key) to (gradients, Figures). Batch arrays are
-        [k, B, T]; key is None without dropout. Gradients are float32, unscaled and clipped.
+        [k, B, T]; key is None without dropout. Gradients are unscaled and clipped; float32, except
+        that a single micro-batch's are bfloat16 where what is trained is.
       update: (state, gradients, finite) to the next State; donates the state. Steps that are not
-        finite leave trained and optimizer as they are.
+        finite leave trained and optimizer as they are. Where moments are on the host, those of at
+        most three units are on the device.
+      unit: what `update` runs for each unit: (group, its leaves, their gradients, index, moments,
+        finite) to leaves and moments; donates both.
       evaluate: (trained, frozen, batch) to (loss sum, token count) of a batch [B, T].
     """
 
     gradient: Callable[..., tuple[Any, Figures]]
     update: Callable[..., State]
+    unit: Callable[..., tuple[Any, Any]]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def init(trained: Any, optimizer: optax.GradientTransformation, dynamic_scale: bool) -> State:
+def gradient_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """In which dtype the gradient of a trained array is kept: bfloat16 has float32's range."""
+    return jnp.dtype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def init(
+    trained: Any,
+    optimizer: optax.GradientTransformation,
+    dynamic_scale: bool,
+    moments: Placement = ON_DEVICE,
+) -> State:
     """The state before the first step."""
     scale = jnp.float32(INITIAL_SCALE if dynamic_scale else 1.0)
     # step and finite_steps need buffers of their own: both are donated
     step, finite_steps = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return State(trained, optimizer.init(trained), step, scale, finite_steps)
+    first = jax.jit(optimizer.init)
+    states = units.init(trained, lambda unit: moments.store(first(unit)))
+    return State(trained, states, step, scale, finite_steps)
 
 
 def build(
@@ -87,6 +110,7 @@ def build(
     remat: str,
     clip_norm: float,
     train_head: bool,
+    moments: Placement = ON_DEVICE,
 ) -> Program:
     """Compiles lazily; see `Program`.
 
@@ -97,6 +121,7 @@ def build(
       remat: a key of `decoder.REMAT`.
       clip_norm: largest global gradient norm; 0 does not clip.
       train_head: whether the head (or the embedding tied to it) is trained.
+      moments: where the optimizer's state lives.
     """
 
     def loss_sum(
@@ -131,7 +156,7 @@ def build(
                 return total * factor, total
 
             (_, total), grads = jax.value_and_grad(scaled, has_aux=True)(trained)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), total
+            return grads, total
 
         k = batch["mask"].shape[0]
         keys = None if key is None else jax.random.split(key, k)
@@ -140,34 +165,72 @@ def build(
         else:
 
             def add(carry: Any, xs: Any) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, micro(state.trained, *xs)), None
+                grads, total = micro(state.trained, *xs)
+                return jax.tree.map(jnp.add, carry, (jax.tree.map(wide, grads), total)), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trained)
             (grads, total), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), (dict(batch), keys))
-        grads = jax.tree.map(lambda g: g / state.scale, grads)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(jax.tree.map(wide, grads)) / state.scale
         loss = total / jnp.maximum(count, 1)
-        if clip_norm:
-            shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * shrink, grads)
+        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
+        grads = jax.tree.map(
+            lambda g: (wide(g) * (shrink / state.scale)).astype(gradient_dtype(g.dtype)), grads
+        )
         return grads, Figures(loss, count, norm, jnp.isfinite(loss) & jnp.isfinite(norm))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, grads: Any, finite: jax.Array) -> State:
-        def apply() -> tuple[Any, Any]:
-            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
-            return optax.apply_updates(state.trained, updates), optimizer_state
-
-        trained, optimizer_state = jax.lax.cond(
-            finite, apply, lambda: (state.trained, state.optimizer)
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 4))
+    def update_unit(
+        group: units.Group,
+        leaves: Sequence[jax.Array],
+        grads: Sequence[jax.Array],
+        index: jax.Array,
+        moments: Any,
+        finite: jax.Array,
+    ) -> tuple[Sequence[jax.Array], Any]:
+        params = units.unit(group, leaves, index)
+        updates, new = optimizer.update(units.unit(group, grads, index), moments, params)
+        moved = optax.apply_updates(params, updates)
+        moved, new = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b), (moved, new), (params, moments)
         )
-        scale, finite_steps = state.scale, state.finite_steps
+        return units.put(group, leaves, index, moved), new
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def count(counters: Any, finite: jax.Array) -> Any:
+        step, scale, finite_steps = counters
         if compute_dtype == jnp.float16:
             finite_steps = jnp.where(finite, finite_steps + 1, 0)
             grown = finite_steps >= GROWTH_INTERVAL
             scale = jnp.where(finite, jnp.where(grown, scale * 2, scale), jnp.maximum(scale / 2, 1))
             finite_steps = jnp.where(grown, 0, finite_steps)
-        return State(trained, optimizer_state, state.step + 1, scale, finite_steps)
+        return step + 1, scale, finite_steps
+
+    def update(state: State, grads: Any, finite: jax.Array) -> State:
+        leaves, structure = jax.tree.flatten(state.trained)
+        slopes = jax.tree.leaves(grads)
+        states = list(state.optimizer)
+        order = [(group, i) for group in units.groups(state.trained) for i in range(group.units)]
+        ahead = moments.fetch(states[0])
+        for place, (group, index) in enumerate(order):
+            own, ahead = ahead, None
+            if place + 1 < len(order):
+                ahead = moments.fetch(states[place + 1])
+            new, own = update_unit(
+                group,
+                [leaves[p] for p in group.places],
+                [slopes[p] for p in group.places],
+                index,
+                own,
+                finite,
+            )
+            for p, leaf in zip(group.places, new):
+                leaves[p] = leaf
+            states[place] = moments.store(own)
+            if place:
+                moments.wait(states[place - 1])
+        trained = jax.tree.unflatten(structure, leaves)
+        counters = count((state.step, state.scale, state.finite_steps), finite)
+        return State(trained, tuple(states), *counters)
 
     @jax.jit
     def evaluate(
@@ -175,4 +238,4 @@ def build(
     ) -> tuple[jax.Array, jax.Array]:
         return loss_sum(trained, frozen, batch, None, "none")
 
-    return Program(gradient, update, evaluate)
+    return Program(gradient, update, update_unit, evaluate)

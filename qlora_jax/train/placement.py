@@ -1,0 +1,38 @@
+"""Where the optimizer's state lives between steps, and how it gets to the device and back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Placement(NamedTuple):
+    """A home for moments.
+
+    Attributes:
+      store: a tree on the device to the same tree at home.
+      fetch: the way back; returns before the copy is done.
+      wait: until a tree has arrived at home. A caller that does not wait would have the moments
+        of all layers on their way at one time.
+    """
+
+    store: Callable[[Any], Any]
+    fetch: Callable[[Any], Any]
+    wait: Callable[[Any], Any]
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def _to(kind: str) -> Callable[[Any], Any]:
+    def move(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), tree)
+
+    return move
+
+
+ON_DEVICE = Placement(_same, _same, _same)
+ON_HOST = Placement(_to("pinned_host"), _to("device"), jax.block_until_ready)
+PLACEMENTS = {"device": ON_DEVICE, "host": ON_HOST}
+"""A setting `optimizer.offload` to the placement it stands for."""

@@ -1,0 +1,129 @@
+"""Units of the trained tree, and moments that live on the host."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax.models.trees import flatten
+from qlora_jax.train import step as steps
+from qlora_jax.train import units
+from qlora_jax.train.placement import ON_DEVICE, ON_HOST, Placement
+
+METHODS = ("qlora", "full")
+
+
+class Ran(NamedTuple):
+    state: steps.State
+    norms: list[float]
+
+
+def build(t, moments: Placement) -> steps.Program:
+    return steps.build(
+        t.graph,
+        t.optimizer,
+        compute_dtype=jnp.dtype(t.config.model.compute_dtype),
+        remat="none",
+        clip_norm=1.0,
+        train_head=t.config.method == "full",
+        moments=moments,
+    )
+
+
+def run(t, make_batch, moments: Placement, count: int) -> Ran:
+    program = build(t, moments)
+    trained = jax.tree.map(jnp.copy, t.trained)
+    state = steps.init(trained, t.optimizer, False, moments)
+    norms = []
+    for seed in range(count):
+        grads, figures = program.gradient(state, t.frozen, make_batch(seed=seed), None)
+        state = program.update(state, grads, figures.finite)
+        norms.append(float(figures.norm))
+    return Ran(state, norms)
+
+
+def test_groups_are_the_layers_and_the_rest(trainer) -> None:
+    groups = units.groups(trainer("full").trained)
+    assert [group.units for group in groups] == [1, 3]
+    outside, layers = (set(group.paths) for group in groups)
+    assert outside == {"embed", "head", "norm.weight"}
+    assert {path.partition(".adapter")[0] for path in layers} == layers
+    assert all(path.startswith("runs.0.") for path in layers)
+    places = sorted(place for group in groups for place in group.places)
+    assert places == list(range(len(jax.tree.leaves(trainer("full").trained))))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layer_by_layer_is_all_at_once(trainer, make_batch, method) -> None:
+    t = trainer(method)
+    program = build(t, ON_DEVICE)
+    state = t.start()
+    grads, figures = program.gradient(state, t.frozen, make_batch(), None)
+    whole = t.optimizer.init(t.trained)
+    updates, _ = t.optimizer.update(grads, whole, t.trained)
+    expected = flatten(optax.apply_updates(t.trained, updates))
+    found = flatten(program.update(state, grads, figures.finite).trained)
+    for path, x in expected.items():
+        np.testing.assert_allclose(found[path], x, rtol=1e-6, atol=1e-8, err_msg=path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_moments_on_the_host_change_no_bit(trainer, make_batch, method) -> None:
+    t = trainer(method)
+    device, host = (run(t, make_batch, where, 5) for where in (ON_DEVICE, ON_HOST))
+    assert device.norms == host.norms
+    ours, theirs = flatten(host.state), flatten(device.state)
+    assert ours.keys() == theirs.keys()
+    for path, x in ours.items():
+        assert np.asarray(x).tobytes() == np.asarray(theirs[path]).tobytes(), path
+        wanted = "pinned_host" if path.startswith("optimizer") else "device"
+        assert x.sharding.memory_kind == wanted, path
+
+
+def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) -> None:
+    away, most = [], [0]
+
+    def fetch(tree):
+        away.append(tree)
+        most[0] = max(most[0], len(away))
+        return ON_HOST.fetch(tree)
+
+    def wait(tree):
+        del away[0]
+        return ON_HOST.wait(tree)
+
+    t = trainer("full")
+    run(t, make_batch, Placement(ON_HOST.store, fetch, wait), 1)
+    assert most == [3]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_update_of_a_layer_copies_no_stack(trainer, method) -> None:
+    t = trainer(method)
+    program, state = build(t, ON_DEVICE), t.start()
+    group = units.groups(t.trained)[-1]
+    leaves = jax.tree.leaves(t.trained)
+    tall = [jnp.tile(leaves[p], (10, *[1] * (leaves[p].ndim - 1))) for p in group.places]
+    group = group._replace(layers=10 * group.layers)
+    lowered = program.unit.lower(group, tall, tall, 0, state.optimizer[-1], jnp.asarray(True))
+    analysis = lowered.compile().memory_analysis()
+    layer = sum(x.nbytes for x in tall) / group.layers
+    # the layer's new values and both moments
+    assert analysis.temp_size_in_bytes <= 4 * layer
+    assert analysis.alias_size_in_bytes >= group.layers * layer
+
+
+def test_stacked_and_back(trainer) -> None:
+    t = trainer("full")
+    state = t.start()
+    stacks = units.stacked(t.trained, state.optimizer)
+    like = units.stacked_like(t.trained, state.optimizer)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), stacks) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), like
+    )
+    back = units.unstacked(t.trained, stacks, state.optimizer)
+    for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(state.optimizer), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
