@@ -2,13 +2,14 @@
 
 import sys
 
-from qlora_jax import compilation, hugepages
+from qlora_jax import compilation, gpu_memory, hugepages
 
 
 def main() -> int:
-    """`cli.main`, in a process that has huge pages and wide vectors and keeps what it compiles."""
+    """`cli.main`, in a process that is set up for speed and keeps what it compiles."""
     hugepages.restart()
     compilation.widen()
+    gpu_memory.claim()
     compilation.keep()
     from qlora_jax import cli
 

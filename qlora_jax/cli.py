@@ -17,6 +17,7 @@ from qlora_jax import config as configs
 from qlora_jax import paths
 from qlora_jax.bench import command as bench_command
 from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.memory import command as plan_command
 from qlora_jax.streams import outlets
 from qlora_jax.train import rundir
 from qlora_jax.train.interrupt import Stopped
@@ -139,7 +140,7 @@ def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
         _train,
         "Fine-tune a model; writes a run directory.",
         usage="qlora-jax train CONFIG [--resume | --overwrite | --preview N] "
-        "[--json] [--debug] [--section.key=value ...]",
+        "[--force] [--json] [--debug] [--section.key=value ...]",
         epilog=_settings(),
     )
     train.set_defaults(settings=True)
@@ -149,6 +150,21 @@ def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
     train.add_argument(
         "--preview", type=_count, metavar="N", help="print N examples, loss marked, and stop"
     )
+
+    train.add_argument(
+        "--force", action="store_true", help="run even where the device's memory is too small"
+    )
+
+    plan = command(
+        "plan",
+        _plan,
+        "What a run needs on a GPU, by that GPU's compiler, before it is rented.",
+        usage="qlora-jax plan (CONFIG | --model NAME) [--gpu NAMES] [--rank N] [--seq N] "
+        "[--no-search] [--plot FILE] [--json] [--debug] [--section.key=value ...]",
+        epilog="A config's settings can be changed by --section.key=value, as for train.",
+    )
+    plan.set_defaults(settings=True)
+    plan_command.add_arguments(plan)
 
     evaluate = command(
         "evaluate",
@@ -236,8 +252,11 @@ def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
     _warn_if_gpu_idle()
+    import jax
     from rich.console import Console
 
+    from qlora_jax.memory.fit import fit
+    from qlora_jax.train.placement import PLACEMENTS
     from qlora_jax.train.report import print_samples
     from qlora_jax.train.run import describe_data, train
     from qlora_jax.train.setup import open_model, read_data
@@ -250,9 +269,22 @@ def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -
         Console().print(preview(data.train, text, options.preview))
         _say(describe_data(data))
         return
+    rundir.check(config, resume=options.resume, overwrite=options.overwrite)
+    decoder = open_model(config)[0].config
+    fits = fit(config, decoder, jax.devices()[0], options.force)
     summary = train(
-        config, say=_say, command=command, resume=options.resume, overwrite=options.overwrite
+        config,
+        say=_say,
+        command=command,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        moments=PLACEMENTS[fits.offload],
     )
+    if fits.device is not None and summary.peak_device_bytes is not None:
+        _say(
+            f"device memory: planned {fits.device / 2**30:.2f} GiB, measured peak "
+            f"{summary.peak_device_bytes / 2**30:.2f} GiB"
+        )
     if options.json:
         print(json.dumps(dataclasses.asdict(summary)))
         return
@@ -264,6 +296,17 @@ def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -
             f"({change:+.1%})"
         )
     print(f"run directory: {summary.run_dir} (report.md, adapter/, checkpoints/)")
+
+
+def _plan(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    if (options.config is None) == (options.model is None):
+        raise UserError("give a CONFIG, or --model NAME for published shapes; one of them")
+    given = configs.parse_overrides(settings) | plan_command.settings(options)
+    if options.model is not None:
+        config = plan_command.of_model(options.model, given)
+    else:
+        config = configs.changed(_config(options.config, []), given)
+    plan_command.run(options, config, _say)
 
 
 def _evaluate(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:

@@ -60,6 +60,14 @@ class Gpu:
     bandwidth: int
     l2: int
 
+    @property
+    def device_kind(self) -> str:
+        return self.name
+
+    @property
+    def compute_capability(self) -> str:
+        return ".".join(map(str, self.capability))
+
 
 def environment() -> dict[str, str]:
     """What a process that compiles for absent GPUs sets before it imports jax."""

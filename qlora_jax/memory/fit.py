@@ -1,0 +1,66 @@
+"""Whether a run fits on the device that is here, before a weight is read."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from qlora_jax import config as configs
+from qlora_jax.config import Config
+from qlora_jax.errors import UserError
+from qlora_jax.memory import accounts
+from qlora_jax.memory.abstract import abstract_model
+from qlora_jax.memory.advice import changes
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.train.setup import choose_kernel
+
+GIB = 2**30
+
+
+class Fit(NamedTuple):
+    """Where a run's moments go, and what it will hold on the device; None where that is unknown."""
+
+    offload: str
+    device: int | None
+
+
+def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool) -> Fit:
+    """Compiles the step for the device, from shapes alone, and compares with its memory.
+
+    A device that does not tell its memory (a CPU) is taken to hold any run.
+
+    Args:
+      config: of the run.
+      decoder: the model's shapes.
+      device: that it would run on.
+      force: go on where it does not fit.
+
+    Raises:
+      UserError: it does not fit, with what to change.
+    """
+    asked = config.optimizer.offload
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return Fit("host" if asked == "host" else "device", None)
+    model = abstract_model(config, decoder, choose_kernel(config, device))
+    step = accounts.abstract_step(config, model)
+    gradient = accounts.gradient_account(step, _compiled)
+    updates = accounts.update_accounts(step, _compiled)
+    for offload in ("device", "host") if asked == "auto" else (asked,):
+        away = offload == "host"
+        held = [accounts.with_moments(step, away, gradient, False).device]
+        held += [accounts.with_moments(step, away, update, True).device for update in updates]
+        if max(held) <= limit or force:
+            return Fit(offload, max(held))
+    tried = configs.changed(config, {"optimizer.offload": offload})
+    made, missing = changes(decoder, tried, max(held) - limit)
+    remedy = ", ".join(change.setting for change in made) or "a smaller model"
+    raise UserError(
+        f"this run needs {max(held) / GIB:.2f} GiB on {device.device_kind}, which has "
+        f"{limit / GIB:.2f}; to fit: {remedy}"
+        + (f" (still missing: {missing / GIB:.2f} GiB)" if missing > 0 else "")
+        + "; --force runs it all the same"
+    )
+
+
+def _compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+    return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()

@@ -1,0 +1,120 @@
+"""The largest temporaries of a compiled program and the lines of source they come from.
+
+Read from what XLA leaves in a folder (`xla_dump_to`): its buffer assignment, and the program, whose
+instructions name their source.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+_VALUE = re.compile(r"value: <\d+ ([\w.-]+)\S* @\d+> \(size=(\d+),offset=(\d+)\): (.*)")
+_MADE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = .*metadata=\{(.*?)\}")
+_ENTRY = re.compile(r"(\d+) (?:\{(.*)\}|\"(.*)\")$")
+OURS = "qlora_jax"
+
+
+class Temporary(NamedTuple):
+    """A place in a program's temporary memory, with the largest value that it ever holds.
+
+    Attributes:
+      bytes: of the value.
+      shape: dtype and axes.
+      operation: the end of its JAX name.
+      source: file:line in this package, or nothing where the compiler does not say.
+    """
+
+    bytes: int
+    shape: str
+    operation: str
+    source: str
+
+
+def temporaries(folder: Path, count: int) -> list[Temporary]:
+    """The `count` largest, each place once, of the program that was dumped last.
+
+    Args:
+      folder: of `xla_dump_to`.
+      count: at most this many.
+    """
+    assignments = sorted(folder.glob("*after_optimizations-buffer-assignment.txt"))
+    if not assignments:
+        return []
+    text = assignments[-1].read_text(encoding="utf-8")
+    program = (
+        assignments[-1]
+        .with_name(assignments[-1].name.replace("-buffer-assignment", ""))
+        .read_text(encoding="utf-8")
+    )
+    places: dict[int, tuple[int, str, str]] = {}
+    for name, size, offset, shape in _values(text):
+        if size > places.get(offset, (0,))[0]:
+            places[offset] = size, name, shape
+    origins = _origins(program)
+    largest = sorted(places.values(), reverse=True)[:count]
+    return [
+        Temporary(size, shape.partition("{")[0], *origins.get(name, ("", "")))
+        for size, name, shape in largest
+    ]
+
+
+def _values(text: str) -> Iterator[tuple[str, int, int, str]]:
+    for block in re.split(r"\n(?=allocation )", text):
+        heading, _, rest = block.partition("\n")
+        if "preallocated-temp" in heading:
+            for match in _VALUE.finditer(rest):
+                yield match[1], int(match[2]), int(match[3]), match[4]
+
+
+def _origins(program: str) -> dict[str, tuple[str, str]]:
+    """Instruction to (operation, source)."""
+    frames = _frames(program)
+    found = {}
+    for match in _MADE.finditer(program):
+        data = match[2]
+        operation = re.search(r'op_name="([^"]*)"', data)
+        frame = re.search(r"stack_frame_id=(\d+)", data)
+        file = re.search(r'source_file="([^"]*)".*?source_line=(\d+)', data)
+        source = frames.get(int(frame[1]), "") if frame else ""
+        if file and f"{OURS}/" in file[1]:
+            source = f"{_short(file[1])}:{file[2]}"
+        found[match[1]] = "/".join(operation[1].split("/")[-2:]) if operation else "", source
+    return found
+
+
+def _frames(program: str) -> dict[int, str]:
+    """Stack frame to the innermost line of this package in it."""
+    files = {i: _short(text) for i, text in _table(program, "FileNames").items()}
+    lines: dict[int, str] = {}
+    for i, text in _table(program, "FileLocations").items():
+        fields = _fields(text)
+        name = files.get(fields.get("file_name_id", 0), "")
+        lines[i] = f"{name}:{fields.get('line', 0)}" if name.startswith(f"{OURS}/") else ""
+    frames = {i: _fields(text) for i, text in _table(program, "StackFrames").items()}
+
+    def innermost(i: int) -> str:
+        seen = set()
+        while i in frames and i not in seen:
+            seen.add(i)
+            if line := lines.get(frames[i].get("file_location_id", 0), ""):
+                return line
+            i = frames[i].get("parent_frame_id", 0)
+        return ""
+
+    return {i: innermost(i) for i in frames}
+
+
+def _table(program: str, heading: str) -> Mapping[int, str]:
+    match = re.search(rf"^{heading}\n((?:\d+ .*\n)*)", program, re.MULTILINE)
+    rows = (_ENTRY.match(line) for line in (match[1].splitlines() if match else []))
+    return {int(row[1]): row[2] or row[3] for row in rows if row}
+
+
+def _fields(text: str) -> dict[str, int]:
+    return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", text)}
+
+
+def _short(path: str) -> str:
+    _, found, rest = path.rpartition(f"/{OURS}/")
+    return f"{OURS}/{rest}" if found else path
