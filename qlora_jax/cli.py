@@ -255,8 +255,9 @@ def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -
     import jax
     from rich.console import Console
 
-    from qlora_jax.memory.fit import fit
-    from qlora_jax.train.placement import PLACEMENTS
+    from qlora_jax.memory.fit import Fit, fit
+    from qlora_jax.models.config import DecoderConfig
+    from qlora_jax.train.placement import PLACEMENTS, Placement
     from qlora_jax.train.report import print_samples
     from qlora_jax.train.run import describe_data, train
     from qlora_jax.train.setup import open_model, read_data
@@ -269,20 +270,23 @@ def _train(options: argparse.Namespace, settings: Sequence[str], command: str) -
         Console().print(preview(data.train, text, options.preview))
         _say(describe_data(data))
         return
-    rundir.check(config, resume=options.resume, overwrite=options.overwrite)
-    decoder = open_model(config)[0].config
-    fits = fit(config, decoder, jax.devices()[0], options.force)
+    planned: list[Fit] = []
+
+    def place(decoder: DecoderConfig) -> Placement:
+        planned.append(fit(config, decoder, jax.devices()[0], options.force))
+        return PLACEMENTS[planned[0].offload]
+
     summary = train(
         config,
         say=_say,
         command=command,
         resume=options.resume,
         overwrite=options.overwrite,
-        moments=PLACEMENTS[fits.offload],
+        place=place,
     )
-    if fits.device is not None and summary.peak_device_bytes is not None:
+    if (bytes_ := planned[0].device) is not None and summary.peak_device_bytes is not None:
         _say(
-            f"device memory: planned {fits.device / 2**30:.2f} GiB, measured peak "
+            f"device memory: planned {bytes_ / 2**30:.2f} GiB, measured peak "
             f"{summary.peak_device_bytes / 2**30:.2f} GiB"
         )
     if options.json:

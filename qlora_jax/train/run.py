@@ -21,6 +21,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.device import describe_devices
 from qlora_jax.errors import RunFailed
 from qlora_jax.models import trees
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
 from qlora_jax.quant.codebooks import codebook
@@ -43,7 +44,7 @@ def train(
     command: str,
     resume: bool = False,
     overwrite: bool = False,
-    moments: Placement = ON_DEVICE,
+    place: Callable[[DecoderConfig], Placement] = lambda decoder: ON_DEVICE,
 ) -> Summary:
     """Fine-tunes, and leaves a run directory with the adapter, checkpoints and a report.
 
@@ -53,7 +54,8 @@ def train(
       command: what reproduces the run, for the report and the manifest.
       resume: go on where the directory's run stopped.
       overwrite: delete the run that the directory holds.
-      moments: where the optimizer's state lives.
+      place: where the optimizer's state lives, given the model's shapes; asked before weights are
+        read, it may refuse the run.
 
     Raises:
       UserError: the input is at fault; nothing is left half-written.
@@ -64,6 +66,7 @@ def train(
     rundir.check(config, resume=resume, overwrite=overwrite)
     choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config)
+    moments = place(checkpoint.config)
     data = read_data(config, text, checkpoint.config.max_positions)
     device = str(describe_devices())
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
