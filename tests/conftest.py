@@ -16,7 +16,10 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from qlora_jax import cli
+from qlora_jax import cli, compilation
+
+# What is compared to the bit with the program's own process is compiled alike.
+compilation.widen()
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Path(__file__).parent / "golden" / "models" / "llama"

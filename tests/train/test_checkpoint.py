@@ -160,9 +160,9 @@ def train(moments, steps, state=None):
     for step in range(int(state.step), steps):
         keys = jax.random.split(jax.random.key(step), 2)
         grads = {"weight": jax.random.normal(keys[0], (65, 64)), "bias": jnp.full(64, 0.1)}
-        updates, kept = update(grads, state.optimizer, state.trained)
+        updates, kept = update(grads, state.optimizer[0], state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        state = state._replace(trained=trained, optimizer=kept, step=state.step + 1)
+        state = state._replace(trained=trained, optimizer=(kept,), step=state.step + 1)
     return state
 
 
