@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="lora.rank")
     parser.add_argument("--seq", type=int, metavar="N", help="data.sequence_length")
     parser.add_argument(
-        "--gpu", default=ALL, metavar="NAMES", help="t4, rtx4090, a100, …, with commas; default all"
+        "--gpu", default=ALL, metavar="NAMES", help="t4, rtx4090, …, or *.txtpb, with commas"
     )
     parser.add_argument(
         "--no-search",

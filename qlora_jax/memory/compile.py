@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -19,12 +20,15 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from qlora_jax import paths
 from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import compiling_for
 
 TARGETS = Path(__file__).parent / "targets"
-GPUS = tuple(sorted(path.stem for path in TARGETS.glob("*.txtpb")))
-PLUGIN = "jax_plugins.xla_cuda13"
+SUFFIX = ".txtpb"
+GPUS = tuple(sorted(path.stem for path in TARGETS.glob(f"*{SUFFIX}")))
+TARGET_FILE = "a target file is XLA's GpuTargetConfigProto as text, like those in memory/targets"
+PLUGIN, PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-plugin"
 FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_fail_ptx_compilation_on_register_spilling=true")
 """Autotuning needs a GPU; a spill would go unnoticed."""
 
@@ -92,24 +96,48 @@ def has_plugin() -> bool:
 def description(gpu: str) -> str:
     """XLA's target description of a GPU.
 
+    Args:
+      gpu: a name in `GPUS`, or a file of XLA's `GpuTargetConfigProto` as text, NAME.txtpb.
+
     Raises:
-      UserError: a name not in `GPUS`.
+      UserError: neither, or a file that cannot be read.
     """
-    if gpu not in GPUS:
-        raise UserError(f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}")
-    return (TARGETS / f"{gpu}.txtpb").read_text("utf-8")
+    own = gpu.endswith(SUFFIX)
+    if not own and gpu not in GPUS:
+        raise UserError(
+            f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}, or a target file *{SUFFIX}"
+        )
+    path = Path(gpu) if own else TARGETS / f"{gpu}{SUFFIX}"
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{gpu}: no such file") from None
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{gpu}: not text; {TARGET_FILE}") from None
 
 
 @functools.cache
 def read_gpu(gpu: str) -> Gpu:
-    """The figures of a description that decide what fits."""
+    """The figures of a description that decide what fits.
+
+    Raises:
+      UserError: no description, or one that lacks a figure.
+    """
     text = description(gpu)
 
+    def field(pattern: str, key: str) -> str:
+        match = re.search(rf"\b{key}: {pattern}", text)
+        if match is None:
+            raise UserError(f"{gpu}: has no {key}; {TARGET_FILE}")
+        return match[1]
+
     def number(key: str) -> int:
-        return int(re.search(rf"\b{key}: (\d+)", text)[1])  # type: ignore[index]
+        return int(field(r"(\d+)", key))
 
     return Gpu(
-        name=re.search(r'\bname: "([^"]+)"', text)[1],  # type: ignore[index]
+        name=field(r'"([^"]+)"', "name"),
         capability=(number("major"), number("minor")),
         cores=number("core_count"),
         memory=number("device_memory_size"),
@@ -145,6 +173,11 @@ def compile_for(
     if not has_plugin():
         raise UserError(
             f"compiling for {gpu} needs packages that are not installed: make gpu-check"
+        )
+    if (version := importlib.metadata.version(PACKAGE)) != jax.__version__:
+        raise UserError(
+            f"{PACKAGE} {version} does not belong to jax {jax.__version__}; install equal "
+            "versions: make gpu-check"
         )
     topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
     place = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())

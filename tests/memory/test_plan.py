@@ -18,7 +18,7 @@ from qlora_jax.memory import accounts, command, fit, plan
 from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.memory.accounts import Account
 from qlora_jax.memory.advice import changes
-from qlora_jax.memory.compile import GPUS, has_plugin
+from qlora_jax.memory.compile import GPUS, compile_for, description, has_plugin
 from qlora_jax.memory.ledger import ledger, total
 from qlora_jax.memory.temporaries import Temporary, temporaries
 from qlora_jax.models import trees
@@ -239,6 +239,41 @@ def test_without_the_packages_the_ledger_alone(run_cli, tmp_path: Path) -> None:
     small = next(row for row in rows if row["gpu"] == "t4")
     assert not small["fits"]
     assert small["changes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("no.txtpb", None, "no.txtpb: no such file"),
+        ("a.txtpb", "hello", "a.txtpb: has no name; a target file is XLA's GpuTargetConfigProto"),
+        ("b.txtpb", 'name: "x" major: 8', "b.txtpb: has no minor"),
+    ],
+)
+def test_a_target_file_that_is_not_one(
+    run_cli, tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    ended = run_cli("plan", "--model", "llama-7b", "--gpu", tmp_path / name)
+    assert ended.code == 2
+    assert message in ended.message
+
+
+def test_a_target_file_of_ones_own(run_cli, tmp_path: Path) -> None:
+    own = tmp_path / "half.txtpb"
+    text = description("t4")
+    own.write_text(text.replace("device_memory_size: ", "device_memory_size: 1"))
+    (row,) = json.loads(
+        run_cli("plan", "--model", "smollm2-135m", "--gpu", own, "--json", "--no-search").out
+    )
+    assert row["limit_gib"] > 100
+
+
+@pytest.mark.skipif(not has_plugin(), reason="compile-only GPU packages absent: make gpu-check")
+def test_packages_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1")
+    with pytest.raises(UserError, match=r"jax-cuda13-plugin 0\.1 does not belong to jax"):
+        compile_for("t4", jnp.sin, jnp.ones(3))
 
 
 def test_a_run_that_no_gpu_holds(run_cli) -> None:
