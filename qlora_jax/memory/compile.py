@@ -29,8 +29,11 @@ SUFFIX = ".txtpb"
 GPUS = tuple(sorted(path.stem for path in TARGETS.glob(f"*{SUFFIX}")))
 TARGET_FILE = "a target file is XLA's GpuTargetConfigProto as text, like those in memory/targets"
 PLUGIN, PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-plugin"
-FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_fail_ptx_compilation_on_register_spilling=true")
-"""Autotuning needs a GPU; a spill would go unnoticed."""
+FLAGS = ("--xla_gpu_autotune_level=0",)
+"""Autotuning needs a GPU."""
+
+NO_SPILLS = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
+"""For our own kernels, in which a spill would go unnoticed; XLA's have some."""
 
 STAND_INS = {"NVIDIA RTX A6000": "NVIDIA A10"}
 """Names that Pallas' table of GPUs lacks, to one in it of the same compute capability."""
@@ -73,9 +76,13 @@ class Gpu:
         return ".".join(map(str, self.capability))
 
 
-def environment() -> dict[str, str]:
-    """What a process that compiles for absent GPUs sets before it imports jax."""
-    flags = filter(None, (os.environ.get("XLA_FLAGS"), *FLAGS))
+def environment(*more: str) -> dict[str, str]:
+    """What a process that compiles for absent GPUs sets before it imports jax.
+
+    Args:
+      more: flags for XLA, such as `NO_SPILLS`.
+    """
+    flags = filter(None, (os.environ.get("XLA_FLAGS"), *FLAGS, *more))
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

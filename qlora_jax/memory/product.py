@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.memory import hlo, roofline, sass
-from qlora_jax.memory.compile import compile_for, environment, has_plugin, read_gpu
+from qlora_jax.memory.compile import NO_SPILLS, compile_for, environment, has_plugin, read_gpu
 from qlora_jax.memory.sass import Kernel
 from qlora_jax.quant import quantize
 
@@ -224,7 +224,7 @@ def _in_a_process(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
-            env=environment(),
+            env=environment(NO_SPILLS),
         )
         done = 0
         with process, process.stdout:  # type: ignore[union-attr]

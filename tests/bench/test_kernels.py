@@ -15,7 +15,7 @@ from qlora_jax.bench import cases, jax_timing, kernels
 from qlora_jax.bench.cases import Case
 from qlora_jax.bench.options import Kernels, from_tree, to_tree
 from qlora_jax.errors import UserError
-from qlora_jax.memory.compile import environment, has_plugin
+from qlora_jax.memory.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.quant import QTensor, dequantize, quantize
 
 TINY = Kernels(((128, 64),), (1, 3), ("float32",), samples=2)
@@ -143,7 +143,7 @@ over_all = functools.partial(jax_timing.over_all, function, 20)
 print(compile_for("a100", over_all, [(x, w)] * 3).as_text())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", program], env=environment(NO_SPILLS), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (body,) = re.findall(r"body=%?([\w.-]+)", done.stdout)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ptx import emulate
 
-from qlora_jax.memory.compile import compile_for, environment, read_gpu
+from qlora_jax.memory.compile import NO_SPILLS, compile_for, environment, read_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def kernels(function: Callable[..., Any], *arguments: Any, gpu: str = "a100") ->
       RuntimeError: it does not compile, has no Mosaic kernel, or two of one name.
     """
     settings = {
-        **environment(),
+        **environment(NO_SPILLS),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_HOST_LLVM": "1",

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from qlora_jax.kernels.fused import FUSED
-from qlora_jax.memory.compile import environment, has_plugin
+from qlora_jax.memory.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.memory.product import Case, compile_all
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "gpu_check.py"
@@ -91,7 +91,7 @@ def test_it_fails_when_it_compiled_none(run: Any) -> None:
 def test_without_the_compiler_the_remedy_is_named() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
-        env=environment() | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        env=environment(NO_SPILLS) | {"PYTHONPATH": str(SCRIPT.parents[1])},
         capture_output=True,
         text=True,
     )
@@ -103,7 +103,7 @@ def test_without_the_compiler_the_remedy_is_named() -> None:
 def test_every_kernel_compiles_for_every_gpu_without_spilling() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--json"],
-        env=environment() | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        env=environment(NO_SPILLS) | {"PYTHONPATH": str(SCRIPT.parents[1])},
         capture_output=True,
         text=True,
     )

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from qlora_jax.memory import sass
-from qlora_jax.memory.compile import environment, has_plugin
+from qlora_jax.memory.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.memory.sass import Instruction, Kernel, classify, histogram, loops, mma_flop, parse
 
 LISTING = """
@@ -123,7 +123,7 @@ print(json.dumps({
 @pytest.mark.skipif(not has_plugin(), reason="compile-only GPU packages absent: make gpu-check")
 def test_a_kernel_for_an_a100() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", COMPILED], env=environment(NO_SPILLS), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)

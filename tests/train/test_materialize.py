@@ -23,7 +23,7 @@ from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.kernels import triton
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.lora import plan
-from qlora_jax.memory.compile import compile_for, environment, has_plugin
+from qlora_jax.memory.compile import NO_SPILLS, compile_for, environment, has_plugin
 from qlora_jax.memory.hlo import weight_shaped
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig, Rope
@@ -141,7 +141,7 @@ def test_the_step_compiled_for_an_a100(implementation: str) -> None:
         pytest.skip(f"{implementation} needs a later jax")
     done = subprocess.run(
         [sys.executable, __file__, "a100", implementation],
-        env=environment() | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment(NO_SPILLS) | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )
