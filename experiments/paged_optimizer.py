@@ -127,7 +127,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for home, run in runs.items():
         peaks = [row["peak_mib"] for row in run["steps"][:count]]
         right.step(range(1, count + 1), peaks, where="mid", label=f"moments on the {home}")
-    right.set_title("SmolLM2-135M's shape on this CPU: one memory for both", fontsize=10)
+    right.set_title("SmolLM2-135M on this CPU", fontsize=10)
     right.set_ylabel("peak resident MiB")
     for axes in (left, right):
         axes.set_xlabel("step")
