@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from qlora_jax import gpu_memory
 from qlora_jax.atomic import write_text
 from qlora_jax.errors import UserError
-from qlora_jax.memory import command
+from qlora_jax.memory import command, contrast
 from qlora_jax.memory.compile import read_gpu
 from qlora_jax.memory.plan import planned
 from qlora_jax.models.shapes import find
@@ -108,6 +108,7 @@ def main() -> int:
         print(f"{i + 1} of {len(CASES)}: {case.model} on {case.gpu}", file=sys.stderr, flush=True)
         rows.append(measure(case))
     print(table(rows))
+    print("\n" + "\n".join(map(str, contrast.lines())))
     if options.json:
         write_text(options.json, json.dumps(rows, indent=1) + "\n")
     if options.write:

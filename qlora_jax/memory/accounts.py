@@ -1,17 +1,20 @@
 """What the programs of a training step hold on the device, by the compiler's own assignment."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qlora_jax.config import Config
-from qlora_jax.memory.abstract import Abstract
+from qlora_jax.data.packing import DTYPES
+from qlora_jax.memory.abstract import abstract_model
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.quant import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.setup import Hardware, choose_kernel
 
 Compile = Callable[..., jax.stages.Compiled]
 """(function, *arguments, donate) to a compiled program; the arguments are abstract."""
@@ -59,8 +62,13 @@ class Step(NamedTuple):
     key: jax.ShapeDtypeStruct | None
 
 
-def abstract_step(config: Config, model: Abstract) -> Step:
-    """The step of a run, in shapes."""
+def abstract_step(config: Config, decoder: DecoderConfig, hardware: Hardware) -> Step:
+    """The step of a run in shapes, with the kernel that it would take on this hardware.
+
+    Raises:
+      UserError: settings that do not go together, or with the hardware.
+    """
+    model = abstract_model(config, decoder, choose_kernel(config, hardware))
     full = config.method == "full"
     optimizer = adamw(config.optimizer, config.train.steps)
     compute = jnp.dtype(config.model.compute_dtype)
@@ -77,9 +85,7 @@ def abstract_step(config: Config, model: Abstract) -> Step:
     )
     train = config.train
     shape = (train.gradient_accumulation, train.batch_size, config.data.sequence_length)
-    kinds = {"mask": jnp.bool_}
-    names = ("tokens", "targets", "mask", "segments", "positions")
-    batch = {n: jax.ShapeDtypeStruct(shape, kinds.get(n, jnp.int32)) for n in names}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
     dropout = config.lora.dropout and not full
     key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
     gradients, _ = jax.eval_shape(program.gradient, state, model.frozen, batch, key)
@@ -126,6 +132,27 @@ def held_moments(step: Step, on_host: bool, updating: bool) -> tuple[int, int]:
     if on_host:
         return (2 * max(sizes) if updating else 0), sum(sizes)
     return sum(sizes) - (max(sizes) if updating else 0), 0
+
+
+def settle(
+    step: Step, asked: str, gradients: Sequence[Account], updates: Sequence[Account], limit: int
+) -> tuple[str, list[Account]]:
+    """Where moments live, and the accounts, gradients first, with those that are on the device.
+
+    Args:
+      step: the step.
+      asked: `optimizer.offload`; auto is the host where they do not fit on the device.
+      gradients, updates: accounts without moments.
+      limit: bytes that there are.
+    """
+    made: list[Account] = []
+    for offload in ("device", "host") if asked == "auto" else (asked,):
+        away = offload == "host"
+        made = [with_moments(step, away, account, False) for account in gradients]
+        made += [with_moments(step, away, account, True) for account in updates]
+        if max(account.device for account in made) <= limit:
+            break
+    return offload, made
 
 
 def with_moments(step: Step, on_host: bool, account: Account, updating: bool) -> Account:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qlora_jax.config import Config
 from qlora_jax.formats.names import expected_shapes
+from qlora_jax.models import attention
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.train.loss import COLUMNS, ROWS
 
@@ -112,9 +113,9 @@ have adapters, a little less is kept.
 
 
 def _working_set(model: DecoderConfig, step: _Step) -> int:
-    """Of a layer's backward pass: what its second forward pass gives, two sets of attention scores
-    in float32 and two in the compute dtype, and the MLP's two gradients."""
-    scores = step.rows * model.num_heads * step.length**2
+    """Of a layer's backward pass: what its second forward pass gives, some queries' scores twice in
+    float32 and twice in the compute dtype, and the MLP's two gradients."""
+    scores = step.rows * model.num_heads * min(attention.ROWS, step.length) * step.length
     gradients = 2 * step.tokens * step.inner * step.width
     return step.tokens * _everything(step) + 2 * scores * (FLOAT32 + step.width) + gradients
 

@@ -8,10 +8,8 @@ from qlora_jax import config as configs
 from qlora_jax.config import Config
 from qlora_jax.errors import UserError
 from qlora_jax.memory import accounts
-from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.memory.advice import changes
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.train.setup import choose_kernel
 
 GIB = 2**30
 
@@ -41,21 +39,18 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return Fit("host" if asked == "host" else "device", None)
-    model = abstract_model(config, decoder, choose_kernel(config, device))
-    step = accounts.abstract_step(config, model)
+    step = accounts.abstract_step(config, decoder, device)
     gradient = accounts.gradient_account(step, _compiled)
     updates = accounts.update_accounts(step, _compiled)
-    for offload in ("device", "host") if asked == "auto" else (asked,):
-        away = offload == "host"
-        held = [accounts.with_moments(step, away, gradient, False).device]
-        held += [accounts.with_moments(step, away, update, True).device for update in updates]
-        if max(held) <= limit or force:
-            return Fit(offload, max(held))
+    offload, programs = accounts.settle(step, asked, [gradient], updates, limit)
+    held = max(program.device for program in programs)
+    if held <= limit or force:
+        return Fit(offload, held)
     tried = configs.changed(config, {"optimizer.offload": offload})
-    made, missing = changes(decoder, tried, max(held) - limit)
+    made, missing = changes(decoder, tried, held - limit)
     remedy = ", ".join(change.setting for change in made) or "a smaller model"
     raise UserError(
-        f"this run needs {max(held) / GIB:.2f} GiB on {device.device_kind}, which has "
+        f"this run needs {held / GIB:.2f} GiB on {device.device_kind}, which has "
         f"{limit / GIB:.2f}; to fit: {remedy}"
         + (f" (still missing: {missing / GIB:.2f} GiB)" if missing > 0 else "")
         + "; --force runs it all the same"

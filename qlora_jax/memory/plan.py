@@ -21,12 +21,10 @@ from qlora_jax import gpu_memory
 from qlora_jax.config import Config
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.memory import accounts
-from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.memory.accounts import Account, Step
 from qlora_jax.memory.compile import compile_for, environment, read_gpu
 from qlora_jax.memory.temporaries import Temporary, temporaries
 from qlora_jax.models.config import DecoderConfig, Rope
-from qlora_jax.train.setup import choose_kernel
 
 GEMMS: Mapping[str, Mapping[str, Any]] = {
     "Triton": {},
@@ -76,7 +74,7 @@ def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
       UserError: unknown GPU, missing packages, or settings that do not go together.
     """
     hardware = read_gpu(gpu)
-    step = abstract(config, decoder, hardware)
+    step = accounts.abstract_step(config, decoder, hardware)
     gradients = [gradient(step, gpu, gemm) for gemm in GEMMS]
     worst = max(gradients, key=lambda made: made[0].device)
 
@@ -84,21 +82,12 @@ def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
         return compile_for(gpu, function, *arguments, donate=donate)
 
     updates = accounts.update_accounts(step, compiled)
-    asked = config.optimizer.offload
-    for offload in ("device", "host") if asked == "auto" else (asked,):
-        away = offload == "host"
-        plan = Plan(
-            gpu,
-            offload,
-            gpu_memory.usable(hardware.memory),
-            accounts.held_moments(step, away, False)[1] + worst[0].host,
-            [accounts.with_moments(step, away, account, False) for account, _ in gradients]
-            + [accounts.with_moments(step, away, account, True) for account in updates],
-            worst[1],
-        )
-        if plan.fits:
-            break
-    return plan
+    limit = gpu_memory.usable(hardware.memory)
+    offload, programs = accounts.settle(
+        step, config.optimizer.offload, [account for account, _ in gradients], updates, limit
+    )
+    host = accounts.held_moments(step, offload == "host", False)[1] + worst[0].host
+    return Plan(gpu, offload, limit, host, programs, worst[1])
 
 
 def gradient(step: Step, gpu: str, gemm: str) -> tuple[Account, list[Temporary]]:
@@ -111,12 +100,6 @@ def gradient(step: Step, gpu: str, gemm: str) -> tuple[Account, list[Temporary]]
 
         account = accounts.gradient_account(step, compiled)
         return account._replace(name=gemm), temporaries(Path(folder), LARGEST)
-
-
-def abstract(config: Config, decoder: DecoderConfig, hardware: Any) -> Step:
-    """The step in shapes, with the kernel that a run on this hardware would take."""
-    kernel = choose_kernel(config, hardware)
-    return accounts.abstract_step(config, abstract_model(config, decoder, kernel))
 
 
 def largest(
@@ -178,28 +161,30 @@ def planned(
         "gpu": gpu,
         "search": search,
     }
-    with subprocess.Popen(
-        COMMAND,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
-        stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
-        assert stdin is not None
-        assert stdout is not None
-        assert stderr is not None
-        stdin.write(json.dumps(request))
-        stdin.close()
-        answer: dict[str, Any] = {}
-        for line in stdout:
-            message = json.loads(line)
-            if "say" in message:
-                say(message["say"])
-            else:
-                answer = message
-        errors = stderr.read()
+    answer: dict[str, Any] = {}
+    # a file, since a pipe that nobody reads yet would stop a compiler that has much to say
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=environment(),
+        ) as process:
+            stdin, stdout = process.stdin, process.stdout
+            assert stdin is not None
+            assert stdout is not None
+            stdin.write(json.dumps(request))
+            stdin.close()
+            for line in stdout:
+                message = json.loads(line)
+                if "say" in message:
+                    say(message["say"])
+                else:
+                    answer = message
+        said.seek(0)
+        errors = said.read()
     if "error" in answer:
         raise UserError(answer["error"])
     if "plan" not in answer:
@@ -239,7 +224,7 @@ def _largest(config: Config, decoder: DecoderConfig, first: Plan) -> dict[str, i
             part = dataclasses.replace(getattr(config, section), **{key: value})
             changed = dataclasses.replace(config, **{section: part})
             _say(f"compiling for {first.gpu}: {key} {value}")
-            step = abstract(changed, decoder, hardware)
+            step = accounts.abstract_step(changed, decoder, hardware)
             account, _ = gradient(step, first.gpu, worst.name)
             return accounts.with_moments(step, away, account, False).device
 

@@ -146,11 +146,6 @@ def block_scales(q: QTensor) -> jax.Array:
     return dequantize_scales(q.scales, q.nested, q.offset, q.nested_block)
 
 
-def unpack(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Low and high nibbles, uint8 of the shape of `codes`."""
-    return codes & 15, codes >> 4
-
-
 def with_plain_scales(x: Any) -> Any:
     """A QTensor of the same values whose scales need no decoding; anything else as it is."""
     if not isinstance(x, QTensor):

@@ -14,7 +14,6 @@ from pairs import REASON, our_logits, ours, save, their_logits, theirs, tokens, 
 from qlora_jax.config import QuantConfig
 from qlora_jax.quant import QTensor, codebook, dequantize, quantize
 from qlora_jax.quant.dynamic8 import dynamic_map
-from qlora_jax.quant.qtensor import unpack
 
 F = pytest.importorskip("bitsandbytes", reason=REASON).functional
 pytestmark = pytest.mark.parity
@@ -55,7 +54,7 @@ def their_codes(packed: torch.Tensor, count: int) -> np.ndarray:
 
 def our_codes(q: QTensor, kind: str) -> np.ndarray:
     """Our codes in their flat order and numbering."""
-    groups = [np.asarray(n).reshape(-1, 32, n.shape[-1]) for n in unpack(q.codes)]
+    groups = [np.asarray(n).reshape(-1, 32, n.shape[-1]) for n in (q.codes & 15, q.codes >> 4)]
     index = np.stack(groups, axis=1).reshape(-1, q.codes.shape[-1])[: q.in_features]
     order = np.argsort(F.get_4bit_type(kind, device="cpu").numpy(), kind="stable")
     return order[index.T.reshape(-1)]

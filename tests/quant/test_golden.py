@@ -14,7 +14,7 @@ import pytest
 
 from qlora_jax.quant import codebook, dequantize, quantize
 from qlora_jax.quant.dynamic8 import dynamic_map
-from qlora_jax.quant.qtensor import block_scales, unpack
+from qlora_jax.quant.qtensor import block_scales
 
 GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "bnb.npz")
 FOLDERS = sorted({k.rpartition("/")[0] for k in GOLDEN.files if k.count("/") == 2})
@@ -42,7 +42,7 @@ def quantized(folder: str, double_quant: bool):
 
 def bnb_codes(q) -> np.ndarray:
     """Our codes in bitsandbytes' flat order and numbering."""
-    groups = [np.asarray(n).reshape(-1, 32, n.shape[-1]) for n in unpack(q.codes)]
+    groups = [np.asarray(n).reshape(-1, 32, n.shape[-1]) for n in (q.codes & 15, q.codes >> 4)]
     index = np.stack(groups, axis=1).reshape(-1, q.codes.shape[-1])[: q.in_features]
     values = np.asarray(q.codebook)
     if values[7] == values[8]:
