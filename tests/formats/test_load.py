@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,10 +134,12 @@ def test_a_quantization_that_is_not_known(models, quant, message):
 
 
 MEASURE = """
+import gc
 import sys
 from pathlib import Path
 import jax
 import jax.numpy as jnp
+from qlora_jax import compilation
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
@@ -146,9 +149,11 @@ def status(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 load(open_folder(Path(sys.argv[1])), quant=QuantConfig(), dtype=jnp.bfloat16)
+gc.collect()
+compilation.trim()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-model = load(open_folder(Path(sys.argv[2])), quant=QuantConfig(), dtype=jnp.bfloat16)
+model = load(open_folder(Path(sys.argv[1])), quant=QuantConfig(), dtype=jnp.bfloat16)
 jax.block_until_ready(model.embed.get_value())
 print(status("VmHWM") - before)
 """
@@ -178,8 +183,7 @@ def write_model(folder: Path, layers: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read there")
 def test_peak_memory_is_the_4_bit_model_and_a_few_tensors(tmp_path):
     """The reading process never holds the 16-bit model; the programs are compiled beforehand."""
-    write_model(tmp_path / "small", 2)
-    shapes = write_model(tmp_path / "large", 16)
+    shapes = write_model(tmp_path / "model", 16)
     sizes = [int(np.prod(s)) for s in shapes.values()]
     linears = [
         int(np.prod(s))
@@ -193,10 +197,12 @@ def test_peak_memory_is_the_4_bit_model_and_a_few_tensors(tmp_path):
     model = sum(linears) * bits / 8 + (sum(sizes) - sum(linears)) * 2
     tensor = max(sizes) * 4
 
-    script = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
-    ended = subprocess.run(script, capture_output=True, text=True, check=False)
+    script = [sys.executable, "-c", MEASURE, str(tmp_path / "model")]
+    # what is freed leaves at once: how much of it malloc keeps differs from run to run
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    ended = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr
     peak = int(ended.stdout)
     print(f"peak {peak / MIB:.0f} MiB, model {model / MIB:.0f}, 16 bits {whole / MIB:.0f}")
-    assert peak < model + 8 * tensor
+    assert peak < model + 4 * tensor
     assert peak < whole / 2
