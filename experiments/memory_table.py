@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from qlora_jax import gpu_memory
 from qlora_jax.atomic import write_text
+from qlora_jax.commands import plan as command
 from qlora_jax.errors import UserError
-from qlora_jax.memory import command, contrast
+from qlora_jax.memory import contrast
 from qlora_jax.memory.compile import read_gpu
 from qlora_jax.memory.plan import planned
 from qlora_jax.models.shapes import find

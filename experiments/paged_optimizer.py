@@ -33,7 +33,7 @@ GIB = 2**30
 
 def on_the_gpu() -> dict[str, list[float]] | None:
     """GiB on the device, step by step, for each home of the moments; None without the compiler."""
-    from qlora_jax.memory import command
+    from qlora_jax.commands import plan as command
     from qlora_jax.memory.compile import has_plugin, read_gpu
     from qlora_jax.memory.plan import planned
     from qlora_jax.models.shapes import find
@@ -65,9 +65,9 @@ def here(home: str, steps: int) -> dict[str, Any]:
     import numpy as np
 
     from qlora_jax.bench import step as bench
-    from qlora_jax.bench.command import with_model
     from qlora_jax.bench.measure import PeakMemory
     from qlora_jax.bench.options import Step
+    from qlora_jax.commands.bench import with_model
     from qlora_jax.models import trees
     from qlora_jax.quant import nbytes
     from qlora_jax.train import step as train

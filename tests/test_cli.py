@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from qlora_jax import cli
+from qlora_jax import cli, commands
 from qlora_jax import config as configs
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.train import rundir
@@ -145,7 +145,7 @@ def test_each_end_has_its_code_and_line(
     def train(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_train", train)
+    monkeypatch.setattr(commands.train, "run", train)
     ended = run_cli("train", "c.yaml", *(["--debug"] if debug else []))
     assert ended.code == code
     assert ended.message.startswith(f"qlora-jax: {line}")
@@ -157,7 +157,7 @@ def test_a_bug_shows_its_traceback(run_cli: RunCli, monkeypatch: pytest.MonkeyPa
     def train(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_train", train)
+    monkeypatch.setattr(commands.train, "run", train)
     with pytest.raises(ZeroDivisionError):
         run_cli("train", "c.yaml")
 
@@ -264,6 +264,6 @@ def test_a_broken_pipe_elsewhere_is_no_success(
     def train(*_: Any) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "_train", train)
+    monkeypatch.setattr(commands.train, "run", train)
     with pytest.raises(BrokenPipeError):
         run_cli("train", "c.yaml")

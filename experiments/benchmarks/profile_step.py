@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from qlora_jax import compilation, hugepages
-from qlora_jax.bench.command import options_of, step_arguments, with_model
+from qlora_jax.commands.bench import options_of, step_arguments, with_model
 
 HOLDS_OTHERS = ("while", "call", "conditional")
 

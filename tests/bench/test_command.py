@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from qlora_jax import cli
-from qlora_jax.bench import command, tools
+from qlora_jax.bench import tools
 from qlora_jax.bench.options import BENCHMARKS, Step, to_tree
+from qlora_jax.commands import bench as command
 
 RunCli = Callable[..., Any]
 TORCH = ["torch", "bitsandbytes", "transformers", "accelerate"]

@@ -2,12 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as configs
 from qlora_jax import gpu_memory
+from qlora_jax.commands.common import CHANGED, config_of, say
 from qlora_jax.config import Config
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import DecoderConfig
@@ -21,8 +22,17 @@ ESTIMATE = (
 )
 
 
+TEXT = "What a run needs on a GPU, by that GPU's compiler, before it is rented."
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `plan`."""
+    parser.usage = (
+        "qlora-jax plan (CONFIG | --model NAME) [--gpu NAMES] [--rank N] [--seq N] "
+        "[--no-search] [--plot FILE] [--json] [--debug] [--section.key=value ...]"
+    )
+    parser.epilog = CHANGED
+    parser.set_defaults(settings=True)
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a run directory")
     parser.add_argument(
         "--model", metavar="NAME", help="published shapes, without weights: llama-7b, qwen2.5-7b, …"
@@ -40,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
 
 
-def settings(options: argparse.Namespace) -> dict[str, str]:
+def short_forms(options: argparse.Namespace) -> dict[str, str]:
     """The overrides that `--rank` and `--seq` stand for."""
     short = {"lora.rank": options.rank, "data.sequence_length": options.seq}
     return {key: str(value) for key, value in short.items() if value is not None}
@@ -65,7 +75,7 @@ def of_model(name: str, overrides: dict[str, str]) -> Config:
     return configs.changed(config, overrides)
 
 
-def run(options: argparse.Namespace, config: Config, say: Callable[[str], None]) -> None:
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     """Plans, prints, draws.
 
     Raises:
@@ -73,6 +83,13 @@ def run(options: argparse.Namespace, config: Config, say: Callable[[str], None])
         of the GPUs, after all is printed.
       RunFailed: a compiler ended its process.
     """
+    if (options.config is None) == (options.model is None):
+        raise UserError("give a CONFIG, or --model NAME for published shapes; one of them")
+    given = configs.parse_overrides(settings) | short_forms(options)
+    if options.model is not None:
+        config = of_model(options.model, given)
+    else:
+        config = configs.changed(config_of(options.config, []), given)
     from qlora_jax.memory.compile import GPUS, has_plugin, read_gpu
     from qlora_jax.memory.plan import planned
     from qlora_jax.models.shapes import find

@@ -1,4 +1,4 @@
-"""The command `qlora-jax bench`: its arguments, and what it does."""
+"""`qlora-jax bench`."""
 
 import argparse
 import dataclasses
@@ -9,6 +9,8 @@ from typing import Any
 
 from qlora_jax import paths
 from qlora_jax.bench.options import BENCHMARKS, DTYPES, METHODS, OPERATIONS, REMAT, Options
+from qlora_jax.commands.common import count as _count
+from qlora_jax.commands.common import say
 from qlora_jax.errors import UserError
 
 MODEL = "random-smollm2-135m"
@@ -22,6 +24,9 @@ WHAT = {
     "load": "loading a checkpoint into NF4: seconds and peak memory",
     "generate": "greedy generation: prefill, decode and peak memory",
 }
+
+
+TEXT = "Measure this machine, beside installed peers if given."
 
 
 def add_arguments(parser: Any) -> None:
@@ -54,12 +59,8 @@ def add_arguments(parser: Any) -> None:
             own.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meaning)
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     """Measures and prints.
-
-    Args:
-      options: parsed from what `add_arguments` added.
-      say: told progress.
 
     Raises:
       UserError: a peer, the model or a file cannot be used.
@@ -224,12 +225,6 @@ def _samples(parser: argparse.ArgumentParser, default: int, text: str) -> None:
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return lambda text: tuple(kind(part.strip()) for part in text.split(","))
-
-
-def _count(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -1,0 +1,62 @@
+"""What several commands share: values on the command line, the config, lines for the user."""
+
+import argparse
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from qlora_jax import config as configs
+from qlora_jax import paths
+from qlora_jax.train import rundir
+
+N = TypeVar("N", int, float)
+
+CHANGED = "A config's settings can be changed by --section.key=value, as for train."
+
+
+def say(line: str) -> None:
+    """Prints a line for the user, beside the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def warn_if_gpu_idle() -> None:
+    """Says so where a GPU is there and jax does not use it."""
+    from qlora_jax.device import warn_if_gpu_idle
+
+    if warning := warn_if_gpu_idle():
+        say(warning)
+
+
+def config_of(path: str, settings: Sequence[str]) -> configs.Config:
+    """The config of a YAML file or of a run directory, with settings laid over it.
+
+    Raises:
+      UserError: it cannot be read, or a setting is not allowed.
+    """
+    overrides = configs.parse_overrides(settings)
+    file = Path(path) / rundir.CONFIG
+    if not paths.is_file(file):
+        return configs.load(path, overrides)
+    # The directory may have been moved, or been named from elsewhere, since it was made.
+    return configs.load(file, {"output": path} | overrides)
+
+
+def _number(
+    kind: Callable[[str], N], allowed: Callable[[N], bool], rule: str
+) -> Callable[[str], N]:
+    def parse(text: str) -> N:
+        with contextlib.suppress(ValueError):
+            if allowed(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"must be {rule}, not {text!r}")
+
+    return parse
+
+
+count = _number(int, lambda n: n >= 1, "a whole number of 1 or more")
+temperature = _number(float, lambda n: 0 <= n < math.inf, "a number of 0 or more")
+share = _number(float, lambda n: 0 < n <= 1, "a number above 0 and at most 1")
+seed = _number(int, lambda n: n >= 0, "a whole number of 0 or more")

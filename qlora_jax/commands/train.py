@@ -1,0 +1,95 @@
+"""`qlora-jax train`."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from qlora_jax import config as configs
+from qlora_jax.commands.common import config_of, count, say, warn_if_gpu_idle
+from qlora_jax.errors import UserError
+
+TEXT = "Fine-tune a model; writes a run directory."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `train`."""
+    parser.usage = (
+        "qlora-jax train CONFIG [--resume | --overwrite | --preview N] "
+        "[--force] [--json] [--debug] [--section.key=value ...]"
+    )
+    parser.epilog = _settings()
+    parser.set_defaults(settings=True)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
+    parser.add_argument("--resume", action="store_true", help="go on where the run stopped")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
+    parser.add_argument(
+        "--preview", type=count, metavar="N", help="print N examples, loss marked, and stop"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="run even where the device's memory is too small"
+    )
+
+
+def _settings() -> str:
+    lines = ["settings, each also as --section.key=value:"]
+    for setting in configs.settings():
+        lines.append(f"  {setting.key}: {setting.type} = {setting.default}")
+        lines.append(f"      {setting.doc}")
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    """Fine-tunes, or prints what would be read, and shows the result."""
+    config = config_of(options.config, settings)
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one")
+    warn_if_gpu_idle()
+    import jax
+    from rich.console import Console
+
+    from qlora_jax.memory.fit import Fit, fit
+    from qlora_jax.models.config import DecoderConfig
+    from qlora_jax.train.placement import PLACEMENTS, Placement
+    from qlora_jax.train.report import print_samples
+    from qlora_jax.train.run import describe_data, train
+    from qlora_jax.train.setup import open_model, read_data
+
+    if options.preview is not None:
+        from qlora_jax.data.preview import preview
+
+        checkpoint, text = open_model(config)
+        data = read_data(config, text, checkpoint.config.max_positions)
+        Console().print(preview(data.train, text, options.preview))
+        say(describe_data(data))
+        return
+    planned: list[Fit] = []
+
+    def place(decoder: DecoderConfig) -> Placement:
+        planned.append(fit(config, decoder, jax.devices()[0], options.force))
+        return PLACEMENTS[planned[0].offload]
+
+    summary = train(
+        config,
+        say=say,
+        command=command,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        place=place,
+    )
+    if (bytes_ := planned[0].device) is not None and summary.peak_device_bytes is not None:
+        say(
+            f"device memory: planned {bytes_ / 2**30:.2f} GiB, measured peak "
+            f"{summary.peak_device_bytes / 2**30:.2f} GiB"
+        )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(summary)))
+        return
+    print_samples(Console(), summary.samples)
+    if summary.eval_before is not None and summary.eval_after is not None:
+        change = summary.eval_after / summary.eval_before - 1
+        print(
+            f"held-out loss: {summary.eval_before:.4f} before, {summary.eval_after:.4f} after "
+            f"({change:+.1%})"
+        )
+    print(f"run directory: {summary.run_dir} (report.md, adapter/, checkpoints/)")
