@@ -1,0 +1,19 @@
+"""ROUGE-L, the longest common subsequence of two texts' words (Lin 2004, section 3)."""
+
+import re
+
+from rapidfuzz.distance import LCSseq
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the words that answer and reference share in order, 0 to 1.
+
+    Words are runs of letters and digits in lower case, as in the metric's reference program.
+    """
+    a, b = _words(answer), _words(reference)
+    common = LCSseq.similarity(a, b)
+    return 2 * common / (len(a) + len(b)) if common else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
