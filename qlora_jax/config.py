@@ -71,11 +71,11 @@ class PretrainConfig:
     vocab_size: Positive = 4096
     """Rows of the embedding."""
     hidden_size: Positive = 256
-    """Width."""
+    """Width of the residual stream."""
     intermediate_size: Positive = 640
-    """Width within the MLP."""
+    """Width inside the MLP."""
     layers: Positive = 4
-    """Depth."""
+    """Number of decoder layers."""
     heads: Positive = 4
     """Attention heads; they divide hidden_size."""
     kv_heads: Positive | None = None

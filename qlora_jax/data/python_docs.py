@@ -98,9 +98,7 @@ def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[R
 
 def texts(docs: Mapping[str, str], source: str) -> list[Record]:
     """Each documentation string whole, under the name it documents."""
-    return [
-        Text(text=f"{name}\n\n{doc}\n", where=f"{source} {name}") for name, doc in docs.items()
-    ]
+    return [Text(text=f"{name}\n\n{doc}\n", where=f"{source} {name}") for name, doc in docs.items()]
 
 
 def questions(
