@@ -1,6 +1,7 @@
 """A third data set that is always there: the source code of the running Python."""
 
 import ast
+import functools
 import sysconfig
 import warnings
 from collections import Counter
@@ -22,15 +23,23 @@ def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[R
     """
     if format not in ("auto", "text"):
         raise UserError(f"data.format {format}: python-source is plain text; use text or auto")
-    return [
+    return list(_sources())
+
+
+@functools.cache
+def _sources() -> tuple[Text, ...]:
+    return tuple(
         Text(text=f"# {module}\n{code}", where=f"python-source {module}")
         for path, module in modules(Path(sysconfig.get_path("stdlib")))
         if (code := undocumented(path.read_bytes().decode("utf-8", "replace"))).strip()
-    ]
+    )
 
 
 def undocumented(source: str) -> str:
-    """The source without the lines of its documentation strings; as it is where it is no Python."""
+    """The source without its documentation strings; as it is where it is no Python.
+
+    Where one is a whole body, `pass` takes its place; one on the line of its `def` stays.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -39,8 +48,13 @@ def undocumented(source: str) -> str:
         return source
     lines: list[str | None] = [*source.split("\n")]  # as ast counts them; a form feed ends none
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node) is not None:
-            first = node.body[0]
-            end = first.end_lineno or first.lineno
-            lines[first.lineno - 1 : end] = [None] * (end - first.lineno + 1)
+        if not isinstance(node, (ast.Module, *DEFINITIONS)) or ast.get_docstring(node) is None:
+            continue
+        first = node.body[0]
+        start, end = first.lineno - 1, first.end_lineno or first.lineno
+        indent = (lines[start] or "")[: first.col_offset]
+        if not indent.strip():
+            lines[start:end] = [None] * (end - start)
+            if len(node.body) == 1:
+                lines[start] = f"{indent}pass"
     return "\n".join(line for line in lines if line is not None)
