@@ -12,13 +12,14 @@ from types import ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
-from qlora_jax.commands import bench, evaluate, generate, plan, train
+from qlora_jax.commands import bench, evaluate, generate, plan, pretrain, train
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.streams import outlets
 from qlora_jax.train.interrupt import Stopped
 
 COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
+    "pretrain": pretrain,
     "plan": plan,
     "evaluate": evaluate,
     "generate": generate,

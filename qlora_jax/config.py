@@ -46,7 +46,8 @@ class ModelConfig:
     """Which pretrained model, and in which dtypes it is held and computed."""
 
     path: str
-    """A Hugging Face folder, a .gguf file, a built-in name (smollm2-135m-instruct) or a hub id."""
+    """A Hugging Face folder, a .gguf file, a built-in name (smollm2-135m-instruct), a hub id, or
+    from-scratch: random values in the shapes of the pretrain section."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     storage_dtype: FloatType = "bfloat16"
@@ -57,6 +58,30 @@ class ModelConfig:
     remat: Literal["none", "dots", "full", "host"] = "dots"
     """What the backward pass recomputes: nothing, all but products with weights, or whole layers;
     host: whole layers, whose inputs wait in pinned host memory. Attention scores always."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PretrainConfig:
+    """The llama that model.path from-scratch stands for; read with that alone. Embeddings are tied
+    and have vocab_size rows."""
+
+    tokenizer: str | None = None
+    """A Hugging Face folder or .gguf file to take the tokenizer of; null trains a byte-level BPE
+    of vocab_size ids on the training text."""
+    vocab_size: Positive = 4096
+    """Rows of the embedding."""
+    hidden_size: Positive = 256
+    """Width of the residual stream."""
+    intermediate_size: Positive = 640
+    """Width inside the MLP."""
+    layers: Positive = 4
+    """Number of decoder layers."""
+    heads: Positive = 4
+    """Attention heads; they divide hidden_size."""
+    kv_heads: Positive | None = None
+    """Heads of keys and values, which divide heads; null: as many."""
+    positions: Positive = 512
+    """Longest sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -113,7 +138,8 @@ class DataConfig:
     """Where examples come from and how they become token rows."""
 
     source: str
-    """A .jsonl, .json, .csv, .parquet or .txt file, the built-in python-docs, or a hub id."""
+    """A .jsonl, .json, .csv, .parquet or .txt file, a hub id, or the built-in python-docs,
+    python-source or package-docs; several of those with a + between."""
     name: str | None = None
     """Configuration name of a hub dataset."""
     split: str = "train"
@@ -209,6 +235,7 @@ class Config:
     """Run directory, made by the run."""
     method: Literal["qlora", "lora", "full"] = "qlora"
     """qlora: 4-bit base and adapters; lora: 16-bit base and adapters; full: every weight."""
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     quant: QuantConfig = Field(default_factory=QuantConfig)
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)

@@ -1,12 +1,15 @@
 """configs/: every key valid, a header that says what to expect, a GPU that suffices."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
+from qlora_jax.commands.plan import shapes
 from qlora_jax.config import Config, load
 from qlora_jax.errors import UserError
+from qlora_jax.formats.names import expected_shapes
 from qlora_jax.memory.compile import GPUS, read_gpu
 from qlora_jax.memory.ledger import ledger, total
 from qlora_jax.models.shapes import find
@@ -24,7 +27,8 @@ HEADER = re.compile(
     (?!\#)""",
     re.VERBOSE,
 )
-RUN_HERE = {"quickstart", "lora16", "full"}
+PRETRAIN = {"pretrain_1m": 1e6, "pretrain_4m": 4e6, "pretrain_12m": 12e6}
+RUN_HERE = {"quickstart", "lora16", "full", *PRETRAIN}
 """What a CPU runs in minutes."""
 
 FREE = 0.07
@@ -53,7 +57,7 @@ def test_loads_and_says_what_it_is(path: Path) -> None:
 @ALL
 def test_the_ledger_fits_the_gpu(path: Path) -> None:
     config, gpu = load(path), header(path)["gpu"]
-    device = total(ledger(find(config.model.path), config))
+    device = total(ledger(shapes(config), config))
     assert device < (1 - FREE) * read_gpu(gpu).memory
     if "bfloat16" in (config.model.compute_dtype, config.lora.dtype) and path.stem not in RUN_HERE:
         assert read_gpu(gpu).capability >= (8, 0)
@@ -80,6 +84,13 @@ def test_guanaco_has_the_papers_hyperparameters(size: str, rate: float, dropout:
     assert (train.steps, train.batch_size, train.gradient_accumulation) == (1875, 1, 16)
     assert config.model.compute_dtype == config.model.storage_dtype == "bfloat16"
     assert config.data.sequence_length == 16 + 512
+
+
+@pytest.mark.parametrize(("name", "size"), PRETRAIN.items())
+def test_a_model_from_scratch_has_the_size_in_its_name(name: str, size: float) -> None:
+    config = load(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+    parameters = sum(math.prod(shape) for shape in expected_shapes(shapes(config)).values())
+    assert parameters == pytest.approx(size, rel=0.1)
 
 
 def test_a_wrong_key_would_be_seen(tmp_path: Path) -> None:

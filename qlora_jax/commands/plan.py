@@ -125,14 +125,17 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 
 def shapes(config: Config) -> DecoderConfig:
-    """The model's shapes: published ones by name, else from its files.
+    """The model's shapes: those to pretrain, published ones by name, else from its files.
 
     Raises:
       UserError: no shapes by that name, and no files either.
     """
+    from qlora_jax.formats import fresh
     from qlora_jax.formats.source import open_checkpoint
     from qlora_jax.models.shapes import HUB, SHAPES, find
 
+    if config.model.path == fresh.NAME:
+        return fresh.shapes(config.pretrain)
     if config.model.path in SHAPES or config.model.path in HUB:
         return find(config.model.path)
     return open_checkpoint(config.model).config

@@ -92,4 +92,12 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
             f"held-out loss: {summary.eval_before:.4f} before, {summary.eval_after:.4f} after "
             f"({change:+.1%})"
         )
-    print(f"run directory: {summary.run_dir} (report.md, adapter/, checkpoints/)")
+    print(f"run directory: {summary.run_dir} ({', '.join(made(config))})")
+
+
+def made(config: configs.Config) -> list[str]:
+    """What a finished run leaves in its directory for people to look into."""
+    from qlora_jax.formats.fresh import NAME
+
+    own = {"adapter/": config.method != "full", "model/": config.model.path == NAME}
+    return ["report.md", *(name for name, there in own.items() if there), "checkpoints/"]

@@ -90,10 +90,21 @@ def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[R
         shorter than twenty characters.
     """
     dropped = Counter() if dropped is None else dropped
-    docs = documented()
     if format == "text":
-        texts = {name: f"{name}\n\n{doc}\n" for name, doc in docs.items()} | _topics()
-        return [Text(text=text, where=f"python-docs {name}") for name, text in texts.items()]
+        topics = [Text(text=t, where=f"python-docs {name}") for name, t in _topics().items()]
+        return [*texts(documented(), "python-docs"), *topics]
+    return questions(documented(), "python-docs", format, dropped)
+
+
+def texts(docs: Mapping[str, str], source: str) -> list[Record]:
+    """Each documentation string whole, under the name it documents."""
+    return [Text(text=f"{name}\n\n{doc}\n", where=f"{source} {name}") for name, doc in docs.items()]
+
+
+def questions(
+    docs: Mapping[str, str], source: str, format: str, dropped: Counter[str]
+) -> list[Record]:
+    """A question and its answer for each name, in a fixed but mixed order; see `records`."""
     answers = {name: answer(doc) for name, doc in docs.items()}
     uses = Counter(answers.values())
     dropped["short"] += sum(len(a) < MIN_ANSWER for a in answers.values())
@@ -101,7 +112,7 @@ def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[R
         uses[a] > 1 for a in answers.values() if len(a) >= MIN_ANSWER
     )
     return [
-        _record(format, QUESTION.format(name=name), text, f"python-docs {name}")
+        _record(format, QUESTION.format(name=name), text, f"{source} {name}")
         for name, text in sorted(answers.items(), key=lambda item: _mix(item[0]))
         if len(text) >= MIN_ANSWER and uses[text] == 1
     ]
@@ -112,15 +123,31 @@ def documented() -> Mapping[str, str]:
     """Dotted public name to cleaned documentation string, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py")):
-        module = _module(path.relative_to(root))
-        if module:
-            found.update(_parse(path, module))
+    for path, module in modules(root):
+        found.update(parse(path, module))
     for name, public in (*((m, m) for m in COMPILED), *COMPILED_PART):
         with contextlib.suppress(ImportError):
             for key, doc in _inspect(importlib.import_module(name), public):
                 found.setdefault(key, doc)
     return MappingProxyType(dict(sorted(found.items())))
+
+
+def modules(folder: Path, package: str = "") -> Iterator[tuple[Path, str]]:
+    """The public modules below a folder, in order: file and dotted name, tests left out."""
+    for path in sorted(folder.rglob("*.py")):
+        if module := _module(Path(package) / path.relative_to(folder)):
+            yield path, module
+
+
+def parse(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    """Dotted name and documentation string of what a source file defines; it is not imported."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    yield from _definitions(tree.body, module)
 
 
 def answer(doc: str) -> str:
@@ -169,23 +196,13 @@ def _module(path: Path) -> str | None:
     return ".".join(parts) if parts and public else None
 
 
-def _parse(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return
-    yield from _definitions(tree.body, module)
-
-
 def _definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
     for node in body:
         if isinstance(node, DEFINITIONS):
             if node.name.startswith("_"):
                 continue
             name = f"{prefix}.{node.name}"
-            if doc := ast.get_docstring(node):
+            if (doc := ast.get_docstring(node)) and not doc.isspace():
                 yield name, doc
             if isinstance(node, ast.ClassDef):
                 yield from _definitions(node.body, name)

@@ -8,13 +8,11 @@ from pathlib import Path
 
 from qlora_jax import paths
 from qlora_jax.config import DataConfig
-from qlora_jax.data import files, hub, python_docs
+from qlora_jax.data import builtin, files, hub
 from qlora_jax.data.holdout import hold_out
 from qlora_jax.data.passages import passages
 from qlora_jax.data.records import Record, Text, parser
 from qlora_jax.errors import UserError
-
-BUILTIN = "python-docs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +78,8 @@ def _read(config: DataConfig, source: str, split: str, dropped: Counter[str]) ->
 def _records(
     config: DataConfig, source: str, split: str, dropped: Counter[str]
 ) -> Iterator[Record]:
-    if source == BUILTIN:
-        return iter(python_docs.records(config.format, dropped))
+    if builtin.is_builtin(source):
+        return builtin.records(source, config.format, dropped)
     path = Path(source).expanduser()
     if path.suffix == ".txt" and (paths.is_file(path) or _is_single(source)):
         return _document(path, config)
@@ -110,9 +108,9 @@ def _document(path: Path, config: DataConfig) -> Iterator[Record]:
 
 
 def _is_single(source: str) -> bool:
-    """Whether the source is the built-in one or a file, there or not, and so has no splits."""
+    """Whether the source is a built-in one or a file, there or not, and so has no splits."""
     path = Path(source).expanduser()
-    if source == BUILTIN or paths.is_file(path):
+    if builtin.is_builtin(source) or paths.is_file(path):
         return True
     named_like_a_file = path.suffix in (*files.READERS, ".txt")
     return not paths.is_dir(path) and (

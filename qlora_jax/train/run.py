@@ -20,6 +20,7 @@ from qlora_jax.data.prompts import Question
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.device import describe_devices
 from qlora_jax.errors import RunFailed
+from qlora_jax.formats import fresh
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
@@ -165,6 +166,10 @@ def train(
         say(f"base unchanged: SHA-256 {base_hash} before and after")
         export.export_adapter(
             config, nnx.merge(graph, state.trained, frozen), run_dir / export.FOLDER
+        )
+    if config.model.path == fresh.NAME:
+        export.export_model(
+            config, nnx.merge(graph, state.trained, frozen), text, run_dir / export.MODEL
         )
     after = answers("answering samples after training")
     summary = Summary(

@@ -25,12 +25,15 @@ OWN = (
     "metrics.jsonl",
     "tensorboard",
     "adapter",
+    "model",
     "samples.md",
     "report.md",
     "loss_curve.png",
 )
 """All that a run writes into its directory."""
-TEMPORARY = r"\.(config|manifest|metrics|samples|report|loss_curve)\.[0-9a-f]{8}\.\w+|\.adapter-\w+"
+TEMPORARY = (
+    r"\.(config|manifest|metrics|samples|report|loss_curve)\.[0-9a-f]{8}\.\w+|\.(adapter|model)-\w+"
+)
 """What a run that is killed while it writes may leave."""
 
 

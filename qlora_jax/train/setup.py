@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 from qlora_jax import compilation
 from qlora_jax.config import Config
 from qlora_jax.data import encode, sources, tokenizer
+from qlora_jax.data.bpe import train_bpe
 from qlora_jax.data.encode import EncodeStats, Example
 from qlora_jax.data.prompts import Question, question
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.formats import fresh
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import PREFIX, load
 from qlora_jax.formats.source import open_checkpoint
@@ -39,7 +42,7 @@ class Data:
 
 
 def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
-    """Opens the pretrained model and its tokenizer, after all that can be checked before.
+    """Opens the model and its tokenizer, after all that can be checked before.
 
     Raises:
       UserError: a setting, the checkpoint or the tokenizer cannot be used.
@@ -47,7 +50,8 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
     if config.method == "qlora":
         check_block_size(config.quant.block_size)
         codebook(config.quant.codebook, config.quant.block_size)
-    checkpoint = open_checkpoint(config.model)
+    scratch = config.model.path == fresh.NAME
+    checkpoint = _fresh(config) if scratch else open_checkpoint(config.model)
     longest = checkpoint.config.max_positions
     if config.data.sequence_length > longest:
         raise UserError(
@@ -56,13 +60,30 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
         )
     if config.method != "full":
         plan(config.lora, _linears(checkpoint))
-    text = tokenizer.load(checkpoint.tokenizer_path)
+    text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path)
     if text.vocab_size > checkpoint.config.vocab_size:
         raise UserError(
             f"{text.source}: the tokenizer has ids up to {text.vocab_size - 1} but the model only "
             f"{checkpoint.config.vocab_size} embeddings; they do not belong together"
         )
     return checkpoint, text
+
+
+def _fresh(config: Config) -> Checkpoint:
+    if config.method != "full":
+        raise UserError(
+            f"method {config.method}: a model {fresh.NAME} has nothing to freeze; set it to full"
+        )
+    return fresh.FreshCheckpoint(fresh.shapes(config.pretrain), config.train.seed)
+
+
+def _own_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that the `pretrain` section names, or one trained on the training text."""
+    pretrain = config.pretrain
+    if pretrain.tokenizer is not None:
+        return tokenizer.load(Path(pretrain.tokenizer).expanduser())
+    texts = (record.key for record in sources.read(config.data).train)
+    return train_bpe(texts, pretrain.vocab_size, fresh.NAME)
 
 
 def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:

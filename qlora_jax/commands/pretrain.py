@@ -1,0 +1,29 @@
+"""`qlora-jax pretrain`."""
+
+import argparse
+from collections.abc import Sequence
+
+from qlora_jax.commands import train
+from qlora_jax.commands.common import config_of
+from qlora_jax.errors import UserError
+
+TEXT = "Train a small model from random values; writes a run directory and a Hugging Face folder."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `pretrain`: those of `train`."""
+    train.add_arguments(parser)
+    parser.usage = str(parser.usage).replace("qlora-jax train", "qlora-jax pretrain")
+
+
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    """Trains from scratch and shows the result.
+
+    Raises:
+      UserError: the config names a model that is there already.
+    """
+    from qlora_jax.formats.fresh import NAME
+
+    if (path := config_of(options.config, settings).model.path) != NAME:
+        raise UserError(f"model.path {path}: pretrain starts from nothing; set it to {NAME}")
+    train.run(options, settings, command)
