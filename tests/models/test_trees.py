@@ -116,7 +116,7 @@ SMOLLM2 = DecoderConfig(
     num_kv_heads=3,
     head_dim=64,
     max_positions=8192,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope=Rope(theta=100000.0),
     tie_embeddings=True,
     qkv_bias=False,
