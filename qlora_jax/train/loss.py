@@ -101,7 +101,7 @@ def token_loss(
     return total, mask.sum().astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(
     kind: _Head,
     hidden: jax.Array,

@@ -136,7 +136,7 @@ def test_reference_models_are_read(models):
     [
         ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported; .*llama, mist"),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+        ({"hidden_act": "tanh"}, "json: hidden_act 'tanh' is not supported; supported: silu, gelu"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope scaling 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "config.json: key factor is missing"),
