@@ -12,10 +12,8 @@ from qlora_jax.config import QuantConfig
 from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.layers import LINEARS
+from qlora_jax.models.parts import linears
 from qlora_jax.quant import QTensor, quantize
-
-PREFIX = "model.layers."
 
 
 def load(
@@ -39,26 +37,31 @@ def load(
     Raises:
       UserError: a weight with NaN or Inf, or a codebook or block size that is not allowed.
     """
+    config, names = checkpoint.config, checkpoint.config.names
+    layers, head = f"{names.layers}.", f"{names.head}.weight"
     outer: dict[str, jax.Array] = {}
     stacks: dict[str, jax.Array | QTensor] = {}
     for name in checkpoint.names():
         array = checkpoint.read(name)
-        if not name.startswith(PREFIX):
-            outer[name] = _plain(name, array, name == "lm_head.weight", dtype)
+        if not name.startswith(layers):
+            outer[name] = _plain(name, array, name == head, dtype)
         else:
-            layer, key = name.removeprefix(PREFIX).split(".", 1)
-            value = _value(name, array, key.removesuffix(".weight") in LINEARS, quant, dtype)
+            layer, key = name.removeprefix(layers).split(".", 1)
+            linear = key.removesuffix(".weight") in linears(config)
+            value = _value(name, array, linear, quant, dtype)
             if key not in stacks:
-                stacks[key] = _empty(value, checkpoint.config.num_layers)
+                stacks[key] = _empty(value, config.num_layers)
             stacks[key] = _insert(stacks[key], value, int(layer))
         progress()
     compilation.trim()  # after many short compilations
     return Decoder(
-        checkpoint.config,
-        outer["model.embed_tokens.weight"],
+        config,
+        outer[f"{names.embed}.weight"],
         [stacks],
-        outer["model.norm.weight"],
-        outer.get("lm_head.weight"),
+        outer[f"{names.norm}.weight"],
+        outer.get(head),
+        outer.get(f"{names.norm}.bias"),
+        outer.get(f"{names.positions}.weight"),
     )
 
 

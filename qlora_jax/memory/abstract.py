@@ -7,13 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import Config
-from qlora_jax.formats.load import PREFIX
-from qlora_jax.formats.names import expected_shapes
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
-from qlora_jax.models.layers import LINEARS
+from qlora_jax.models.parts import expected_shapes, linears
 from qlora_jax.quant import quantize
 
 
@@ -38,11 +36,12 @@ def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -
     """
     full, quant = config.method == "full", config.quant
     dtype = jnp.dtype(config.lora.dtype if full else config.model.storage_dtype)
-    shapes = expected_shapes(decoder)
+    shapes, names = expected_shapes(decoder), decoder.names
+    first = f"{names.layers}.0."
     graph: list[nnx.GraphDef] = []
 
     def stack(name: str) -> Any:
-        shape, linear = shapes[f"{PREFIX}0.{name}"], name.removesuffix(".weight") in LINEARS
+        shape, linear = shapes[first + name], name.removesuffix(".weight") in linears(decoder)
         weight = jnp.zeros((decoder.num_layers, *reversed(shape)), dtype)
         if not linear or config.method != "qlora":
             return weight
@@ -50,21 +49,20 @@ def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -
             weight, quant.codebook, quant.block_size, quant.double_quant, quant.nested_block
         )
 
+    def zeros(name: str) -> jax.Array | None:
+        return jnp.zeros(shapes[name], dtype) if name in shapes else None
+
     def build() -> tuple[Any, Any]:
-        first = f"{PREFIX}0."
-        head = shapes.get("lm_head.weight")
+        layer = [name.removeprefix(first) for name in shapes if name.startswith(first)]
+        head = zeros(f"{names.head}.weight")
         model = Decoder(
             decoder,
-            jnp.zeros(shapes["model.embed_tokens.weight"], dtype),
-            [
-                {
-                    n.removeprefix(first): stack(n.removeprefix(first))
-                    for n in shapes
-                    if n.startswith(first)
-                }
-            ],
-            jnp.zeros(shapes["model.norm.weight"], dtype),
-            None if head is None else jnp.zeros(head[::-1], dtype),
+            jnp.zeros(shapes[f"{names.embed}.weight"], dtype),
+            [{name: stack(name) for name in layer}],
+            jnp.zeros(shapes[f"{names.norm}.weight"], dtype),
+            None if head is None else head.T,
+            zeros(f"{names.norm}.bias"),
+            zeros(f"{names.positions}.weight"),
         )
         if not full:
             lora = config.lora

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from qlora_jax.config import Config
-from qlora_jax.formats.names import expected_shapes
 from qlora_jax.models import attention
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.parts import linears, norms
+from qlora_jax.models.rope import by_layer
 from qlora_jax.train.loss import COLUMNS, ROWS
 
-LAYER = "model.layers.0."
 FLOAT32 = 4
 
 
@@ -24,6 +24,9 @@ class _Step(NamedTuple):
 
     Attributes:
       hidden, query, key, inner: features of the layer's input, q, k (and v), and the MLP.
+      outputs: of all linears, summed, as far as the backward pass reads them.
+      norms: features of all norms, and how many means they take, summed.
+      mlp: arrays as wide as `inner` that the MLP's elementwise part keeps.
       ranks: of all adapters of a layer, summed.
       dropped: input features of all adapters that drop some of theirs, summed.
       width: bytes of an element in the compute dtype.
@@ -34,6 +37,9 @@ class _Step(NamedTuple):
     query: int
     key: int
     inner: int
+    outputs: int
+    norms: int
+    mlp: int
     ranks: int
     dropped: int
     width: int
@@ -45,57 +51,71 @@ class _Step(NamedTuple):
         return self.rows * self.length
 
 
-def layer_linears(model: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """A layer's linears: name below `model.layers.N`, such as self_attn.q_proj, to (in, out)."""
-    return {
-        name.removeprefix(LAYER).removesuffix(".weight"): (shape[1], shape[0])
-        for name, shape in expected_shapes(model).items()
-        if name.startswith(LAYER) and len(shape) == 2
-    }
-
-
 def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> dict[str, int]:
     """Bytes by part.
 
     Args:
       model: shapes of the decoder.
       run: dtypes, remat, rows and their length are read.
-      ranks: rank of each of a layer's adapters, by the linear's name in `layer_linears`.
+      ranks: rank of each of a layer's adapters, by the linear's path below the layer.
     """
-    linears = layer_linears(model)
+    parts, names = linears(model), model.names
+    # what is only added to x is not read again: the MLP's, and attention's beside it
+    added = set() if model.post_norms else {names.down_proj}
+    added |= {names.o_proj} if model.parallel_residual else set()
     step = _Step(
         hidden=model.hidden_size,
         query=model.num_heads * model.head_dim,
         key=model.num_kv_heads * model.head_dim,
         inner=model.intermediate_size,
+        outputs=sum(linear.outputs for path, linear in parts.items() if path not in added),
+        norms=_normalized(model),
+        mlp=ACTIVATION[model.activation] + (3 if model.gated else 1),
         ranks=sum(ranks.values()),
-        dropped=sum(linears[name][0] for name in ranks) if run.lora.dropout else 0,
+        dropped=sum(parts[path].inputs for path in ranks) if run.lora.dropout else 0,
         width=jnp.dtype(run.model.compute_dtype).itemsize,
         rows=run.train.batch_size,
         length=run.data.sequence_length,
     )
     kept = KEPT[run.model.remat]
-    # a window makes the mask a part of the layer
-    windowed, whole = any(model.windows), run.model.remat == "none"
-    masks = model.num_layers * whole if windowed else 1
-    outside = 2 * FLOAT32 * (step.hidden + 1) + FLOAT32 * model.head_dim + masks * step.length
+    # windows make the mask a part of the layer, and ropes that differ make their angles one
+    inside = model.num_layers * (run.model.remat == "none")
+    masks = inside if any(model.windows) else 1
+    turns = inside if by_layer(model) is not None else 1
+    rotated = 2 * FLOAT32 * _angles(model)
+    outside = 2 * FLOAT32 * (step.hidden + 1) + turns * rotated + masks * step.length
     return {
         "activations": step.tokens * (model.num_layers * kept(step) + outside),
         "layer's working set": _working_set(model, step),
-        "decoded weights": _decoded(run, step, sum(k * n for k, n in linears.values())),
+        "decoded weights": _decoded(run, step, sum(linear.inputs * linear.outputs for linear in parts.values())),
         "loss": _loss(model, run, step),
     }
 
 
+def _angles(model: DecoderConfig) -> int:
+    """Pairs of channels that a head rotates."""
+    return 0 if model.rope is None else int(model.head_dim * model.rope.fraction) // 2
+
+
+def _normalized(model: DecoderConfig) -> int:
+    """Elements that a layer's norms read per token, and means they take."""
+    heads = {model.names.q_norm: model.num_heads, model.names.k_norm: model.num_kv_heads}
+    each = heads if model.qk_norm == "head" else {}
+    return sum(each.get(path, 1) * (width + 1) for path, width in norms(model).items())
+
+
+ACTIVATION = {"silu": 3, "gelu": 3, "gelu_pytorch_tanh": 5, "relu": 1}
+"""Arrays that the gradient of each of `layers.ACTIVATIONS` keeps."""
+
+
 def _everything(step: _Step) -> int:
-    norms = 2 * 2 * FLOAT32 * (step.hidden + 1)
-    inputs = 2 * step.hidden + 2 * step.query + 2 * step.key + 6 * step.inner + step.ranks
-    return norms + step.width * inputs + (step.width + 1) * step.dropped
+    inputs = 2 * step.hidden + 2 * step.query + 2 * step.key + step.mlp * step.inner + step.ranks
+    kept = step.width * inputs + (step.width + 1) * step.dropped
+    return 2 * FLOAT32 * step.norms + kept
 
 
 def _products(step: _Step) -> int:
-    outputs = 2 * step.query + 2 * step.key + step.hidden + 2 * step.inner
-    return step.width * (step.hidden + outputs + step.ranks)
+    return step.width * (step.hidden + step.query + step.outputs + step.ranks)
 
 
 def _input(step: _Step) -> int:
@@ -105,10 +125,10 @@ def _input(step: _Step) -> int:
 KEPT = {"none": _everything, "dots": _products, "full": _input, "host": _input}
 """`decoder.REMAT`'s policies, each with the bytes that a layer keeps per token.
 
-full: the layer's input. dots: also the outputs of the linears but the last, of attention and of
-A. none: the norms' float32 inputs and results, the inputs of all linears (with dropout, what is
-left of them, and the mask), q, k and v, the parts of the activation function. Where few linears
-have adapters, a little less is kept.
+full: the layer's input. dots: also the outputs of attention, of A and of the linears, but of those
+that are only added to x. none: the norms' float32 inputs and results, the inputs of all linears
+(with dropout, what is left of them, and the mask), q, k and v, the parts of the activation
+function. Where few linears have adapters, a little less is kept.
 """
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.packing import DTYPES
-from qlora_jax.formats.names import expected_shapes
 from qlora_jax.lora.spec import plan
-from qlora_jax.memory.activations import LAYER, estimates, layer_linears
+from qlora_jax.memory.activations import estimates
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.parts import expected_shapes, linears
 from qlora_jax.quant.dynamic8 import BLOCK
 from qlora_jax.quant.qtensor import GROUP
 from qlora_jax.train.moments import MIN_8BIT_SIZE
@@ -124,16 +124,17 @@ def leaves(model: DecoderConfig, run: Config) -> list[Leaf]:
     """
     full = run.method == "full"
     dtype = run.lora.dtype if full else run.model.storage_dtype
-    found = []
+    layers, found = f"{model.names.layers}.", []
     for name, shape in expected_shapes(model).items():
-        if not name.startswith("model.layers."):
-            found.append(Leaf(_part(name), shape, dtype, full))
-        elif name.startswith(LAYER):
+        part = "norms and biases" if len(shape) == 1 else _outside(model).get(name, "linears")
+        if not name.startswith(layers):
+            found.append(Leaf(part, shape, dtype, full))
+        elif name.startswith(f"{layers}0."):
             stack = (model.num_layers, *shape)
             if run.method == "qlora" and len(shape) == 2:
                 found += quantized(model.num_layers, shape[1], shape[0], run.quant)
             else:
-                found.append(Leaf(_part(name), stack, dtype, full, model.num_layers))
+                found.append(Leaf(part, stack, dtype, full, model.num_layers))
     return [*found, *_adapters(model, run)]
 
 
@@ -152,12 +153,11 @@ def gradient_bytes(leaf: Leaf, run: Config) -> int:
     return math.prod(leaf.shape) * (2 if narrow else 4)
 
 
-def _part(name: str) -> str:
-    if name.endswith(("norm.weight", ".bias")):
-        return "norms and biases"
-    return {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(
-        name, "linears"
-    )
+def _outside(model: DecoderConfig) -> dict[str, str]:
+    """The matrices that are no layer's, and the part each belongs to."""
+    names = model.names
+    parts = {names.embed: "embeddings", names.positions: "embeddings", names.head: "head"}
+    return {f"{path}.weight": part for path, part in parts.items()}
 
 
 def quantized(layers: int, k: int, n: int, quant: QuantConfig) -> Iterator[Leaf]:
@@ -177,17 +177,21 @@ def _ranks(model: DecoderConfig, run: Config) -> dict[str, int]:
     """Rank of each of a layer's adapters, by its linear: a stack is as wide as its widest layer."""
     if run.method == "full":
         return {}
-    layers, ranks = layer_linears(model).items(), dict[str, int]()
-    paths = {f"model.layers.{i}.{k}": s for i in range(model.num_layers) for k, s in layers}
+    layers, ranks = f"{model.names.layers}.", dict[str, int]()
+    paths = {
+        f"{layers}{i}.{path}": (linear.inputs, linear.outputs)
+        for i in range(model.num_layers)
+        for path, linear in linears(model).items()
+    }
     for path, spec in plan(run.lora, paths).items():
-        name = path.split(".", 3)[3]
+        name = path.removeprefix(layers).split(".", 1)[1]
         ranks[name] = max(ranks.get(name, 0), spec.rank)
     return ranks
 
 
 def _adapters(model: DecoderConfig, run: Config) -> Iterator[Leaf]:
     for name, rank in _ranks(model, run).items():
-        k, n = layer_linears(model)[name]
+        k, n, _ = linears(model)[name]
         yield Leaf("adapters", (model.num_layers, k, rank), run.lora.dtype, True, model.num_layers)
         yield Leaf("adapters", (model.num_layers, rank, n), run.lora.dtype, True, model.num_layers)
         yield Leaf("adapter scales", (model.num_layers,), "float32")

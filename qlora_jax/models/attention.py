@@ -1,5 +1,6 @@
 """Which positions see which, and the attention over them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,15 @@ ROWS = 256
 """Queries whose scores exist at one time."""
 
 
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Scaled dot-product attention with grouped heads, softmax in float32.
 
     Queries are taken `ROWS` at a time, so that scores of T x S are never held. The backward pass
@@ -47,34 +55,51 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       q: [B, T, H, D].
       k, v: [B, S, H_kv, D] with H a multiple of H_kv.
       mask: bool[B, 1, T, S]. A query that sees nothing (padding) gets an average of all.
+      scale: factor on scores; None is D^-1/2.
+      softcap: c in c·tanh(score/c), after scaling; None: scores as they are.
 
     Returns:
       [B, T, H, D] in q's dtype.
     """
+    return _attend(q.shape[-1] ** -0.5 if scale is None else scale, softcap, q, k, v, mask)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    scale: float,
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
     def rows(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         q, mask = xs
-        weights = _softmax(_grouped(q, k), k, mask).astype(q.dtype)
+        scores = _scores(scale, softcap, _grouped(q, k), k)
+        weights = _softmax(scores, mask).astype(q.dtype)
         return None, _einsum("bkgts,bskd->btkgd", weights, v).astype(q.dtype).reshape(q.shape)
 
     return _over_rows(rows, None, (q, 1), (mask, 2))[1]
 
 
-def _forward(q, k, v, mask):
-    return attend(q, k, v, mask), (q, k, v, mask)
+def _forward(scale, softcap, q, k, v, mask):
+    return _attend(scale, softcap, q, k, v, mask), (q, k, v, mask)
 
 
-def _backward(saved, g):
+def _backward(scale, softcap, saved, g):
     q, k, v, mask = saved
 
     def rows(carry, xs):
         dk, dv = carry
         q, g, mask = xs
         groups, g = _grouped(q, k), _grouped(g, k)
-        weights = _softmax(groups, k, mask)
+        scores = _scores(scale, softcap, groups, k)
+        weights = _softmax(scores, mask)
         slopes = _einsum("btkgd,bskd->bkgts", g, v)
         slopes -= jnp.sum(weights * slopes, axis=-1, keepdims=True)
-        slopes = jnp.where(mask[:, :, None], weights * slopes * q.shape[-1] ** -0.5, 0)
+        slopes = jnp.where(mask[:, :, None], weights * slopes * scale, 0)
+        if softcap is not None:
+            slopes *= 1 - (scores / softcap) ** 2
         slopes = slopes.astype(q.dtype)
         dq = _einsum("bkgts,bskd->btkgd", slopes, k).reshape(q.shape).astype(q.dtype)
         dk += _einsum("bkgts,btkgd->bskd", slopes, groups)
@@ -86,7 +111,7 @@ def _backward(saved, g):
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _over_rows(
@@ -131,8 +156,14 @@ def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
 
 
-def _softmax(groups: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    scores = _einsum("btkgd,bskd->bkgts", groups, k) * groups.shape[-1] ** -0.5
+def _scores(
+    scale: float, softcap: float | None, groups: jax.Array, k: jax.Array
+) -> jax.Array:
+    scores = _einsum("btkgd,bskd->bkgts", groups, k) * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 

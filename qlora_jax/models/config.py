@@ -1,21 +1,23 @@
-"""What a Llama-like decoder looks like, read from a Hugging Face `config.json`."""
+"""What a decoder looks like, read from a Hugging Face `config.json`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_jax.errors import UserError
+from qlora_jax.models.families import FAMILIES, Family, Names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding.
+    """Rotary position embedding of the first `fraction` of a head's channels.
 
     `kind` is default, linear (positions divided by `factor`) or llama3 (Llama 3.1's
     frequency-dependent division). The last three fields are read by llama3 only.
     """
 
     theta: float = 10000.0
+    fraction: float = 1.0
     kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -25,7 +27,26 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shapes and switches of one decoder. `windows[i]` is layer i's sliding window, or None."""
+    """Shapes and switches of one decoder. `windows[i]` is layer i's sliding window, or None.
+
+    Attributes:
+      norm: rms; rms_float32, whose weight is applied before rounding; rms_offset, the same with
+        1 + weight (Gemma); or layer, with mean and bias.
+      rope: None rotates nothing.
+      local_rope: of the layers with a window, where it is another.
+      unrotated: layers without rotation.
+      positions_before: rows of a learned table of positions ahead of position 0's; None: there is
+        no table.
+      scaled_embeddings: by the square root of the hidden size.
+      qk_norm: "head" normalizes each head of q and k, "all" the heads together; None: neither.
+      fused_qkv: q, k and v are one linear: "concatenated", or "interleaved" head by head.
+      fused_gate_up: gate and up are one linear.
+      attention_scale: factor on scores; None is head_dim^-1/2.
+      attention_softcap, final_softcap: c in c·tanh(x/c) of scores and of logits.
+      pre_norms, post_norms: norms of the input, and of the output, of attention and of the MLP.
+      gated: the MLP is down(activation(gate) · up) and not down(activation(up)).
+      parallel_residual: attention and MLP read the same x.
+    """
 
     family: str
     vocab_size: int
@@ -36,32 +57,34 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    rms_norm_eps: float
-    rope: Rope
+    norm_eps: float
+    rope: Rope | None
     tie_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     windows: tuple[int | None, ...]
+    names: Names = Names()
+    norm: str = "rms"
+    local_rope: Rope | None = None
+    unrotated: tuple[int, ...] = ()
+    positions_before: int | None = None
+    scaled_embeddings: bool = False
+    qk_norm: str | None = None
+    fused_qkv: str | None = None
+    fused_gate_up: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    pre_norms: bool = True
+    post_norms: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    parallel_residual: bool = False
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What a `model_type` implies and its config.json does not say."""
-
-    qkv_bias: bool | None = None  # None: the file's `attention_bias`
-    output_bias: bool | None = None
-    window_by_default: int | None = None
-
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(qkv_bias=False, output_bias=False, window_by_default=4096),
-    "qwen2": Family(qkv_bias=True, output_bias=False),
-}
-"""The supported values of `model_type`; a family whose parts the decoder has is a row here."""
 
 ROPE_KINDS = ("default", "linear", "llama3")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
@@ -72,7 +95,8 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
       where: the file's name, for messages.
 
     Raises:
-      UserError: a model type or a rope scaling that is not supported, or a missing key.
+      UserError: a model type, an activation or a rope scaling that is not supported, another value
+        that the decoder has no part for, or a missing key.
     """
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
@@ -81,67 +105,135 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
             f"supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"{where}: hidden_act {raw['hidden_act']!r} is not supported; supported: silu"
-        )
+    for key, values in family.only.items():
+        _require(where, key, raw.get(key, values[0]), values)
+    values = family.defaults | raw
+    own = {usual: values[key] for usual, key in family.keys.items() if key in values}
+    values = {k: v for k, v in values.items() if k not in family.keys} | own
+    if "activation" not in family.fixed:
+        key = family.keys.get("hidden_act", "hidden_act")
+        _require(where, key, values.setdefault("hidden_act", "silu"), ACTIVATIONS)
     try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        layers = int(raw["num_hidden_layers"])
-        attention_bias = bool(raw.get("attention_bias", False))
-        return DecoderConfig(
-            family=kind,
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(raw["intermediate_size"]),
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            max_positions=int(raw.get("max_position_embeddings", 2048)),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=_rope(raw, where),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-            output_bias=attention_bias if family.output_bias is None else family.output_bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            windows=_windows(raw, family, layers),
-        )
+        return DecoderConfig(**(_fields(kind, values, where) | family.fixed))
     except KeyError as e:
-        raise UserError(f"{where}: key {e.args[0]} is missing") from None
+        key = family.keys.get(e.args[0], e.args[0])
+        raise UserError(f"{where}: key {key} is missing") from None
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as e:
         raise UserError(f"{where}: a value cannot be used: {e}") from None
 
 
-def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window", family.window_by_default)
-    if not window or not raw.get("use_sliding_window", family.window_by_default is not None):
+def _require(where: str, key: str, value: Any, values: tuple[Any, ...]) -> None:
+    if value not in values:
+        known = ", ".join(str(v) for v in values if v is not None)
+        raise UserError(f"{where}: {key} {value!r} is not supported; supported: {known}")
+
+
+def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    family = FAMILIES[kind]
+    heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+    layers = int(raw["num_hidden_layers"])
+    attention_bias = bool(raw.get("attention_bias", False))
+
+    def listed(key: str) -> Any:
+        """A key that counts only for the families that have it."""
+        return raw.get(key) if family.keys.get(key, key) in family.defaults else None
+
+    scale = listed("query_pre_attn_scalar")
+    rope, local_rope = _ropes(raw, listed, where)
+    return {
+        "family": kind,
+        "names": family.names,
+        "vocab_size": int(raw["vocab_size"]),
+        "hidden_size": hidden,
+        "intermediate_size": int(raw["intermediate_size"]),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
+        "head_dim": int(raw.get("head_dim") or hidden // heads),
+        "max_positions": int(raw.get("max_position_embeddings", 2048)),
+        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "rope": rope,
+        "local_rope": local_rope,
+        "unrotated": _unrotated(listed, layers),
+        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "qkv_bias": attention_bias,
+        "output_bias": attention_bias,
+        "mlp_bias": bool(raw.get("mlp_bias", False)),
+        "windows": _windows(raw, listed, layers),
+        "activation": raw["hidden_act"],
+        "attention_scale": None if scale is None else float(scale) ** -0.5,
+        "attention_softcap": _float(listed("attn_logit_softcapping")),
+        "final_softcap": _float(listed("final_logit_softcapping")),
+        "parallel_residual": bool(listed("use_parallel_residual")),
+    }
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _windows(
+    raw: Mapping[str, Any], listed: Callable[[str], Any], layers: int
+) -> tuple[int | None, ...]:
+    window = listed("sliding_window")
+    if not window or not listed("use_sliding_window"):
         return (None,) * layers
     if kinds := raw.get("layer_types"):
         if len(kinds) != layers:
             raise ValueError(f"{len(kinds)} layer_types for {layers} layers")
         return tuple(int(window) if k == "sliding_attention" else None for k in kinds)
-    first = int(raw.get("max_window_layers", 0))  # Qwen2: the layers below use full attention
-    return tuple(int(window) if i >= first else None for i in range(layers))
+    # Qwen2: the layers below the first use full attention; Gemma: every n-th layer does.
+    first, every = int(listed("max_window_layers") or 0), listed("sliding_window_pattern")
+    whole = [i < first or (every and not (i + 1) % int(every)) for i in range(layers)]
+    return tuple(None if w else int(window) for w in whole)
 
 
-def _rope(raw: Mapping[str, Any], where: str) -> Rope:
-    # transformers 5 holds everything in rope_parameters; 4 had rope_theta beside rope_scaling.
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def _unrotated(listed: Callable[[str], Any], layers: int) -> tuple[int, ...]:
+    rotated = listed("no_rope_layers")  # which holds 1 where a layer has rotation
+    if rotated is None:
+        every = listed("no_rope_layer_interval")
+        return tuple(i for i in range(layers) if every and not (i + 1) % int(every))
+    if len(rotated) != layers:
+        raise ValueError(f"{len(rotated)} no_rope_layers for {layers} layers")
+    return tuple(i for i, r in enumerate(rotated) if not r)
+
+
+def _ropes(
+    raw: Mapping[str, Any], listed: Callable[[str], Any], where: str
+) -> tuple[Rope, Rope | None]:
+    """The rope, and that of the layers with a window where it is another.
+
+    transformers 5 holds everything in rope_parameters, for Gemma 3 by kind of layer; 4 had
+    rope_theta and rope_local_base_freq beside rope_scaling.
+    """
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    scaling = raw.get(key) or {}
+    whole = scaling.get("full_attention", scaling)
+    fraction = float(whole.get("partial_rotary_factor", listed("partial_rotary_factor") or 1.0))
+    rope = _rope(whole, raw.get("rope_theta"), fraction, f"{where}: {key}")
+    base = listed("rope_local_base_freq")
+    if base is None:
+        return rope, None
+    return rope, _rope(scaling.get("sliding_attention") or {}, base, fraction, f"{where}: {key}")
+
+
+def _rope(scaling: Mapping[str, Any], theta: Any, fraction: float, where: str) -> Rope:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise UserError(
             f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
         )
-    theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    theta = float(scaling.get("rope_theta") or theta or 10000.0)
     if kind == "default":
-        return Rope(theta=theta)
+        return Rope(theta=theta, fraction=fraction)
+    factor = float(scaling["factor"])
     if kind == "linear":
-        return Rope(theta=theta, kind=kind, factor=float(scaling["factor"]))
+        return Rope(theta=theta, fraction=fraction, kind=kind, factor=factor)
     return Rope(
         theta=theta,
+        fraction=fraction,
         kind=kind,
-        factor=float(scaling["factor"]),
+        factor=factor,
         low_freq_factor=float(scaling["low_freq_factor"]),
         high_freq_factor=float(scaling["high_freq_factor"]),
         original_positions=int(scaling["original_max_position_embeddings"]),

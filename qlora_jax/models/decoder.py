@@ -1,4 +1,4 @@
-"""The decoder of the Llama-like families: embedding, scanned layers, norm and head."""
+"""The decoder of all families: embedding, scanned layers, norm and head."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ from qlora_jax.kernels.dense import product
 from qlora_jax.lora import AdapterSpec, init_adapter
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import KVCache, Layer, Linear, RMSNorm, Slots, Weight
-from qlora_jax.models.rope import rotation
+from qlora_jax.models.layers import KVCache, Layer, Linear, Norm, Slots, Weight
+from qlora_jax.models.rope import by_layer, rotation, turns
 from qlora_jax.quant import QTensor
 
 INPUT = "layer input"
@@ -48,6 +48,7 @@ class Decoder(nnx.Module):
       embed: [vocab, hidden].
       runs: stacks of structurally identical layers, in order; usually one.
       head: [hidden, vocab], or None when it is the embedding's transpose.
+      positions: [rows, hidden] of a learned table, or None.
     """
 
     def __init__(
@@ -57,12 +58,15 @@ class Decoder(nnx.Module):
         runs: Sequence[Mapping[str, jax.Array | QTensor]],
         norm: jax.Array,
         head: jax.Array | None,
+        norm_bias: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ):
         self.config = config
         self.embed = Weight(embed)
         self.runs = nnx.List([Layer(config, weights) for weights in runs])
-        self.norm = RMSNorm(norm, config.rms_norm_eps)
+        self.norm = Norm(config, norm, norm_bias)
         self.head = None if head is None else Weight(head)
+        self.positions = None if positions is None else Weight(positions)
 
     def hidden(
         self,
@@ -111,9 +115,11 @@ class Decoder(nnx.Module):
         return x, cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden @ head, accumulated and returned in float32: [..., vocab]."""
+        """hidden @ head, soft-capped where the family does it, in float32: [..., vocab]."""
         weight, vocab_axis = self.stored_head()
-        return product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
+        logits = product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def stored_head(self) -> tuple[jax.Array, int]:
         """The head as it is stored, and which of its axes is the vocabulary."""
@@ -128,7 +134,7 @@ class Decoder(nnx.Module):
         for run, start in zip(self.runs, self._starts()):
             for i in range(run_length(run)):
                 for path, linear in run.linears().items():
-                    yield f"model.layers.{start + i}.{path}", linear, i
+                    yield f"{self.config.names.layers}.{start + i}.{path}", linear, i
 
     def _starts(self) -> list[int]:
         return [0, *np.cumsum([run_length(run) for run in self.runs])][:-1]
@@ -147,7 +153,12 @@ class Decoder(nnx.Module):
         # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens and keep it.
         embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
         x = embed[tokens].astype(dtype)
-        rope = rotation(positions, config.rope, config.head_dim)
+        if config.scaled_embeddings:
+            x = x * jnp.asarray(config.hidden_size**0.5, dtype)
+        if self.positions is not None:
+            x = x + self.positions.get_value()[positions + config.positions_before].astype(dtype)
+        shared = config.rope and rotation(positions, config.rope, config.head_dim)
+        frequencies = by_layer(config)
         keys = None if key is None else jax.random.split(key, config.num_layers)
         windowed = any(config.windows)
         mask = see(None)
@@ -158,13 +169,14 @@ class Decoder(nnx.Module):
             part = slice(start, start + run_length(run))
 
             def body(x, xs, graph=graph):
-                weights, window, key, layer_cache = xs
+                weights, window, frequencies, key, layer_cache = xs
                 x = checkpoint_name(x, INPUT)
                 seen = see(window) if windowed else mask
+                rope = shared if frequencies is None else turns(positions, frequencies)
                 slots = None if layer_cache is None else Slots(layer_cache, positions)
                 return nnx.merge(graph, weights)(x, rope, seen, key, slots)
 
-            xs = jax.tree.map(lambda a, part=part: a[part], (windows, keys, cache))
+            xs = jax.tree.map(lambda a, part=part: a[part], (windows, frequencies, keys, cache))
             x, new = jax.lax.scan(REMAT[remat](body), x, (weights, *xs))
             written.append(new)
         if cache is not None:
@@ -177,7 +189,7 @@ class Decoder(nnx.Module):
 
 def run_length(run: Layer) -> int:
     """Number of layers in a stack."""
-    return run.input_layernorm.weight.get_value().shape[0]
+    return next(iter(run.linears().values())).weight.get_value().shape[0]
 
 
 def empty_cache(
@@ -200,7 +212,8 @@ def attach(
     """Gives every linear named in `specs` (Hugging Face module paths) a fresh adapter, in place."""
     for run, start in zip(model.runs, model._starts()):
         for path, linear in run.linears().items():
-            layers = [specs.get(f"model.layers.{start + i}.{path}") for i in range(run_length(run))]
+            prefix = model.config.names.layers
+            layers = [specs.get(f"{prefix}.{start + i}.{path}") for i in range(run_length(run))]
             key, own = jax.random.split(key)
             if any(layers):
                 k, n = linear.weight.get_value().shape[-2:]

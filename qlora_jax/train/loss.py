@@ -19,6 +19,23 @@ LIFT = 2.0**12
 probabilities of a large vocabulary would be subnormal."""
 
 
+class _Head(NamedTuple):
+    """What is fixed about the head: `token_loss`'s arguments."""
+
+    vocab_axis: int
+    trained: bool
+    softcap: float | None
+
+    def logits(self, h: jax.Array, weight: jax.Array) -> jax.Array:
+        """Of a block of the head's vectors, float32[R, block]."""
+        logits = product(h, weight.astype(h.dtype), 1 - self.vocab_axis)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def sloped(self, values: jax.Array, logits: jax.Array) -> jax.Array:
+        """values times the derivative of the cap where it gave these logits."""
+        return values if self.softcap is None else values * (1 - (logits / self.softcap) ** 2)
+
+
 class _Online(NamedTuple):
     """What has been seen of the vocabulary: per row, all float32."""
 
@@ -29,7 +46,8 @@ class _Online(NamedTuple):
     target: jax.Array
     """[R], the target's logit."""
     mean: jax.Array
-    """[R, D], the sum of exp(logit - highest) times the head's vectors."""
+    """[R, D], the sum of exp(logit - highest) times the slope of the cap times the head's
+    vectors."""
 
 
 def token_loss(
@@ -40,6 +58,7 @@ def token_loss(
     *,
     vocab_axis: int = 1,
     train_head: bool = False,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy over the positions that carry loss, and their number.
 
@@ -56,6 +75,7 @@ def token_loss(
       mask: bool[...].
       vocab_axis: which axis of the head is the vocabulary.
       train_head: whether the head needs a gradient; without it, its gradient is zero.
+      softcap: c in logits of c·tanh(hidden @ head / c); None: as they are.
 
     Returns:
       float32 sum and float32 count.
@@ -72,15 +92,18 @@ def token_loss(
         return taken.reshape(-1, rows, *x.shape[1:])
 
     total = _total(
-        vocab_axis, train_head, chunks(flat), head, chunks(targets.reshape(-1)), chunks(mask)
+        _Head(vocab_axis, train_head, softcap),
+        chunks(flat),
+        head,
+        chunks(targets.reshape(-1)),
+        chunks(mask),
     )
     return total, mask.sum().astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(
-    vocab_axis: int,
-    train_head: bool,
+    kind: _Head,
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
@@ -90,25 +113,26 @@ def _total(
         h, t, m = xs
 
         def compute() -> jax.Array:
-            return _loss(_over_vocabulary(vocab_axis, h, head, t, with_mean=False), m)
+            return _loss(_over_vocabulary(kind, h, head, t, with_mean=False), m)
 
         return total + jax.lax.cond(m.any(), compute, lambda: jnp.float32(0)), None
 
     return jax.lax.scan(chunk, jnp.float32(0), (hidden, targets, mask))[0]
 
 
-def _forward(vocab_axis, train_head, hidden, head, targets, mask):
+def _forward(kind, hidden, head, targets, mask):
     def chunk(carry, xs):
         h, t, m = xs
 
         def compute(dhead):
-            seen = _over_vocabulary(vocab_axis, h, head, t, with_mean=True)
+            seen = _over_vocabulary(kind, h, head, t, with_mean=True)
             # rounded as the product before it rounded the other vectors
-            of_target = jnp.take(head, t, axis=vocab_axis, mode="clip").astype(h.dtype)
-            of_target = of_target.T if vocab_axis else of_target
+            of_target = jnp.take(head, t, axis=kind.vocab_axis, mode="clip").astype(h.dtype)
+            of_target = of_target.T if kind.vocab_axis else of_target
+            of_target = kind.sloped(of_target, seen.target[:, None])
             dh = (seen.mean / seen.total[:, None] - of_target) * m[:, None]
-            if train_head:
-                dhead = _add_head_gradient(vocab_axis, dhead, h, head, t, m, seen)
+            if kind.trained:
+                dhead = _add_head_gradient(kind, dhead, h, head, t, m, seen)
             return _loss(seen, m), dh, dhead
 
         def skip(dhead):
@@ -118,14 +142,14 @@ def _forward(vocab_axis, train_head, hidden, head, targets, mask):
         loss, dh, dhead = jax.lax.cond(m.any(), compute, skip, dhead)
         return (total + loss, dhead), dh
 
-    dhead = jnp.zeros(head.shape if train_head else (), jnp.float32)
+    dhead = jnp.zeros(head.shape if kind.trained else (), jnp.float32)
     (total, dhead), dh = jax.lax.scan(chunk, (jnp.float32(0), dhead), (hidden, targets, mask))
     return total, (dh, dhead, hidden[:0], head[:0])
 
 
-def _backward(vocab_axis, train_head, saved, g):
+def _backward(kind, saved, g):
     dh, dhead, hidden, head = saved
-    grad = (dhead * g).astype(head.dtype) if train_head else None
+    grad = (dhead * g).astype(head.dtype) if kind.trained else None
     return (dh * g).astype(hidden.dtype), grad, None, None
 
 
@@ -138,22 +162,23 @@ def _loss(seen: _Online, mask: jax.Array) -> jax.Array:
 
 
 def _over_vocabulary(
-    vocab_axis: int, h: jax.Array, head: jax.Array, targets: jax.Array, *, with_mean: bool
+    kind: _Head, h: jax.Array, head: jax.Array, targets: jax.Array, *, with_mean: bool
 ) -> _Online:
     """One pass over the head, block by block; `mean` stays zero unless it is asked for."""
 
     def block(i: jax.Array, seen: _Online) -> _Online:
-        weight, ids, new = _block(vocab_axis, head, i)
-        logits = jnp.where(new, product(h, weight.astype(h.dtype), 1 - vocab_axis), -jnp.inf)
+        weight, ids, new = _block(kind.vocab_axis, head, i)
+        whole = kind.logits(h, weight)
+        logits = jnp.where(new, whole, -jnp.inf)
         highest = jnp.maximum(seen.highest, logits.max(axis=-1))
         powers = jnp.exp(logits - highest[:, None])
         shrink = jnp.exp(seen.highest - highest)
         hit = ids == targets[:, None]
         mean = seen.mean
         if with_mean:
-            lifted = (powers * LIFT).astype(h.dtype)
+            lifted = (kind.sloped(powers, whole) * LIFT).astype(h.dtype)
             mean *= shrink[:, None]
-            mean += product(lifted, weight.astype(h.dtype), vocab_axis) / LIFT
+            mean += product(lifted, weight.astype(h.dtype), kind.vocab_axis) / LIFT
         return _Online(
             highest,
             seen.total * shrink + powers.sum(axis=-1),
@@ -163,11 +188,11 @@ def _over_vocabulary(
 
     rows = jnp.zeros(h.shape[0], jnp.float32)
     nothing = _Online(rows - jnp.inf, rows, rows, jnp.zeros(h.shape, jnp.float32))
-    return jax.lax.fori_loop(0, _blocks(head.shape[vocab_axis])[0], block, nothing)
+    return jax.lax.fori_loop(0, _blocks(head.shape[kind.vocab_axis])[0], block, nothing)
 
 
 def _add_head_gradient(
-    vocab_axis: int,
+    kind: _Head,
     dhead: jax.Array,
     h: jax.Array,
     head: jax.Array,
@@ -178,17 +203,17 @@ def _add_head_gradient(
     normalizer = seen.highest + jnp.log(seen.total)
 
     def block(i: jax.Array, dhead: jax.Array) -> jax.Array:
-        weight, ids, new = _block(vocab_axis, head, i)
-        logits = product(h, weight.astype(h.dtype), 1 - vocab_axis)
+        weight, ids, new = _block(kind.vocab_axis, head, i)
+        logits = kind.logits(h, weight)
         hit = ids == targets[:, None]
         dlogits = (jnp.exp(logits - normalizer[:, None]) - hit) * (mask[:, None] & new)
-        dlogits = (dlogits * LIFT).astype(h.dtype)
-        rows, columns = (h, dlogits) if vocab_axis else (dlogits, h)
+        dlogits = (kind.sloped(dlogits, logits) * LIFT).astype(h.dtype)
+        rows, columns = (h, dlogits) if kind.vocab_axis else (dlogits, h)
         part = product(rows.T, columns, 0) / LIFT
-        old = jax.lax.dynamic_slice_in_dim(dhead, ids[0], len(ids), vocab_axis)
-        return jax.lax.dynamic_update_slice_in_dim(dhead, old + part, ids[0], vocab_axis)
+        old = jax.lax.dynamic_slice_in_dim(dhead, ids[0], len(ids), kind.vocab_axis)
+        return jax.lax.dynamic_update_slice_in_dim(dhead, old + part, ids[0], kind.vocab_axis)
 
-    return jax.lax.fori_loop(0, _blocks(head.shape[vocab_axis])[0], block, dhead)
+    return jax.lax.fori_loop(0, _blocks(head.shape[kind.vocab_axis])[0], block, dhead)
 
 
 def _blocks(vocabulary: int) -> tuple[int, int]:

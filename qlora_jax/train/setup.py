@@ -18,13 +18,14 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.formats import fresh
 from qlora_jax.formats.checkpoint import Checkpoint
-from qlora_jax.formats.load import PREFIX, load
+from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.check import agrees
 from qlora_jax.kernels.fused import FUSED, capability_of, usable
 from qlora_jax.lora import plan, ranks_above_full
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
+from qlora_jax.models.parts import linears
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
 from qlora_jax.train.display import progress
@@ -87,8 +88,12 @@ def _own_tokenizer(config: Config) -> Tokenizer:
 
 
 def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    shapes = {n: checkpoint.shape(n) for n in checkpoint.names() if n.startswith(PREFIX)}
-    return {n.removesuffix(".weight"): (s[1], s[0]) for n, s in shapes.items() if len(s) == 2}
+    config = checkpoint.config
+    return {
+        f"{config.names.layers}.{i}.{path}": (linear.inputs, linear.outputs)
+        for i in range(config.num_layers)
+        for path, linear in linears(config).items()
+    }
 
 
 class Hardware(Protocol):
@@ -205,9 +210,9 @@ def load_model(
     if full:
         return model, {}
     use_kernel(model, trusted_kernel(config, jax.devices()[0], warn))
-    linears = model.linears()
-    specs = plan(config.lora, linears)
-    if above := ranks_above_full(specs, linears):
+    shapes = model.linears()
+    specs = plan(config.lora, shapes)
+    if above := ranks_above_full(specs, shapes):
         kinds = ", ".join(sorted({path.rpartition(".")[2] for path in above}))
         warn(
             f"warning: the rank is above min(in, out) of {len(above)} linears ({kinds}), "

@@ -138,7 +138,13 @@ def build(
         )
         head, axis = model.stored_head()
         return token_loss(
-            hidden, head, batch["targets"], batch["mask"], vocab_axis=axis, train_head=train_head
+            hidden,
+            head,
+            batch["targets"],
+            batch["mask"],
+            vocab_axis=axis,
+            train_head=train_head,
+            softcap=model.config.final_softcap,
         )
 
     @jax.jit

@@ -207,8 +207,8 @@ def test_an_f32_file_gives_back_the_hugging_face_checkpoint(
     for name in original.names():
         np.testing.assert_array_equal(checkpoint.read(name), original.read(name))
     a, b = checkpoint.config, original.config
-    assert a.rms_norm_eps == pytest.approx(b.rms_norm_eps, rel=1e-6)
-    assert a == type(b)(**{**vars(b), "rms_norm_eps": a.rms_norm_eps})
+    assert a.norm_eps == pytest.approx(b.norm_eps, rel=1e-6)
+    assert a == type(b)(**{**vars(b), "norm_eps": a.norm_eps})
 
 
 def test_qwen2_is_not_permuted_and_has_biases(tmp_path: Path, models: Path) -> None:
@@ -365,5 +365,5 @@ def test_the_builtin_model(builtin_gguf: Path) -> None:
 
 def test_the_builtin_models_shapes_are_the_published_ones(builtin_gguf):
     published = find("smollm2-135m")
-    epsilon = float(np.float32(published.rms_norm_eps))  # as the file holds it
-    assert open_gguf(builtin_gguf).config == dataclasses.replace(published, rms_norm_eps=epsilon)
+    epsilon = float(np.float32(published.norm_eps))  # as the file holds it
+    assert open_gguf(builtin_gguf).config == dataclasses.replace(published, norm_eps=epsilon)

@@ -2,13 +2,14 @@
 
 Run in an environment with torch, transformers and peft:
 
-    python tests/golden/make_models.py tests/golden/models
+    python tests/golden/make_models.py tests/golden/models [name ...]
 
 Every model is a Hugging Face folder with `reference.npz`: `tokens` [2, 33] and the float32
 `logits` that transformers computes for them with eager attention. `llama/peft_lora` and
 `llama/peft_rslora` are adapters made by PEFT, with B not zero, and the logits with them on;
 `llama/peft_patterns` has ranks and alphas that differ between modules. The models of `VARIANTS`
-are smaller and cover one feature each: scaled rotary embeddings, sliding windows, biases.
+are smaller and cover one family or one feature each: scaled rotary embeddings, sliding windows,
+biases.
 The files in the repository came from transformers 5.23.0, PEFT 0.21.2 and torch 2.13.0.
 """
 
@@ -71,7 +72,57 @@ VARIANTS = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": None}),
+    "olmo2": ("olmo2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            "tie_word_embeddings": False,
+            "sliding_window": 20,
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {"tie_word_embeddings": False, "num_key_value_heads": 4, "layer_norm_eps": 1e-5},
+    ),
+    "opt": (
+        "opt",
+        {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": 4},
+    ),
 }
+ADAPTED = ("phi3", "gpt_neox")
+"""Variants that get a `peft_lora` as well: their fused linears are adapted as one."""
 ADAPTERS = {
     "peft_lora": {},
     "peft_rslora": {"use_rslora": True},
@@ -126,17 +177,23 @@ def make_adapter(base: Path, name: str, tokens: torch.Tensor, random: torch.Gene
     np.savez_compressed(base / name / "reference.npz", logits=logits(model, tokens))
 
 
-def main(out: Path) -> None:
+def main(out: Path, only: list[str]) -> None:
     for family in FAMILIES:
+        if only and family not in only:
+            continue
         random = torch.Generator().manual_seed(SEED + 1)
         tokens = make_base(family, SHAPE | FAMILIES[family], out / family, random)
         if family == "llama":
             for name in ADAPTERS:
                 make_adapter(out / family, name, tokens, random)
     for name, (family, settings) in VARIANTS.items():
+        if only and name not in only:
+            continue
         random = torch.Generator().manual_seed(SEED + 1)
-        make_base(family, SMALL | settings, out / name, random)
+        tokens = make_base(family, SMALL | settings, out / name, random)
+        if name in ADAPTED:
+            make_adapter(out / name, "peft_lora", tokens, random)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -12,9 +12,9 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import REMAT, Decoder, attach, empty_cache
-from qlora_jax.models.layers import LINEARS
 from qlora_jax.quant import dequantize, quantize
 
+LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 NAMES = [
     "llama",
     "mistral",
@@ -23,6 +23,15 @@ NAMES = [
     "llama_rope_linear_biases",
     "mistral_window",
     "qwen2_window",
+    "qwen3",
+    "smollm3",
+    "olmo2",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt_neox",
+    "opt",
 ]
 
 

@@ -27,7 +27,7 @@ def read(model_type="llama", **settings):
 def test_what_a_file_leaves_out():
     config = read()
     assert (config.num_kv_heads, config.head_dim) == (4, 16)
-    assert (config.max_positions, config.rms_norm_eps) == (2048, 1e-6)
+    assert (config.max_positions, config.norm_eps) == (2048, 1e-6)
     assert config.rope == Rope(theta=10000.0)
     assert not config.tie_embeddings
     assert config.windows == (None,) * 4
@@ -45,7 +45,7 @@ def test_what_a_file_says():
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (256, 64, 128)
     assert (config.num_layers, config.num_heads) == (4, 4)
     assert (config.num_kv_heads, config.head_dim, config.max_positions) == (2, 32, 512)
-    assert (config.rms_norm_eps, config.tie_embeddings, config.mlp_bias) == (1e-5, True, True)
+    assert (config.norm_eps, config.tie_embeddings, config.mlp_bias) == (1e-5, True, True)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_reference_models_are_read(models):
     [
         ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported; .*llama, mist"),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+        ({"hidden_act": "tanh"}, "json: hidden_act 'tanh' is not supported; supported: silu, gelu"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope scaling 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "config.json: key factor is missing"),

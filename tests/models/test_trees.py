@@ -10,7 +10,6 @@ from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig, Rope
 from qlora_jax.models.decoder import Decoder, attach
-from qlora_jax.models.layers import LINEARS
 from qlora_jax.quant import quantize
 
 
@@ -52,7 +51,7 @@ def test_trained_are_the_adapters_alone_or_every_weight(open_model, adapted):
         "embed",
         "head",
         "norm.weight",
-        *(f"runs.0.{name.rpartition('.')[2]}.weight" for name in LINEARS),
+        *(f"runs.0.{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down")),
         "runs.0.input_layernorm.weight",
         "runs.0.post_attention_layernorm.weight",
     }
@@ -116,7 +115,7 @@ SMOLLM2 = DecoderConfig(
     num_kv_heads=3,
     head_dim=64,
     max_positions=8192,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope=Rope(theta=100000.0),
     tie_embeddings=True,
     qkv_bias=False,

@@ -67,7 +67,7 @@ def model(implementation: str | None) -> Decoder:
         num_kv_heads=2,
         head_dim=HIDDEN // 4,
         max_positions=64,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope=Rope(),
         tie_embeddings=False,
         qkv_bias=False,
