@@ -21,7 +21,7 @@ import numpy as np
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.errors import UserError
-from qlora_jax.quant import QTensor
+from qlora_jax.quant import QTensor, quantize
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import BLOCK_SIZES as HELD_BLOCKS
 from qlora_jax.quant.qtensor import GROUP
@@ -224,11 +224,10 @@ def decode(
         values = parts["quant_map"][codes] * np.repeat(scales, layout.block)[: codes.size]
         return jnp.asarray(values.astype(DTYPES[layout.dtype]).reshape(out, inner).T)
     values = parts["quant_map"][order]
-    zero = int(np.sum(values[1:] + values[:-1] < 0))
     times = layout.block // block
     scales = np.repeat(scales, times)[: out * inner // block].reshape(out, -1)
     return QTensor(
-        codes=_planar(_renumbered(packed, np.argsort(order)), layout.shape, zero),
+        codes=_planar(_renumbered(packed, np.argsort(order)), layout.shape, _zero(values)),
         scales=jnp.asarray(scales.T),
         nested=None if nested is None else jnp.asarray(nested),
         offset=None if nested is None else jnp.asarray(offset),
@@ -258,9 +257,9 @@ def encode(q: QTensor, layout: Layout) -> dict[str, np.ndarray]:
         "dtype": layout.dtype,
         "shape": layout.shape,
     }
-    end = int(np.argsort(order)[0])
+    flat = _flat(q.codes, q.in_features, _zero(np.asarray(q.codebook)))
     tensors = {
-        "": _renumbered(np.asarray(_flat(q.codes, q.in_features, end)), order)[:, None],
+        "": _renumbered(np.asarray(flat), order)[:, None],
         ".absmax": np.asarray(q.scales).T.reshape(-1)[::every].copy(),
         ".quant_map": values,
     }
@@ -277,13 +276,41 @@ def encode(q: QTensor, layout: Layout) -> dict[str, np.ndarray]:
     return tensors
 
 
-def quantization_config(quant: QuantConfig, compute_dtype: str, skipped: list[str]) -> dict:
-    """config.json's `quantization_config`.
+def pack(name: str, weight: np.ndarray, quant: QuantConfig, dtype: str) -> dict[str, np.ndarray]:
+    """Quantizes a weight as bitsandbytes does, blocks across the ends of rows included.
 
     Args:
-      quant: how the linears are stored.
+      name: of the weight, for messages.
+      weight: floats [out, in].
+      quant: codebook, block size and double quantization.
+      dtype: to record as what the weight dequantizes to.
+
+    Returns:
+      Tensors by what follows the name of the weight.
+
+    Raises:
+      UserError: NaN or Inf in it.
+    """
+    out, inner = weight.shape
+    wide = jnp.asarray(weight, jnp.float32)
+    q = quantize(
+        wide.reshape(-1, 1) if inner % quant.block_size else wide.T,
+        quant.codebook,
+        quant.block_size,
+        quant.double_quant,
+        NESTED_BLOCK,
+        name=name,
+    )
+    nested = NESTED_BLOCK if quant.double_quant else None
+    return encode(q, Layout(kind_of(quant.codebook), quant.block_size, dtype, (out, inner), nested))
+
+
+def quantization_config(quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:
+    """config.json's `quantization_config`: all linears but the head in 4 bits.
+
+    Args:
+      quant: how they are stored.
       compute_dtype: in which transformers is to multiply.
-      skipped: modules that stay in 16 bits, the head among them; none but the head where empty.
     """
     return {
         "quant_method": "bitsandbytes",
@@ -297,7 +324,7 @@ def quantization_config(quant: QuantConfig, compute_dtype: str, skipped: list[st
         "bnb_4bit_use_double_quant": quant.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skipped or None,
+        "llm_int8_skip_modules": None,
         "llm_int8_threshold": 6.0,
     }
 
@@ -330,6 +357,11 @@ def _state(name: str, text: bytes) -> dict[str, Any]:
     return raw
 
 
+def _zero(values: np.ndarray) -> int:
+    """The code of zero: with two zeros, the one that bitsandbytes rounds to."""
+    return int(np.sum(values[1:] + values[:-1] < 0))
+
+
 def _renumbered(packed: np.ndarray, codes: np.ndarray) -> np.ndarray:
     byte = np.arange(256)
     table = codes[byte >> 4] << 4 | codes[byte & 15]
@@ -347,10 +379,10 @@ def _planar(packed: jax.Array, shape: tuple[int, int], zero: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _flat(codes: jax.Array, in_features: int, end: int) -> jax.Array:
-    """The inverse of `_planar`; `end` fills a last half byte."""
+def _flat(codes: jax.Array, in_features: int, zero: int) -> jax.Array:
+    """The inverse of `_planar`; a last half byte holds the code of zero."""
     rows = codes.reshape(-1, GROUP // 2, codes.shape[-1])
     flat = jnp.stack([rows & 15, rows >> 4], axis=1).reshape(-1, codes.shape[-1])
     flat = flat[:in_features].T.reshape(-1)
-    pairs = jnp.pad(flat, (0, flat.size % 2), constant_values=end).reshape(-1, 2)
+    pairs = jnp.pad(flat, (0, flat.size % 2), constant_values=zero).reshape(-1, 2)
     return pairs[:, 0] << 4 | pairs[:, 1]
