@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import numpy as np
 
+from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.quant import QTensor
 
 
 class Checkpoint(Protocol):
@@ -31,15 +34,20 @@ class Checkpoint(Protocol):
     def description(self) -> str:
         """What the weights are, for reports: `safetensors BF16`, `dequantized Q4_1`."""
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """The weights that `read` gives as they are held; None where all are floats."""
+
     def names(self) -> list[str]:
         """Parameter names such as `model.layers.0.self_attn.q_proj.weight`, in layer order."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one parameter; linears are [out, in]."""
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray | jax.Array | QTensor:
         """One parameter as an array of its own, linears [out, in].
 
         The dtype is the stored one: float32, float16 or ml_dtypes.bfloat16; block-quantized
-        weights come as float32.
+        weights come as float32. Those of `quantization` come as the model holds them, [in, out]:
+        a QTensor, or a jax array.
         """

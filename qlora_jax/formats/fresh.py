@@ -45,7 +45,7 @@ def shapes(pretrain: PretrainConfig) -> DecoderConfig:
         num_kv_heads=kv_heads,
         head_dim=hidden // heads,
         max_positions=pretrain.positions,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope=Rope(),
         tie_embeddings=True,
         qkv_bias=False,
@@ -67,6 +67,7 @@ class FreshCheckpoint:
     seed: int
     path: Path = Path(NAME)
     description: str = "random values"
+    quantization: None = None
 
     @property
     def tokenizer_path(self) -> Path:

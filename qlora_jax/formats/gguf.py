@@ -52,6 +52,7 @@ class GgufCheckpoint:
     description: str
     tensors: dict[str, GgufTensor]
     permuted: dict[str, int]
+    quantization: None = None
 
     @property
     def tokenizer_path(self) -> Path:

@@ -2,19 +2,28 @@
 
 import dataclasses
 import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qlora_jax import paths
 from qlora_jax.errors import UserError
+from qlora_jax.formats import bitsandbytes
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
+from qlora_jax.quant import QTensor
 
 FLOATS = ("F32", "F16", "BF16")
+ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+"""Of the dtypes in which bitsandbytes lets packed codes lie."""
+EMBEDDING = "model.embed_tokens.weight"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,6 +38,7 @@ class HuggingFaceCheckpoint:
     description: str
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    quantization: bitsandbytes.Quantization | None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -40,7 +50,16 @@ class HuggingFaceCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray | jax.Array | QTensor:
+        stored = self.quantization.layouts.get(name) if self.quantization else None
+        if stored is None:
+            return self._tensor(name)
+        parts = {p: f"{name}.{p}" for p in bitsandbytes.PARTS}
+        state = self._tensor(f"{name}.quant_state.bitsandbytes__{stored.kind}").tobytes()
+        present = {p: self._tensor(whole) for p, whole in parts.items() if whole in self.files}
+        return bitsandbytes.decode(name, stored, self._tensor(name), present, state)
+
+    def _tensor(self, name: str) -> np.ndarray:
         # A memory map's pages count as resident until it is closed: pread holds the tensor alone.
         with safe_open(self.files[name], framework="numpy", backend="pread") as file:
             return file.get_tensor(name)
@@ -49,9 +68,11 @@ class HuggingFaceCheckpoint:
 def open_folder(folder: Path) -> HuggingFaceCheckpoint:
     """Opens a folder with config.json and safetensors weights, in one file or in shards.
 
+    Layers' linears may be stored in bitsandbytes' 4 bits.
+
     Raises:
-      UserError: a file is missing or damaged, the weights are of another format or quantized, or
-        they do not agree with config.json.
+      UserError: a file is missing or damaged, the weights are of another format or quantized in
+        another way, or they do not agree with config.json.
     """
     config = _config(folder)
     files: dict[str, Path] = {}
@@ -60,20 +81,60 @@ def open_folder(folder: Path) -> HuggingFaceCheckpoint:
     for path in _weight_files(folder):
         for name, (shape, dtype) in _header(path).items():
             files[name], shapes[name], dtypes[name] = path, shape, dtype
-    expected = check_shapes(shapes, config, folder)
-    if other := [name for name in expected if dtypes[name] not in FLOATS]:
+    layouts = _layouts(files, shapes, dtypes)
+    if EMBEDDING in layouts:
+        raise UserError(f"{folder}: {EMBEDDING} is in 4 bits, which is not supported")
+    quantization = bitsandbytes.quantization(layouts)
+    weights = {n: s for n, s in shapes.items() if n.rpartition(".")[0] not in layouts}
+    weights = {n: s for n, s in weights.items() if not bitsandbytes.STATE.fullmatch(n)}
+    expected = check_shapes(weights | {n: x.shape for n, x in layouts.items()}, config, folder)
+    plain = [name for name in expected if name not in layouts]
+    if other := [name for name in plain if dtypes[name] not in FLOATS]:
         raise UserError(
             f"{files[other[0]]}: {other[0]} is stored as {dtypes[other[0]]}; "
             f"supported: {', '.join(FLOATS)}. Give the 16-bit checkpoint"
         )
-    kinds = sorted({dtypes[name] for name, shape in expected.items() if len(shape) == 2})
+    kinds = sorted({dtypes[name] for name in plain if len(expected[name]) == 2})
+    kinds += sorted({f"bitsandbytes {layout.kind}" for layout in layouts.values()})
     return HuggingFaceCheckpoint(
         path=folder,
         config=config,
         description=f"safetensors {'/'.join(kinds)}",
-        files={name: files[name] for name in expected},
+        files=files,
         shapes=expected,
+        quantization=quantization,
     )
+
+
+def _layouts(
+    files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
+) -> dict[str, bitsandbytes.Layout]:
+    """Every weight that is stored in 4 bits; the tensors beside it have been checked."""
+    by_file: dict[Path, list[tuple[str, str, str]]] = defaultdict(list)
+    for name in files:
+        if found := bitsandbytes.STATE.fullmatch(name):
+            by_file[files[name]].append((name, found[1], found[2]))
+    layouts = {}
+    for path, states in by_file.items():
+        with safe_open(path, framework="numpy", backend="pread") as file:
+            for state, weight, kind in states:
+                where, nested = f"{path}: {weight}", f"{weight}.nested_quant_map"
+                table = file.get_tensor(nested) if files.get(nested) == path else None
+                text = file.get_tensor(state).tobytes()
+                layout = bitsandbytes.read_layout(where, kind, text, table)
+                parts = {"weight": weight} | {p: f"{weight}.{p}" for p in bitsandbytes.PARTS}
+                found_parts = {
+                    part: (
+                        shapes[n],
+                        dtypes[n],
+                        math.prod(shapes[n]) * ITEM_BYTES.get(dtypes[n], 0),
+                    )
+                    for part, n in parts.items()
+                    if n in files
+                }
+                bitsandbytes.check_parts(where, layout, found_parts)
+                layouts[weight] = layout
+    return layouts
 
 
 def _config(folder: Path) -> DecoderConfig:
@@ -86,12 +147,21 @@ def _config(folder: Path) -> DecoderConfig:
         raise UserError(f"{folder}: no config.json in it; give a Hugging Face model folder")
     raw = _json(path)
     if quantized := raw.get("quantization_config"):
-        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
-        raise UserError(
-            f"{path}: quantization_config ({method}): checkpoints that are already quantized are "
-            "not supported; give the 16-bit checkpoint"
-        )
+        _check_quantization(quantized, path)
     return from_hugging_face(raw, str(path))
+
+
+def _check_quantization(quantized: Any, path: Path) -> None:
+    settings = quantized if isinstance(quantized, dict) else {}
+    method = settings.get("quant_method", "?")
+    eight = settings.get("load_in_8bit") or settings.get("_load_in_8bit")
+    if method == "bitsandbytes" and not eight:
+        return
+    what = f"{method} in 8 bits" if method == "bitsandbytes" else method
+    raise UserError(
+        f"{path}: quantization_config ({what}): of checkpoints that are already quantized only "
+        "bitsandbytes' in 4 bits are supported; give that or the 16-bit checkpoint"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from qlora_jax import paths
 from qlora_jax.atomic import storage_error
 from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import CONFIG, INDEX, WEIGHTS
-from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.config import DecoderConfig, Rope
 
 DTYPES: Mapping[np.dtype, str] = {
     np.dtype(np.float32): "F32",
@@ -121,8 +121,8 @@ def config_json(
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": (config.rope or Rope()).theta,
         "rope_scaling": _rope_scaling(config),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.qkv_bias,
@@ -139,7 +139,7 @@ def config_json(
 
 
 def _rope_scaling(config: DecoderConfig) -> dict[str, Any] | None:
-    rope = config.rope
+    rope = config.rope or Rope()
     if rope.kind == "default":
         return None
     scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}

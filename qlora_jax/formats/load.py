@@ -1,7 +1,8 @@
 """From an open checkpoint to a model, one tensor in memory at a time."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.parts import linears
-from qlora_jax.quant import QTensor, quantize
+from qlora_jax.quant import QTensor, dequantize, quantize
 
 
 def load(
@@ -25,7 +26,9 @@ def load(
 ) -> Decoder:
     """Builds the model on the default device, quantizing each tensor as it arrives.
 
-    Peak memory is the finished model plus a few tensors; the 16-bit model never exists.
+    Peak memory is the finished model plus a few tensors; the 16-bit model never exists. A
+    checkpoint that has 4-bit weights itself decides which those are: nothing else is quantized.
+    Consecutive layers whose weights are held alike make one stack.
 
     Args:
       checkpoint: where the weights come from.
@@ -39,25 +42,28 @@ def load(
     """
     config, names = checkpoint.config, checkpoint.config.names
     layers, head = f"{names.layers}.", f"{names.head}.weight"
+    quant = None if checkpoint.quantization else quant
     outer: dict[str, jax.Array] = {}
-    stacks: dict[str, jax.Array | QTensor] = {}
+    places, runs = _stacks(checkpoint)
+    stacks: list[dict[str, jax.Array | QTensor]] = [{} for _ in runs]
     for name in checkpoint.names():
         array = checkpoint.read(name)
         if not name.startswith(layers):
-            outer[name] = _plain(name, array, name == head, dtype)
+            outer[name] = _outer(name, array, name == head, dtype)
         else:
             layer, key = name.removeprefix(layers).split(".", 1)
             linear = key.removesuffix(".weight") in linears(config)
             value = _value(name, array, linear, quant, dtype)
-            if key not in stacks:
-                stacks[key] = _empty(value, config.num_layers)
-            stacks[key] = _insert(stacks[key], value, int(layer))
+            run, index = places[int(layer)]
+            if key not in stacks[run]:
+                stacks[run][key] = _empty(value, runs[run])
+            stacks[run][key] = _insert(stacks[run][key], value, index)
         progress()
     compilation.trim()  # after many short compilations
     return Decoder(
         config,
         outer[f"{names.embed}.weight"],
-        [stacks],
+        stacks,
         outer[f"{names.norm}.weight"],
         outer.get(head),
         outer.get(f"{names.norm}.bias"),
@@ -65,13 +71,39 @@ def load(
     )
 
 
+def _stacks(checkpoint: Checkpoint) -> tuple[list[tuple[int, int]], list[int]]:
+    """For each layer its stack and its index there, and the length of each stack."""
+    layers: list[dict[str, Hashable]] = [{} for _ in range(checkpoint.config.num_layers)]
+    stored = checkpoint.quantization.layouts if checkpoint.quantization else {}
+    prefix = f"{checkpoint.config.names.layers}."
+    for name in checkpoint.names():
+        if name.startswith(prefix):
+            layer, _, key = name.removeprefix(prefix).partition(".")
+            layers[int(layer)][key] = checkpoint.shape(name), stored.get(name)
+    lengths = [len(list(alike)) for _, alike in itertools.groupby(layers)]
+    return [(run, i) for run, length in enumerate(lengths) for i in range(length)], lengths
+
+
+def _outer(
+    name: str,
+    array: np.ndarray | jax.Array | QTensor,
+    transpose: bool,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    if isinstance(array, np.ndarray):
+        return _plain(name, array, transpose, dtype)
+    return dequantize(array, dtype) if isinstance(array, QTensor) else array
+
+
 def _value(
     name: str,
-    array: np.ndarray,
+    array: np.ndarray | jax.Array | QTensor,
     linear: bool,
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array | QTensor:
+    if not isinstance(array, np.ndarray):
+        return array
     if not linear or array.ndim == 1 or quant is None:
         return _plain(name, array, linear and array.ndim == 2, dtype)
     # float32 once, before the quantizer reads it several times

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.formats.load import PREFIX
 from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.layers import Layer
 from qlora_jax.quant import QTensor, dequantize
@@ -23,28 +22,30 @@ def parameter(model: Decoder, name: str) -> np.ndarray:
     Raises:
       KeyError: the model has no such parameter.
     """
-    if name == "model.embed_tokens.weight":
-        return np.asarray(model.embed.get_value())
-    if name == "model.norm.weight":
-        return np.asarray(model.norm.weight.get_value())
-    if name == "lm_head.weight" and model.head is not None:
+    names = model.config.names
+    if name == f"{names.head}.weight" and model.head is not None:
         return np.asarray(model.head.get_value()).T
-    if not name.startswith(PREFIX):
+    outer = {
+        f"{names.embed}.weight": model.embed,
+        f"{names.positions}.weight": model.positions,
+        f"{names.norm}.weight": model.norm.weight,
+        f"{names.norm}.bias": model.norm.bias,
+    }
+    if (found := outer.get(name)) is not None:
+        return np.asarray(found.get_value())
+    if not name.startswith(f"{names.layers}."):
         raise KeyError(name)
-    number, key = name.removeprefix(PREFIX).split(".", 1)
+    number, key = name.removeprefix(f"{names.layers}.").split(".", 1)
     run, index = _place(model, int(number))
     module, _, leaf = key.rpartition(".")
-    linear = run.linears().get(module)
-    if linear is None:
-        return np.asarray(getattr(run, module).weight.get_value()[index])
-    if leaf == "bias":
-        if linear.bias is None:
-            raise KeyError(name)
-        return np.asarray(linear.bias.get_value()[index])
-    weight = jax.tree.map(lambda x: x[index], linear.weight.get_value())
-    if isinstance(weight, QTensor):
-        weight = dequantize(weight, jnp.float32)
-    return np.asarray(weight).T
+    part = run.linears().get(module) or getattr(run, module.rpartition(".")[2])
+    variable = getattr(part, leaf)
+    if variable is None:
+        raise KeyError(name)
+    value = jax.tree.map(lambda x: x[index], variable.get_value())
+    if isinstance(value, QTensor):
+        value = dequantize(value, jnp.float32)
+    return np.asarray(value).T
 
 
 def _place(model: Decoder, layer: int) -> tuple[Layer, int]:

@@ -172,9 +172,7 @@ class Layer(nnx.Module):
         if slots is not None:
             new = KVCache(k.astype(slots.cache.k.dtype), v.astype(slots.cache.v.dtype))
             k, v = slots.put(new)
-        out = attend(
-            q, k, v, mask, scale=config.attention_scale, softcap=config.attention_softcap
-        )
+        out = attend(q, k, v, mask, scale=config.attention_scale, softcap=config.attention_softcap)
         y = linear(names.o_proj, kept(out.reshape(*x.shape[:2], -1)))
         if config.post_norms:
             y = norm(names.attention_post_norm, y)

@@ -45,9 +45,7 @@ def norms(config: DecoderConfig) -> dict[str, int]:
         found |= {names.attention_post_norm: hidden, names.mlp_post_norm: hidden}
     if config.qk_norm:
         heads = (1, 1) if config.qk_norm == "head" else (config.num_heads, config.num_kv_heads)
-        found |= {
-            path: h * config.head_dim for path, h in zip((names.q_norm, names.k_norm), heads)
-        }
+        found |= {path: h * config.head_dim for path, h in zip((names.q_norm, names.k_norm), heads)}
     return found
 
 

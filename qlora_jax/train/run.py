@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax import manifest, paths
-from qlora_jax.config import Config
+from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.loader import Loader, held_out_batches
 from qlora_jax.data.prompts import Question
 from qlora_jax.data.tokenizer import Tokenizer
@@ -35,7 +35,15 @@ from qlora_jax.train.metrics import MetricsLog, read_metrics
 from qlora_jax.train.optimizer import adamw, schedule
 from qlora_jax.train.placement import ON_DEVICE, Placement
 from qlora_jax.train.report import Sample, Summary, write_report
-from qlora_jax.train.setup import Data, choose_kernel, load_model, open_model, read_data
+from qlora_jax.train.setup import (
+    Data,
+    choose_kernel,
+    describe_quantization,
+    held_quantization,
+    load_model,
+    open_model,
+    read_data,
+)
 
 
 def train(
@@ -113,8 +121,13 @@ def train(
         else []
     )
     # All that the input can be at fault for is behind: only now is anything written.
-    hashes = {"base_sha256": base_hash, "codebook_sha256": _codebook_hash(config)}
-    described = manifest.build(config, command, hashes)
+    quant = held_quantization(config, checkpoint)
+    facts = {
+        "base_sha256": base_hash,
+        "codebook_sha256": _codebook_hash(quant),
+        "quantization": dataclasses.asdict(quant) if quant else None,
+    }
+    described = manifest.build(config, command, facts)
     goes_on = resume and rundir.holds_run(config.output)
     run_dir = rundir.claim(config, described, resume=resume, overwrite=overwrite)
     checkpoints = Checkpoints(run_dir, config.train.keep)
@@ -175,7 +188,7 @@ def train(
     summary = Summary(
         model=config.model.path,
         method=config.method,
-        quantization=describe_quantization(config),
+        quantization=describe_quantization(quant),
         rank=config.lora.rank if specs else None,
         trainable=trained_count,
         total=total_count,
@@ -255,14 +268,6 @@ def describe_data(data: Data) -> str:
     return "; ".join(parts)
 
 
-def describe_quantization(config: Config) -> str:
-    """The base's storage in words; empty when it is not quantized."""
-    if config.method != "qlora":
-        return ""
-    double = ", double quantization" if config.quant.double_quant else ""
-    return f"{config.quant.codebook}, block {config.quant.block_size}{double}"
-
-
 def _evaluate(
     program: steps.Program,
     state: steps.State,
@@ -293,10 +298,10 @@ def _warn_if_base_changed(run_dir: Path, base_hash: str, say: Callable[[str], No
         )
 
 
-def _codebook_hash(config: Config) -> str | None:
-    if config.method != "qlora":
+def _codebook_hash(quant: QuantConfig | None) -> str | None:
+    if quant is None:
         return None
-    values = codebook(config.quant.codebook, config.quant.block_size)
+    values = codebook(quant.codebook, quant.block_size)
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 

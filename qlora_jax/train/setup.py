@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax import compilation
-from qlora_jax.config import Config
+from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data import encode, sources, tokenizer
 from qlora_jax.data.bpe import train_bpe
 from qlora_jax.data.encode import EncodeStats, Example
@@ -17,6 +17,7 @@ from qlora_jax.data.prompts import Question, question
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.formats import fresh
+from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
@@ -53,6 +54,12 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
         codebook(config.quant.codebook, config.quant.block_size)
     scratch = config.model.path == fresh.NAME
     checkpoint = _fresh(config) if scratch else open_checkpoint(config.model)
+    if checkpoint.quantization and config.method != "qlora":
+        raise UserError(
+            f"method {config.method}: {config.model.path} holds 4-bit weights "
+            f"({checkpoint.description}), which only method qlora trains on; set method to qlora, "
+            "or give the 16-bit checkpoint"
+        )
     longest = checkpoint.config.max_positions
     if config.data.sequence_length > longest:
         raise UserError(
@@ -187,6 +194,35 @@ def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
     return Data(train, held_out, questions, stats, dropped)
 
 
+def held_quantization(config: Config, checkpoint: Checkpoint) -> QuantConfig | None:
+    """How the linears are held: as they are stored in 4 bits, else as the config says."""
+    if config.method != "qlora":
+        return None
+    return checkpoint.quantization.config if checkpoint.quantization else config.quant
+
+
+def describe_stored(config: Config, stored: Quantization) -> list[str]:
+    """Lines on the 4-bit weights of a checkpoint, for the user."""
+    line = f"4-bit weights as they are stored: {describe_quantization(stored.config)}"
+    if stored.config != config.quant:
+        line += f"; the config's quant ({describe_quantization(config.quant)}) is not used"
+    if not (floats := stored.dequantized):
+        return [line]
+    return [
+        line,
+        f"warning: {len(floats)} weights whose in_features is no multiple of 32 cannot be held in "
+        f"4 bits and take 16 or 32, first {floats[0]}",
+    ]
+
+
+def describe_quantization(quant: QuantConfig | None) -> str:
+    """The base's storage in words; empty when it is not quantized."""
+    if quant is None:
+        return ""
+    double = ", double quantization" if quant.double_quant else ""
+    return f"{quant.codebook}, block {quant.block_size}{double}"
+
+
 def load_model(
     config: Config, checkpoint: Checkpoint, warn: Callable[[str], None]
 ) -> tuple[Decoder, dict[str, AdapterSpec]]:
@@ -199,6 +235,9 @@ def load_model(
     # here, since every program that follows is compiled beside the model
     compilation.give_memory_back()
     full, quantized = config.method == "full", config.method == "qlora"
+    if checkpoint.quantization:
+        for line in describe_stored(config, checkpoint.quantization):
+            warn(line)
     names = checkpoint.names()
     with progress(f"loading {config.model.path}", len(names)) as advance:
         model = load(

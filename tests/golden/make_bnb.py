@@ -1,6 +1,8 @@
-"""Recomputes bnb.npz from the inputs it holds, with bitsandbytes and torch (the `parity` extra).
+"""Recomputes bnb.npz and bnb_rows.npz from the inputs they hold, with bitsandbytes and torch.
 
-usage: python tests/golden/make_bnb.py OUT.npz
+Both are of the `parity` extra. bnb_rows.npz holds weights whose blocks cross the ends of rows.
+
+usage: python tests/golden/make_bnb.py tests/golden/bnb.npz OUT.npz
 
 Keys: `CASE.DTYPE/input` as stored [out, in] (bfloat16 as uint16 bits), and under
 `CASE.DTYPE/{nf4|fp4}.b{BLOCK}/`: packed, absmax, deq, and with double quantization absmax_u8,
@@ -9,14 +11,12 @@ to the input's dtype: bitsandbytes' own CPU kernel is wrong where the last axis 
 16 but not of the block.
 """
 
-import pathlib
 import sys
 
 import numpy as np
 import torch
 from bitsandbytes import functional as F
 
-HERE = pathlib.Path(__file__).parent
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,8 +38,8 @@ def decode(packed, absmax, code, shape, block, dtype):
     return array((code[index] * scale).to(DTYPES[dtype]).reshape(shape))
 
 
-def main(out: str) -> None:
-    old = np.load(HERE / "bnb.npz")
+def main(source: str, out: str) -> None:
+    old = np.load(source)
     new = {k: old[k] for k in old.files if k.endswith("/input")}
     for folder in sorted({k.rpartition("/")[0] for k in old.files if k.count("/") == 2}):
         case, spec = folder.split("/")
@@ -66,4 +66,4 @@ def main(out: str) -> None:
     np.savez_compressed(out, **new)
 
 
-main(sys.argv[1])
+main(*sys.argv[1:])

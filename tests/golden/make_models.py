@@ -10,16 +10,21 @@ Every model is a Hugging Face folder with `reference.npz`: `tokens` [2, 33] and 
 `llama/peft_patterns` has ranks and alphas that differ between modules. The models of `VARIANTS`
 are smaller and cover one family or one feature each: scaled rotary embeddings, sliding windows,
 biases.
+`llama/bnb_nf4` is the llama in bitsandbytes' NF4 with double quantization, computed in float32.
+`llama_bnb_fp4` is a random model in FP4 whose blocks of 64 cross rows (hidden size 96, inner size
+80), with one linear left in float32; its logits are those of its weights, dequantized one by one,
+since bitsandbytes' CPU kernel is wrong for such rows.
 The files in the repository came from transformers 5.23.0, PEFT 0.21.2 and torch 2.13.0.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 SEED = 11
 SHAPE = {
@@ -177,6 +182,51 @@ def make_adapter(base: Path, name: str, tokens: torch.Tensor, random: torch.Gene
     np.savez_compressed(base / name / "reference.npz", logits=logits(model, tokens))
 
 
+def load_4bit(folder: Path, **settings: object) -> torch.nn.Module:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **settings
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=quantization,
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    # for inference bitsandbytes may repack the weights and compute in bfloat16
+    return model.train()
+
+
+def make_nf4(base: Path, tokens: torch.Tensor) -> None:
+    model = load_4bit(base, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model.save_pretrained(base / "bnb_nf4")
+    np.savez_compressed(base / "bnb_nf4" / "reference.npz", logits=logits(model, tokens))
+
+
+@torch.no_grad()
+def make_fp4(out: Path, random: torch.Generator) -> None:
+    settings = SMALL | {"hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": 3}
+    with tempfile.TemporaryDirectory() as work:
+        tokens = make_base("llama", settings | {"tie_word_embeddings": False}, Path(work), random)
+        skipped = ["lm_head", "model.layers.1.mlp.up_proj"]
+        model = load_4bit(Path(work), bnb_4bit_quant_type="fp4", llm_int8_skip_modules=skipped)
+        plain = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").float()
+    model.save_pretrained(out)
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            packed = module.weight.data.flatten()
+            codes = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+            scales = state.absmax.repeat_interleave(state.blocksize)[: codes.numel()]
+            values = (state.code[codes] * scales).reshape(state.shape)
+            plain.get_submodule(name).weight.copy_(values)
+    np.savez_compressed(
+        out / "reference.npz",
+        tokens=tokens.numpy().astype(np.int32),
+        logits=logits(plain, tokens),
+    )
+
+
 def main(out: Path, only: list[str]) -> None:
     for family in FAMILIES:
         if only and family not in only:
@@ -186,6 +236,7 @@ def main(out: Path, only: list[str]) -> None:
         if family == "llama":
             for name in ADAPTERS:
                 make_adapter(out / family, name, tokens, random)
+            make_nf4(out / family, tokens)
     for name, (family, settings) in VARIANTS.items():
         if only and name not in only:
             continue
@@ -193,6 +244,8 @@ def main(out: Path, only: list[str]) -> None:
         tokens = make_base(family, SMALL | settings, out / name, random)
         if name in ADAPTED:
             make_adapter(out / name, "peft_lora", tokens, random)
+    if not only or "llama_bnb_fp4" in only:
+        make_fp4(out / "llama_bnb_fp4", torch.Generator().manual_seed(SEED + 1))
 
 
 if __name__ == "__main__":

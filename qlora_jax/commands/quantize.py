@@ -1,0 +1,61 @@
+"""`qlora-jax quantize`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_jax.commands.common import count, warn_if_gpu_idle
+from qlora_jax.config import ModelConfig, QuantConfig
+
+TEXT = "Write a model in bitsandbytes' 4 bits, as a folder that transformers loads."
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `quantize`."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, .gguf file, built-in or hub id")
+    parser.add_argument("out", metavar="OUT", help="a new or an empty folder")
+    default = QuantConfig()
+    parser.add_argument("--codebook", default=default.codebook, help="nf4 (default) or fp4_bnb")
+    parser.add_argument(
+        "--block-size", type=count, default=default.block_size, metavar="N", help="64 to 4096"
+    )
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=default.double_quant,
+        help="the scales in 8 bits (default)",
+    )
+    parser.add_argument(
+        "--compute-dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="to compute in, and of all that is not quantized; default bfloat16",
+    )
+
+
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    """Quantizes, writes and says what was written."""
+    quant = QuantConfig(
+        codebook=options.codebook,
+        block_size=options.block_size,
+        double_quant=options.double_quant,
+    )
+    warn_if_gpu_idle()
+    from qlora_jax.formats.folder import check_new
+    from qlora_jax.formats.quantized import write_quantized
+    from qlora_jax.formats.source import open_checkpoint
+    from qlora_jax.train.display import progress
+    from qlora_jax.train.setup import describe_quantization
+
+    out = Path(options.out)
+    check_new(out)
+    checkpoint = open_checkpoint(ModelConfig(path=options.model))
+    with progress(f"quantizing {options.model}", len(checkpoint.names())) as advance:
+        size = write_quantized(checkpoint, out, quant, options.compute_dtype, advance)
+    if options.json:
+        print(json.dumps({"out": options.out, "bytes": size}))
+        return
+    what = describe_quantization(quant)
+    print(f"{options.out}: {what}; the rest {options.compute_dtype}; {size / 2**20:.1f} MiB")

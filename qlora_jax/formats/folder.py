@@ -1,0 +1,143 @@
+"""Writes a Hugging Face model folder: whole or not at all, a shard in memory at a time."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from qlora_jax import paths
+from qlora_jax.atomic import storage_error
+from qlora_jax.data import tokenizer
+from qlora_jax.errors import UserError
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.huggingface import CONFIG, INDEX, WEIGHTS
+from qlora_jax.models.config import to_hugging_face
+
+SHARD_BYTES = 5 * 10**9
+GENERATION = "generation_config.json"
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError unless the folder is absent or empty."""
+    if paths.exists(folder) and not (paths.is_dir(folder) and not any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; give a new or an empty folder")
+
+
+def write_folder(
+    folder: Path,
+    source: Checkpoint,
+    changes: Mapping[str, Any],
+    dtype: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Writes a model that transformers loads, with the tokenizer of the model it was made of.
+
+    Args:
+      folder: where; absent or empty.
+      source: whose config.json, tokenizer and generation config it takes.
+      changes: to config.json.
+      dtype: that config.json gives.
+      tensors: parameter names and values, taken one at a time.
+      shard_bytes: weights beyond this go to a further file.
+
+    Returns:
+      Bytes of the weights.
+
+    Raises:
+      UserError: the folder is in use, or the disk is full or not writable.
+    """
+    check_new(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+            new = Path(work, "new")
+            new.mkdir()
+            total = _write_weights(new, tensors, shard_bytes)
+            _write_json(new / CONFIG, _config(source, dtype) | dict(changes))
+            _copy_tokenizer(source, new)
+            os.replace(new, folder)
+    except (OSError, SafetensorError) as e:
+        raise storage_error(folder.parent, e) or e from None
+    return total
+
+
+def _config(source: Checkpoint, dtype: str) -> dict[str, Any]:
+    file = source.path / CONFIG
+    if source.path.is_dir():
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw.pop("quantization_config", None)
+    else:
+        raw = to_hugging_face(source.config)
+    old = "torch_dtype" in raw and "dtype" not in raw  # as transformers 4 wrote it
+    return raw | {"torch_dtype" if old else "dtype": dtype}
+
+
+def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
+    """The tokenizer's files and generation config; those of a GGUF file are converted."""
+    if source.path.is_dir():
+        for pattern in tokenizer.FILES:
+            for file in source.path.glob(pattern):
+                if file.name != CONFIG:
+                    _copy(file, folder / file.name)
+        return
+    text = tokenizer.load(source.tokenizer_path)
+    text.fast.save_pretrained(str(folder))
+    ends = {"eos_token_id": list(text.stop_ids), "pad_token_id": text.pad_id}
+    _write_json(folder / GENERATION, ends)
+
+
+def _copy(file: Path, to: Path) -> None:
+    if file.is_dir():
+        shutil.copytree(file, to)
+    else:
+        shutil.copyfile(file, to)
+
+
+def _write_weights(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> int:
+    shards: list[list[str]] = []
+    waiting: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def save() -> None:
+        save_file(waiting, folder / _shard(len(shards)), metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if waiting and size + tensor.nbytes > shard_bytes:
+            save()
+            size = 0
+        # save_file takes the memory as it lies, so a transposed view would be scrambled.
+        waiting[name] = np.ascontiguousarray(tensor)
+        size += tensor.nbytes
+        total += tensor.nbytes
+    save()
+    if len(shards) == 1:
+        os.replace(folder / _shard(0), folder / WEIGHTS)
+        return total
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(folder / _shard(i), folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def _shard(index: int) -> str:
+    return f"shard-{index}.safetensors"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

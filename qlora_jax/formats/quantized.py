@@ -1,0 +1,84 @@
+"""A model's checkpoint as a folder of bitsandbytes' 4-bit weights."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.config import QuantConfig
+from qlora_jax.errors import UserError
+from qlora_jax.formats import bitsandbytes
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.folder import write_folder
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.parts import linears
+
+
+def write_quantized(
+    checkpoint: Checkpoint,
+    folder: Path,
+    quant: QuantConfig,
+    dtype: str,
+    progress: Callable[[], None] = lambda: None,
+) -> int:
+    """Quantizes a model, a tensor at a time, into a folder that transformers loads.
+
+    Args:
+      checkpoint: floats of any kind.
+      folder: where; absent or empty.
+      quant: how the layers' linears are stored.
+      dtype: of everything else, and that to compute in.
+      progress: called once per tensor read.
+
+    Returns:
+      Bytes of the weights.
+
+    Raises:
+      UserError: settings bitsandbytes does not know, weights that are not finite or are in 4 bits
+        already, or a folder that cannot be written.
+    """
+    bitsandbytes.check_writable(quant)
+    if checkpoint.quantization:
+        raise UserError(
+            f"{checkpoint.path}: its weights are in 4 bits already ({checkpoint.description}); "
+            "give the 16-bit checkpoint"
+        )
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name in checkpoint.names():
+            array = np.asarray(checkpoint.read(name))
+            yield from stored(name, array, checkpoint.config, quant, dtype)
+            progress()
+
+    changes = {"quantization_config": bitsandbytes.quantization_config(quant, dtype)}
+    return write_folder(folder, checkpoint, changes, dtype, tensors())
+
+
+def stored(
+    name: str, array: np.ndarray, config: DecoderConfig, quant: QuantConfig | None, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """One parameter as it is written: a layer's linear in 4 bits if `quant`, all else in `dtype`.
+
+    Args:
+      name: of the parameter.
+      array: its values, linears [out, in].
+      config: of the model.
+      quant: how linears are stored; None leaves them floats.
+      dtype: a key of `bitsandbytes.DTYPES`.
+
+    Raises:
+      UserError: NaN or Inf, in the dtype it is written in.
+    """
+    linear = name.removesuffix(".weight").endswith(tuple(f".{path}" for path in linears(config)))
+    if quant is not None and array.ndim == 2 and linear:
+        for suffix, tensor in bitsandbytes.pack(name, array, quant, dtype).items():
+            yield name + suffix, tensor
+        return
+    with np.errstate(over="ignore"):
+        value = array.astype(bitsandbytes.DTYPES[dtype])
+    if not jnp.isfinite(value).all():
+        raise UserError(
+            f"{name}: holds NaN or Inf as {dtype}; check the checkpoint, or give another dtype"
+        )
+    yield name, value
