@@ -17,6 +17,10 @@ from qlora_jax.quant import QTensor, quantize
 
 PREFIX = "model.layers."
 
+Stored = jax.Array | QTensor
+Split = Callable[[str, jax.Array, Callable[[jax.Array], Stored]], Stored]
+"""(module path, W float32[in, out], how W would be stored) to what is stored instead."""
+
 
 def load(
     checkpoint: Checkpoint,
@@ -24,6 +28,7 @@ def load(
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
     progress: Callable[[], None] = lambda: None,
+    split: Split | None = None,
 ) -> Decoder:
     """Builds the model on the default device, quantizing each tensor as it arrives.
 
@@ -35,6 +40,7 @@ def load(
         norms and biases are never quantized.
       dtype: of everything that is not quantized.
       progress: called once per tensor read.
+      split: called for every linear of the layers while its weight is there in full.
 
     Raises:
       UserError: a weight with NaN or Inf, or a codebook or block size that is not allowed.
@@ -47,7 +53,8 @@ def load(
             outer[name] = _plain(name, array, name == "lm_head.weight", dtype)
         else:
             layer, key = name.removeprefix(PREFIX).split(".", 1)
-            value = _value(name, array, key.removesuffix(".weight") in LINEARS, quant, dtype)
+            linear = key.removesuffix(".weight") in LINEARS
+            value = _value(name, array, linear, quant, dtype, split)
             if key not in stacks:
                 stacks[key] = _empty(value, checkpoint.config.num_layers)
             stacks[key] = _insert(stacks[key], value, int(layer))
@@ -68,21 +75,31 @@ def _value(
     linear: bool,
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
-) -> jax.Array | QTensor:
-    if not linear or array.ndim == 1 or quant is None:
+    split: Split | None,
+) -> Stored:
+    if not linear or array.ndim == 1 or (quant is None and split is None):
         return _plain(name, array, linear and array.ndim == 2, dtype)
+
+    def store(w: jax.Array) -> Stored:
+        if quant is None:
+            return _plain(name, w, False, dtype)
+        return quantize(
+            w,
+            quant.codebook,
+            quant.block_size,
+            quant.double_quant,
+            quant.nested_block,
+            name=name,
+        )
+
     # float32 once, before the quantizer reads it several times
-    return quantize(
-        _transposed(array, jnp.float32),
-        quant.codebook,
-        quant.block_size,
-        quant.double_quant,
-        quant.nested_block,
-        name=name,
-    )
+    w = _transposed(array, jnp.float32)
+    return store(w) if split is None else split(name.removesuffix(".weight"), w, store)
 
 
-def _plain(name: str, array: np.ndarray, transpose: bool, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _plain(
+    name: str, array: np.ndarray | jax.Array, transpose: bool, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     value = _transposed(array, dtype) if transpose else jnp.asarray(array, dtype)
     if not _all_finite(value):
         remedy = (
