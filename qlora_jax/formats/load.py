@@ -69,6 +69,27 @@ def load(
     )
 
 
+def read_linear(checkpoint: Checkpoint, name: str) -> jax.Array:
+    """A linear's weight as W float32[in, out]."""
+    return _transposed(checkpoint.read(name), jnp.float32)
+
+
+def storing(
+    name: str, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
+) -> Callable[[jax.Array], Stored]:
+    """How the model holds a linear's W float32[in, out]; `name` is for errors."""
+    if quant is None:
+        return lambda w: _plain(name, w, False, dtype)
+    return functools.partial(
+        quantize,
+        codebook=quant.codebook,
+        block_size=quant.block_size,
+        double_quant=quant.double_quant,
+        nested_block=quant.nested_block,
+        name=name,
+    )
+
+
 def _value(
     name: str,
     array: np.ndarray,
@@ -79,21 +100,8 @@ def _value(
 ) -> Stored:
     if not linear or array.ndim == 1 or (quant is None and split is None):
         return _plain(name, array, linear and array.ndim == 2, dtype)
-
-    def store(w: jax.Array) -> Stored:
-        if quant is None:
-            return _plain(name, w, False, dtype)
-        return quantize(
-            w,
-            quant.codebook,
-            quant.block_size,
-            quant.double_quant,
-            quant.nested_block,
-            name=name,
-        )
-
     # float32 once, before the quantizer reads it several times
-    w = _transposed(array, jnp.float32)
+    w, store = _transposed(array, jnp.float32), storing(name, quant, dtype)
     return store(w) if split is None else split(name.removesuffix(".weight"), w, store)
 
 

@@ -12,7 +12,6 @@ from flax import nnx
 from qlora_jax.kernels import dense, kept
 from qlora_jax.lora.spec import AdapterSpec
 
-
 Multiply = Callable[[jax.Array], jax.Array]
 """x [..., in] to x @ W [..., out] in x's dtype, W being one layer's pretrained weight."""
 

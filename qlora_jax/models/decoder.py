@@ -223,9 +223,8 @@ def attach(
             if not any(layers):
                 continue
             weight = linear.weight.get_value()
-            adapter = init_adapter(
-                own, layers, *weight.shape[-2:], init, dropout, dtype, freeze_a
-            )
+            k, n = weight.shape[-2:]
+            adapter = init_adapter(own, layers, k, n, init, dropout, dtype, freeze_a)
             if any(given):
                 adapter = filled(adapter, given)
             adapter = VARIANTS[variant](adapter, weight)

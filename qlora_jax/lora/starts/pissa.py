@@ -1,4 +1,4 @@
-"""PiSSA (arXiv 2404.02948): the adapter starts as W's largest singular values, the base is the rest.
+"""PiSSA (arXiv 2404.02948): the adapter starts as W's largest singular values.
 
 In 4 bits the rest is quantized (QPiSSA, section 4): it is what is left after the large values.
 """
