@@ -12,7 +12,16 @@ from types import ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
-from qlora_jax.commands import bench, evaluate, generate, plan, pretrain, quantize, train
+from qlora_jax.commands import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    plan,
+    pretrain,
+    quantize,
+    train,
+)
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.streams import outlets
 from qlora_jax.train.interrupt import Stopped
@@ -24,6 +33,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "evaluate": evaluate,
     "generate": generate,
     "quantize": quantize,
+    "export": export,
     "bench": bench,
 }
 

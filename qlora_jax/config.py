@@ -113,6 +113,8 @@ class KernelsConfig:
 class LoraConfig:
     """The adapters."""
 
+    variant: Literal["lora", "dora"] = "lora"
+    """lora: W + s·B·A; dora: that with a trained length for each of its columns."""
     rank: Positive = 16
     """r, the inner dimension of B·A."""
     alpha: PositiveFloat = 32.0
@@ -127,8 +129,16 @@ class LoraConfig:
     """Another alpha, likewise."""
     dropout: Fraction = 0.0
     """On the input of A, in training only."""
-    init: Literal["kaiming-uniform", "gaussian"] = "kaiming-uniform"
-    """Distribution of A; B starts at zero."""
+    init: Literal["kaiming-uniform", "gaussian", "pissa", "loftq"] = "kaiming-uniform"
+    """Distribution of A, with B at zero; pissa: both from W's largest singular values, the base
+    keeps the rest; loftq: both from what quantizing loses."""
+    loftq_iterations: Positive = 5
+    """How often loftq alternates between quantizing and decomposing."""
+    freeze_a: bool = False
+    """LoRA-FA: A stays as it is, without gradient and moments."""
+    from_adapter: str | None = None
+    """Folder of an adapter in PEFT's format to go on from: it gives the values, and variant, rank,
+    alpha, scaling, target_modules and patterns, which are left at their defaults here."""
     dtype: FloatType = "float32"
     """Adapters; under method full, every weight."""
 

@@ -93,7 +93,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.memory.compile import GPUS, has_plugin, read_gpu
     from qlora_jax.memory.plan import planned
     from qlora_jax.models.shapes import find
+    from qlora_jax.train.start import resolved
 
+    config = resolved(config)
     model = find(config.model.path) if options.model else shapes(config)
     names = list(GPUS) if options.gpu == ALL else options.gpu.split(",")
     for name in names:

@@ -54,7 +54,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.train.report import print_samples
     from qlora_jax.train.run import describe_data, train
     from qlora_jax.train.setup import open_model, read_data
+    from qlora_jax.train.start import resolved
 
+    config = resolved(config)
     if options.preview is not None:
         from qlora_jax.data.preview import preview
 

@@ -16,6 +16,10 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.parts import linears
 from qlora_jax.quant import QTensor, dequantize, quantize
 
+Stored = jax.Array | QTensor
+Split = Callable[[str, jax.Array, Callable[[jax.Array], Stored]], Stored]
+"""(module path, W float32[in, out], how W would be stored) to what is stored instead."""
+
 
 def load(
     checkpoint: Checkpoint,
@@ -23,6 +27,7 @@ def load(
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
     progress: Callable[[], None] = lambda: None,
+    split: Split | None = None,
 ) -> Decoder:
     """Builds the model on the default device, quantizing each tensor as it arrives.
 
@@ -36,6 +41,7 @@ def load(
         norms and biases are never quantized.
       dtype: of everything that is not quantized.
       progress: called once per tensor read.
+      split: called for every linear of the layers while its weight is there in full.
 
     Raises:
       UserError: a weight with NaN or Inf, or a codebook or block size that is not allowed.
@@ -53,7 +59,7 @@ def load(
         else:
             layer, key = name.removeprefix(layers).split(".", 1)
             linear = key.removesuffix(".weight") in linears(config)
-            value = _value(name, array, linear, quant, dtype)
+            value = _value(name, array, linear, quant, dtype, split)
             run, index = places[int(layer)]
             if key not in stacks[run]:
                 stacks[run][key] = _empty(value, runs[run])
@@ -95,29 +101,47 @@ def _outer(
     return dequantize(array, dtype) if isinstance(array, QTensor) else array
 
 
+def read_linear(checkpoint: Checkpoint, name: str) -> jax.Array:
+    """A linear's weight as W float32[in, out]."""
+    return _transposed(checkpoint.read(name), jnp.float32)
+
+
+def storing(
+    name: str, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
+) -> Callable[[jax.Array], Stored]:
+    """How the model holds a linear's W float32[in, out]; `name` is for errors."""
+    if quant is None:
+        return lambda w: _plain(name, w, False, dtype)
+    return functools.partial(
+        quantize,
+        codebook=quant.codebook,
+        block_size=quant.block_size,
+        double_quant=quant.double_quant,
+        nested_block=quant.nested_block,
+        name=name,
+    )
+
+
 def _value(
     name: str,
     array: np.ndarray | jax.Array | QTensor,
     linear: bool,
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
-) -> jax.Array | QTensor:
+    split: Split | None,
+) -> Stored:
     if not isinstance(array, np.ndarray):
         return array
-    if not linear or array.ndim == 1 or quant is None:
+    if not linear or array.ndim == 1 or (quant is None and split is None):
         return _plain(name, array, linear and array.ndim == 2, dtype)
     # float32 once, before the quantizer reads it several times
-    return quantize(
-        _transposed(array, jnp.float32),
-        quant.codebook,
-        quant.block_size,
-        quant.double_quant,
-        quant.nested_block,
-        name=name,
-    )
+    w, store = _transposed(array, jnp.float32), storing(name, quant, dtype)
+    return store(w) if split is None else split(name.removesuffix(".weight"), w, store)
 
 
-def _plain(name: str, array: np.ndarray, transpose: bool, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _plain(
+    name: str, array: np.ndarray | jax.Array, transpose: bool, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     value = _transposed(array, dtype) if transpose else jnp.asarray(array, dtype)
     if not _all_finite(value):
         remedy = (

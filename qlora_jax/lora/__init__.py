@@ -2,6 +2,8 @@
 
 from qlora_jax.lora.adapter import Adapter as Adapter
 from qlora_jax.lora.adapter import LoraParam as LoraParam
+from qlora_jax.lora.adapter import Values as Values
+from qlora_jax.lora.adapter import filled as filled
 from qlora_jax.lora.adapter import init_adapter as init_adapter
 from qlora_jax.lora.spec import AdapterSpec as AdapterSpec
 from qlora_jax.lora.spec import plan as plan

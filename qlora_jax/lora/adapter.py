@@ -2,21 +2,38 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qlora_jax.kernels import dense, kept
 from qlora_jax.lora.spec import AdapterSpec
 
+Multiply = Callable[[jax.Array], jax.Array]
+"""x [..., in] to x @ W [..., out] in x's dtype, W being one layer's pretrained weight."""
+
 
 class LoraParam(nnx.Param):
-    """A trainable adapter matrix."""
+    """A trainable part of an adapter."""
+
+
+class LoraConstant(nnx.Variable):
+    """A part of an adapter that is never trained: it has no gradient and no moments."""
 
 
 class LoraScale(nnx.Variable):
     """The fixed factor of each layer's adapter; 0 where a layer has none."""
+
+
+class Values(NamedTuple):
+    """One layer's adapter as plain arrays: a [in, r], b [r, out], DoRA's magnitude [out]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None = None
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -30,9 +47,16 @@ def gaussian(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jax.random.normal(key, shape) / shape[1]
 
 
+def absent(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Zeros, until the values that come with the weights are filled in."""
+    return jnp.zeros(shape)
+
+
 INITS: Mapping[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
     "kaiming-uniform": kaiming_uniform,
     "gaussian": gaussian,
+    "pissa": absent,
+    "loftq": absent,
 }
 """Distribution of A[in, r]; B starts at zero, so the adapted model starts as the base."""
 
@@ -49,6 +73,7 @@ class Adapter(nnx.Module):
       scale: float32[L].
       specs: each layer's own rank, alpha and scale, None where a layer has no adapter.
       dropout: rate on the input of A.
+      freeze_a: A stays as it is (LoRA-FA, arXiv 2308.03303).
     """
 
     def __init__(
@@ -58,12 +83,35 @@ class Adapter(nnx.Module):
         scale: jax.Array,
         specs: Sequence[AdapterSpec | None],
         dropout: float = 0.0,
+        freeze_a: bool = False,
     ):
-        self.a = LoraParam(a)
+        self.a = LoraConstant(a) if freeze_a else LoraParam(a)
         self.b = LoraParam(b)
         self.scale = LoraScale(scale)
         self.specs = tuple(specs)
         self.dropout = dropout
+        self.freeze_a = freeze_a
+
+    def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
+        """x times the adapted weight, [..., out] in x's dtype; one layer of the stack."""
+        return multiply(x) + self(x, key)
+
+    def sizes(self) -> tuple[int, int]:
+        """(trained, all) parameters of the stack, padding not counted."""
+        k, n = self.a.get_value().shape[-2], self.b.get_value().shape[-1]
+        ranks = sum(spec.rank for spec in self.specs if spec is not None)
+        return ranks * (n if self.freeze_a else k + n), ranks * (k + n)
+
+    def layer(self, i: int) -> Values | None:
+        """Layer i's values without padding; None where it has no adapter."""
+        spec = self.specs[i]
+        if spec is None:
+            return None
+        a, b = self.a.get_value()[i, :, : spec.rank], self.b.get_value()[i, : spec.rank]
+        return Values(np.asarray(a), np.asarray(b))
+
+    def fill_own(self, values: Sequence[Values | None]) -> None:
+        """Takes over, in place, what each layer's values hold beyond A and B."""
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """scale * (x @ A) @ B in x's dtype; one layer of the stack. Dropout needs a key."""
@@ -82,6 +130,7 @@ def init_adapter(
     init: str,
     dropout: float,
     dtype: jax.typing.DTypeLike,
+    freeze_a: bool = False,
 ) -> Adapter:
     """Fresh adapters for a stack of layers; None stands for a layer without one."""
     top = max(spec.rank for spec in specs if spec is not None)
@@ -92,4 +141,16 @@ def init_adapter(
             a = a.at[i, :, : spec.rank].set(INITS[init](keys[i], (in_features, spec.rank)))
     b = jnp.zeros((len(specs), top, out_features), dtype)
     scale = jnp.array([spec.scale if spec else 0.0 for spec in specs], jnp.float32)
-    return Adapter(a.astype(dtype), b, scale, specs, dropout)
+    return Adapter(a.astype(dtype), b, scale, specs, dropout, freeze_a)
+
+
+def filled(adapter: Adapter, values: Sequence[Values | None]) -> Adapter:
+    """The adapter with each layer's A and B replaced; None leaves a layer as it is."""
+    a, b = np.array(adapter.a.get_value()), np.array(adapter.b.get_value())
+    for i, value in enumerate(values):
+        if value is not None:
+            rank = value.a.shape[1]
+            a[i, :, :rank], b[i, :rank] = value.a, value.b
+    adapter.a.set_value(jnp.asarray(a))
+    adapter.b.set_value(jnp.asarray(b))
+    return adapter

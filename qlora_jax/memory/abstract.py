@@ -74,6 +74,8 @@ def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -
                 init=lora.init,
                 dropout=lora.dropout,
                 dtype=jnp.dtype(lora.dtype),
+                variant=lora.variant,
+                freeze_a=lora.freeze_a,
             )
         structure, trained, frozen = trees.split(model, config.method)
         graph.append(structure)

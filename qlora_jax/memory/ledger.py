@@ -192,9 +192,13 @@ def _ranks(model: DecoderConfig, run: Config) -> dict[str, int]:
 def _adapters(model: DecoderConfig, run: Config) -> Iterator[Leaf]:
     for name, rank in _ranks(model, run).items():
         k, n, _ = linears(model)[name]
-        yield Leaf("adapters", (model.num_layers, k, rank), run.lora.dtype, True, model.num_layers)
-        yield Leaf("adapters", (model.num_layers, rank, n), run.lora.dtype, True, model.num_layers)
-        yield Leaf("adapter scales", (model.num_layers,), "float32")
+        layers, dtype = model.num_layers, run.lora.dtype
+        yield Leaf("adapters", (layers, k, rank), dtype, not run.lora.freeze_a, layers)
+        yield Leaf("adapters", (layers, rank, n), dtype, True, layers)
+        yield Leaf("adapter scales", (layers,), "float32")
+        if run.lora.variant == "dora":
+            yield Leaf("adapters", (layers, n), "float32", True, layers)
+            yield Leaf("adapter scales", (layers, n), "float32")
 
 
 def _counters(model: DecoderConfig, run: Config) -> int:

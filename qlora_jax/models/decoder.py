@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.kernels import KEPT
 from qlora_jax.kernels.dense import product
-from qlora_jax.lora import AdapterSpec, init_adapter
+from qlora_jax.lora import AdapterSpec, Values, filled, init_adapter
+from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.layers import KVCache, Layer, Linear, Norm, Slots, Weight
@@ -208,16 +209,49 @@ def attach(
     init: str = "kaiming-uniform",
     dropout: float = 0.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    variant: str = "lora",
+    freeze_a: bool = False,
+    values: Mapping[str, Values] | None = None,
 ) -> None:
-    """Gives every linear named in `specs` (Hugging Face module paths) a fresh adapter, in place."""
+    """Gives every linear named in `specs` an adapter, in place.
+
+    Args:
+      model: without adapters.
+      specs: by Hugging Face module path.
+      key: of the fresh values.
+      init: a key of `lora.adapter.INITS`.
+      dropout: rate on the input of A, in training.
+      dtype: of A and B.
+      variant: a key of `VARIANTS`.
+      freeze_a: leave A out of what is trained.
+      values: what adapters start with instead of fresh values, by path.
+    """
+    values = values or {}
     for run, start in zip(model.runs, model._starts()):
         for path, linear in run.linears().items():
-            prefix = model.config.names.layers
-            layers = [specs.get(f"{prefix}.{start + i}.{path}") for i in range(run_length(run))]
+            prefix = f"{model.config.names.layers}"
+            paths = [f"{prefix}.{start + i}.{path}" for i in range(run_length(run))]
+            layers, given = [specs.get(p) for p in paths], [values.get(p) for p in paths]
             key, own = jax.random.split(key)
-            if any(layers):
-                k, n = linear.weight.get_value().shape[-2:]
-                linear.adapter = nnx.data(init_adapter(own, layers, k, n, init, dropout, dtype))
+            if not any(layers):
+                continue
+            weight = linear.weight.get_value()
+            k, n = weight.shape[-2:]
+            adapter = init_adapter(own, layers, k, n, init, dropout, dtype, freeze_a)
+            if any(given):
+                adapter = filled(adapter, given)
+            adapter = VARIANTS[variant](adapter, weight)
+            if any(given):
+                adapter.fill_own(given)
+            linear.adapter = nnx.data(adapter)
+
+
+def without_adapters(model: Decoder) -> Decoder:
+    """The model as it was before `attach`, in place."""
+    for run in model.runs:
+        for linear in run.linears().values():
+            linear.adapter = None
+    return model
 
 
 def use_kernel(model: Decoder, implementation: str | None) -> None:

@@ -65,11 +65,12 @@ class Linear(nnx.Module):
         self.implementation: str | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        y = project(x, self.weight.get_value(), self.implementation)
+        def multiply(x: jax.Array) -> jax.Array:
+            return project(x, self.weight.get_value(), self.implementation)
+
+        y = multiply(x) if self.adapter is None else self.adapter.product(x, multiply, key)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype)
-        if self.adapter is not None:
-            y = y + self.adapter(x, key)
         return kept(y)
 
 

@@ -58,15 +58,14 @@ def parameter_counts(model: Decoder, method: str) -> tuple[int, int]:
     """
     weights = jax.tree.leaves(nnx.state(model, Weight), is_leaf=lambda x: isinstance(x, QTensor))
     base = sum(math.prod(w.shape) for w in weights)
-    adapters = sum(
-        spec.rank * sum(linear.weight.get_value().shape[-2:])
+    sizes = [
+        linear.adapter.sizes()
         for run in model.runs
         for linear in run.linears().values()
         if linear.adapter is not None
-        for spec in linear.adapter.specs
-        if spec is not None
-    )
-    return (base if method == "full" else adapters), base + adapters
+    ]
+    trained, adapters = (sum(column) for column in zip(*sizes)) if sizes else (0, 0)
+    return (base if method == "full" else trained), base + adapters
 
 
 def _key(entry: Any) -> str:

@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from qlora_jax.config import Config
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.formats import peft
 from qlora_jax.formats.huggingface_write import config_json, write_folder
 from qlora_jax.formats.names import expected_shapes
+from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.formats.unload import parameter
+from qlora_jax.lora import Values
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.train.start import split_values
 
 FOLDER = "adapter"
 MODEL = "model"
@@ -22,26 +25,41 @@ def adapters(model: Decoder) -> Mapping[str, peft.Adapter]:
     """Every layer's adapter by its Hugging Face module path."""
     found = {}
     for path, linear, i in model.walk():
-        spec = linear.adapter.specs[i] if linear.adapter else None
-        if linear.adapter and spec:
-            a, b = linear.adapter.a.get_value()[i], linear.adapter.b.get_value()[i]
-            found[path] = peft.Adapter(np.asarray(a), np.asarray(b), spec.alpha, spec.rank)
+        values = linear.adapter.layer(i) if linear.adapter else None
+        if linear.adapter and values and (spec := linear.adapter.specs[i]):
+            found[path] = _adapter(values, spec.alpha)
     return found
 
 
 def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
-    """Writes the model's adapters in PEFT's format.
+    """Writes the model's adapters in PEFT's format, for the pretrained model as it was.
+
+    What a start took from the weights (pissa, loftq) is subtracted again, which doubles the rank:
+    W + s·(B·A − B0·A0). In 4 bits the trained model is not that to the bit: it holds the rounded
+    rest of W, as every adapter trained in 4 bits has seen a rounded W. Parameters that came with
+    an adapter to go on from are written with it.
 
     Raises:
       UserError: the folder cannot be written.
     """
+    found, lora = adapters(model), config.lora
+    if lora.init in STARTS:
+        start = split_values(config, open_checkpoint(config.model))
+        found = {
+            path: peft.difference(now, _adapter(start[path], now.alpha), lora.scaling)
+            for path, now in found.items()
+        }
+    replaced = peft.Replaced()
+    if lora.from_adapter is not None:
+        replaced = peft.read_adapter(Path(lora.from_adapter)).replaced
     peft.write_adapter(
         folder,
-        adapters(model),
+        found,
         base_name=config.model.path,
         revision=config.model.revision,
-        scaling=config.lora.scaling,
-        dropout=config.lora.dropout,
+        scaling=lora.scaling,
+        dropout=lora.dropout,
+        replaced=replaced,
     )
 
 
@@ -61,3 +79,7 @@ def export_model(config: Config, model: Decoder, text: Tokenizer, folder: Path) 
         jnp.dtype(config.model.storage_dtype),
         text.fast.save_pretrained,
     )
+
+
+def _adapter(values: Values, alpha: float) -> peft.Adapter:
+    return peft.Adapter(values.a, values.b, alpha, values.a.shape[1], values.magnitude)

@@ -10,7 +10,7 @@ from qlora_jax.config import OptimizerConfig
 from qlora_jax.models.trees import flatten
 from qlora_jax.train.moments import stored
 
-VECTORS = ("bias", "norm.weight", "layernorm.weight")
+VECTORS = ("bias", "norm.weight", "layernorm.weight", "adapter.magnitude")
 """Ends of the paths of leaves that are not matrices (stacked, they have two axes all the same)."""
 
 

@@ -15,6 +15,7 @@ from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.start import resolved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ def from_config(config: Config, warn: Callable[[str], None]) -> Restored:
 
 
 def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -> Restored:
+    config = resolved(config)
     checkpoint, text = open_model(config)
     model, _ = load_model(config, checkpoint, warn)
     if folder is None:

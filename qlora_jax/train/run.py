@@ -20,13 +20,14 @@ from qlora_jax.data.prompts import Question
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.device import describe_devices
 from qlora_jax.errors import RunFailed
-from qlora_jax.formats import fresh
+from qlora_jax.formats import fresh, peft
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder import Decoder, without_adapters
 from qlora_jax.models.generate import generate
 from qlora_jax.quant.codebooks import codebook
-from qlora_jax.train import export, metrics, rundir
+from qlora_jax.train import export, metrics, rundir, start
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.display import progress
@@ -72,6 +73,7 @@ def train(
       Stopped: by a signal, with the state saved.
     """
     started = time.perf_counter()
+    config = start.resolved(config)
     rundir.check(config, resume=resume, overwrite=overwrite)
     choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config)
@@ -91,7 +93,7 @@ def train(
 
     graph, trained, frozen = trees.split(model, config.method)
     del model
-    if specs:
+    if specs and starts_as_base(config):
         check_identity(graph, trained, frozen, config)
     base_hash = trees.sha256(frozen if specs else trained)
     optimizer = adamw(config.optimizer, config.train.steps)
@@ -127,6 +129,8 @@ def train(
         "codebook_sha256": _codebook_hash(quant),
         "quantization": dataclasses.asdict(quant) if quant else None,
     }
+    if config.lora.from_adapter is not None and specs:
+        facts["from_adapter_sha256"] = peft.sha256(Path(config.lora.from_adapter))
     described = manifest.build(config, command, facts)
     goes_on = resume and rundir.holds_run(config.output)
     run_dir = rundir.claim(config, described, resume=resume, overwrite=overwrite)
@@ -240,18 +244,28 @@ def answer(
     return [text.decode(row) for row in rows]
 
 
+def starts_as_base(config: Config) -> bool:
+    """Whether the adapters change nothing: fresh ones, not read or taken from the weights."""
+    return config.lora.from_adapter is None and config.lora.init not in STARTS
+
+
 def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Config) -> None:
     """Raises RunFailed unless fresh adapters leave the model's output exactly as it was."""
 
-    @jax.jit
-    def output(trained: Any, frozen: Any) -> jax.Array:
-        model: Decoder = nnx.merge(graph, trained, frozen)
+    def output(model: Decoder) -> jax.Array:
         tokens = jnp.arange(16)[None] % model.config.vocab_size
         segments, dtype = jnp.ones_like(tokens), jnp.dtype(config.model.compute_dtype)
         return model.hidden(tokens, segments, jnp.arange(16)[None], dtype=dtype)
 
-    without = jax.tree.map(jnp.zeros_like, trained)
-    if not jnp.array_equal(output(trained, frozen), output(without, frozen)):
+    @jax.jit
+    def adapted(trained: Any, frozen: Any) -> jax.Array:
+        return output(nnx.merge(graph, trained, frozen))
+
+    @jax.jit
+    def base(trained: Any, frozen: Any) -> jax.Array:
+        return output(without_adapters(nnx.merge(graph, trained, frozen)))
+
+    if not jnp.array_equal(adapted(trained, frozen), base(trained, frozen)):
         raise RunFailed("fresh adapters change the model's output; this is a bug, please report it")
 
 

@@ -1,7 +1,7 @@
 """From a config to the pieces of a run: checkpoint, tokenizer, data and model."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -23,13 +23,14 @@ from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.check import agrees
 from qlora_jax.kernels.fused import FUSED, capability_of, usable
-from qlora_jax.lora import plan, ranks_above_full
+from qlora_jax.lora import Values, plan, ranks_above_full
 from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
-from qlora_jax.models.parts import linears
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
 from qlora_jax.train.display import progress
+from qlora_jax.train.start import Splitter, from_folder, linears_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,11 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
     if config.method == "qlora":
         check_block_size(config.quant.block_size)
         codebook(config.quant.codebook, config.quant.block_size)
+    if config.method == "lora" and config.lora.init == "loftq":
+        raise UserError(
+            "lora.init loftq starts from what quantizing loses, and method lora does not quantize; "
+            "give method qlora, or another init"
+        )
     scratch = config.model.path == fresh.NAME
     checkpoint = _fresh(config) if scratch else open_checkpoint(config.model)
     if checkpoint.quantization and config.method != "qlora":
@@ -60,6 +66,11 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
             f"({checkpoint.description}), which only method qlora trains on; set method to qlora, "
             "or give the 16-bit checkpoint"
         )
+    if checkpoint.quantization and config.lora.init in STARTS:
+        raise UserError(
+            f"lora.init {config.lora.init} starts from 16-bit weights, and {config.model.path} "
+            f"holds 4-bit ones ({checkpoint.description}); give another init or the 16-bit model"
+        )
     longest = checkpoint.config.max_positions
     if config.data.sequence_length > longest:
         raise UserError(
@@ -67,7 +78,7 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
             f"of {config.model.path}; give {longest} or less"
         )
     if config.method != "full":
-        plan(config.lora, _linears(checkpoint))
+        plan(config.lora, linears_of(checkpoint))
     text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path)
     if text.vocab_size > checkpoint.config.vocab_size:
         raise UserError(
@@ -92,15 +103,6 @@ def _own_tokenizer(config: Config) -> Tokenizer:
         return tokenizer.load(Path(pretrain.tokenizer).expanduser())
     texts = (record.key for record in sources.read(config.data).train)
     return train_bpe(texts, pretrain.vocab_size, fresh.NAME)
-
-
-def _linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    config = checkpoint.config
-    return {
-        f"{config.names.layers}.{i}.{path}": (linear.inputs, linear.outputs)
-        for i in range(config.num_layers)
-        for path, linear in linears(config).items()
-    }
 
 
 class Hardware(Protocol):
@@ -226,38 +228,50 @@ def describe_quantization(quant: QuantConfig | None) -> str:
 def load_model(
     config: Config, checkpoint: Checkpoint, warn: Callable[[str], None]
 ) -> tuple[Decoder, dict[str, AdapterSpec]]:
-    """Loads the weights, streamed, and attaches fresh adapters unless every weight is trained.
+    """Loads the weights, streamed, and attaches adapters unless every weight is trained.
+
+    Adapters are fresh, or start from the weights (`lora.init`) or another adapter
+    (`lora.from_adapter`).
 
     Raises:
-      UserError: weights that cannot be quantized, or targets that match nothing.
+      UserError: weights that cannot be quantized, targets that match nothing, or an adapter that
+        is for another model.
       RunFailed: a kernel that the config asks for is wrong on this device.
     """
     # here, since every program that follows is compiled beside the model
     compilation.give_memory_back()
-    full, quantized = config.method == "full", config.method == "qlora"
+    full, quantized, lora = config.method == "full", config.method == "qlora", config.lora
     if checkpoint.quantization:
         for line in describe_stored(config, checkpoint.quantization):
             warn(line)
+    values: Mapping[str, Values] = {}
+    specs: dict[str, AdapterSpec] = {}
+    splitter = None
+    if not full:
+        checkpoint, values = from_folder(config, checkpoint, warn)
+        specs = plan(lora, linears_of(checkpoint))
+        splitter = Splitter(lora, specs) if lora.init in STARTS else None
     names = checkpoint.names()
     with progress(f"loading {config.model.path}", len(names)) as advance:
         model = load(
             checkpoint,
             quant=config.quant if quantized else None,
-            dtype=jnp.dtype(config.lora.dtype if full else config.model.storage_dtype),
+            dtype=jnp.dtype(lora.dtype if full else config.model.storage_dtype),
             progress=advance,
+            split=splitter,
         )
     if full:
         return model, {}
     use_kernel(model, trusted_kernel(config, jax.devices()[0], warn))
-    shapes = model.linears()
-    specs = plan(config.lora, shapes)
-    if above := ranks_above_full(specs, shapes):
+    if above := ranks_above_full(specs, model.linears()):
         kinds = ", ".join(sorted({path.rpartition(".")[2] for path in above}))
         warn(
             f"warning: the rank is above min(in, out) of {len(above)} linears ({kinds}), "
             f"first {above[0]}"
         )
-    lora = config.lora
+    if splitter is not None:
+        splitter.report(warn)
+        values = splitter.values
     attach(
         model,
         specs,
@@ -265,5 +279,8 @@ def load_model(
         init=lora.init,
         dropout=lora.dropout,
         dtype=jnp.dtype(lora.dtype),
+        variant=lora.variant,
+        freeze_a=lora.freeze_a,
+        values=values,
     )
     return model, specs

@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.errors import UserError
-from qlora_jax.formats.peft import Adapter, factor, read_adapter, write_adapter
+from qlora_jax.formats.peft import Adapter, difference, factor, read_adapter, write_adapter
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 UP1 = "model.layers.1.mlp.up_proj"
+ROW = np.ones(64, np.float32)
 
 
 def make(rank: int, alpha: float, columns: int = 0, dtype: type = np.float32) -> Adapter:
@@ -157,7 +158,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path: Path, monkeypatch) -> N
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr("qlora_jax.formats.peft.save_file", fail)
+    monkeypatch.setattr("qlora_jax.formats.peft.write.save_file", fail)
     with pytest.raises(RuntimeError):
         write_adapter(tmp_path / "a", {UP1: make(2, 8)}, base_name="m")
     assert list(read_adapter(tmp_path / "a").adapters) == [Q0]
@@ -228,9 +229,18 @@ def truncate(folder: Path) -> None:
         (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
         (setting(r=4), r"has A \[8, 128\] and B \[64, 8\], but adapter_config.json says rank 4"),
         (setting(peft_type="IA3"), "peft_type 'IA3' is not supported"),
-        (setting(use_dora=True), "use_dora is set"),
-        (setting(modules_to_save=["lm_head"]), "modules_to_save is set"),
-        (setting(bias="all"), "bias 'all' is not supported"),
+        (setting(use_dora=True), f"missing: .*{Q0}.lora_magnitude_vector"),
+        (setting(use_qalora=True), "use_qalora is set"),
+        (setting(modules_to_save=["lm_head"]), "missing: module lm_head, which modules_to_save"),
+        (setting(bias="some"), "bias 'some' is not supported"),
+        (
+            without("nothing", ("base_model.model.model.embed_tokens.lora_embedding_A", ROW)),
+            "adapters of embeddings are not supported",
+        ),
+        (
+            without("nothing", (f"base_model.model.{Q0}.base_layer.bias", ROW)),
+            "unexpected tensors: .*base_layer.bias",
+        ),
         (setting(init_lora_weights="pissa"), "'pissa' changes the base weights"),
     ],
 )
@@ -256,3 +266,58 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, erro
     monkeypatch.setattr(Path, "read_text", refused)
     with pytest.raises(UserError, match=f"^{tmp_path}/adapter_config.json: {says}"):
         read_adapter(tmp_path)
+
+
+MORE = ["llama/peft_dora", "llama/peft_dora_patterns", "llama/peft_saved"]
+MORE += ["llama_rope_linear_biases/peft_biases"]
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_all_that_peft_wrote_survives_to_the_byte(models: Path, tmp_path: Path, name: str) -> None:
+    read = read_adapter(models / name)
+    write_adapter(
+        tmp_path / "out",
+        read.adapters,
+        base_name=read.base_name,
+        scaling=read.scaling,
+        replaced=read.replaced,
+    )
+    before = load_file(models / name / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape)
+        assert tensor.tobytes() == after[key].tobytes()
+    theirs, ours = config(models / name), config(tmp_path / "out")
+    decided = ("target_modules", "rank_pattern", "alpha_pattern", "r", "lora_alpha")
+    same = [key for key in ours if key not in decided]
+    assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
+    again = read_adapter(tmp_path / "out").adapters
+    assert {p: (a.rank, a.alpha) for p, a in again.items()} == {
+        p: (a.rank, a.alpha) for p, a in read.adapters.items()
+    }
+
+
+def test_modules_to_save_are_those_that_end_in_a_name(models: Path) -> None:
+    names = read_adapter(models / "llama" / "peft_saved").replaced.tensors.keys()
+    layers = [
+        f"model.layers.{i}.{norm}_layernorm.weight"
+        for i in range(3)
+        for norm in ("input", "post_attention")
+    ]
+    outer = ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+    assert sorted(names) == sorted(layers + outer)
+
+
+@pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)", "constant"])
+def test_a_difference_is_the_update_less_the_first_one(scaling) -> None:
+    now, start = make(4, 8, columns=6), make(4, 8)
+    start = Adapter(start.a + 1, start.b - 2, 8, 4)
+    made = difference(now, start, scaling)
+    expected = factor(now, scaling) * (now.a @ now.b - start.a @ start.b)
+    np.testing.assert_allclose(
+        factor(made, scaling) * made.a @ made.b, expected, rtol=1e-4, atol=1e-3
+    )
+    assert (made.rank, made.a.shape, made.b.shape) == (8, (64, 8), (8, 32))
+    with pytest.raises(ValueError, match="unlike rank"):
+        difference(now, make(2, 8), scaling)

@@ -1,6 +1,6 @@
 """Makes tests/golden/models: tiny random decoders and adapters with their logits.
 
-Run in an environment with torch, transformers and peft:
+Run in an environment with torch, transformers, peft and bitsandbytes:
 
     python tests/golden/make_models.py tests/golden/models [name ...]
 
@@ -9,11 +9,13 @@ Every model is a Hugging Face folder with `reference.npz`: `tokens` [2, 33] and 
 `llama/peft_rslora` are adapters made by PEFT, with B not zero, and the logits with them on;
 `llama/peft_patterns` has ranks and alphas that differ between modules. The models of `VARIANTS`
 are smaller and cover one family or one feature each: scaled rotary embeddings, sliding windows,
-biases.
+biases. The adapters of `MORE` are smaller, each of a base that is named there, and their logits are
+of the first row of tokens: DoRA (with magnitudes that training moved), modules trained whole,
+biases, and DoRA on the base's linears in bitsandbytes' NF4 with double quantization (`logits_nf4`).
 `llama/bnb_nf4` is the llama in bitsandbytes' NF4 with double quantization, computed in float32.
 `llama_bnb_fp4` is a random model in FP4 whose blocks of 64 cross rows (hidden size 96, inner size
 80), with one linear left in float32; its logits are those of its weights, dequantized one by one,
-since bitsandbytes' CPU kernel is wrong for such rows.
+since bitsandbytes' CPU kernel is wrong for such rows. Names after the folder make those alone.
 The files in the repository came from transformers 5.23.0, PEFT 0.21.2 and torch 2.13.0.
 """
 
@@ -23,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 SEED = 11
@@ -139,6 +142,27 @@ ADAPTERS = {
     },
 }
 
+FEW = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+MORE = {
+    "peft_dora": ("llama", FEW | {"use_dora": True}),
+    "peft_dora_patterns": (
+        "llama",
+        {
+            "r": 3,
+            "use_dora": True,
+            "use_rslora": True,
+            "target_modules": r".*\.(1|2)\.(self_attn\.q_proj|mlp\.down_proj)",
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"down_proj": 5},
+        },
+    ),
+    "peft_saved": ("llama", FEW | {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "peft_biases": (
+        "llama_rope_linear_biases",
+        FEW | {"target_modules": ["q_proj", "down_proj"], "bias": "all", "use_dora": True},
+    ),
+}
+
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, tokens: torch.Tensor) -> np.ndarray:
@@ -227,6 +251,39 @@ def make_fp4(out: Path, random: torch.Generator) -> None:
     )
 
 
+@torch.no_grad()
+def make_more(folder: Path, name: str, settings: dict) -> None:
+    base = folder / name
+    tokens = torch.from_numpy(np.load(folder / "reference.npz")["tokens"][:1]).long()
+    random = torch.Generator().manual_seed(SEED + 2)
+    plain = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **plain)
+    config = LoraConfig(**{"lora_alpha": 16, "task_type": "CAUSAL_LM"} | settings)
+    model = get_peft_model(model, config).eval()
+    for key, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=random)
+        if "lora_B" in key:
+            parameter.copy_(0.05 * noise)
+        elif "magnitude" in key:
+            parameter.mul_(1 + 0.1 * noise)
+        elif parameter.requires_grad and "lora_A" not in key:
+            parameter.add_(0.05 * noise)
+    model.peft_config["default"].base_model_name_or_path = folder.name
+    model.save_pretrained(base)
+    found = {"logits": logits(model, tokens)}
+    if name == "peft_dora":
+        model = AutoModelForCausalLM.from_pretrained(folder, **plain)
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                # Not Linear4bit: its first product on a CPU packs the weight anew, and PEFT's DoRA
+                # then reads other weights.
+                packed = quantize_4bit(module.weight, quant_type="nf4", compress_statistics=True)
+                module.weight.copy_(dequantize_4bit(*packed))
+        model = PeftModel.from_pretrained(model, base).eval()
+        found["logits_nf4"] = logits(model, tokens)
+    np.savez_compressed(base / "reference.npz", **found)
+
+
 def main(out: Path, only: list[str]) -> None:
     for family in FAMILIES:
         if only and family not in only:
@@ -246,6 +303,9 @@ def main(out: Path, only: list[str]) -> None:
             make_adapter(out / name, "peft_lora", tokens, random)
     if not only or "llama_bnb_fp4" in only:
         make_fp4(out / "llama_bnb_fp4", torch.Generator().manual_seed(SEED + 1))
+    for name, (family, settings) in MORE.items():
+        if not only or name in only:
+            make_more(out / family, name, settings)
 
 
 if __name__ == "__main__":

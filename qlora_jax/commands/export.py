@@ -1,0 +1,36 @@
+"""`qlora-jax export`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_jax.commands.common import say, warn_if_gpu_idle
+from qlora_jax.errors import UserError
+from qlora_jax.train import rundir
+
+TEXT = "Write a run's adapter for other tools."
+FORMATS = ("peft",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `export`."""
+    parser.add_argument("path", metavar="RUN_DIR")
+    parser.add_argument("out", metavar="OUT_DIR", help="a new folder, or an adapter's to replace")
+    parser.add_argument("--format", choices=FORMATS, default="peft", help="default: peft")
+
+
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    """Restores the run's model from its last checkpoint and writes its adapter."""
+    config = rundir.open_run(options.path)
+    if config.method == "full":
+        raise UserError(f"{options.path}: method full trains every weight, so it has no adapter")
+    warn_if_gpu_idle()
+    from qlora_jax.train.export import export_adapter
+    from qlora_jax.train.restore import restore
+
+    restored = restore(options.path, base=False, warn=say)
+    folder = Path(options.out)
+    export_adapter(restored.config, restored.model, folder)
+    result = {"format": options.format, "step": restored.step, "folder": str(folder)}
+    print(json.dumps(result) if options.json else f"adapter of step {restored.step}: {folder}")

@@ -1,0 +1,47 @@
+"""Whether an adapter belongs to a model."""
+
+from collections.abc import Mapping
+
+from qlora_jax.errors import UserError
+from qlora_jax.formats.peft.adapter import AdapterSet, listed
+
+
+def check_fits(
+    adapters: AdapterSet,
+    linears: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: bool,
+    where: object,
+) -> None:
+    """Raises UserError, listing what does not fit, unless the adapters are for this model.
+
+    Args:
+      adapters: as read.
+      linears: the model's, by path: (in, out).
+      shapes: of all its parameters, by Hugging Face name.
+      tied: whether its head is its embedding.
+      where: the adapter's folder, for the message.
+    """
+    problems = []
+    for path, adapter in adapters.adapters.items():
+        size = adapter.a.shape[0], adapter.b.shape[1]
+        if path not in linears:
+            problems.append(f"{path} (the model has none)")
+        elif size != tuple(linears[path]):
+            problems.append(f"{path} (adapter {list(size)}, model {list(linears[path])})")
+    for name, array in adapters.replaced.tensors.items():
+        if name not in shapes:
+            problems.append(f"{name} (the model has none)")
+        elif array.shape != tuple(shapes[name]):
+            problems.append(f"{name} (adapter {list(array.shape)}, model {list(shapes[name])})")
+    if problems:
+        raise UserError(
+            f"{where}: belongs to another model ({adapters.base_name or 'not named'}); what does "
+            f"not fit: {listed(problems)}"
+        )
+    replaced = adapters.replaced
+    if tied and not replaced.ties and "model.embed_tokens.weight" in replaced.tensors:
+        raise UserError(
+            f"{where}: replaces the embedding of a model whose head is the embedding, and leaves "
+            "the head as it was, which needs two matrices; train it with ensure_weight_tying"
+        )

@@ -1,0 +1,149 @@
+"""An adapter folder into arrays, strictly: every tensor is accounted for."""
+
+import hashlib
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qlora_jax import paths
+from qlora_jax.errors import UserError
+from qlora_jax.formats.peft.adapter import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    Adapter,
+    AdapterSet,
+    Replaced,
+    listed,
+)
+from qlora_jax.formats.peft.config import by_pattern, read_config
+
+PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))")
+BIAS = re.compile(re.escape(PREFIX) + r"(.+?)(?:\.base_layer)?\.bias")
+
+
+def read_adapter(folder: Path) -> AdapterSet:
+    """Reads a LoRA or DoRA adapter in PEFT's format, in the dtypes it is stored in.
+
+    Raises:
+      UserError: a file is missing or damaged, a tensor is missing, unexpected or of another shape
+        than the config says, or the config asks for something that is not LoRA or DoRA.
+    """
+    config = read_config(folder / CONFIG)
+    saved = tuple(config.get("modules_to_save") or ())
+    bias = config.get("bias", "none")
+    parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    replaced, unexpected = {}, []
+    for key, tensor in _read_tensors(folder / WEIGHTS).items():
+        if "lora_embedding_" in key:
+            raise UserError(
+                f"{folder / WEIGHTS}: {key}: adapters of embeddings are not supported; leave "
+                "embed_tokens out of target_modules, or train it whole by modules_to_save"
+            )
+        if match := PART.fullmatch(key):
+            parts[match[1]][match[2] or "magnitude"] = tensor
+        elif name := _whole(key, saved):
+            replaced[name] = tensor
+        elif bias != "none" and (match := BIAS.fullmatch(key)):
+            replaced[f"{match[1]}.bias"] = tensor
+        else:
+            unexpected.append(key)
+    if unexpected:
+        raise UserError(f"{folder / WEIGHTS}: unexpected tensors: {listed(unexpected)}")
+    missing = _missing(config, parts, replaced, saved)
+    if missing or not parts:
+        raise UserError(f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}")
+    return AdapterSet(
+        adapters={path: _adapter(path, found, config, folder) for path, found in parts.items()},
+        scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        base_name=config.get("base_model_name_or_path") or "",
+        dropout=float(config.get("lora_dropout") or 0.0),
+        replaced=Replaced(replaced, saved, bias, bool(config.get("ensure_weight_tying"))),
+    )
+
+
+def sha256(folder: Path) -> str:
+    """Digest of an adapter's tensors as they are on disk, as hex."""
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _whole(key: str, saved: tuple[str, ...]) -> str | None:
+    """The parameter's name in the base, if its module is one of those saved whole."""
+    name = key.removeprefix(PREFIX)
+    return name if key.startswith(PREFIX) and any(_within(name, s) for s in saved) else None
+
+
+def _within(name: str, saved: str) -> bool:
+    """Whether a parameter is of a module whose path ends in `saved`, in the middle of a word too,
+    as PEFT takes it: norm stands for input_layernorm as well."""
+    modules = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
+    return any(module.endswith(saved) for module in modules)
+
+
+def _missing(
+    config: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, np.ndarray]],
+    replaced: Mapping[str, np.ndarray],
+    saved: tuple[str, ...],
+) -> list[str]:
+    names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    if config.get("use_dora"):
+        names["magnitude"] = "lora_magnitude_vector"
+    missing = [
+        f"{PREFIX}{path}.{name}"
+        for path, found in parts.items()
+        for part, name in names.items()
+        if part not in found
+    ]
+    targets = config["target_modules"]
+    if isinstance(targets, list):
+        untouched = [t for t in targets if not any(f".{path}".endswith(f".{t}") for path in parts)]
+        missing += [f"any module {target}" for target in untouched]
+    missing += [
+        f"module {module}, which modules_to_save names"
+        for module in saved
+        if not any(_within(name, module) for name in replaced)
+    ]
+    return missing
+
+
+def _adapter(
+    path: str, found: Mapping[str, np.ndarray], config: Mapping[str, Any], folder: Path
+) -> Adapter:
+    a, b, magnitude = found["A"], found["B"], found.get("magnitude")
+    rank = by_pattern(config.get("rank_pattern"), path, config["r"])
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise UserError(
+            f"{folder / WEIGHTS}: {path} has A {list(a.shape)} and B {list(b.shape)}, but "
+            f"{CONFIG} says rank {rank}"
+        )
+    if magnitude is not None and not config.get("use_dora"):
+        raise UserError(
+            f"{folder / WEIGHTS}: unexpected tensors: {PREFIX}{path}.lora_magnitude_vector, since "
+            f"{CONFIG} does not say use_dora"
+        )
+    if magnitude is not None and magnitude.shape != (b.shape[0],):
+        raise UserError(
+            f"{folder / WEIGHTS}: {path} has a magnitude {list(magnitude.shape)} for "
+            f"{b.shape[0]} outputs"
+        )
+    alpha = by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    return Adapter(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), alpha, rank, magnitude)
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not paths.is_file(path):
+        raise UserError(f"{path}: no such file; an adapter in PEFT's format has one")
+    try:
+        with safe_open(path, framework="numpy", backend="pread") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path}: truncated or damaged ({e}); export it again") from None

@@ -1,0 +1,108 @@
+"""Arrays into an adapter folder, whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from qlora_jax import paths
+from qlora_jax.atomic import storage_error
+from qlora_jax.errors import UserError
+from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Replaced, Scaling
+from qlora_jax.formats.peft.config import make_config
+
+NOTHING = Replaced()
+
+
+def write_adapter(
+    folder: Path,
+    adapters: Mapping[str, Adapter],
+    *,
+    base_name: str,
+    revision: str | None = None,
+    scaling: Scaling = "alpha/r",
+    dropout: float = 0.0,
+    replaced: Replaced = NOTHING,
+) -> None:
+    """Writes a folder that PEFT loads; an adapter that is there already is replaced.
+
+    The folder appears whole or not at all. Scaling constant, which PEFT lacks, is written as
+    alpha/r with alpha = constant · r. Modules of rank 0 are left out.
+
+    Args:
+      folder: where; its parents are made.
+      adapters: Hugging Face module path, e.g. `model.layers.0.self_attn.q_proj`, to its adapter;
+        all have a magnitude, or none has.
+      base_name: the model it belongs to, as a name or path.
+      revision: of the model, where it is a hub's.
+      scaling: how alpha becomes the factor.
+      dropout: recorded for whoever trains on.
+      replaced: parameters of the base that belong to the adapters.
+
+    Raises:
+      UserError: nothing to write, the folder holds something else, or the disk is full.
+    """
+    present = {path: adapter for path, adapter in adapters.items() if adapter.rank > 0}
+    if not present:
+        raise UserError(f"{folder}: no module is adapted, so there is nothing to write")
+    _check_replaceable(folder)
+    tensors = {}
+    for path, adapter in present.items():
+        a, b = adapter.a[:, : adapter.rank], adapter.b[: adapter.rank]
+        # save_file takes the memory as it lies, so a transposed view would be scrambled.
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a.T)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b.T)
+        if adapter.magnitude is not None:
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = adapter.magnitude
+    for name, array in replaced.tensors.items():
+        tensors[_key(name, present)] = np.ascontiguousarray(array)
+    config = make_config(
+        present,
+        base_name=base_name,
+        revision=revision,
+        scaling=scaling,
+        dropout=dropout,
+        replaced=replaced,
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+            new, old = Path(work, "new"), Path(work, "old")
+            new.mkdir()
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if folder.exists():
+                os.replace(folder, old)
+            try:
+                os.replace(new, folder)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
+    except (OSError, SafetensorError) as e:
+        problem = storage_error(folder.parent, e)
+        if problem is None:
+            raise
+        raise problem from None
+
+
+def _key(name: str, adapted: Mapping[str, Adapter]) -> str:
+    # PEFT wraps an adapted linear, whose own bias then lies one level deeper.
+    module, _, kind = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{kind}" if module in adapted else f"{PREFIX}{name}"
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not paths.exists(folder):
+        return
+    if not paths.is_dir(folder):
+        raise UserError(f"{folder}: a file is in the way; give another folder")
+    if other := sorted({p.name for p in folder.iterdir()} - {CONFIG, WEIGHTS}):
+        raise UserError(
+            f"{folder}: holds {other[0]}, which is not an adapter's; give an empty or a new folder"
+        )

@@ -1,0 +1,109 @@
+"""A weight as something stored plus a low-rank product: what the starts share."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.quant import QTensor, dequantize
+
+EXACT = 1024
+"""Side up to which the decomposition is exact; above it, subspace iteration takes a small share of
+the time."""
+
+OVERSAMPLED, ITERATIONS = 16, 16
+
+Stored = jax.Array | QTensor
+
+
+class Task(NamedTuple):
+    """What a start is given.
+
+    Attributes:
+      weight: W, float32[in, out].
+      rank: of the adapter.
+      scale: the factor on a @ b.
+      dtype: in which the adapter is held.
+      store: what is kept of a float32[in, out]: rounded to a dtype, or quantized.
+      iterations: how often to alternate, where a start does.
+    """
+
+    weight: jax.Array
+    rank: int
+    scale: float
+    dtype: jnp.dtype
+    store: Callable[[jax.Array], Stored]
+    iterations: int
+
+
+class Parts(NamedTuple):
+    """W ≈ stored + scale · a @ b, with a [in, rank] and b [rank, out] in the adapter's dtype."""
+
+    stored: Stored
+    a: jax.Array
+    b: jax.Array
+
+
+def decoded(stored: Stored) -> jax.Array:
+    """What is stored, as float32[in, out]."""
+    return dequantize(stored) if isinstance(stored, QTensor) else stored.astype(jnp.float32)
+
+
+def error(task: Task, parts: Parts) -> float:
+    """‖W − stored − scale · a @ b‖ / ‖W‖, in the Frobenius norm."""
+    rest = remainder(task.weight, parts.a, parts.b, task.scale) - decoded(parts.stored)
+    return float(jnp.linalg.norm(rest) / jnp.maximum(jnp.linalg.norm(task.weight), 1e-30))
+
+
+@jax.jit
+def remainder(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """w − scale · a @ b in float32."""
+    return w - scale * _dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "dtype"))
+def top(
+    w: jax.Array, rank: int, scale: float, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """The best approximation of w of a rank, as scale · a @ b, both with the roots of the values.
+
+    Exact up to a shorter side of `EXACT`; above, by subspace iteration from fixed random numbers
+    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4), which finds large values well and
+    mixes those that are nearly alike. A rank above the shorter side leaves zeros.
+
+    Args:
+      w: float32[in, out].
+      rank: of the approximation.
+      scale: factor on the product.
+      dtype: of the result.
+
+    Returns:
+      a [in, rank] and b [rank, out].
+    """
+    if min(w.shape) <= max(EXACT, 2 * rank):
+        u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    else:
+        u, s, vt = _subspace(w, rank + OVERSAMPLED)
+    found = min(rank, s.shape[0])
+    root = jnp.sqrt(s[:found] / scale)
+    a, b = u[:, :found] * root, root[:, None] * vt[:found]
+    short = rank - found
+    a, b = jnp.pad(a, [(0, 0), (0, short)]), jnp.pad(b, [(0, short), (0, 0)])
+    return a.astype(dtype), b.astype(dtype)
+
+
+def _subspace(w: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def turn(_: int, q: jax.Array) -> jax.Array:
+        z = jnp.linalg.qr(_dot(w.T, q))[0]
+        return jnp.linalg.qr(_dot(w, z))[0]
+
+    first = _dot(w, jax.random.normal(jax.random.key(0), (w.shape[1], size)))
+    q = jax.lax.fori_loop(0, ITERATIONS, turn, jnp.linalg.qr(first)[0])
+    u, s, vt = jnp.linalg.svd(_dot(q.T, w), full_matrices=False)
+    return _dot(q, u), s, vt
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

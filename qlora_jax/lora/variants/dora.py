@@ -1,0 +1,150 @@
+"""DoRA (arXiv 2402.09353): a trained length for each column of W + s·A·B.
+
+y = m / ‖W + s·A·B‖ · (x·W + s·x·A·B), the norms being constants to the gradient (section 4.3).
+
+The norms come from ‖W‖, which is kept, and from r rows multiplied by W,
+
+    ‖w + s·A·b‖² = ‖w‖² + 2s·(wᵀA)·b + s²·bᵀ(AᵀA)b,
+
+so no weight is decoded for them. With B = 0 they are ‖W‖ to the bit: the root of a rounded square
+is its number. So the adapted model starts as the base, exactly.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.kernels import kept
+from qlora_jax.lora.adapter import Adapter, LoraConstant, LoraParam, Multiply, Values
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.quant import QTensor, dequantize
+
+
+class DoraAdapter(Adapter):
+    """Low-rank updates whose columns have a trained length.
+
+    Attributes:
+      magnitude: m, float32[L, out].
+      norm: ‖W‖ of the columns of the pretrained weights, float32[L, out].
+    """
+
+    def __init__(
+        self,
+        a: jax.Array,
+        b: jax.Array,
+        scale: jax.Array,
+        specs: Sequence[AdapterSpec | None],
+        dropout: float,
+        freeze_a: bool,
+        magnitude: jax.Array,
+        norm: jax.Array,
+    ):
+        super().__init__(a, b, scale, specs, dropout, freeze_a)
+        self.magnitude = LoraParam(magnitude)
+        self.norm = LoraConstant(norm)
+
+    def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
+        """x times the adapted weight, [..., out]; dropout is on the input of A alone."""
+        a, b = (jax.lax.stop_gradient(v.get_value()) for v in (self.a, self.b))
+        scale = self.scale.get_value()
+        cross = multiply(a.T.astype(x.dtype)).astype(jnp.float32)
+        norms = adapted_norms(self.norm.get_value(), cross, a, b, scale)
+        length = self.magnitude.get_value() / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
+        # kept: the gradient of m needs it
+        y = kept(multiply(x) + self(x, key))
+        return (y * jnp.where(scale != 0, length, 1)).astype(x.dtype)
+
+    def sizes(self) -> tuple[int, int]:
+        trained, total = super().sizes()
+        own = self.norm.get_value().shape[-1] * sum(spec is not None for spec in self.specs)
+        return trained + own, total + own
+
+    def layer(self, i: int) -> Values | None:
+        values = super().layer(i)
+        return values and values._replace(magnitude=np.asarray(self.magnitude.get_value()[i]))
+
+    def fill_own(self, values: Sequence[Values | None]) -> None:
+        magnitude = np.array(self.magnitude.get_value())
+        for i, value in enumerate(values):
+            if value is not None and value.magnitude is not None:
+                magnitude[i] = value.magnitude
+        self.magnitude.set_value(jnp.asarray(magnitude))
+
+
+def dora(adapter: Adapter, weight: jax.Array | QTensor) -> DoraAdapter:
+    """The adapter with a magnitude, which starts as the norm of what the adapter makes of W.
+
+    One layer's weight is decoded at a time.
+
+    Args:
+      adapter: of a stack of layers.
+      weight: [L, in, out].
+    """
+    a, b, scale = (v.get_value() for v in (adapter.a, adapter.b, adapter.scale))
+    norm, magnitude = _measure(weight, a, b, scale)
+    return DoraAdapter(
+        a, b, scale, adapter.specs, adapter.dropout, adapter.freeze_a, magnitude, norm
+    )
+
+
+@jax.jit
+def _measure(
+    weight: jax.Array | QTensor, a: jax.Array, b: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def one(
+        layer: tuple[jax.Array | QTensor, jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        stored, a, b, scale = layer
+        w = dequantize(stored) if isinstance(stored, QTensor) else stored.astype(jnp.float32)
+        norm = jnp.sqrt(jnp.sum(w**2, axis=0))
+        cross = _dot(a.astype(jnp.float32).T, w)
+        return norm, adapted_norms(norm, cross, a, b, scale)
+
+    return jax.lax.map(one, (weight, a, b, scale))
+
+
+def adapted_norms(
+    norm: jax.Array, cross: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """Norms of the columns of W + scale · a @ b.
+
+    Args:
+      norm: those of W, float32[out].
+      cross: aᵀ @ W, float32[r, out].
+      a: [in, r].
+      b: [r, out].
+      scale: float32 scalar.
+
+    Returns:
+      float32[out].
+    """
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    more = 2 * scale * jnp.sum(cross * b, axis=0)
+    more += scale**2 * jnp.sum(_dot(_dot(a.T, a), b) * b, axis=0)
+    return jnp.sqrt(jnp.maximum(norm**2 + more, 0))
+
+
+def merged_weight(
+    weight: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array
+) -> jax.Array:
+    """What one layer's adapter makes of its weight: m / ‖W + s·A·B‖ · (W + s·A·B).
+
+    Args:
+      weight: [in, out], decoded.
+      a: [in, r].
+      b: [r, out].
+      scale: scalar.
+      magnitude: [out].
+
+    Returns:
+      float32[in, out].
+    """
+    w = weight.astype(jnp.float32) + scale * _dot(a.astype(jnp.float32), b.astype(jnp.float32))
+    norms = jnp.linalg.norm(w, axis=0)
+    return w * (magnitude / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,189 @@
+"""What adapters start with when it is not random: another adapter, or the weights themselves."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.config import Config, LoraConfig
+from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.formats import peft
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.load import Stored, read_linear, storing
+from qlora_jax.formats.overlay import Overlay
+from qlora_jax.lora import AdapterSpec, Values, plan
+from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.starts.split import Parts, Task, error
+from qlora_jax.models.parts import linears
+
+GIVEN = (
+    "variant",
+    "rank",
+    "alpha",
+    "scaling",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "init",
+)
+"""Settings that an adapter to go on from decides."""
+
+
+def resolved(config: Config) -> Config:
+    """The config with what `lora.from_adapter` decides filled in; without it, as it is.
+
+    The adapter wins over defaults. A setting that is neither the default nor the adapter's is
+    refused.
+
+    Raises:
+      UserError: the adapter cannot be read, or contradicts the config.
+    """
+    if config.method == "full" or config.lora.from_adapter is None:
+        return config
+    found = peft.read_adapter(Path(config.lora.from_adapter))
+    decided = _decided(found)
+    for name, value in decided.items():
+        asked, default = getattr(config.lora, name), getattr(LoraConfig(), name)
+        if asked not in (default, value):
+            raise UserError(
+                f"lora.{name} {asked!r} contradicts lora.from_adapter, whose is {value!r}; remove "
+                "it from the config: the adapter decides"
+            )
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, **decided))
+
+
+def _decided(adapters: peft.AdapterSet) -> dict[str, Any]:
+    ranks = {path: a.rank for path, a in adapters.adapters.items()}
+    alphas = {path: a.alpha for path, a in adapters.adapters.items()}
+    rank, alpha = (max(set(v.values()), key=list(v.values()).count) for v in (ranks, alphas))
+    values = {
+        "variant": "dora" if adapters.dora else "lora",
+        "rank": rank,
+        "alpha": float(alpha),
+        "scaling": adapters.scaling,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {path: float(a) for path, a in alphas.items() if a != alpha},
+        "init": LoraConfig().init,
+    }
+    return {name: values[name] for name in GIVEN}
+
+
+def from_folder(
+    config: Config, checkpoint: Checkpoint, warn: Callable[[str], None]
+) -> tuple[Checkpoint, Mapping[str, Values]]:
+    """The checkpoint with the adapter's own tensors laid over it, and the adapter's values.
+
+    Raises:
+      UserError: the adapter cannot be read or is for another model.
+    """
+    if config.lora.from_adapter is None:
+        return checkpoint, {}
+    folder = Path(config.lora.from_adapter)
+    found = peft.read_adapter(folder)
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    tied = checkpoint.config.tie_embeddings
+    peft.check_fits(found, linears_of(checkpoint), shapes, tied, folder)
+    if peft.without_effect(found.adapters):
+        warn(f"warning: {folder}: every B is zero, so the adapter changes nothing")
+    values = {path: Values(a.a, a.b, a.magnitude) for path, a in found.adapters.items()}
+    if found.replaced.tensors:
+        checkpoint = Overlay(checkpoint, found.replaced.tensors)
+    return checkpoint, values
+
+
+def linears_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """The layers' linears by module path: (in, out)."""
+    config = checkpoint.config
+    return {
+        f"{config.names.layers}.{i}.{path}": (linear.inputs, linear.outputs)
+        for i in range(config.num_layers)
+        for path, linear in linears(config).items()
+    }
+
+
+class Splitter:
+    """The hook of `formats.load.load` for a start that takes the adapter out of the weight.
+
+    Attributes:
+      values: what the adapters start with, by path.
+      errors: of each path, the relative error of base and adapter together, and that of the base
+        stored without an adapter, in the Frobenius norm.
+    """
+
+    def __init__(self, lora: LoraConfig, specs: Mapping[str, AdapterSpec]):
+        self.lora = lora
+        self.specs = specs
+        self.values: dict[str, Values] = {}
+        self.errors: dict[str, tuple[float, float]] = {}
+
+    def task(self, path: str, w: jax.Array, store: Callable[[jax.Array], Stored]) -> Task | None:
+        """What the start is given for a linear; None where it has no adapter."""
+        spec = self.specs.get(path)
+        if spec is None:
+            return None
+        dtype = jnp.dtype(self.lora.dtype)
+        return Task(w, spec.rank, spec.scale, dtype, store, self.lora.loftq_iterations)
+
+    def __call__(self, path: str, w: jax.Array, store: Callable[[jax.Array], Stored]) -> Stored:
+        task = self.task(path, w, store)
+        if task is None:
+            return store(w)
+        parts = STARTS[self.lora.init](task)
+        self.values[path] = _values(parts)
+        alone = Parts(store(w), jnp.zeros_like(parts.a), parts.b)
+        self.errors[path] = error(task, parts), error(task, alone)
+        return parts.stored
+
+    def report(self, say: Callable[[str], None]) -> None:
+        """Tells how near the start is to the pretrained weights.
+
+        Such a start is not the base to the bit: its two parts are rounded on their own. It must
+        not be much further from the weights than storing them alone is, since what is left of a
+        weight is no harder to store than the weight: twice as far, and 1e-4 for the rounding of
+        float32 arithmetic, is an error of ours.
+
+        Raises:
+          RunFailed: it is further.
+        """
+        for path, (with_adapter, alone) in self.errors.items():
+            if not with_adapter <= 2 * alone + 1e-4:
+                raise RunFailed(
+                    f"{path}: {self.lora.init} is {with_adapter:.2e} from the weight, storing it "
+                    f"alone {alone:.2e}; this is a bug, please report it"
+                )
+        squares = [math.sqrt(sum(e**2 for e in es) / len(es)) for es in zip(*self.errors.values())]
+        say(
+            f"{self.lora.init}: base and adapters differ from the pretrained weights by "
+            f"{squares[0]:.2e} (relative, root mean square over {len(self.errors)} linears); "
+            f"stored without adapters {squares[1]:.2e}"
+        )
+
+
+def split_values(config: Config, checkpoint: Checkpoint) -> Mapping[str, Values]:
+    """What the adapters of a run started with, taken from the weights once more.
+
+    One weight at a time is read; the model is not.
+    """
+    specs, quant = plan(config.lora, linears_of(checkpoint)), config.quant
+    splitter = Splitter(config.lora, specs)
+    values = {}
+    for path in specs:
+        name = f"{path}.weight"
+        store = storing(
+            name,
+            quant if config.method == "qlora" else None,
+            jnp.dtype(config.model.storage_dtype),
+        )
+        if task := splitter.task(path, read_linear(checkpoint, name), store):
+            values[path] = _values(STARTS[config.lora.init](task))
+    return values
+
+
+def _values(parts: Parts) -> Values:
+    return Values(np.asarray(parts.a), np.asarray(parts.b))
