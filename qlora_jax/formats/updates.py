@@ -40,7 +40,13 @@ def read_updates(
         finite, or does not fit the model.
     """
     folder = adapter_folder(path)
-    stored = peft.read_adapter(folder)
+    return updates_of(folder, peft.read_adapter(folder), linears)
+
+
+def updates_of(
+    folder: Path, stored: peft.AdapterSet, linears: Mapping[str, tuple[int, int]] | None = None
+) -> dict[str, Update]:
+    """The same of what `peft.read_adapter` read; `folder` is for messages."""
     updates = {}
     for name, adapter in stored.adapters.items():
         _check_plain(folder, name, adapter)
