@@ -14,15 +14,17 @@ from typing import NoReturn
 from qlora_jax import config as configs
 from qlora_jax.commands import (
     bench,
+    combine,
     evaluate,
     export,
     generate,
     plan,
     pretrain,
     quantize,
+    serve,
     train,
 )
-from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.errors import RunFailed, Terminated, UserError
 from qlora_jax.streams import outlets
 from qlora_jax.train.interrupt import Stopped
 
@@ -32,8 +34,10 @@ COMMANDS: Mapping[str, ModuleType] = {
     "plan": plan,
     "evaluate": evaluate,
     "generate": generate,
+    "serve": serve,
     "quantize": quantize,
     "export": export,
+    "combine": combine,
     "bench": bench,
 }
 
@@ -68,6 +72,9 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
     except Stopped as e:
         code.value = e.code
         _fail(f"{e}; the state is saved, --resume goes on", debug)
+    except Terminated as e:
+        code.value = e.code
+        _fail(str(e), debug)
     except KeyboardInterrupt:
         code.value = INTERRUPTED
         _fail("interrupted", debug)

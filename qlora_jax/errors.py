@@ -1,5 +1,7 @@
 """The exceptions that end a command with one line, and how other errors become such a line."""
 
+import signal
+
 
 class UserError(ValueError):
     """The user's input cannot be used.
@@ -14,6 +16,14 @@ class RunFailed(RuntimeError):
 
     The message says what happened and what was kept; the command line exits with code 1.
     """
+
+
+class Terminated(Exception):
+    """A signal ended a command that runs until one comes. `code` is the exit code, 128 + signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
 
 
 def first_line(error: BaseException) -> str:

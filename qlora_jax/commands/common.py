@@ -6,10 +6,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from qlora_jax import config as configs
 from qlora_jax import paths
+from qlora_jax.errors import UserError
 from qlora_jax.train import rundir
 
 N = TypeVar("N", int, float)
@@ -28,6 +29,39 @@ def warn_if_gpu_idle() -> None:
 
     if warning := warn_if_gpu_idle():
         say(warning)
+
+
+def named_folder(text: str) -> tuple[str, str]:
+    """NAME=DIR of a command line."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"must be NAME=DIR, not {text!r}")
+    return name, folder
+
+
+def by_name(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Name to folder of several `--adapter NAME=DIR`.
+
+    Raises:
+      UserError: a name comes twice.
+    """
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--adapter {twice}=...: the name is given twice; give each its own")
+    return dict(pairs)
+
+
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """How a model that is no run directory is held and computed."""
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 16), default=4, help="of the base's linears; 4: NF4"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(configs.FloatType),
+        default="bfloat16",
+        help="of computation; default bfloat16",
+    )
 
 
 def config_of(path: str, settings: Sequence[str]) -> configs.Config:
@@ -59,4 +93,6 @@ def _number(
 count = _number(int, lambda n: n >= 1, "a whole number of 1 or more")
 temperature = _number(float, lambda n: 0 <= n < math.inf, "a number of 0 or more")
 share = _number(float, lambda n: 0 < n <= 1, "a number above 0 and at most 1")
-seed = _number(int, lambda n: n >= 0, "a whole number of 0 or more")
+positive = _number(float, lambda n: 0 < n < math.inf, "a number above 0")
+port = _number(int, lambda n: 0 <= n < 1 << 16, "a whole number from 0 to 65535")
+whole = seed = _number(int, lambda n: n >= 0, "a whole number of 0 or more")

@@ -2,20 +2,52 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from qlora_jax.commands.common import count, say, seed, share, temperature, warn_if_gpu_idle
+from qlora_jax.commands.common import (
+    add_base_options,
+    by_name,
+    count,
+    named_folder,
+    say,
+    seed,
+    share,
+    temperature,
+    warn_if_gpu_idle,
+)
 from qlora_jax.errors import UserError
 from qlora_jax.train import rundir
 
-TEXT = "Answer prompts with a run's model."
+if TYPE_CHECKING:
+    from qlora_jax.config import Config
+    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.models.decoder import Decoder
+
+TEXT = "Answer prompts with a run's model, or with several adapters side by side."
+
+EPILOG = """With --adapter every prompt is answered under each adapter, and with --base by the base
+too, all in one batch; a run's own adapter takes no part unless it is named."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `generate`."""
-    parser.add_argument("path", metavar="RUN_DIR")
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "path",
+        metavar="MODEL_OR_RUN",
+        help="a run directory; with --adapter what model.path takes, too",
+    )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     parser.add_argument("--base", action="store_true", help="without the adapter")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=named_folder,
+        metavar="NAME=DIR",
+        help="a folder in PEFT's format or a run directory; may be repeated",
+    )
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
     parser.add_argument(
         "--temperature", type=temperature, default=0.0, metavar="T", help="0, the default: greedy"
@@ -24,39 +56,87 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=share, default=1.0, metavar="P", help="sample from this share; default 1"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sampling")
+    add_base_options(parser)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     """Generates and prints."""
     if not options.prompt:
         raise UserError('--prompt is missing; give --prompt "..."')
+    if options.adapter:
+        _compare(options, by_name(options.adapter))
+        return
     rundir.open_run(options.path)
     warn_if_gpu_idle()
+    from qlora_jax.train.restore import restore
+
+    restored = restore(options.path, base=options.base, warn=say)
+    answers = _answers(options, restored.model, restored.tokenizer, restored.config)
+    if options.json:
+        print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(options.prompt, answers)]))
+        return
+    print("\n\n".join(answers))
+
+
+def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
+    """Every prompt under every adapter."""
+    warn_if_gpu_idle()
+    from qlora_jax.lora.update import rank
+    from qlora_jax.models.adapters import attach_bank, put_adapter
+    from qlora_jax.serve.base import open_base, read_named
+
+    base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
+    updates = read_named(adapters, base)
+    attach_bank(
+        base.model,
+        slots=len(updates),
+        rank=max(map(rank, updates.values())),
+        dtype=base.config.model.compute_dtype,
+    )
+    for slot, own in enumerate(updates.values()):
+        put_adapter(base.model, slot, own)
+    names = [*updates, *([None] if options.base else [])]
+    answers = iter(_answers(options, base.model, base.tokenizer, base.config, range(len(names))))
+    rows = [
+        {"prompt": prompt, "adapter": name, "answer": next(answers)}
+        for prompt in options.prompt
+        for name in names
+    ]
+    if options.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        where = f" | {row['prompt']}" if len(options.prompt) > 1 else ""
+        print(f"[{row['adapter'] or 'base'}{where}]\n{row['answer']}\n")
+
+
+def _answers(
+    options: argparse.Namespace,
+    model: "Decoder",
+    text: "Tokenizer",
+    config: "Config",
+    slots: Sequence[int] | None = None,
+) -> list[str]:
+    """Each prompt's answer, or its answers under the adapters in these slots of the banks."""
     import jax.numpy as jnp
 
     from qlora_jax.data.prompts import ask
     from qlora_jax.models.generate import generate
-    from qlora_jax.train.restore import restore
 
-    restored = restore(options.path, base=options.base, warn=say)
-    text, data = restored.tokenizer, restored.config.data
     questions = [
-        ask(p, text, system_prompt=data.system_prompt, template=data.template)
+        ask(p, text, system_prompt=config.data.system_prompt, template=config.data.template)
         for p in options.prompt
     ]
     rows = generate(
-        restored.model,
-        [q.ids for q in questions],
+        model,
+        [q.ids for q in questions for _ in slots or [0]],
         max_new_tokens=options.max_new_tokens,
         stop_ids=text.stop_ids,
         pad_id=text.pad_id,
-        dtype=jnp.dtype(restored.config.model.compute_dtype),
+        dtype=jnp.dtype(config.model.compute_dtype),
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
+        adapters=None if slots is None else [*slots] * len(questions),
     )
-    answers = [text.decode(row) for row in rows]
-    if options.json:
-        print(json.dumps([{"prompt": q.prompt, "answer": a} for q, a in zip(questions, answers)]))
-        return
-    print("\n\n".join(answers))
+    return [text.decode(row) for row in rows]

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.errors import UserError
+from qlora_jax.lora.bank import with_rows
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.layers import KVCache
 from qlora_jax.quant import QTensor
@@ -24,7 +25,10 @@ CHUNK = 16
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn; every field may differ without a new program."""
+    """How the next token is drawn; every field may differ without a new program.
+
+    Temperature and top_p are one number for all rows, or one per row.
+    """
 
     temperature: jax.Array | float
     top_p: jax.Array | float
@@ -54,12 +58,13 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    adapters: Sequence[int] | None = None,
     on_tokens: Callable[[list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt.
 
     A row's text depends on its prompt and the seed, not on the other rows; equal prompts in a
-    batch are drawn independently.
+    batch, under the same adapter, are drawn independently.
 
     Args:
       model: with or without adapters.
@@ -71,6 +76,7 @@ def generate(
       temperature: divides the logits; 0 takes the likeliest token.
       top_p: draws from the fewest tokens that together have this probability.
       seed: of the draws.
+      adapters: each row's slot in the model's banks; None for a model without banks.
       on_tokens: called after the first token and then every `CHUNK` with each row's new ids; an
         exception it raises ends the generation.
 
@@ -89,13 +95,14 @@ def generate(
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
     structure, weights = nnx.split(model)
+    if adapters is not None:
+        weights = with_rows(weights, np.array(adapters, np.int32))
     dtype = jnp.dtype(dtype)
     slots = padded_size(lengths.max() + max_new_tokens)
-    sampling = Sampling(temperature, top_p, _row_keys(np.uint32(seed & 0xFFFFFFFF), _ids(prompts)))
-    stops = np.full(padded_size(len(stop_ids), 8), -1, np.int32)
-    stops[: len(stop_ids)] = list(stop_ids)
+    sampling = Sampling(temperature, top_p, row_keys(seed, prompts, adapters))
+    stops = padded_stops(stop_ids)
 
-    rows, cache = _prefill(structure, weights, tokens, lengths, sampling, stops, slots, dtype)
+    rows, cache = prefill(structure, weights, tokens, lengths, sampling, stops, slots, dtype)
     new = np.asarray(rows.tokens)[:, None]
     results: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
@@ -110,7 +117,7 @@ def generate(
         if not left or not open_rows:
             return results
         steps = min(CHUNK, left)
-        rows, cache, drawn = _decode(
+        rows, cache, drawn = decode(
             structure, weights, cache, rows, sampling, stops, pad_id, steps, dtype
         )
         new = np.asarray(drawn)[:, :steps]
@@ -125,29 +132,46 @@ def padded_size(size: int, smallest: int = SMALLEST) -> int:
     return padded
 
 
+def padded_stops(stop_ids: Collection[int]) -> np.ndarray:
+    """The ids, and -1 up to a few lengths."""
+    stops = np.full(padded_size(len(stop_ids), 8), -1, np.int32)
+    stops[: len(stop_ids)] = list(stop_ids)
+    return stops
+
+
+def row_keys(
+    seed: int, prompts: Sequence[Sequence[int]], adapters: Sequence[int] | None = None
+) -> jax.Array:
+    """A random key per row, made of seed and prompt and of how many equal rows stand above it."""
+    return _row_keys(np.uint32(seed & 0xFFFFFFFF), _ids(prompts, adapters))
+
+
 def draw(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """One token per row, int32[B], from float32 logits[B, vocab]."""
+    temperature, top_p = (jnp.broadcast_to(x, logits.shape[:1])[:, None] for x in sampling[:2])
 
     def likeliest() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def sampled() -> jax.Array:
-        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled = scaled / jnp.where(temperature > 0, temperature, 1)
         order = jnp.argsort(-scaled, axis=-1)
         p = jnp.take_along_axis(jax.nn.softmax(scaled, axis=-1), order, axis=-1)
-        kept = (jnp.cumsum(p, axis=-1) - p < sampling.top_p) | (sampling.top_p >= 1)
+        kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p >= 1)
         kept = kept.at[:, 0].set(True)
         # back in the vocabulary's order: noise that belongs to a token and not to its rank keeps
         # the draw when rounding swaps two neighbours
         kept = jnp.put_along_axis(kept, order, kept, axis=-1, inplace=False)
         masked = jnp.where(kept, scaled, -jnp.inf)
-        return jax.vmap(jax.random.categorical)(sampling.keys, masked).astype(jnp.int32)
+        drawn = jax.vmap(jax.random.categorical)(sampling.keys, masked).astype(jnp.int32)
+        return jnp.where(temperature[:, 0] > 0, drawn, likeliest())
 
-    return jax.lax.cond(jnp.asarray(sampling.temperature) > 0, sampled, likeliest)
+    return jax.lax.cond((temperature > 0).any(), sampled, likeliest)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "slots", "dtype"))
-def _prefill(
+def prefill(
     structure: nnx.GraphDef,
     weights: nnx.State,
     tokens: jax.Array,
@@ -170,7 +194,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "dtype"), donate_argnames=("cache",))
-def _decode(
+def decode(
     structure: nnx.GraphDef,
     weights: nnx.State,
     cache: KVCache,
@@ -226,13 +250,13 @@ def _row_keys(seed: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), ids)
 
 
-def _ids(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """A number per row made of its prompt and of how many equal ones stand above it."""
-    seen: list[tuple[int, ...]] = []
+def _ids(prompts: Sequence[Sequence[int]], adapters: Sequence[int] | None) -> np.ndarray:
+    """A number per row made of its prompt and of how many equal rows stand above it."""
+    seen: list[tuple[int, tuple[int, ...]]] = []
     ids = []
-    for prompt in map(tuple, prompts):
-        ids.append(zlib.crc32(np.array([seen.count(prompt), *prompt], np.int32).tobytes()))
-        seen.append(prompt)
+    for row in zip(adapters or [0] * len(prompts), map(tuple, prompts)):
+        ids.append(zlib.crc32(np.array([seen.count(row), *row[1]], np.int32).tobytes()))
+        seen.append(row)
     return np.array(ids, np.uint32)
 
 

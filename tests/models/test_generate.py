@@ -9,16 +9,18 @@ from scipy.stats import chisquare
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.errors import UserError
+from qlora_jax.formats.updates import read_updates
+from qlora_jax.models.adapters import attach_bank, put_adapter
 from qlora_jax.models.decoder import empty_cache
 from qlora_jax.models.generate import (
     CHUNK,
     Rows,
     Sampling,
-    _decode,
-    _prefill,
+    decode,
     draw,
     generate,
     padded_size,
+    prefill,
 )
 from qlora_jax.quant import nbytes
 
@@ -108,7 +110,7 @@ def decode_arguments(model, cache, batch, done):
 
 def test_a_finished_batch_stops_decoding(model):
     cache = empty_cache(model.config, 4, 128, jnp.float32)
-    _, cache, drawn = _decode(*decode_arguments(model, cache, 4, done=True))
+    _, cache, drawn = decode(*decode_arguments(model, cache, 4, done=True))
     assert np.all(np.asarray(drawn) == 77)
     assert not np.asarray(cache.k).any()
 
@@ -136,18 +138,18 @@ def test_tokens_are_handed_out_as_they_come(model):
 
 def test_other_weights_and_settings_need_no_new_program(model, open_model):
     write(model, PROMPTS)
-    before = _prefill._cache_size(), _decode._cache_size()
+    before = prefill._cache_size(), decode._cache_size()
     other = open_model("llama")
     other.embed.set_value(other.embed.get_value()[::-1])
     prompts = [p[:2] for p in PROMPTS[::2]] + PROMPTS[2:]
     assert write(other, prompts, temperature=0.7, top_p=0.5, seed=3) != write(model, prompts)
     assert write(other, prompts) == without_cache(other, prompts, NEW)
-    assert (_prefill._cache_size(), _decode._cache_size()) == before
+    assert (prefill._cache_size(), decode._cache_size()) == before
 
 
 def test_the_cache_is_written_in_place(model):
     cache = jax.eval_shape(lambda: empty_cache(model.config, 2, 4096, jnp.float32))
-    compiled = _decode.lower(*decode_arguments(model, cache, 2, done=False)).compile()
+    compiled = decode.lower(*decode_arguments(model, cache, 2, done=False)).compile()
     memory = compiled.memory_analysis()
     size = nbytes(cache)
     assert memory.alias_size_in_bytes >= size
@@ -220,3 +222,47 @@ def test_errors(model, prompts, options, message):
 
 def test_no_prompts_no_text(model):
     assert write(model, []) == []
+
+
+def test_rows_have_their_own_temperature_and_top_p():
+    """Each row is drawn as if all had its settings."""
+    rows = 64
+    random = np.random.default_rng(2)
+    logits = jnp.asarray(random.normal(size=(rows, 40)) * 2, jnp.float32)
+    keys = jax.random.split(jax.random.key(5), rows)
+    settings = [(0.0, 1.0), (0.7, 1.0), (1.5, 0.6), (1.0, 0.0), (1e-30, 0.9)]
+    kinds = np.arange(rows) % len(settings)
+    temperature, top_p = np.array(settings, np.float32)[kinds].T
+    mixed = np.asarray(jax.jit(draw)(logits, Sampling(temperature, top_p, keys)))
+    alone = [np.asarray(jax.jit(draw)(logits, Sampling(*s, keys))) for s in settings]
+    assert mixed.tolist() == [alone[kind][row] for row, kind in enumerate(kinds)]
+    assert (alone[1] != alone[0]).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_under_adapters_write_what_each_writes_alone(open_model, models, temperature):
+    names = ["peft_lora", "peft_rslora", "peft_patterns"]
+    together = open_model("llama")
+    attach_bank(together, slots=3, rank=8, dtype=jnp.float32)
+    for slot, name in enumerate(names):
+        put_adapter(together, slot, read_updates(models / "llama" / name))
+    base = 3
+    prompt, other = PROMPTS[0], PROMPTS[1]
+    texts = write(
+        together,
+        [prompt, prompt, other, prompt, prompt],
+        adapters=[0, 1, 2, base, 0],
+        temperature=temperature,
+        seed=3,
+    )
+    for row, (slot, asked) in enumerate([(0, prompt), (1, prompt), (2, other), (base, prompt)]):
+        alone = open_model("llama")
+        if slot != base:
+            attach_bank(alone, slots=1, rank=8, dtype=jnp.float32)
+            put_adapter(alone, 0, read_updates(models / "llama" / names[slot]))
+        slots = None if slot == base else [0]
+        assert write(alone, [asked], adapters=slots, temperature=temperature, seed=3) == [
+            texts[row]
+        ]
+    assert (texts[4] == texts[0]) == (temperature == 0)
+    assert len({tuple(text) for text in texts[:2] + texts[3:4]}) == 3

@@ -1,0 +1,93 @@
+"""`qlora-jax combine`."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_jax.commands.common import count, say
+from qlora_jax.errors import UserError
+
+TEXT = "A weighted sum of adapters as an adapter of its own."
+
+EPILOG = """The sum is exact: ranks add up. --rank shortens it to the nearest adapter of that rank,
+by singular values, and says how much of it is lost. A negative weight subtracts."""
+
+NEGATIVE = re.compile(r"-[\d.]")
+"""What begins a value and not an option, so that --adapter -0.5=DIR is one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `combine`."""
+    parser.epilog = EPILOG
+    parser._negative_number_matcher = NEGATIVE
+    parser.add_argument("out", metavar="OUT", help="folder to write, in PEFT's format")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=_weighted,
+        metavar="WEIGHT=DIR",
+        help="a folder in PEFT's format or a run directory; may be repeated",
+    )
+    parser.add_argument("--rank", type=count, metavar="R", help="largest rank of any linear")
+
+
+def _weighted(text: str) -> tuple[float, str]:
+    weight, equals, folder = text.partition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not (equals and folder and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be WEIGHT=DIR, as -0.5=my-adapter is, not {text!r}")
+    return value, folder
+
+
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    """Reads, adds up and writes."""
+    if not options.adapter:
+        raise UserError("--adapter is missing; give --adapter WEIGHT=DIR")
+    from qlora_jax.formats import peft
+    from qlora_jax.formats.updates import adapter_folder, updates_of
+    from qlora_jax.lora.arithmetic import combine, truncate
+    from qlora_jax.lora.update import rank
+
+    folders = [adapter_folder(path) for _, path in options.adapter]
+    stored = [peft.read_adapter(folder) for folder in folders]
+    terms = []
+    shapes: dict[str, tuple[int, int]] = {}
+    for (weight, _), folder, adapters in zip(options.adapter, folders, stored):
+        updates = updates_of(folder, adapters)
+        for path, update in updates.items():
+            own = update.a.shape[0], update.b.shape[1]
+            if shapes.setdefault(path, own) != own:
+                raise UserError(
+                    f"{folder}: {path} is {list(own)} (in, out), and {list(shapes[path])} in an "
+                    "adapter before it; only adapters of one model add up"
+                )
+        terms.append((weight, updates))
+    bases = list(dict.fromkeys(adapters.base_name for adapters in stored))
+    if len(bases) > 1:
+        say(f"warning: the adapters name different base models: {', '.join(map(repr, bases))}")
+    total, error = combine(terms), 0.0
+    if options.rank is not None:
+        shorter = truncate(total, options.rank)
+        total, error = shorter.updates, shorter.error
+        where, most = shorter.worst
+        say(f"truncated to rank {options.rank}: relative error {error:.3g}; {most:.3g} in {where}")
+    peft.write_adapter(
+        Path(options.out),
+        {
+            path: peft.Adapter(update.a, update.b, update.scale, update.a.shape[1])
+            for path, update in total.items()
+        },
+        base_name=bases[0],
+        scaling="constant",
+    )
+    if options.json:
+        print(json.dumps({"folder": options.out, "rank": rank(total), "error": error}))
+        return
+    print(f"{options.out}: {len(total)} linears, rank {rank(total)}")

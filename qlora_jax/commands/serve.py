@@ -1,0 +1,169 @@
+"""`qlora-jax serve`."""
+
+import argparse
+import ipaddress
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qlora_jax.commands.common import (
+    add_base_options,
+    by_name,
+    count,
+    named_folder,
+    port,
+    positive,
+    say,
+    warn_if_gpu_idle,
+    whole,
+)
+from qlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_jax.serve.app import Service
+
+TEXT = "Serve a model and its adapters over HTTP, as OpenAI's completions API."
+
+EPILOG = """Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /v1/load_lora_adapter,
+/v1/unload_lora_adapter, /health. A request's "model" is an adapter's name, or the base's.
+A run directory brings its own adapter, named as the directory is. See docs/serving.md."""
+
+DEFAULT_LENGTH = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `serve`."""
+    parser.epilog = EPILOG
+    parser.add_argument("path", metavar="MODEL_OR_RUN", help="as model.path, or a run directory")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=named_folder,
+        metavar="NAME=DIR",
+        help="a folder in PEFT's format or a run directory; may be repeated",
+    )
+    parser.add_argument("--name", help="of the base; default: its path")
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
+    parser.add_argument("--port", type=port, default=8000, help="default 8000; 0: any free one")
+    parser.add_argument(
+        "--slots", type=count, default=8, metavar="N", help="rows that decode at a time; default 8"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=count,
+        metavar="N",
+        help="tokens of prompt and answer; default 2048, or the model's positions",
+    )
+    parser.add_argument(
+        "--max-adapters",
+        type=whole,
+        metavar="N",
+        help="room for so many; default 4, or those given",
+    )
+    parser.add_argument(
+        "--max-rank", type=count, metavar="R", help="largest rank; default 16, or the largest given"
+    )
+    parser.add_argument(
+        "--queue", type=whole, default=64, metavar="N", help="requests that may wait; default 64"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=600.0,
+        metavar="S",
+        help="seconds a request may take; default 600",
+    )
+    parser.add_argument(
+        "--grace",
+        type=positive,
+        default=10.0,
+        metavar="S",
+        help="seconds to finish in when stopped; default 10",
+    )
+    parser.add_argument(
+        "--allow-loading",
+        action="store_true",
+        help="load adapters by request on other hosts than loopback, too",
+    )
+    add_base_options(parser)
+
+
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    """Loads the model and serves until a signal."""
+    adapters = by_name(options.adapter)
+    from qlora_jax.serve.server import address, listen, serve
+
+    listener = listen(options.host, options.port)
+    url = address(listener)
+    try:
+        warn_if_gpu_idle()
+        service = _service(options, adapters)
+        if not _loopback(options.host):
+            say(f"warning: whoever reaches {url} may use it; there is no password")
+
+        def ready() -> None:
+            say(f"serving on {url}")
+            if options.json:
+                print(json.dumps({"url": url}), flush=True)
+
+        serve(service, listener, grace=options.grace, on_ready=ready)
+    finally:
+        listener.close()
+
+
+def _service(options: argparse.Namespace, adapters: dict[str, str]) -> "Service":
+    """The model with its adapters, ready to answer: everything is compiled but longer prompts."""
+    from qlora_jax.lora.update import rank
+    from qlora_jax.models.adapters import attach_bank
+    from qlora_jax.serve.app import Service
+    from qlora_jax.serve.base import open_base, read_named
+    from qlora_jax.serve.engine import Engine
+    from qlora_jax.serve.scheduler import Scheduler
+    from qlora_jax.serve.worker import Worker
+
+    base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
+    config = base.model.config
+    length = options.max_length or min(DEFAULT_LENGTH, config.max_positions)
+    if length > config.max_positions:
+        raise UserError(
+            f"--max-length {length}: the model has {config.max_positions} positions; give less"
+        )
+    if base.own is not None:
+        adapters = {base.own.parent.resolve().name: str(base.own)} | adapters
+    updates = read_named(adapters, base)
+    slots = max(4, len(updates)) if options.max_adapters is None else options.max_adapters
+    most = options.max_rank or max(16, *map(rank, updates.values()), 1)
+    dtype = base.config.model.compute_dtype
+    attach_bank(base.model, slots=slots, rank=most, dtype=dtype)
+    text = base.tokenizer
+    engine = Engine(
+        base.model,
+        rows=options.slots,
+        length=length,
+        stop_ids=text.stop_ids,
+        pad_id=text.pad_id,
+        dtype=dtype,
+    )
+    scheduler = Scheduler(
+        engine, text.decode, base=options.name or base.name, slots=slots, waiting=options.queue
+    )
+    for name, own in updates.items():
+        scheduler.load(name, own)
+    engine.warm_up()
+    return Service(
+        worker=Worker(scheduler),
+        tokenizer=text,
+        linears=base.model.linears(),
+        vocabulary=config.vocab_size,
+        length=length,
+        timeout=options.timeout,
+        loading=options.allow_loading or _loopback(options.host),
+    )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,82 @@
+"""A PEFT folder's adapter as updates of a given model's linears."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qlora_jax import paths
+from qlora_jax.errors import UserError
+from qlora_jax.formats import peft
+from qlora_jax.lora.update import Update
+
+PLAIN = {"a", "b", "alpha", "rank"}
+"""The fields of `peft.Adapter` that plain LoRA has."""
+IN_RUN = "adapter"
+"""Where a run directory keeps its adapter."""
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The PEFT folder that a path names: itself, or the adapter of a run directory."""
+    folder = Path(path).expanduser()
+    inner = folder / IN_RUN
+    is_run = not paths.exists(folder / peft.CONFIG) and paths.exists(inner / peft.CONFIG)
+    return inner if is_run else folder
+
+
+def read_updates(
+    path: str | Path, linears: Mapping[str, tuple[int, int]] | None = None
+) -> dict[str, Update]:
+    """Reads a plain LoRA adapter.
+
+    Args:
+      path: a folder in PEFT's format, or a run directory.
+      linears: the model's module paths to (in_features, out_features), which the adapter must fit;
+        None asks for no model.
+
+    Raises:
+      UserError: the folder cannot be read, holds another kind of adapter or values that are not
+        finite, or does not fit the model.
+    """
+    folder = adapter_folder(path)
+    return updates_of(folder, peft.read_adapter(folder), linears)
+
+
+def updates_of(
+    folder: Path, stored: peft.AdapterSet, linears: Mapping[str, tuple[int, int]] | None = None
+) -> dict[str, Update]:
+    """The same of what `peft.read_adapter` read; `folder` is for messages."""
+    updates = {}
+    for name, adapter in stored.adapters.items():
+        _check_plain(folder, name, adapter)
+        if linears is not None:
+            _check_fit(folder, name, adapter, linears)
+        a, b = adapter.a[:, : adapter.rank], adapter.b[: adapter.rank]
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise UserError(f"{folder}: {name} holds NaN or Inf; export the adapter again")
+        updates[name] = Update(a, b, peft.factor(adapter, stored.scaling))
+    return updates
+
+
+def _check_plain(folder: Path, name: str, adapter: peft.Adapter) -> None:
+    values = {f.name: getattr(adapter, f.name) for f in dataclasses.fields(adapter)}
+    if more := sorted(k for k, v in values.items() if k not in PLAIN and v is not None):
+        raise UserError(
+            f"{folder}: {name} has {more[0]}, so it is no plain LoRA (DoRA, for one) and cannot be "
+            "one of several adapters; merge it into the model instead"
+        )
+
+
+def _check_fit(
+    folder: Path, name: str, adapter: peft.Adapter, linears: Mapping[str, tuple[int, int]]
+) -> None:
+    if name not in linears:
+        raise UserError(f"{folder}: the model has no linear {name}; the adapter is another model's")
+    shape = adapter.a.shape[0], adapter.b.shape[1]
+    if shape != tuple(linears[name]):
+        raise UserError(
+            f"{folder}: {name} is {list(shape)} (in, out) in the adapter and "
+            f"{list(linears[name])} in the model; the adapter is another model's"
+        )

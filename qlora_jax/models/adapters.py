@@ -1,0 +1,60 @@
+"""A model whose linears hold banks of adapters."""
+
+from typing import cast
+
+import jax
+from flax import nnx
+
+from qlora_jax.errors import UserError
+from qlora_jax.lora import Adapter
+from qlora_jax.lora.bank import Bank
+from qlora_jax.lora.update import Updates, rank
+from qlora_jax.models.decoder import Decoder, run_length
+from qlora_jax.models.layers import Linear
+
+
+def attach_bank(model: Decoder, *, slots: int, rank: int, dtype: jax.typing.DTypeLike) -> None:
+    """Gives every linear an empty bank, in place of the adapter it had.
+
+    Args:
+      model: changed in place.
+      slots: most adapters at a time. The slot after them, `slots` itself, is the base's.
+      rank: largest rank of any.
+      dtype: of A and B; the compute dtype loses nothing, for products round them to it.
+    """
+    for run in model.runs:
+        for linear in run.linears().values():
+            layers, k, n = linear.weight.get_value().shape
+            bank = Bank(layers, k, n, slots, rank, dtype)
+            linear.adapter = nnx.data(cast(Adapter, bank))  # a linear calls it as it does one
+
+
+def put_adapter(model: Decoder, slot: int, updates: Updates) -> None:
+    """Writes an adapter into a slot, in place. No shape changes, so no program compiles anew.
+
+    Args:
+      model: with banks.
+      slot: from 0.
+      updates: of paths and shapes that are the model's.
+
+    Raises:
+      UserError: the adapter's rank is above the banks'.
+    """
+    room = _bank(model.runs[0].q_proj).a.get_value().shape[-1]
+    if rank(updates) > room:
+        raise UserError(
+            f"the adapter's rank {rank(updates)} is above the largest there is room for, {room}"
+        )
+    start = 0
+    for run in model.runs:
+        layers = range(start, start + run_length(run))
+        for path, linear in run.linears().items():
+            own = [updates.get(f"model.layers.{i}.{path}") for i in layers]
+            _bank(linear).put(slot, own)
+        start = layers.stop
+
+
+def _bank(linear: Linear) -> Bank:
+    bank = cast(object, linear.adapter)
+    assert isinstance(bank, Bank), "attach_bank comes first"
+    return bank

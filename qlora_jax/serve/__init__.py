@@ -1,0 +1,1 @@
+"""Serving a model and its adapters over HTTP."""

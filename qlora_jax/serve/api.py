@@ -1,0 +1,275 @@
+"""Requests and responses of OpenAI's completions API, as far as they are served here."""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from qlora_jax.data.records import Message
+from qlora_jax.serve.scheduler import Reason
+
+IGNORED = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+"""Fields that do not change an answer of this server."""
+
+
+class Problem(Exception):
+    """A request that is answered by an error of OpenAI's form."""
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            kind = "rate_limit_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+REFUSALS: Mapping[Reason, tuple[HTTPStatus, str | None, str]] = {
+    "unknown model": (HTTPStatus.NOT_FOUND, "model", "model_not_found"),
+    "busy": (HTTPStatus.TOO_MANY_REQUESTS, None, "rate_limit_exceeded"),
+    "too long": (HTTPStatus.BAD_REQUEST, None, "context_length_exceeded"),
+    "timeout": (HTTPStatus.GATEWAY_TIMEOUT, None, "timeout"),
+    "stopping": (HTTPStatus.SERVICE_UNAVAILABLE, None, "stopping"),
+    "failed": (HTTPStatus.INTERNAL_SERVER_ERROR, None, "internal_error"),
+}
+"""Why the scheduler refuses, to status, parameter and code."""
+
+
+def _texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _one_prompt(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]
+    ids = isinstance(value, list) and value and all(type(i) is int for i in value)
+    if not (isinstance(value, str) or ids):
+        raise PydanticCustomError(
+            "prompt", "Input should be one text or one list of token ids, not empty"
+        )
+    return value
+
+
+def _text_content(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    parts = [p for p in value if isinstance(p, dict) and p.get("type") == "text"]
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    if len(texts) < len(value):
+        raise PydanticCustomError("content", "Input should be text, or parts of type text")
+    return "".join(texts)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    """`stream_options`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Request(_Strict):
+    """What both kinds of completion take.
+
+    Fields that would change the answer and are not supported take their neutral value alone.
+    """
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=256)]],
+        BeforeValidator(_texts),
+        Field(max_length=4),
+    ] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    logit_bias: dict[str, float] = Field({}, max_length=0)
+
+
+class Completion(Request):
+    """POST /v1/completions."""
+
+    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    max_tokens: int = Field(16, ge=1)
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+
+
+class Turn(_Strict):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text_content)]
+    name: str | None = None
+
+
+class TextFormat(_Strict):
+    """`response_format`."""
+
+    type: Literal["text"]
+
+
+class Chat(Request):
+    """POST /v1/chat/completions."""
+
+    messages: list[Turn] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] = False
+    response_format: TextFormat | None = None
+    tool_choice: Literal["none"] = "none"
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer; None leaves it to the server."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The messages as chat templates know them."""
+        roles = {"developer": "system"}
+        return [{"role": roles.get(t.role, t.role), "content": t.content} for t in self.messages]
+
+
+class LoadAdapter(_Strict):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1)
+
+
+class UnloadAdapter(_Strict):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """A request's JSON, checked; null is the same as an absent field.
+
+    Raises:
+      Problem: not JSON, or a field that is missing, unknown or not allowed.
+    """
+    try:
+        tree = _present(json.loads(body))
+        json.dumps(tree, ensure_ascii=False).encode()  # refuses half a surrogate pair
+    except (ValueError, RecursionError) as e:
+        raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {e}") from None
+    if not isinstance(tree, dict):
+        raise Problem(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
+    try:
+        return kind.model_validate(
+            {key: value for key, value in tree.items() if key not in IGNORED}
+        )
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        message = f"{where}: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            message = f"{where}: not supported here"
+        raise Problem(HTTPStatus.BAD_REQUEST, message, param=where) from None
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _present(v) for key, v in value.items() if v is not None}
+    return [_present(v) for v in value] if isinstance(value, list) else value
+
+
+class Reply:
+    """The JSON of one answer, whole or in pieces.
+
+    Args:
+      request: what is answered.
+      prompt_tokens: of the prompt.
+    """
+
+    def __init__(self, request: Completion | Chat, prompt_tokens: int):
+        self._request, self._prompt_tokens = request, prompt_tokens
+        self._chat = isinstance(request, Chat)
+        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def whole(self, text: str, tokens: int, finish: str) -> dict[str, Any]:
+        """The answer to a request without `stream`."""
+        message = {"role": "assistant", "content": text}
+        content: dict[str, Any] = {"message": message} if self._chat else {"text": text}
+        kind = "chat.completion" if self._chat else "text_completion"
+        return self._envelope(kind, content, finish) | {"usage": self._usage(tokens)}
+
+    def first(self) -> dict[str, Any] | None:
+        """The chunk that names the role; completions have none."""
+        return self._chunk({"role": "assistant", "content": ""}, None) if self._chat else None
+
+    def piece(self, text: str, finish: str | None) -> dict[str, Any]:
+        """A chunk with further text."""
+        return self._chunk({"content": text} if text else {}, finish, text)
+
+    def usage(self, tokens: int) -> dict[str, Any] | None:
+        """The chunk after the last, if the request asks for it."""
+        if not self._wants_usage:
+            return None
+        return self._chunk({}, None) | {"choices": [], "usage": self._usage(tokens)}
+
+    @property
+    def _wants_usage(self) -> bool:
+        options = self._request.stream_options
+        return options is not None and options.include_usage
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None, text: str = "") -> dict[str, Any]:
+        content: dict[str, Any] = {"delta": delta} if self._chat else {"text": text}
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        usage = {"usage": None} if self._wants_usage else {}
+        return self._envelope(kind, content, finish) | usage
+
+    def _envelope(self, kind: str, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._request.model,
+            "choices": [choice],
+        }
+
+    def _usage(self, tokens: int) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": self._prompt_tokens + tokens,
+        }

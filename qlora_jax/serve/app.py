@@ -1,0 +1,314 @@
+"""The HTTP endpoints: requests become jobs of the worker, pieces become responses."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from qlora_jax.data.prompts import ask
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import UserError
+from qlora_jax.formats.updates import read_updates
+from qlora_jax.serve import api
+from qlora_jax.serve.api import Chat, Completion, Problem, Reply
+from qlora_jax.serve.engine import Settings
+from qlora_jax.serve.scheduler import Job, Piece, Refused
+from qlora_jax.serve.worker import Worker
+
+T = TypeVar("T")
+
+MAX_BODY = 4 << 20
+"""Bytes of a request."""
+BODY_SECONDS = 30
+"""In which a request's body must have arrived."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Service:
+    """What the endpoints stand on.
+
+    Attributes:
+      worker: answers.
+      tokenizer: of the model.
+      linears: the model's, which adapters must fit.
+      vocabulary: ids are below this.
+      length: most tokens of prompt and answer.
+      timeout: seconds a request may take, waiting included.
+      loading: whether adapters are loaded and unloaded by request.
+    """
+
+    worker: Worker
+    tokenizer: Tokenizer
+    linears: Mapping[str, tuple[int, int]]
+    vocabulary: int
+    length: int
+    timeout: float
+    loading: bool
+
+
+def application(service: Service) -> Starlette:
+    """The ASGI application."""
+
+    async def completions(request: Request) -> Response:
+        return await _answer(service, request, await _parsed(request, Completion))
+
+    async def chat(request: Request) -> Response:
+        return await _answer(service, request, await _parsed(request, Chat))
+
+    async def models(request: Request) -> Response:
+        names = await _ask(service, lambda scheduler: scheduler.models)
+        base = names[0]
+        rows = [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "qlora-jax",
+                "root": base,
+                "parent": None if name == base else base,
+                "max_model_len": service.length,
+            }
+            for name in names
+        ]
+        return JSONResponse({"object": "list", "data": rows})
+
+    async def load(request: Request) -> Response:
+        _check_loading(service)
+        asked = await _parsed(request, api.LoadAdapter)
+        updates = await asyncio.to_thread(read_updates, asked.lora_path, service.linears)
+        await _ask(service, lambda scheduler: scheduler.load(asked.lora_name, updates))
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    async def unload(request: Request) -> Response:
+        _check_loading(service)
+        asked = await _parsed(request, api.UnloadAdapter)
+        await _ask(service, lambda scheduler: scheduler.unload(asked.lora_name))
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    async def health(request: Request) -> Response:
+        if service.worker.alive:
+            return JSONResponse({"status": "ok"})
+        raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "the server has stopped answering")
+
+    return Starlette(
+        routes=[
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/load_lora_adapter", load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
+            Route("/health", health),
+        ],
+        exception_handlers={
+            Problem: _problem,
+            Refused: _problem,
+            UserError: _problem,
+            HTTPException: _problem,
+            ClientDisconnect: _problem,
+            Exception: _problem,
+        },
+    )
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    problem = _as_problem(error)
+    return JSONResponse(problem.body(), status_code=problem.status)
+
+
+def _as_problem(error: Exception) -> Problem:
+    match error:
+        case Problem():
+            return error
+        case Refused():
+            status, param, code = api.REFUSALS[error.reason]
+            return Problem(status, str(error), param=param, code=code)
+        case HTTPException():
+            return Problem(HTTPStatus(error.status_code), str(error.detail))
+        case UserError() | ClientDisconnect():
+            return Problem(HTTPStatus.BAD_REQUEST, str(error) or "the client hung up")
+        case _:
+            return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
+
+
+def _check_loading(service: Service) -> None:
+    if not service.loading:
+        raise Problem(
+            HTTPStatus.FORBIDDEN,
+            "adapters cannot be loaded by request here; start the server with --allow-loading",
+        )
+
+
+async def _parsed(request: Request, kind: type[api.R]) -> api.R:
+    """The body, checked.
+
+    A browser asks before it sends JSON to another site's server, and is not answered: so no web
+    page reaches a server on its reader's own machine.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise Problem(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the content-type must be application/json"
+        )
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    raise Problem(
+                        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                        f"the body is larger than {MAX_BODY} bytes",
+                    )
+    except TimeoutError:
+        raise Problem(
+            HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {BODY_SECONDS} s"
+        ) from None
+    return await asyncio.to_thread(api.parse, kind, bytes(body))
+
+
+async def _ask(service: Service, function: Callable[[Any], T]) -> T:
+    return await asyncio.wrap_future(service.worker.call(function))
+
+
+async def _answer(service: Service, request: Request, asked: Completion | Chat) -> Response:
+    pieces: asyncio.Queue[Piece | Refused] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def listen(piece: Piece | Refused) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    prompt = await asyncio.to_thread(_prompt, service, asked)
+    limit = asked.limit if isinstance(asked, Chat) else asked.max_tokens
+    job = Job(
+        prompt=prompt,
+        model=asked.model,
+        max_tokens=limit or max(1, service.length - len(prompt)),
+        settings=Settings(
+            asked.temperature,
+            asked.top_p,
+            secrets.randbits(32) if asked.seed is None else asked.seed,
+        ),
+        stop=asked.stop,
+        timeout=service.timeout,
+        listen=listen,
+    )
+    reply = Reply(asked, len(prompt))
+
+    def cancel() -> None:
+        service.worker.call(lambda scheduler: scheduler.cancel(job))
+
+    try:
+        await _ask(service, lambda scheduler: scheduler.submit(job))
+        if asked.stream:
+            first = await _unless_gone(request, _next(pieces))
+            return _Stream(_events(reply, first, pieces), cancel)
+        return JSONResponse(await _unless_gone(request, _collect(reply, pieces)))
+    except BaseException:
+        cancel()
+        raise
+
+
+def _prompt(service: Service, asked: Completion | Chat) -> list[int]:
+    tokenizer = service.tokenizer
+    if isinstance(asked, Chat):
+        if not tokenizer.has_chat_template:
+            raise Problem(
+                HTTPStatus.BAD_REQUEST,
+                "the model has no chat template; use /v1/completions",
+                param="messages",
+            )
+        return tokenizer.encode(tokenizer.render(asked.conversation, True))
+    if isinstance(asked.prompt, str):
+        ids = ask(asked.prompt, tokenizer, template="none").ids
+    else:
+        ids = asked.prompt
+    if not ids:
+        raise Problem(HTTPStatus.BAD_REQUEST, "the prompt has no tokens", param="prompt")
+    if not 0 <= min(ids) <= max(ids) < service.vocabulary:
+        raise Problem(
+            HTTPStatus.BAD_REQUEST,
+            f"the prompt holds an id outside the vocabulary of {service.vocabulary}",
+            param="prompt",
+        )
+    return ids
+
+
+async def _next(pieces: asyncio.Queue[Piece | Refused]) -> Piece:
+    piece = await pieces.get()
+    if isinstance(piece, Refused):
+        raise piece
+    return piece
+
+
+async def _collect(reply: Reply, pieces: asyncio.Queue[Piece | Refused]) -> dict[str, Any]:
+    text = ""
+    while True:
+        piece = await _next(pieces)
+        text += piece.text
+        if piece.finish:
+            return reply.whole(text, piece.tokens, piece.finish)
+
+
+async def _unless_gone(request: Request, result: Awaitable[T]) -> T:
+    """The result, or ClientDisconnect as soon as the client hangs up."""
+    wanted, gone = asyncio.ensure_future(result), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if wanted.done():
+            return wanted.result()
+        raise ClientDisconnect
+    finally:
+        for task in (wanted, gone):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await gone
+
+
+async def _events(
+    reply: Reply, piece: Piece, pieces: asyncio.Queue[Piece | Refused]
+) -> AsyncIterator[str]:
+    """Server-sent events from the first piece to [DONE], or to an error."""
+    if first := reply.first():
+        yield _event(first)
+    try:
+        while not piece.finish:
+            yield _event(reply.piece(piece.text, None))
+            piece = await _next(pieces)
+    except Refused as e:
+        yield _event(_as_problem(e).body())
+        return
+    yield _event(reply.piece(piece.text, piece.finish))
+    if usage := reply.usage(piece.tokens):
+        yield _event(usage)
+    yield "data: [DONE]\n\n"
+
+
+def _event(tree: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(tree)}\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; `on_end` is called however they end, a client that hangs up included."""
+
+    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], Any]):
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()

@@ -1,0 +1,80 @@
+"""A model to put adapters on, from a run directory or from what a config's `model` may name."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qlora_jax import paths
+from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import UserError
+from qlora_jax.formats.updates import IN_RUN, read_updates
+from qlora_jax.lora.update import Updates
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.train import rundir
+from qlora_jax.train.restore import from_config, restore
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A model without adapters.
+
+    Attributes:
+      name: what the model is called: `model.path`.
+      model: the model.
+      tokenizer: its tokenizer.
+      config: how it is held and computed, and how prompts are written.
+      own: the adapter of the run that the path named, if it has one.
+    """
+
+    name: str
+    model: Decoder
+    tokenizer: Tokenizer
+    config: Config
+    own: Path | None
+
+
+def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], None]) -> Base:
+    """Loads it.
+
+    Args:
+      path: a run directory, whose own settings hold; or a folder, a .gguf file, a built-in or a
+        hub id.
+      bits: 4 holds the linears in NF4, 16 as they are; not for a run.
+      dtype: of computation; not for a run.
+      warn: called with lines for the user.
+
+    Raises:
+      UserError: it cannot be loaded.
+    """
+    if paths.is_file(Path(path) / rundir.CONFIG):
+        config = rundir.open_run(path)
+        trained = config.method == "full"
+        restored = restore(path, base=not trained, warn=warn)
+        own = None if trained else Path(path) / IN_RUN
+        return Base(config.model.path, restored.model, restored.tokenizer, config, own)
+    config = Config(
+        model=ModelConfig(path=path, compute_dtype=dtype, storage_dtype=dtype),
+        method="qlora" if bits == 4 else "lora",
+        lora=LoraConfig(rank=1),  # the bank replaces it
+        data=DataConfig(source="", sequence_length=1),
+        output="",
+    )
+    restored = from_config(config, warn)
+    return Base(path, restored.model, restored.tokenizer, config, None)
+
+
+def read_named(adapters: Mapping[str, str], base: Base) -> dict[str, Updates]:
+    """Reads the adapters of a command line, name to folder.
+
+    Raises:
+      UserError: one cannot be read or does not fit the model; its name is given.
+    """
+    linears = base.model.linears()
+    found: dict[str, Updates] = {}
+    for name, folder in adapters.items():
+        try:
+            found[name] = read_updates(folder, linears)
+        except UserError as e:
+            raise UserError(f"--adapter {name}: {e}") from None
+    return found

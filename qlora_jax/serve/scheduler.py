@@ -1,0 +1,260 @@
+"""Which request has which row, and what becomes of it: continuous batching without HTTP."""
+
+import dataclasses
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from qlora_jax.errors import UserError
+from qlora_jax.lora.update import Updates
+from qlora_jax.serve.answer import Answer
+from qlora_jax.serve.engine import Settings
+
+BURST = 8
+"""Tokens that rows decode between two looks at who is waiting."""
+
+Reason = Literal["unknown model", "busy", "too long", "timeout", "stopping", "failed"]
+
+
+class Refused(Exception):
+    """A request that gets no answer, or no more of it; `reason` says of what kind."""
+
+    def __init__(self, reason: Reason, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Piece(NamedTuple):
+    """A further piece of an answer.
+
+    Attributes:
+      text: new text, which may be empty.
+      tokens: ids the answer took so far, a stop id included.
+      finish: set on the last piece: a stop id or text came, or max_tokens did.
+    """
+
+    text: str
+    tokens: int
+    finish: Literal["stop", "length"] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Job:
+    """A request.
+
+    Attributes:
+      prompt: token ids.
+      model: an adapter's name, or the base's.
+      max_tokens: most ids of the answer.
+      settings: of the draws.
+      stop: texts that end the answer.
+      timeout: seconds from its arrival until it is given up.
+      listen: called with each piece, or with what ended the job instead of a last piece.
+    """
+
+    prompt: Sequence[int]
+    model: str
+    max_tokens: int
+    settings: Settings
+    stop: Sequence[str] = ()
+    timeout: float = float("inf")
+    listen: Callable[[Piece | Refused], None]
+
+
+class Rows(Protocol):
+    """What the scheduler asks of an `Engine`."""
+
+    rows: int
+    length: int
+    vocabulary: int
+    stop_ids: frozenset[int]
+
+    def put_adapter(self, slot: int, updates: Updates) -> None: ...
+    def enter(self, row: int, prompt: Sequence[int], adapter: int, settings: Settings) -> int: ...
+    def advance(self, steps: int) -> np.ndarray: ...
+    def leave(self, row: int) -> None: ...
+
+
+@dataclasses.dataclass(eq=False)
+class _Active:
+    job: Job
+    slot: int
+    deadline: float
+    answer: Answer
+    row: int = -1
+    drawn: int = 0
+
+
+class Scheduler:
+    """Waiting and running jobs over an engine's rows; adapters by name in its slots.
+
+    Not thread-safe: everything, listeners included, happens in the thread that calls.
+
+    Args:
+      engine: an `Engine`.
+      decode: ids to text.
+      base: the name of the model without an adapter.
+      slots: how many adapters the engine's banks hold.
+      waiting: most jobs that wait for a row.
+      clock: seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Rows,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        base: str,
+        slots: int,
+        waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._engine, self._decode, self._base, self._clock = engine, decode, base, clock
+        self._slots, self._room = slots, waiting
+        self._names: dict[str, int] = {}
+        self._users: Counter[int] = Counter()
+        self._queue: deque[_Active] = deque()
+        self._running: dict[int, _Active] = {}
+        self._stopping = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything for `step` to do."""
+        return bool(self._queue or self._running)
+
+    @property
+    def models(self) -> list[str]:
+        """The base's name, then the adapters'."""
+        return [self._base, *self._names]
+
+    def load(self, name: str, updates: Updates) -> None:
+        """Takes an adapter in; it is there for jobs that come after.
+
+        Raises:
+          UserError: the name is taken, no slot is free, or the rank is too large.
+        """
+        if name in self.models:
+            raise UserError(f"{name!r} is loaded already; unload it, or give another name")
+        taken = {*self._names.values(), *(+self._users)}
+        slot = next((s for s in range(self._slots) if s not in taken), None)
+        if slot is None:
+            raise UserError(
+                f"no room for {name!r}: all {self._slots} slots for adapters are in use; unload one"
+            )
+        self._engine.put_adapter(slot, updates)
+        self._names[name] = slot
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter; jobs that use it go on, and its slot is free after the last.
+
+        Raises:
+          Refused: no such adapter.
+        """
+        if name not in self._names:
+            raise Refused("unknown model", f"no adapter {name!r} is loaded")
+        del self._names[name]
+
+    def submit(self, job: Job) -> None:
+        """Takes a job in.
+
+        Raises:
+          Refused: unknown model, too long, too many waiting, or stopping.
+        """
+        if job.model not in self.models:
+            known = ", ".join(self.models)
+            raise Refused(
+                "unknown model", f"the model {job.model!r} is not here; there are: {known}"
+            )
+        if self._stopping:
+            raise Refused("stopping", "the server is stopping")
+        if len(job.prompt) + job.max_tokens > self._engine.length:
+            raise Refused(
+                "too long",
+                f"{len(job.prompt)} tokens of prompt and {job.max_tokens} of answer are more than "
+                f"the {self._engine.length} positions of this server; shorten one of them",
+            )
+        free = self._engine.rows - len(self._running)
+        if len(self._queue) >= self._room + free:
+            raise Refused("busy", f"{len(self._queue)} requests are waiting already; try later")
+        slot = self._names.get(job.model, self._slots)
+        self._users[slot] += 1
+        answer = Answer(self._decode, job.stop)
+        self._queue.append(_Active(job, slot, self._clock() + job.timeout, answer))
+
+    def cancel(self, job: Job) -> None:
+        """Drops a job without a word to its listener; nothing if it has ended."""
+        for active in self._all():
+            if active.job is job:
+                self._drop(active)
+
+    def stop(self) -> None:
+        """Refuses what waits and what comes from now on; running jobs go on."""
+        self._stopping = True
+        for active in list(self._queue):
+            self._refuse(active, Refused("stopping", "the server is stopping"))
+
+    def refuse_all(self, why: Refused) -> None:
+        """Ends every job."""
+        for active in self._all():
+            self._refuse(active, why)
+
+    def step(self) -> None:
+        """Gives free rows to those who wait, then has all rows decode a burst."""
+        now = self._clock()
+        for active in self._all():
+            if now >= active.deadline:
+                self._refuse(
+                    active, Refused("timeout", f"not finished within {active.job.timeout:g} s")
+                )
+        free = (row for row in range(self._engine.rows) if row not in self._running)
+        for row in list(free)[: len(self._queue)]:
+            self._enter(self._queue.popleft(), row)
+        if not self._running:
+            return
+        left = max(active.job.max_tokens - active.drawn for active in self._running.values())
+        drawn = self._engine.advance(min(BURST, left))
+        for row, active in list(self._running.items()):
+            self._take(active, drawn[row].tolist())
+
+    def _enter(self, active: _Active, row: int) -> None:
+        job = active.job
+        active.row = row
+        self._running[row] = active
+        self._take(active, [self._engine.enter(row, job.prompt, active.slot, job.settings)])
+
+    def _take(self, active: _Active, ids: list[int]) -> None:
+        """Hands on what was drawn for a row, and ends the job where it has come to its end."""
+        job, answer = active.job, active.answer
+        ids = ids[: job.max_tokens - active.drawn]
+        ends = next((i for i, token in enumerate(ids) if token in self._engine.stop_ids), None)
+        text = answer.add(ids[:ends])
+        stop_id = ends is not None and not answer.stopped
+        active.drawn = answer.tokens + stop_id
+        finish: Literal["stop", "length"] | None = None
+        if stop_id or answer.stopped:
+            finish = "stop"
+        elif active.drawn == job.max_tokens:
+            finish = "length"
+        if finish:
+            text += answer.finish()
+            self._drop(active)
+        if text or finish:
+            job.listen(Piece(text, active.drawn, finish))
+
+    def _all(self) -> list[_Active]:
+        return [*self._queue, *self._running.values()]
+
+    def _refuse(self, active: _Active, why: Refused) -> None:
+        self._drop(active)
+        active.job.listen(why)
+
+    def _drop(self, active: _Active) -> None:
+        if self._running.get(active.row) is active:
+            del self._running[active.row]
+            self._engine.leave(active.row)
+        else:
+            self._queue.remove(active)
+        self._users[active.slot] -= 1

@@ -1,0 +1,78 @@
+"""A server of the tiny model in a process of its own, and adapters that change what it says."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "tests" / "golden" / "models"
+
+
+@dataclasses.dataclass
+class Server:
+    """A running `qlora-jax serve`."""
+
+    process: subprocess.Popen
+    url: str
+    log: Path
+
+    def stop(self, number: int) -> tuple[int, str]:
+        """Sends a signal; exit code and what was said."""
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
+        return code, self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters of the tiny model by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    names = {"one": "peft_lora", "two": "peft_patterns", "three": "peft_rslora"}
+    return {n: shutil.copytree(MODELS / "llama" / f, folder / n) for n, f in names.items()}
+
+
+@pytest.fixture(scope="session")
+def start(
+    tiny_model: Path,
+    adapters: dict[str, Path],
+    compiled: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Server]]:
+    """Starts a server of the tiny model with adapters one and two; further options may follow."""
+    processes = []
+
+    def run(*options: str, model: Path = tiny_model) -> Server:
+        log = tmp_path_factory.mktemp("server") / "log"
+        given = [f"--adapter={name}={adapters[name]}" for name in ("one", "two")]
+        command = ["serve", str(model), "--name=tiny", *given, "--port=0", "--dtype=float32"]
+        command += ["--max-length=256", "--slots=3", "--max-adapters=3", *options]
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "qlora_jax.cli", *command],
+                env=os.environ | compiled | {"PYTHONPATH": str(ROOT)},
+                stderr=stderr,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        processes.append(process)
+        deadline = 600
+        while not (found := re.search(r"serving on (\S+)", log.read_text())):
+            deadline -= 1
+            assert process.poll() is None, log.read_text()
+            assert deadline, log.read_text()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.1)
+        return Server(process, found[1], log)
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
