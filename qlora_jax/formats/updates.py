@@ -47,6 +47,11 @@ def updates_of(
     folder: Path, stored: peft.AdapterSet, linears: Mapping[str, tuple[int, int]] | None = None
 ) -> dict[str, Update]:
     """The same of what `peft.read_adapter` read; `folder` is for messages."""
+    if stored.replaced.tensors:
+        raise UserError(
+            f"{folder}: it trained {next(iter(stored.replaced.tensors))} beside its adapters, so it "
+            "cannot be one of several adapters; merge it into the model instead"
+        )
     updates = {}
     for name, adapter in stored.adapters.items():
         _check_plain(folder, name, adapter)

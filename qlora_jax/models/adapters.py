@@ -40,7 +40,8 @@ def put_adapter(model: Decoder, slot: int, updates: Updates) -> None:
     Raises:
       UserError: the adapter's rank is above the banks'.
     """
-    room = _bank(model.runs[0].q_proj).a.get_value().shape[-1]
+    first = next(iter(model.runs[0].linears().values()))
+    room = _bank(first).a.get_value().shape[-1]
     if rank(updates) > room:
         raise UserError(
             f"the adapter's rank {rank(updates)} is above the largest there is room for, {room}"
@@ -49,7 +50,8 @@ def put_adapter(model: Decoder, slot: int, updates: Updates) -> None:
     for run in model.runs:
         layers = range(start, start + run_length(run))
         for path, linear in run.linears().items():
-            own = [updates.get(f"model.layers.{i}.{path}") for i in layers]
+            prefix = model.config.names.layers
+            own = [updates.get(f"{prefix}.{i}.{path}") for i in layers]
             _bank(linear).put(slot, own)
         start = layers.stop
 

@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: adapter_config.json beside adapter_model.safetensors."""
 
+from qlora_jax.formats.peft.adapter import CONFIG as CONFIG
 from qlora_jax.formats.peft.adapter import Adapter as Adapter
 from qlora_jax.formats.peft.adapter import AdapterSet as AdapterSet
 from qlora_jax.formats.peft.adapter import Replaced as Replaced

@@ -1,0 +1,20 @@
+"""What the experiments run on. Change a line here, or give `--set`, for other models or a GPU.
+
+The small models are made by `qlora-jax pretrain configs/pretrain_4m.yaml` and its like; weights
+that were never 4-bit. SmolLM2's reach us as Q4_1: its "16 bits" are dequantized Q4_1.
+"""
+
+CONFIG = "configs/small.yaml"
+"""Where fine-tuning cells start from; `configs/rank.yaml` is the size of a GPU."""
+
+MODELS = ["runs/pretrain_1m/model", "runs/pretrain_4m/model", "smollm2-135m-instruct"]
+"""Whose weights are quantized; hub ids such as EleutherAI/pythia-410m belong here too."""
+
+TEXTS = ["python-docs", "python-source", "package-docs"]
+"""Sources of `data.source` whose held-out part is read for perplexity."""
+
+TOKENS = 4096
+"""Tokens of each text that are read for perplexity."""
+
+WINDOW = 256
+"""Tokens of context for perplexity."""
