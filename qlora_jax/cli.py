@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
-from qlora_jax.commands import bench, evaluate, generate, plan, train
+from qlora_jax.commands import bench, evaluate, generate, plan, sweep, train
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.streams import outlets
 from qlora_jax.train.interrupt import Stopped
@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "evaluate": evaluate,
     "generate": generate,
     "bench": bench,
+    "sweep": sweep,
 }
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
