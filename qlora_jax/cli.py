@@ -22,6 +22,7 @@ from qlora_jax.commands import (
     pretrain,
     quantize,
     serve,
+    sweep,
     train,
 )
 from qlora_jax.errors import RunFailed, Terminated, UserError
@@ -35,9 +36,10 @@ COMMANDS: Mapping[str, ModuleType] = {
     "evaluate": evaluate,
     "generate": generate,
     "serve": serve,
-    "quantize": quantize,
     "export": export,
     "combine": combine,
+    "quantize": quantize,
+    "sweep": sweep,
     "bench": bench,
 }
 

@@ -1,7 +1,6 @@
 """manifest.json: what a run was, in enough detail to run it again and to explain a difference."""
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,19 +14,9 @@ from qlora_jax import paths
 from qlora_jax.atomic import write_text
 from qlora_jax.device import cpu_cores, cpu_name, describe_devices
 from qlora_jax.errors import UserError
+from qlora_jax.versions import versions
 
 NAME = "manifest.json"
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "numpy",
-    "safetensors",
-    "tokenizers",
-    "qlora-jax",
-)
 _SESSION = (
     *("started", "finished", "command", "versions", "git", "devices", "machine", "environment"),
     "base_sha256",
@@ -49,13 +38,13 @@ def build(
     """
     devices = describe_devices()
     entries = {
-        "started": _now(),
+        "started": now(),
         "finished": None,
         "command": command,
         "seed": config.train.seed,
         "config_sha256": config_lib.digest(config),
         "config": config_lib.to_tree(config),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": versions(),
         "git": git_state(),
         "devices": {
             "backend": devices.backend,
@@ -102,7 +91,7 @@ def finish(run_dir: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
     Raises:
       UserError: as `read` and `write`.
     """
-    return write(run_dir, read(run_dir) | {"finished": _now()} | dict(extra or {}))
+    return write(run_dir, read(run_dir) | {"finished": now()} | dict(extra or {}))
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
@@ -150,15 +139,9 @@ def _git(folder: str | Path, *arguments: str) -> str:
     return result.stdout.strip()
 
 
-def _now() -> str:
+def now() -> str:
+    """This moment, ISO 8601 in UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _memory_bytes() -> int | None:

@@ -33,7 +33,7 @@ class TrainDisplay:
         self._total = total
         self._clock = clock
         self._first: tuple[int, float] | None = None
-        self._line = _Line(description, total, start, console, clock)
+        self._line = Line(description, total, start, console, clock)
 
     def __enter__(self) -> "TrainDisplay":
         self._line.start("compiling the first step")
@@ -75,7 +75,7 @@ def progress(
 
     Yields `advance(n=1)`, to be called as items are done. `total` is None when it is unknown.
     """
-    line = _Line(description, total, 0, console, clock)
+    line = Line(description, total, 0, console, clock)
     done = 0
 
     def advance(n: int = 1) -> None:
@@ -99,7 +99,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _Line:
+class Line:
+    """What was done of a total, as a bar or as plain lines; `start` and `stop` go around it."""
+
     def __init__(
         self,
         description: str,

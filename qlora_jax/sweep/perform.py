@@ -1,0 +1,146 @@
+"""What a worker does: the cells of one task, from their values to their rows."""
+
+import contextlib
+import errno
+import functools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora_jax.errors import first_line
+from qlora_jax.sweep.experiment import Cell, Context, Experiment, Row, Rows
+from qlora_jax.sweep.find import load
+from qlora_jax.sweep.results import DONE, FAILED, RESERVED, plain
+from qlora_jax.versions import versions
+
+LOG = "log.txt"
+"""In a cell's folder: what it printed, and the traceback of what failed it."""
+
+DISK_FULL = errno.ENOSPC, errno.EDQUOT
+
+
+class Task(NamedTuple):
+    """Cells for one worker, to be run together.
+
+    Attributes:
+      experiment: its file.
+      cells: values of each.
+      folder: the first cell's, made by the worker.
+    """
+
+    experiment: Path
+    cells: Sequence[Mapping[str, Any]]
+    folder: Path
+
+
+class Outcome(NamedTuple):
+    """Of one cell: done with rows, or failed with an error."""
+
+    status: str
+    error: str
+    rows: list[dict[str, Any]]
+
+
+class Reply(NamedTuple):
+    """What a worker says of a task.
+
+    Attributes:
+      outcomes: one for each cell.
+      wall_s: of the whole task.
+      versions: of the worker's packages.
+      disk_full: what ended the task, where that is what did: its cells have no outcome then.
+    """
+
+    outcomes: Sequence[Outcome]
+    wall_s: float
+    versions: Mapping[str, str | None]
+    disk_full: str = ""
+
+
+def failed(task: Task, error: str, wall_s: float = 0.0) -> Reply:
+    """A reply in the name of a worker that cannot."""
+    return Reply([Outcome(FAILED, error, [])] * len(task.cells), wall_s, versions())
+
+
+def perform(task: Task, progress: Callable[[str], None] = lambda words: None) -> Reply:
+    """Runs a task in this process; an exception of its cells is their outcome."""
+    began = time.perf_counter()
+
+    def reply(outcomes: Sequence[Outcome], disk_full: str = "") -> Reply:
+        return Reply(outcomes, time.perf_counter() - began, versions(), disk_full)
+
+    try:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        with _logged(task.folder / LOG):
+            try:
+                return reply(_outcomes(task, Context(task.folder, progress)))
+            except Exception:
+                traceback.print_exc()
+                raise
+    except Exception as e:
+        for error in (e, e.__cause__):
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                return reply([], first_line(e))
+        return reply([_failure(e)] * len(task.cells))
+
+
+def _outcomes(task: Task, context: Context) -> list[Outcome]:
+    experiment = _experiment(task.experiment)
+    cells = [experiment.cell(values) for values in task.cells]
+    found: Sequence[Rows | Exception]
+    if len(cells) == 1:
+        found = [experiment.run(cells[0], context)]
+    else:
+        assert experiment.population is not None
+        found = experiment.population.run(cells, context)
+        if len(found) != len(cells):
+            raise ValueError(f"the population gave {len(found)} results for {len(cells)} cells")
+    return [_outcome(cell, one) for cell, one in zip(cells, found)]
+
+
+_experiment: Callable[[Path], Experiment] = functools.cache(load)
+
+
+def _outcome(cell: Cell, found: Rows | Exception) -> Outcome:
+    try:
+        if isinstance(found, Exception):
+            raise found
+        rows: Sequence[Row] = [found] if isinstance(found, Mapping) else found
+        for row in rows:
+            if taken := sorted({*RESERVED, *cell.values} & row.keys()):
+                raise ValueError(f"a figure cannot be called {taken[0]}: that is a column already")
+        return Outcome(DONE, "", [plain(row) for row in rows])
+    except Exception as e:
+        traceback.print_exception(e)
+        return _failure(e)
+
+
+def _failure(error: Exception) -> Outcome:
+    return Outcome(FAILED, f"{type(error).__name__}: {first_line(error)}", [])
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Sends what this process and its children print to a file."""
+    with path.open("ab") as log:
+        _flush()
+        before = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+            yield
+        finally:
+            _flush()
+            for number, old in zip((1, 2), before):
+                os.dup2(old, number)
+                os.close(old)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()

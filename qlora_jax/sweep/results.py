@@ -1,0 +1,234 @@
+"""results.jsonl, the truth about a sweep: a line a finished cell, appended and kept.
+
+A process may be killed at any moment: a last line without its end is dropped, and its cell runs
+again. Of several lines of a cell the last counts.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from qlora_jax import paths
+from qlora_jax.atomic import atomic_write, storage_error
+from qlora_jax.errors import UserError
+from qlora_jax.sweep.experiment import Experiment
+
+NAME = "results.jsonl"
+PARQUET = "results.parquet"
+LOCK = ".lock"
+FORMAT = 1
+"""Of a line."""
+
+DONE, FAILED, SKIPPED = "done", "failed", "skipped"
+
+RESERVED = "id", "status", "error", "wall_s"
+"""Columns of the table beside axes and figures."""
+
+LOCK_SECONDS = 5.0
+"""How long a lock is waited for: the workers of a killed sweep hold it until they notice."""
+
+
+class Record(NamedTuple):
+    """One line.
+
+    Attributes:
+      id: the cell's.
+      values: axis to value.
+      status: done, failed or skipped.
+      error: why it failed or was skipped; empty where done.
+      rows: figure to value, each.
+      wall_s: that it took; its share where cells ran together.
+      versions: of Python and the packages that computed it.
+    """
+
+    id: str
+    values: Mapping[str, Any]
+    status: str
+    error: str
+    rows: list[dict[str, Any]]
+    wall_s: float
+    versions: Mapping[str, str | None]
+
+
+class Results:
+    """The records of a sweep in a folder that no other process writes to; a context manager."""
+
+    def __init__(self, folder: Path, experiment: Experiment) -> None:
+        """Reads what is there, after having taken the folder's lock.
+
+        Raises:
+          UserError: another sweep has the folder, it cannot be written to, or its results are of
+            another format, experiment or version.
+        """
+        self.path = folder / NAME
+        self._head = {
+            "format": FORMAT,
+            "experiment": experiment.name,
+            "version": experiment.version,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(folder)
+            self.records, size = _read(self.path, self._head)
+            self._file = self.path.open("ab", buffering=0)
+            if self._file.tell() > size:
+                self._file.truncate(size)
+            _sync_folder(folder)
+        except OSError as e:
+            raise storage_error(folder, e) or e from e
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        os.close(self.lock)
+
+    def add(self, record: Record) -> None:
+        """Appends a line, which is on the disk when this returns.
+
+        Raises:
+          UserError: it does not fit; the lines before it are kept.
+        """
+        line = json.dumps(self._head | record._asdict(), allow_nan=False).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            rest = line
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            raise storage_error(self.path.parent, e) or e from e
+        self.records[record.id] = record
+
+
+def read(folder: Path, experiment: Experiment) -> dict[str, Record]:
+    """The records by cell, of a sweep that may be running.
+
+    Raises:
+      UserError: there is none, or it is of another format, experiment or version.
+    """
+    path = folder / NAME
+    if not paths.is_file(path):
+        raise UserError(f"{path}: no such file; run the sweep first, or give its --out")
+    head = {"format": FORMAT, "experiment": experiment.name, "version": experiment.version}
+    try:
+        return _read(path, head)[0]
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+
+
+def plain(value: Any) -> Any:
+    """A figure as JSON has it: numpy's scalars as Python's, what is not finite as None.
+
+    Raises:
+      TypeError: JSON has no such thing.
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    raise TypeError(f"{type(value).__name__} is not a figure; give numbers, text, lists or dicts")
+
+
+def write_parquet(folder: Path, records: Iterable[Record]) -> None:
+    """Writes the table: a line for each row of each record, cells without rows one line.
+
+    Columns are id, status, error, wall_s, the axes and the figures; one whose values are of
+    several kinds, or not scalars, holds JSON.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = list(_lines(records))
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    table = {name: _column([line.get(name) for line in lines]) for name in names}
+    with atomic_write(folder / PARQUET) as temporary:
+        parquet.write_table(pyarrow.table(table), temporary)
+
+
+def _lines(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    for record in records:
+        own = {"id": record.id, "status": record.status, "error": record.error}
+        for row in record.rows or [{}]:
+            yield {**own, "wall_s": record.wall_s, **record.values, **row}
+
+
+def _column(values: list[Any]) -> list[Any]:
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} or (len(kinds) == 1 and kinds <= {bool, str}):
+        return [float(v) if float in kinds and v is not None else v for v in values]
+    return [None if value is None else json.dumps(value) for value in values]
+
+
+def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, Record], int]:
+    """The records, and the bytes of the file that hold whole lines."""
+    data = path.read_bytes() if path.exists() else b""
+    size = data.rfind(b"\n") + 1
+    found: dict[str, Record] = {}
+    for number, line in enumerate(data[:size].splitlines(), 1):
+        try:
+            tree = json.loads(line)
+            theirs = {key: tree[key] for key in head}
+            if theirs == head:
+                record = Record(**{k: v for k, v in tree.items() if k not in head})
+                found[record.id] = record
+                continue
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{path}:{number}: not a result; restore the file, or give another --out"
+            ) from None
+        for key, ours in head.items():
+            if theirs[key] != ours:
+                raise UserError(
+                    f"{path}: results of {key} {theirs[key]}, this is {key} {ours}; give another "
+                    "--out, or move the folder away"
+                )
+    return found, size
+
+
+def _lock(folder: Path) -> int:
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(file)
+                raise UserError(
+                    f"{folder}: another sweep is writing there; wait for it, or give another --out"
+                ) from None
+            time.sleep(0.05)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

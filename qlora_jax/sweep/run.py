@@ -1,0 +1,172 @@
+"""A sweep: the cells that are left, in tasks, and a record of each."""
+
+import contextlib
+import math
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from qlora_jax import manifest
+from qlora_jax.device import cpu_cores, cpu_name
+from qlora_jax.errors import UserError
+from qlora_jax.sweep.engines import ENGINES, Setup
+from qlora_jax.sweep.experiment import SEED, Cell, Experiment, Population
+from qlora_jax.sweep.perform import LOG, Reply, Task
+from qlora_jax.sweep.results import DONE, FAILED, SKIPPED, Record, Results
+from qlora_jax.train.display import Line, duration
+from qlora_jax.versions import versions
+
+WORK = "work"
+"""Folder of the cells' own folders."""
+
+
+def sweep(
+    path: Path,
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    command: str,
+    engine: str = "local",
+    jobs: int | None = None,
+    resources: Mapping[str, Any] | None = None,
+    retry_failed: bool = False,
+) -> dict[str, Record]:
+    """Runs the cells that are not finished.
+
+    Args:
+      path: the experiment's file, which workers load.
+      experiment: what it declares.
+      cells: that are asked for.
+      out: folder of the results; what they say is finished is not run again.
+      command: for the manifest.
+      engine: a key of `engines.ENGINES`.
+      jobs: tasks at a time; None leaves it to the engine.
+      resources: that the engine asks for a task.
+      retry_failed: run failed cells again.
+
+    Returns:
+      The records of every cell that the folder knows.
+
+    Raises:
+      UserError: the folder cannot be used, or its disk is full; what is finished is kept.
+    """
+    began = time.perf_counter()
+    with Results(out, experiment) as results:
+        manifest.write(
+            out, _described(experiment, cells, command), resumed=(out / manifest.NAME).exists()
+        )
+        skip(experiment, cells, results)
+        waiting = left(cells, results.records, retry_failed)
+        tasks = [
+            Task(path, [cell.values for cell in group], out / WORK / group[0].id)
+            for group in groups(waiting, experiment.population)
+        ]
+        with _Display(len(waiting)) as display:
+            setup = Setup(jobs, resources or {}, results.lock, out, display.words)
+            running = ENGINES[engine](tasks, setup)
+            with contextlib.closing(running):  # type: ignore[type-var]
+                for task, reply in running:
+                    for record in _records(experiment, task, reply, out):
+                        results.add(record)
+                        display.finished(record, task.folder / LOG)
+        manifest.finish(out, {"wall_s": time.perf_counter() - began})
+        return results.records
+
+
+def skip(experiment: Experiment, cells: Sequence[Cell], results: Results) -> None:
+    """Records the cells that cannot run, with the reason, unless that is recorded already."""
+    for cell in cells:
+        before = results.records.get(cell.id)
+        reason = experiment.skip(cell)
+        if reason and (before is None or (before.status, before.error) != (SKIPPED, reason)):
+            results.add(Record(cell.id, cell.values, SKIPPED, reason, [], 0.0, versions()))
+
+
+def left(
+    cells: Sequence[Cell], records: Mapping[str, Record], retry_failed: bool = False
+) -> list[Cell]:
+    """The cells that are still to run."""
+    over = {DONE, SKIPPED} if retry_failed else {DONE, SKIPPED, FAILED}
+    return [c for c in cells if c.id not in records or records[c.id].status not in over]
+
+
+def groups(cells: Sequence[Cell], population: Population | None) -> list[list[Cell]]:
+    """The cells in the groups that run together: single ones without a population."""
+    if population is None:
+        return [[cell] for cell in cells]
+    by_key: dict[Hashable, list[Cell]] = {}
+    for cell in cells:
+        key = population.key(cell)
+        by_key.setdefault(("alone", cell.id) if key is None else ("key", key), []).append(cell)
+    size = population.largest
+    return [own[i : i + size] for own in by_key.values() for i in range(0, len(own), size)]
+
+
+def _records(experiment: Experiment, task: Task, reply: Reply, out: Path) -> Iterator[Record]:
+    if reply.disk_full:
+        raise UserError(
+            f"{out}: no space left on this disk ({reply.disk_full}); finished cells are kept: free "
+            "some, and the same command goes on"
+        )
+    share = reply.wall_s / len(task.cells)
+    for values, outcome in zip(task.cells, reply.outcomes):
+        yield Record(experiment.cell(values).id, values, *outcome, share, reply.versions)
+
+
+def _described(experiment: Experiment, cells: Sequence[Cell], command: str) -> dict[str, Any]:
+    return {
+        "started": manifest.now(),
+        "finished": None,
+        "command": command,
+        "experiment": experiment.name,
+        "version": experiment.version,
+        "cells": len(cells),
+        "seeds": sorted({cell.values[SEED] for cell in cells if SEED in cell.values}),
+        "versions": versions(),
+        "git": manifest.git_state(),
+        "machine": {"cpu": cpu_name(), "cores": cpu_cores()},
+    }
+
+
+class _Display:
+    """Cells done, the time left, and a line for each that failed; a context manager."""
+
+    def __init__(self, total: int) -> None:
+        self._line = Line("cells", total, 0, None, time.monotonic)
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> "_Display":
+        if self._total:
+            self._line.start("")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._total:
+            self._line.stop()
+
+    def words(self, words: str) -> None:
+        """Shows how far a cell is."""
+        self._line.update(self._done, f"{self._eta()}  {words}")
+
+    def finished(self, record: Record, log: Path) -> None:
+        """Counts a cell, and tells why it failed."""
+        self._done += 1
+        self._line.update(self._done, self._eta())
+        if record.status == FAILED:
+            values = " ".join(f"{axis}={value}" for axis, value in record.values.items())
+            self._line.note(f"failed: {values}: {record.error} ({log})")
+
+    def _eta(self) -> str:
+        spent = time.monotonic() - self._began
+        ahead = spent / self._done * (self._total - self._done) if self._done else math.nan
+        return f"ETA {duration(ahead)}"

@@ -1,0 +1,28 @@
+"""Of Python and of the packages that figures depend on."""
+
+import importlib.metadata
+import platform
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "qlora-jax",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Name to version; None for a package that is not installed. Imports none of them."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,165 @@
+"""Cells and their ids, their groups, and the table an analysis is given."""
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.sweep import Analysis, Cell, Experiment, Population, Table, Verdict, markdown
+from qlora_jax.sweep.results import Record, plain, write_parquet
+from qlora_jax.sweep.run import groups
+
+AXES = {"rank": [8, 16], "targets": ["all-linear", ["q_proj", "v_proj"]], "rate": [1e-4]}
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
+
+
+def declared(**changes: Any) -> Experiment:
+    default: dict[str, Any] = {
+        "name": "made",
+        "question": "q",
+        "paper": "p",
+        "expected": "e",
+        "cost": "c",
+        "axes": AXES,
+        "run": lambda cell, context: {},
+        "analyse": lambda table: Analysis(Verdict("", None, "agrees")),
+    }
+    return Experiment(**default | changes)
+
+
+def test_cells_are_the_product_with_every_seed() -> None:
+    cells = declared(seeds=(3, 1)).cells()
+    assert len(cells) == 8
+    assert [c["seed"] for c in cells] == [3, 1] * 4
+    assert cells[2].values == {
+        "rank": 8,
+        "targets": ["q_proj", "v_proj"],
+        "rate": 1e-4,
+        "seed": 3,
+    }
+    assert "seed" not in declared(seeds=()).cells()[0].values
+    extra = {"rank": 64, "targets": "all-linear", "rate": 1.0}
+    assert len(declared(more=[extra, extra]).cells()) == 15
+
+
+def test_ids_are_known() -> None:
+    """From `printf ... | sha256sum`: an id that changed would run every finished cell again."""
+    cell = declared().cell({"rank": 8, "seed": 0})
+    assert cell.id == "206dbd7e5a7f"
+    assert declared(version=2).cell({"rank": 8, "seed": 0}).id != cell.id
+    assert declared(name="other").cell({"rank": 8, "seed": 0}).id != cell.id
+
+
+@given(st.dictionaries(st.text(), SCALARS | st.lists(SCALARS), min_size=1), st.randoms())
+def test_ids_depend_on_the_values_and_not_on_their_order(
+    values: dict[str, Any], order: random.Random
+) -> None:
+    shuffled = list(values.items())
+    order.shuffle(shuffled)
+    cell, other = declared().cell(values), declared().cell(dict(shuffled))
+    assert cell.id == other.id
+    assert re.fullmatch("[0-9a-f]{12}", cell.id)
+    assert declared().cell(values | {"more": [values]}).id != cell.id
+
+
+def test_a_value_changes_the_id_whatever_its_type() -> None:
+    values = [1, 1.0, True, "1", None, "None", [1], {"1": 1}]
+    assert len({declared().cell({"x": value}).id for value in values}) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"more": [{"rank": 1}]}, "each must give rank, targets, rate"),
+        ({"axes": {"seed": [1]}}, "seeds are no axis"),
+        ({"axes": {"x": [float("nan")]}}, "not JSON compliant"),
+        ({"axes": {"x": [np.float32]}}, "not JSON serializable"),
+    ],
+)
+def test_a_grid_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        declared(**changes).cells()
+
+
+def test_groups_have_equal_keys_and_a_largest_size() -> None:
+    cells = [Cell(str(i), {"n": i, "rank": i % 3}) for i in range(12)]
+    population = Population(
+        run=lambda cells, context: [], key=lambda c: c["rank"] or None, largest=3
+    )
+    found = groups(cells, population)
+    assert sorted(c.id for group in found for c in group) == sorted(c.id for c in cells)
+    assert [[c["n"] for c in g] for g in found if g[0]["rank"]] == [
+        [1, 4, 7],
+        [10],
+        [2, 5, 8],
+        [11],
+    ]
+    assert all(len(g) == 1 for g in found if not g[0]["rank"])
+    assert groups(cells, None) == [[cell] for cell in cells]
+
+
+ROWS = [
+    {"rank": r, "seed": s, "loss": r / 10 + s, "method": m}
+    for m in ("qlora", "lora")
+    for r in (1, 2)
+    for s in (0, 1)
+]
+
+
+def test_a_table_takes_rows_apart() -> None:
+    table = Table(ROWS)
+    assert table.where(rank=1, method="lora").column("loss") == [0.1, 1.1]
+    assert table.values("method") == ["qlora", "lora"]
+    found = table.groups("method", "rank")
+    assert list(found) == [("qlora", 1), ("qlora", 2), ("lora", 1), ("lora", 2)]
+    assert all(len(part) == 2 for part in found.values())
+    with pytest.raises(RunFailed, match="no row has los:"):
+        table.column("los")
+
+
+def test_pairs_are_matched_whatever_the_order() -> None:
+    shuffled = ROWS[::-1][:-1]  # (qlora, 1, seed 0) has no counterpart then
+    a, b = Table(shuffled).paired("loss", "rank", 2, 1, by=["method", "seed"])
+    assert len(a) == len(b) == 3
+    assert [round(x - y, 6) for x, y in zip(a, b)] == [0.1] * 3
+    with pytest.raises(RunFailed, match="several rows have rank=2 and equal seed"):
+        Table(ROWS).paired("loss", "rank", 2, 1, by=["seed"])
+    with pytest.raises(RunFailed, match="no loss to compare between rank=2 and rank=3"):
+        Table(ROWS).paired("loss", "rank", 2, 3, by=["seed", "method"])
+
+
+def test_markdown() -> None:
+    rows = [{"a": 1, "b": 0.123456}, {"a": None, "c": "x"}]
+    assert markdown(rows) == "| a | b | c |\n| --- | --- | --- |\n| 1 | 0.1235 |  |\n|  |  | x |"
+
+
+def test_figures_become_json() -> None:
+    found = plain(
+        {"a": np.float32(0.5), "b": np.array(3), "c": [float("inf"), (1, None)], "d": "x"}
+    )
+    assert found == {"a": 0.5, "b": 3, "c": [None, [1, None]], "d": "x"}
+    assert type(found["b"]) is int
+    with pytest.raises(TypeError, match="ndarray is not a figure"):
+        plain(np.zeros(2))
+
+
+def test_columns_of_several_kinds_are_json_in_parquet(tmp_path: Any) -> None:
+    values = [{"x": 1, "y": "q", "z": 1}, {"x": 2.5, "y": ["q", "v"], "z": 2}]
+    records = [Record(str(i), v, "done", "", [{"loss": i}], 1.0, {}) for i, v in enumerate(values)]
+    write_parquet(tmp_path, records)
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet")
+    assert table.column("x").to_pylist() == [1.0, 2.5]
+    assert table.column("y").to_pylist() == ['"q"', '["q", "v"]']
+    assert table.schema.field("z").type == pyarrow.int64()
