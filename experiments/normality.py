@@ -3,16 +3,6 @@
 qlora-jax sweep normality
 """
 
-from typing import Any
-
-import cells
-import inputs
-import numpy as np
-from matplotlib.figure import Figure
-
-from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
-from qlora_jax.sweep.statistics import mean, within
-
 NOT_NORMAL = 0.075
 """Share of a 7B LLaMA's neurons that a Shapiro-Wilk test at 5% rejects (QLoRA, appendix F)."""
 

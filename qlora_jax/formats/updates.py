@@ -49,8 +49,8 @@ def updates_of(
     """The same of what `peft.read_adapter` read; `folder` is for messages."""
     if stored.replaced.tensors:
         raise UserError(
-            f"{folder}: it trained {next(iter(stored.replaced.tensors))} beside its adapters, so it "
-            "cannot be one of several adapters; merge it into the model instead"
+            f"{folder}: {next(iter(stored.replaced.tensors))} was trained beside the adapters, so "
+            "it cannot be one of several adapters; merge it into the model instead"
         )
     updates = {}
     for name, adapter in stored.adapters.items():
