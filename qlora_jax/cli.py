@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
-from qlora_jax.commands import bench, evaluate, generate, plan, quantize, train
+from qlora_jax.commands import bench, evaluate, generate, merge, plan, quantize, train
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.streams import outlets
 from qlora_jax.train.interrupt import Stopped
@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "plan": plan,
     "evaluate": evaluate,
     "generate": generate,
+    "merge": merge,
     "quantize": quantize,
     "bench": bench,
 }
