@@ -44,8 +44,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     )
     warn_if_gpu_idle()
     from qlora_jax.formats.folder import check_new
-    from qlora_jax.formats.quantized import write_quantized
     from qlora_jax.formats.source import open_checkpoint
+    from qlora_jax.formats.write import write_model
     from qlora_jax.train.display import progress
     from qlora_jax.train.setup import describe_quantization
 
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     check_new(out)
     checkpoint = open_checkpoint(ModelConfig(path=options.model))
     with progress(f"quantizing {options.model}", len(checkpoint.names())) as advance:
-        size = write_quantized(checkpoint, out, quant, options.compute_dtype, advance)
+        size = write_model(checkpoint, out, quant, options.compute_dtype, advance)
     if options.json:
         print(json.dumps({"out": options.out, "bytes": size}))
         return

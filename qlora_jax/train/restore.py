@@ -6,8 +6,10 @@ from pathlib import Path
 
 from flax import nnx
 
+from qlora_jax import manifest
 from qlora_jax.config import Config
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import UserError
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.train import rundir
@@ -46,6 +48,24 @@ def restore(folder: str | Path, *, base: bool, warn: Callable[[str], None]) -> R
 def from_config(config: Config, warn: Callable[[str], None]) -> Restored:
     """The model that a config starts from."""
     return _restore(config, None, warn)
+
+
+def check_base(folder: str | Path, restored: Restored) -> None:
+    """Compares the frozen weights with those that the run began with.
+
+    Raises:
+      UserError: they are others, so an adapter trained on those does not fit.
+    """
+    if restored.config.method == "full":
+        return
+    before = manifest.read(folder).get("base_sha256")
+    _, _, frozen = trees.split(restored.model, restored.config.method)
+    if (found := trees.sha256(frozen)) != before:
+        raise UserError(
+            f"{folder}: the adapter was trained on weights of SHA-256 {before}, and those of "
+            f"{restored.config.model.path} are {found}: the files, the device or a version "
+            "changed; give back the model it was trained on"
+        )
 
 
 def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -> Restored:

@@ -1,7 +1,8 @@
-"""A model's checkpoint as a folder of bitsandbytes' 4-bit weights."""
+"""A checkpoint as a folder that transformers loads: floats, or bitsandbytes' 4-bit weights."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +16,20 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.parts import linears
 
 
-def write_quantized(
+def write_model(
     checkpoint: Checkpoint,
     folder: Path,
-    quant: QuantConfig,
+    quant: QuantConfig | None,
     dtype: str,
     progress: Callable[[], None] = lambda: None,
 ) -> int:
-    """Quantizes a model, a tensor at a time, into a folder that transformers loads.
+    """Writes a model, read a tensor at a time.
 
     Args:
       checkpoint: floats of any kind.
       folder: where; absent or empty.
-      quant: how the layers' linears are stored.
-      dtype: of everything else, and that to compute in.
+      quant: how the layers' linears are stored; None leaves them floats.
+      dtype: of everything that is not quantized, and that to compute in.
       progress: called once per tensor read.
 
     Returns:
@@ -38,7 +39,10 @@ def write_quantized(
       UserError: settings bitsandbytes does not know, weights that are not finite or are in 4 bits
         already, or a folder that cannot be written.
     """
-    bitsandbytes.check_writable(quant)
+    changes: dict[str, Any] = {}
+    if quant is not None:
+        bitsandbytes.check_writable(quant)
+        changes["quantization_config"] = bitsandbytes.quantization_config(quant, dtype)
     if checkpoint.quantization:
         raise UserError(
             f"{checkpoint.path}: its weights are in 4 bits already ({checkpoint.description}); "
@@ -48,28 +52,15 @@ def write_quantized(
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name in checkpoint.names():
             array = np.asarray(checkpoint.read(name))
-            yield from stored(name, array, checkpoint.config, quant, dtype)
+            yield from _stored(name, array, checkpoint.config, quant, dtype)
             progress()
 
-    changes = {"quantization_config": bitsandbytes.quantization_config(quant, dtype)}
     return write_folder(folder, checkpoint, changes, dtype, tensors())
 
 
-def stored(
+def _stored(
     name: str, array: np.ndarray, config: DecoderConfig, quant: QuantConfig | None, dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """One parameter as it is written: a layer's linear in 4 bits if `quant`, all else in `dtype`.
-
-    Args:
-      name: of the parameter.
-      array: its values, linears [out, in].
-      config: of the model.
-      quant: how linears are stored; None leaves them floats.
-      dtype: a key of `bitsandbytes.DTYPES`.
-
-    Raises:
-      UserError: NaN or Inf, in the dtype it is written in.
-    """
     linear = name.removesuffix(".weight").endswith(tuple(f".{path}" for path in linears(config)))
     if quant is not None and array.ndim == 2 and linear:
         for suffix, tensor in bitsandbytes.pack(name, array, quant, dtype).items():

@@ -17,7 +17,7 @@ from qlora_jax.formats.bitsandbytes import DTYPES, pack
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
-from qlora_jax.formats.quantized import write_quantized
+from qlora_jax.formats.write import write_model
 from qlora_jax.models.config import (
     FAMILIES,
     DecoderConfig,
@@ -49,9 +49,7 @@ def test_blocks_across_rows_are_quantized_with_bitsandbytes_bytes():
 
 
 def test_a_model_is_the_one_that_transformers_wrote(models, tmp_path):
-    size = write_quantized(
-        open_folder(models / "llama"), tmp_path / "out", QuantConfig(), "float32"
-    )
+    size = write_model(open_folder(models / "llama"), tmp_path / "out", QuantConfig(), "float32")
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = load_file(models / "llama" / "bnb_nf4" / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -80,7 +78,7 @@ def test_a_model_is_the_one_that_transformers_wrote(models, tmp_path):
 def test_what_is_written_is_read_as_quantizing_it_gives(models, tmp_path):
     quant = QuantConfig(codebook="fp4_bnb", block_size=128, double_quant=False)
     source = open_folder(models / "llama")
-    write_quantized(source, tmp_path / "out", quant, "float16")
+    write_model(source, tmp_path / "out", quant, "float16")
     written = open_folder(tmp_path / "out")
     assert written.quantization.config == quant
     again = load(written, quant=None, dtype=np.float16)
@@ -112,7 +110,7 @@ def test_shards_are_named_in_an_index_and_hold_every_tensor_once(models, tmp_pat
 def test_the_tokenizer_and_generation_config_come_along(tiny_model, make_model, tmp_path):
     source = make_model(tmp_path / "source")
     (source / "generation_config.json").write_text('{"eos_token_id": [0]}')
-    write_quantized(open_folder(source), tmp_path / "out", QuantConfig(), "bfloat16")
+    write_model(open_folder(source), tmp_path / "out", QuantConfig(), "bfloat16")
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {file.name for file in source.iterdir()}
     for name in names - {"config.json", "model.safetensors"}:
@@ -166,8 +164,8 @@ def write_gguf(path: Path, models: Path) -> None:
 def test_a_gguf_file_becomes_the_folder_it_was_made_of(models, tmp_path):
     write_gguf(tmp_path / "m.gguf", models)
     source = open_gguf(tmp_path / "m.gguf")
-    write_quantized(source, tmp_path / "out", QuantConfig(), "float32")
-    write_quantized(open_folder(models / "qwen2"), tmp_path / "same", QuantConfig(), "float32")
+    write_model(source, tmp_path / "out", QuantConfig(), "float32")
+    write_model(open_folder(models / "qwen2"), tmp_path / "same", QuantConfig(), "float32")
     found, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "same"))
     assert found.keys() == expected.keys()
     assert all(found[n].tobytes() == expected[n].tobytes() for n in expected)
@@ -225,7 +223,7 @@ def test_a_config_is_read_as_it_was_written(family, rope):
 )
 def test_what_bitsandbytes_lacks_is_refused(models, tmp_path, quant, says):
     with pytest.raises(UserError, match=says):
-        write_quantized(
+        write_model(
             open_folder(models / "llama"), tmp_path / "out", QuantConfig(**quant), "float32"
         )
     assert not any(tmp_path.iterdir())
@@ -233,7 +231,7 @@ def test_what_bitsandbytes_lacks_is_refused(models, tmp_path, quant, says):
 
 def test_what_is_4_bit_already_is_refused(models, tmp_path):
     with pytest.raises(UserError, match="bnb_nf4: its weights are in 4 bits already"):
-        write_quantized(
+        write_model(
             open_folder(models / "llama" / "bnb_nf4"), tmp_path / "out", QuantConfig(), "float32"
         )
 
@@ -241,7 +239,7 @@ def test_what_is_4_bit_already_is_refused(models, tmp_path):
 def test_a_folder_in_use_is_left_alone(models, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(UserError, match="is there already; give a new or an empty folder"):
-        write_quantized(open_folder(models / "llama"), tmp_path, QuantConfig(), "float32")
+        write_model(open_folder(models / "llama"), tmp_path, QuantConfig(), "float32")
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
@@ -250,7 +248,7 @@ def test_a_weight_that_overflows_is_named_and_nothing_is_left(llama, tmp_path):
     weights["model.norm.weight"] *= 1e6
     save_file(weights, llama / "model.safetensors")
     with pytest.raises(UserError, match=r"model.norm.weight: holds NaN or Inf as float16"):
-        write_quantized(open_folder(llama), tmp_path / "out", QuantConfig(), "float16")
+        write_model(open_folder(llama), tmp_path / "out", QuantConfig(), "float16")
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 

@@ -1,0 +1,92 @@
+"""`qlora-jax merge`."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_jax.commands.common import count, say, warn_if_gpu_idle
+from qlora_jax.errors import UserError
+from qlora_jax.train import rundir
+
+TEXT = "Merge a run's adapter into its model, as a folder that transformers loads."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `merge`."""
+    parser.add_argument("path", metavar="RUN_DIR")
+    parser.add_argument("out", metavar="OUT", help="a new or an empty folder")
+    parser.add_argument(
+        "--base",
+        choices=("dequantized", "original"),
+        default="dequantized",
+        help="what the adapter is added to: the 4-bit weights that it was trained on (default), "
+        "or the checkpoint's",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("bfloat16", "float16", "float32", "nf4"),
+        default="bfloat16",
+        help="default bfloat16; nf4 rounds to bitsandbytes' 4 bits again, with a report",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="compare the ways to merge, in OUT/merge_report.md"
+    )
+    parser.add_argument(
+        "--rows", type=count, default=64, metavar="N", help="of held-out text for it; default 64"
+    )
+
+
+def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
+    """Merges, writes and shows what was written."""
+    config = rundir.open_run(options.path)
+    warn_if_gpu_idle()
+    from rich.console import Console
+    from rich.table import Table
+
+    from qlora_jax.evaluate import merging
+    from qlora_jax.formats.folder import check_new
+    from qlora_jax.formats.merged import MergedCheckpoint
+    from qlora_jax.formats.source import open_checkpoint
+    from qlora_jax.formats.write import write_model
+    from qlora_jax.train.display import progress
+    from qlora_jax.train.restore import check_base, restore
+
+    out, quantized = Path(options.out), options.to == "nf4"
+    check_new(out)
+    checkpoint = open_checkpoint(config.model)
+    _check_original(options.base, config.method, checkpoint.quantization is not None)
+    restored = restore(options.path, base=False, warn=say)
+    check_base(options.path, restored)
+    dtype = config.model.compute_dtype if quantized else options.to
+    quant = dataclasses.replace(
+        config.quant, codebook="nf4", block_size=max(64, config.quant.block_size), nested_block=256
+    )
+    source = MergedCheckpoint(restored.model, checkpoint, options.base == "original")
+    with progress(f"merging {options.path}", len(source.names())) as advance:
+        size = write_model(source, out, quant if quantized else None, dtype, advance)
+    report = None
+    if quantized or options.report:
+        with progress("comparing", None) as advance:
+            report = merging.compare(
+                options.path, restored, checkpoint, quant, dtype, options.rows, advance
+            )
+        merging.write(report, out)
+    if options.json:
+        shown = dataclasses.asdict(report) if report else None
+        print(json.dumps({"out": options.out, "bytes": size, "report": shown}))
+        return
+    for title, columns, rows in merging.tables(report) if report else ():
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    print(f"{options.out}: {config.method} of {config.model.path}, {options.to}, {size:,} bytes")
+
+
+def _check_original(base: str, method: str, quantized: bool) -> None:
+    if base == "original" and method == "full":
+        raise UserError("--base original: method full trains every weight; leave it out")
+    if base == "original" and quantized:
+        raise UserError("--base original: the checkpoint has 4-bit weights only; leave it out")

@@ -1,0 +1,269 @@
+"""What merging an adapter costs: per linear, and in the predictions of each way to do it."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.atomic import atomic_write, write_text
+from qlora_jax.config import QuantConfig
+from qlora_jax.data.loader import held_out_batches
+from qlora_jax.evaluate.divergence import divergence
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.load import load
+from qlora_jax.formats.merged import MergedCheckpoint
+from qlora_jax.lora.merge import delta, merged
+from qlora_jax.quant import dequantize, quantize
+from qlora_jax.quant.qtensor import block_scales
+from qlora_jax.train.restore import Restored
+from qlora_jax.train.setup import describe_quantization, read_data
+
+NAME = "merge_report"
+ROUTES = {
+    "live": "the base as it was trained on, with the adapter beside it",
+    "merged": "that base + Δ",
+    "original": "the checkpoint's own weights + Δ",
+    "requantized": "that base + Δ, in 4 bits again",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One linear's change against the grid it would be rounded to.
+
+    Attributes:
+      module: its Hugging Face path.
+      delta: Frobenius norm of Δ.
+      relative: that over the weight's.
+      steps: mean |Δ| in mean distances between neighbouring codes.
+      kept: what is left of Δ after rounding W + Δ to 4 bits: its component along Δ.
+      noise: norm of that rounding's error over that of Δ.
+    """
+
+    module: str
+    delta: float
+    relative: float
+    steps: float
+    kept: float
+    noise: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A way to run the trained model; `kl` is from the live one, in nats per target token."""
+
+    name: str
+    kl: float
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """`quantization` is what was rounded to; `routes` is empty where nothing is held out."""
+
+    run: str
+    dtype: str
+    quantization: str
+    routes: list[Route]
+    shares: list[Share]
+
+
+def compare(
+    run: str,
+    restored: Restored,
+    checkpoint: Checkpoint,
+    quant: QuantConfig,
+    dtype: str,
+    rows: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Report:
+    """Measures every way to merge a run.
+
+    Args:
+      run: its folder, for the report.
+      restored: its trained model.
+      checkpoint: the model it began with.
+      quant: of the requantized way.
+      dtype: in which the merged ways hold what is not 4 bits.
+      rows: of held-out text at most.
+      progress: called once per way.
+    """
+    config, model = restored.config, restored.model
+    data = read_data(config, restored.tokenizer, model.config.max_positions)
+    batches = held_out_batches(
+        data.held_out, config.data, config.train.batch_size, rows, restored.tokenizer.pad_id
+    )
+    own = MergedCheckpoint(model, checkpoint)
+    ways: dict[str, Callable[[], Any]] = {
+        "live": lambda: model,
+        "merged": lambda: load(own, quant=None, dtype=jnp.dtype(dtype)),
+    }
+    if config.method != "full" and checkpoint.quantization is None:
+        original = MergedCheckpoint(model, checkpoint, original=True)
+        ways["original"] = lambda: load(original, quant=None, dtype=jnp.dtype(dtype))
+    ways["requantized"] = lambda: load(own, quant=quant, dtype=jnp.dtype(dtype))
+    routes = []
+    for name, make in ways.items() if batches else ():
+        found = divergence(model, make(), batches, jnp.dtype(config.model.compute_dtype))
+        routes.append(Route(name, found.kl, found.loss, found.perplexity, found.tokens))
+        progress()
+    return Report(run, dtype, describe_quantization(quant), routes, shares(model, quant))
+
+
+def shares(model: Any, quant: QuantConfig) -> list[Share]:
+    """The change of every adapted linear, in layer order."""
+    found = []
+    for path, linear, i in model.walk():
+        if linear.adapter is None or linear.adapter.specs[i] is None:
+            continue
+        weight = jax.tree.map(lambda x, i=i: x[i], linear.weight.get_value())
+        wide = merged(weight, None, jnp.float32)
+        values = _share(
+            wide,
+            delta(linear.adapter, i),
+            quant.codebook,
+            quant.block_size,
+            quant.double_quant,
+            quant.nested_block,
+        )
+        found.append(Share(path, *(float(v) for v in values)))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _share(
+    weight: jax.Array,
+    change: jax.Array,
+    codebook: str,
+    block_size: int,
+    double_quant: bool,
+    nested_block: int,
+) -> tuple[jax.Array, ...]:
+    whole = weight + change
+    q = quantize(whole, codebook, block_size, double_quant, nested_block)
+    rounded = dequantize(q)
+    norm = jnp.linalg.norm(change)
+    step = jnp.mean(block_scales(q)) * 2 / 15
+    safe = jnp.where(norm > 0, norm, 1)
+    return (
+        norm,
+        norm / jnp.linalg.norm(weight),
+        jnp.mean(jnp.abs(change)) / step,
+        jnp.sum((rounded - weight) * change) / safe**2,
+        jnp.linalg.norm(rounded - whole) / safe,
+    )
+
+
+def by_kind(shares: Sequence[Share]) -> list[tuple[str, int, Mapping[str, float]]]:
+    """Each kind of linear, how many there are, and the means of their figures."""
+    kinds: dict[str, list[Share]] = {}
+    for share in shares:
+        kinds.setdefault(share.module.rpartition(".")[2], []).append(share)
+    fields = [f.name for f in dataclasses.fields(Share)][1:]
+    return [
+        (kind, len(own), {f: float(np.mean([getattr(s, f) for s in own])) for f in fields})
+        for kind, own in kinds.items()
+    ]
+
+
+def tables(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, columns and rows of each table of a report."""
+    routes = [
+        [r.name, ROUTES[r.name], f"{r.kl:.3g}", f"{r.loss:.4f}", f"{r.perplexity:.4f}"]
+        for r in report.routes
+    ]
+    linears = [
+        [
+            kind,
+            str(count),
+            f"{m['delta']:.3g}",
+            f"{m['relative']:.2%}",
+            f"{m['steps']:.3g}",
+            f"{m['kept']:.0%}",
+            f"{m['noise']:.2f}",
+        ]
+        for kind, count, m in by_kind(report.shares)
+    ]
+    tokens = f", {report.routes[0].tokens:,} held-out target tokens" if routes else ""
+    found = [
+        (
+            f"Ways to run {report.run}{tokens}",
+            ["way", "weights", "KL from live (nats)", "loss", "perplexity"],
+            routes,
+        ),
+        (
+            f"Δ against {report.quantization}, means over layers",
+            ["linear", "layers", "‖Δ‖", "‖Δ‖/‖W‖", "mean |Δ| / step", "kept", "noise/‖Δ‖"],
+            linears,
+        ),
+    ]
+    return [table for table in found if table[2]]
+
+
+EXPLANATION = """\
+step: the mean distance between neighbouring codes, absmax · 2/15. kept: what is left of Δ once
+W + Δ is rounded to 4 bits, its component along Δ; 100% is all of it. noise: the norm of that
+rounding's error. Where a change is smaller than a step most of it is rounded away and what is left
+is noise, so a merged model is best kept in 16 bits.
+"""
+
+
+def write(report: Report, folder: Path) -> None:
+    """Writes merge_report.md, .json and .png.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    lines = [f"# Merging {report.run}", ""]
+    for title, columns, rows in tables(report):
+        lines += [f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
+        lines += [*map(_row, rows), ""]
+    lines += [EXPLANATION, f"![Merging]({NAME}.png)", ""]
+    write_text(folder / f"{NAME}.md", "\n".join(lines))
+    write_text(folder / f"{NAME}.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    with atomic_write(folder / f"{NAME}.png") as temporary:
+        _draw(report, temporary)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _draw(report: Report, path: Path) -> None:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(11, 3.8), layout="constrained")
+    steps, kept, bars = figure.subplots(1, 3)
+    kinds: dict[str, list[Share]] = {}
+    for share in report.shares:
+        kinds.setdefault(share.module.rpartition(".")[2], []).append(share)
+    for kind, own in kinds.items():
+        layers = [int(s.module.split(".")[2]) for s in own]
+        steps.plot(layers, [s.steps for s in own], marker=".", label=kind)
+        kept.plot(layers, [100 * s.kept for s in own], marker=".")
+    for axes, title in (
+        (steps, "mean |Δ| in steps between codes"),
+        (kept, "% of Δ left after rounding to 4 bits"),
+    ):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    if kinds:
+        steps.legend(fontsize=7)
+    others = [r for r in report.routes if r.name != "live"]
+    bars.barh([r.name for r in others], [r.kl for r in others], color="#4c72b0")
+    for place, route in enumerate(others):
+        bars.text(route.kl, place, f" {route.kl:.2g}", va="center", fontsize=8)
+    bars.set_xlim(0, 1.25 * max((r.kl for r in others), default=1))
+    bars.set_title("KL from the live model (nats per token)", fontsize=10)
+    bars.invert_yaxis()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,92 @@
+"""A trained model with its adapters merged, as one more checkpoint to load or to write."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.lora.merge import delta, merged
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder, run_length
+from qlora_jax.models.layers import Layer, Linear
+
+PREFIX = "model.layers."
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedCheckpoint:
+    """A `Checkpoint` of W + Δ in float32, computed tensor by tensor.
+
+    Attributes:
+      model: whose adapters are merged, and whose own weights are W.
+      source: of the model: names, shapes, tokenizer.
+      original: take W, and all that has no adapter, from `source`, whose values are not rounded
+        to what the model holds.
+    """
+
+    model: Decoder
+    source: Checkpoint
+    original: bool = False
+    quantization: None = None
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.source.config
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.source.tokenizer_path
+
+    @property
+    def description(self) -> str:
+        return f"{self.source.description}, merged"
+
+    def names(self) -> list[str]:
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def read(self, name: str) -> np.ndarray:
+        linear, i = self._linears.get(name.removesuffix(".weight"), (None, 0))
+        if linear is None:
+            return np.asarray(self._source(name) if self.original else self._held(name))
+        weight = jax.tree.map(lambda x: x[i], linear.weight.get_value())
+        if self.original:
+            weight = jnp.asarray(self._source(name)).T
+        change = delta(linear.adapter, i) if linear.adapter is not None else None
+        return np.asarray(merged(weight, change, jnp.float32).T)
+
+    def _source(self, name: str) -> np.ndarray:
+        return np.asarray(self.source.read(name))
+
+    def _held(self, name: str) -> jax.Array:
+        """A parameter without an adapter, as the model holds it but [out, in]."""
+        if name == "model.embed_tokens.weight":
+            return self.model.embed.get_value()
+        if name == "model.norm.weight":
+            return self.model.norm.weight.get_value()
+        if name == "lm_head.weight":
+            head, vocab_axis = self.model.stored_head()
+            return head if vocab_axis == 0 else head.T
+        layer, key = name.removeprefix(PREFIX).split(".", 1)
+        module, kind = key.split(".")[-2:]
+        run, i = self._layers[int(layer)]
+        return getattr(getattr(run, module), kind).get_value()[i]
+
+    @functools.cached_property
+    def _linears(self) -> Mapping[str, tuple[Linear, int]]:
+        return {path: (linear, i) for path, linear, i in self.model.walk()}
+
+    @functools.cached_property
+    def _layers(self) -> list[tuple[Layer, int]]:
+        return [(run, i) for run in self.model.runs for i in range(run_length(run))]
