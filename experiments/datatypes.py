@@ -14,7 +14,7 @@ from qlora_jax.sweep.statistics import difference, mean, within
 
 PLAIN = "16 bits"
 PAPER = {"int4": 34.34, "fp4_e2m1": 31.07, "fp4_e3m0": 29.48, "nf4": 27.41}
-"""Perplexity on Pile Common Crawl, over OPT, BLOOM, LLaMA and Pythia, 125M to 13B; nf4's with DQ."""
+"""Perplexity on Pile Common Crawl over models of 125M to 13B; that of nf4 with DQ."""
 
 CODEBOOKS = ["int4", "fp4_e2m1", "fp4_e3m0", "fp4_bnb", "nf4", "af4", "lloyd"]
 FLOATS = ["fp4_e2m1", "fp4_e3m0", "fp4_bnb"]

@@ -11,7 +11,7 @@ Every model is a Hugging Face folder with `reference.npz`: `tokens` [2, 33] and 
 are smaller and cover one family or one feature each: scaled rotary embeddings, sliding windows,
 biases. The adapters of `MORE` are smaller, each of a base that is named there, and their logits are
 of the first row of tokens: DoRA (with magnitudes that training moved), modules trained whole,
-biases, and DoRA on the base's linears in bitsandbytes' NF4 with double quantization (`logits_nf4`).
+biases, and DoRA on the base's linears in bitsandbytes' NF4 (`logits_nf4`).
 `llama/bnb_nf4` is the llama in bitsandbytes' NF4 with double quantization, computed in float32.
 `llama_bnb_fp4` is a random model in FP4 whose blocks of 64 cross rows (hidden size 96, inner size
 80), with one linear left in float32; its logits are those of its weights, dequantized one by one,
@@ -259,6 +259,7 @@ def make_more(folder: Path, name: str, settings: dict) -> None:
     plain = {"dtype": torch.float32, "attn_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(folder, **plain)
     config = LoraConfig(**{"lora_alpha": 16, "task_type": "CAUSAL_LM"} | settings)
+    torch.manual_seed(SEED)
     model = get_peft_model(model, config).eval()
     for key, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=random)
@@ -270,6 +271,7 @@ def make_more(folder: Path, name: str, settings: dict) -> None:
             parameter.add_(0.05 * noise)
     model.peft_config["default"].base_model_name_or_path = folder.name
     model.save_pretrained(base)
+    (base / "README.md").unlink()
     found = {"logits": logits(model, tokens)}
     if name == "peft_dora":
         model = AutoModelForCausalLM.from_pretrained(folder, **plain)
@@ -277,7 +279,7 @@ def make_more(folder: Path, name: str, settings: dict) -> None:
             if isinstance(module, torch.nn.Linear):
                 # Not Linear4bit: its first product on a CPU packs the weight anew, and PEFT's DoRA
                 # then reads other weights.
-                packed = quantize_4bit(module.weight, quant_type="nf4", compress_statistics=True)
+                packed = quantize_4bit(module.weight, quant_type="nf4", compress_statistics=False)
                 module.weight.copy_(dequantize_4bit(*packed))
         model = PeftModel.from_pretrained(model, base).eval()
         found["logits_nf4"] = logits(model, tokens)

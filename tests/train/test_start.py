@@ -89,10 +89,12 @@ def test_a_model_that_goes_on_from_an_adapter_computes_as_peft_and_exports_it(na
 
 def test_dora_on_nf4_computes_as_peft_on_bitsandbytes():
     folder = LLAMA / "peft_dora"
-    model = build(config_of(LLAMA, "qlora", from_adapter=str(folder)))
+    config = config_of(LLAMA, "qlora", from_adapter=str(folder))
+    plain_scales = dataclasses.replace(config.quant, double_quant=False)
+    model = build(dataclasses.replace(config, quant=plain_scales))
     reference = np.load(folder / "reference.npz")
     tokens = np.load(LLAMA / "reference.npz")["tokens"][:1]
-    np.testing.assert_allclose(logits(model, tokens), reference["logits_nf4"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(model, tokens), reference["logits_nf4"], rtol=0, atol=1e-5)
     assert np.abs(reference["logits"] - reference["logits_nf4"]).max() > 0.1
 
 
@@ -185,7 +187,7 @@ def moved(model):
     random = np.random.default_rng(0)
 
     def move(x):
-        return x * jnp.asarray(1 + 0.1 * random.normal(size=x.shape), x.dtype)
+        return x * jnp.asarray(1 + 0.3 * random.normal(size=x.shape), x.dtype)
 
     return nnx.merge(graph, jax.tree.map(move, trained), frozen)
 

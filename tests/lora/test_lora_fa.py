@@ -1,0 +1,58 @@
+"""LoRA-FA: A is drawn and stays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.config import LoraConfig, OptimizerConfig
+from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.formats.load import load
+from qlora_jax.lora import plan
+from qlora_jax.models import trees
+from qlora_jax.models.decoder import attach
+from qlora_jax.train import step as steps
+from qlora_jax.train.optimizer import adamw
+
+CONFIG = LoraConfig(rank=4, target_modules=["q_proj"])
+
+
+def test_a_has_no_gradient_and_no_moments_and_b_moves_as_with_a_trained_a(models):
+    moved = {}
+    for freeze in (False, True):
+        model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+        attach(model, plan(CONFIG, model.linears()), jax.random.key(0), freeze_a=freeze)
+        assert trees.parameter_counts(model, "lora")[0] == 3 * 4 * (64 if freeze else 128)
+        graph, trained, frozen = trees.split(model, "lora")
+        names = {path.rpartition(".")[2] for path in trees.flatten(trained)}
+        assert names == ({"b"} if freeze else {"a", "b"})
+        optimizer = adamw(OptimizerConfig(learning_rate=0.01), 10)
+        state = steps.init(trained, optimizer, False)
+        moments = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
+        assert moments == 2 * sum(x.size for x in jax.tree.leaves(trained))
+        program = steps.build(
+            graph,
+            optimizer,
+            compute_dtype=jnp.float32,
+            remat="dots",
+            clip_norm=0.0,
+            train_head=False,
+        )
+        tokens = jnp.arange(32, dtype=jnp.int32).reshape(1, 2, 16)
+        batch = {
+            "tokens": tokens,
+            "targets": tokens + 1,
+            "segments": jnp.ones_like(tokens),
+            "positions": jnp.broadcast_to(jnp.arange(16), tokens.shape),
+            "mask": jnp.ones(tokens.shape, bool),
+        }
+        gradients, figures = program.gradient(state, frozen, batch, None)
+        state = program.update(state, gradients, figures.finite)
+        after = nnx.merge(graph, state.trained, frozen).runs[0].q_proj.adapter
+        moved[freeze] = [np.asarray(v.get_value()) for v in (after.a, after.b)]
+    start = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+    attach(start, plan(CONFIG, start.linears()), jax.random.key(0))
+    np.testing.assert_array_equal(moved[True][0], start.runs[0].q_proj.adapter.a.get_value())
+    # at the start B is zero, so A has no gradient and only B moves
+    np.testing.assert_allclose(moved[True][1], moved[False][1], atol=1e-6)
+    assert np.abs(moved[True][1]).min() > 0
