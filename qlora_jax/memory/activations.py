@@ -87,7 +87,9 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
     return {
         "activations": step.tokens * (model.num_layers * kept(step) + outside),
         "layer's working set": _working_set(model, step),
-        "decoded weights": _decoded(run, step, sum(linear.inputs * linear.outputs for linear in parts.values())),
+        "decoded weights": _decoded(
+            run, step, sum(linear.inputs * linear.outputs for linear in parts.values())
+        ),
         "loss": _loss(model, run, step),
     }
 

@@ -156,9 +156,7 @@ def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
 
 
-def _scores(
-    scale: float, softcap: float | None, groups: jax.Array, k: jax.Array
-) -> jax.Array:
+def _scores(scale: float, softcap: float | None, groups: jax.Array, k: jax.Array) -> jax.Array:
     scores = _einsum("btkgd,bskd->bkgts", groups, k) * scale
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 

@@ -129,9 +129,9 @@ class Layer(nnx.Module):
             bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
             setattr(self, _attribute(path), Linear(weights[f"{path}.weight"], bias))
         for path in norms(config):
-            weight, bias = (weights.get(f"{path}.{part}") for part in ("weight", "bias"))
-            norm = Norm(config, cast(jax.Array, weight), cast(jax.Array | None, bias))
-            setattr(self, _attribute(path), norm)
+            weight = cast(jax.Array, weights[f"{path}.weight"])
+            bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
+            setattr(self, _attribute(path), Norm(config, weight, bias))
 
     def linears(self) -> dict[str, Linear]:
         """The linears by their path below the layer, such as self_attn.q_proj."""
@@ -172,9 +172,7 @@ class Layer(nnx.Module):
         if slots is not None:
             new = KVCache(k.astype(slots.cache.k.dtype), v.astype(slots.cache.v.dtype))
             k, v = slots.put(new)
-        out = attend(
-            q, k, v, mask, scale=config.attention_scale, softcap=config.attention_softcap
-        )
+        out = attend(q, k, v, mask, scale=config.attention_scale, softcap=config.attention_softcap)
         y = linear(names.o_proj, kept(out.reshape(*x.shape[:2], -1)))
         if config.post_norms:
             y = norm(names.attention_post_norm, y)

@@ -38,16 +38,14 @@ def linears(config: DecoderConfig) -> dict[str, LinearShape]:
 def norms(config: DecoderConfig) -> dict[str, int]:
     """A layer's norms by their path below it, and how many features each has."""
     names, hidden = config.names, config.hidden_size
-    found = {}
+    found: dict[str, int] = {}
     if config.pre_norms:
         found |= {names.attention_norm: hidden, names.mlp_norm: hidden}
     if config.post_norms:
         found |= {names.attention_post_norm: hidden, names.mlp_post_norm: hidden}
     if config.qk_norm:
         heads = (1, 1) if config.qk_norm == "head" else (config.num_heads, config.num_kv_heads)
-        found |= {
-            path: h * config.head_dim for path, h in zip((names.q_norm, names.k_norm), heads)
-        }
+        found |= {path: h * config.head_dim for path, h in zip((names.q_norm, names.k_norm), heads)}
     return found
 
 

@@ -44,9 +44,7 @@ def rotation(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array
     return turns(positions, frequencies(rope, head_dim))
 
 
-def turns(
-    positions: jax.Array, frequencies: jax.Array | np.ndarray
-) -> tuple[jax.Array, jax.Array]:
+def turns(positions: jax.Array, frequencies: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of positions times frequencies."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)

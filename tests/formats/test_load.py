@@ -184,11 +184,7 @@ def test_peak_memory_is_the_4_bit_model_and_a_few_tensors(tmp_path):
     """The reading process never holds the 16-bit model; the programs are compiled beforehand."""
     shapes = write_model(tmp_path / "model", 16)
     sizes = [int(np.prod(s)) for s in shapes.values()]
-    linears = [
-        int(np.prod(s))
-        for name, s in shapes.items()
-        if name.endswith("_proj.weight")
-    ]
+    linears = [int(np.prod(s)) for name, s in shapes.items() if name.endswith("_proj.weight")]
     bits = bits_per_parameter(
         jax.eval_shape(quantize, jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16))
     )

@@ -14,7 +14,9 @@ from qlora_jax.models import trees
 from qlora_jax.models.decoder import REMAT, Decoder, attach, empty_cache
 from qlora_jax.quant import dequantize, quantize
 
-LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [
+    f"mlp.{n}_proj" for n in ("gate", "up", "down")
+]
 NAMES = [
     "llama",
     "mistral",
