@@ -1,12 +1,13 @@
 """Reads a llama.cpp .gguf file as a Hugging Face checkpoint, dequantizing its weights."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,25 +17,74 @@ from qlora_jax.errors import UserError
 from qlora_jax.formats.gguf_header import GgufHeader, GgufTensor, read_header
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, Rope, from_hugging_face
+from qlora_jax.models.families import FAMILIES, Family
+from qlora_jax.models.parts import norms
 
-ARCHITECTURES = {"llama": True, "qwen2": False}
-"""Supported values of `general.architecture`, and whether the rows of q and k are permuted."""
 
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+class Architecture(NamedTuple):
+    """What llama.cpp's converter makes of a family.
+
+    Attributes:
+      family: the `model_type`.
+      permuted: the rows of q and k are in another order (`unpermute`).
+      norms_above_one: norm weights are stored with one added.
+      wide_scale: number of layers of the one published model whose query_pre_attn_scalar is
+        hidden / heads and not head_dim; the file says neither.
+    """
+
+    family: str
+    permuted: bool = False
+    norms_above_one: bool = False
+    wide_scale: int = 0
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "smollm3": Architecture("smollm3", permuted=True),
+    "olmo2": Architecture("olmo2"),
+    "gemma": Architecture("gemma", norms_above_one=True),
+    "gemma2": Architecture("gemma2", norms_above_one=True, wide_scale=46),
+    "gemma3": Architecture("gemma3_text", norms_above_one=True, wide_scale=62),
+    "phi3": Architecture("phi3"),
+    "gptneox": Architecture("gpt_neox"),
 }
+"""Supported values of `general.architecture`."""
+
+TOP = {"token_embd": "embed", "output_norm": "norm", "output": "head"}
+LAYER = {
+    "attn_norm": "attention_norm",
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_qkv": "qkv_proj",
+    "attn_q_norm": "q_norm",
+    "attn_k_norm": "k_norm",
+    "attn_output": "o_proj",
+    "post_attention_norm": "attention_post_norm",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+    "post_ffw_norm": "mlp_post_norm",
+}
+"""A tensor's name to the part of `families.Names` it is."""
+
 ROPE_TABLE = "rope_freqs.weight"
+LONGROPE_TABLE = "rope_factors_long.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every Llama 3.1 to 3.3 has; a GGUF file holds only the table that follows from it."""
+
+OPTIONS = {
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "use_parallel_residual": "use_parallel_residual",
+}
+"""Metadata to the key of a config.json; a family reads those it has."""
 
 FLOATS: dict[GGMLQuantizationType, Any] = {
     GGMLQuantizationType.F32: np.float32,
@@ -45,13 +95,13 @@ FLOATS: dict[GGMLQuantizationType, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class GgufCheckpoint:
-    """A `Checkpoint` in a .gguf file. `permuted` holds the head counts of the permuted tensors."""
+    """A `Checkpoint` in a .gguf file. `layouts` hold what makes a tensor Hugging Face's."""
 
     path: Path
     config: DecoderConfig
     description: str
     tensors: dict[str, GgufTensor]
-    permuted: dict[str, int]
+    layouts: dict[str, Callable[[np.ndarray], np.ndarray]]
     quantization: None = None
 
     @property
@@ -66,7 +116,7 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         weight = _read(self.path, self.tensors[name])
-        return unpermute(weight, self.permuted[name]) if name in self.permuted else weight
+        return self.layouts[name](weight) if name in self.layouts else weight
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
@@ -77,28 +127,58 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         supported, or tensors that do not agree with the metadata.
     """
     header = read_header(path)
-    architecture = header.metadata.get("general.architecture")
+    architecture = str(header.metadata.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"{path}: architecture {architecture!r} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    found = {_hugging_face_name(n, path): t for n, t in header.tensors.items() if n != ROPE_TABLE}
+    if LONGROPE_TABLE in header.tensors:
+        raise UserError(
+            f"{path}: rope scaling 'longrope' ({LONGROPE_TABLE}) is not supported; "
+            "supported: none, linear, llama3"
+        )
+    kind = ARCHITECTURES[architecture]
+    found = {
+        _hugging_face_name(n, FAMILIES[kind.family], path): t
+        for n, t in header.tensors.items()
+        if n != ROPE_TABLE
+    }
     config = _config(header, found, path)
     expected = check_shapes({name: t.shape for name, t in found.items()}, config, path)
     tensors = {name: found[name] for name in expected}
     for name, tensor in tensors.items():
         if tensor.type not in FLOATS:
             _check_dequantizable(name, tensor, path)
-    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    permuted = {n: heads[m] for n in tensors if (m := n.split(".")[-2]) in heads}
     return GgufCheckpoint(
         path=path,
         config=config,
         description=_describe(tensors),
         tensors=tensors,
-        permuted=permuted if ARCHITECTURES[architecture] else {},
+        layouts=_layouts(kind, config, tensors),
     )
+
+
+def _layouts(
+    kind: Architecture, config: DecoderConfig, tensors: Iterable[str]
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    names, inside = config.names, dict[str, Callable[[np.ndarray], np.ndarray]]()
+    if kind.permuted:
+        inside[names.q_proj] = functools.partial(unpermute, heads=config.num_heads)
+        inside[names.k_proj] = functools.partial(unpermute, heads=config.num_kv_heads)
+    if config.fused_qkv == "interleaved":
+        inside[names.qkv_proj] = functools.partial(interleave, heads=config.num_heads)
+    if kind.norms_above_one:
+        inside |= dict.fromkeys(norms(config), _less_one)
+    layers = range(config.num_layers)
+    modules = {f"{names.layers}.{i}.{p}": f for i in layers for p, f in inside.items()}
+    if kind.norms_above_one:
+        modules[names.norm] = _less_one
+    return {name: modules[m] for name in tensors if (m := name.rpartition(".")[0]) in modules}
+
+
+def _less_one(weight: np.ndarray) -> np.ndarray:
+    return weight - 1
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -113,6 +193,17 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """
     rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q, k and v head by head, as GPT-NeoX has them, of all of q, then k, then v.
+
+    Args:
+      weight: [3 · heads · head_dim, ...], a weight or a bias.
+      heads: of each.
+    """
+    rows = weight.reshape(3, heads, weight.shape[0] // heads // 3, *weight.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(weight.shape)
 
 
 def _read(path: Path, tensor: GgufTensor) -> np.ndarray:
@@ -134,14 +225,16 @@ def _check_dequantizable(name: str, tensor: GgufTensor, path: Path) -> None:
         ) from None
 
 
-def _hugging_face_name(name: str, path: Path) -> str:
+def _hugging_face_name(name: str, family: Family, path: Path) -> str:
     stem, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if layer and layer[2] in LAYER:
-        return f"model.layers.{layer[1]}.{LAYER[layer[2]]}.{kind}"
-    if stem in TOP:
-        return f"{TOP[stem]}.{kind}"
-    raise UserError(f"{path}: tensor {name} is not part of the decoders supported here")
+    part = LAYER.get(layer[2]) if layer else TOP.get(stem)
+    if part is None:
+        raise UserError(f"{path}: tensor {name} is not part of the decoders supported here")
+    if part == "up_proj" and family.fixed.get("fused_gate_up"):
+        part = "gate_up_proj"
+    module = getattr(family.names, part)
+    return f"{family.names.layers}.{layer[1]}.{module}.{kind}" if layer else f"{module}.{kind}"
 
 
 def _config(header: GgufHeader, found: dict[str, GgufTensor], path: Path) -> DecoderConfig:
@@ -160,51 +253,68 @@ def _config(header: GgufHeader, found: dict[str, GgufTensor], path: Path) -> Dec
             )
         return value
 
-    heads = number("attention.head_count")
-    head_dim = number("attention.key_length", number("embedding_length") // heads)
-    rotated = metadata.get("rope.dimension_count", head_dim)
-    if rotated != head_dim:
+    kind = ARCHITECTURES[architecture]
+    window = metadata.get("attention.sliding_window") or None
+    # Mistral is llama's architecture with a window
+    model_type = "mistral" if window and kind.family == "llama" else kind.family
+    family = FAMILIES[model_type]
+    names = family.names
+    heads, hidden = number("attention.head_count"), number("embedding_length")
+    layers, head_dim = number("block_count"), number("attention.key_length", hidden // heads)
+    rotated = number("rope.dimension_count", head_dim)
+    partial = "partial_rotary_factor" in {*family.keys, *family.defaults}
+    if rotated != head_dim and not partial:
         raise UserError(
             f"{path}: {rotated} of {head_dim} dimensions per head are rotated; "
-            "only decoders that rotate all of them are supported"
+            f"architecture {architecture} is supported with all of them"
         )
-    if metadata.get("attention.sliding_window"):
-        raise UserError(
-            f"{path}: sliding windows in GGUF files are not supported; give a Hugging Face folder"
-        )
-    embedding = found.get("model.embed_tokens.weight")
+    embedding = found.get(f"{names.embed}.weight")
     if embedding is None:
         raise UserError(f"{path}: no token_embd.weight in it; a split file is not supported")
-    config = from_hugging_face(
-        {
-            "model_type": architecture,
-            "vocab_size": embedding.shape[0],
-            "hidden_size": number("embedding_length"),
-            "intermediate_size": number("feed_forward_length"),
-            "num_hidden_layers": number("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": number("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": number("context_length"),
-            "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
-            "tie_word_embeddings": "lm_head.weight" not in found,
-        },
-        str(path),
-    )
-    first = "model.layers.0"
+    norm = "layer_norm_epsilon" if family.fixed.get("norm") == "layer" else "layer_norm_rms_epsilon"
+    raw = {
+        "model_type": model_type,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": number(f"attention.{norm}"),
+        "tie_word_embeddings": f"{names.head}.weight" not in found,
+        "query_pre_attn_scalar": hidden // heads if layers == kind.wide_scale else head_dim,
+    } | {key: metadata[said] for said, key in OPTIONS.items() if said in metadata}
+    pattern = raw.pop("sliding_window_pattern", None)
+    if isinstance(pattern, list):
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        raw["layer_types"] = [kinds[bool(local)] for local in pattern]
+    elif pattern:
+        raw["sliding_window_pattern"] = pattern
+    config = from_hugging_face({family.keys.get(k, k): v for k, v in raw.items()}, str(path))
+    if window and not family.defaults.get("use_sliding_window"):
+        raise UserError(
+            f"{path}: metadata {architecture}.attention.sliding_window is {window}; sliding "
+            f"windows of architecture {architecture} are not supported"
+        )
+    rope = _rope(number, metadata.get("rope.scaling.type", "none"), header, head_dim, path)
+    first = f"{names.layers}.0"
+    qkv = names.qkv_proj if config.fused_qkv else names.q_proj
     return dataclasses.replace(
         config,
-        rope=_rope(number, metadata.get("rope.scaling.type", "none"), header, head_dim, path),
-        qkv_bias=f"{first}.self_attn.q_proj.bias" in found,
-        output_bias=f"{first}.self_attn.o_proj.bias" in found,
-        mlp_bias=f"{first}.mlp.down_proj.bias" in found,
+        rope=dataclasses.replace(rope, fraction=rotated / head_dim),
+        qkv_bias=f"{first}.{qkv}.bias" in found,
+        output_bias=f"{first}.{names.o_proj}.bias" in found,
+        mlp_bias=f"{first}.{names.down_proj}.bias" in found,
     )
 
 
 def _rope(
     number: Callable[..., Any], kind: Any, header: GgufHeader, head_dim: int, path: Path
 ) -> Rope:
-    theta = float(number("rope.freq_base", 10000.0))
+    family = FAMILIES[ARCHITECTURES[header.metadata["general.architecture"]].family]
+    theta = float(number("rope.freq_base", family.defaults.get("rope_theta", 10000.0)))
     if ROPE_TABLE in header.tensors:
         return _llama3_rope(theta, _read(path, header.tensors[ROPE_TABLE]), head_dim, path)
     if kind == "none":

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_jax.errors import UserError
-from qlora_jax.models.families import FAMILIES, Names
+from qlora_jax.models.families import FAMILIES, LLAMA, Names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class DecoderConfig:
     output_bias: bool
     mlp_bias: bool
     windows: tuple[int | None, ...]
-    names: Names = Names()
+    names: Names = LLAMA
     norm: str = "rms"
     local_rope: Rope | None = None
     unrotated: tuple[int, ...] = ()
@@ -105,16 +105,15 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
             f"supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
-    for key, values in family.only.items():
-        _require(where, key, raw.get(key, values[0]), values)
-    values = family.defaults | raw
+    for key, allowed in family.only.items():
+        _require(where, key, raw.get(key, allowed[0]), allowed)
+    values: dict[str, Any] = {**family.defaults, **raw}
     own = {usual: values[key] for usual, key in family.keys.items() if key in values}
     values = {k: v for k, v in values.items() if k not in family.keys} | own
-    if "activation" not in family.fixed:
-        key = family.keys.get("hidden_act", "hidden_act")
-        _require(where, key, values.setdefault("hidden_act", "silu"), ACTIVATIONS)
+    activation, key = values.setdefault("hidden_act", "silu"), family.keys.get("hidden_act")
+    _require(where, key or "hidden_act", activation, ACTIVATIONS)
     try:
-        return DecoderConfig(**(_fields(kind, values, where) | family.fixed))
+        return DecoderConfig(**{**_fields(kind, values, where), **family.fixed})
     except KeyError as e:
         key = family.keys.get(e.args[0], e.args[0])
         raise UserError(f"{where}: key {key} is missing") from None

@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
         x = embed[tokens].astype(dtype)
         if config.scaled_embeddings:
             x = x * jnp.asarray(config.hidden_size**0.5, dtype)
-        if self.positions is not None:
+        if self.positions is not None and config.positions_before is not None:
             x = x + self.positions.get_value()[positions + config.positions_before].astype(dtype)
         shared = config.rope and rotation(positions, config.rope, config.head_dim)
         frequencies = by_layer(config)

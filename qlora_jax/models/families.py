@@ -42,6 +42,9 @@ class Names:
     mlp_post_norm: str = "post_feedforward_layernorm"
 
 
+LLAMA = Names()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """What a `model_type` implies and its config.json does not say.
@@ -55,7 +58,7 @@ class Family:
       only: keys of which the decoder has some values alone.
     """
 
-    names: Names = Names()
+    names: Names = LLAMA
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)

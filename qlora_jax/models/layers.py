@@ -130,9 +130,9 @@ class Layer(nnx.Module):
             bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
             setattr(self, _attribute(path), Linear(weights[f"{path}.weight"], bias))
         for path in norms(config):
-            weight, bias = (weights.get(f"{path}.{part}") for part in ("weight", "bias"))
-            norm = Norm(config, cast(jax.Array, weight), cast(jax.Array | None, bias))
-            setattr(self, _attribute(path), norm)
+            weight = cast(jax.Array, weights[f"{path}.weight"])
+            bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
+            setattr(self, _attribute(path), Norm(config, weight, bias))
 
     def linears(self) -> dict[str, Linear]:
         """The linears by their path below the layer, such as self_attn.q_proj."""

@@ -38,7 +38,7 @@ def linears(config: DecoderConfig) -> dict[str, LinearShape]:
 def norms(config: DecoderConfig) -> dict[str, int]:
     """A layer's norms by their path below it, and how many features each has."""
     names, hidden = config.names, config.hidden_size
-    found = {}
+    found: dict[str, int] = {}
     if config.pre_norms:
         found |= {names.attention_norm: hidden, names.mlp_norm: hidden}
     if config.post_norms:

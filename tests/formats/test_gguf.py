@@ -276,12 +276,11 @@ def test_llama3_rope_scaling_is_recovered_from_its_table(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"architecture": "gemma2"}, "'gemma2' is not supported; supported: llama, qwen2"),
+        ({"architecture": "bloom"}, "'bloom' is not supported; supported: llama, qwen2"),
         ({"rope_scaling": "yarn"}, "rope scaling 'yarn' is not supported"),
         ({"extra": {"rope_freqs.weight": llama3_table(8, 1e4, low=2)}}, "rope_freqs.weight is not"),
         ({"extra": {"blk.0.ffn_gate_exps.weight": np.zeros(4, np.float32)}}, "ffn_gate_exps"),
         ({"rope_dimensions": 8}, "8 of 16 dimensions per head are rotated"),
-        ({"sliding_window": 128}, "sliding windows"),
         ({"drop": ("head_count",)}, r"llama.attention.head_count is None"),
     ],
 )
