@@ -14,7 +14,7 @@ import pytest
 
 from qlora_jax import cli, commands
 from qlora_jax import config as configs
-from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.errors import RunFailed, Terminated, UserError
 from qlora_jax.train import rundir
 from qlora_jax.train.interrupt import Stopped
 
@@ -128,6 +128,7 @@ def test_an_entry_of_a_mapping_can_be_set(
         (UserError("file: bad\n  remedy"), 2, "file: bad remedy"),
         (RunFailed("step 3"), 1, "step 3"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (Stopped(signal.SIGINT, 3), 130, "stopped by SIGINT after step 3; the state is saved, "),
         (Stopped(signal.SIGTERM, 3), 143, "stopped by SIGTERM after step 3; the state is saved, "),
     ],

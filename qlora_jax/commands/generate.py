@@ -81,12 +81,16 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     """Every prompt under every adapter."""
     warn_if_gpu_idle()
+    from qlora_jax.formats.updates import check_fit
     from qlora_jax.lora.update import rank
     from qlora_jax.models.adapters import attach_bank, put_adapter
     from qlora_jax.serve.base import open_base, read_named
 
+    updates = read_named(adapters)
     base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
-    updates = read_named(adapters, base)
+    linears = base.model.linears()
+    for name, own in updates.items():
+        check_fit(f"--adapter {name}", own, linears)
     attach_bank(
         base.model,
         slots=len(updates),

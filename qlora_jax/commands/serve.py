@@ -114,14 +114,16 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 def _service(options: argparse.Namespace, adapters: dict[str, str]) -> "Service":
     """The model with its adapters, ready to answer: everything is compiled but longer prompts."""
+    from qlora_jax.formats.updates import check_fit
     from qlora_jax.lora.update import rank
     from qlora_jax.models.adapters import attach_bank
     from qlora_jax.serve.app import Service
-    from qlora_jax.serve.base import open_base, read_named
+    from qlora_jax.serve.base import open_base, own_adapter, read_named
     from qlora_jax.serve.engine import Engine
     from qlora_jax.serve.scheduler import Scheduler
     from qlora_jax.serve.worker import Worker
 
+    updates = read_named(own_adapter(options.path) | adapters)
     base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
     config = base.model.config
     length = options.max_length or min(DEFAULT_LENGTH, config.max_positions)
@@ -129,9 +131,9 @@ def _service(options: argparse.Namespace, adapters: dict[str, str]) -> "Service"
         raise UserError(
             f"--max-length {length}: the model has {config.max_positions} positions; give less"
         )
-    if base.own is not None:
-        adapters = {base.own.parent.resolve().name: str(base.own)} | adapters
-    updates = read_named(adapters, base)
+    linears = base.model.linears()
+    for name, own in updates.items():
+        check_fit(f"--adapter {name}", own, linears)
     slots = max(4, len(updates)) if options.max_adapters is None else options.max_adapters
     most = options.max_rank or max(16, *map(rank, updates.values()), 1)
     dtype = base.config.model.compute_dtype
@@ -154,7 +156,7 @@ def _service(options: argparse.Namespace, adapters: dict[str, str]) -> "Service"
     return Service(
         worker=Worker(scheduler),
         tokenizer=text,
-        linears=base.model.linears(),
+        linears=linears,
         vocabulary=config.vocab_size,
         length=length,
         timeout=options.timeout,

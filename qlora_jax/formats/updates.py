@@ -9,7 +9,7 @@ import numpy as np
 from qlora_jax import paths
 from qlora_jax.errors import UserError
 from qlora_jax.formats import peft
-from qlora_jax.lora.update import Update
+from qlora_jax.lora.update import Update, Updates
 
 PLAIN = {"a", "b", "alpha", "rank"}
 """The fields of `peft.Adapter` that plain LoRA has."""
@@ -40,12 +40,13 @@ def read_updates(
         finite, or does not fit the model.
     """
     folder = adapter_folder(path)
-    return updates_of(folder, peft.read_adapter(folder), linears)
+    updates = updates_of(folder, peft.read_adapter(folder))
+    if linears is not None:
+        check_fit(folder, updates, linears)
+    return updates
 
 
-def updates_of(
-    folder: Path, stored: peft.AdapterSet, linears: Mapping[str, tuple[int, int]] | None = None
-) -> dict[str, Update]:
+def updates_of(folder: Path, stored: peft.AdapterSet) -> dict[str, Update]:
     """The same of what `peft.read_adapter` read; `folder` is for messages."""
     if stored.replaced.tensors:
         raise UserError(
@@ -55,8 +56,6 @@ def updates_of(
     updates = {}
     for name, adapter in stored.adapters.items():
         _check_plain(folder, name, adapter)
-        if linears is not None:
-            _check_fit(folder, name, adapter, linears)
         a, b = adapter.a[:, : adapter.rank], adapter.b[: adapter.rank]
         a, b = a.astype(np.float32), b.astype(np.float32)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -74,14 +73,16 @@ def _check_plain(folder: Path, name: str, adapter: peft.Adapter) -> None:
         )
 
 
-def _check_fit(
-    folder: Path, name: str, adapter: peft.Adapter, linears: Mapping[str, tuple[int, int]]
-) -> None:
-    if name not in linears:
-        raise UserError(f"{folder}: the model has no linear {name}; the adapter is another model's")
-    shape = adapter.a.shape[0], adapter.b.shape[1]
-    if shape != tuple(linears[name]):
-        raise UserError(
-            f"{folder}: {name} is {list(shape)} (in, out) in the adapter and "
-            f"{list(linears[name])} in the model; the adapter is another model's"
-        )
+def check_fit(folder: str | Path, updates: Updates, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Raises UserError where a model with these linears lacks one, or has it in another shape."""
+    for name, update in updates.items():
+        if name not in linears:
+            raise UserError(
+                f"{folder}: the model has no linear {name}; the adapter is another model's"
+            )
+        shape = update.a.shape[0], update.b.shape[1]
+        if shape != tuple(linears[name]):
+            raise UserError(
+                f"{folder}: {name} is {list(shape)} (in, out) in the adapter and "
+                f"{list(linears[name])} in the model; the adapter is another model's"
+            )

@@ -24,14 +24,27 @@ class Base:
       model: the model.
       tokenizer: its tokenizer.
       config: how it is held and computed, and how prompts are written.
-      own: the adapter of the run that the path named, if it has one.
     """
 
     name: str
     model: Decoder
     tokenizer: Tokenizer
     config: Config
-    own: Path | None
+
+
+def is_run(path: str) -> bool:
+    """Whether a path names a run directory."""
+    return paths.is_file(Path(path) / rundir.CONFIG)
+
+
+def own_adapter(path: str) -> dict[str, str]:
+    """The adapter that a run directory brings: its name, the directory's, to its folder.
+
+    Empty for other models, and for a run that trained every weight.
+    """
+    if not is_run(path) or rundir.open_run(path).method == "full":
+        return {}
+    return {Path(path).resolve().name: str(Path(path) / IN_RUN)}
 
 
 def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], None]) -> Base:
@@ -47,12 +60,10 @@ def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], N
     Raises:
       UserError: it cannot be loaded.
     """
-    if paths.is_file(Path(path) / rundir.CONFIG):
+    if is_run(path):
         config = rundir.open_run(path)
-        trained = config.method == "full"
-        restored = restore(path, base=not trained, warn=warn)
-        own = None if trained else Path(path) / IN_RUN
-        return Base(config.model.path, restored.model, restored.tokenizer, config, own)
+        restored = restore(path, base=config.method != "full", warn=warn)
+        return Base(config.model.path, restored.model, restored.tokenizer, config)
     config = Config(
         model=ModelConfig(path=path, compute_dtype=dtype, storage_dtype=dtype),
         method="qlora" if bits == 4 else "lora",
@@ -61,20 +72,19 @@ def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], N
         output="",
     )
     restored = from_config(config, warn)
-    return Base(path, restored.model, restored.tokenizer, config, None)
+    return Base(path, restored.model, restored.tokenizer, config)
 
 
-def read_named(adapters: Mapping[str, str], base: Base) -> dict[str, Updates]:
+def read_named(adapters: Mapping[str, str]) -> dict[str, Updates]:
     """Reads the adapters of a command line, name to folder.
 
     Raises:
-      UserError: one cannot be read or does not fit the model; its name is given.
+      UserError: one cannot be read; its name is given.
     """
-    linears = base.model.linears()
     found: dict[str, Updates] = {}
     for name, folder in adapters.items():
         try:
-            found[name] = read_updates(folder, linears)
+            found[name] = read_updates(folder)
         except UserError as e:
             raise UserError(f"--adapter {name}: {e}") from None
     return found

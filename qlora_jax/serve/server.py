@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import math
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -83,14 +84,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(
-    service: Service,
-    listener: socket.socket,
-    grace: float,
-    on_ready: Callable[[], None],
-) -> None:
-    loop, worker = asyncio.get_running_loop(), service.worker
-    server = _Server(
+def http_server(service: Service, grace: float) -> uvicorn.Server:
+    """The server of the endpoints, without a worker's or a signal's life."""
+    return _Server(
         uvicorn.Config(
             application(service),
             loop="asyncio",
@@ -100,9 +96,18 @@ async def _serve(
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(grace) + LAST_WORDS,
+            timeout_graceful_shutdown=math.ceil(grace) + LAST_WORDS,
         )
     )
+
+
+async def _serve(
+    service: Service,
+    listener: socket.socket,
+    grace: float,
+    on_ready: Callable[[], None],
+) -> None:
+    loop, worker, server = asyncio.get_running_loop(), service.worker, http_server(service, grace)
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
