@@ -16,10 +16,11 @@ from safetensors.numpy import save_file
 from qlora_jax import paths
 from qlora_jax.atomic import storage_error
 from qlora_jax.data import tokenizer
+from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.config_json import to_hugging_face
 from qlora_jax.formats.huggingface import CONFIG, INDEX, WEIGHTS
-from qlora_jax.models.config import to_hugging_face
 
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
@@ -37,16 +38,21 @@ def write_folder(
     changes: Mapping[str, Any],
     dtype: str,
     tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    text: Tokenizer | None = None,
+    replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Writes a model that transformers loads, with the tokenizer of the model it was made of.
 
     Args:
-      folder: where; absent or empty.
+      folder: where; absent or empty, unless it may be replaced.
       source: whose config.json, tokenizer and generation config it takes.
       changes: to config.json.
       dtype: that config.json gives.
       tensors: parameter names and values, taken one at a time.
+      text: the tokenizer, where the source has none; a GGUF file's is converted.
+      replace: put it in the place of the model folder that is there.
       shard_bytes: weights beyond this go to a further file.
 
     Returns:
@@ -55,41 +61,50 @@ def write_folder(
     Raises:
       UserError: the folder is in use, or the disk is full or not writable.
     """
-    check_new(folder)
+    if not replace:
+        check_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            new = Path(work, "new")
+            new, old = Path(work, "new"), Path(work, "old")
             new.mkdir()
             total = _write_weights(new, tensors, shard_bytes)
-            _write_json(new / CONFIG, _config(source, dtype) | dict(changes))
-            _copy_tokenizer(source, new)
-            os.replace(new, folder)
+            if text is None and not source.path.is_dir():
+                text = tokenizer.load(source.tokenizer_path)
+            _write_json(new / CONFIG, _config(source, text, dtype) | dict(changes))
+            _write_tokenizer(source, text, new)
+            if replace and folder.exists():
+                os.replace(folder, old)
+            try:
+                os.replace(new, folder)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
     except (OSError, SafetensorError) as e:
         raise storage_error(folder.parent, e) or e from None
     return total
 
 
-def _config(source: Checkpoint, dtype: str) -> dict[str, Any]:
-    file = source.path / CONFIG
-    if source.path.is_dir():
-        raw = json.loads(file.read_text(encoding="utf-8"))
+def _config(source: Checkpoint, text: Tokenizer | None, dtype: str) -> dict[str, Any]:
+    if text is None:
+        raw = json.loads((source.path / CONFIG).read_text(encoding="utf-8"))
         raw.pop("quantization_config", None)
     else:
         raw = to_hugging_face(source.config)
+        ids = {"bos": text.bos_id, "eos": text.eos_id, "pad": text.pad_id}
+        raw |= {f"{name}_token_id": value for name, value in ids.items()}
     old = "torch_dtype" in raw and "dtype" not in raw  # as transformers 4 wrote it
     return raw | {"torch_dtype" if old else "dtype": dtype}
 
 
-def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
-    """The tokenizer's files and generation config; those of a GGUF file are converted."""
-    if source.path.is_dir():
+def _write_tokenizer(source: Checkpoint, text: Tokenizer | None, folder: Path) -> None:
+    if text is None:
         for pattern in tokenizer.FILES:
             for file in source.path.glob(pattern):
                 if file.name != CONFIG:
                     _copy(file, folder / file.name)
         return
-    text = tokenizer.load(source.tokenizer_path)
     text.fast.save_pretrained(str(folder))
     ends = {"eos_token_id": list(text.stop_ids), "pad_token_id": text.pad_id}
     _write_json(folder / GENERATION, ends)

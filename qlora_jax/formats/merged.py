@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.unload import parameter
 from qlora_jax.lora.merge import delta, merged
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder, run_length
-from qlora_jax.models.layers import Layer, Linear
-
-PREFIX = "model.layers."
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.layers import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class MergedCheckpoint:
     def read(self, name: str) -> np.ndarray:
         linear, i = self._linears.get(name.removesuffix(".weight"), (None, 0))
         if linear is None:
-            return np.asarray(self._source(name) if self.original else self._held(name))
+            return self._source(name) if self.original else parameter(self.model, name)
         weight = jax.tree.map(lambda x: x[i], linear.weight.get_value())
         if self.original:
             weight = jnp.asarray(self._source(name)).T
@@ -69,24 +68,6 @@ class MergedCheckpoint:
     def _source(self, name: str) -> np.ndarray:
         return np.asarray(self.source.read(name))
 
-    def _held(self, name: str) -> jax.Array:
-        """A parameter without an adapter, as the model holds it but [out, in]."""
-        if name == "model.embed_tokens.weight":
-            return self.model.embed.get_value()
-        if name == "model.norm.weight":
-            return self.model.norm.weight.get_value()
-        if name == "lm_head.weight":
-            head, vocab_axis = self.model.stored_head()
-            return head if vocab_axis == 0 else head.T
-        layer, key = name.removeprefix(PREFIX).split(".", 1)
-        module, kind = key.split(".")[-2:]
-        run, i = self._layers[int(layer)]
-        return getattr(getattr(run, module), kind).get_value()[i]
-
     @functools.cached_property
     def _linears(self) -> Mapping[str, tuple[Linear, int]]:
         return {path: (linear, i) for path, linear, i in self.model.walk()}
-
-    @functools.cached_property
-    def _layers(self) -> list[tuple[Layer, int]]:
-        return [(run, i) for run in self.model.runs for i in range(run_length(run))]

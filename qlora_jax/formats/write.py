@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import QuantConfig
+from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
 from qlora_jax.formats import bitsandbytes
 from qlora_jax.formats.checkpoint import Checkpoint
@@ -22,15 +23,20 @@ def write_model(
     quant: QuantConfig | None,
     dtype: str,
     progress: Callable[[], None] = lambda: None,
+    *,
+    text: Tokenizer | None = None,
+    replace: bool = False,
 ) -> int:
     """Writes a model, read a tensor at a time.
 
     Args:
       checkpoint: floats of any kind.
-      folder: where; absent or empty.
+      folder: where; absent or empty, unless it may be replaced.
       quant: how the layers' linears are stored; None leaves them floats.
       dtype: of everything that is not quantized, and that to compute in.
       progress: called once per tensor read.
+      text: the tokenizer, where the checkpoint has none.
+      replace: put it in the place of the model folder that is there.
 
     Returns:
       Bytes of the weights.
@@ -55,7 +61,7 @@ def write_model(
             yield from _stored(name, array, checkpoint.config, quant, dtype)
             progress()
 
-    return write_folder(folder, checkpoint, changes, dtype, tensors())
+    return write_folder(folder, checkpoint, changes, dtype, tensors(), text=text, replace=replace)
 
 
 def _stored(

@@ -121,42 +121,6 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         raise UserError(f"{where}: a value cannot be used: {e}") from None
 
 
-def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5, and `from_hugging_face`, read; without windows."""
-    rope = config.rope or Rope()
-    scaling: dict[str, Any] | None = None
-    if rope.kind != "default":
-        scaling = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling = {
-            "rope_type": rope.kind,
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_positions,
-        }
-    return {
-        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "hidden_act": "silu",
-        "sliding_window": None,
-    }
-
-
 def _require(where: str, key: str, value: Any, values: tuple[Any, ...]) -> None:
     if value not in values:
         known = ", ".join(str(v) for v in values if v is not None)

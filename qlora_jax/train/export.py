@@ -3,15 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from qlora_jax.config import Config
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.formats import peft
-from qlora_jax.formats.huggingface_write import config_json, write_folder
-from qlora_jax.formats.names import expected_shapes
+from qlora_jax.formats import fresh, peft
+from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.formats.unload import parameter
+from qlora_jax.formats.write import write_model
 from qlora_jax.lora import Values
 from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder
@@ -69,16 +66,8 @@ def export_model(config: Config, model: Decoder, text: Tokenizer, folder: Path) 
     Raises:
       UserError: the folder cannot be written.
     """
-    write_folder(
-        folder,
-        config_json(
-            model.config, eos_id=list(text.stop_ids), bos_id=text.bos_id, pad_id=text.pad_id
-        ),
-        expected_shapes(model.config),
-        lambda name: parameter(model, name),
-        jnp.dtype(config.model.storage_dtype),
-        text.fast.save_pretrained,
-    )
+    source = MergedCheckpoint(model, fresh.FreshCheckpoint(model.config, config.train.seed))
+    write_model(source, folder, None, config.model.storage_dtype, text=text, replace=True)
 
 
 def _adapter(values: Values, alpha: float) -> peft.Adapter:

@@ -1,0 +1,91 @@
+"""A decoder's shapes and switches as a config.json, for models whose file has none."""
+
+from typing import Any
+
+from qlora_jax.errors import UserError
+from qlora_jax.models.config import DecoderConfig, Rope, from_hugging_face
+from qlora_jax.models.families import FAMILIES
+
+CLASSES = {
+    "gpt_neox": "GPTNeoX",
+    "gemma3_text": "Gemma3",
+    "opt": "OPT",
+    "smollm3": "SmolLM3",
+}
+"""transformers' names of families that are not simply capitalized."""
+
+LISTED = {
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_parallel_residual",
+    "partial_rotary_factor",
+    "rope_local_base_freq",
+    "sliding_window",
+    "use_sliding_window",
+    "no_rope_layers",
+}
+"""Keys that only the families have which list them in `Family.defaults`."""
+
+
+def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5, and `from_hugging_face`, read.
+
+    Raises:
+      UserError: the file would be read as another decoder.
+    """
+    family = FAMILIES[config.family]
+    rope = config.rope or Rope()
+    window = next((w for w in config.windows if w), None)
+    usual: dict[str, Any] = {
+        "architectures": [CLASSES.get(config.family, config.family.capitalize()) + "ForCausalLM"],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": _scaling(rope),
+        "partial_rotary_factor": rope.fraction,
+        "rope_local_base_freq": config.local_rope and config.local_rope.theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "hidden_act": config.activation,
+        "query_pre_attn_scalar": config.attention_scale and round(config.attention_scale**-2, 6),
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.final_softcap,
+        "use_parallel_residual": config.parallel_residual,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "no_rope_layers": [int(i not in config.unrotated) for i in range(config.num_layers)],
+    }
+    if window is not None:
+        kinds = ("full_attention", "sliding_attention")
+        usual["layer_types"] = [kinds[w is not None] for w in config.windows]
+    named = {family.keys.get(key, key): (key, value) for key, value in usual.items()}
+    raw = {k: v for k, (key, v) in named.items() if key not in LISTED or k in family.defaults}
+    if from_hugging_face(raw, "config.json") != config:
+        raise UserError(
+            f"this {config.family} model's shapes cannot be written as a config.json; give a "
+            "Hugging Face folder, whose own file is kept"
+        )
+    return raw
+
+
+def _scaling(rope: Rope) -> dict[str, Any] | None:
+    if rope.kind == "default":
+        return None
+    scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_positions,
+        }
+    return scaling
