@@ -2,15 +2,17 @@
 
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import inputs
 import numpy as np
 
+import inputs
 from qlora_jax import config as configs
 from qlora_jax.config import Config, DataConfig, ModelConfig
+from qlora_jax.sweep import Context, Rows
 
 
 def config_of(path: str, settings: Mapping[str, Any]) -> Config:
@@ -96,3 +98,104 @@ def relative_error(checkpoint: Any, quant: Any) -> float:
             off += float(jnp.sum((w - dequantize(q)) ** 2))
             whole += float(jnp.sum(w**2))
     return (off / whole) ** 0.5
+
+
+def linears(path: str, targets: str | list[str]) -> dict[str, tuple[int, int]]:
+    """The linears that a config's model has and the targets name, by path: (in, out)."""
+    from qlora_jax.lora import plan
+    from qlora_jax.train.start import linears_of
+
+    config = config_of(path, {"lora.target_modules": targets})
+    shapes = linears_of(opened(config.model.path))
+    return {name: shapes[name] for name in plan(config.lora, shapes)}
+
+
+def population(
+    path: str, members: Sequence[Mapping[str, Any]], context: Context, **common: Any
+) -> list[Rows]:
+    """Trains adapters that differ in these settings by one program; the figures of each.
+
+    Args:
+      path: YAML of the run.
+      members: what each lays over it.
+      context: of the first one's cell.
+      common: laid over it for all, dots written as `__`.
+    """
+    from qlora_jax.train.population import train_population
+
+    shared = {name.replace("__", "."): value for name, value in common.items()}
+    config = config_of(path, {"output": str(context.folder), **shared})
+    texts = [
+        {k: v if isinstance(v, str) else json.dumps(v) for k, v in member.items()}
+        for member in members
+    ]
+    steps = config.train.steps
+    found = train_population(
+        config, texts, say=print, progress=lambda step: context.progress(f"step {step}/{steps}")
+    )
+    checkpoint = opened(config.model.path)
+    base = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    rows: list[Rows] = []
+    for result in found:
+        own = sum(a.a.size + a.b.size for a in result.adapters.values())
+        rows.append(
+            {
+                "loss": result.held_out[max(result.held_out)],
+                "loss_before": result.held_out[0],
+                "last_losses": result.losses[-10:],
+                "trainable": own,
+                "share": own / (own + base),
+                "diverged": result.diverged,
+            }
+        )
+    return rows
+
+
+def trained(run: str) -> Any:
+    """A finished run's model and all that goes with it."""
+    from qlora_jax.train.restore import restore
+
+    return restore(run, base=False, warn=print)
+
+
+def answers(restored: Any, count: int, tokens: int = 48) -> list[tuple[Any, str]]:
+    """Greedy answers to a run's first held-out questions, each with its question."""
+    import jax.numpy as jnp
+
+    from qlora_jax.models.generate import generate
+    from qlora_jax.train.setup import read_data
+
+    config, text = restored.config, restored.tokenizer
+    asking = configs.changed(config, {"train.samples": str(count)})
+    questions = read_data(asking, text, restored.model.config.max_positions).questions
+    rows = generate(
+        restored.model,
+        [q.ids for q in questions],
+        max_new_tokens=tokens,
+        stop_ids=text.stop_ids,
+        pad_id=text.pad_id,
+        dtype=jnp.dtype(config.model.compute_dtype),
+    )
+    return [(q, text.decode(row)) for q, row in zip(questions, rows)]
+
+
+def rouge_of(run: str, count: int) -> float:
+    """Mean ROUGE-L of a run's greedy answers to held-out questions."""
+    from qlora_jax.evaluate.rouge import rouge_l
+
+    pairs = answers(trained(run), count)
+    return sum(rouge_l(answer, q.answer) for q, answer in pairs) / len(pairs)
+
+
+@functools.cache
+def base_loss(model: str, source: str) -> float:
+    """A model's own loss on a source's held-out text, in 16 bits or what it is stored in."""
+    import jax.numpy as jnp
+
+    from qlora_jax.evaluate.perplexity import text_loss
+    from qlora_jax.formats.load import load
+
+    checkpoint = opened(model)
+    loaded = load(checkpoint, quant=None, dtype=jnp.float32)
+    ids = text_ids(checkpoint.tokenizer_path, source, inputs.TOKENS)
+    return text_loss(loaded, ids, window=inputs.WINDOW, dtype=jnp.float32).loss

@@ -5,10 +5,10 @@ qlora-jax sweep datatypes
 
 from typing import Any
 
-import cells
-import inputs
 from matplotlib.figure import Figure
 
+import cells
+import inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import difference, mean, within
 

@@ -18,3 +18,12 @@ TOKENS = 4096
 
 WINDOW = 256
 """Tokens of context for perplexity."""
+
+CHAT = "configs/quickstart.yaml"
+"""The run of `instruction_tuning`."""
+
+JUDGE = "smollm2-135m-instruct"
+"""The reference model whose likelihood judges answers."""
+
+ENDPOINT: tuple[str, str] | None = None
+"""(URL, model) of an OpenAI-compatible endpoint that judges instead."""

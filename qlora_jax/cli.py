@@ -22,6 +22,7 @@ from qlora_jax.commands import (
     plan,
     pretrain,
     quantize,
+    report,
     serve,
     sweep,
     train,
@@ -42,6 +43,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "combine": combine,
     "quantize": quantize,
     "sweep": sweep,
+    "report": report,
     "bench": bench,
 }
 

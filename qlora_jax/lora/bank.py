@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qlora_jax.lora.adapter import Multiply
 from qlora_jax.lora.update import Update
 
 
@@ -60,6 +61,10 @@ class Bank(nnx.Module):
         low = _by_row(x, self.a.get_value()[rows])
         low = (low * self.scale.get_value()[rows][:, None, None]).astype(x.dtype)
         return _by_row(low, self.b.get_value()[rows])
+
+    def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
+        """x times each row's adapted weight, [..., out] in x's dtype; one layer of the stack."""
+        return multiply(x) + self(x, key)
 
     def put(self, slot: int, updates: Sequence[Update | None]) -> None:
         """Writes an adapter into a slot, in place; what the slot held is gone.

@@ -1,0 +1,142 @@
+"""Do the papers' memory claims hold, line by line?
+
+qlora-jax sweep memory_claims
+"""
+
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.statistics import Interval
+
+GIB = 2**30
+
+
+class Claim(NamedTuple):
+    """A training run and what was said of it.
+
+    Attributes:
+      model: published shapes.
+      gpu: to compile for.
+      sequence: tokens.
+      said: by whom and what.
+      limit: GB that the claim allows.
+    """
+
+    model: str
+    gpu: str
+    sequence: int
+    said: str
+    limit: float
+
+
+CLAIMS = {
+    "7B on a T4": Claim("llama-7b", "t4", 512, "article: fits a 16 GB T4", 16),
+    "65B under 48 GB": Claim("llama-65b", "a6000", 512, "QLoRA: 48 GB, from over 780 GB", 48),
+    "33B in 24 GB": Claim("llama-33b", "rtx4090", 512, "QLoRA, section 5: 24 GB", 24),
+    "13B": Claim("llama-13b", "t4", 512, "QLoRA Fig. 8: 11.3 GB", 16),
+}
+
+
+def run(cell: Cell, context: Context) -> Rows:
+    from qlora_jax.commands import plan
+    from qlora_jax.memory import contrast
+    from qlora_jax.memory.compile import has_plugin, read_gpu
+    from qlora_jax.memory.plan import planned
+    from qlora_jax.models.shapes import find
+
+    if cell["claim"] == "the papers' sums":
+        return [
+            {"line": line.what, "ours": str(line).split(";")[0], "said": line.paper}
+            for line in contrast.lines()
+        ]
+    claim = CLAIMS[cell["claim"]]
+    config = plan.of_model(claim.model, {"data.sequence_length": str(claim.sequence)})
+    config = plan.suited(config, read_gpu(claim.gpu).capability)
+    model = find(claim.model)
+    made = planned(config, model, claim.gpu, print, False) if has_plugin() else None
+    row = plan.describe(model, config, claim.gpu, made)
+    return {
+        "line": cell["claim"],
+        "said": claim.said,
+        "limit_gb": claim.limit,
+        "gb": row["device_gib"] * GIB / 1e9,
+        "compiled": row["compiled"],
+        "components": row["components"],
+    }
+
+
+def analyse(table: Table) -> Analysis:
+    runs = Table([row for row in table.rows if "gb" in row])
+    sums = [row for row in table.rows if "gb" not in row]
+    over = max(runs.rows, key=lambda row: row["gb"] / row["limit_gb"])
+    share = over["gb"] / over["limit_gb"]
+    lines = [
+        {
+            "run": row["line"],
+            "said": row["said"],
+            "ours, GB": row["gb"],
+            "by": f"the compiler for {CLAIMS[row['claim']].gpu}" if row["compiled"] else "formula",
+        }
+        for row in runs.rows
+    ]
+    parts = [
+        {"run": row["line"], **{k: f"{v / 1e9:.2f}" for k, v in _flat(row["components"]).items()}}
+        for row in runs.rows
+    ]
+    said = "; ".join(f"{row['line']}: {row['gb']:.1f} GB" for row in runs.rows)
+    exact = Interval(share, share, share, 1)
+    verdict = "agrees" if share <= 1 else "contradicts"
+    return Analysis(
+        Verdict(f"{said} (compiled for, not run on); all within what was said", exact, verdict),
+        {
+            "Runs": markdown(lines),
+            "Their parts, GB": markdown(parts),
+            "The papers' sums": markdown(
+                [{"what": r["line"], "ours": r["ours"], "paper": r["said"]} for r in sums]
+            ),
+        },
+        {"memory_claims": _picture(runs)},
+    )
+
+
+def _flat(components: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: float(part["nbytes"])
+        for name, part in components.items()
+        if part["place"] == "device"
+    }
+
+
+def _picture(runs: Table) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(n for row in runs.rows for n in _flat(row["components"])))
+    left = [0.0] * len(runs)
+    for name in names:
+        sizes = [_flat(row["components"]).get(name, 0.0) / 1e9 for row in runs.rows]
+        axes.barh(range(len(runs)), sizes, left=left, label=name)
+        left = [a + b for a, b in zip(left, sizes)]
+    axes.plot(
+        [r["limit_gb"] for r in runs.rows], range(len(runs)), "k|", markersize=18, label="said"
+    )
+    axes.set_yticks(range(len(runs)), [row["line"] for row in runs.rows])
+    axes.set_xlabel("GB")
+    axes.legend(fontsize="x-small", ncols=2)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="memory_claims",
+    question="Do the papers' memory claims hold, line by line?",
+    paper="QLoRA: 65B from over 780 GB to under 48 GB, 7B in 6.9 GB (Fig. 8); LoRA, section 4.2: "
+    "three times less memory, 0.01% of GPT-3's parameters trained; article: 7B inside a T4",
+    expected="all of them, with moments on the host and layers recomputed",
+    cost="a minute by formula; with the compile-only GPU packages (make install EXTRA=gpu-check) "
+    "the compiler's own figures, 2 minutes",
+    axes={"claim": [*CLAIMS, "the papers' sums"]},
+    seeds=(),
+    run=run,
+    analyse=analyse,
+)

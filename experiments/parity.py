@@ -1,0 +1,121 @@
+"""Does QLoRA reach 16-bit LoRA and full fine-tuning?
+
+qlora-jax sweep parity
+"""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+import cells
+import inputs
+from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.statistics import Interval, difference, mean, within
+
+LOW_RANK, FULL = 4e-3, 1e-3
+"""Learning rates that the axis `rate` multiplies."""
+
+ARMS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full", "optimizer.learning_rate": FULL},
+    "lora 16 bits": {"method": "lora", "optimizer.learning_rate": LOW_RANK},
+    "qlora nf4 + dq": {"method": "qlora", "optimizer.learning_rate": LOW_RANK},
+    "qlora nf4": {
+        "method": "qlora",
+        "optimizer.learning_rate": LOW_RANK,
+        "quant.double_quant": False,
+    },
+    "qlora fp4": {
+        "method": "qlora",
+        "optimizer.learning_rate": LOW_RANK,
+        "quant.codebook": "fp4_bnb",
+        "quant.double_quant": False,
+    },
+}
+REFERENCE, CLAIMED = "lora 16 bits", "qlora nf4 + dq"
+ALIKE = 0.03
+"""Nats per token within which "matches" is judged: 3% of perplexity."""
+
+ANSWERS = 24
+
+
+def run(cell: Cell, context: Context) -> Rows:
+    arm = ARMS[cell["arm"]]
+    rate = arm["optimizer.learning_rate"] * cell["rate"]
+    settings = {**arm, "optimizer.learning_rate": rate, "train.seed": cell["seed"]}
+    found = cells.finetuned(cell["config"], context.folder, settings)
+    return {**found, "rouge_l": cells.rouge_of(found["run"], ANSWERS)}
+
+
+def analyse(table: Table) -> Analysis:
+    tuned = Table([row for arm in ARMS for row in _best(table.where(arm=arm)).rows])
+    gaps = {arm: _gap(tuned, "loss", arm, REFERENCE) for arm in ARMS if arm != REFERENCE}
+    claimed = gaps[CLAIMED]
+    rows = [
+        {
+            "arm": arm,
+            "rate": own.rows[0]["rate"],
+            "trained share": f"{own.rows[0]['share']:.2%}",
+            "held-out loss [95%]": str(mean(own.column("loss"))),
+            f"above {REFERENCE} [95%]": str(gaps.get(arm, "")),
+            "ROUGE-L of answers [95%]": str(mean(own.column("rouge_l"))),
+        }
+        for (arm,), own in tuned.groups("arm").items()
+    ]
+    full = _gap(tuned, "loss", CLAIMED, "full")
+    return Analysis(
+        Verdict(
+            f"held-out loss of {CLAIMED} less that of {REFERENCE}: {claimed}; less that of full "
+            f"fine-tuning: {full}; fp4 less {REFERENCE}: {gaps['qlora fp4']}",
+            claimed,
+            within(claimed, high=ALIKE),
+        ),
+        {
+            "At each arm's best learning rate": markdown(rows),
+            "All rates: held-out loss": markdown(
+                [
+                    {"arm": arm, "rate": rate, "loss": str(mean(own.column("loss")))}
+                    for (arm, rate), own in table.groups("arm", "rate").items()
+                ]
+            ),
+        },
+        {"parity": _picture(tuned)},
+    )
+
+
+def _best(arm: Table) -> Table:
+    """The rows of the learning rate whose mean loss is the least."""
+    by_rate = arm.groups("rate").values()
+    return min(by_rate, key=lambda own: mean(own.column("loss")).mean)
+
+
+def _gap(tuned: Table, figure: str, arm: str, other: str) -> Interval:
+    return difference(*tuned.paired(figure, "arm", arm, other, ["config", "seed"]))
+
+
+def _picture(tuned: Table) -> Figure:
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for ax, (name, title) in zip(
+        figure.subplots(1, 2),
+        [("loss", "held-out loss, nats per token"), ("rouge_l", "ROUGE-L of generated answers")],
+    ):
+        for i, arm in enumerate(ARMS):
+            values = tuned.where(arm=arm).column(name)
+            interval = mean(values)
+            ax.errorbar(i, interval.mean, interval.high - interval.mean, fmt="s", capsize=4)
+            ax.plot([i] * len(values), values, "k.", alpha=0.5)
+        ax.set_xticks(range(len(ARMS)), [a.replace(" ", "\n", 1) for a in ARMS])
+        ax.set_title(title)
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="parity",
+    question="Does QLoRA with NF4 reach 16-bit LoRA and full fine-tuning?",
+    paper="QLoRA Table 3: Super-NaturalInstructions RougeL at 780M: BF16 48.0, LoRA BF16 47.1, "
+    "FP4 47.5, NF4 with DQ 47.7; Table 4: mean MMLU BF16 53.0, Float4 52.2, NF4 with DQ 53.1",
+    expected="nf4 with double quantization within noise of 16-bit LoRA; fp4 a little behind",
+    cost="about 20 minutes on 2 CPU cores, 2 GiB",
+    axes={"config": [inputs.CONFIG], "arm": list(ARMS), "rate": [0.5, 1.0, 2.0]},
+    run=run,
+    analyse=analyse,
+)

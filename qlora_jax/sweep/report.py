@@ -1,0 +1,125 @@
+"""The results of many sweeps as one HTML page that needs no network."""
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from qlora_jax import manifest, paths
+from qlora_jax.atomic import write_text
+from qlora_jax.errors import UserError
+from qlora_jax.sweep.conclude import PAGE, VERDICT
+from qlora_jax.sweep.results import NAME, PARQUET
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TITLE = "qlora_jax: the papers' questions"
+FACTS = ("command", "cells", "seeds", "wall_s", "finished", "machine", "versions", "git")
+"""What the page tells of a sweep's manifest, where it is there."""
+
+
+class Section(NamedTuple):
+    """One sweep's part of the page; tables are HTML, pictures base64 by file name."""
+
+    name: str
+    question: str
+    paper: str
+    ours: str
+    verdict: str
+    tables: Markup
+    pictures: dict[str, str]
+    facts: dict[str, str]
+    files: list[str]
+
+
+def report(results: Path, page: Path, command: str) -> int:
+    """Writes the page.
+
+    Args:
+      results: a folder of sweeps' folders, or a sweep's own.
+      page: the file.
+      command: what made it, for its foot.
+
+    Returns:
+      How many sweeps are on it.
+
+    Raises:
+      UserError: no finished sweep is there, one is damaged, or the page cannot be written.
+    """
+    folders = sorted(path.parent for path in results.glob(f"**/{VERDICT}"))
+    if not folders:
+        raise UserError(f"{results}: no finished sweep in it; run qlora-jax sweep NAME first")
+    sections = [section(folder, page.parent) for folder in folders]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, template.render(title=TITLE, sections=sections, command=command))
+    return len(sections)
+
+
+def section(folder: Path, beside: Path) -> Section:
+    """Reads a sweep's folder; links are relative to the folder `beside`.
+
+    Raises:
+      UserError: its verdict is not whole.
+    """
+    verdict = _json(folder / VERDICT)
+    made = _json(folder / manifest.NAME) if paths.is_file(folder / manifest.NAME) else {}
+    files = [folder / name for name in (NAME, PARQUET, PAGE) if paths.is_file(folder / name)]
+    try:
+        return Section(
+            name=verdict["experiment"],
+            question=verdict["question"],
+            paper=verdict["paper"],
+            ours=verdict["ours"],
+            verdict=verdict["verdict"],
+            tables=_tables(folder / PAGE),
+            pictures={
+                path.name: base64.b64encode(path.read_bytes()).decode()
+                for path in sorted(folder.glob("*.png"))
+            },
+            facts={key: _shown(made[key]) for key in FACTS if made.get(key) is not None},
+            files=[os.path.relpath(file, beside) for file in files],
+        )
+    except KeyError as e:
+        raise UserError(
+            f"{folder / VERDICT}: {e.args[0]} is missing; run the sweep with --analyse-only again"
+        ) from None
+
+
+def _tables(page: Path) -> Markup:
+    """The page's parts from its first table's title on, as HTML."""
+    text = page.read_text(encoding="utf-8") if paths.is_file(page) else ""
+    _, found, rest = text.partition("\n## ")
+    kept = [line for line in ("## " + rest).splitlines() if not line.startswith("![")]
+    html = MarkdownIt("commonmark").enable("table").render("\n".join(kept) if found else "")
+    html = html.replace("<h2>", "<h3>").replace("</h2>", "</h3>")
+    html = html.replace("<table>", '<div class="scroll"><table>')
+    return Markup(html.replace("</table>", "</table></div>"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+    except ValueError:
+        raise UserError(
+            f"{path}: not valid JSON; run the sweep with --analyse-only again"
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object; run the sweep with --analyse-only again")
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.0f}" if isinstance(value, float) else str(value)
