@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from qlora_jax import manifest
@@ -54,8 +55,8 @@ def test_the_report_tells_the_ways_apart(run_cli, qlora, tmp_path):
     assert abs(live["kl"]) < 1e-7
     assert abs(merged["kl"]) < 1e-6
     assert merged["loss"] == pytest.approx(live["loss"], rel=1e-5)
-    assert original["kl"] > 1e-4
-    assert requantized["kl"] > 1e-4
+    assert original["kl"] > 1e-5
+    assert requantized["kl"] > 1e-5
     expected = held_out_loss(restore(qlora, base=False, warn=pytest.fail))
     assert live["tokens"] == expected.tokens
     assert live["loss"] == pytest.approx(expected.loss, rel=1e-5)
@@ -156,7 +157,7 @@ def test_a_share_is_what_numpy_says():
     linear = Linear(q)
     a, b = (random.normal(size=s).astype(np.float32) * 0.2 for s in ((1, 128, 2), (1, 2, 24)))
     spec = AdapterSpec(2, 4.0, 2.0)
-    linear.adapter = Adapter(jnp.asarray(a), jnp.asarray(b), jnp.array([2.0]), [spec])
+    linear.adapter = nnx.data(Adapter(jnp.asarray(a), jnp.asarray(b), jnp.array([2.0]), [spec]))
     (found,) = shares(OneLinear(linear), QuantConfig(double_quant=False))
     base = np.asarray(dequantize(jax.tree.map(lambda x: x[0], q)), np.float64)
     change = 2.0 * a[0].astype(np.float64) @ b[0]

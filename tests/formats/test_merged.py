@@ -20,18 +20,20 @@ from qlora_jax.train.export import adapters
 CONFIG = LoraConfig(rank=4, alpha=16, rank_pattern={"layers.1.self_attn.q_proj": 2})
 
 
-def logits(model) -> np.ndarray:
+TOKENS = np.random.default_rng(0).integers(0, 128, (2, 24))
+
+
+def logits(model, tokens=TOKENS) -> np.ndarray:
     graph, state = nnx.split(model)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 128, (2, 24)))
 
     @jax.jit
     def run(state, tokens):
         model = nnx.merge(graph, state)
-        positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden = model.hidden(tokens, jnp.ones_like(tokens), positions, dtype=jnp.float32)
         return model.logits(hidden)
 
-    return np.asarray(run(state, tokens))
+    return np.asarray(run(state, jnp.asarray(tokens)))
 
 
 def adapted(source, quant=None, config=CONFIG):
@@ -64,6 +66,23 @@ def test_its_logits_are_those_of_the_model_with_the_adapter(models, tmp_path, na
     written = open_folder(tmp_path / "out")
     assert written.quantization is None
     np.testing.assert_array_equal(logits(load(written, quant=None, dtype=jnp.float32)), found)
+
+
+def test_a_merged_adapter_of_pefts_computes_what_peft_did(models, tmp_path):
+    source = open_folder(models / "llama")
+    model = load(source, quant=None, dtype=jnp.float32)
+    theirs = read_adapter(models / "llama" / "peft_lora").adapters
+    attach(model, plan(LoraConfig(rank=8, alpha=16), model.linears()), jax.random.key(0))
+    for path, linear, i in model.walk():
+        for side in ("a", "b"):
+            leaf = getattr(linear.adapter, side)
+            leaf.set_value(leaf.get_value().at[i].set(getattr(theirs[path], side)))
+    write_model(MergedCheckpoint(model, source), tmp_path / "out", None, "float32")
+    tokens = np.load(models / "llama" / "reference.npz")["tokens"]
+    expected = np.load(models / "llama" / "peft_lora" / "reference.npz")["logits"]
+    found = logits(load(open_folder(tmp_path / "out"), quant=None, dtype=jnp.float32), tokens)
+    print("against PEFT", np.abs(found - expected).max())
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
 def test_several_stacks_have_every_layers_adapter_exported_once(models, tmp_path):
