@@ -62,7 +62,8 @@ def divergence(
 
     totals = sum(np.asarray(sums(states, dict(batch)), np.float64) for batch in batches)
     kl, loss, count = (float(total) for total in np.asarray(totals))
-    return Divergence(kl / count, loss / count, int(count))
+    # rounding may leave the divergence of equal models a little below zero
+    return Divergence(max(kl / count, 0.0), loss / count, int(count))
 
 
 def _chunks(x: jax.Array) -> jax.Array:

@@ -177,8 +177,7 @@ def by_kind(shares: Sequence[Share]) -> list[tuple[str, int, Mapping[str, float]
 def tables(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, columns and rows of each table of a report."""
     routes = [
-        [r.name, ROUTES[r.name], f"{r.kl:.3g}", f"{r.loss:.4f}", f"{r.perplexity:.4f}"]
-        for r in report.routes
+        [r.name, f"{r.kl:.3g}", f"{r.loss:.4f}", f"{r.perplexity:.4f}"] for r in report.routes
     ]
     linears = [
         [
@@ -192,11 +191,11 @@ def tables(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
         ]
         for kind, count, m in by_kind(report.shares)
     ]
-    tokens = f", {report.routes[0].tokens:,} held-out target tokens" if routes else ""
+    tokens = f"{report.routes[0].tokens:,} held-out target tokens" if routes else ""
     found = [
         (
-            f"Ways to run {report.run}{tokens}",
-            ["way", "weights", "KL from live (nats)", "loss", "perplexity"],
+            f"Ways to run it, on {tokens}",
+            ["way", "KL from live", "loss", "perplexity"],
             routes,
         ),
         (
@@ -209,10 +208,10 @@ def tables(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 EXPLANATION = """\
-step: the mean distance between neighbouring codes, absmax · 2/15. kept: what is left of Δ once
-W + Δ is rounded to 4 bits, its component along Δ; 100% is all of it. noise: the norm of that
-rounding's error. Where a change is smaller than a step most of it is rounded away and what is left
-is noise, so a merged model is best kept in 16 bits.
+KL and loss are in nats per token. step: the mean distance between neighbouring codes,
+absmax · 2/15. kept: what is left of Δ once W + Δ is rounded to 4 bits, its component along Δ; 100%
+is all of it. noise: the norm of that rounding's error. Where a change is smaller than a step most
+of it is rounded away and what is left is noise, so a merged model is best kept in 16 bits.
 """
 
 
@@ -226,7 +225,8 @@ def write(report: Report, folder: Path) -> None:
     for title, columns, rows in tables(report):
         lines += [f"## {title}", "", _row(columns), _row(["---"] * len(columns))]
         lines += [*map(_row, rows), ""]
-    lines += [EXPLANATION, f"![Merging]({NAME}.png)", ""]
+    lines += [f"- {r.name}: {ROUTES[r.name]}" for r in report.routes]
+    lines += ["", EXPLANATION, f"![Merging]({NAME}.png)", ""]
     write_text(folder / f"{NAME}.md", "\n".join(lines))
     write_text(folder / f"{NAME}.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
     with atomic_write(folder / f"{NAME}.png") as temporary:
@@ -240,30 +240,36 @@ def _row(cells: Sequence[str]) -> str:
 def _draw(report: Report, path: Path) -> None:
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(11, 3.8), layout="constrained")
-    steps, kept, bars = figure.subplots(1, 3)
+    panels = bool(report.routes) + 2 * bool(report.shares)
+    figure = matplotlib.figure.Figure(figsize=(4 * max(panels, 1), 3.8), layout="constrained")
+    axes = list(figure.subplots(1, max(panels, 1), squeeze=False)[0])
+    if report.routes:
+        _draw_routes(axes.pop(), report.routes)
     kinds: dict[str, list[Share]] = {}
     for share in report.shares:
         kinds.setdefault(share.module.rpartition(".")[2], []).append(share)
-    for kind, own in kinds.items():
-        layers = [int(s.module.split(".")[2]) for s in own]
-        steps.plot(layers, [s.steps for s in own], marker=".", label=kind)
-        kept.plot(layers, [100 * s.kept for s in own], marker=".")
-    for axes, title in (
-        (steps, "mean |Δ| in steps between codes"),
-        (kept, "% of Δ left after rounding to 4 bits"),
-    ):
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    panel_titles = ("mean |Δ| in steps between codes", "% of Δ left after rounding to 4 bits")
+    for panel, title, field, times in zip(axes, panel_titles, ("steps", "kept"), (1, 100)):
+        for kind, own in kinds.items():
+            layers = [int(s.module.split(".")[2]) for s in own]
+            values = [times * getattr(s, field) for s in own]
+            panel.plot(layers, values, marker=".", linewidth=1, label=kind)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("layer")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]), top=1.05 * panel.get_ylim()[1])
     if kinds:
-        steps.legend(fontsize=7)
-    others = [r for r in report.routes if r.name != "live"]
-    bars.barh([r.name for r in others], [r.kl for r in others], color="#4c72b0")
-    for place, route in enumerate(others):
-        bars.text(route.kl, place, f" {route.kl:.2g}", va="center", fontsize=8)
-    bars.set_xlim(0, 1.25 * max((r.kl for r in others), default=1))
-    bars.set_title("KL from the live model (nats per token)", fontsize=10)
-    bars.invert_yaxis()
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _draw_routes(axes: Any, routes: Sequence[Route]) -> None:
+    others = [r for r in routes if r.name != "live"]
+    axes.barh([r.name for r in others], [r.kl for r in others], color="#4c72b0")
+    for place, route in enumerate(others):
+        axes.text(route.kl, place, f" {route.kl:.2g}", va="center", fontsize=8)
+    axes.set_xlim(0, 1.35 * max(r.kl for r in others) or 1)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+    axes.set_title("KL from the live model (nats per token)", fontsize=10)
+    axes.invert_yaxis()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.errors import UserError
@@ -182,9 +183,16 @@ def test_storage_in_another_dtype_is_the_same_bytes(storage):
 
 
 def logits(model, tokens) -> np.ndarray:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = model.hidden(tokens, jnp.ones_like(tokens), positions, dtype=jnp.float32)
-    return np.asarray(model.logits(hidden))
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, tokens):
+        model = nnx.merge(graph, state)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden = model.hidden(tokens, jnp.ones_like(tokens), positions, dtype=jnp.float32)
+        return model.logits(hidden)
+
+    return np.asarray(run(state, tokens))
 
 
 @pytest.mark.parametrize("name", ["llama/bnb_nf4", "llama_bnb_fp4"])

@@ -1,15 +1,22 @@
-"""What we write as a Hugging Face folder, loaded by transformers."""
+"""Folders that we write, as transformers loads them and computes with them."""
+
+import dataclasses
 
 import numpy as np
 import pytest
-from pairs import KINDS, ours, save, their_logits, theirs, tokens
+from pairs import KINDS, REASON, adapt, our_logits, ours, save, their_logits, theirs, tokens, torch
 
+from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.data.bpe import train_bpe
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.write import write_model
 
+pytest.importorskip("bitsandbytes", reason=REASON)
 pytestmark = pytest.mark.parity
+
+ON_CPU = {"device_map": {"": "cpu"}}
+each_family = pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -23,3 +30,44 @@ def test_the_copy_is_the_same_function(kind, tmp_path):
     expected = their_logits(theirs(original), ids)
     assert expected.std() > 0.1
     np.testing.assert_array_equal(their_logits(theirs(tmp_path / "copy"), ids), expected)
+
+
+@each_family
+@pytest.mark.parametrize("codebook", ["nf4", "fp4_bnb"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_transformers_computes_with_our_4_bit_weights(tmp_path, family, codebook, double_quant):
+    folder = save(tmp_path / "model", family, seed=8)
+    quant = QuantConfig(codebook=codebook, double_quant=double_quant)
+    write_model(open_folder(folder), tmp_path / "out", quant, "float32")
+    # for inference bitsandbytes may repack the weights and compute in bfloat16
+    peer = theirs(tmp_path / "out", **ON_CPU).train()
+    assert type(peer.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    model = ours(tmp_path / "out")
+    ids = tokens(model, seed=8)
+    np.testing.assert_allclose(our_logits(model, ids), their_logits(peer, ids), atol=2e-5, rtol=0)
+
+
+def test_we_read_what_transformers_saved(tmp_path):
+    folder = save(tmp_path / "model", "llama", seed=9)
+    write_model(open_folder(folder), tmp_path / "ours", QuantConfig(), "float32")
+    peer = theirs(tmp_path / "ours", **ON_CPU).train()
+    peer.save_pretrained(tmp_path / "again")
+    first, second = (open_folder(tmp_path / name) for name in ("ours", "again"))
+    assert first.quantization == second.quantization
+    for name in first.names():
+        a, b = first.read(name), second.read(name)
+        if dataclasses.is_dataclass(a):
+            a, b = np.asarray(a.codes), np.asarray(b.codes)
+        np.testing.assert_array_equal(a, b)
+
+
+@each_family
+def test_transformers_computes_with_a_merged_model(tmp_path, family):
+    folder = save(tmp_path / "model", family, seed=10)
+    model = ours(folder, QuantConfig())
+    adapt(model, LoraConfig(rank=4), seed=10)
+    write_model(MergedCheckpoint(model, open_folder(folder)), tmp_path / "out", None, "float32")
+    ids = tokens(model, seed=10)
+    expected = our_logits(model, ids)
+    assert torch.float32 == theirs(tmp_path / "out").dtype
+    np.testing.assert_allclose(their_logits(theirs(tmp_path / "out"), ids), expected, atol=2e-5)
