@@ -1,9 +1,9 @@
 """Many adapters over one frozen base, trained by one program.
 
-Members may differ in what adapters hold and in how fast they learn, not in the program: the single
-run's gradient is mapped over them, so that losses, norms and clipping are each member's own. Smaller
-ranks are padded with zeros, whose gradients are exactly zero. The base is not mapped: products with
-its weights see the members as more rows (`kernels/matmul.py`), so a weight is decoded once for all.
+Members may differ in what their adapters hold and in how fast they learn. The single run's gradient
+is mapped over them, so losses, norms and clipping are each member's own. Smaller ranks are padded
+with zeros, whose gradients are exactly zero. The base is not mapped: products with its weights see
+the members as more rows (`kernels/matmul.py`), so that a weight is decoded once for all.
 """
 
 import dataclasses
@@ -73,22 +73,36 @@ class MemberResult:
     diverged: int | None
 
 
+class Own(NamedTuple):
+    """What is fixed for each member.
+
+    Attributes:
+      scales: of each stack of adapters, float32[K, L].
+      rate: peak learning rate, float32[K].
+      rate_of_b: of B, float32[K].
+    """
+
+    scales: Sequence[jax.Array]
+    rate: jax.Array
+    rate_of_b: jax.Array
+
+
 class Adapters(NamedTuple):
     """The members' adapters over one model, as trees.
 
     Attributes:
       graph: the model's structure, with an adapter on every linear that a member targets.
       trained: A and B, [K, ...] each.
-      scales: the scale of each stack of adapters, float32[K, L].
-      frozen: the base, of which the scales are placeholders.
+      own: what is fixed for each.
+      frozen: the base, and placeholders for the scales.
       specs: module path to adapter, for each member.
     """
 
     graph: nnx.GraphDef
     trained: Any
-    scales: list[jax.Array]
+    own: Own
     frozen: Any
-    specs: list[dict[str, AdapterSpec]]
+    specs: Sequence[Mapping[str, AdapterSpec]]
 
 
 class Program(NamedTuple):
@@ -96,9 +110,9 @@ class Program(NamedTuple):
 
     Attributes:
       init: trained [K, ...] to moments.
-      step: (trained, moments, scales, frozen, batch) to (trained, moments, Figures of [K]); donates
+      step: (trained, moments, own, frozen, batch) to (trained, moments, Figures of [K]); donates
         the first two. The batch is [k, B, T], or [K, k, B, T] where each member has its own.
-      evaluate: (trained, scales, frozen, batch [B, T]) to loss sums [K] and token counts [K].
+      evaluate: (trained, own, frozen, batch [B, T]) to loss sums [K] and token counts [K].
     """
 
     init: Callable[[Any], Any]
@@ -115,17 +129,19 @@ def train_population(
     config: Config,
     members: Sequence[Overrides],
     *,
+    largest: int | None = None,
     data_seed: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> list[MemberResult]:
-    """Trains every member as a run of its own would be trained, in one program.
+    """Trains every member as a run of its own would be trained.
 
     Nothing is written. Dropout, float16 and moments on the host are a single run's.
 
     Args:
       config: of the run; method qlora or lora.
       members: what each changes, among `VARIED`.
+      largest: members at a time, of more than that; each part runs the same program.
       data_seed: order of the data for all; None: each member's own train.seed, as in a run.
       say: called with warnings.
       progress: called with each finished step.
@@ -137,16 +153,24 @@ def train_population(
     checkpoint, text = open_model(config)
     data = read_data(config, text, checkpoint.config.max_positions)
     model, _ = load_model(config, checkpoint, say)
-    adapters = assemble(model, configs)
-    del model
-    batches = _batches(configs, data, text.pad_id, data_seed)
-    train = config.train
+    rows, size = config.train.eval_rows, config.train.batch_size
     held_out = (
-        held_out_batches(data.held_out, config.data, train.batch_size, train.eval_rows, text.pad_id)
+        held_out_batches(data.held_out, config.data, size, rows, text.pad_id)
         if data.held_out
         else []
     )
-    return run(configs, adapters, batches, held_out, progress)
+    common, size = union(model, configs), largest or len(configs)
+    found: list[MemberResult] = []
+    program = None
+    for start in range(0, len(configs), size):
+        part = configs[start : start + size]
+        # the last part is filled up, for the program's sake
+        filled = part + [part[-1]] * (min(size, len(configs)) - len(part))
+        adapters = assemble(model, filled, common)
+        program = program or build(config, adapters)
+        batches = _batches(filled, data, text.pad_id, data_seed)
+        found += run(filled, adapters, batches, held_out, program, progress)[: len(part)]
+    return found
 
 
 def run(
@@ -154,13 +178,13 @@ def run(
     adapters: Adapters,
     batches: Iterator[Mapping[str, np.ndarray]],
     held_out: Sequence[Mapping[str, np.ndarray]],
+    program: Program,
     progress: Callable[[int], None] = lambda step: None,
 ) -> list[MemberResult]:
-    """The loop of `train_population`; consumes `adapters.trained`."""
-    program = build(configs, adapters)
+    """The loop of `train_population` over one part; consumes `adapters.trained`."""
     train = configs[0].train
     trained, moments = adapters.trained, program.init(adapters.trained)
-    rest = adapters.scales, adapters.frozen
+    rest = adapters.own, adapters.frozen
     evaluations: dict[int, np.ndarray] = {}
 
     def evaluate(step: int) -> None:
@@ -227,45 +251,59 @@ def member_configs(
     return configs
 
 
-def assemble(model: Decoder, configs: Sequence[Config]) -> Adapters:
-    """Draws every member's adapters as its own run would, and stacks them.
-
-    Args:
-      model: loaded; its adapters are replaced by placeholders.
-      configs: of the members.
+def union(model: Decoder, configs: Sequence[Config]) -> dict[str, AdapterSpec]:
+    """Every linear that some member targets, with the largest rank that one has there.
 
     Raises:
       UserError: targets that match nothing.
     """
     linears = model.linears()
     specs = [plan(config.lora, linears) for config in configs]
-    own = []
-    for config, planned in zip(configs, specs):
-        _attach(model, planned, config)
-        _, trained, frozen = trees.split(model, config.method)
-        scales = {p: x for p, x in trees.flatten(frozen).items() if p.endswith(SCALE)}
-        own.append(trees.flatten(trained) | scales)
-    union = {
+    return {
         path: AdapterSpec(max(s[path].rank for s in specs if path in s), 1.0, 1.0)
         for path in linears
         if any(path in s for s in specs)
     }
-    _attach(model, union, configs[0])
+
+
+def assemble(
+    model: Decoder, configs: Sequence[Config], common: Mapping[str, AdapterSpec]
+) -> Adapters:
+    """Draws every member's adapters as its own run would, and stacks them.
+
+    Args:
+      model: loaded; its adapters are replaced by placeholders.
+      configs: of the members.
+      common: what all are padded to, of `union`.
+    """
+    specs = [plan(config.lora, model.linears()) for config in configs]
+    drawn = []
+    for config, planned in zip(configs, specs):
+        _attach(model, planned, config)
+        _, trained, frozen = trees.split(model, config.method)
+        drawn.append(trees.flatten(trained) | _scales(frozen))
+    _attach(model, common, configs[0])
     graph, trained, frozen = trees.split(model, configs[0].method)
 
-    def stacked(path: str, like: jax.Array) -> jax.Array:
-        none = jnp.zeros((0,) * like.ndim, like.dtype)
-        return jnp.stack([_padded(leaves.get(path, none), like.shape) for leaves in own])
+    def stacked(like: Mapping[str, jax.Array]) -> list[jax.Array]:
+        # nothing but padding where a member has no adapter
+        none = {path: jnp.zeros((0,) * x.ndim, x.dtype) for path, x in like.items()}
+        return [
+            jnp.stack([_padded(leaves.get(path, none[path]), x.shape) for leaves in drawn])
+            for path, x in like.items()
+        ]
 
-    stacks = [stacked(path, x) for path, x in trees.flatten(trained).items()]
-    scales = [stacked(p, x) for p, x in trees.flatten(frozen).items() if p.endswith(SCALE)]
-    trained = jax.tree.unflatten(jax.tree.structure(trained), stacks)
-    return Adapters(graph, trained, scales, frozen, specs)
+    stacks = stacked(trees.flatten(trained))
+    rate = jnp.array([c.optimizer.learning_rate for c in configs], jnp.float32)
+    ratio = jnp.array([c.optimizer.lora_plus_ratio for c in configs], jnp.float32)
+    own = Own(stacked(_scales(frozen)), rate, rate * ratio)
+    return Adapters(
+        graph, jax.tree.unflatten(jax.tree.structure(trained), stacks), own, frozen, specs
+    )
 
 
-def build(configs: Sequence[Config], adapters: Adapters) -> Program:
-    """Compiles lazily; see `Program`."""
-    config = configs[0]
+def build(config: Config, adapters: Adapters) -> Program:
+    """Compiles lazily, for any members over these linears; see `Program`."""
     # A rate is a factor on AdamW's update, decay included: all members share one of rate 1.
     shared = dataclasses.replace(config.optimizer, learning_rate=1.0, lora_plus_ratio=1.0)
     optimizer = adamw(shared, config.train.steps)
@@ -277,13 +315,11 @@ def build(configs: Sequence[Config], adapters: Adapters) -> Program:
         clip_norm=config.optimizer.clip_norm,
         train_head=False,
     )
-    rate = jnp.array([c.optimizer.learning_rate for c in configs], jnp.float32)
-    rate_of_b = rate * jnp.array([c.optimizer.lora_plus_ratio for c in configs], jnp.float32)
-    places = [i for i, p in enumerate(trees.flatten(adapters.frozen)) if p.endswith(SCALE)]
+    places = [i for i, path in enumerate(trees.flatten(adapters.frozen)) if path.endswith(SCALE)]
 
-    def scaled(frozen: Any, scales: Sequence[jax.Array]) -> Any:
+    def scaled(frozen: Any, own: Own) -> Any:
         leaves = jax.tree.leaves(frozen)
-        for place, scale in zip(places, scales):
+        for place, scale in zip(places, own.scales):
             leaves[place] = scale
         return jax.tree.unflatten(jax.tree.structure(frozen), leaves)
 
@@ -291,33 +327,33 @@ def build(configs: Sequence[Config], adapters: Adapters) -> Program:
         return [jax.vmap(optimizer.init)(stack) for _, stack in _stacks(trained)]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained: Any, moments: Any, scales: Any, frozen: Any, batch: Any) -> Any:
-        def member(trained, moments, scales, rate, rate_of_b, batch):
+    def step(trained: Any, moments: Any, own: Own, frozen: Any, batch: Any) -> Any:
+        def member(trained: Any, moments: Any, own: Own, batch: Any) -> Any:
             state = steps.State(trained, (), jnp.int32(0), jnp.float32(1), jnp.int32(0))
-            grads, figures = single.gradient(state, scaled(frozen, scales), batch, None)
-            leaves, slopes = jax.tree.leaves(trained), jax.tree.leaves(grads)
-            after = []
-            for (group, params), own in zip(_stacks(trained), moments):
+            grads, figures = single.gradient(state, scaled(frozen, own), batch, None)
+            leaves, slopes, after = jax.tree.leaves(trained), jax.tree.leaves(grads), []
+            for (group, params), before in zip(_stacks(trained), moments):
                 along = {path: slopes[place] for place, path in zip(group.places, group.paths)}
                 # a layer at a time, as `units` does: what is stored in blocks is a layer's own
-                updates, new = jax.vmap(optimizer.update)(along, own, params)
+                updates, new = jax.vmap(optimizer.update)(along, before, params)
                 for place, path in zip(group.places, group.paths):
-                    by = rate_of_b if label(path) == "b" else rate
-                    moved = (params[path] + updates[path] * by).astype(params[path].dtype)
+                    rate = own.rate_of_b if label(path) == "b" else own.rate
+                    moved = (params[path] + updates[path] * rate).astype(params[path].dtype)
                     leaves[place] = jnp.where(figures.finite, moved, params[path])
-                after.append(jax.tree.map(lambda a, b: jnp.where(figures.finite, a, b), new, own))
+                after.append(
+                    jax.tree.map(lambda a, b: jnp.where(figures.finite, a, b), new, before)
+                )
             return jax.tree.unflatten(jax.tree.structure(trained), leaves), after, figures
 
-        own_batch = 0 if batch["mask"].ndim == 4 else None
-        mapped = jax.vmap(member, in_axes=(0, 0, 0, 0, 0, own_batch))
-        return mapped(trained, moments, scales, rate, rate_of_b, batch)
+        axes = (0, 0, 0, 0 if batch["mask"].ndim == 4 else None)
+        return jax.vmap(member, in_axes=axes)(trained, moments, own, batch)
 
     @jax.jit
-    def evaluate(trained: Any, scales: Any, frozen: Any, batch: Any) -> Any:
-        def member(trained, scales):
-            return single.evaluate(trained, scaled(frozen, scales), batch)
+    def evaluate(trained: Any, own: Own, frozen: Any, batch: Any) -> Any:
+        def member(trained: Any, own: Own) -> Any:
+            return single.evaluate(trained, scaled(frozen, own), batch)
 
-        return jax.vmap(member)(trained, scales)
+        return jax.vmap(member)(trained, own)
 
     return Program(jax.jit(jax.vmap(moments)), step, evaluate)
 
@@ -339,6 +375,10 @@ def _attach(model: Decoder, specs: Mapping[str, AdapterSpec], config: Config) ->
             linear.adapter = None
     key, dtype = jax.random.key(config.train.seed), jnp.dtype(config.lora.dtype)
     attach(model, specs, key, init=config.lora.init, dtype=dtype)
+
+
+def _scales(frozen: Any) -> dict[str, jax.Array]:
+    return {path: x for path, x in trees.flatten(frozen).items() if path.endswith(SCALE)}
 
 
 def _padded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

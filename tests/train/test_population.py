@@ -26,24 +26,31 @@ from qlora_jax.train.optimizer import adamw
 
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 STEPS = 4
+CLIP = 0.3
 MEMBERS = (
-    {"lora.rank": "4"},
-    {"lora.rank": "2", "lora.alpha": "3", "optimizer.learning_rate": "0.003", "train.seed": "7"},
+    {"lora.rank_pattern.layers.1.self_attn.q_proj": "1"},
+    {
+        "lora.rank": "2",
+        "lora.alpha": "3",
+        "lora.scaling": "alpha/sqrt(r)",
+        "lora.init": "gaussian",
+        "optimizer.learning_rate": "0.003",
+        "train.seed": "7",
+    },
     {"lora.target_modules": "[k_proj, up_proj]", "optimizer.lora_plus_ratio": "4"},
-    {"lora.init": "gaussian", "lora.scaling": "alpha/sqrt(r)", "train.seed": "7"},
-    {"lora.rank_pattern.layers.1.self_attn.q_proj": "1", "lora.rank": "3"},
 )
+DIVERGING = {"optimizer.learning_rate": "1e30"}
 
 
 def common(**changes: Any) -> Config:
     tree: dict[str, Any] = {
-        "model": {"path": str(LLAMA), "compute_dtype": "float32", "remat": "dots"},
+        "model": {"path": str(LLAMA), "compute_dtype": "float32", "remat": "none"},
         "data": {"source": "examples", "sequence_length": 16},
         "output": "run",
         "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"]},
         "optimizer": {
             "learning_rate": 0.01,
-            "clip_norm": 0.3,
+            "clip_norm": CLIP,
             "weight_decay": 0.1,
             "warmup_steps": 2,
             "schedule": "cosine",
@@ -60,7 +67,9 @@ def model_of(config: Config) -> Decoder:
     return load(open_folder(LLAMA), quant=config.quant, dtype=jnp.float32)
 
 
-def alone(config: Config, batches: list[Any]) -> tuple[list[steps.Figures], Any, float]:
+def alone(
+    config: Config, batches: list[Any], held_out: dict[str, np.ndarray]
+) -> tuple[list[steps.Figures], Any, float]:
     """A run of one member by the single run's own program."""
     model = model_of(config)
     attach(
@@ -84,9 +93,14 @@ def alone(config: Config, batches: list[Any]) -> tuple[list[steps.Figures], Any,
         grads, found = program.gradient(state, frozen, batch, None)
         state = program.update(state, grads, found.finite)
         figures.append(found)
-    total, count = program.evaluate(state.trained, frozen, first(batches[0]))
+    total, count = program.evaluate(state.trained, frozen, held_out)
     adapters = export.adapters(nnx.merge(graph, state.trained, frozen))
     return figures, adapters, float(total / count)
+
+
+def assembled(configs: list[Config]) -> population.Adapters:
+    model = model_of(configs[0])
+    return population.assemble(model, configs, population.union(model, configs))
 
 
 def first(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -99,21 +113,22 @@ def stacked(batches: list[list[Any]]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def test_members_train_as_they_would_alone(make_batch: Callable[..., Any]) -> None:
-    config = common()
-    configs = population.member_configs(config, MEMBERS)
-    # two members have seed 7, and with it an order of the data of their own
-    batches = [[make_batch(seed=c.train.seed + i) for i in range(STEPS)] for c in configs]
-    adapters = population.assemble(model_of(config), configs)
-    held_out = [first(batches[0][0])]
-    found = population.run(configs, adapters, stacked(batches), held_out)
+    configs = population.member_configs(common(), [*MEMBERS, DIVERGING])
+    batches = [[make_batch(seed=i + STEPS * k) for i in range(STEPS)] for k in range(len(configs))]
+    adapters = assembled(configs)
+    held_out, program = first(batches[0][0]), population.build(configs[0], adapters)
+    *found, bad = population.run(configs, adapters, stacked(batches), [held_out], program)
     clipped = 0
     for own, data, result in zip(configs, batches, found):
-        figures, after, _ = alone(own, data)
+        figures, after, loss = alone(own, data, held_out)
         assert result.config == own
         np.testing.assert_allclose(result.losses, [f.loss for f in figures], rtol=2e-6)
         np.testing.assert_allclose(result.norms, [f.norm for f in figures], rtol=2e-4)
-        clipped += sum(float(f.norm) > 0.3 for f in figures)
+        clipped += sum(float(f.norm) > CLIP for f in figures)
         assert result.diverged is None
+        assert list(result.held_out) == [0, 2, STEPS]
+        assert result.held_out[0] == found[0].held_out[0]  # of the base: every B is zero
+        assert result.held_out[STEPS] == pytest.approx(loss, rel=2e-6)
         assert list(result.adapters) == list(after)
         for path, adapter in result.adapters.items():
             rank = after[path].rank
@@ -121,29 +136,19 @@ def test_members_train_as_they_would_alone(make_batch: Callable[..., Any]) -> No
             np.testing.assert_allclose(adapter.a, after[path].a[:, :rank], rtol=0, atol=2e-5)
             np.testing.assert_allclose(adapter.b, after[path].b[:rank], rtol=0, atol=2e-5)
             assert adapter.b.any()
-    assert 0 < clipped < STEPS * len(configs)
-    assert len({r.losses[-1] for r in found}) == len(found)
-
-
-def test_held_out_losses_are_each_member_s_own(make_batch: Callable[..., Any]) -> None:
-    config = common()
-    configs = population.member_configs(config, MEMBERS[:2], data_seed=0)
-    batches = [make_batch(seed=i) for i in range(STEPS)]
-    adapters = population.assemble(model_of(config), configs)
-    found = population.run(configs, adapters, iter(batches), [first(batches[0])])
-    for own, result in zip(configs, found):
-        assert list(result.held_out) == [0, 2, STEPS]
-        assert result.held_out[STEPS] == pytest.approx(alone(own, batches)[2], rel=2e-6)
-    assert found[0].held_out[0] == found[1].held_out[0]  # of the base: every B is zero
+    assert 0 < clipped < STEPS * len(found)
+    assert bad.diverged is not None
+    assert not np.isfinite(bad.losses[bad.diverged - 1])
+    assert all(np.isfinite(a.a).all() and np.isfinite(a.b).all() for a in bad.adapters.values())
 
 
 def test_padding_stays_zero_and_the_base_is_one(make_batch: Callable[..., Any]) -> None:
     config = common()
     configs = population.member_configs(config, MEMBERS, data_seed=0)
-    adapters = population.assemble(model_of(config), configs)
-    program = population.build(configs, adapters)
+    adapters = assembled(configs)
+    program = population.build(config, adapters)
     trained, moments = adapters.trained, program.init(adapters.trained)
-    rest = adapters.scales, adapters.frozen
+    rest = adapters.own, adapters.frozen
     lowered = program.step.lower(trained, moments, *rest, make_batch())  # type: ignore[attr-defined]
     for i in range(3):
         trained, moments, _ = program.step(trained, moments, *rest, make_batch(seed=i))
@@ -168,24 +173,6 @@ def test_padding_stays_zero_and_the_base_is_one(make_batch: Callable[..., Any]) 
     for k, n in shapes:
         assert re.search(rf"tensor<{k}x{n}xf32>", text)
         assert not re.search(rf"tensor<{len(configs)}x{k}x{n}x", text)
-
-
-def test_a_member_that_diverges_leaves_the_others_alone(make_batch: Callable[..., Any]) -> None:
-    config = common()
-    members = ({}, {"optimizer.learning_rate": "1e30"})
-    batches = [make_batch(seed=i) for i in range(STEPS)]
-
-    def train(*chosen: Mapping[str, str]) -> list[population.MemberResult]:
-        configs = population.member_configs(config, chosen)
-        adapters = population.assemble(model_of(config), configs)
-        return population.run(configs, adapters, iter(batches), [])
-
-    one, bad = train(*members)
-    assert one.diverged is None
-    np.testing.assert_allclose(one.losses, train(members[0])[0].losses, rtol=2e-6)
-    assert bad.diverged is not None
-    assert not np.isfinite(bad.losses[bad.diverged - 1])
-    assert all(np.isfinite(a.a).all() and np.isfinite(a.b).all() for a in bad.adapters.values())
 
 
 @pytest.mark.parametrize(
@@ -221,15 +208,20 @@ def test_a_population_from_a_config_is_the_run_of_each(
     from qlora_jax import config as configs
 
     path = write_config(tmp_path, train__steps=2, train__save_every=0)
-    members = [{"lora.rank": "5"}, {"train.seed": "3", "optimizer.learning_rate": "0.02"}]
-    found = population.train_population(configs.load(path), members)
-    settings = [f"--{key}={value}" for key, value in members[1].items()]
+    members = [
+        {"lora.rank": "5"},
+        {"train.seed": "5"},
+        {"train.seed": "3", "optimizer.learning_rate": "0.02"},
+    ]
+    # two at a time: the last is by itself, in the program of two
+    found = population.train_population(configs.load(path), members, largest=2)
+    settings = [f"--{key}={value}" for key, value in members[2].items()]
     ended = run_cli("train", path, *settings)
     assert ended.code == 0, ended.err
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     held_out = [row["eval/loss"] for row in rows if "eval/loss" in row]
-    np.testing.assert_allclose(found[1].losses, losses, rtol=1e-5)
-    np.testing.assert_allclose([found[1].held_out[s] for s in (0, 2)], held_out, rtol=1e-5)
-    assert len(found[0].losses) == 2
-    assert found[0].losses[0] != found[1].losses[0]
+    np.testing.assert_allclose(found[2].losses, losses, rtol=1e-5)
+    np.testing.assert_allclose([found[2].held_out[s] for s in (0, 2)], held_out, rtol=1e-5)
+    assert [len(result.losses) for result in found] == [2, 2, 2]
+    assert len({result.losses[1] for result in found}) == 3
