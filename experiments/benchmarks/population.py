@@ -1,0 +1,210 @@
+"""K adapters as K runs, as one population, and beside PEFT's runs.
+
+Question: what does training K adapters in one program save of the time that K runs take, each with
+  its own start, loading and compilation?
+Expected: at K = 8 at most two thirds of the time of 8 runs of ours; four ranks at once in at most
+  40% of four runs of PEFT.
+Cost: at SmolLM2-135M's shape, 1 x 128 tokens and 10 steps, about 15 minutes on 2 CPU cores.
+Command: python experiments/benchmarks/population.py [--members 2,4,8] [--peer PYTHON]
+    [--model random-smollm2-135m] [--json FILE]
+  --many 1000 trains that many adapters on a random model of 1M parameters, --at-a-time 50.
+
+Every figure is of whole processes; compile_s is of the gradient alone for runs, of every program
+for populations. Ranks are 4, 8, 16, 32 and again; every step has the same random tokens, as in
+`qlora-jax bench step`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.atomic import write_text
+from qlora_jax.bench import measure, random_models, tools
+from qlora_jax.bench.options import Step
+from qlora_jax.commands.bench import with_model
+from qlora_jax.sweep import markdown
+
+RANKS = (4, 8, 16, 32)
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+"""1,016,960 weights, norms included."""
+
+
+def runs(tool: tools.Tool, options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """The seconds of `count` runs of one tool after another, and the largest one's memory."""
+    began, reports = time.perf_counter(), []
+    for i in range(count):
+        step = Step(
+            options.model,
+            batch=options.batch,
+            seq=options.seq,
+            rank=RANKS[i % len(RANKS)],
+            steps=options.steps - 1,  # one more is done to warm up
+        )
+        reports.append(tools.measured(tool, "step", step, _say))
+    compiled = [r["figures"].get("compile", {}).get("value") for r in reports]
+    return {
+        "side": f"{count} runs of {tool.name}",
+        "wall_s": time.perf_counter() - began,
+        "compile_s": None if None in compiled else sum(compiled),
+        "peak_mib": max(r["figures"]["peak memory"]["value"] for r in reports),
+        "losses": [r["losses"][-1] for r in reports],
+    }
+
+
+def population(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """The same in one program, which is a process of its own, too."""
+    own = {k: v for k, v in vars(options).items() if k in ("model", "batch", "seq", "steps")}
+    own |= {"count": count, "at_a_time": options.at_a_time or count}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", json.dumps(own)], stdout=subprocess.PIPE, check=True
+    )
+    report = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "side": f"a population of {count}",
+        "wall_s": time.perf_counter() - began,
+        **report,
+    }
+
+
+def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: int) -> None:
+    """Trains a population and prints its figures."""
+    from qlora_jax import compilation, hugepages
+
+    hugepages.restart()
+    compilation.widen()
+    import jax
+
+    from qlora_jax.config import from_tree
+    from qlora_jax.formats.source import open_checkpoint
+    from qlora_jax.train import population
+    from qlora_jax.train.setup import load_model
+
+    memory, compiled = measure.PeakMemory(), []
+
+    def note(event: str, seconds: float, **_: Any) -> None:
+        if event == compilation.COMPILED:
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    config = from_tree(
+        {
+            "model": {"path": model},
+            "data": {"source": "random tokens"},
+            "output": "none",
+            "train": {"steps": steps},
+        },
+        "options",
+    )
+    ranks = [RANKS[i % len(RANKS)] for i in range(count)]
+    members = [
+        {"lora.rank": str(r), "lora.alpha": str(2 * r), "train.seed": str(i // len(RANKS))}
+        for i, r in enumerate(ranks)
+    ]
+    configs = population.member_configs(config, members)
+    checkpoint = open_checkpoint(config.model)
+    loaded, _ = load_model(config, checkpoint, _say)
+    common = population.union(loaded, configs)
+    rows = _batches(checkpoint.config.vocab_size, batch, seq)
+    program, losses = None, []
+    for start in range(0, count, at_a_time):
+        part = configs[start : start + at_a_time]
+        adapters = population.assemble(loaded, part, common)
+        program = program or population.build(config, adapters)
+        found = population.run(part, adapters, rows, [], program)
+        losses += [result.losses[-1] for result in found]
+    print(json.dumps({"compile_s": sum(compiled), "peak_mib": memory.process(), "losses": losses}))
+
+
+def _batches(vocabulary: int, batch: int, seq: int) -> Iterator[dict[str, np.ndarray]]:
+    tokens, targets = measure.inputs_and_targets(vocabulary, batch, seq, 0)
+    rows = {
+        "tokens": tokens,
+        "targets": targets,
+        "mask": np.ones_like(tokens, bool),
+        "segments": np.ones_like(tokens),
+        "positions": np.broadcast_to(np.arange(seq, dtype=np.int32), tokens.shape),
+    }
+    while True:
+        yield {name: array[None] for name, array in rows.items()}
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every side in turn, each population with its share of the time of as many runs."""
+    model = with_model(Step(options.model), bool(options.peer), _say)
+    options.model = model.model  # type: ignore[union-attr]
+    rows = []
+    for count in options.members:
+        alone, together = runs(tools.ours(), options, count), population(options, count)
+        rows += [alone, together | {"share": together["wall_s"] / alone["wall_s"]}]
+    for python in options.peer:
+        for tool in tools.peers(python, "step"):
+            theirs, ours = runs(tool, options, len(RANKS)), population(options, len(RANKS))
+            rows += [theirs, ours | {"share": ours["wall_s"] / theirs["wall_s"]}]
+    return rows
+
+
+def many(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """`--many` adapters on the model of 1M parameters, in populations."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        random_models.write(path, {**random_models.COMMON, **SMALL})
+        options.model = str(path)
+        return [population(options, options.many)]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--members", type=_numbers, default=[2, 4, 8], metavar="2,4,8")
+    parser.add_argument("--peer", action="append", default=[], metavar="PYTHON")
+    parser.add_argument("--model", default="random-smollm2-135m")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--many", type=int, metavar="N")
+    parser.add_argument("--at-a-time", type=int, metavar="N", help="members of a population")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        worker(**options.worker)
+        return
+    measured: Callable[[argparse.Namespace], list[dict[str, Any]]] = (
+        many if options.many else compare
+    )
+    rows = measured(options)
+    if options.json is not None:
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
+    print(markdown(rows, ["side", "wall_s", "compile_s", "peak_mib", "share"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""A population against runs of its members one by one, and what its program holds."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.config import Config, from_tree
+from qlora_jax.errors import UserError
+from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.formats.load import load
+from qlora_jax.lora import plan
+from qlora_jax.models import trees
+from qlora_jax.models.decoder import Decoder, attach
+from qlora_jax.train import export, population
+from qlora_jax.train import step as steps
+from qlora_jax.train.metrics import read_metrics
+from qlora_jax.train.optimizer import adamw
+
+LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
+STEPS = 4
+CLIP = 0.3
+MEMBERS = (
+    {"lora.rank_pattern.layers.1.self_attn.q_proj": "1"},
+    {
+        "lora.rank": "2",
+        "lora.alpha": "3",
+        "lora.scaling": "alpha/sqrt(r)",
+        "lora.init": "gaussian",
+        "optimizer.learning_rate": "0.003",
+        "train.seed": "7",
+    },
+    {"lora.target_modules": "[k_proj, up_proj]", "optimizer.lora_plus_ratio": "4"},
+)
+DIVERGING = {"optimizer.learning_rate": "1e30"}
+
+
+def common(**changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "model": {"path": str(LLAMA), "compute_dtype": "float32", "remat": "none"},
+        "data": {"source": "examples", "sequence_length": 16},
+        "output": "run",
+        "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+        "optimizer": {
+            "learning_rate": 0.01,
+            "clip_norm": CLIP,
+            "weight_decay": 0.1,
+            "warmup_steps": 2,
+            "schedule": "cosine",
+        },
+        "train": {"steps": STEPS, "batch_size": 6, "eval_every": 2},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section] = tree[section] | {name: value} if name else value
+    return from_tree(tree, "test")
+
+
+def model_of(config: Config) -> Decoder:
+    return load(open_folder(LLAMA), quant=config.quant, dtype=jnp.float32)
+
+
+def alone(
+    config: Config, batches: list[Any], held_out: dict[str, np.ndarray]
+) -> tuple[list[steps.Figures], Any, float]:
+    """A run of one member by the single run's own program."""
+    model = model_of(config)
+    attach(
+        model,
+        plan(config.lora, model.linears()),
+        jax.random.key(config.train.seed),
+        init=config.lora.init,
+    )
+    graph, trained, frozen = trees.split(model, config.method)
+    optimizer = adamw(config.optimizer, config.train.steps)
+    program = steps.build(
+        graph,
+        optimizer,
+        compute_dtype=jnp.float32,
+        remat=config.model.remat,
+        clip_norm=config.optimizer.clip_norm,
+        train_head=False,
+    )
+    state, figures = steps.init(trained, optimizer, False), []
+    for batch in batches:
+        grads, found = program.gradient(state, frozen, batch, None)
+        state = program.update(state, grads, found.finite)
+        figures.append(found)
+    total, count = program.evaluate(state.trained, frozen, held_out)
+    adapters = export.adapters(nnx.merge(graph, state.trained, frozen))
+    return figures, adapters, float(total / count)
+
+
+def assembled(configs: list[Config]) -> population.Adapters:
+    model = model_of(configs[0])
+    return population.assemble(model, configs, population.union(model, configs))
+
+
+def first(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: x[0] for name, x in batch.items()}
+
+
+def stacked(batches: list[list[Any]]) -> Iterator[dict[str, np.ndarray]]:
+    for step in zip(*batches):
+        yield {name: np.stack([b[name] for b in step]) for name in step[0]}
+
+
+def test_members_train_as_they_would_alone(make_batch: Callable[..., Any]) -> None:
+    configs = population.member_configs(common(), [*MEMBERS, DIVERGING])
+    batches = [[make_batch(seed=i + STEPS * k) for i in range(STEPS)] for k in range(len(configs))]
+    adapters = assembled(configs)
+    held_out, program = first(batches[0][0]), population.build(configs[0], adapters)
+    *found, bad = population.run(configs, adapters, stacked(batches), [held_out], program)
+    clipped = 0
+    for own, data, result in zip(configs, batches, found):
+        figures, after, loss = alone(own, data, held_out)
+        assert result.config == own
+        np.testing.assert_allclose(result.losses, [f.loss for f in figures], rtol=2e-6)
+        np.testing.assert_allclose(result.norms, [f.norm for f in figures], rtol=2e-4)
+        clipped += sum(float(f.norm) > CLIP for f in figures)
+        assert result.diverged is None
+        assert list(result.held_out) == [0, 2, STEPS]
+        assert result.held_out[0] == found[0].held_out[0]  # of the base: every B is zero
+        assert result.held_out[STEPS] == pytest.approx(loss, rel=2e-6)
+        assert list(result.adapters) == list(after)
+        for path, adapter in result.adapters.items():
+            rank = after[path].rank
+            assert (adapter.rank, adapter.alpha) == (rank, after[path].alpha)
+            np.testing.assert_allclose(adapter.a, after[path].a[:, :rank], rtol=0, atol=2e-5)
+            np.testing.assert_allclose(adapter.b, after[path].b[:rank], rtol=0, atol=2e-5)
+            assert adapter.b.any()
+    assert 0 < clipped < STEPS * len(found)
+    assert bad.diverged is not None
+    assert not np.isfinite(bad.losses[bad.diverged - 1])
+    assert all(np.isfinite(a.a).all() and np.isfinite(a.b).all() for a in bad.adapters.values())
+
+
+def test_padding_stays_zero_and_the_base_is_one(make_batch: Callable[..., Any]) -> None:
+    config = common()
+    configs = population.member_configs(config, MEMBERS, data_seed=0)
+    adapters = assembled(configs)
+    program = population.build(config, adapters)
+    trained, moments = adapters.trained, program.init(adapters.trained)
+    rest = adapters.own, adapters.frozen
+    lowered = program.step.lower(trained, moments, *rest, make_batch())  # type: ignore[attr-defined]
+    for i in range(3):
+        trained, moments, _ = program.step(trained, moments, *rest, make_batch(seed=i))
+    assert program.step._cache_size() == 1  # type: ignore[attr-defined]
+    flat = {path: np.asarray(x) for path, x in trees.flatten(trained).items()}
+    moved = jax.tree.leaves(moments)
+    for path, linear, layer in model_of(config).walk():
+        del linear
+        stem = f"runs.0.{path.rpartition('.')[2]}.adapter"
+        if f"{stem}.a" not in flat:
+            continue
+        for k, specs in enumerate(adapters.specs):
+            rank = specs[path].rank if path in specs else 0
+            assert not flat[f"{stem}.a"][k, layer, :, rank:].any()
+            assert not flat[f"{stem}.b"][k, layer, rank:].any()
+            assert flat[f"{stem}.a"][k, layer, :, :rank].all()
+            assert flat[f"{stem}.b"][k, layer, :rank].all()
+    assert {x.shape[0] for x in moved} == {len(configs)}
+    # a weight [in, out] is decoded as it is, never once for each member
+    shapes = {linear.weight.get_value().shape[-2:] for _, linear, _ in model_of(config).walk()}
+    text = lowered.as_text()
+    for k, n in shapes:
+        assert re.search(rf"tensor<{k}x{n}xf32>", text)
+        assert not re.search(rf"tensor<{len(configs)}x{k}x{n}x", text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "members", "message"),
+    [
+        ({}, [{"lora.dropout": "0.1"}], "lora.dropout: members of a population have it in common"),
+        ({}, [], "a population has no members"),
+        ({"lora__dropout": 0.1}, [{}], "lora.dropout: not for a population"),
+        ({"method": "full"}, [{}], "method full: not for a population"),
+        ({"model__compute_dtype": "float16"}, [{}], "model.compute_dtype float16: not for"),
+        ({"data__packing": False}, [{}, {"train.seed": "1"}], "data.packing false gives members"),
+    ],
+)
+def test_what_cannot_be_a_population(
+    changes: dict[str, Any], members: list[dict[str, str]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        population.member_configs(common(**changes), members)
+
+
+def test_members_that_can_train_together_have_one_key() -> None:
+    keys = [population.fixed(m) for m in MEMBERS]
+    assert len(set(keys)) == 1
+    assert population.fixed({"quant.codebook": "fp4_bnb", "lora.rank": "2"}) != keys[0]
+    assert json.loads(population.fixed({"quant.codebook": "fp4_bnb", "lora.rank": "2"})) == {
+        "quant.codebook": "fp4_bnb"
+    }
+
+
+def test_a_population_from_a_config_is_the_run_of_each(
+    tmp_path: Path, write_config: Callable[..., Path], run_cli: Callable[..., Any]
+) -> None:
+    from qlora_jax import config as configs
+
+    path = write_config(tmp_path, train__steps=2, train__save_every=0)
+    members = [
+        {"lora.rank": "5"},
+        {"train.seed": "5"},
+        {"train.seed": "3", "optimizer.learning_rate": "0.02"},
+    ]
+    # two at a time: the last is by itself, in the program of two
+    found = population.train_population(configs.load(path), members, largest=2)
+    settings = [f"--{key}={value}" for key, value in members[2].items()]
+    ended = run_cli("train", path, *settings)
+    assert ended.code == 0, ended.err
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    held_out = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    np.testing.assert_allclose(found[2].losses, losses, rtol=1e-5)
+    np.testing.assert_allclose([found[2].held_out[s] for s in (0, 2)], held_out, rtol=1e-5)
+    assert [len(result.losses) for result in found] == [2, 2, 2]
+    assert len({result.losses[1] for result in found}) == 3
