@@ -140,7 +140,8 @@ def wilson(correct: int, count: int, z: float = Z95) -> tuple[float, float]:
     middle = p + z**2 / (2 * count)
     half = z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    # p̂ is within, also where rounding would have it a hair outside
+    return min(p, max(0.0, (middle - half) / scale)), max(p, min(1.0, (middle + half) / scale))
 
 
 def prompt(question: Question, solved: Sequence[Question], by: By) -> str:
