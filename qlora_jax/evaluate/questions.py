@@ -1,0 +1,178 @@
+"""Multiple-choice questions from files, folders and hub data sets."""
+
+import ast
+import csv
+import dataclasses
+import io
+import itertools
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax import paths
+from qlora_jax.data import files, hub
+from qlora_jax.errors import UserError
+
+LETTERS = string.ascii_uppercase
+FIELDS = ("question", "choices", "answer")
+MMLU_COLUMNS = 6
+"""Of MMLU's own files, which have no header: the question, four choices, the answer's letter."""
+SPLITS = ("dev", "val", "validation", "test", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One question; `answer` is the index of the right choice, `where` its place in the data."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str = ""
+    where: str = dataclasses.field(default="", compare=False)
+
+
+def read(source: str, split: str, name: str | None = None) -> list[Question]:
+    """Reads a split.
+
+    Args:
+      source: a .csv, .jsonl, .json or .parquet file; a folder laid out as MMLU's own, with a folder
+        of files `SUBJECT_SPLIT.csv` for each split; or a hub id. A row has question, choices,
+        answer (an index from 0, or a letter) and, if it likes, subject; a .csv without a header
+        has MMLU's six columns, and its subject is in its name. A file is taken whole.
+      split: of a folder or a hub data set.
+      name: configuration of a hub data set.
+
+    Raises:
+      UserError: nothing there, or a row that is not a question; its place is named.
+    """
+    path = Path(source).expanduser()
+    if paths.is_dir(path):
+        found = [q for file in _files(path, split) for q in _file(file)]
+    elif paths.is_file(path) or path.suffix in files.READERS:
+        found = _file(path)
+    else:
+        found = [parse(row, where) for row, where in hub.read_rows(source, name, split)]
+    if not found:
+        raise UserError(f"{source}: no questions in it")
+    return found
+
+
+def is_file(source: str) -> bool:
+    """Whether the source is one file, and so one split."""
+    path = Path(source).expanduser()
+    return paths.is_file(path) or (not paths.is_dir(path) and path.suffix in files.READERS)
+
+
+def split_of(source: str) -> str:
+    """The split that a file's name ends in, as in `anatomy_test.csv`; `all` where it has none."""
+    _, _, split = Path(source).stem.rpartition("_")
+    return split if split in SPLITS else "all"
+
+
+def title(source: str) -> str:
+    """The data set's name in a metric's: the file's or folder's, or the end of the hub id."""
+    path = Path(source).expanduser().absolute()
+    return _subject(path) or path.stem if is_file(source) else path.name
+
+
+def by_subject(questions: Sequence[Question]) -> Mapping[str, list[Question]]:
+    """The questions of each subject, in order."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.subject, []).append(question)
+    return groups
+
+
+def parse(row: Mapping[str, Any], where: str, subject: str = "") -> Question:
+    """One row.
+
+    Args:
+      row: with question, choices and answer, and perhaps subject.
+      where: its place, for messages.
+      subject: of a row that names none.
+
+    Raises:
+      UserError: it is not a question.
+    """
+    if missing := [name for name in FIELDS if row.get(name) is None]:
+        raise UserError(
+            f"{where}: no {missing[0]} in it; a question has {', '.join(FIELDS)} and may have "
+            f"subject, this row has {', '.join(map(str, row)) or 'nothing'}"
+        )
+    choices = _choices(row["choices"], where)
+    text = row["question"]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: question must be text, not {text!r}")
+    return Question(
+        text.strip(),
+        choices,
+        _answer(row["answer"], len(choices), where),
+        str(row.get("subject") or subject),
+        where,
+    )
+
+
+def _choices(value: Any, where: str) -> tuple[str, ...]:
+    if isinstance(value, str):  # a list in a .csv's field
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise UserError(f"{where}: choices must be a list, not {value!r}") from None
+    if not isinstance(value, Sequence) or not 2 <= len(value) <= len(LETTERS):
+        raise UserError(f"{where}: choices must be a list of 2 to {len(LETTERS)}, not {value!r}")
+    if bad := [c for c in value if not isinstance(c, str) or not c.strip()]:
+        raise UserError(f"{where}: a choice must be text, not {bad[0]!r}")
+    return tuple(c.strip() for c in value)
+
+
+def _answer(value: Any, count: int, where: str) -> int:
+    letter = str(value).strip()
+    known = {**{LETTERS[i]: i for i in range(count)}, **{str(i): i for i in range(count)}}
+    if isinstance(value, bool) or letter not in known:
+        raise UserError(
+            f"{where}: answer must be A to {LETTERS[count - 1]} or 0 to {count - 1}, not {value!r}"
+        )
+    return known[letter]
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    found = sorted((folder / split).glob(f"*_{split}.csv"))
+    if not found:
+        raise UserError(
+            f"{folder}: no {split}/*_{split}.csv in it; a folder is laid out as MMLU's own, or "
+            "give one file"
+        )
+    return found
+
+
+def _file(path: Path) -> list[Question]:
+    subject = _subject(path)
+    if path.suffix == ".csv" and (rows := _without_header(path)) is not None:
+        return [parse(row, where, subject) for row, where in rows]
+    return [parse(row, where, subject) for row, where in files.read_rows(path)]
+
+
+def _subject(path: Path) -> str:
+    stem, _, split = path.stem.rpartition("_")
+    return stem if split in SPLITS else ""
+
+
+def _without_header(path: Path) -> Iterator[tuple[dict[str, Any], str]] | None:
+    """The rows of a .csv of MMLU's own; None if the first row is a header."""
+    reader = csv.reader(io.StringIO(files.read_text(path), newline=""))
+    first = next(reader, [])
+    if not first or "question" in first:
+        return None
+
+    def rows() -> Iterator[tuple[dict[str, Any], str]]:
+        for row in itertools.chain([first], reader):
+            where = f"{path}:{reader.line_num if row is not first else 1}"
+            if len(row) != MMLU_COLUMNS:
+                raise UserError(
+                    f"{where}: {len(row)} columns; without a header a row has the question, four "
+                    "choices and the answer's letter"
+                )
+            yield {"question": row[0], "choices": row[1:5], "answer": row[5]}, where
+
+    return rows()

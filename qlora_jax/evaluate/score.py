@@ -1,0 +1,176 @@
+"""Log-likelihoods of given continuations, in batches of any lengths."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.errors import UserError
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.generate import padded_size
+
+POSITIONS = 32
+"""Positions of every row whose logits exist at once."""
+SMALLEST = 8
+"""Scored positions are padded to this times a power of two, so that few programs compile."""
+
+
+class Pair(NamedTuple):
+    """Token ids that are given, one at least, and those that are scored after them."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Score(NamedTuple):
+    """`log_likelihood` in nats, the sum over the continuation.
+
+    `greedy` is whether each of its tokens is the likeliest at its place.
+    """
+
+    log_likelihood: float
+    greedy: bool
+
+
+def score(
+    model: Decoder,
+    pairs: Sequence[Pair],
+    *,
+    dtype: jax.typing.DTypeLike,
+    pad_id: int,
+    batch_size: int,
+    max_length: int | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[Score]:
+    """Scores every continuation.
+
+    A pair of more than `max_length` + 1 ids is cut on the left, as lm-evaluation-harness does: the
+    last id is only predicted and takes no position.
+
+    Args:
+      model: with or without adapters.
+      pairs: what to score, of any lengths.
+      dtype: compute dtype; log-softmax is float32.
+      pad_id: fills rows; it is never seen.
+      batch_size: rows at once.
+      max_length: positions; None takes the model's.
+      advance: called with the number of pairs done.
+
+    Raises:
+      UserError: a context is empty, or a continuation longer than `max_length`.
+    """
+    limit = max_length or model.config.max_positions
+    for place, pair in enumerate(pairs):
+        if not pair.context:
+            raise UserError(f"pair {place}: an empty context predicts nothing; give one token")
+        if len(pair.continuation) > limit:
+            raise UserError(
+                f"pair {place}: a continuation of {len(pair.continuation)} tokens does not fit "
+                f"{limit} positions; shorten it"
+            )
+    structure, weights = nnx.split(model)
+    scores = [Score(0.0, True)] * len(pairs)
+    # the longest first: memory that suffices once suffices to the end
+    lengths = [len(pair.context) + len(pair.continuation) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        arrays = _fill([pairs[i] for i in batch], limit, batch_size, pad_id)
+        logps, hits = jax.device_get(_score(structure, weights, *arrays, jnp.dtype(dtype)))
+        for row, i in enumerate(batch):
+            n = len(pairs[i].continuation)
+            total = float(logps[row, :n].sum(dtype=np.float64))
+            scores[i] = Score(total, bool(hits[row, :n].all()))
+        advance(len(batch))
+    return scores
+
+
+def encode_pair(text: Tokenizer, context: str, continuation: str) -> Pair:
+    """Ids of a text and where its continuation begins.
+
+    Both are encoded as one, so that the continuation's tokens are those that the model saw in
+    training; white space that ends the context is the continuation's. An empty context is the
+    begin-of-text id, or the end-of-text id where there is none.
+    """
+    stripped = context.rstrip()
+    context, continuation = stripped, context[len(stripped) :] + continuation
+    head = [text.bos_id] if text.bos_id is not None else []
+    if not context:
+        return Pair(head or [text.eos_id], text.encode(continuation))
+    given = text.encode(context)
+    return Pair([*head, *given], text.encode(context + continuation)[len(given) :])
+
+
+def rolling(ids: Sequence[int], first: int, length: int) -> list[Pair]:
+    """Cuts a text into pairs that score each of its ids once, the most context for each.
+
+    Every window has `length` positions; the last begins earlier, so that it is full too
+    (lm-evaluation-harness, `get_rolling_token_windows` with a context of 1).
+
+    Args:
+      ids: the text.
+      first: what is given before the first id.
+      length: positions of a window.
+    """
+    given = [first, *ids]
+    pairs = []
+    for start in range(0, len(ids), length):
+        end = min(start + length, len(ids))
+        # ids[i] is predicted at given[i]
+        pairs.append(Pair(given[max(0, end - length) : start + 1], ids[start:end]))
+    return pairs
+
+
+def _fill(
+    pairs: Sequence[Pair], limit: int, rows: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """tokens and segments [B, T], places and targets [B, C] of the scored positions."""
+    whole = [[*p.context, *p.continuation][-(limit + 1) :] for p in pairs]
+    width = min(padded_size(max(len(ids) - 1 for ids in whole)), limit)
+    scored = padded_size(max(len(p.continuation) for p in pairs), SMALLEST)
+    tokens = np.full((rows, width), pad_id, np.int32)
+    segments = np.zeros((rows, width), np.int32)
+    places, targets = np.zeros((2, rows, scored), np.int32)
+    for row, (pair, ids) in enumerate(zip(pairs, whole)):
+        n = len(pair.continuation)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        segments[row, : len(ids) - 1] = 1
+        places[row, :n] = np.arange(len(ids) - 1 - n, len(ids) - 1)
+        targets[row, :n] = pair.continuation
+    return tokens, segments, places, targets
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "dtype"))
+def _score(
+    structure: nnx.GraphDef,
+    weights: nnx.State,
+    tokens: jax.Array,
+    segments: jax.Array,
+    places: jax.Array,
+    targets: jax.Array,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:
+    """float32[B, C] log-likelihoods of the targets, and bool[B, C] whether each is the likeliest.
+
+    Logits exist for `POSITIONS` of every row at a time.
+    """
+    model: Decoder = nnx.merge(structure, weights)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = model.hidden(tokens, segments, positions, dtype=dtype)
+    wanted = jnp.take_along_axis(hidden, places[..., None], axis=1)
+
+    def one(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        states, ids = xs
+        logits = model.logits(states)
+        own = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
+        logp = own - jax.nn.logsumexp(logits, axis=-1)
+        return logp, jnp.argmax(logits, axis=-1) == ids
+
+    columns = (wanted.swapaxes(0, 1), targets.T)
+    logps, hits = jax.lax.map(one, columns, batch_size=POSITIONS)
+    return logps.T, hits.T
