@@ -1,0 +1,63 @@
+"""Models and runs as a base for adapters, through `generate`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.serve.base import own_adapter
+
+PROMPT = "What does rmtree do?"
+
+
+@pytest.fixture
+def run(tmp_path, write_config, adapters):
+    """A run's directory as far as a base is concerned: its config and its adapter."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_config(folder, output=str(folder))
+    shutil.copytree(adapters["one"], folder / "adapter")
+    return folder
+
+
+def test_a_run_brings_its_adapter_under_its_name(run, tiny_model, tmp_path, write_config):
+    assert own_adapter(str(run)) == {"mine": str(run / "adapter")}
+    assert own_adapter(str(tiny_model)) == {}
+    full = tmp_path / "full"
+    full.mkdir()
+    write_config(full, method="full")
+    assert own_adapter(str(full)) == {}
+
+
+def test_generate_answers_under_each_adapter(run, adapters, run_cli, tiny_model):
+    given = ["--adapter", f"mine={run}", "--adapter", f"two={adapters['two']}", "--base"]
+    asked = ["--prompt", PROMPT, "--prompt", "And chr?", "--max-new-tokens", "12"]
+    by_run = run_cli("generate", run, *given, *asked, "--json")
+    assert by_run.code == 0, by_run.err
+    rows = json.loads(by_run.out)
+    assert [(r["prompt"], r["adapter"]) for r in rows] == [
+        (prompt, name) for prompt in (PROMPT, "And chr?") for name in ("mine", "two", None)
+    ]
+    assert len({r["answer"] for r in rows}) > 3
+    by_model = run_cli("generate", tiny_model, *given, *asked, "--dtype", "float32")
+    expected = "".join(
+        f"[{r['adapter'] or 'base'} | {r['prompt']}]\n{r['answer']}\n\n" for r in rows
+    )
+    assert by_model.out == expected
+
+
+def test_what_does_not_fit_is_refused_by_name(run_cli, adapters, tiny_model, tmp_path):
+    other = shutil.copytree(adapters["one"], tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name][:, :100])
+    save_file(tensors, other / "adapter_model.safetensors")
+    for command in (["generate", tiny_model, "--prompt", "a"], ["serve", tiny_model, "--port=0"]):
+        ended = run_cli(*command, "--adapter", f"x={other}")
+        assert ended.code == 2
+        assert ended.message == (
+            "qlora-jax: --adapter x: model.layers.1.mlp.down_proj is [100, 64] (in, out) in the "
+            "adapter and [128, 64] in the model; the adapter is another model's"
+        )
