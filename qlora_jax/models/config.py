@@ -123,7 +123,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 def _require(where: str, key: str, value: Any, values: tuple[Any, ...]) -> None:
     if value not in values:
-        known = ", ".join(str(v) for v in values if v is not None)
+        known = ", ".join("null" if v is None else str(v) for v in values)
         raise UserError(f"{where}: {key} {value!r} is not supported; supported: {known}")
 
 
