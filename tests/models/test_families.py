@@ -211,7 +211,7 @@ def test_what_a_family_implies():
         "opt", ffn_dim=96, intermediate_size=7, activation_function="gelu", enable_bias=False
     )
     assert (opt.intermediate_size, opt.activation, opt.rope) == (96, "gelu", None)
-    assert not (opt.qkv_bias or opt.output_bias or opt.mlp_bias)
+    assert (opt.qkv_bias, opt.output_bias, opt.mlp_bias) == (False, False, False)
 
 
 @pytest.mark.parametrize(
