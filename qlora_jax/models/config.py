@@ -110,8 +110,8 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     values: dict[str, Any] = {**family.defaults, **raw}
     own = {usual: values[key] for usual, key in family.keys.items() if key in values}
     values = {k: v for k, v in values.items() if k not in family.keys} | own
-    activation, key = values.setdefault("hidden_act", "silu"), family.keys.get("hidden_act")
-    _require(where, key or "hidden_act", activation, ACTIVATIONS)
+    activation = values.setdefault("hidden_act", "silu")
+    _require(where, family.keys.get("hidden_act", "hidden_act"), activation, ACTIVATIONS)
     try:
         return DecoderConfig(**{**_fields(kind, values, where), **family.fixed})
     except KeyError as e:
@@ -123,7 +123,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
 
 def _require(where: str, key: str, value: Any, values: tuple[Any, ...]) -> None:
     if value not in values:
-        known = ", ".join(str(v) for v in values if v is not None)
+        known = ", ".join("null" if v is None else str(v) for v in values)
         raise UserError(f"{where}: {key} {value!r} is not supported; supported: {known}")
 
 

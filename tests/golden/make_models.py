@@ -90,7 +90,7 @@ VARIANTS = {
             "head_dim": 16,
             "sliding_window": 8,
             "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 0.5,
             "final_logit_softcapping": 6.0,
         },
     ),

@@ -19,6 +19,7 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.lora import plan
 from qlora_jax.memory import ledger as ledgers
+from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.memory.ledger import Leaf, ledger, moment_bytes, parameters, text, total
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
@@ -181,6 +182,16 @@ def test_what_a_step_takes_is_exact(
     )
     assert {name: part.nbytes for name, part in exact.items()} == expected
     assert {part.place for part in exact.values()} == {"device"}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_neox", "opt"])
+def test_a_plans_model_has_the_tree_of_the_real_one(name: str) -> None:
+    run = config(method="lora")
+    _, *real = loaded(name, run)
+    _, *planned = abstract_model(run, open_folder(MODELS / name).config, None)
+    for ours, expected in zip(planned, real):
+        found = {path: (x.shape, x.dtype) for path, x in trees.flatten(ours).items()}
+        assert found == {p: (x.shape, x.dtype) for p, x in trees.flatten(expected).items()}
 
 
 def test_gradients_are_what_the_program_gives() -> None:

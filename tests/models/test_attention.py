@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,25 +40,41 @@ def make(seed: int = 0) -> list[np.ndarray]:
     return [q, k, v, mask, g]
 
 
-def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def reference(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> np.ndarray:
     """Attention head by head, float64."""
     out = np.zeros(q.shape)
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
-        scores = q[b, :, h].astype(np.float64) @ k[b, :, h // 2].T / np.sqrt(q.shape[-1])
+        scores = q[b, :, h].astype(np.float64) @ k[b, :, h // 2].T
+        scores *= scale or q.shape[-1] ** -0.5
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
         p = np.where(mask[b, 0], np.exp(scores), 0)
         out[b, :, h] = p / p.sum(axis=-1, keepdims=True) @ v[b, :, h // 2]
     return out
 
 
-def test_attention_is_softmax_of_scaled_products_of_grouped_heads():
+OPTIONS = [{}, {"scale": 0.7, "softcap": 1.5}]
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=["plain", "capped"])
+
+
+@each_option
+def test_attention_is_softmax_of_scaled_products_of_grouped_heads(options):
     *inputs, _ = make()
-    np.testing.assert_allclose(attend(*inputs), reference(*inputs), rtol=1e-4, atol=1e-5)
+    expected = reference(*inputs, **options)
+    np.testing.assert_allclose(attend(*inputs, **options), expected, rtol=1e-4, atol=1e-5)
 
 
+@each_option
 @pytest.mark.parametrize("argument", range(3), ids="qkv")
-def test_gradient_is_the_finite_difference(argument):
+def test_gradient_is_the_finite_difference(argument, options):
     *inputs, g = make()
-    pull = jax.vjp(attend, *inputs)[1]
+    pull = jax.vjp(functools.partial(attend, **options), *inputs)[1]
     ours, step = np.asarray(pull(jnp.asarray(g))[argument]), 1e-5
     expected = np.zeros(ours.shape)
     for place in np.ndindex(ours.shape):
@@ -64,7 +82,7 @@ def test_gradient_is_the_finite_difference(argument):
         for sign in (1, -1):
             moved = [x.astype(np.float64) if i < 3 else x for i, x in enumerate(inputs)]
             moved[argument][place] += sign * step
-            ends.append(np.sum(g * reference(*moved)))
+            ends.append(np.sum(g * reference(*moved, **options)))
         expected[place] = (ends[0] - ends[1]) / (2 * step)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 

@@ -95,7 +95,9 @@ def test_logits_of_another_context_differ(models, open_model):
     np.testing.assert_array_equal(before[:, 15:], after[:, 15:])
 
 
-@pytest.mark.parametrize("name", ["qwen2_window", "llama_rope_llama3"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_window", "llama_rope_llama3", "gemma3", "gemma2", "phi3", "gpt_neox", "opt"]
+)
 def test_cached_is_uncached(models, open_model, name):
     reference = np.load(models / name / "reference.npz")
     tokens, expected = reference["tokens"], reference["logits"]

@@ -59,8 +59,9 @@ def without_cache(model, prompts, new):
     return [ids[len(p) :] for ids, p in zip(rows, prompts)]
 
 
-def test_greedy_is_the_argmax_of_full_passes(open_model):
-    model = open_model("mistral_window", QuantConfig())
+@pytest.mark.parametrize("name", ["mistral_window", "gemma3", "opt"])
+def test_greedy_is_the_argmax_of_full_passes(open_model, name):
+    model = open_model(name, QuantConfig())
     prompts = [[i % model.config.vocab_size for i in p] for p in PROMPTS]
     assert write(model, prompts) == without_cache(model, prompts, NEW)
 

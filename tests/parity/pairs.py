@@ -42,6 +42,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+GEMMA = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 11,
+    "tie_word_embeddings": True,
+}
 KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -56,6 +62,34 @@ KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "pad_token_id": None}),
+    "olmo2": ("olmo2", {}),
+    "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 6.0}),
+    "gemma3": ("gemma3_text", GEMMA | {"sliding_window_pattern": 2}),
+    "phi3": (
+        "phi3",
+        {
+            "sliding_window": 20,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4}),
+    "gpt_neox-serial": (
+        "gpt_neox",
+        {"num_key_value_heads": 4, "use_parallel_residual": False, "rotary_pct": 1.0},
+    ),
+    "opt": (
+        "opt",
+        {
+            "ffn_dim": 128,
+            "word_embed_proj_dim": 64,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 """Name to `model_type` and what differs from `SHAPE`."""

@@ -95,6 +95,15 @@ def test_peft_reads_what_we_write(tmp_path, name, family):
     check_peft_reads(model, folder, out)
 
 
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "opt"])
+def test_modules_of_fused_and_renamed_linears_resolve_alike(tmp_path, family):
+    folder = save(tmp_path / "model", family, seed=4)
+    config = LoraConfig(rank=4, alpha=8)
+    expected = resolved(peft.get_peft_model(theirs(folder), peft_config(config)))
+    specs = plan(config, ours(folder).linears())
+    assert {path: (spec.rank, spec.scale) for path, spec in specs.items()} == expected
+
+
 def test_peft_reads_a_constant_factor(tmp_path):
     folder = save(tmp_path / "model", "llama", seed=6)
     config = LoraConfig(rank=4, alpha=0.5, scaling="constant", rank_pattern={"up_proj": 7})

@@ -25,16 +25,20 @@ def make(
     return hidden, head, targets, jnp.asarray(random.random(shape) < share)
 
 
-def dense(hidden, head, targets, mask):
+def dense(hidden, head, targets, mask, softcap=None):
     """Sum, count, and the sum's gradients with respect to hidden and head, in float64."""
     hidden, head = (np.asarray(x).astype(np.float64) for x in (hidden, head))
     targets, mask = np.asarray(targets), np.asarray(mask)
     flat = hidden.reshape(-1, hidden.shape[-1])[mask.reshape(-1)]
     targets = targets.reshape(-1)[mask.reshape(-1)]
     logits = flat @ head
+    slope = 1.0
+    if softcap:
+        capped = np.tanh(logits / softcap)
+        logits, slope = softcap * capped, 1 - capped**2
     top = logits.max(axis=-1, keepdims=True, initial=0)
     log_p = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
-    dlogits = np.exp(log_p) - np.eye(head.shape[1])[targets]
+    dlogits = (np.exp(log_p) - np.eye(head.shape[1])[targets]) * slope
     dhidden = np.zeros_like(hidden)
     dhidden[mask] = dlogits @ head.T
     total = -np.take_along_axis(log_p, targets[:, None], axis=1).sum()
@@ -97,6 +101,24 @@ def test_a_vocabulary_in_blocks(vocab, vocab_axis) -> None:
 
     total, grads = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(hidden, head)
     assert_matches((total, mask.sum(), *grads), dense(hidden, head, targets, mask), 1, 4e-6)
+
+
+@pytest.mark.parametrize(("vocab", "vocab_axis"), [(VOCAB, 0), (COLUMNS + 1, 1)])
+def test_logits_with_a_soft_cap(vocab, vocab_axis) -> None:
+    softcap = 2.5
+    hidden, head, targets, mask = make((3, 117), 0.6, vocab=vocab)
+
+    @jax.jit
+    def value(hidden, head):
+        stored = head if vocab_axis else head.T
+        options = {"vocab_axis": vocab_axis, "train_head": True, "softcap": softcap}
+        return token_loss(hidden, stored, targets, mask, **options)[0]
+
+    total, grads = jax.value_and_grad(value, argnums=(0, 1))(hidden, head)
+    expected = dense(hidden, head, targets, mask, softcap)
+    plain = dense(hidden, head, targets, mask)
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(expected, plain) if np.ndim(a))
+    assert_matches((total, mask.sum(), *grads), expected, 1, 4e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
