@@ -99,7 +99,14 @@ def abstract(name: str, run: Config) -> Any:
         )
         if not full:
             specs = plan(run.lora, model.linears())
-            attach(model, specs, jax.random.key(0), dtype=jnp.dtype(run.lora.dtype))
+            attach(
+                model,
+                specs,
+                jax.random.key(0),
+                dtype=jnp.dtype(run.lora.dtype),
+                variant=run.lora.variant,
+                freeze_a=run.lora.freeze_a,
+            )
         graph, *states = trees.split(model, run.method)
         graphs.append(graph)
         return states
@@ -116,7 +123,9 @@ def part_of(path: str) -> str:
         "head": "head",
         "adapter.a": "adapters",
         "adapter.b": "adapters",
+        "adapter.magnitude": "adapters",
         "adapter.scale": "adapter scales",
+        "adapter.norm": "adapter scales",
         "norm.weight": "norms and biases",
         "bias": "norms and biases",
         "codes": "codes",
@@ -146,6 +155,8 @@ def part_of(path: str) -> str:
         (abstract, "gpt_neox", {"lora__target_modules": ["query_key_value"]}),
         (abstract, "gemma3", {"lora__rank_pattern": {"q_proj": 2}}),
         (abstract, "phi3", {"method": "lora"}),
+        (abstract, "qwen2", {"lora__variant": "dora", "lora__dtype": "bfloat16"}),
+        (abstract, "llama", {"lora__freeze_a": True, "optimizer__moments": "int8"}),
     ],
 )
 def test_what_a_step_takes_is_exact(

@@ -47,13 +47,17 @@ def abstract(run: Config) -> accounts.Step:
     return accounts.abstract_step(run, open_folder(LLAMA).config, jax.devices("cpu")[0])
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
-def test_shapes_alone_give_the_tree_of_the_real_model(method: str) -> None:
-    run = config(method=method)
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [("qlora", "lora"), ("lora", "lora"), ("full", "lora"), ("qlora", "dora")],
+)
+def test_shapes_alone_give_the_tree_of_the_real_model(method: str, variant: str) -> None:
+    run = config(method=method, lora__variant=variant)
     quant = run.quant if method == "qlora" else None
     model = load(open_folder(LLAMA), quant=quant, dtype=jnp.float32)
     if method != "full":
-        attach(model, adapters(run.lora, model.linears()), jax.random.key(0))
+        specs = adapters(run.lora, model.linears())
+        attach(model, specs, jax.random.key(0), variant=variant)
     _, trained, frozen = trees.split(model, method)
     state = steps.init(trained, adamw(run.optimizer, run.train.steps), False)
     step = abstract(run)
