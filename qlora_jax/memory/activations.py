@@ -29,6 +29,7 @@ class _Step(NamedTuple):
       mlp: arrays as wide as `inner` that the MLP's elementwise part keeps.
       ranks: of all adapters of a layer, summed.
       dropped: input features of all adapters that drop some of theirs, summed.
+      scaled: output features of all linears that DoRA scales, summed.
       width: bytes of an element in the compute dtype.
       rows, length: of a micro-batch.
     """
@@ -42,6 +43,7 @@ class _Step(NamedTuple):
     mlp: int
     ranks: int
     dropped: int
+    scaled: int
     width: int
     rows: int
     length: int
@@ -73,6 +75,7 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         mlp=ACTIVATION[model.activation] + (3 if model.gated else 1),
         ranks=sum(ranks.values()),
         dropped=sum(parts[path].inputs for path in ranks) if run.lora.dropout else 0,
+        scaled=sum(parts[path].outputs for path in ranks) if run.lora.variant == "dora" else 0,
         width=jnp.dtype(run.model.compute_dtype).itemsize,
         rows=run.train.batch_size,
         length=run.data.sequence_length,
@@ -112,12 +115,12 @@ ACTIVATION = {"silu": 3, "gelu": 3, "gelu_pytorch_tanh": 5, "relu": 1}
 
 def _everything(step: _Step) -> int:
     inputs = 2 * step.hidden + 2 * step.query + 2 * step.key + step.mlp * step.inner + step.ranks
-    kept = step.width * inputs + (step.width + 1) * step.dropped
-    return 2 * FLOAT32 * step.norms + kept
+    adapters = (step.width + 1) * step.dropped + FLOAT32 * step.scaled
+    return 2 * FLOAT32 * step.norms + step.width * inputs + adapters
 
 
 def _products(step: _Step) -> int:
-    return step.width * (step.hidden + step.query + step.outputs + step.ranks)
+    return step.width * (step.hidden + step.query + step.outputs + step.ranks + step.scaled)
 
 
 def _input(step: _Step) -> int:
@@ -128,9 +131,10 @@ KEPT = {"none": _everything, "dots": _products, "full": _input, "host": _input}
 """`decoder.REMAT`'s policies, each with the bytes that a layer keeps per token.
 
 full: the layer's input. dots: also the outputs of attention, of A and of the linears, but of those
-that are only added to x. none: the norms' float32 inputs and results, the inputs of all linears
-(with dropout, what is left of them, and the mask), q, k and v, the parts of the activation
-function. Where few linears have adapters, a little less is kept.
+that are only added to x, and DoRA's before they are scaled. none: the norms' float32 inputs and
+results, the inputs of all linears (with dropout, what is left of them, and the mask), q, k and v,
+the parts of the activation function, and what DoRA scales in float32. Where few linears have
+adapters, a little less is kept.
 """
 
 

@@ -244,13 +244,19 @@ def answer(
     return [text.decode(row) for row in rows]
 
 
+TOLERANCE = {"lora": 0.0, "dora": 1e-5}
+"""How far fresh adapters may move the output, in units of its largest number. DoRA multiplies by
+norms divided by themselves, which a GPU computes to within two units in the last place; float32
+activations carry those through the layers. On a CPU, and in 16 bits, the quotient is one."""
+
+
 def starts_as_base(config: Config) -> bool:
     """Whether the adapters change nothing: fresh ones, not read or taken from the weights."""
     return config.lora.from_adapter is None and config.lora.init not in STARTS
 
 
 def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Config) -> None:
-    """Raises RunFailed unless fresh adapters leave the model's output exactly as it was."""
+    """Raises RunFailed unless fresh adapters leave the model's output as it was (`TOLERANCE`)."""
 
     def output(model: Decoder) -> jax.Array:
         tokens = jnp.arange(16)[None] % model.config.vocab_size
@@ -265,7 +271,9 @@ def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Confi
     def base(trained: Any, frozen: Any) -> jax.Array:
         return output(without_adapters(nnx.merge(graph, trained, frozen)))
 
-    if not jnp.array_equal(adapted(trained, frozen), base(trained, frozen)):
+    fresh, before = (steps.wide(f(trained, frozen)) for f in (adapted, base))
+    limit = TOLERANCE[config.lora.variant] * jnp.abs(before).max()
+    if not jnp.abs(fresh - before).max() <= limit:
         raise RunFailed("fresh adapters change the model's output; this is a bug, please report it")
 
 

@@ -260,6 +260,7 @@ def test_a_quantized_stack(k, n, layers, block, nested, double) -> None:
         ("phi3", {}),
         ("gpt_neox", {}),
         ("opt", {}),
+        ("mistral", {"lora__variant": "dora"}),
     ],
 )
 def test_activations_are_what_jax_saves(name: str, changes: dict[str, Any], remat: str) -> None:
