@@ -18,7 +18,7 @@ from qlora_jax.evaluate.divergence import divergence
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.merged import MergedCheckpoint
-from qlora_jax.lora.merge import delta, merged
+from qlora_jax.lora.merge import wide
 from qlora_jax.quant import dequantize, quantize
 from qlora_jax.quant.qtensor import block_scales
 from qlora_jax.train.restore import Restored
@@ -125,10 +125,10 @@ def shares(model: Any, quant: QuantConfig) -> list[Share]:
         if linear.adapter is None or linear.adapter.specs[i] is None:
             continue
         weight = jax.tree.map(lambda x, i=i: x[i], linear.weight.get_value())
-        wide = merged(weight, None, jnp.float32)
+        plain = wide(weight)
         values = _share(
-            wide,
-            delta(linear.adapter, i),
+            plain,
+            linear.adapter.change(i, plain),
             quant.codebook,
             quant.block_size,
             quant.double_quant,

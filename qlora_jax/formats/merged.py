@@ -11,7 +11,7 @@ import numpy as np
 
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.unload import parameter
-from qlora_jax.lora.merge import delta, merged
+from qlora_jax.lora.merge import merged
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.layers import Linear
@@ -62,8 +62,7 @@ class MergedCheckpoint:
         weight = jax.tree.map(lambda x: x[i], linear.weight.get_value())
         if self.original:
             weight = jnp.asarray(self._source(name)).T
-        change = delta(linear.adapter, i) if linear.adapter is not None else None
-        return np.asarray(merged(weight, change, jnp.float32).T)
+        return np.asarray(merged(weight, linear.adapter, i, jnp.float32).T)
 
     def _source(self, name: str) -> np.ndarray:
         return np.asarray(self.source.read(name))

@@ -110,6 +110,20 @@ class Adapter(nnx.Module):
         a, b = self.a.get_value()[i, :, : spec.rank], self.b.get_value()[i, : spec.rank]
         return Values(np.asarray(a), np.asarray(b))
 
+    def change(self, i: int, weight: jax.Array) -> jax.Array:
+        """What layer i's adapter adds to its weight: scale * A @ B.
+
+        Args:
+          i: of the stack.
+          weight: W float32[in, out].
+
+        Returns:
+          float32[in, out].
+        """
+        a, b = (x.get_value()[i].astype(jnp.float32) for x in (self.a, self.b))
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return self.scale.get_value()[i] * product
+
     def fill_own(self, values: Sequence[Values | None]) -> None:
         """Takes over, in place, what each layer's values hold beyond A and B."""
 

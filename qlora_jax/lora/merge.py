@@ -7,29 +7,27 @@ from qlora_jax.lora.adapter import Adapter
 from qlora_jax.quant import QTensor, dequantize
 
 
-def delta(adapter: Adapter, layer: int) -> jax.Array:
-    """What an adapter adds to the weight of one layer of its stack: scale * A @ B.
-
-    Returns:
-      float32[in, out].
-    """
-    a, b = (x.get_value()[layer].astype(jnp.float32) for x in (adapter.a, adapter.b))
-    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-    return adapter.scale.get_value()[layer] * product
-
-
 def merged(
-    weight: jax.Array | QTensor, change: jax.Array | None, dtype: jax.typing.DTypeLike
+    weight: jax.Array | QTensor,
+    adapter: Adapter | None,
+    layer: int,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """The weight with a change added, in float32 and rounded once.
+    """One layer's weight with what its adapter adds, in float32 and rounded once.
 
     Args:
       weight: [in, out], floats or 4 bits.
-      change: float32[in, out]; None adds nothing.
+      adapter: of the layer's stack; None adds nothing.
+      layer: index in the stack.
       dtype: of the result.
 
     Returns:
       dtype[in, out].
     """
-    wide = dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
-    return (wide if change is None else wide + change).astype(dtype)
+    plain = wide(weight)
+    return (plain if adapter is None else plain + adapter.change(layer, plain)).astype(dtype)
+
+
+def wide(weight: jax.Array | QTensor) -> jax.Array:
+    """The weight in float32, decoded if it is in 4 bits."""
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)

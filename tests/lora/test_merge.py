@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.config import LoraConfig
+from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.lora import Adapter, AdapterSpec, plan
-from qlora_jax.lora.merge import delta, merged
+from qlora_jax.lora.merge import merged
 from qlora_jax.models.decoder import attach
 from qlora_jax.quant import dequantize, quantize
 
@@ -31,7 +31,7 @@ def adapter():
 def test_delta_is_the_scaled_product(adapter, layer):
     a, b = (np.asarray(x.get_value(), np.float64)[layer] for x in (adapter.a, adapter.b))
     scale = SPECS[layer].scale if SPECS[layer] else 0.0
-    found = delta(adapter, layer)
+    found = adapter.change(layer, jnp.zeros((96, 40)))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, scale * (a @ b), rtol=1e-5, atol=1e-5)
 
@@ -42,10 +42,36 @@ def test_the_sum_is_rounded_once(adapter, stored, dtype):
     w = jnp.asarray(np.random.default_rng(1).normal(size=(96, 40)), jnp.float32)
     weight = quantize(w) if stored == "nf4" else w.astype(stored)
     wide = np.asarray(dequantize(weight) if stored == "nf4" else weight, np.float32)
-    change = delta(adapter, 0)
+    change = adapter.change(0, jnp.asarray(wide))
     expected = (wide + np.asarray(change)).astype(dtype)
-    np.testing.assert_array_equal(merged(weight, change, dtype), expected)
-    np.testing.assert_array_equal(merged(weight, None, dtype), wide.astype(dtype))
+    np.testing.assert_array_equal(merged(weight, adapter, 0, dtype), expected)
+    np.testing.assert_array_equal(merged(weight, None, 0, dtype), wide.astype(dtype))
+
+
+@pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["float", "nf4"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_neox", "gemma3", "opt"])
+def test_a_merged_model_is_the_same_function(models, kind, variant, quant):
+    source = open_folder(models / kind)
+    model = load(source, quant=quant, dtype=jnp.float32)
+    plain = logits(model)
+    attach(model, plan(LoraConfig(rank=4), model.linears()), jax.random.key(0), variant=variant)
+    for run in model.runs:
+        for linear in run.linears().values():
+            b = linear.adapter.b
+            key = jax.random.key(b.get_value().size)
+            b.set_value(0.05 * jax.random.normal(key, b.get_value().shape))
+    expected = logits(model)
+    assert np.abs(expected - plain).max() > 0.01
+    found = logits(load(MergedCheckpoint(model, source), quant=None, dtype=jnp.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def logits(model):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 100, (2, 16)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    hidden = model.hidden(tokens, jnp.ones_like(tokens), positions, dtype=jnp.float32)
+    return np.asarray(model.logits(hidden))
 
 
 def cost(model) -> tuple[float, float]:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax import gpu_memory
+from qlora_jax.commands import plan as command
 from qlora_jax.config import Config, changed, from_tree
 from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.lora import plan as adapters
-from qlora_jax.memory import accounts, command, fit, plan
+from qlora_jax.memory import accounts, fit, plan
 from qlora_jax.memory.accounts import Account
 from qlora_jax.memory.advice import changes
 from qlora_jax.memory.compile import GPUS, compile_for, description, has_plugin

@@ -65,6 +65,12 @@ class DoraAdapter(Adapter):
         values = super().layer(i)
         return values and values._replace(magnitude=np.asarray(self.magnitude.get_value()[i]))
 
+    def change(self, i: int, weight: jax.Array) -> jax.Array:
+        if self.specs[i] is None:
+            return jnp.zeros_like(weight)
+        parts = (v.get_value()[i] for v in (self.a, self.b, self.scale, self.magnitude))
+        return merged_weight(weight, *parts) - weight
+
     def fill_own(self, values: Sequence[Values | None]) -> None:
         magnitude = np.array(self.magnitude.get_value())
         for i, value in enumerate(values):
