@@ -74,7 +74,8 @@ class Population:
 
     Attributes:
       run: (cells, context) to the rows of each, in order; an exception in a cell's place fails
-        that cell alone. The context is the first cell's.
+        that cell alone. The context is the first cell's. A cell left over goes to the
+        experiment's own `run`.
       key: cells of equal keys may run together; one of key None runs by itself.
       largest: most cells at a time.
     """

@@ -73,16 +73,19 @@ class Results:
             "experiment": experiment.name,
             "version": experiment.version,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = _lock(folder)
-            self.records, size = _read(self.path, self._head)
-            self._file = self.path.open("ab", buffering=0)
-            if self._file.tell() > size:
-                self._file.truncate(size)
-            _sync_folder(folder)
-        except OSError as e:
-            raise storage_error(folder, e) or e from e
+        with contextlib.ExitStack() as opened:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.lock = _lock(folder)
+                opened.callback(os.close, self.lock)
+                self.records, size = _read(self.path, self._head)
+                self._file = opened.enter_context(self.path.open("ab", buffering=0))
+                if self._file.tell() > size:
+                    self._file.truncate(size)
+                _sync_folder(folder)
+            except OSError as e:
+                raise storage_error(folder, e) or e from e
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "Results":
         return self
@@ -93,8 +96,7 @@ class Results:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        os.close(self.lock)
+        self._opened.close()
 
     def add(self, record: Record) -> None:
         """Appends a line, which is on the disk when this returns.

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,9 +98,24 @@ def alone(
     return figures, adapters, float(total / count)
 
 
-def assembled(configs: list[Config]) -> population.Adapters:
-    model = model_of(configs[0])
-    return population.assemble(model, configs, population.union(model, configs))
+class Made(NamedTuple):
+    """A population of the members above, one that diverges and a plain one, and its program."""
+
+    configs: list[Config]
+    adapters: population.Adapters
+    program: population.Program
+
+    def fresh(self) -> population.Adapters:
+        """The adapters with buffers of their own, which a step may take."""
+        return self.adapters._replace(trained=jax.tree.map(jnp.copy, self.adapters.trained))
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    configs = population.member_configs(common(), [*MEMBERS, DIVERGING, {}])
+    model = model_of(common())
+    adapters = population.assemble(model, configs, population.union(model, configs))
+    return Made(configs, adapters, population.build(common(), adapters))
 
 
 def first(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -112,14 +127,14 @@ def stacked(batches: list[list[Any]]) -> Iterator[dict[str, np.ndarray]]:
         yield {name: np.stack([b[name] for b in step]) for name in step[0]}
 
 
-def test_members_train_as_they_would_alone(make_batch: Callable[..., Any]) -> None:
-    configs = population.member_configs(common(), [*MEMBERS, DIVERGING])
-    batches = [[make_batch(seed=i + STEPS * k) for i in range(STEPS)] for k in range(len(configs))]
-    adapters = assembled(configs)
-    held_out, program = first(batches[0][0]), population.build(configs[0], adapters)
-    *found, bad = population.run(configs, adapters, stacked(batches), [held_out], program)
+def test_members_train_as_they_would_alone(made: Made, make_batch: Callable[..., Any]) -> None:
+    count = len(made.configs)
+    batches = [[make_batch(seed=i + STEPS * k) for i in range(STEPS)] for k in range(count)]
+    held_out = first(batches[0][0])
+    results = population.run(made.configs, made.fresh(), stacked(batches), [held_out], made.program)
+    found, bad = results[: len(MEMBERS)], results[len(MEMBERS)]
     clipped = 0
-    for own, data, result in zip(configs, batches, found):
+    for own, data, result in zip(made.configs, batches, found):
         figures, after, loss = alone(own, data, held_out)
         assert result.config == own
         np.testing.assert_allclose(result.losses, [f.loss for f in figures], rtol=2e-6)
@@ -142,21 +157,17 @@ def test_members_train_as_they_would_alone(make_batch: Callable[..., Any]) -> No
     assert all(np.isfinite(a.a).all() and np.isfinite(a.b).all() for a in bad.adapters.values())
 
 
-def test_padding_stays_zero_and_the_base_is_one(make_batch: Callable[..., Any]) -> None:
-    config = common()
-    configs = population.member_configs(config, MEMBERS, data_seed=0)
-    adapters = assembled(configs)
-    program = population.build(config, adapters)
+def test_padding_stays_zero_and_the_base_is_one(made: Made, make_batch: Callable[..., Any]) -> None:
+    adapters, program, count = made.fresh(), made.program, len(made.configs)
     trained, moments = adapters.trained, program.init(adapters.trained)
     rest = adapters.own, adapters.frozen
-    lowered = program.step.lower(trained, moments, *rest, make_batch())  # type: ignore[attr-defined]
-    for i in range(3):
-        trained, moments, _ = program.step(trained, moments, *rest, make_batch(seed=i))
+    batches = [[make_batch(seed=i) for i in range(3)]] * count
+    lowered = program.step.lower(trained, moments, *rest, next(stacked(batches)))  # type: ignore[attr-defined]
+    for batch in stacked(batches):
+        trained, moments, _ = program.step(trained, moments, *rest, batch)
     assert program.step._cache_size() == 1  # type: ignore[attr-defined]
     flat = {path: np.asarray(x) for path, x in trees.flatten(trained).items()}
-    moved = jax.tree.leaves(moments)
-    for path, linear, layer in model_of(config).walk():
-        del linear
+    for path, _, layer in model_of(common()).walk():
         stem = f"runs.0.{path.rpartition('.')[2]}.adapter"
         if f"{stem}.a" not in flat:
             continue
@@ -166,13 +177,13 @@ def test_padding_stays_zero_and_the_base_is_one(make_batch: Callable[..., Any]) 
             assert not flat[f"{stem}.b"][k, layer, rank:].any()
             assert flat[f"{stem}.a"][k, layer, :, :rank].all()
             assert flat[f"{stem}.b"][k, layer, :rank].all()
-    assert {x.shape[0] for x in moved} == {len(configs)}
+    assert {x.shape[0] for x in jax.tree.leaves(moments)} == {count}
     # a weight [in, out] is decoded as it is, never once for each member
-    shapes = {linear.weight.get_value().shape[-2:] for _, linear, _ in model_of(config).walk()}
+    shapes = {linear.weight.get_value().shape[-2:] for _, linear, _ in model_of(common()).walk()}
     text = lowered.as_text()
     for k, n in shapes:
         assert re.search(rf"tensor<{k}x{n}xf32>", text)
-        assert not re.search(rf"tensor<{len(configs)}x{k}x{n}x", text)
+        assert not re.search(rf"tensor<{count}x{k}x{n}x", text)
 
 
 @pytest.mark.parametrize(
