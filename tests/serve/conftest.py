@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Server:
     def stop(self, number: int) -> tuple[int, str]:
         """Sends a signal; exit code and what was said."""
         self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=120)
         return code, self.log.read_text()
 
 
@@ -63,11 +64,10 @@ def start(
                 text=True,
             )
         processes.append(process)
-        deadline = 600
+        deadline = time.monotonic() + 300
         while not (found := re.search(r"serving on (\S+)", log.read_text())):
-            deadline -= 1
             assert process.poll() is None, log.read_text()
-            assert deadline, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.1)
         return Server(process, found[1], log)

@@ -67,7 +67,7 @@ class Running:
             loading=False,
         )
         self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=30
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60
         )
 
     def ask(self, **options):
@@ -75,9 +75,9 @@ class Running:
         return self.client.completions.create(model="base", prompt="abc", **options)
 
     def until(self, condition):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not condition():
-            assert time.monotonic() < deadline, "not within 10 s"
+            assert time.monotonic() < deadline, "not within 60 s"
             time.sleep(0.01)
 
 
@@ -193,7 +193,7 @@ def test_a_signal_cuts_what_does_not_finish_in_time(text, number):
             serve(running.service, running.listener, grace=0.5)
         assert said.result() > 10
     assert ended.value.code == 128 + number
-    assert 0.4 < time.monotonic() - start < 10
+    assert 0.4 < time.monotonic() - start < 60
     assert not running.engine.open
 
 
