@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.formats.write import write_model
     from qlora_jax.train.display import progress
     from qlora_jax.train.restore import check_base, restore
+    from qlora_jax.train.setup import held_quantization
 
     out, quantized = Path(options.out), options.to == "nf4"
     check_new(out)
@@ -60,8 +61,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     restored = restore(options.path, base=False, warn=say)
     check_base(options.path, restored)
     dtype = config.model.compute_dtype if quantized else options.to
+    held = held_quantization(config, checkpoint) or config.quant
     quant = dataclasses.replace(
-        config.quant, codebook="nf4", block_size=max(64, config.quant.block_size), nested_block=256
+        held, codebook="nf4", block_size=max(64, held.block_size), nested_block=256
     )
     source = MergedCheckpoint(restored.model, checkpoint, options.base == "original")
     with progress(f"merging {options.path}", len(source.names())) as advance:

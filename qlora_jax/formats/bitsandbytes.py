@@ -135,7 +135,7 @@ def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | Non
         layout = Layout(
             kind=raw["quant_type"],
             block=int(raw["blocksize"]),
-            dtype=raw["dtype"],
+            dtype=str(raw["dtype"]),
             shape=(out, inner),
             nested_block=int(raw["nested_blocksize"]) if nested else None,
             own_map=nested_map is not None and not np.array_equal(nested_map, dynamic_map()),

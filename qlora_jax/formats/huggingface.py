@@ -53,16 +53,23 @@ class HuggingFaceCheckpoint:
     def read(self, name: str) -> np.ndarray | jax.Array | QTensor:
         stored = self.quantization.layouts.get(name) if self.quantization else None
         if stored is None:
-            return self._tensor(name)
-        parts = {p: f"{name}.{p}" for p in bitsandbytes.PARTS}
-        state = self._tensor(f"{name}.quant_state.bitsandbytes__{stored.kind}").tobytes()
-        present = {p: self._tensor(whole) for p, whole in parts.items() if whole in self.files}
-        return bitsandbytes.decode(name, stored, self._tensor(name), present, state)
+            return _tensor(self.files[name], name)
+        names = {p: f"{name}.{p}" for p in bitsandbytes.PARTS}
+        parts = {p: _tensor(self.files[n], n) for p, n in names.items() if n in self.files}
+        state = f"{name}.quant_state.bitsandbytes__{stored.kind}"
+        return bitsandbytes.decode(
+            name,
+            stored,
+            _tensor(self.files[name], name),
+            parts,
+            _tensor(self.files[state], state).tobytes(),
+        )
 
-    def _tensor(self, name: str) -> np.ndarray:
-        # A memory map's pages count as resident until it is closed: pread holds the tensor alone.
-        with safe_open(self.files[name], framework="numpy", backend="pread") as file:
-            return file.get_tensor(name)
+
+def _tensor(path: Path, name: str) -> np.ndarray:
+    # A memory map's pages count as resident until it is closed: pread holds the tensor alone.
+    with safe_open(path, framework="numpy", backend="pread") as file:
+        return file.get_tensor(name)
 
 
 def open_folder(folder: Path) -> HuggingFaceCheckpoint:
@@ -119,7 +126,10 @@ def _layouts(
         with safe_open(path, framework="numpy", backend="pread") as file:
             for state, weight, kind in states:
                 where, nested = f"{path}: {weight}", f"{weight}.nested_quant_map"
-                table = file.get_tensor(nested) if files.get(nested) == path else None
+                here = files.get(nested) == path
+                table = file.get_tensor(nested) if here else None
+                if nested in files and not here:
+                    table = _tensor(files[nested], nested)
                 text = file.get_tensor(state).tobytes()
                 layout = bitsandbytes.read_layout(where, kind, text, table)
                 parts = {"weight": weight} | {p: f"{weight}.{p}" for p in bitsandbytes.PARTS}

@@ -43,11 +43,14 @@ def sha256(tree: Any) -> str:
 
 
 def quantized_size(model: Decoder) -> tuple[float, int]:
-    """(bits per parameter, bytes) of the quantized weights, scales and codebooks included."""
+    """(bits per parameter, bytes) of the quantized weights, scales and codebooks included.
+
+    Both are 0 where there are none.
+    """
     weights = jax.tree.leaves(nnx.state(model, Weight), is_leaf=lambda x: isinstance(x, QTensor))
     quantized = [w for w in weights if isinstance(w, QTensor)]
     size = nbytes(quantized)
-    return 8 * size / sum(math.prod(w.shape) for w in quantized), size
+    return 8 * size / max(sum(math.prod(w.shape) for w in quantized), 1), size
 
 
 def parameter_counts(model: Decoder, method: str) -> tuple[int, int]:
