@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,3 +153,15 @@ def test_chat_template(model):
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         QloraJaxLM(**arguments)
+
+
+def test_the_harness_command_line_knows_it(tasks):
+    arguments = ["--model", "qlora_jax", "--model_args", "run=nowhere"]
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_jax.evaluate.harness", *arguments]
+        + ["--tasks", "choice", "--include_path", str(tasks)],
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last == "qlora_jax: model_args: run=nowhere is not a run directory"
