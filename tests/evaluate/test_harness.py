@@ -19,6 +19,7 @@ ROWS = [
     {"question": "2+2?", "choices": ["4", "five"], "answer": 0},
     {"question": "Capital of France?", "choices": ["Paris", "Rome"], "answer": 0},
 ]
+MODULE = (sys.executable, "-m", "qlora_jax.evaluate.harness")
 TASKS = {
     "choice": {
         "output_type": "multiple_choice",
@@ -156,10 +157,9 @@ def test_bad_arguments(arguments, message):
 
 
 def test_the_harness_command_line_knows_it(tasks):
-    arguments = ["--model", "qlora_jax", "--model_args", "run=nowhere"]
+    arguments = ["--model", "qlora_jax", "--model_args", "run=nowhere", "--tasks", "choice"]
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_jax.evaluate.harness", *arguments]
-        + ["--tasks", "choice", "--include_path", str(tasks)],
+        [*MODULE, *arguments, "--include_path", str(tasks)],
         capture_output=True,
         text=True,
     )
