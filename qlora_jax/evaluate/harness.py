@@ -1,7 +1,7 @@
 """A run's model for EleutherAI's lm-evaluation-harness (the harness extra).
 
-The harness knows the models that are imported: this module, run as a program, imports itself and
-is the harness's own command line:
+The harness knows the models that are imported: this module, run as a program, is the harness's own
+command line with one more.
 
     python -m qlora_jax.evaluate.harness --model qlora_jax --model_args run=runs/mine --tasks mmlu
 
@@ -210,7 +210,4 @@ def _until(answer: str, stops: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    # the class that is registered is the imported module's, not a second one of __main__'s
-    from qlora_jax.evaluate.harness import main as run_harness
-
-    run_harness()
+    main()

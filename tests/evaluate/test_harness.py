@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ ROWS = [
     {"question": "2+2?", "choices": ["4", "five"], "answer": 0},
     {"question": "Capital of France?", "choices": ["Paris", "Rome"], "answer": 0},
 ]
+MODULE = (sys.executable, "-m", "qlora_jax.evaluate.harness")
 TASKS = {
     "choice": {
         "output_type": "multiple_choice",
@@ -151,3 +154,14 @@ def test_chat_template(model):
 def test_bad_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         QloraJaxLM(**arguments)
+
+
+def test_the_harness_command_line_knows_it(tasks):
+    arguments = ["--model", "qlora_jax", "--model_args", "run=nowhere", "--tasks", "choice"]
+    done = subprocess.run(
+        [*MODULE, *arguments, "--include_path", str(tasks)],
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last == "qlora_jax: model_args: run=nowhere is not a run directory"
