@@ -10,7 +10,7 @@ from typing import Any
 from qlora_jax.commands.common import count
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.sweep.experiment import Cell, Experiment
-from qlora_jax.sweep.find import find, load, where
+from qlora_jax.sweep.find import find, load, where, with_axes
 
 TEXT = "Run an experiment's grid of cells, and say what it means for the paper's claim."
 FOLDER = Path("runs") / "sweeps"
@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="AXIS=VALUE[,VALUE]",
         help="only cells that have one of the values; may be repeated",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE[,VALUE]",
+        help="other values on an axis, such as config=configs/rank.yaml; may be repeated",
     )
     parser.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="instead of its own")
     parser.add_argument("--jobs", type=count, metavar="N", help="cells at a time; default 1")
@@ -72,7 +79,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
       RunFailed: cells failed, or the analysis.
     """
     path = find(options.experiment)
-    experiment = load(path)
+    experiment = with_axes(load(path), options.set)
     cells = where(experiment.cells(options.seeds), options.where)
     out = options.out or FOLDER / experiment.name
     if options.resource and options.engine == "local":

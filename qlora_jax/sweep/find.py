@@ -1,6 +1,7 @@
 """Experiments by name, and cells by what they must have."""
 
 import ast
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
@@ -64,6 +65,39 @@ def load(path: Path) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path}: declares no {NAME} = Experiment(...)")
     return experiment
+
+
+def with_axes(experiment: Experiment, settings: Sequence[str]) -> Experiment:
+    """The experiment with other values on some axes, each given as `axis=value,value`.
+
+    A value is JSON where it can be read as such, else text. Cells beside the grid (`more`) take
+    every new value too.
+
+    Raises:
+      UserError: an axis that the experiment does not have.
+    """
+    for setting in settings:
+        axis, equals, wanted = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write it as AXIS=VALUE or AXIS=VALUE,VALUE")
+        if axis not in experiment.axes:
+            raise UserError(
+                f"--set {setting}: no such axis; there are: {', '.join(experiment.axes)}"
+            )
+        values = [_read(part) for part in wanted.split(",")]
+        experiment = dataclasses.replace(
+            experiment,
+            axes={**experiment.axes, axis: values},
+            more=[{**point, axis: value} for point in experiment.more for value in values],
+        )
+    return experiment
+
+
+def _read(option: str) -> Any:
+    try:
+        return json.loads(option)
+    except ValueError:
+        return option
 
 
 def where(cells: Sequence[Cell], conditions: Sequence[str]) -> list[Cell]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.sweep import Analysis, Cell, Experiment, Population, Table, Verdict, markdown
+from qlora_jax.sweep.find import with_axes
 from qlora_jax.sweep.results import Record, plain, write_parquet
 from qlora_jax.sweep.run import groups
 
@@ -163,3 +164,21 @@ def test_columns_of_several_kinds_are_json_in_parquet(tmp_path: Any) -> None:
     assert table.column("x").to_pylist() == [1.0, 2.5]
     assert table.column("y").to_pylist() == ['"q"', '["q", "v"]']
     assert table.schema.field("z").type == pyarrow.int64()
+
+
+def test_an_axis_takes_other_values() -> None:
+    extra = {"rank": 64, "targets": "all-linear", "rate": 1.0}
+    experiment = with_axes(declared(more=[extra], seeds=()), ["rank=4,32", "targets=all,q_proj"])
+    points = [cell.values for cell in experiment.cells()]
+    grid = [{"rank": r, "targets": t, "rate": 1e-4} for r in (4, 32) for t in ("all", "q_proj")]
+    assert points[:4] == grid
+    assert points[4:] == [{**point, "rate": 1.0} for point in grid]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("rank", "write it as AXIS=VALUE"), ("rnak=3", "no such axis; there are: rank, targets")],
+)
+def test_a_setting_that_is_none(setting: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"--set {setting}: .*{says}"):
+        with_axes(declared(), [setting])
