@@ -39,7 +39,7 @@ def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str,
         "trainable": summary.trainable,
         "total": summary.total,
         "share": summary.trainable / summary.total,
-        "wall_s": summary.wall_s,
+        "train_s": summary.wall_s,
         "run": summary.run_dir,
     }
 

@@ -37,7 +37,7 @@ def run(cell: Cell, context: Context) -> Rows:
     model = load(checkpoint, quant=quant, dtype=jnp.float32)
     error = cells.relative_error(checkpoint, quant) if quant else 0.0
     return [
-        {"text": text, "loss": loss, "error": error}
+        {"text": text, "loss": loss, "weight_error": error}
         for text, loss in cells.losses(model, checkpoint).items()
     ]
 
@@ -84,7 +84,7 @@ def _summary(usual: Table, name: str) -> dict[str, Any]:
     gap = "" if name == "nf4" else str(_gap(usual, name))
     return {
         "codebook": name,
-        "relative error of weights": mean(own.column("error")).mean,
+        "relative error of weights": mean(own.column("weight_error")).mean,
         "increase, nats": mean(own.column("increase")).mean,
         "more than nf4 [95%]": gap,
         "paper's perplexity (other models)": PAPER.get(name),
