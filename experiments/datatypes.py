@@ -51,11 +51,12 @@ def analyse(table: Table) -> Analysis:
     ]
     increases = Table(rows)
     usual = increases.where(block_size=64, double_quant=True)
-    gaps = {name: _gap(usual, name) for name in FLOATS}
+    names = [name for name in CODEBOOKS if name in usual.values("codebook")]
+    gaps = {name: _gap(usual, name) for name in FLOATS if name in names}
     least = min(gaps.values(), key=lambda interval: interval.mean)
     ours = ", ".join(f"{name} - nf4: {gap}" for name, gap in gaps.items())
-    best = min(CODEBOOKS, key=lambda c: mean(usual.where(codebook=c).column("increase")).mean)
-    summary = [_summary(usual, name) for name in CODEBOOKS]
+    best = min(names, key=lambda c: mean(usual.where(codebook=c).column("increase")).mean)
+    summary = [_summary(usual, name) for name in names]
     return Analysis(
         Verdict(
             f"nats per token more than nf4 loses: {ours}; the least is lost by {best}",
@@ -71,7 +72,7 @@ def analyse(table: Table) -> Analysis:
             ),
             "By block size": markdown(_blocks(increases)),
         },
-        {"datatypes": _picture(usual)},
+        {"datatypes": _picture(usual, names)},
     )
 
 
@@ -116,17 +117,17 @@ def _blocks(increases: Table) -> list[dict[str, Any]]:
     return rows
 
 
-def _picture(usual: Table) -> Figure:
+def _picture(usual: Table, names: list[str]) -> Figure:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for model, marker in zip(usual.values("model"), "osD^v"):
         own = usual.where(model=model)
-        x = [CODEBOOKS.index(name) for name in own.column("codebook")]
+        x = [names.index(name) for name in own.column("codebook")]
         label = model.removesuffix("/model").rpartition("/")[2]
         axes.scatter(x, own.column("increase"), marker=marker, alpha=0.7, label=label)
-    means = [mean(usual.where(codebook=c).column("increase")).mean for c in CODEBOOKS]
-    axes.plot(range(len(CODEBOOKS)), means, "_k", markersize=28, label="mean")
-    axes.set_xticks(range(len(CODEBOOKS)), CODEBOOKS)
+    means = [mean(usual.where(codebook=c).column("increase")).mean for c in names]
+    axes.plot(range(len(names)), means, "_k", markersize=28, label="mean")
+    axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("loss above 16 bits, nats per token")
     axes.set_ylim(bottom=0)
     axes.legend()
