@@ -53,7 +53,7 @@ def analyse(table: Table) -> Analysis:
     usual = increases.where(block_size=64, double_quant=True)
     names = [name for name in CODEBOOKS if name in usual.values("codebook")]
     gaps = {name: _gap(usual, name) for name in FLOATS if name in names}
-    least = min(gaps.values(), key=lambda interval: interval.mean)
+    least = min(gaps.values(), key=lambda interval: interval.low)
     ours = ", ".join(f"{name} - nf4: {gap}" for name, gap in gaps.items())
     best = min(names, key=lambda c: mean(usual.where(codebook=c).column("increase")).mean)
     summary = [_summary(usual, name) for name in names]

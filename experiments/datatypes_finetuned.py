@@ -49,7 +49,7 @@ def analyse(table: Table) -> Analysis:
         name: difference(*double.paired("loss", "codebook", name, "nf4", ["config", "seed"]))
         for name in FLOATS
     }
-    least = min(gaps.values(), key=lambda interval: interval.mean)
+    least = min(gaps.values(), key=lambda interval: interval.low)
     rows = []
     for (codebook, dq), own in table.groups("codebook", "double_quant").items():
         before, after = mean(own.column("loss_before")), mean(own.column("loss"))
