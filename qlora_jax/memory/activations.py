@@ -7,11 +7,13 @@ and what it needs for a moment, was compared with its buffer assignment for GPUs
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from qlora_jax.config import Config
 from qlora_jax.models import attention
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.layers import ACTIVATIONS
 from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import by_layer
 from qlora_jax.train.loss import COLUMNS, ROWS
@@ -72,7 +74,7 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         inner=model.intermediate_size,
         outputs=sum(linear.outputs for path, linear in parts.items() if path not in added),
         norms=_normalized(model),
-        mlp=ACTIVATION[model.activation] + (3 if model.gated else 1),
+        mlp=_residuals(model.activation) + (3 if model.gated else 1),
         ranks=sum(ranks.values()),
         dropped=sum(parts[path].inputs for path in ranks) if run.lora.dropout else 0,
         scaled=sum(parts[path].outputs for path in ranks) if run.lora.variant == "dora" else 0,
@@ -109,8 +111,11 @@ def _normalized(model: DecoderConfig) -> int:
     return sum(each.get(path, 1) * (width + 1) for path, width in norms(model).items())
 
 
-ACTIVATION = {"silu": 3, "gelu": 3, "gelu_pytorch_tanh": 5, "relu": 1}
-"""Arrays that the gradient of each of `layers.ACTIVATIONS` keeps."""
+def _residuals(activation: str) -> int:
+    """Arrays that the gradient of one of `layers.ACTIVATIONS` keeps, which is up to jax."""
+    x = jax.ShapeDtypeStruct((2,), jnp.bfloat16)
+    saved = jax.eval_shape(lambda x: jax.tree.leaves(jax.vjp(ACTIVATIONS[activation], x)[1]), x)
+    return sum(s.shape == x.shape and s.dtype == x.dtype for s in saved)
 
 
 def _everything(step: _Step) -> int:
