@@ -17,14 +17,16 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed$(EXTRA:%=-%)
 COMMA := ,
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install model quickstart test lint format parity gpu-check clean
+.PHONY: help install model quickstart test test-slow lint format parity gpu-check clean
 
 help:
 	@echo 'make install      set up $(VENV) with everything the project needs'
 	@echo 'make quickstart   fine-tune a small language model and show the result'
-	@echo 'make test         run all tests'
+	@echo 'make test         run the tests'
+	@echo 'make test-slow    run those of whole runs, servers and sweeps, some minutes more'
 	@echo 'make lint         check style, formatting, types and layers'
 	@echo 'make format       put the code into its standard form'
 	@echo 'make model        fetch the built-in model, $(MODEL)'
@@ -50,7 +52,10 @@ quickstart: model
 	$(BIN)/qlora-jax train configs/quickstart.yaml --overwrite
 
 test: model
-	$(BIN)/python -m pytest -m 'not parity' -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m 'not parity and not slow' $(WORKERS)
+
+test-slow: model
+	$(BIN)/python -m pytest -m 'slow and not parity' $(WORKERS)
 
 lint: install
 	$(BIN)/ruff check .

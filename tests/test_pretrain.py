@@ -12,6 +12,8 @@ import pytest
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 PRETRAIN = {
     "method": "full",
     "model__path": "from-scratch",

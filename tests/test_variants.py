@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -13,6 +13,8 @@ from qlora_jax.bench import tools
 from qlora_jax.bench.options import BENCHMARKS, Step, to_tree
 from qlora_jax.commands import bench as command
 
+pytestmark = pytest.mark.slow
+
 RunCli = Callable[..., Any]
 TORCH = ["torch", "bitsandbytes", "transformers", "accelerate"]
 TINY = ("--shapes", "128x64", "--rows", "1,2", "--dtypes", "float32", "--samples", "1")

@@ -11,6 +11,8 @@ from qlora_jax.bench.options import Generate, Load, Step
 from qlora_jax.errors import UserError
 from qlora_jax.models.generate import CHUNK
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -20,6 +20,8 @@ from qlora_jax.models.layers import Linear
 from qlora_jax.quant import codebook, dequantize, quantize
 from qlora_jax.train.restore import restore
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def make_run(run_cli, write_config, tmp_path_factory):

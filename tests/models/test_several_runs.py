@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraConfig, QuantConfig
@@ -11,6 +12,8 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
+
+pytestmark = pytest.mark.slow
 
 
 def adapted(source):

@@ -9,6 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.serve.base import own_adapter
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "What does rmtree do?"
 
 

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "What does copytree do?"
 CHAT = [{"role": "user", "content": PROMPT}]
 

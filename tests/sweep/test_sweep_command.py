@@ -15,6 +15,8 @@ import pytest
 from qlora_jax.sweep import find, results
 from qlora_jax.sweep.experiment import Cell
 
+pytestmark = pytest.mark.slow
+
 Sweep = Callable[..., Any]
 
 

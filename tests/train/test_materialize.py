@@ -33,6 +33,8 @@ from qlora_jax.train import setup
 from qlora_jax.train import step as steps
 from qlora_jax.train.setup import choose_kernel, trusted_kernel
 
+pytestmark = pytest.mark.slow
+
 LAYERS, HIDDEN, FEED, VOCAB = 3, 192, 320, 128
 ROWS, LENGTH = 2, 41
 """82 rows: more than a tile. No activation has as many elements as a weight or a stack of it."""

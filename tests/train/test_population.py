@@ -24,6 +24,8 @@ from qlora_jax.train import step as steps
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.optimizer import adamw
 
+pytestmark = pytest.mark.slow
+
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 STEPS = 4
 CLIP = 0.3
