@@ -200,7 +200,7 @@ def tables(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
         ),
         (
             f"Δ against {report.quantization}, means over layers",
-            ["linear", "layers", "‖Δ‖", "‖Δ‖/‖W‖", "mean |Δ| / step", "kept", "noise/‖Δ‖"],
+            ["linear", "layers", "‖Δ‖", "‖Δ‖/‖W‖", "mean abs Δ / step", "kept", "noise/‖Δ‖"],
             linears,
         ),
     ]

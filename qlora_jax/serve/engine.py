@@ -14,6 +14,7 @@ from qlora_jax.lora.update import Updates
 from qlora_jax.models.adapters import put_adapter
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.generate import (
+    SMALLEST,
     Rows,
     Sampling,
     decode,
@@ -44,9 +45,11 @@ class State(NamedTuple):
 class Engine:
     """A fixed number of rows that decode together, each under its own adapter and settings.
 
-    Decoding is one program whatever the rows hold; reading a prompt is one per padded length. A
-    row's ids are those of `generate` for its prompt, settings and adapter, whatever the others
-    do. One thread at a time may use an engine.
+    The cache has as many positions as the longest open row asks for, padded as `generate` pads
+    them, since every token attends over all of it. Decoding is one program for each such size,
+    whatever the rows hold; reading a prompt is one per padded length. A row's ids are those of
+    `generate` for its prompt, settings and adapter, whatever the others do. One thread at a time
+    may use an engine.
 
     Args:
       model: with banks (`attach_bank`).
@@ -75,9 +78,10 @@ class Engine:
         self._structure, self._weights = nnx.split(model)
         self._adapters = np.zeros(rows, np.int32)
         self._open = np.zeros(rows, bool)
+        self._ends = np.zeros(rows, np.int64)  # positions of each row that may be written
         zeros = jnp.zeros(rows, jnp.int32)
         self._state = State(
-            empty_cache(model.config, rows, length, dtype),
+            empty_cache(model.config, rows, min(SMALLEST, length), dtype),
             Rows(zeros, zeros, jnp.ones(rows, bool)),
             Sampling(jnp.zeros(rows), jnp.ones(rows), jax.random.split(jax.random.key(0), rows)),
         )
@@ -112,6 +116,8 @@ class Engine:
             jnp.full(1, settings.top_p, jnp.float32),
             row_keys(settings.seed, [prompt]),
         )
+        self._ends[row] = len(prompt)
+        self._fit(size)
         weights = with_rows(self._weights, np.full(1, adapter, np.int32))
         lengths = np.full(1, len(prompt), np.int32)
         entered, cache = prefill(
@@ -129,6 +135,8 @@ class Engine:
         Returns:
           int32[rows, steps]; what stands after a stop id, or in a row that is not open, is void.
         """
+        self._ends += steps
+        self._fit(0)
         cache, rows, sampling = self._state
         rows, cache, drawn = decode(
             self._structure,
@@ -147,6 +155,18 @@ class Engine:
     def leave(self, row: int) -> None:
         """Frees a row."""
         self._open[row] = False
+
+    def _fit(self, least: int) -> None:
+        """Gives the cache `least` positions, and those that open rows need."""
+        config, cache = self._model.config, self._state.cache
+        needed = max(least, *np.where(self._open, self._ends, 0).tolist())
+        size, now = min(padded_size(needed), self.length), cache.k.shape[2]
+        if not self._open.any() and size < now:
+            cache = empty_cache(config, self.rows, size, self._dtype)
+        elif size > now:
+            more = [(0, 0), (0, 0), (0, size - now), (0, 0), (0, 0)]
+            cache = jax.tree.map(lambda x: jnp.pad(x, more), cache)
+        self._state = self._state._replace(cache=cache)
 
     def _set_rows(self) -> None:
         self._decoding = with_rows(self._weights, self._adapters)
