@@ -77,8 +77,8 @@ def _picture(table: Table) -> Figure:
     axes.axhspan(plain.low, plain.high, color="gray", alpha=0.2)
     for shift, (dq, label) in enumerate([(False, "plain scales"), (True, "double quantization")]):
         own = [table.where(codebook=c, double_quant=dq) for c in CODEBOOKS]
-        found = [mean(part.column("loss")) for part in own]
-        x = [i + 0.2 * shift - 0.1 for i in range(len(CODEBOOKS))]
+        found = [mean(part.column("loss")) for part in own if len(part)]
+        x = [i + 0.2 * shift - 0.1 for i, part in enumerate(own) if len(part)]
         half = [f.high - f.mean for f in found]
         axes.errorbar(x, [f.mean for f in found], half, fmt="o", capsize=3, label=label)
     axes.set_xticks(range(len(CODEBOOKS)), CODEBOOKS)
