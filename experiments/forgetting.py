@@ -115,7 +115,7 @@ EXPERIMENT = Experiment(
     paper="no number in either paper; the article claims less forgetting, since the base is frozen",
     expected="full fine-tuning moves the old text's loss most",
     cost="about 15 minutes on 2 CPU cores, 2 GiB",
-    axes={"config": [inputs.CONFIG], "arm": list(USED), "steps": [10, 30, 90]},
+    axes={"config": [inputs.CONFIG], "arm": list(USED), "steps": [10, 30, 60]},
     run=run,
     analyse=analyse,
 )
