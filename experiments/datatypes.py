@@ -70,6 +70,9 @@ def analyse(table: Table) -> Analysis:
             "Perplexity by model and text, block 64, double quantization": markdown(
                 _perplexities(table, plain)
             ),
+            "More than nf4 loses, by model (mean over its texts)": markdown(
+                _by_model(usual, names)
+            ),
             "By block size": markdown(_blocks(increases)),
         },
         {"datatypes": _picture(usual, names)},
@@ -78,6 +81,18 @@ def analyse(table: Table) -> Analysis:
 
 def _gap(usual: Table, name: str) -> Any:
     return difference(*usual.paired("increase", "codebook", name, "nf4", ["model", "text"]))
+
+
+def _by_model(usual: Table, names: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"model": model}
+        | {
+            name: str(difference(*own.paired("increase", "codebook", name, "nf4", ["text"])))
+            for name in names
+            if name != "nf4"
+        }
+        for (model,), own in usual.groups("model").items()
+    ]
 
 
 def _summary(usual: Table, name: str) -> dict[str, Any]:
