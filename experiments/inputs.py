@@ -10,6 +10,9 @@ CONFIG = "configs/small.yaml"
 MODELS = ["runs/pretrain_1m/model", "runs/pretrain_4m/model", "smollm2-135m-instruct"]
 """Whose weights are quantized; hub ids such as EleutherAI/pythia-410m belong here too."""
 
+ONCE_4_BIT = {"smollm2-135m-instruct"}
+"""Of these, whose weights were in 4 bits before they reached us: no witness of normal weights."""
+
 TEXTS = ["python-docs", "python-source", "package-docs"]
 """Sources of `data.source` whose held-out part is read for perplexity."""
 
