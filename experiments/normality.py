@@ -25,15 +25,15 @@ CLAIM = 0.15
 
 def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
+
+    from qlora_jax.models.parts import linears
+    from qlora_jax.quant import quantize
     from qlora_jax.quant.error import (
         code_counts,
         entropy,
         normality_rejected,
         quantization_error,
     )
-
-    from qlora_jax.models.parts import linears
-    from qlora_jax.quant import quantize
 
     checkpoint = cells.opened(cell["model"])
     config = checkpoint.config
