@@ -84,6 +84,7 @@ def analyse(table: Table) -> Analysis:
     top = max(r for r in usual.where(targets="q, v").values("rank") if r in ranks)
     few = usual.where(rank=top)
     gap = difference(*few.paired("loss", "targets", "q, v", "all linear", ["seed"]))
+    policies = [policy for policy in POLICIES if len(table.where(alpha=policy))]
     return Analysis(
         Verdict(
             f"all linears, rank {min(ranks)} against {max(ranks)}: loss differs by {spread}; at "
@@ -91,8 +92,8 @@ def analyse(table: Table) -> Analysis:
             spread,
             verdict,
         ),
-        {f"Held-out loss, {policy}": _grid(table.where(alpha=policy)) for policy in POLICIES},
-        {"rank": _picture(table)},
+        {f"Held-out loss, {policy}": _grid(table.where(alpha=policy)) for policy in policies},
+        {"rank": _picture(table, policies)},
     )
 
 
@@ -108,10 +109,10 @@ def _grid(table: Table) -> str:
     return markdown(rows)
 
 
-def _picture(table: Table) -> Figure:
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, len(POLICIES), sharey=True)
-    for ax, policy in zip(axes, POLICIES):
+def _picture(table: Table, policies: list[str]) -> Figure:
+    figure = Figure(figsize=(1 + 4.5 * len(policies), 4), layout="constrained")
+    axes = figure.subplots(1, len(policies), sharey=True, squeeze=False)[0]
+    for ax, policy in zip(axes, policies):
         for (targets,), own in table.where(alpha=policy).groups("targets").items():
             points = {
                 rank: mean(part.column("loss")) for (rank,), part in own.groups("rank").items()
