@@ -57,7 +57,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "hidden_act": config.activation,
-        "query_pre_attn_scalar": config.attention_scale and round(config.attention_scale**-2, 6),
+        "query_pre_attn_scalar": config.attention_scale and round(config.attention_scale**-2),
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.final_softcap,
         "use_parallel_residual": config.parallel_residual,
