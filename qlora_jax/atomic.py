@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder; with what is put into it, it becomes `folder` at the end.
+
+    A folder that is there is replaced, and put back where that fails. Parents are made.
+
+    Raises:
+      UserError: the disk is full or not writable; the folder is named.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+            new, old = Path(work, "new"), Path(work, "old")
+            new.mkdir()
+            yield new
+            if folder.exists():
+                os.replace(folder, old)
+            try:
+                os.replace(new, folder)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
+    except Exception as e:
+        problem = storage_error(folder.parent, e)
+        if problem is None:
+            raise
+        raise problem from None
 
 
 def write_text(path: str | Path, text: str) -> None:

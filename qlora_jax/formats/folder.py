@@ -3,18 +3,16 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from qlora_jax import paths
-from qlora_jax.atomic import storage_error
+from qlora_jax.atomic import atomic_folder
 from qlora_jax.data import tokenizer
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
@@ -63,26 +61,12 @@ def write_folder(
     """
     if not replace:
         check_new(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            new, old = Path(work, "new"), Path(work, "old")
-            new.mkdir()
-            total = _write_weights(new, tensors, shard_bytes)
-            if text is None and not source.path.is_dir():
-                text = tokenizer.load(source.tokenizer_path)
-            _write_json(new / CONFIG, _config(source, text, dtype) | dict(changes))
-            _write_tokenizer(source, text, new)
-            if replace and folder.exists():
-                os.replace(folder, old)
-            try:
-                os.replace(new, folder)
-            except BaseException:
-                if old.exists():
-                    os.replace(old, folder)
-                raise
-    except (OSError, SafetensorError) as e:
-        raise storage_error(folder.parent, e) or e from None
+    with atomic_folder(folder) as new:
+        total = _write_weights(new, tensors, shard_bytes)
+        if text is None and not source.path.is_dir():
+            text = tokenizer.load(source.tokenizer_path)
+        _write_json(new / CONFIG, _config(source, text, dtype) | dict(changes))
+        _write_tokenizer(source, text, new)
     return total
 
 

@@ -1,17 +1,14 @@
 """Arrays into an adapter folder, whole or not at all."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from qlora_jax import paths
-from qlora_jax.atomic import storage_error
+from qlora_jax.atomic import atomic_folder
 from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Replaced, Scaling
 from qlora_jax.formats.peft.config import make_config
@@ -69,26 +66,9 @@ def write_adapter(
         dropout=dropout,
         replaced=replaced,
     )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
-            new, old = Path(work, "new"), Path(work, "old")
-            new.mkdir()
-            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-            (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            if folder.exists():
-                os.replace(folder, old)
-            try:
-                os.replace(new, folder)
-            except BaseException:
-                if old.exists():
-                    os.replace(old, folder)
-                raise
-    except (OSError, SafetensorError) as e:
-        problem = storage_error(folder.parent, e)
-        if problem is None:
-            raise
-        raise problem from None
+    with atomic_folder(folder) as new:
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _key(name: str, adapted: Mapping[str, Adapter]) -> str:
