@@ -86,7 +86,8 @@ def relative_error(checkpoint: Any, quant: Any) -> float:
     import jax.numpy as jnp
 
     from qlora_jax.models.parts import linears
-    from qlora_jax.quant import dequantize, quantize
+    from qlora_jax.quant import quantize
+    from qlora_jax.quant.error import quantization_error
 
     names = checkpoint.config.names
     ends = tuple(f".{path}.weight" for path in linears(checkpoint.config))
@@ -95,8 +96,11 @@ def relative_error(checkpoint: Any, quant: Any) -> float:
         if name.startswith(names.layers) and name.endswith(ends):
             w = jnp.asarray(checkpoint.read(name), jnp.float32).T
             q = quantize(w, quant.codebook, quant.block_size, quant.double_quant, name=name)
-            off += float(jnp.sum((w - dequantize(q)) ** 2))
-            whole += float(jnp.sum(w**2))
+            found = quantization_error(w, q)
+            if not found.relative_mse:
+                continue
+            off += found.mse * w.size
+            whole += found.mse * w.size / found.relative_mse
     return (off / whole) ** 0.5
 
 
