@@ -51,8 +51,16 @@ def by_name(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     return dict(pairs)
 
 
-def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """How a model that is no run directory is held and computed."""
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """Adapters over a model, and how a model that is no run directory is held and computed."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=named_folder,
+        metavar="NAME=DIR",
+        help="a folder in PEFT's format or a run directory; may be repeated",
+    )
     parser.add_argument(
         "--bits", type=int, choices=(4, 16), default=4, help="of the base's linears; 4: NF4"
     )

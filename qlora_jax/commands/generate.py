@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_jax.commands.common import (
-    add_base_options,
+    add_adapter_options,
     by_name,
     count,
-    named_folder,
     say,
     seed,
     share,
@@ -40,14 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     parser.add_argument("--base", action="store_true", help="without the adapter")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        type=named_folder,
-        metavar="NAME=DIR",
-        help="a folder in PEFT's format or a run directory; may be repeated",
-    )
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
     parser.add_argument(
         "--temperature", type=temperature, default=0.0, metavar="T", help="0, the default: greedy"
@@ -56,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=share, default=1.0, metavar="P", help="sample from this share; default 1"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sampling")
-    add_base_options(parser)
+    add_adapter_options(parser)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:

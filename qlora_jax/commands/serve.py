@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_jax.commands.common import (
-    add_base_options,
+    add_adapter_options,
     by_name,
     count,
-    named_folder,
     port,
     positive,
     say,
@@ -35,14 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
     parser.epilog = EPILOG
     parser.add_argument("path", metavar="MODEL_OR_RUN", help="as model.path, or a run directory")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        type=named_folder,
-        metavar="NAME=DIR",
-        help="a folder in PEFT's format or a run directory; may be repeated",
-    )
     parser.add_argument("--name", help="of the base; default: its path")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     parser.add_argument("--port", type=port, default=8000, help="default 8000; 0: any free one")
@@ -86,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load adapters by request on other hosts than loopback, too",
     )
-    add_base_options(parser)
+    add_adapter_options(parser)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
