@@ -1,0 +1,43 @@
+"""experiments/: what each declares, and the committed results as its analysis reads them today."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.sweep import table
+from qlora_jax.sweep.conclude import VERDICT
+from qlora_jax.sweep.find import NAME, load
+from qlora_jax.sweep.results import read
+
+ROOT = Path(__file__).parents[1]
+FILES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if f"\n{NAME} = " in p.read_text()]
+RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob(f"**/{VERDICT}"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_experiment_says_what_it_is_and_how_to_run_it(path):
+    experiment = load(path)
+    assert experiment.name == path.stem
+    assert f"\nqlora-jax sweep {path.stem}\n" in path.read_text()
+    ids = [cell.id for cell in experiment.cells()]
+    assert len(ids) == len(set(ids)) > 0
+    if experiment.population is not None:
+        keys = {experiment.population.key(cell) for cell in experiment.cells()}
+        assert len(keys) < len(ids)
+
+
+def test_there_are_those_of_the_papers():
+    asked = {"datatypes", "double_quantization", "parity", "rank", "intrinsic_rank"}
+    more = {"forgetting", "adapters", "normality", "memory_claims", "instruction_tuning"}
+    assert asked | more <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_committed_rows_still_give_the_committed_verdict(folder):
+    experiment = load(ROOT / "experiments" / f"{folder.name}.py")
+    analysis = experiment.analyse(table.of(read(folder, experiment).values()))
+    told = json.loads((folder / VERDICT).read_text())
+    assert analysis.verdict.ours == told["ours"]
+    assert analysis.verdict.verdict == told["verdict"]
+    assert {p.stem for p in folder.glob("*.png")} == analysis.pictures.keys()
