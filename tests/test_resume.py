@@ -16,6 +16,8 @@ import pytest
 
 from qlora_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 STEPS = 40
 LEFT_OUT = ("train/seconds", "train/tokens_per_s")

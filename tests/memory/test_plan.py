@@ -186,6 +186,7 @@ def needed(run: Config) -> int:
     return found.device
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_with_what_to_change() -> None:
     model = open_folder(LLAMA).config
     run = config(method="full", model__remat="none")

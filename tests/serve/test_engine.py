@@ -13,6 +13,8 @@ from qlora_jax.serve import engine as engines
 from qlora_jax.serve.engine import Engine, Settings
 from qlora_jax.serve.scheduler import Job, Scheduler
 
+pytestmark = pytest.mark.slow
+
 STOPS = (7, 31)
 PROMPTS = {"a": [5, 17, 201], "b": [9], "c": list(range(40, 64)), "d": [5, 17, 201, 8]}
 LONG = list(range(40, 110))
