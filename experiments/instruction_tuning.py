@@ -25,9 +25,9 @@ ORDERINGS = 10_000
 
 def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
-    from qlora_jax.evaluate.score import encode_pair, score
 
     from qlora_jax.config import ModelConfig
+    from qlora_jax.evaluate.score import encode_pair, score
     from qlora_jax.formats.load import load
     from qlora_jax.train.setup import open_model
 
