@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from pydantic import TypeAdapter
 
 from qlora_jax import config as configs
 from qlora_jax import gpu_memory
@@ -24,7 +25,7 @@ from qlora_jax.memory import accounts
 from qlora_jax.memory.accounts import Account, Step
 from qlora_jax.memory.compile import compile_for, environment, read_gpu
 from qlora_jax.memory.temporaries import Temporary, temporaries
-from qlora_jax.models.config import DecoderConfig, Rope
+from qlora_jax.models.config import DecoderConfig
 
 GEMMS: Mapping[str, Mapping[str, Any]] = {
     "Triton": {},
@@ -36,6 +37,9 @@ LARGEST = 12
 """Temporaries that are listed."""
 
 COMMAND = [sys.executable, "-m", "qlora_jax.memory.plan"]
+
+DECODER = TypeAdapter(DecoderConfig)
+"""To JSON and back, for the process that compiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +161,7 @@ def planned(
     """
     request = {
         "config": configs.to_tree(config),
-        "decoder": dataclasses.asdict(decoder),
+        "decoder": DECODER.dump_python(decoder, mode="json"),
         "gpu": gpu,
         "search": search,
     }
@@ -198,10 +202,7 @@ def planned(
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     config = configs.from_tree(request["config"], "plan")
-    raw = dict(request["decoder"])
-    decoder = DecoderConfig(
-        **{**raw, "rope": Rope(**raw["rope"]), "windows": tuple(raw["windows"])}
-    )
+    decoder = DECODER.validate_python(request["decoder"])
     gpu = request["gpu"]
 
     train, data = config.train, config.data

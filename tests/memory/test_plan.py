@@ -48,6 +48,13 @@ def abstract(run: Config) -> accounts.Step:
     return accounts.abstract_step(run, open_folder(LLAMA).config, jax.devices("cpu")[0])
 
 
+@pytest.mark.parametrize("folder", sorted(LLAMA.parent.glob("*/")), ids=lambda path: path.name)
+def test_every_family_reaches_the_compiling_process_whole(folder: Path) -> None:
+    decoder = open_folder(folder).config
+    sent = json.loads(json.dumps(plan.DECODER.dump_python(decoder, mode="json")))
+    assert plan.DECODER.validate_python(sent) == decoder
+
+
 @pytest.mark.parametrize(
     ("method", "variant"),
     [("qlora", "lora"), ("lora", "lora"), ("full", "lora"), ("qlora", "dora")],
