@@ -26,7 +26,7 @@ CHAT = "configs/quickstart.yaml"
 """The run of `instruction_tuning`."""
 
 JUDGE = "smollm2-135m-instruct"
-"""The reference model whose likelihood judges answers."""
+"""The reference model: answers after which it finds the right one likelier win."""
 
 ENDPOINT: tuple[str, str] | None = None
 """(URL, model) of an OpenAI-compatible endpoint that judges instead."""

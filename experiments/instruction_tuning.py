@@ -39,7 +39,7 @@ def run(cell: Cell, context: Context) -> Rows:
     checkpoint, text = open_model(config)
     judge = load(checkpoint, quant=None, dtype=jnp.float32)
     pairs = [
-        encode_pair(text, reference(question.prompt, question.answer), f" {answer.strip()}")
+        encode_pair(text, told(question.prompt, answer), f" {question.answer.strip()}")
         for question, answer in answered
     ]
     scores = score(
@@ -58,9 +58,13 @@ def run(cell: Cell, context: Context) -> Rows:
     ]
 
 
-def reference(prompt: str, answer: str) -> str:
-    """What the judge is told before a player's answer: the question and the data's own answer."""
-    return f"Question: {prompt}\nCorrect answer: {answer}\nThe same in other words:"
+def told(prompt: str, answer: str) -> str:
+    """What the judge is told before the data's own answer, whose likelihood decides.
+
+    So a player earns by what its answer says of the right one. The likelihood of its own words
+    would favour the untuned model, which is the judge.
+    """
+    return f"Question: {prompt}\nA student's answer: {answer.strip()}\nThe right answer:"
 
 
 def analyse(table: Table) -> Analysis:
@@ -136,10 +140,11 @@ EXPERIMENT = Experiment(
     paper="QLoRA, section 5 and Table 7: Elo by GPT-4 over 10,000 orderings, Guanaco 65B 1022, 33B "
     "992, Vicuna 13B 974, 7B 879",
     expected="every tuned model above the untuned; the data types within each other's intervals",
-    cost="about 15 minutes on 2 CPU cores, 3 GiB; judged by a reference model's likelihood given "
-    "the right answer, or by an endpoint (inputs.ENDPOINT)",
+    cost="about 15 minutes on 2 CPU cores, 3 GiB; judged by a reference model, to which the "
+    "player's answer makes the right one likely or not, or by an endpoint (inputs.ENDPOINT)",
     axes={"config": [inputs.CHAT], "player": list(PLAYERS)},
     seeds=(0,),
+    version=2,
     run=run,
     analyse=analyse,
 )

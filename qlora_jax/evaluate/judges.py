@@ -17,12 +17,12 @@ VERDICTS = {"A": 1.0, "B": 0.0, "equal": 0.5}
 
 
 def by_likelihood(score: Callable[[str, str], tuple[float, int]], tie: float = 0.0) -> Judge:
-    """Prefers the answer that a reference model finds likelier per token; runs offline.
-
-    It measures closeness to the reference model, not quality: an answer of that model itself wins.
+    """Prefers the answer of the larger log-likelihood per token by a reference model; offline.
 
     Args:
-      score: (prompt, answer) to the answer's log-likelihood in nats and its number of tokens.
+      score: (prompt, answer) to a log-likelihood in nats and its number of tokens. That of a right
+        answer which follows this one says what it is worth; that of the answer itself says how
+        close it is to the reference model, whose own answers win.
       tie: nats per token within which two answers are equal.
     """
 
