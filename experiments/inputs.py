@@ -7,6 +7,9 @@ that were never 4-bit. SmolLM2's reach us as Q4_1: its "16 bits" are dequantized
 CONFIG = "configs/small.yaml"
 """Where fine-tuning cells start from; `configs/rank.yaml` is the size of a GPU."""
 
+LOW_RANK_RATE, FULL_RATE = 4e-3, 1e-3
+"""Learning rates of adapters and of whole models; a tenth or less for models of a billion."""
+
 MODELS = ["runs/pretrain_1m/model", "runs/pretrain_4m/model", "smollm2-135m-instruct"]
 """Whose weights are quantized; hub ids such as EleutherAI/pythia-410m belong here too."""
 

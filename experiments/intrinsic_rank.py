@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 import cells
 import inputs
-from parity import FULL, LOW_RANK
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import difference, mean, within
 
@@ -27,7 +26,9 @@ PUBLISHED = 0.5
 
 def run(cell: Cell, context: Context) -> Rows:
     seed = cell["seed"]
-    full = _updates(cell, context, {"method": "full", "optimizer.learning_rate": FULL}, seed)
+    full = _updates(
+        cell, context, {"method": "full", "optimizer.learning_rate": inputs.FULL_RATE}, seed
+    )
     runs = {
         name: _updates(cell, context, _lora(rank), own)
         for name, rank, own in (
@@ -87,7 +88,7 @@ def _of_change(one: "_Update", other: "_Update") -> list[list[float]]:
 def _lora(rank: int) -> dict[str, Any]:
     return {
         "method": "lora",
-        "optimizer.learning_rate": LOW_RANK,
+        "optimizer.learning_rate": inputs.LOW_RANK_RATE,
         "lora.rank": rank,
         "lora.alpha": 2,
         "lora.scaling": "constant",

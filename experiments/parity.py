@@ -12,23 +12,21 @@ import inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
 
-LOW_RANK, FULL = 4e-3, 1e-3
-"""Learning rates that the axis `rate` multiplies."""
-
 RATES = [0.5, 1.0, 2.0, 4.0]
+"""Factors on the learning rates of `inputs`."""
 
 ARMS: dict[str, dict[str, Any]] = {
-    "full": {"method": "full", "optimizer.learning_rate": FULL},
-    "lora 16 bits": {"method": "lora", "optimizer.learning_rate": LOW_RANK},
-    "qlora nf4 + dq": {"method": "qlora", "optimizer.learning_rate": LOW_RANK},
+    "full": {"method": "full", "optimizer.learning_rate": inputs.FULL_RATE},
+    "lora 16 bits": {"method": "lora", "optimizer.learning_rate": inputs.LOW_RANK_RATE},
+    "qlora nf4 + dq": {"method": "qlora", "optimizer.learning_rate": inputs.LOW_RANK_RATE},
     "qlora nf4": {
         "method": "qlora",
-        "optimizer.learning_rate": LOW_RANK,
+        "optimizer.learning_rate": inputs.LOW_RANK_RATE,
         "quant.double_quant": False,
     },
     "qlora fp4": {
         "method": "qlora",
-        "optimizer.learning_rate": LOW_RANK,
+        "optimizer.learning_rate": inputs.LOW_RANK_RATE,
         "quant.codebook": "fp4_bnb",
         "quant.double_quant": False,
     },
