@@ -45,12 +45,7 @@ def run(cell: Cell, context: Context) -> Rows:
 
 def _figures(full: "_Update", runs: "dict[str, _Update]", seed: int) -> dict[str, Any]:
     """What one linear says, trained whole and by adapters of two ranks and two seeds."""
-    from qlora_jax.lora.analysis import (
-        amplification,
-        rank_of_energy,
-        singular_values,
-        subspace_similarity,
-    )
+    from qlora_jax.lora.analysis import amplification, rank_of_energy, singular_values
 
     large = runs["large"]
     values = singular_values(full.change)
@@ -58,16 +53,16 @@ def _figures(full: "_Update", runs: "dict[str, _Update]", seed: int) -> dict[str
     noise = [random.normal(size=large.a.shape) for _ in range(2)]
     amplified = amplification(full.base, large.change, TOP, seed)
     return {
-        "singular_values": values.tolist(),
-        "weight_values": singular_values(full.base).tolist(),
+        "singular_values": values.round(4).tolist(),
+        "weight_values": singular_values(full.base).round(4).tolist(),
         "rank_of_90": rank_of_energy(values, 0.9),
         "sides": min(full.change.shape),
-        "small_large": subspace_similarity(runs["small"].a, large.a).tolist(),
-        "seeds": subspace_similarity(large.a, runs["again"].a).tolist(),
-        "random": subspace_similarity(*noise).tolist(),
-        "change": _of_change(runs["small"], large),
-        "change_seeds": _of_change(large, runs["again"]),
-        "start": subspace_similarity(large.start, large.a).tolist(),
+        "small_large": _grid(runs["small"].a, large.a),
+        "seeds": _grid(large.a, runs["again"].a),
+        "random": _grid(*noise),
+        "change": _grid(runs["small"].change, large.change, (SMALL, LARGE)),
+        "change_seeds": _grid(large.change, runs["again"].change, (1, 1)),
+        "start": _grid(large.start, large.a, (1, 1)),
         "within_update": amplified.within_update,
         "within_weight": amplified.within_weight,
         "within_random": amplified.within_random,
@@ -77,12 +72,11 @@ def _figures(full: "_Update", runs: "dict[str, _Update]", seed: int) -> dict[str
     }
 
 
-def _of_change(one: "_Update", other: "_Update") -> list[list[float]]:
-    """φ of the input directions of two ΔW: unlike A's, what training moved and not its start."""
+def _grid(a: np.ndarray, b: np.ndarray, size: tuple[int, int] = (LARGE, LARGE)) -> list[Any]:
+    """φ of the first directions of two matrices; of ΔW: what training moved, without A's start."""
     from qlora_jax.lora.analysis import subspace_similarity
 
-    phi = subspace_similarity(one.change, other.change)
-    return phi[: one.a.shape[1], : other.a.shape[1]].tolist()
+    return subspace_similarity(a, b)[: size[0], : size[1]].round(4).tolist()
 
 
 def _lora(rank: int) -> dict[str, Any]:
@@ -237,6 +231,7 @@ EXPERIMENT = Experiment(
     expected="the first few directions recur; A's start at random stays visible in the rest",
     cost="about 4 minutes on 2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG]},
+    version=2,
     run=run,
     analyse=analyse,
 )
