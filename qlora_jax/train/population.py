@@ -286,12 +286,7 @@ def assemble(
     graph, trained, frozen = trees.split(model, configs[0].method)
 
     def stacked(like: Mapping[str, jax.Array]) -> list[jax.Array]:
-        # nothing but padding where a member has no adapter
-        none = {path: jnp.zeros((0,) * x.ndim, x.dtype) for path, x in like.items()}
-        return [
-            jnp.stack([_padded(leaves.get(path, none[path]), x.shape) for leaves in drawn])
-            for path, x in like.items()
-        ]
+        return [_stacked([leaves.get(path) for leaves in drawn], x) for path, x in like.items()]
 
     stacks = stacked(trees.flatten(trained))
     rate = jnp.array([c.optimizer.learning_rate for c in configs], jnp.float32)
@@ -381,8 +376,14 @@ def _scales(frozen: Any) -> dict[str, jax.Array]:
     return {path: x for path, x in trees.flatten(frozen).items() if path.endswith(SCALE)}
 
 
-def _padded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.pad(x, [(0, whole - size) for size, whole in zip(x.shape, shape)])
+def _stacked(members: Sequence[jax.Array | None], like: jax.Array) -> jax.Array:
+    """Zero-padded to one shape; nothing but padding where a member has no adapter."""
+    # by NumPy, since jax would compile a program for every rank
+    whole = np.zeros((len(members), *like.shape), like.dtype)
+    for place, x in zip(whole, members):
+        if x is not None:
+            place[tuple(slice(size) for size in x.shape)] = x
+    return jnp.array(whole)
 
 
 def _stacks(trained: Any) -> list[tuple[units.Group, dict[str, jax.Array]]]:
