@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 import cells
 import inputs
+from qlora_jax.errors import RunFailed
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import (
     AGREES,
@@ -57,6 +58,8 @@ def analyse(table: Table) -> Analysis:
         for r in table.rows
         if r["codebook"] != PLAIN and (r["model"], r["text"]) in plain
     ]
+    if not rows:
+        raise RunFailed(f"no model has its baseline: run the cells codebook={PLAIN} too")
     increases = Table(rows)
     usual = increases.where(block_size=64, double_quant=True)
     names = [name for name in CODEBOOKS if name in usual.values("codebook")]
