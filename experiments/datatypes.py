@@ -58,10 +58,13 @@ def analyse(table: Table) -> Analysis:
         for r in table.rows
         if r["codebook"] != PLAIN and (r["model"], r["text"]) in plain
     ]
-    if not rows:
-        raise RunFailed(f"no model has its baseline: run the cells codebook={PLAIN} too")
     increases = Table(rows)
     usual = increases.where(block_size=64, double_quant=True)
+    if not len(usual):
+        raise RunFailed(
+            "nothing to compare: run a model's cells block_size=64 double_quant=true and "
+            f"codebook={PLAIN}"
+        )
     names = [name for name in CODEBOOKS if name in usual.values("codebook")]
     best = min(names, key=lambda c: mean(usual.where(codebook=c).column("increase")).mean)
     summary = [_summary(usual, name) for name in names]
