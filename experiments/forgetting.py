@@ -61,7 +61,7 @@ def analyse(table: Table) -> Analysis:
             "loss on the new task": mean(own.column("loss")).mean,
             "forgotten, nats": mean(own.column("forgotten")).mean,
         }
-        for (arm, n), own in sorted(table.groups("arm", "steps").items())
+        for (arm, n), own in table.groups("arm", "steps").items()
     ]
     return Analysis(
         Verdict(
@@ -100,8 +100,7 @@ def _picture(table: Table, level: float) -> Figure:
     for i, arm in enumerate(USED):
         for j, own in enumerate(table.where(arm=arm).groups("seed").values()):
             label = arm if j == 0 else None
-            points = sorted(zip(own.column("loss"), own.column("forgotten")))
-            axes.plot(*zip(*points), "o-", color=f"C{i}", label=label)
+            axes.plot(own.column("loss"), own.column("forgotten"), "o-", color=f"C{i}", label=label)
     axes.axvline(level, color="gray", linestyle=":", label="compared here")
     axes.invert_xaxis()
     axes.set_xlabel("held-out loss on the new task (further right: learned more)")

@@ -74,7 +74,7 @@ def analyse(table: Table) -> Analysis:
             "All rates: held-out loss": markdown(
                 [
                     {"arm": arm, "rate": rate, "loss": str(mean(own.column("loss")))}
-                    for (arm, rate), own in sorted(table.groups("arm", "rate").items())
+                    for (arm, rate), own in table.groups("arm", "rate").items()
                 ]
             ),
         },

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.sweep import table
-from qlora_jax.sweep.conclude import VERDICT
+from qlora_jax.sweep.conclude import VERDICT, arranged
 from qlora_jax.sweep.find import NAME, load
 from qlora_jax.sweep.results import read
 
@@ -36,7 +36,7 @@ def test_there_are_those_of_the_papers():
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 def test_committed_rows_still_give_the_committed_verdict(folder):
     experiment = load(ROOT / "experiments" / f"{folder.name}.py")
-    analysis = experiment.analyse(table.of(read(folder, experiment).values()))
+    analysis = experiment.analyse(table.of(arranged(experiment, read(folder, experiment).values())))
     told = json.loads((folder / VERDICT).read_text())
     assert analysis.verdict.ours == told["ours"]
     assert analysis.verdict.verdict == told["verdict"]

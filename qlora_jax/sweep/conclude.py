@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_jax.atomic import atomic_write, write_text
 from qlora_jax.errors import RunFailed, UserError, first_line
 from qlora_jax.sweep import table
-from qlora_jax.sweep.experiment import Analysis, Experiment
+from qlora_jax.sweep.experiment import SEED, Analysis, Experiment, text
 from qlora_jax.sweep.results import DONE, Record, write_parquet
 
 PAGE = "analysis.md"
@@ -33,7 +33,7 @@ def conclude(
     if not any(record.status == DONE for record in records.values()):
         return None
     try:
-        analysis = experiment.analyse(table.of(records.values()))
+        analysis = experiment.analyse(table.of(arranged(experiment, records.values())))
     except (RunFailed, UserError):
         raise
     except Exception as e:
@@ -48,6 +48,20 @@ def conclude(
     write_text(out / PAGE, _page(experiment, analysis, records))
     write_text(out / VERDICT, json.dumps(verdict, indent=2, allow_nan=False) + "\n")
     return verdict
+
+
+def arranged(experiment: Experiment, records: Iterable[Record]) -> list[Record]:
+    """Records in the order of the axes, seeds innermost, in whatever order cells were finished."""
+    places = {
+        axis: {text(value): place for place, value in enumerate(values)}
+        for axis, values in experiment.axes.items()
+    }
+
+    def place(record: Record) -> list[int]:
+        of_axes = [own.get(text(record.values[axis]), len(own)) for axis, own in places.items()]
+        return [*of_axes, record.values.get(SEED, 0)]
+
+    return sorted(records, key=place)
 
 
 def _verdict(experiment: Experiment, analysis: Analysis) -> dict[str, Any]:

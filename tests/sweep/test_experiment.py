@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.sweep import Analysis, Cell, Experiment, Population, Table, Verdict, markdown
+from qlora_jax.sweep.conclude import arranged
 from qlora_jax.sweep.find import with_axes
 from qlora_jax.sweep.results import Record, plain, write_parquet
 from qlora_jax.sweep.run import groups
@@ -139,6 +140,15 @@ def test_pairs_are_matched_whatever_the_order() -> None:
         Table(ROWS).paired("loss", "rank", 2, 1, by=["seed"])
     with pytest.raises(RunFailed, match="no loss to compare between rank=2 and rank=3"):
         Table(ROWS).paired("loss", "rank", 2, 3, by=["seed", "method"])
+
+
+@given(st.randoms())
+def test_records_are_analysed_in_the_order_of_the_axes(order: random.Random) -> None:
+    experiment = declared(seeds=(0, 1), more=[{"rank": 64, "targets": "none", "rate": 1.0}])
+    cells = experiment.cells()
+    records = [Record(cell.id, cell.values, "done", "", [], 0.0, {}) for cell in cells]
+    order.shuffle(records)
+    assert [record.id for record in arranged(experiment, records)] == [cell.id for cell in cells]
 
 
 def test_markdown() -> None:
