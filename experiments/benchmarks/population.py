@@ -5,17 +5,18 @@ Question: what does training K adapters in one program save of the time that K r
 Expected: at K = 8 at most two thirds of the time of 8 runs of ours; four ranks at once in at most
   40% of four runs of PEFT.
 Cost: at SmolLM2-135M's shape, 1 x 128 tokens and 10 steps, about 15 minutes on 2 CPU cores.
-Command: python experiments/benchmarks/population.py [--members 2,4,8] [--peer PYTHON]
+Command: python experiments/benchmarks/population.py [--members 2,4,8] [--peer PYTHON] [--rounds 3]
     [--model random-smollm2-135m] [--json FILE]
   --many 1000 trains that many adapters on a random model of 1M parameters, --at-a-time 50.
 
 Every figure is of whole processes; compile_s is of the gradient alone for runs, of every program
 for populations. Ranks are 4, 8, 16, 32 and again; every step has the same random tokens, as in
-`qlora-jax bench step`.
+`qlora-jax bench step`. Of several rounds the medians are shown; a share is of one round.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from qlora_jax.commands.bench import with_model
 from qlora_jax.sweep import markdown
 
 RANKS = (4, 8, 16, 32)
+FIGURES = ("wall_s", "compile_s", "peak_mib", "share")
 SMALL = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -162,6 +164,18 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each side: the median of each of its figures over the rounds."""
+    found = []
+    for same in zip(*rounds):
+        row = {"side": same[0]["side"]}
+        for name in FIGURES:
+            values = [r[name] for r in same if r.get(name) is not None]
+            row |= {name: statistics.median(values)} if values else {}
+        found.append(row)
+    return found
+
+
 def many(options: argparse.Namespace) -> list[dict[str, Any]]:
     """`--many` adapters on the model of 1M parameters, in populations."""
     with tempfile.TemporaryDirectory() as folder:
@@ -189,6 +203,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1, metavar="N")
     parser.add_argument("--many", type=int, metavar="N")
     parser.add_argument("--at-a-time", type=int, metavar="N", help="members of a population")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -200,10 +215,12 @@ def main() -> None:
     measured: Callable[[argparse.Namespace], list[dict[str, Any]]] = (
         many if options.many else compare
     )
-    rows = measured(options)
-    if options.json is not None:
-        write_text(options.json, json.dumps(rows, indent=1) + "\n")
-    print(markdown(rows, ["side", "wall_s", "compile_s", "peak_mib", "share"]))
+    rounds = []
+    for _ in range(options.rounds):
+        rounds.append(measured(options))
+        if options.json is not None:
+            write_text(options.json, json.dumps(rounds, indent=1) + "\n")
+    print(markdown(medians(rounds), ["side", *FIGURES]))
 
 
 if __name__ == "__main__":
