@@ -95,7 +95,7 @@ def _verdict(usual: Table, floats: list[str], best: str) -> Verdict:
     nearest, said = {}, {}
     for (model,), own in usual.groups("model").items():
         gaps = {name: _gap(own, name) for name in floats}
-        name = min(gaps, key=lambda name: gaps[name].low)
+        name = min(gaps, key=lambda name: gaps[name].mean)
         nearest[model] = gaps[name]
         said[model] = within(gaps[name], low=0.0)
     most = max(nearest, key=lambda m: mean(usual.where(model=m).column("increase")).mean)
@@ -163,19 +163,21 @@ def _blocks(increases: Table) -> list[dict[str, Any]]:
 
 
 def _picture(usual: Table, names: list[str]) -> Figure:
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for model, marker in zip(usual.values("model"), "osD^v"):
+    models = usual.values("model")
+    figure = Figure(figsize=(4.2 * len(models), 4), layout="constrained")
+    for ax, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
         own = usual.where(model=model)
-        x = [names.index(name) for name in own.column("codebook")]
-        axes.scatter(x, own.column("increase"), marker=marker, alpha=0.7, label=_short(model))
-    means = [mean(usual.where(codebook=c).column("increase")).mean for c in names]
-    axes.plot(range(len(names)), means, "_k", markersize=28, label="mean")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("loss above 16 bits, nats per token")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.set_title("What quantizing costs, block 64, double quantization")
+        for text, marker in zip(own.values("text"), "osD^v"):
+            part = own.where(text=text)
+            x = [names.index(name) for name in part.column("codebook")]
+            ax.scatter(x, part.column("increase"), marker=marker, alpha=0.7, label=text)
+        means = [mean(own.where(codebook=name).column("increase")).mean for name in names]
+        ax.plot(range(len(names)), means, "_k", markersize=22, label="mean")
+        ax.axhline(0, color="gray", linewidth=0.8)
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        ax.set_title(_short(model))
+    figure.axes[0].set_ylabel("loss above 16 bits, nats per token")
+    figure.axes[-1].legend()
     return figure
 
 
