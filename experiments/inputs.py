@@ -10,7 +10,10 @@ CONFIG = "configs/small.yaml"
 LOW_RANK_RATE, FULL_RATE = 4e-3, 1e-3
 """Learning rates of adapters and of whole models; a tenth or less for models of a billion."""
 
-MODELS = ["runs/pretrain_1m/model", "runs/pretrain_4m/model", "smollm2-135m-instruct"]
+MODELS = [
+    *(f"runs/pretrain_{size}/model" for size in ("1m", "4m", "12m")),
+    "smollm2-135m-instruct",
+]
 """Whose weights are quantized; hub ids such as EleutherAI/pythia-410m belong here too."""
 
 ONCE_4_BIT = {"smollm2-135m-instruct"}
