@@ -189,7 +189,7 @@ EXPERIMENT = Experiment(
     "quantization 27.41 (means over models of 125M to 13B)",
     expected="nf4 below every fp4 and int4; bitsandbytes' fp4, whose values are neither E2M1 nor "
     "E3M0, between; lloyd and af4, made for the block size, near nf4",
-    cost="about 20 minutes on 2 CPU cores with three models, 2 GiB; a GPU takes models up to 13B",
+    cost="about 20 minutes on 2 CPU cores with four models, 2 GiB; a GPU takes models up to 13B",
     axes={
         "model": inputs.MODELS,
         "codebook": CODEBOOKS,
