@@ -26,12 +26,13 @@ TASKS: dict[str, dict[str, Any]] = {
 def run(cell: Cell, context: Context) -> Rows:
     own = TASKS[cell["task"]]
     settings = {**own, "train.seed": cell["seed"], "data.max_examples": 1500}
-    found = cells.finetuned(cell["config"], context.folder, settings)
-    restored = cells.trained(found["run"])
+    cells.finetuned(cell["config"], context.folder, settings)
+    run = context.folder / cells.RUN
+    restored = cells.trained(run)
     sizes = {
-        "adapter_bytes": _size(Path(found["run"]) / "adapter"),
+        "adapter_bytes": _size(run / "adapter"),
         "base_bytes": _base_bytes(restored.model),
-        "switch_s": _switch_seconds(restored, Path(found["run"]) / "adapter"),
+        "switch_s": _switch_seconds(restored, run / "adapter"),
     }
     return [
         {"scored_on": task, "task_loss": _loss(restored, data), **sizes}

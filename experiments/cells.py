@@ -14,6 +14,9 @@ from qlora_jax import config as configs
 from qlora_jax.config import Config, DataConfig, ModelConfig
 from qlora_jax.sweep import Context, Rows
 
+RUN = "run"
+"""A cell's run directory, in its folder."""
+
 
 def config_of(path: str, settings: Mapping[str, Any]) -> Config:
     """The config of a YAML file with settings laid over it, given as Python values."""
@@ -22,7 +25,7 @@ def config_of(path: str, settings: Mapping[str, Any]) -> Config:
 
 
 def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains in a cell's folder, going on where a killed cell stopped; its figures.
+    """Trains in `RUN` of a cell's folder, going on where a killed cell stopped; its figures.
 
     Args:
       path: YAML of the run.
@@ -31,7 +34,7 @@ def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str,
     """
     from qlora_jax.train.run import train
 
-    own = {"output": str(folder / "run"), "train.samples": 0, **settings}
+    own = {"output": str(folder / RUN), "train.samples": 0, **settings}
     summary = train(config_of(path, own), say=print, command="", resume=True)
     return {
         "loss_before": summary.eval_before,
@@ -40,7 +43,6 @@ def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str,
         "total": summary.total,
         "share": summary.trainable / summary.total,
         "train_s": summary.wall_s,
-        "run": summary.run_dir,
     }
 
 
@@ -96,12 +98,14 @@ def relative_error(checkpoint: Any, quant: Any) -> float:
         if name.startswith(names.layers) and name.endswith(ends):
             w = jnp.asarray(checkpoint.read(name), jnp.float32).T
             q = quantize(w, quant.codebook, quant.block_size, quant.double_quant, name=name)
-            found = quantization_error(w, q)
-            if not found.relative_mse:
-                continue
-            off += found.mse * w.size
-            whole += found.mse * w.size / found.relative_mse
+            off += quantization_error(w, q).mse * w.size
+            whole += float(jnp.sum(w**2))
     return (off / whole) ** 0.5
+
+
+def short(model: str) -> str:
+    """A model's name in a picture."""
+    return model.removesuffix("/model").rpartition("/")[2]
 
 
 def linears(path: str, targets: str | list[str]) -> dict[str, tuple[int, int]]:
@@ -155,7 +159,7 @@ def population(
     return rows
 
 
-def trained(run: str) -> Any:
+def trained(run: Path) -> Any:
     """A finished run's model and all that goes with it."""
     from qlora_jax.train.restore import restore
 
@@ -183,7 +187,7 @@ def answers(restored: Any, count: int, tokens: int = 48) -> list[tuple[Any, str]
     return [(q, text.decode(row)) for q, row in zip(questions, rows)]
 
 
-def rouge_of(run: str, count: int) -> float:
+def rouge_of(run: Path, count: int) -> float:
     """Mean ROUGE-L of a run's greedy answers to held-out questions."""
     from qlora_jax.evaluate.rouge import rouge_l
 

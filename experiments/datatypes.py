@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 import cells
 import inputs
-from qlora_jax.errors import RunFailed
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import (
     AGREES,
@@ -60,11 +59,6 @@ def analyse(table: Table) -> Analysis:
     ]
     increases = Table(rows)
     usual = increases.where(block_size=64, double_quant=True)
-    if not len(usual):
-        raise RunFailed(
-            "nothing to compare: run a model's cells block_size=64 double_quant=true and "
-            f"codebook={PLAIN}"
-        )
     names = [name for name in CODEBOOKS if name in usual.values("codebook")]
     best = min(names, key=lambda c: mean(usual.where(codebook=c).column("increase")).mean)
     summary = [_summary(usual, name) for name in names]
@@ -100,11 +94,11 @@ def _verdict(usual: Table, floats: list[str], best: str) -> Verdict:
         said[model] = within(gaps[name], low=0.0)
     most = max(nearest, key=lambda m: mean(usual.where(model=m).column("increase")).mean)
     told = {AGREES, CONTRADICTS} & set(said.values())
-    judged = ", ".join(f"{_short(model)} {verdict}" for model, verdict in said.items())
+    judged = ", ".join(f"{cells.short(model)} {verdict}" for model, verdict in said.items())
     pooled = ", ".join(f"{name} - nf4: {_gap(usual, name)}" for name in floats)
     return Verdict(
         f"nats per token that the FP4 nearest to nf4 loses more, by model: {judged} (the interval: "
-        f"{_short(most)}'s); over all models {pooled}; the least is lost by {best}",
+        f"{cells.short(most)}'s); over all models {pooled}; the least is lost by {best}",
         nearest[most],
         told.pop() if len(told) == 1 else UNDECIDED,
     )
@@ -112,10 +106,6 @@ def _verdict(usual: Table, floats: list[str], best: str) -> Verdict:
 
 def _gap(usual: Table, name: str) -> Interval:
     return difference(*usual.paired("increase", "codebook", name, "nf4", ["model", "text"]))
-
-
-def _short(model: str) -> str:
-    return model.removesuffix("/model").rpartition("/")[2]
 
 
 def _by_model(usual: Table, names: list[str]) -> list[dict[str, Any]]:
@@ -175,7 +165,7 @@ def _picture(usual: Table, names: list[str]) -> Figure:
         ax.plot(range(len(names)), means, "_k", markersize=22, label="mean")
         ax.axhline(0, color="gray", linewidth=0.8)
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        ax.set_title(_short(model))
+        ax.set_title(cells.short(model))
     figure.axes[0].set_ylabel("loss above 16 bits, nats per token")
     figure.axes[-1].legend()
     return figure

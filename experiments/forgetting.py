@@ -30,7 +30,7 @@ def run(cell: Cell, context: Context) -> Rows:
         "train.eval_every": 0,
     }
     found = cells.finetuned(cell["config"], context.folder, settings)
-    restored = cells.trained(found["run"])
+    restored = cells.trained(context.folder / cells.RUN)
     checkpoint = cells.opened(restored.config.model.path)
     ids = cells.text_ids(checkpoint.tokenizer_path, OLD, inputs.TOKENS)
     old = text_loss(restored.model, ids, window=inputs.WINDOW, dtype=jnp.float32).loss

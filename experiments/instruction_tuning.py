@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 import cells
 import inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
-from qlora_jax.sweep.statistics import Interval
+from qlora_jax.sweep.statistics import Interval, within
 
 PLAYERS: dict[str, dict[str, Any]] = {
     "untuned": {"train.steps": 1, "optimizer.learning_rate": 1e-9},
@@ -26,16 +26,15 @@ ORDERINGS = 10_000
 def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
 
-    from qlora_jax.config import ModelConfig
     from qlora_jax.evaluate.score import encode_pair, score
     from qlora_jax.formats.load import load
     from qlora_jax.train.setup import open_model
 
     settings = {**PLAYERS[cell["player"]], "train.seed": cell["seed"], "train.eval_every": 0}
     found = cells.finetuned(cell["config"], context.folder, settings)
-    restored = cells.trained(found["run"])
+    restored = cells.trained(context.folder / cells.RUN)
     answered = cells.answers(restored, PROMPTS, 64)
-    config = cells.config_of(cell["config"], {"model": ModelConfig(path=inputs.JUDGE).path})
+    config = cells.config_of(cell["config"], {"model.path": inputs.JUDGE})
     checkpoint, text = open_model(config)
     judge = load(checkpoint, quant=None, dtype=jnp.float32)
     pairs = [
@@ -104,13 +103,12 @@ def analyse(table: Table) -> Analysis:
         {"player": row["player"], "asked": _line(row["asked"]), "answer": _line(row["answer"])}
         for row in table.where(prompt=0).rows
     ]
-    verdict = "agrees" if low > 0 else "contradicts" if high < 0 else "undecided"
     return Analysis(
         Verdict(
             f"{TUNED} is rated {gap:+.0f} Elo beside the untuned model over {len(games)} games "
             f"(first place: {first_place_bias(games):+.2f})",
             interval,
-            verdict,
+            within(interval, low=0.0),
         ),
         {f"Elo over {ORDERINGS:,} orderings": markdown(rows), "One question": markdown(samples)},
         {"tournament": _picture(ratings)},

@@ -112,8 +112,9 @@ def _updates(
     from qlora_jax.train.restore import restore
 
     folder = context.folder / f"{settings['method']}-{settings.get('lora.rank', '')}-{seed}"
-    found = cells.finetuned(cell["config"], folder, {**settings, "train.seed": seed})
-    before, after = (restore(found["run"], base=base, warn=print).model for base in (True, False))
+    cells.finetuned(cell["config"], folder, {**settings, "train.seed": seed})
+    run = folder / cells.RUN
+    before, after = (restore(run, base=base, warn=print).model for base in (True, False))
     middle = f".{before.config.num_layers // 2}."
     return {
         path.rpartition(".")[2]: _update(old, new, i)

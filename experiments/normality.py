@@ -96,7 +96,7 @@ def _picture(table: Table) -> Figure:
         for (linear,), own in table.where(model=model).groups("linear").items():
             ax.plot(own.column("layer"), own.column("rejected"), ".-", label=linear)
         ax.axhline(PAPER, color="gray", linestyle=":", label="LLaMA 7B, paper")
-        ax.set_title(model.removesuffix("/model").rpartition("/")[2])
+        ax.set_title(cells.short(model))
         ax.set_xlabel("layer")
     axes[0].set_ylabel("share of units not normal")
     axes[0].legend(fontsize="small")

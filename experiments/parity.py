@@ -43,7 +43,7 @@ def run(cell: Cell, context: Context) -> Rows:
     rate = arm["optimizer.learning_rate"] * cell["rate"]
     settings = {**arm, "optimizer.learning_rate": rate, "train.seed": cell["seed"]}
     found = cells.finetuned(cell["config"], context.folder, settings)
-    return {**found, "rouge_l": cells.rouge_of(found["run"], ANSWERS)}
+    return {**found, "rouge_l": cells.rouge_of(context.folder / cells.RUN, ANSWERS)}
 
 
 def analyse(table: Table) -> Analysis:

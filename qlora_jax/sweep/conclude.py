@@ -37,8 +37,10 @@ def conclude(
     except (RunFailed, UserError):
         raise
     except Exception as e:
+        done = sum(record.status == DONE for record in records.values())
         raise RunFailed(
-            f"{experiment.name}: the analysis failed, {type(e).__name__}: {first_line(e)}; the "
+            f"{experiment.name}: the analysis failed, {type(e).__name__}: {first_line(e)}; it may "
+            f"need cells that are not run ({done} of {len(experiment.cells())} are done); the "
             "results are kept, --analyse-only tries again"
         ) from e
     verdict = _verdict(experiment, analysis)
@@ -58,7 +60,7 @@ def arranged(experiment: Experiment, records: Iterable[Record]) -> list[Record]:
     }
 
     def place(record: Record) -> list[int]:
-        of_axes = [own.get(text(record.values[axis]), len(own)) for axis, own in places.items()]
+        of_axes = [own.get(text(record.values.get(axis)), len(own)) for axis, own in places.items()]
         return [*of_axes, record.values.get(SEED, 0)]
 
     return sorted(records, key=place)

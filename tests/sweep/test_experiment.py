@@ -151,6 +151,15 @@ def test_records_are_analysed_in_the_order_of_the_axes(order: random.Random) -> 
     assert [record.id for record in arranged(experiment, records)] == [cell.id for cell in cells]
 
 
+def test_a_record_of_before_an_axis_was_there_comes_last() -> None:
+    experiment = declared()
+    old, new = (
+        Record(name, values, "done", "", [], 0.0, {})
+        for name, values in (("old", {"rank": 8}), ("new", experiment.cells()[0].values))
+    )
+    assert arranged(experiment, [old, new]) == [new, old]
+
+
 def test_markdown() -> None:
     rows = [{"a": 1, "b": 0.123456}, {"a": None, "c": "x"}]
     assert markdown(rows) == "| a | b | c |\n| --- | --- | --- |\n| 1 | 0.1235 |  |\n|  |  | x |"
