@@ -1,9 +1,13 @@
 # make            lists the targets
 # make test PYTHON=python3.13    uses .venv-3.13, so that Python versions do not share a folder
 # make install EXTRA=cuda13      adds jax for NVIDIA GPUs (cuda12 for a driver before 580)
+# make test JAX=0.11.2           takes that version of jax and its plugins, in a folder of its own
+# make test TESTS=tests/quant    runs a part of the tests
 
 PYTHON ?= python3
 EXTRA ?=
+JAX ?=
+TESTS ?=
 MODEL := smollm2-135m-instruct
 
 ifndef VENV
@@ -12,11 +16,13 @@ VENV := .venv
 else
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 endif
+VENV := $(VENV)$(JAX:%=-jax%)
 endif
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed$(EXTRA:%=-%)
 COMMA := ,
+PINNED := jax jaxlib $(foreach c,12 13,jax-cuda$c-plugin jax-cuda$c-pjrt)
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -33,7 +39,7 @@ help:
 	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
 	@echo 'make gpu-check    compile the GPU kernels for GPUs that are not here (large: the CUDA compiler)'
 	@echo 'make clean        remove what these targets made, runs/ excepted'
-	@echo 'PYTHON=python3.13 picks another Python, EXTRA=cuda13 adds GPU support'
+	@echo 'PYTHON=python3.13 picks another Python, JAX=0.11.2 a version of jax, EXTRA=cuda13 adds GPU support'
 
 install: $(STAMP)
 
@@ -41,7 +47,8 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Give another: make install PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): one to two minutes"
-	@$(BIN)/python -m pip install --quiet -e '.[dev$(if $(EXTRA),$(COMMA)$(EXTRA))]'
+	@printf '%s\n' $(if $(JAX),$(PINNED:%=%==$(JAX))) >$(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[dev$(if $(EXTRA),$(COMMA)$(EXTRA))]'
 	@touch $@
 
 model: install
@@ -52,10 +59,10 @@ quickstart: model
 	$(BIN)/qlora-jax train configs/quickstart.yaml --overwrite
 
 test: model
-	$(BIN)/python -m pytest -m 'not parity and not slow' $(WORKERS)
+	$(BIN)/python -m pytest -m 'not parity and not slow' $(WORKERS) $(TESTS)
 
 test-slow: model
-	$(BIN)/python -m pytest -m 'slow and not parity' $(WORKERS)
+	$(BIN)/python -m pytest -m 'slow and not parity' $(WORKERS) $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

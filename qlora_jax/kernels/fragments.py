@@ -184,6 +184,14 @@ def product(
     return mma(total, rows, right)
 
 
+def store(
+    total: fa.FragmentedArray, out: ir.Value, m: ir.Value, o: ir.Value, dtype: ir.Type
+) -> None:
+    """Writes `total` [m, o] of mma to tile (m, o) of `out`, rounded to `dtype`."""
+    tile = tuple(utils.ds(_index(_mul(at, size)), size) for at, size in zip((m, o), total.shape))
+    total.astype(dtype).store_untiled(utils.memref_slice(out, tile), optimized=False)
+
+
 def store_transposed(
     operand: Operand,
     total: fa.FragmentedArray,

@@ -60,7 +60,7 @@ def _mosaic_tile(
 
 
 FUSED: Mapping[str, Fused] = {
-    "mosaic": Fused((8, 0), (0, 12), ("bfloat16", "float16"), "mosaic_gpu", _mosaic_tile),
+    "mosaic": Fused((8, 0), (0, 11), ("bfloat16", "float16"), "mosaic_gpu", _mosaic_tile),
     "triton": Fused(
         (8, 0), (0, 10), ("bfloat16", "float16", "float32"), "__gpu$xla.gpu.triton", _triton_tile
     ),

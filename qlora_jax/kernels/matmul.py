@@ -27,7 +27,7 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
       x: float [..., K].
       q: one matrix [K, N]; map or scan over a stack.
       implementation: "xla" decodes the weight, then multiplies, on every device. "mosaic" (jax
-        0.12; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
+        0.11; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
         the weight in floats is never in memory. None picks by device, dtype and rows, see
         `fused.pick`.
 

@@ -1,4 +1,4 @@
-"""The product fused with its decode, as Pallas Mosaic GPU kernels (jax 0.12, sm_80 and newer).
+"""The product fused with its decode, as Pallas Mosaic GPU kernels (jax 0.11, sm_80 and newer).
 
 One source for Ampere to Blackwell: tiles of the left operand and of the codes arrive in shared
 memory in a pipeline, the codes are decoded in registers straight into the layout of the tensor
@@ -19,13 +19,12 @@ from jax import lax
 
 from qlora_jax.errors import UserError
 
-if jax.__version_info__ < (0, 12):
+if jax.__version_info__ < (0, 11):
     raise UserError(
-        f"implementation mosaic needs jax 0.12 and Python 3.12, not jax {jax.__version__}; "
+        f"implementation mosaic needs jax 0.11 and Python 3.12, not jax {jax.__version__}; "
         "take triton or xla"
     )
 
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -223,15 +222,13 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         place = m.registers.item(), o.registers.item()
         if operand.split:
             fragments.sum_warps(operand, total, scratch, out, *place, element)
-        else:
+        elif operand.form == "wgmma":
             fragments.store_transposed(operand, total, out, *place, element)
+        else:
+            fragments.store(total, out, *place, element)
         return ()
 
-    def store(total, table, out, m, o) -> None:
-        rows, columns = pl.ds(m * kernel.tile.m, kernel.tile.m), pl.ds(o * operand.o, operand.o)
-        plgpu.store(out.at[rows, columns], total.astype(kernel.dtype), optimized=False)
-
-    return DeviceCode(prepare, multiply, store if operand.form == "mma" else write)
+    return DeviceCode(prepare, multiply, write)
 
 
 def _spec(shape: tuple[int, int], index_map: Callable, transforms: Any) -> plgpu.BlockSpec:

@@ -210,7 +210,7 @@ def _on(gpu: Gpu) -> Iterator[None]:
 @contextlib.contextmanager
 def _mosaic_on(capability: tuple[int, int]) -> Iterator[None]:
     # Mosaic GPU asks jax's own device for its architecture and takes sm_90 where that is no GPU.
-    if jax.__version_info__ < (0, 12):
+    if jax.__version_info__ < (0, 11):
         yield  # not usable below sm_90
         return
     utils: Any = importlib.import_module("jax.experimental.mosaic.gpu.utils")

@@ -34,7 +34,7 @@ def test_a_cpu_has_none() -> None:
     ],
 )
 def test_usable(capability: tuple[int, int] | None, dtype: str, names: list[str]) -> None:
-    if jax.__version_info__ < (0, 12):
+    if jax.__version_info__ < (0, 11):
         names = [name for name in names if name != "mosaic"]
     assert usable(capability, dtype) == names
 

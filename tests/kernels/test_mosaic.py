@@ -12,11 +12,11 @@ from qlora_jax.errors import UserError
 from qlora_jax.kernels import matmul
 from qlora_jax.quant import CODEBOOKS, quantize
 
-if jax.__version_info__ < (0, 12):
+if jax.__version_info__ < (0, 11):
 
     def test_an_older_jax_is_refused_with_a_remedy() -> None:
         q = quantize(np.ones((64, 64), np.float32))
-        with pytest.raises(UserError, match=r"needs jax 0\.12 .*take triton or xla"):
+        with pytest.raises(UserError, match=r"needs jax 0\.11 .*take triton or xla"):
             matmul(jnp.ones((2, 64), jnp.bfloat16), q, "mosaic")
 else:
     from jax.experimental.mosaic.gpu import fragmented_array as fa
@@ -29,7 +29,7 @@ else:
     from qlora_jax.kernels.tuning import MOSAIC_TILES, mosaic_tile
 
 needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="Mosaic GPU kernels need jax 0.12 (Python 3.12)"
+    jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11 (Python 3.12)"
 )
 EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
