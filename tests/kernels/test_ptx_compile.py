@@ -45,7 +45,7 @@ def product(x, w, bias):
         )(x, w)
         added = plgpu.load(bias, layout=layout.reduce(0), optimized=False)
         total = total + lax.broadcast_in_dim(added, (64, N), (1,))
-        plgpu.store(y.at[pl.ds(row * 64, 64), :], total, optimized=False)
+        y[pl.ds(row * 64, 64), :] = total
 
     return plgpu.kernel(
         kernel,
