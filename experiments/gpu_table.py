@@ -7,7 +7,10 @@ Expected: decoding inside the product moves a fifth of the bytes, so it can win 
   rows it wins where its main loop issues no slower than the tensor cores multiply.
 Cost: about 10 minutes per implementation on 2 CPU cores; no GPU. Needs the extra `gpu-check`.
   With --only or --gpu, what the file of --json holds of all others is kept.
+GPUs that `qlora-jax bench gpu` has a report of get a second table of times, at measured rates.
+  That compiles nothing; --only without a name, with --json, compiles nothing at all.
 Command: python experiments/gpu_table.py --write docs/gpu.md --json docs/gpu.json
+  --rows prints the table FUSED_ROWS of qlora_jax/kernels/tuning.py, from the reports' times.
 """
 
 import argparse
@@ -24,8 +27,18 @@ import jaxlib
 
 from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED, usable
+from qlora_jax.kernels.tuning import EVERY
+from qlora_jax.memory import measured
 from qlora_jax.memory.compile import GPUS, read_gpu
-from qlora_jax.memory.product import DECODE_FIRST, DIRECTIONS, Case, compile_all, tile
+from qlora_jax.memory.measured import Report
+from qlora_jax.memory.product import (
+    DECODE_FIRST,
+    DIRECTIONS,
+    Case,
+    compile_all,
+    seconds_at,
+    tile,
+)
 
 ROWS = (1, 16, 512, 2048, 8192)
 SHAPES = ((4096, 4096), (4096, 11008))
@@ -35,6 +48,8 @@ SHOWN = (1, 16, 512)
 BEGIN, END = "<!-- gpu_table.py begins -->", "<!-- gpu_table.py ends -->"
 HMMA = 2 * 16 * 8 * 16
 """Flop of the usual tensor instruction, by which others are counted."""
+
+REPORTS = Path(__file__).parents[1] / "docs" / "results" / "gpu"
 
 Record = Mapping[str, Any]
 
@@ -51,15 +66,53 @@ def cases(gpus: Sequence[str]) -> list[Case]:
     return found
 
 
-def tables(records: Sequence[Record]) -> str:
-    """Markdown: what the kernels are made of, then the modelled times."""
-    return "\n\n".join(
-        [
-            f"Compiled, not run: jax {jax.__version__}, jaxlib {jaxlib.__version__}.",
-            _kernels(records),
-            *(_times(records, shape) for shape in SHAPES),
-        ]
-    )
+def tables(records: Sequence[Record], reports: Sequence[Report] = ()) -> str:
+    """Markdown: what the kernels are made of, the modelled times, and those at measured rates."""
+    parts = [
+        f"Compiled, not run: jax {jax.__version__}, jaxlib {jaxlib.__version__}.",
+        _kernels(records),
+    ]
+    for k, n in SHAPES:
+        parts += [f"Modelled microseconds, W of {k} x {n}:", _times(records, (k, n))]
+    for report in reports:
+        if not (own := at_measured_rates(records, report)):
+            continue
+        for k, n in SHAPES:
+            title = f"Microseconds on {report.device} at its measured rates (and measured)"
+            parts += [f"{title}, W of {k} x {n}:", _times(own, (k, n))]
+    return "\n\n".join(parts)
+
+
+def at_measured_rates(records: Sequence[Record], report: Report) -> list[Record]:
+    """The records of a report's GPU: `seconds` at its rates, `measured` seconds or None."""
+    found = []
+    for r in records:
+        rates = report.ceilings(r["dtype"])
+        if r["gpu"] == report.gpu and rates is not None and not r["error"]:
+            time = report.times.get(_case(r))
+            found.append({**r, "seconds": seconds_at(r, rates), "measured": time})
+    return found
+
+
+def rows_table(reports: Sequence[Report]) -> str:
+    """`FUSED_ROWS` as Python, from the times of the reports."""
+    lines = ["FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {"]
+    for name, by_capability in measured.table(reports).items():
+        lines.append(f'    "{name}": {{' + ("" if by_capability else "},"))
+        for capability, rows in by_capability.items():
+            texts = ", ".join(map(_range, rows)) + ("," if len(rows) == 1 else "")
+            lines.append(f"        {capability}: ({texts}),")
+        lines += ["    },"] if by_capability else []
+    return "\n".join([*lines, "}"])
+
+
+def _range(rows: range) -> str:
+    stop = "EVERY" if rows.stop == EVERY else str(rows.stop)
+    return f"range({rows.start}, {stop})" if rows.start else f"range({stop})"
+
+
+def _case(record: Record) -> Case:
+    return Case(*(record[field] for field in Case._fields))
 
 
 def _kernels(records: Sequence[Record]) -> str:
@@ -76,7 +129,7 @@ def _kernels(records: Sequence[Record]) -> str:
         if r["error"]:
             lines.append([name, r["gpu"], r["rows"], r["error"], "", "", "", "", ""])
             continue
-        block = tile(Case(*(r[field] for field in Case._fields)))
+        block = tile(_case(r))
         kernel = next(x for x in r["kernels"] if x["main_loop_tensor_flop"])
         resident = kernel["blocks_per_core"]
         threads = resident * kernel["launch"]["threads"] / read_gpu(r["gpu"]).threads_per_core
@@ -108,8 +161,7 @@ def _times(records: Sequence[Record], shape: tuple[int, int]) -> str:
                 _cell(by_rows.get(m), [other.get(m) for other in group.values()]) for m in rows
             ]
             lines.append([direction, gpu, name, *cells])
-    k, n = shape
-    return f"Modelled microseconds, W of {k} x {n}:\n\n" + _markdown(head, lines)
+    return _markdown(head, lines)
 
 
 def _cell(record: Record | None, others: Sequence[Record | None]) -> str:
@@ -121,6 +173,8 @@ def _cell(record: Record | None, others: Sequence[Record | None]) -> str:
         text += f" ({seconds['decode'] * 1e6:.3g} + {seconds['product'] * 1e6:.3g})"
     else:
         text += " " + max(("bytes", "tensor", "issue"), key=seconds.__getitem__)
+    if record.get("measured") is not None:
+        text += f"; measured {record['measured'] * 1e6:.3g}"
     best = min(r["seconds"]["total"] for r in others if r is not None)
     return f"**{text}**" if math.isclose(seconds["total"], best) else text
 
@@ -151,12 +205,18 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=(DECODE_FIRST, *FUSED), help="implementations")
     parser.add_argument("--write", type=Path, help="page with the two markers; else printed")
     parser.add_argument("--json", type=Path, help="file of all the figures")
+    parser.add_argument("--reports", type=Path, default=REPORTS, help="folder; (%(default)s)")
+    parser.add_argument("--rows", action="store_true", help="print FUSED_ROWS, and nothing else")
     options = parser.parse_args()
+    reports = measured.reports(options.reports)
+    if options.rows:
+        print(rows_table(reports))
+        return 0
     everything = cases(GPUS)
     known: dict[Case, Record] = {}
     if options.json and options.json.exists():
         kept = json.loads(options.json.read_text("utf-8"))
-        known = {Case(*(record[field] for field in Case._fields)): record for record in kept}
+        known = {_case(record): record for record in kept}
     asked = [
         case
         for case in everything
@@ -172,7 +232,7 @@ def main() -> int:
     for record in records:
         if record["error"]:
             print(f"{list(record.values())[:7]}: {record['error']}", file=sys.stderr)
-    text = tables(records)
+    text = tables(records, reports)
     if options.write:
         write(options.write, text)
     else:

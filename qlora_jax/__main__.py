@@ -2,7 +2,7 @@
 
 import sys
 
-from qlora_jax import compilation, gpu_memory, hugepages
+from qlora_jax import compilation, cuda_toolkit, gpu_memory, hugepages
 
 
 def main() -> int:
@@ -10,6 +10,7 @@ def main() -> int:
     hugepages.restart()
     compilation.widen()
     gpu_memory.claim()
+    cuda_toolkit.point()
     compilation.keep()
     from qlora_jax import cli
 

@@ -153,6 +153,33 @@ def test_resuming_a_finished_run_does_no_step(
     assert summary["eval_before"] == before[1][0]["eval/loss"]
 
 
+def test_moments_on_the_host_survive_kills(
+    experiment: ModuleType,
+    tmp_path: Path,
+    write_config: Callable[..., Path],
+    run_cli: Callable[..., Any],
+    compiled: dict[str, str],
+) -> None:
+    config = write_config(tmp_path, optimizer__offload="host", train__steps=12, train__save_every=3)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ended = run_cli("train", config, f"--output={whole}")
+    assert ended.code == 0, ended.err
+    trial = experiment.Trial(config, environment=os.environ | compiled | {"PYTHONPATH": str(ROOT)})
+    moments = [experiment.Moment(step=4), experiment.Moment(step=8, saving=True)]
+    hits = [trial.hit(killed, moment) for moment in moments]
+    assert [hit.code for hit in hits] == [-signal.SIGKILL] * 2
+    assert all(0 < hit.saved < 12 for hit in hits)
+    trial.finish(killed)
+    adapters = [(run / experiment.ADAPTER).read_bytes() for run in (whole, killed)]
+    assert adapters[0] == adapters[1]
+    last = [state(run, 12) for run in (whole, killed)]
+    assert last[0].keys() == last[1].keys()
+    for name, value in last[0].items():
+        np.testing.assert_array_equal(value, last[1][name], err_msg=name)
+    rows = [row for row in read_metrics(killed / "metrics.jsonl") if "train/loss" in row]
+    assert all(row["train/moments_moved_mb"] > 0 for row in rows)
+
+
 def test_the_experiments_moments_leave_room_for_all_kills(experiment: ModuleType) -> None:
     for seed in range(50):
         rng = experiment.random.Random(seed)

@@ -22,10 +22,11 @@ def main() -> int:
     from qlora_jax.errors import UserError
 
     if tool == OURS:
-        from qlora_jax import compilation, hugepages
+        from qlora_jax import compilation, cuda_toolkit, hugepages
 
         hugepages.restart()
         compilation.widen()
+        cuda_toolkit.point()
     module = f"qlora_jax.bench.{what}" if tool == OURS else f"qlora_jax.bench.peers.{tool}_{what}"
     # first, since seconds of import are counted from here
     from qlora_jax.bench import measure  # noqa: F401

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from qlora_jax.errors import UserError
-from qlora_jax.kernels.fused import pick
+from qlora_jax.kernels import parts
+from qlora_jax.kernels.fused import FUSED, pick
 from qlora_jax.quant import QTensor
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic")
@@ -66,6 +68,9 @@ _matmul.defvjp(_forward, _backward)
 def _product(implementation: str, direction: str) -> Callable[[jax.Array, QTensor], jax.Array]:
     module = importlib.import_module(f"qlora_jax.kernels.{implementation}")
     function = getattr(module, direction)
+    fused = implementation in FUSED
+    if fused:
+        function = parts.divided(function)
     product = custom_vmap(function)
 
     @product.def_vmap
@@ -74,6 +79,16 @@ def _product(implementation: str, direction: str) -> Callable[[jax.Array, QTenso
         # decode the weight once for each.)
         if not any(jax.tree.leaves(batched[1])):
             return product(x, q), True
+        rows = math.prod(x.shape[:-1]) * (1 if batched[0] else size)
+        if fused and parts.split(rows, q, x.dtype.itemsize)[0] > 1:
+
+            def one(i: jax.Array) -> jax.Array:
+                xi, qi = jax.tree.map(
+                    lambda moves, leaf: leaf[i] if moves else leaf, tuple(batched), (x, q)
+                )
+                return function(xi, qi)
+
+            return jax.lax.map(one, jnp.arange(size)), True
         axes = jax.tree.map(lambda moves: 0 if moves else None, batched)
         return jax.vmap(function, in_axes=axes, axis_size=size)(x, q), True
 

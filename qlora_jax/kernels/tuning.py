@@ -100,7 +100,9 @@ FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {
     "triton": {},
 }
 """Implementation to compute capability (and those above, up to the next) to the rows of x for which
-its modelled time is no worse than decoding first. `docs/gpu.md` has the times."""
+it is no slower than decoding first: as measured where docs/results/gpu has a report of such a GPU
+(`memory/measured.py`), else as modelled (docs/gpu.md). `python experiments/gpu_table.py --rows`
+prints this table."""
 
 CPU_ROWS_FUSED = 8
 """Rows of each half of a group in one expression, in a product with one row of x on a CPU; divides

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.memory import hlo, roofline, sass
 from qlora_jax.memory.compile import NO_SPILLS, compile_for, environment, has_plugin, read_gpu
+from qlora_jax.memory.roofline import Ceilings, Time
 from qlora_jax.memory.sass import Kernel
 from qlora_jax.quant import quantize
 
@@ -195,6 +196,43 @@ def _decode_first(
         for name, seconds in {**time._asdict(), part: time.seconds, "total": time.seconds}.items():
             total[name] += seconds
     return dict(total)
+
+
+def seconds_at(record: Mapping[str, Any], new: Ceilings) -> dict[str, float]:
+    """`seconds` of a record, which are those at the data sheet's rates, at other rates.
+
+    Nothing is compiled. Of a program that decodes first a record holds sums over its kernels. The
+    bytes of its product are what decides the product's time, or what the decoding kernels leave
+    where bytes decide theirs, or else operands and result once. What a sum over several kernels
+    has more than the largest of its three measures is taken to stay.
+
+    Args:
+      record: of `describe`, without an error.
+      new: the other rates; at those of the data sheet the result is `record["seconds"]`.
+    """
+    case = Case(*(record[field] for field in Case._fields))
+    old, seconds = roofline.data_sheet(case.gpu), record["seconds"]
+    whole = Time(*(seconds[measure] for measure in Time._fields))
+    if case.implementation != DECODE_FIRST:
+        time = whole.at(old, new)
+        return {**time._asdict(), "total": time.seconds}
+    decode, product = seconds["decode"], seconds["product"]
+    if product > whole.tensor:
+        moved = product
+    elif decode > whole.issue:
+        moved = whole.bytes - decode
+    else:
+        elements = case.rows * (case.k + case.n) + case.k * case.n
+        moved = elements * jnp.dtype(case.dtype).itemsize / old.bandwidth
+    parts = {
+        "decode": (decode, Time(whole.bytes - moved, 0.0, whole.issue)),
+        "product": (product, Time(moved, whole.tensor, 0.0)),
+    }
+    changed = {
+        name: total - time.seconds + time.at(old, new).seconds
+        for name, (total, time) in parts.items()
+    }
+    return {**whole.at(old, new)._asdict(), **changed, "total": sum(changed.values())}
 
 
 def compile_all(cases: Iterable[Case]) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """A model of a kernel's time on a GPU that is not here: the slowest of bytes, tensor cores, issue.
 
 Assumptions, all of them in the kernel's favour: every byte of the HLO's operands and results moves
-once at the memory's full rate (what is read again comes from a cache for nothing); a
-multiprocessor's four schedulers each issue one instruction per clock and never wait for one
-another or for a latency; clocks are the boost clock; a launch takes no time. A multiprocessor
-takes whole blocks, so a grid that does not fill the GPU is charged for what it leaves idle.
+once at the memory's full rate, the data sheet's or a measured one (what is read again comes from a
+cache for nothing); a multiprocessor's four schedulers each issue one instruction per clock and
+never wait for one another or for a latency; clocks are the boost clock; a launch takes no time. A
+multiprocessor takes whole blocks, so a grid that does not fill the GPU is charged for what it
+leaves idle.
 """
 
 import collections
@@ -67,6 +68,24 @@ WAVEFRONT = {"128": 4, "64": 2, "4": 4, "2": 2}
 moves 128 bytes per clock; 1 without."""
 
 
+class Ceilings(NamedTuple):
+    """The two rates of a whole GPU that a benchmark can measure.
+
+    Attributes:
+      bandwidth: of the device memory, bytes per second.
+      tensor: dense 16-bit flop per second with float32 accumulation.
+    """
+
+    bandwidth: float
+    tensor: float
+
+
+def data_sheet(gpu: str) -> Ceilings:
+    """The ceilings of a GPU's data sheet; `gpu` is a name in `RATES`."""
+    limits, rates = read_gpu(gpu), RATES[gpu]
+    return Ceilings(limits.bandwidth, rates.tensor * rates.clock * limits.cores)
+
+
 class Time(NamedTuple):
     """Seconds that a kernel takes by each measure alone; it takes the largest."""
 
@@ -82,6 +101,18 @@ class Time(NamedTuple):
     def bound(self) -> str:
         """Which of the three it is."""
         return self._fields[self.index(max(self))]
+
+    def at(self, old: Ceilings, new: Ceilings) -> "Time":
+        """The same kernel under other ceilings.
+
+        What a tensor instruction reaches of the peak (`Rates.mma`) stays the same share; the rate
+        of issue is the clock's and no ceiling.
+        """
+        return Time(
+            self.bytes * old.bandwidth / new.bandwidth,
+            self.tensor * old.tensor / new.tensor,
+            self.issue,
+        )
 
 
 def occupancy(kernel: Kernel, gpu: str) -> int:
@@ -128,9 +159,9 @@ def straight_time(kernel: Kernel, gpu: str, moved: int) -> Time:
 
 def product_time(gpu: str, m: int, k: int, n: int, moved: int) -> Time:
     """A matrix product by a library at the data sheet's peak, rows padded to 16."""
-    limits, rates = read_gpu(gpu), RATES[gpu]
+    sheet = data_sheet(gpu)
     flop = 2 * math.ceil(m / 16) * 16 * k * n
-    return Time(moved / limits.bandwidth, flop / (rates.tensor * rates.clock * limits.cores), 0.0)
+    return Time(moved / sheet.bandwidth, flop / sheet.tensor, 0.0)
 
 
 def _time(gpu: str, code: Sequence[Instruction], blocks: int, repeats: float, moved: int) -> Time:

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qlora_jax.kernels.tuning import EVERY
+from qlora_jax.memory.measured import Report, table
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "gpu_table.py"
 FUSED = {
     "gpu": "a100",
@@ -79,3 +82,40 @@ def test_a_page_without_markers(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "add the lines <!-- gpu_table.py begins -->" in done.stderr
     assert page.read_text() == "nothing"
+
+
+def test_a_gpu_with_a_report_has_times_at_its_rates(tmp_path: Path, write_report) -> None:
+    figures = tmp_path / "gpu.json"
+    sheet = FUSED | {"gpu": "h100", "rows": 1}
+    # 3352.32 GB/s and 989.4 TFLOP/s by the data sheet
+    sheet["seconds"] = {"bytes": 10e-6, "tensor": 8e-6, "issue": 1e-6, "total": 10e-6}
+    first = sheet | {"implementation": "xla"}
+    first["seconds"] = sheet["seconds"] | {"decode": 5e-6, "product": 8e-6, "total": 13e-6}
+    figures.write_text(json.dumps([first, sheet, FUSED | {"rows": 1}]))
+    report = write_report({("xla", 1): 99, ("triton", 1): 12.34})
+    done = run("--only", "--json", str(figures), "--reports", str(report.parent))
+    assert done.returncode == 0, done.stderr
+    before, _, after = done.stdout.partition("Microseconds on NVIDIA H100 80GB HBM3")
+    assert "| forward | h100 | triton | **10 bytes** |" in before
+    assert after.startswith(" at its measured rates (and measured), W of 4096 x 4096:")
+    # 10 x 3352.32 / 3000
+    assert "| forward | h100 | triton | **11.2 bytes; measured 12.3** |" in after
+    assert "; measured 99 |" in after
+    assert "a100" not in after
+    without = run("--only", "--json", str(figures), "--reports", str(tmp_path / "none"))
+    assert without.stdout.rstrip() == before.rstrip()
+
+
+def test_rows_as_python(write_report) -> None:
+    took = {("xla", 1): 20, ("mosaic", 1): 5, ("xla", 512): 30, ("mosaic", 512): 31}
+    report = write_report({**took, ("xla", 2048): 30, ("mosaic", 2048): 29})
+    done = run("--rows", "--reports", str(report.parent))
+    assert done.returncode == 0, done.stderr
+    assert "        (9, 0): (range(512), range(2048, EVERY)),\n" in done.stdout
+    names: dict = {"Mapping": dict, "EVERY": EVERY}
+    exec("from __future__ import annotations\n" + done.stdout, names)
+    assert names["FUSED_ROWS"] == table([Report(report)])
+    report.write_text("{}")
+    broken = run("--rows", "--reports", str(report.parent))
+    assert broken.returncode == 2
+    assert f"{report}: schema: " in broken.stderr

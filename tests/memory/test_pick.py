@@ -1,31 +1,59 @@
-"""What `matmul` picks for a GPU, against the modelled times that docs/gpu.md shows."""
+"""What `matmul` picks for a GPU, against the times measured on it, or else the modelled ones."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from qlora_jax.kernels import fused
+from qlora_jax.kernels import fused, tuning
+from qlora_jax.kernels.fused import Capability
+from qlora_jax.memory import measured
 from qlora_jax.memory.compile import GPUS, read_gpu
+from qlora_jax.memory.measured import Report
+from qlora_jax.memory.product import Case
 
-FIGURES = Path(__file__).parents[2] / "docs" / "gpu.json"
+DOCS = Path(__file__).parents[2] / "docs"
+RECORDS = json.loads((DOCS / "gpu.json").read_text("utf-8"))
+REPORTS = measured.reports(DOCS / "results" / "gpu")
 
 
-@pytest.mark.skipif(
-    not FIGURES.exists(), reason="docs/gpu.json is made by experiments/gpu_table.py"
-)
-@pytest.mark.parametrize("gpu", GPUS)
-def test_nothing_slower_than_decoding_first_is_picked(gpu: str) -> None:
-    by_product: dict[tuple, dict[str, Any]] = {}
-    for record in json.loads(FIGURES.read_text("utf-8")):
-        if record["gpu"] == gpu:
-            product = tuple(record[key] for key in ("rows", "k", "n", "direction", "dtype"))
-            by_product.setdefault(product, {})[record["implementation"]] = record
-    assert len(by_product) == 20
-    for (rows, *_, dtype), records in by_product.items():
-        with fused.compiling_for(read_gpu(gpu).capability):
-            picked = fused.pick(rows, dtype)
-        assert records[picked]["error"] is None
-        limit = records["xla"]["seconds"]["total"]
-        assert records[picked]["seconds"]["total"] <= limit, (gpu, rows, records[picked])
+def slower(times: Mapping[Case, float], capability: Capability) -> list[Case]:
+    """The products for which something slower than decoding first is picked."""
+    found = []
+    for case, limit in times.items():
+        if case.implementation == "xla":
+            with fused.compiling_for(capability):
+                picked = case._replace(implementation=fused.pick(case.rows, case.dtype))
+            if times.get(picked, float("inf")) > limit:
+                found.append(picked)
+    return found
+
+
+@pytest.mark.parametrize("gpu", sorted(set(GPUS) - {report.gpu for report in REPORTS}))
+def test_nothing_is_picked_that_is_modelled_to_be_slower(gpu: str) -> None:
+    times = {
+        Case(*(record[field] for field in Case._fields)): record["seconds"]["total"]
+        for record in RECORDS
+        if record["gpu"] == gpu and record["error"] is None
+    }
+    assert sum(case.implementation == "xla" for case in times) == 20
+    assert slower(times, read_gpu(gpu).capability) == []
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.device)
+def test_nothing_is_picked_that_was_measured_to_be_slower(report: Report) -> None:
+    assert slower(report.times, report.capability) == []
+
+
+def test_the_rows_that_follow_from_a_report_pass(write_report, monkeypatch) -> None:
+    monkeypatch.setattr(fused, "usable", lambda capability, dtype: ["mosaic"])
+    took = {("xla", 1): 20, ("mosaic", 1): 21, ("xla", 16): 20, ("mosaic", 16): 7}
+    report = Report(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
+    assert {case.rows for case in slower(report.times, report.capability)} == {1, 512}
+    monkeypatch.setattr(tuning, "FUSED_ROWS", measured.table([report]))
+    assert slower(report.times, report.capability) == []
+    with fused.compiling_for(report.capability):
+        assert [fused.pick(m, "bfloat16") for m in (1, 16, 300, 512)] == [
+            *("xla", "mosaic", "mosaic", "xla")
+        ]

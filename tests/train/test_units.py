@@ -11,6 +11,7 @@ import pytest
 from qlora_jax.models.trees import flatten
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
+from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.placement import ON_DEVICE, ON_HOST, Placement
 
 METHODS = ("qlora", "full")
@@ -81,6 +82,25 @@ def test_moments_on_the_host_change_no_bit(trainer, make_batch, method) -> None:
         assert np.asarray(x).tobytes() == np.asarray(theirs[path]).tobytes(), path
         wanted = "pinned_host" if path.startswith("optimizer") else "device"
         assert x.sharding.memory_kind == wanted, path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_moments_on_the_host_go_on_from_a_checkpoint(trainer, make_batch, method, tmp_path) -> None:
+    t = trainer(method)
+    program, fresh = build(t, ON_HOST), jax.tree.map(jnp.copy, t.trained)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(run(t, make_batch, ON_HOST, 3).state, {})
+    state, _ = checkpoints.restore(steps.init(fresh, t.optimizer, False, ON_HOST))
+    checkpoints.close()
+    for path, x in flatten(state.optimizer).items():
+        assert x.sharding.memory_kind == "pinned_host", path
+    for seed in (3, 4):
+        grads, figures = program.gradient(state, t.frozen, make_batch(seed=seed), None)
+        state = program.update(state, grads, figures.finite)
+    unbroken = flatten(run(t, make_batch, ON_HOST, 5).state)
+    for path, x in flatten(state).items():
+        assert np.asarray(x).tobytes() == np.asarray(unbroken[path]).tobytes(), path
+        assert x.sharding.memory_kind == unbroken[path].sharding.memory_kind, path
 
 
 def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) -> None:
