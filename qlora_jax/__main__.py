@@ -2,16 +2,12 @@
 
 import sys
 
-from qlora_jax import compilation, cuda_toolkit, gpu_memory, hugepages
+from qlora_jax import startup
 
 
 def main() -> int:
-    """`cli.main`, in a process that is set up for speed and keeps what it compiles."""
-    hugepages.restart()
-    compilation.widen()
-    gpu_memory.claim()
-    cuda_toolkit.point()
-    compilation.keep()
+    """Runs `cli.main` in a process that `startup` has set up."""
+    startup.prepare()
     from qlora_jax import cli
 
     return cli.main()

@@ -1,0 +1,134 @@
+"""What the device can do at most, measured: memory bandwidth, matrix products, the way to the host.
+
+Also says what the device and its software are.
+"""
+
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program, compiled
+from qlora_jax.device import describe_devices
+from qlora_jax.kernels.fused import capability_of, usable
+from qlora_jax.manifest import git_state
+from qlora_jax.versions import versions
+
+COPY, MATMUL = "copy", "matmul {}"
+TO_HOST, FROM_HOST, DISPATCH = "to pinned host memory", "from pinned host memory", "dispatch"
+MEMORY = "memory, bytes"
+QUERY = ("driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
+
+
+class Sizes(NamedTuple):
+    """Sizes of the measurements: words copied, side of the square products, repetitions."""
+
+    words: int
+    side: int
+    repeat: int
+
+
+SIZES = {FULL: Sizes(2**30, 8192, 20), REHEARSAL: Sizes(2**16, 64, 2)}
+
+
+def dtypes(device: Any) -> tuple[str, ...]:
+    """Returns the 16-bit dtypes that the device multiplies fast."""
+    capability = capability_of(device)
+    return ("float16",) if capability is not None and capability < (8, 0) else ("bfloat16",)
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [COPY, TO_HOST, FROM_HOST, DISPATCH, "matmul"]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the programs that `run` measures."""
+    sizes = SIZES[scale]
+    words = jax.ShapeDtypeStruct((sizes.words,), jnp.uint32)
+    yield Program(COPY, lambda x: x ^ jnp.uint32(1), (words,))
+    for dtype in dtypes(device):
+        square = jax.ShapeDtypeStruct((sizes.side, sizes.side), dtype)
+        yield Program(MATMUL.format(dtype), lambda a, b: a @ b, (square, square))
+
+
+def run(lane: Lane) -> None:
+    """Measures and records; see `names`."""
+    device, record, sizes = jax.devices()[0], lane.record, SIZES[lane.scale]
+    for name, value in facts(device).items():
+        record.fact(name, value)
+    copy, *products = (compiled(program) for program in programs(lane.scale, device))
+    with lane.guard(COPY):
+        x = jnp.zeros((sizes.words,), jnp.uint32)
+        seconds = median_seconds(lambda: copy(x), sizes.repeat)
+        record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)
+        del x
+    for dtype, product in zip(dtypes(device), products):
+        with lane.guard("matmul"):
+            key = jax.random.key(0)
+            a = jax.random.normal(key, (sizes.side, sizes.side), dtype)
+            seconds = median_seconds(lambda: product(a, a), sizes.repeat)
+            rate = 2 * sizes.side**3 / seconds / 1e12
+            record.figure("matmul", "TFLOP/s", rate, field=MATMUL.format(dtype), dtype=dtype)
+    with lane.guard(TO_HOST, FROM_HOST):
+        _host(lane, device, sizes)
+    with lane.guard(DISPATCH):
+        one = jax.jit(lambda x: x + 1)
+        zero = jnp.int32(0)
+        seconds = median_seconds(lambda: one(zero), 10 * sizes.repeat)
+        record.figure(DISPATCH, "us", 1e6 * seconds)
+
+
+def facts(device: Any) -> dict[str, Any]:
+    """Returns what the figures depend on; no paths and no host's name."""
+    found: dict[str, Any] = {
+        "device": describe_devices().kind,
+        "backend": jax.default_backend(),
+        "capability": getattr(device, "compute_capability", None),
+        MEMORY: (device.memory_stats() or {}).get("bytes_limit"),
+        "versions": {name: version for name, version in versions().items() if version},
+        "commit": git_state(),
+        "fused kernels": usable(capability_of(device), "bfloat16"),
+    }
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+        found |= dict(zip(QUERY, (part.strip() for part in said.split("\n")[0].split(","))))
+    return found
+
+
+def measured(lines: Any) -> dict[str, float]:
+    """Returns the ceilings among the lines of a report: `copy` in GB/s, `matmul` in TFLOP/s."""
+    return {
+        line["name"]: line["value"]
+        for line in lines
+        if line["part"] == "ceilings" and line["kind"] == "figure"
+    }
+
+
+def median_seconds(call: Callable[[], Any], count: int) -> float:
+    """Returns the median of the seconds that a call takes until its result is there."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _host(lane: Lane, device: Any, sizes: Sizes) -> None:
+    place = jax.sharding.SingleDeviceSharding(device)
+    pinned = place.with_memory_kind("pinned_host")
+    x = jnp.zeros((sizes.side, sizes.side), jnp.bfloat16)
+    away = jax.block_until_ready(jax.device_put(x, pinned))
+    for name, array, to in ((TO_HOST, x, pinned), (FROM_HOST, away, place)):
+        seconds = median_seconds(lambda array=array, to=to: jax.device_put(array, to), sizes.repeat)
+        lane.record.figure(name, "GB/s", x.nbytes / seconds / 1e9)

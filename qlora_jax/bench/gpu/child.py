@@ -1,0 +1,32 @@
+"""The process of one part: `python -m qlora_jax.bench.gpu.child REQUEST`, where REQUEST is JSON."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from qlora_jax import startup
+
+
+def main() -> int:
+    """Runs the part that the request names."""
+    began = time.monotonic()
+    startup.prepare()
+    request = json.loads(sys.argv[1])
+    from qlora_jax.bench.gpu.lane import Lane
+    from qlora_jax.bench.gpu.parts import PARTS
+    from qlora_jax.bench.gpu.record import Recorder
+
+    (part,) = (part for part in PARTS if part.name == request["part"])
+    lane = Lane(
+        Recorder(Path(request["lines"]), part.name),
+        request["scale"],
+        began + request["seconds"],
+        request["peers"],
+    )
+    part.module.run(lane)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Runs the parts one after another, each in a process of its own, within a total of seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora_jax.bench.gpu import record
+from qlora_jax.bench.gpu.lane import REHEARSAL
+from qlora_jax.bench.gpu.parts import Part
+from qlora_jax.bench.gpu.record import Recorder
+from qlora_jax.errors import UserError
+
+LINES, LOG = "lines.jsonl", "log.txt"
+MODULE = "qlora_jax.bench.gpu.child"
+TAIL = 4000
+"""Characters of a process's output that tell what ended it."""
+
+
+class Request(NamedTuple):
+    """What to run.
+
+    Attributes:
+      parts: in this order.
+      scale: `lane.FULL` or `lane.REHEARSAL`.
+      budget: seconds for everything.
+      folder: takes `LINES` and `LOG`; new lines are added to those that are there.
+      peers: Python interpreters that have peers installed.
+    """
+
+    parts: Sequence[Part]
+    scale: str
+    budget: float
+    folder: Path
+    peers: Sequence[str] = ()
+
+
+def run(request: Request, say: Callable[[str], None]) -> None:
+    """Runs the parts and records how each ended.
+
+    Raises:
+      UserError: the folder cannot be written to.
+    """
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        (request.folder / LOG).touch()
+    except OSError as e:
+        raise UserError(f"{request.folder}: cannot be written: {e.strerror}") from None
+    end = time.monotonic() + request.budget
+    for i, part in enumerate(request.parts):
+        left = end - time.monotonic()
+        place = f"{i + 1} of {len(request.parts)}: {part.name}"
+        if left < part.least:
+            say(f"{place} left out, {max(left, 0):.0f} s left of {request.budget:.0f}")
+            _close(request, part, 0.0, f"left out: {max(left, 0):.0f} s were left")
+            continue
+        seconds = min(part.limit, left)
+        say(f"{place} ({part.what}), at most {seconds:.0f} s; {left:.0f} s left in all")
+        began = time.monotonic()
+        outcome = _process(request, part, seconds)
+        _close(request, part, time.monotonic() - began, outcome)
+        say(f"{place}: {outcome}")
+
+
+def environment(part: Part, scale: str) -> dict[str, str]:
+    """Returns the environment of a part's process."""
+    found = dict(os.environ)
+    if scale == REHEARSAL:
+        return found | {"JAX_PLATFORMS": "cpu"}
+    flags = f"{found.get('XLA_FLAGS', '')} {part.flags}".strip()
+    return found | ({"XLA_FLAGS": flags} if flags else {})
+
+
+def _process(request: Request, part: Part, seconds: float) -> str:
+    """Runs one part and returns its outcome: `ok`, or what went wrong."""
+    asked: Mapping[str, Any] = {
+        "part": part.name,
+        "lines": str(request.folder / LINES),
+        "scale": request.scale,
+        "seconds": seconds - 3,  # the part ends itself before it is ended
+        "peers": list(request.peers),
+    }
+    with (request.folder / LOG).open("a+", encoding="utf-8", errors="replace") as log:
+        log.write(f"\n===== {part.name}\n")
+        log.flush()
+        start = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", MODULE, json.dumps(asked)],
+            env=environment(part, request.scale),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+        log.seek(start)
+        said = log.read()[-TAIL:].strip().splitlines()
+    if code is None:
+        return f"ended after its {seconds:.0f} s"
+    last = said[-1] if said else "it said nothing"
+    return "ok" if code == 0 else f"failed with code {code}: {last}"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the part's process and all that it started, which are in a session of their own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _close(request: Request, part: Part, seconds: float, outcome: str) -> None:
+    """Records a reason for each declared result that is not there, and the part's end."""
+    path = request.folder / LINES
+    recorder = Recorder(path, part.name)
+    path.touch()
+    known = record.names(record.read([path]), part.name)
+    missing = [name for name in part.module.names(request.scale) if name not in known]
+    if outcome != "ok":
+        for name in missing:
+            recorder.absent(name, outcome)
+    elif missing:
+        outcome = f"failed: declared and neither told nor excused: {', '.join(missing)}"
+    recorder.end(round(seconds, 1), outcome)

@@ -1,0 +1,205 @@
+"""Are kernels right where XLA wraps them: sliced out of a stack, recomputed, mapped, replayed?
+
+Every corner computes the same with an implementation in 16 bits, with decoded weights and 16-bit
+GEMMs, and in float32. The implementation's error is at most twice that of the GEMMs.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.bench import random_codes
+from qlora_jax.bench.gpu import products, reference
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
+from qlora_jax.bench.gpu.programs import Program, compiled
+from qlora_jax.kernels import matmul
+from qlora_jax.kernels.fused import FUSED
+from qlora_jax.quant import quantize
+
+CALLS = 3
+"""Runs of each program on other buffers: the second and third may replay a CUDA graph."""
+
+GRAPHS = {"xla_gpu_graph_min_graph_size": 1}
+"""Makes a CUDA graph of every command that can be in one."""
+
+CODEBOOK, DTYPE = "nf4", jnp.bfloat16
+BEYOND = (80_000, 1024, 28_672)
+"""Rows, K and N of a result of more than 2^31 elements."""
+
+LAST = 64
+"""Rows of it that are compared."""
+
+
+class Sizes(NamedTuple):
+    """Layers of a stack, features, and rows of the corners."""
+
+    layers: int
+    features: int
+    rows: tuple[int, ...]
+
+
+SIZES = {FULL: Sizes(6, 2048, (1, 40, 300)), REHEARSAL: Sizes(3, 128, (1, 20))}
+
+
+def scanned(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
+    """Returns the gradient in x of a scan over a stack of weights, each layer recomputed."""
+
+    @jax.checkpoint
+    def layer(x: jax.Array, q: Any) -> tuple[jax.Array, None]:
+        y = matmul(x, q, implementation)
+        return (x + jnp.tanh(y)).astype(x.dtype), None
+
+    def total(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(layer, x, stack)[0].astype(jnp.float32).sum()
+
+    return jax.grad(total)(x)
+
+
+def chained(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
+    """Returns a chain of products with the weights of a stack."""
+    for i in range(jax.tree.leaves(stack)[0].shape[0]):
+        q = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        x = (x + jnp.tanh(matmul(x, q, implementation))).astype(x.dtype)
+    return x
+
+
+def mapped_rows(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
+    """Returns products of a batch of rows with one weight, under vmap."""
+    q = jax.tree.map(lambda leaf: leaf[0], stack)
+    return jax.vmap(lambda row: matmul(row[None], q, implementation)[0])(x)
+
+
+def mapped_weights(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
+    """Returns products of the same rows with each weight of a stack, under vmap."""
+    return jax.vmap(lambda q: matmul(x, q, implementation))(stack)
+
+
+CORNERS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
+    "gradient of a recomputed scan": (scanned, {}),
+    "chain in CUDA graphs": (chained, GRAPHS),
+    "vmap over rows": (mapped_rows, {}),
+    "vmap over weights": (mapped_weights, {}),
+}
+"""Name to function and XLA's options."""
+
+
+class Corner(NamedTuple):
+    """One corner with one implementation and some rows."""
+
+    implementation: str
+    what: str
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation} {self.what} M={self.rows}"
+
+
+def corners(scale: str) -> list[Corner]:
+    """Returns all corners but the one beyond 2^31 elements."""
+    return [
+        Corner(implementation, what, rows)
+        for implementation in FUSED
+        for what in CORNERS
+        for rows in SIZES[scale].rows
+    ]
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [corner.name for corner in corners(scale)] + [_beyond_name(name) for name in FUSED]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the 16-bit programs of every corner that runs on the device."""
+    able = [name for name in FUSED if not excuse(name, scale, device)]
+    for corner in corners(scale):
+        if corner.implementation in able:
+            yield program(corner, scale)
+    if scale == FULL:
+        yield from map(_beyond, able)
+
+
+def program(corner: Corner, scale: str, dtype: Any = DTYPE) -> Program:
+    """Returns the program of a corner, in `dtype`."""
+    function, options = CORNERS[corner.what]
+    x = jax.ShapeDtypeStruct((corner.rows, SIZES[scale].features), dtype)
+    chosen = functools.partial(function, implementation=corner.implementation)
+    return Program(corner.name, chosen, (x, _stack(scale)), options)
+
+
+def run(lane: Lane) -> None:
+    """Checks every corner."""
+    device = jax.devices()[0]
+    with interpreted(lane):
+        for corner in corners(lane.scale):
+            if reason := excuse(corner.implementation, lane.scale, device):
+                lane.record.absent(corner.name, reason)
+            elif lane.enough(4, corner.name):
+                with lane.guard(corner.name):
+                    verdict = check(corner, lane.scale)
+                    lane.record.check(corner.name, verdict.right, **verdict.measures)
+        for implementation in FUSED:
+            _check_beyond(lane, implementation, device)
+
+
+def check(corner: Corner, scale: str) -> reference.Verdict:
+    """Returns the worst verdict of `CALLS` runs on fresh inputs."""
+    size = SIZES[scale]
+    ours = compiled(program(corner, scale))
+    theirs = compiled(program(corner._replace(implementation=PLAIN), scale))
+    verdicts = []
+    with jax.default_matmul_precision("highest"):
+        exact = compiled(program(corner._replace(implementation=PLAIN), scale, jnp.float32))
+    for i in range(CALLS):
+        stack = random_codes.quantized(_stack(scale), CODEBOOK, np.uint32(i))
+        x = jax.random.normal(jax.random.key(i), (corner.rows, size.features)).astype(DTYPE)
+        got = [f(x, stack) for f in (ours, theirs)]
+        verdicts.append(reference.agree(*got, exact(x.astype(jnp.float32), stack)))
+    return max(verdicts, key=lambda verdict: (not verdict.right, verdict.mean))
+
+
+def _stack(scale: str) -> Any:
+    layers, features, _ = SIZES[scale]
+    weights = jax.ShapeDtypeStruct((layers, features, features), jnp.float32)
+    return jax.eval_shape(functools.partial(quantize, codebook=CODEBOOK), weights)
+
+
+def _beyond_name(implementation: str) -> str:
+    return f"{implementation} result of more than 2^31 elements"
+
+
+def _beyond(implementation: str) -> Program:
+    rows, k, n = BEYOND
+    product = products.one_product(implementation, "forward", k)
+    q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((k, n), jnp.float32))
+    x = jax.ShapeDtypeStruct((rows, k), DTYPE)
+    return Program(_beyond_name(implementation), product, (x, q))
+
+
+def _check_beyond(lane: Lane, implementation: str, device: Any) -> None:
+    name, (rows, k, n) = _beyond_name(implementation), BEYOND
+    reason = excuse(implementation, lane.scale, device)
+    if lane.rehearsing or reason:
+        lane.record.absent(name, reason or "takes 5 GB and minutes on a CPU")
+        return
+    room = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if room < 3 * rows * n * 2:
+        lane.record.absent(name, f"takes {3 * rows * n * 2 / 2**30:.0f} GiB")
+        return
+    if not lane.enough(10, name):
+        return
+    with lane.guard(name):
+        made = _beyond(implementation)
+        q = random_codes.quantized(made.arguments[1], CODEBOOK, np.uint32(7))
+        x = jax.random.normal(jax.random.key(8), (rows, k)).astype(DTYPE)
+        y = compiled(made)(x, q)
+        verdict = reference.judge(
+            np.asarray(y[-LAST:]), np.asarray(x[-LAST:]), reference.decoded(q), 9
+        )
+        lane.record.check(name, verdict.right, **verdict.measures)

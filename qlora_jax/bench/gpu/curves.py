@@ -1,0 +1,176 @@
+"""Does a run learn the same with each implementation? Losses of 50 steps on the same data.
+
+A curve is right if it is away from a float32 run's by at most twice what decoded weights and 16-bit
+GEMMs are away from it, on average over the steps.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.bench import random_codes
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
+from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.reference import FACTOR
+from qlora_jax.config import Config, from_tree
+from qlora_jax.data.packing import DTYPES
+from qlora_jax.kernels.fused import FUSED
+from qlora_jax.memory.abstract import abstract_model
+from qlora_jax.models.config import DecoderConfig, from_hugging_face
+from qlora_jax.models.shapes import find
+from qlora_jax.train import step as steps
+from qlora_jax.train.optimizer import adamw
+
+FLOOR = 0.005
+"""Nats that a curve may be away in any case: bfloat16 may happen to be very near to float32."""
+
+PERIOD = 17
+"""Tokens after which the data repeat, so that there is something to learn."""
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}
+
+
+class Sizes(NamedTuple):
+    """The model's shapes, rows and tokens of a batch, and steps."""
+
+    decoder: DecoderConfig
+    batch: int
+    seq: int
+    steps: int
+
+
+SIZES = {
+    FULL: Sizes(find("smollm2-135m"), 2, 256, 50),
+    REHEARSAL: Sizes(from_hugging_face(TINY, "tiny"), 2, 32, 6),
+}
+FIELDS = ("distance", "loss falls")
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [f"{name}: {field}" for name in (PLAIN, *FUSED) for field in FIELDS]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the gradient program with each implementation."""
+    for name in (PLAIN, *FUSED):
+        if not excuse(name, scale, device):
+            yield _gradient(scale, name, "bfloat16")
+
+
+def run(lane: Lane) -> None:
+    """Trains with each implementation and compares the losses."""
+    device, curve = jax.devices()[0], functools.partial(losses, lane.scale)
+    with interpreted(lane), lane.guard(*names(lane.scale)):
+        with jax.default_matmul_precision("highest"):
+            exact = curve(PLAIN, "float32")
+        own = curve(PLAIN, "bfloat16")
+        limit = FACTOR * _distance(own, exact) + FLOOR
+        for name in (PLAIN, *FUSED):
+            fields = [f"{name}: {field}" for field in FIELDS]
+            if reason := excuse(name, lane.scale, device):
+                for field in fields:
+                    lane.record.absent(field, reason)
+            elif lane.enough(8, *fields):
+                with lane.guard(*fields):
+                    got = own if name == PLAIN else curve(name, "bfloat16")
+                    _compare(lane, fields, got, exact, limit)
+
+
+def losses(scale: str, implementation: str, dtype: str) -> list[float]:
+    """Returns the loss of each step, on the same weights and data at each call."""
+    size, config = SIZES[scale], _config(scale, dtype)
+    model = random_codes.random_model(config, size.decoder, implementation)
+    program, optimizer = _program(config, model.graph)
+    state = steps.init(model.trained, optimizer, False)
+    found = []
+    for i in range(size.steps):
+        grads, figures = program.gradient(state, model.frozen, batch(scale, i), None)
+        state = program.update(state, grads, figures.finite)
+        found.append(figures.loss)
+    return [float(loss) for loss in found]
+
+
+def batch(scale: str, index: int) -> dict[str, np.ndarray]:
+    """Returns the rows of one step: sequences that repeat after `PERIOD` tokens."""
+    size = SIZES[scale]
+    source = np.random.default_rng(index)
+    word = source.integers(0, size.decoder.vocab_size, (size.batch, PERIOD), dtype=np.int32)
+    tokens = np.resize(np.tile(word, (1, size.seq // PERIOD + 2)), (size.batch, size.seq + 1))
+    one = np.ones((size.batch, size.seq), np.int32)
+    rows = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "mask": one.astype(bool),
+        "segments": one,
+        "positions": one * np.arange(size.seq, dtype=np.int32),
+    }
+    return {name: rows[name][None] for name in DTYPES}
+
+
+def _config(scale: str, dtype: str) -> Config:
+    return from_tree(
+        {
+            "model": {"path": "none", "compute_dtype": dtype, "storage_dtype": "bfloat16"},
+            "data": {"source": "none"},
+            "output": "none",
+            "lora": {"rank": 16, "alpha": 32},
+            "optimizer": {"learning_rate": 2e-3},
+            "train": {"steps": SIZES[scale].steps},
+        },
+        "curves",
+    )
+
+
+def _program(config: Config, graph: Any) -> tuple[steps.Program, Any]:
+    optimizer = adamw(config.optimizer, config.train.steps)
+    program = steps.build(
+        graph,
+        optimizer,
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        clip_norm=config.optimizer.clip_norm,
+        train_head=False,
+    )
+    return program, optimizer
+
+
+def _gradient(scale: str, implementation: str, dtype: str) -> Program:
+    config = _config(scale, dtype)
+    model = abstract_model(config, SIZES[scale].decoder, implementation)
+    program, optimizer = _program(config, model.graph)
+    state = jax.eval_shape(lambda trained: steps.init(trained, optimizer, False), model.trained)
+    arguments = (state._replace(optimizer=()), model.frozen, batch(scale, 0), None)
+    return Program(f"{implementation}: gradient", program.gradient, arguments)
+
+
+def _distance(curve: list[float], exact: list[float]) -> float:
+    return float(np.mean(np.abs(np.subtract(curve, exact))))
+
+
+def _compare(
+    lane: Lane, fields: list[str], got: list[float], exact: list[float], limit: float
+) -> None:
+    distance, part = _distance(got, exact), max(1, len(got) // 10)
+    lane.record.check(
+        fields[0], bool(distance <= limit), distance=distance, limit=limit, losses=got
+    )
+    falls = np.mean(got[-part:]) < np.mean(got[:part])
+    lane.record.check(fields[1], bool(falls), first=got[0], last=got[-1], exact=exact[-1])

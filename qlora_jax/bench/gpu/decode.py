@@ -1,0 +1,80 @@
+"""Generation from published shapes with random codes: decoded tokens/s, and prefill."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qlora_jax.bench import generate, tools
+from qlora_jax.bench.gpu.ceilings import MEMORY
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.steps import BYTES
+from qlora_jax.bench.options import Generate
+from qlora_jax.memory.ledger import parameters
+from qlora_jax.models.shapes import find
+
+UNFUSED = "--xla_gpu_enable_dynamic_slice_fusion=false"
+"""Copies each layer's codes out of the stack before a kernel reads them."""
+
+KINDS = {"decode": "tokens/s", "prefill": "ms", "peak memory, device": "MiB"}
+
+
+class Case(NamedTuple):
+    """One generation: a name, options of `bench generate`, and flags for XLA."""
+
+    name: str
+    options: Generate
+    flags: str = ""
+
+
+def _seven(**more: Any) -> Generate:
+    return Generate(**({"model": "llama-7b", "tokens": 129, "samples": 3} | more))
+
+
+CASES: Mapping[str, Sequence[Case]] = {
+    FULL: (
+        Case("7B, 1 row", _seven()),
+        Case("7B, 1 row, xla", _seven(kernel="xla")),
+        Case("7B, 16 rows", _seven(rows=16)),
+        Case("7B, 1 row, codes copied out of the stack", _seven(), UNFUSED),
+    ),
+    REHEARSAL: (
+        Case("135M, 2 rows", Generate("smollm2-135m", prompt=4, tokens=3, samples=1, rows=2)),
+    ),
+}
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [f"{case.name}: {kind}" for case in CASES[scale] for kind in KINDS]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the two programs of each case, for prefill and for decoding."""
+    for case in CASES[scale]:
+        yield from generate.programs(case.options, case.name)
+
+
+def run(lane: Lane) -> None:
+    """Measures every case, each in a process of its own."""
+    memory = lane.fact(MEMORY)
+    for case in CASES[lane.scale]:
+        own = [f"{case.name}: {kind}" for kind in KINDS]
+        held = BYTES["qlora"] * parameters(find(case.options.model))
+        if memory is not None and held > memory:
+            for name in own:
+                lane.record.absent(name, f"its weights take {held / 2**30:.0f} GiB")
+        elif lane.enough(12, *own):
+            with lane.guard(*own):
+                _one(lane, case)
+
+
+def _one(lane: Lane, case: Case) -> None:
+    report = tools.measured(
+        tools.ours(), "generate", case.options, print, timeout=lane.left(), flags=case.flags
+    )
+    for kind, unit in KINDS.items():
+        name, found = f"{case.name}: {kind}", report["figures"].get(kind, {}).get("value")
+        if found is None:
+            lane.record.absent(name, "the device does not tell")
+        else:
+            lane.record.figure(name, unit, found, field=kind, rows=case.options.rows)

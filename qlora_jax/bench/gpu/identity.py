@@ -1,0 +1,88 @@
+"""Do fresh adapters change nothing, with products tuned as XLA likes? Every run checks this first."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from qlora_jax.bench import random_codes
+from qlora_jax.bench.gpu.curves import TINY
+from qlora_jax.bench.gpu.lane import REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.config import Config, from_tree
+from qlora_jax.memory.abstract import abstract_model
+from qlora_jax.models.config import DecoderConfig, from_hugging_face
+from qlora_jax.models.shapes import find
+from qlora_jax.train.identity import TOLERANCE, check_identity, unchanged
+
+LAYERS = 4
+
+
+class Case(NamedTuple):
+    """One kind of adapter on one kind of base."""
+
+    method: str
+    variant: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant} on a base of method {self.method}, {self.dtype}"
+
+
+CASES = tuple(
+    Case(method, variant, dtype)
+    for method in ("qlora", "lora")
+    for variant in ("lora", "dora")
+    for dtype in ("bfloat16", "float16", "float32")
+)
+
+
+def decoder(scale: str) -> DecoderConfig:
+    """Returns the model's shapes: four layers of a 7B model, or a tiny one."""
+    if scale == REHEARSAL:
+        return from_hugging_face(TINY, "tiny")
+    whole = find("llama-7b")
+    return dataclasses.replace(whole, num_layers=LAYERS, windows=whole.windows[:LAYERS])
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [case.name for case in CASES]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the program of every case."""
+    for case in CASES:
+        config = _config(case)
+        model = abstract_model(config, decoder(scale), None)
+        function = functools.partial(_unchanged, model.graph, case)
+        yield Program(case.name, function, (model.trained, model.frozen))
+
+
+def run(lane: Lane) -> None:
+    """Checks every case."""
+    for case in CASES:
+        if lane.enough(4, case.name):
+            with lane.guard(case.name):
+                config = _config(case)
+                model = random_codes.random_model(config, decoder(lane.scale), None)
+                check_identity(model.graph, model.trained, model.frozen, config)
+                lane.record.check(case.name, True)
+
+
+def _unchanged(graph: Any, case: Case, trained: Any, frozen: Any) -> Any:
+    return unchanged(graph, trained, frozen, jnp.dtype(case.dtype), TOLERANCE[case.variant])
+
+
+def _config(case: Case) -> Config:
+    tree: Mapping[str, Any] = {
+        "method": case.method,
+        "model": {"path": "none", "compute_dtype": case.dtype, "storage_dtype": "bfloat16"},
+        "data": {"source": "none"},
+        "output": "none",
+        "lora": {"rank": 16, "alpha": 32, "variant": case.variant},
+    }
+    return from_tree(tree, "identity")

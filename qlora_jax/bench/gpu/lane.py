@@ -1,0 +1,82 @@
+"""What a part gets: where to record, at which scale to run, and how much time is left."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.bench.gpu import record
+from qlora_jax.bench.gpu.record import Recorder
+from qlora_jax.errors import first_line
+
+FULL, REHEARSAL = "full", "rehearsal"
+"""Scales: real shapes for a GPU, and tiny ones that a CPU runs."""
+
+LOST = ("CUDA_ERROR_ILLEGAL", "illegal memory access", "unspecified launch failure")
+"""Parts of an error's text after which the process can do nothing more on the GPU."""
+FULL_MEMORY = "RESOURCE_EXHAUSTED"
+"""Part of XLA's error where the device's memory does not suffice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """The surroundings of one part.
+
+    Attributes:
+      record: takes the results.
+      scale: `FULL` or `REHEARSAL`.
+      deadline: value of `time.monotonic()` at which the part's process is ended.
+      peers: Python interpreters that have peers installed.
+    """
+
+    record: Recorder
+    scale: str
+    deadline: float
+    peers: Sequence[str] = ()
+
+    @property
+    def rehearsing(self) -> bool:
+        return self.scale == REHEARSAL
+
+    def left(self) -> float:
+        """Returns the seconds that are left."""
+        return self.deadline - time.monotonic()
+
+    def fact(self, name: str) -> Any:
+        """Returns a fact that an earlier part recorded; None without one."""
+        lines = record.read([self.record.path])
+        found = [x["value"] for x in lines if x["kind"] == "fact" and x["name"] == name]
+        return found[-1] if found else None
+
+    @contextlib.contextmanager
+    def guard(self, *names: str) -> Iterator[None]:
+        """Records an error inside the `with` as the reason why the named results are absent.
+
+        It makes the part a failed one, unless the device's memory was too small. An error that
+        leaves the GPU unusable is raised again.
+        """
+        try:
+            yield
+        except Exception as e:
+            known = record.names(record.read([self.record.path]), self.record.part)
+            for name in names:
+                if name not in known:
+                    reason, full = f"{type(e).__name__}: {first_line(e)}", FULL_MEMORY in str(e)
+                    self.record.absent(name, reason, error=not full)
+            if any(mark in str(e) for mark in LOST):
+                raise
+
+    def enough(self, seconds: float, *names: str) -> bool:
+        """Returns whether that many seconds are left; if not, records it for the named results."""
+        if self.left() >= seconds:
+            return True
+        for name in names:
+            self.record.absent(name, f"not begun: {max(self.left(), 0):.0f} s were left")
+        return False
+
+
+def folder_of(lane: Lane) -> Path:
+    """Returns the folder that holds the lines; a part may keep files there while it runs."""
+    return lane.record.path.parent

@@ -1,0 +1,61 @@
+"""The parts of the report in the order of their value, as data.
+
+To add one: a module with `names(scale)`, `programs(scale, device)` and `run(lane)`, and a row here.
+`make gpu-check` compiles its programs and `--rehearse` runs it from then on.
+"""
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+CUBLAS = "--xla_gpu_enable_triton_gemm=false"
+"""Less for XLA to tune; parts without it show the default."""
+
+
+class Part(NamedTuple):
+    """One part.
+
+    Attributes:
+      name: of the module beside this one that has its code.
+      limit: seconds after which its process is ended.
+      least: seconds that must be left for it to begin.
+      what: in words.
+      flags: for XLA.
+    """
+
+    name: str
+    limit: int
+    least: int
+    what: str
+    flags: str = ""
+
+    @property
+    def module(self) -> ModuleType:
+        return importlib.import_module(f"qlora_jax.bench.gpu.{self.name}")
+
+
+PARTS: Sequence[Part] = (
+    Part("ceilings", 60, 10, "device, driver, versions; bandwidth and products at most"),
+    Part("products", 110, 25, "every kernel against float64", CUBLAS),
+    Part("contexts", 70, 20, "kernels in scan, remat, vmap, CUDA graphs, beyond 2^31", CUBLAS),
+    Part("identity", 45, 15, "fresh adapters change nothing, however XLA tunes products"),
+    Part("steps", 110, 30, "a QLoRA step of published shapes: tokens/s, memory against the plan"),
+    Part("training", 120, 40, "quickstart, resume, moments on the host, fp16 with loss scaling"),
+    Part("times", 120, 30, "products: kernels, decode + GEMM, 16-bit GEMM", CUBLAS),
+    Part("curves", 60, 25, "the loss of 50 steps with each implementation"),
+    Part("decode", 60, 25, "generated tokens/s and prefill"),
+    Part("large", 110, 40, "a QLoRA step of 13B to 70B as memory allows"),
+    Part("traces", 45, 20, "which kernels take the time of a step and of a token"),
+    Part("peers", 120, 40, "bitsandbytes' products and PEFT's step on the same card"),
+)
+
+
+def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Part]:
+    """Returns the parts to run.
+
+    Args:
+      only: names; empty means all.
+      skip: names to leave out.
+    """
+    return [p for p in PARTS if (not only or p.name in only) and p.name not in skip]

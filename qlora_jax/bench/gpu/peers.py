@@ -1,0 +1,88 @@
+"""Peers on the same card: bitsandbytes' products, and a step of PEFT on bitsandbytes' weights."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_jax.bench import tools
+from qlora_jax.bench.gpu import steps, times
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.options import Kernels, Step
+from qlora_jax.errors import UserError
+
+PEER = "bitsandbytes"
+STEPS: dict[str, dict[str, Step]] = {
+    FULL: {"PEFT, 7B, 512 tokens": steps.qlora("llama-7b")},
+    REHEARSAL: {"PEFT, 135M, 16 tokens": steps.qlora("smollm2-135m", 16, rank=4, steps=1)},
+}
+KINDS = {"speed": ("tokens/s", "speed"), "peak": ("MiB", "peak memory, device")}
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [case.name for case in _products(scale)] + [
+        f"{name}: {kind}" for name in STEPS[scale] for kind in KINDS
+    ]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields nothing: peers compile nothing of ours."""
+    yield from ()
+
+
+def run(lane: Lane) -> None:
+    """Measures the first interpreter that has each peer."""
+    products = [case.name for case in _products(lane.scale)]
+    rest = [name for name in names(lane.scale) if name not in products]
+    for what, own, measure in (("step", rest, _steps), ("kernels", products, _kernels)):
+        tool = _first(lane, what)
+        if tool is None:
+            for name in own:
+                lane.record.absent(name, f"{PEER} for bench {what} is not installed; --peer PYTHON")
+        elif lane.enough(15, *own):
+            with lane.guard(*own):
+                measure(lane, tool)
+
+
+def _first(lane: Lane, what: str) -> tools.Tool | None:
+    for python in lane.peers:
+        try:
+            return next(tool for tool in tools.peers(python, what) if tool.name == PEER)
+        except (UserError, StopIteration):
+            continue
+    return None
+
+
+def _steps(lane: Lane, tool: tools.Tool) -> None:
+    for name, options in STEPS[lane.scale].items():
+        report = tools.measured(tool, "step", step_options(options), print, timeout=lane.left())
+        for kind, (unit, source) in KINDS.items():
+            value = report["figures"].get(source, {}).get("value")
+            if value is None:
+                lane.record.absent(f"{name}: {kind}", "the device does not tell")
+            else:
+                lane.record.figure(f"{name}: {kind}", unit, value, field=kind, case=name)
+
+
+def _kernels(lane: Lane, tool: tools.Tool) -> None:
+    size = times.SIZES[lane.scale]
+    device = "cpu" if lane.rehearsing else "gpu"
+    for shape in size.shapes:
+        cases = [case for case in _products(lane.scale) if (case.k, case.n) == shape]
+        if not lane.enough(12, *(case.name for case in cases)):
+            continue
+        options = Kernels(
+            (shape,), size.rows, ("bfloat16",), size.samples, times.DIRECTIONS, device
+        )
+        report = tools.measured(tool, "kernels", options, print, timeout=lane.left())
+        for case in cases:
+            each = report["figures"][case.product.name]["value"] / 1e3
+            lane.record.figure(case.name, "us", 1e6 * each, field="time", **case._asdict())
+
+
+def _products(scale: str) -> list[times.Case]:
+    return [
+        case._replace(implementation=PEER)
+        for case in times.cases(scale)
+        if case.implementation == times.GEMM
+    ]

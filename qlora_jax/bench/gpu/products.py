@@ -1,0 +1,199 @@
+"""Is each kernel right? Products on fresh inputs against float64, over a pairwise cover of cases."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.bench import random_codes
+from qlora_jax.bench.gpu import reference
+from qlora_jax.bench.gpu.cover import pairwise
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program, compile_all
+from qlora_jax.kernels import matmul, triton
+from qlora_jax.kernels.fused import FUSED, capability_of, usable
+from qlora_jax.quant import CODEBOOKS, quantize
+
+MOST = 150
+"""Programs, at most."""
+
+OUTPUTS = 4096
+"""Elements that are compared for each case, at least; small products are repeated."""
+
+PLAIN = "xla"
+IMPLEMENTATIONS = (*FUSED, PLAIN)
+
+COMMON = {
+    "direction": ("forward", "backward"),
+    "double_quant": (True, False),
+}
+FACTORS = {
+    FULL: COMMON
+    | {
+        "rows": (1, 3, 16, 33, 64, 512, 2049),
+        "shape": ((4096, 4096), (1000, 712), (576, 1536), (4096, 11008)),
+        "codebook": ("nf4", *sorted(set(CODEBOOKS) - {"nf4"})),
+        "block_size": (64, 32, 256, 4096),
+    },
+    REHEARSAL: COMMON
+    | {
+        "rows": (1, 3, 16, 33),
+        "shape": ((256, 128), (136, 72)),
+        "codebook": ("nf4", "fp4_bnb"),
+        "block_size": (64, 32),
+    },
+}
+DTYPES = {name: fused.dtypes for name, fused in FUSED.items()} | {PLAIN: ("bfloat16", "float16")}
+
+
+class Case(NamedTuple):
+    """One product: x [rows, K] @ W (forward) or g [rows, N] @ W.T (backward), W of `shape`."""
+
+    implementation: str
+    direction: str
+    dtype: str
+    rows: int
+    shape: tuple[int, int]
+    codebook: str
+    block_size: int
+    double_quant: bool
+
+    @property
+    def name(self) -> str:
+        k, n = self.shape
+        scales = "double" if self.double_quant else "plain"
+        return (
+            f"{self.implementation} {self.direction} {self.dtype} M={self.rows} {k}x{n} "
+            f"{self.codebook} block {self.block_size} {scales}"
+        )
+
+    @property
+    def operand(self) -> tuple[int, int]:
+        return self.rows, self.shape[0 if self.direction == "forward" else 1]
+
+    @property
+    def outputs(self) -> int:
+        return self.rows * self.shape[1 if self.direction == "forward" else 0]
+
+
+def cases(scale: str, implementation: str) -> list[Case]:
+    """Returns a pairwise cover of one implementation's cases."""
+    factors = FACTORS[scale] | {"dtype": DTYPES[implementation]}
+    return [Case(implementation=implementation, **case) for case in pairwise(factors)]
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results: all cases."""
+    return [case.name for name in IMPLEMENTATIONS for case in cases(scale, name)]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the program of every case that runs on the device."""
+    for implementation in IMPLEMENTATIONS:
+        if not excuse(implementation, scale, device):
+            yield from (program(case) for case in cases(scale, implementation))
+
+
+def excuse(implementation: str, scale: str, device: Any) -> str:
+    """Returns why an implementation is not run on the device; empty if it is.
+
+    A rehearsal runs Triton's kernels in Pallas' interpreter.
+    """
+    if implementation == PLAIN or (scale == REHEARSAL and implementation == "triton"):
+        return ""
+    if implementation in usable(capability_of(device), FUSED[implementation].dtypes[0]):
+        return ""
+    return f"{implementation} needs {FUSED[implementation]}"
+
+
+def program(case: Case) -> Program:
+    """Returns the product of one case."""
+    dtype = jnp.dtype(case.dtype)
+    product = one_product(case.implementation, case.direction, case.shape[0])
+    return Program(case.name, product, (jax.ShapeDtypeStruct(case.operand, dtype), weight(case)))
+
+
+def one_product(implementation: str, direction: str, k: int) -> Callable[..., jax.Array]:
+    """Returns x @ W as a function of (x, q), or g @ W.T of (g, q) as JAX's gradient makes it."""
+
+    def forward(x: jax.Array, q: Any) -> jax.Array:
+        return matmul(x, q, implementation)
+
+    def backward(g: jax.Array, q: Any) -> jax.Array:
+        x = jnp.zeros((*g.shape[:-1], k), g.dtype)
+        return jax.vjp(lambda x: forward(x, q), x)[1](g)[0]
+
+    return forward if direction == "forward" else backward
+
+
+def weight(case: Case) -> Any:
+    """Returns a QTensor of shapes for a case."""
+    make = functools.partial(
+        quantize, codebook=case.codebook, block_size=case.block_size, double_quant=case.double_quant
+    )
+    return jax.eval_shape(make, jax.ShapeDtypeStruct(case.shape, jnp.float32))
+
+
+@contextlib.contextmanager
+def interpreted(lane: Lane) -> Iterator[None]:
+    """Runs Triton's kernels as plain JAX within a rehearsal."""
+    before, triton.INTERPRET = triton.INTERPRET, lane.rehearsing
+    try:
+        yield
+    finally:
+        triton.INTERPRET = before
+
+
+def run(lane: Lane) -> None:
+    """Compiles and checks every case; fresh inputs at each call."""
+    device, seed = jax.devices()[0], time.time_ns() % 2**31
+    lane.record.fact("seed of the products", seed)
+    with interpreted(lane):
+        for implementation in IMPLEMENTATIONS:
+            chosen = cases(lane.scale, implementation)
+            if reason := excuse(implementation, lane.scale, device):
+                for case in chosen:
+                    lane.record.absent(case.name, reason)
+                continue
+            made = compile_all(map(program, chosen), lambda: lane.left() > 5)
+            for i, (case, outcome) in enumerate(zip(chosen, made)):
+                if not lane.enough(3, case.name):
+                    continue
+                with lane.guard(case.name):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    verdict, same = check(case, outcome, seed + i)
+                    right = verdict.right and same
+                    lane.record.check(case.name, right, **verdict.measures, repeats=same)
+
+
+def check(
+    case: Case, product: Callable[..., jax.Array], seed: int
+) -> tuple[reference.Verdict, bool]:
+    """Runs a compiled case on fresh inputs.
+
+    Returns:
+      The verdict on all inputs together, and whether a second run gave the same bits.
+    """
+    q = random_codes.quantized(weight(case), case.codebook, np.uint32(seed))
+    exact = reference.decoded(q)
+    key, same, lefts, results = jax.random.key(seed), True, [], []
+    for i in range(max(1, -(-OUTPUTS // case.outputs))):
+        x = jax.random.normal(jax.random.fold_in(key, i), case.operand).astype(case.dtype)
+        poison((case.rows, case.outputs // case.rows), case.dtype)
+        y, again = (np.asarray(product(x, q)) for _ in range(2))
+        same &= y.tobytes() == again.tobytes()
+        lefts.append(np.asarray(x))
+        results.append(y)
+    exact = exact if case.direction == "forward" else exact.T
+    return reference.judge(np.concatenate(results), np.concatenate(lefts), exact, seed), same
+
+
+def poison(shape: tuple[int, ...], dtype: str) -> None:
+    """Leaves NaN in the memory that an array of this shape gets next."""
+    jax.block_until_ready(jnp.full(shape, jnp.nan, dtype)).delete()

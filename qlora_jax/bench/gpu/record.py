@@ -1,0 +1,75 @@
+"""Results as lines of JSON, each on disk as soon as it is known."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+"""`part`, `kind` and what belongs to the kind: see `Recorder`'s methods."""
+
+LONGEST = 400
+"""Characters of an error's text that are kept."""
+
+_FOLDER = re.compile(r"(?<![\w/])(?:~|\.{0,2})/(?:[^\s/:'\"]+/)+")
+
+
+class Recorder:
+    """Appends the results of one part to a file.
+
+    A result has a `name` that is unique within its part; `parts.Part.names` declares them all.
+    """
+
+    def __init__(self, path: Path, part: str):
+        self.path, self.part = path, part
+
+    def figure(self, name: str, unit: str, value: float, **details: Any) -> None:
+        """Records a measured number; `details` may hold `field`, the kind of figure it is."""
+        self._write(kind="figure", name=name, **{"field": name, **details}, unit=unit, value=value)
+
+    def check(self, name: str, right: bool, **details: Any) -> None:
+        """Records whether something is as it must be."""
+        self._write(kind="check", name=name, right=bool(right), **details)
+
+    def absent(self, name: str, reason: str, error: bool = False) -> None:
+        """Records why a declared result is not there; an error makes its part a failed one."""
+        text = without_folders(reason)[:LONGEST]
+        self._write(kind="absent", name=name, reason=text, **({"error": True} if error else {}))
+
+    def fact(self, name: str, value: Any) -> None:
+        """Records something about the machine or the software."""
+        self._write(kind="fact", name=name, value=value)
+
+    def end(self, seconds: float, outcome: str) -> None:
+        """Records how the part ended: `ok`, or what went wrong."""
+        self._write(kind="end", seconds=seconds, outcome=without_folders(outcome)[:LONGEST])
+
+    def _write(self, **line: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"part": self.part, **line}, default=_plain) + "\n")
+
+
+def read(paths: Iterable[Path]) -> Iterator[Line]:
+    """Yields the lines of several files; a last line that was cut off is left out."""
+    for path in paths:
+        for text in path.read_text("utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:
+                continue
+
+
+def names(lines: Iterable[Mapping[str, Any]], part: str) -> set[str]:
+    """Returns the names that a part has recorded."""
+    return {line["name"] for line in lines if line["part"] == part and "name" in line}
+
+
+def without_folders(text: str) -> str:
+    """Takes the folders out of a text, since a report is sent to others: /home/me/x.py is x.py."""
+    return _FOLDER.sub("", text)
+
+
+def _plain(value: Any) -> Any:
+    """A number that is not Python's own, as JSON takes it."""
+    return value.item() if hasattr(value, "item") else str(value)

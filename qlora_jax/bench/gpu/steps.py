@@ -1,0 +1,154 @@
+"""A training step of published shapes with random codes: tokens/s, and memory against the plan.
+
+Each case is a process of its own, since a device counts its peak from the process's start.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qlora_jax.bench import step, tools
+from qlora_jax.bench.gpu.ceilings import MEMORY
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.options import Step
+from qlora_jax.memory import accounts
+from qlora_jax.memory.ledger import parameters
+from qlora_jax.models.shapes import find
+
+
+class Kind(NamedTuple):
+    """One figure of a case: its unit, and its name in the report of `bench step`."""
+
+    unit: str
+    source: str
+
+
+KINDS = {
+    "speed": Kind("tokens/s", "speed"),
+    "step": Kind("ms", "step, median"),
+    "update": Kind("ms", "update"),
+    "moments": Kind("MiB", "moments"),
+    "peak": Kind("MiB", "peak memory, device"),
+    "planned": Kind("MiB", "planned, device"),
+    "compile": Kind("s", "compile"),
+}
+FINITE = "losses are finite"
+
+BYTES = {"qlora": 0.56, "lora": 2.0}
+"""Least bytes that a run holds for each parameter of the base."""
+
+
+class Case(NamedTuple):
+    """One step.
+
+    Attributes:
+      name: in words.
+      options: of `bench step`.
+      least: seconds that it takes on an H100; with fewer left it is not begun.
+    """
+
+    name: str
+    options: Step
+    least: int = 14
+
+
+def qlora(model: str, seq: int = 512, **more: Any) -> Step:
+    """Returns the QLoRA paper's set-up: rank 64 on every linear, one row, all recomputed."""
+    return Step(
+        **({"model": model, "remat": "full", "batch": 1, "seq": seq, "rank": 64, "steps": 4} | more)
+    )
+
+
+TORCHTUNE = {"batch": 2, "rank": 8, "alpha": 16}
+"""torchtune's Llama 3.1 8B recipe, but on every linear."""
+
+CASES: Mapping[str, Sequence[Case]] = {
+    FULL: (
+        Case("7B, 512 tokens", qlora("llama-7b")),
+        Case("7B, 512 tokens, xla", qlora("llama-7b", kernel="xla")),
+        Case("7B, 512 tokens, moments on the host", qlora("llama-7b", offload="host")),
+        Case("7B, 2048 tokens", qlora("llama-7b", 2048)),
+        Case("7B, 512 tokens, 16-bit LoRA", qlora("llama-7b", method="lora")),
+        Case("8B, 2 x 2048 tokens, rank 8", qlora("llama3-8b", 2048, **TORCHTUNE)),
+    ),
+    REHEARSAL: (
+        Case("135M, 16 tokens", qlora("smollm2-135m", 16, rank=4, steps=1)),
+        Case(
+            "135M, 16 tokens, moments on the host",
+            qlora("smollm2-135m", 16, rank=4, steps=1, offload="host"),
+        ),
+    ),
+}
+
+
+def result_names(cases: Sequence[Case]) -> list[str]:
+    """Returns the names of the results of some cases."""
+    return [f"{case.name}: {kind}" for case in cases for kind in (*KINDS, FINITE)]
+
+
+def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
+    """Yields the gradient program and the update programs of some cases that fit on the device."""
+    for case in cases:
+        if too_large(case, device.memory):
+            continue
+        config, decoder = step.config_of(case.options), find(case.options.model)
+        made = accounts.abstract_step(config, decoder, device)
+        state = made.state._replace(optimizer=())
+        arguments = (state, made.frozen, made.batch, made.key)
+        yield Program(f"{case.name}: gradient", made.program.gradient, arguments)
+        for name, update, inputs in accounts.update_programs(made):
+            yield Program(f"{case.name}: {name}", update, inputs, donate=(0, 3))
+
+
+def too_large(case: Case, memory: int | None) -> str:
+    """Returns why a case does not fit into so many bytes; empty if it may, or if unknown."""
+    held = int(parameters(find(case.options.model)) * BYTES[case.options.method])
+    if memory is None or held < memory:
+        return ""
+    return f"its weights take {held / 2**30:.0f} GiB, and the device has {memory / 2**30:.0f}"
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return result_names(CASES[scale])
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the programs of all cases that fit on the device."""
+    return case_programs(CASES[scale], device)
+
+
+def run(lane: Lane) -> None:
+    """Measures every case."""
+    run_cases(lane, CASES[lane.scale])
+
+
+def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
+    """Measures some cases, each in a process of its own, and records their figures."""
+    # jax is not asked, since it would take the device's memory for this process
+    memory = lane.fact(MEMORY)
+    for case in cases:
+        own = result_names([case])
+        if reason := too_large(case, memory):
+            for name in own:
+                lane.record.absent(name, reason)
+            continue
+        if not lane.enough(case.least, *own):
+            continue
+        with lane.guard(*own):
+            _one(lane, case)
+
+
+def _one(lane: Lane, case: Case) -> None:
+    report = tools.measured(tools.ours(), "step", case.options, print, timeout=lane.left())
+    found = report["figures"]
+    for kind, (unit, source) in KINDS.items():
+        value = found.get(source, {}).get("value")
+        name = f"{case.name}: {kind}"
+        if value is None:
+            lane.record.absent(name, "the device does not tell")
+        else:
+            lane.record.figure(name, unit, value, field=kind, case=case.name)
+    finite = all(math.isfinite(loss) for loss in report["losses"])
+    lane.record.check(f"{case.name}: {FINITE}", finite, losses=report["losses"])

@@ -1,0 +1,176 @@
+"""Times of products: each kernel, decoding first (`xla`), and a GEMM on a 16-bit weight."""
+
+import functools
+import itertools
+import statistics
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.bench import jax_timing, random_codes
+from qlora_jax.bench.cases import CODEBOOK
+from qlora_jax.bench.cases import Case as Product
+from qlora_jax.bench.gpu import ceilings
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
+from qlora_jax.bench.gpu.programs import Program, compile_all
+from qlora_jax.bench.kernels import operation
+from qlora_jax.quant import quantize
+
+GEMM = "gemm"
+"""The product with a weight that was never quantized."""
+
+ORDER = ("mosaic", PLAIN, GEMM, "triton")
+DIRECTIONS = ("forward", "backward")
+MOST_SETS = 8
+"""Sets of inputs that take turns, at most; together they are larger than the level 2 cache."""
+
+BYTES = {GEMM: 2.0}
+"""Bytes of a weight's element; of 4 bits with double quantization 0.516."""
+
+
+class Sizes(NamedTuple):
+    """Rows, shapes of weights, and timed samples."""
+
+    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
+    samples: int
+
+
+SIZES = {
+    FULL: Sizes((1, 16, 512, 64, 2048, 4, 8192), ((4096, 11008), (4096, 4096), (8192, 28672)), 5),
+    REHEARSAL: Sizes((1, 16), ((128, 192),), 2),
+}
+"""The most telling first: time may run out."""
+
+
+class Case(NamedTuple):
+    """One product and who computes it."""
+
+    implementation: str
+    direction: str
+    rows: int
+    k: int
+    n: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation} {self.direction} {self.k}x{self.n} M={self.rows}"
+
+    @property
+    def product(self) -> Product:
+        return Product(self.direction, self.k, self.n, self.dtype, self.rows)
+
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.rows * self.k * self.n
+
+    @property
+    def nbytes(self) -> float:
+        """Operands and result, each once."""
+        weight = self.k * self.n * BYTES.get(self.implementation, 0.516)
+        return weight + 2 * self.rows * (self.k + self.n)
+
+
+def cases(scale: str, dtype: str = "bfloat16") -> list[Case]:
+    """Returns all cases, the most telling first."""
+    size = SIZES[scale]
+    return [
+        Case(name, direction, rows, k, n, dtype)
+        for (k, n), direction, name, rows in itertools.product(
+            size.shapes, DIRECTIONS, ORDER, size.rows
+        )
+    ]
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [case.name for case in cases(scale)]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the program of every case that runs on the device."""
+    (dtype,) = ceilings.dtypes(device)
+    yield from (program(case) for case in cases(scale, dtype) if not _excuse(case, scale, device))
+
+
+def program(case: Case) -> Program:
+    """Returns the program that a case is timed by; it goes over several sets of inputs."""
+    over = functools.partial(jax_timing.over_all, operation(case.product, _implementation(case)))
+    inner = case.k if case.direction == "forward" else case.n
+    x = jax.ShapeDtypeStruct((case.rows, inner), case.dtype)
+    sets = [(x, _weight(case))] * _sets(case)
+    return Program(case.name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
+
+
+def run(lane: Lane) -> None:
+    """Compiles and times every case."""
+    device = jax.devices()[0]
+    (dtype,) = ceilings.dtypes(device)
+    with interpreted(lane):
+        for _, some in itertools.groupby(
+            cases(lane.scale, dtype), lambda c: (c.k, c.n, c.direction, c.implementation)
+        ):
+            chosen = list(some)
+            if reason := _excuse(chosen[0], lane.scale, device):
+                for case in chosen:
+                    lane.record.absent(case.name, reason)
+                continue
+            made = compile_all(map(program, chosen), lambda: lane.left() > 8)
+            weights = None
+            for case, outcome in itertools.zip_longest(chosen, made):
+                if not lane.enough(4, case.name):
+                    continue
+                with lane.guard(case.name):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    weights = weights or [_made(case, i) for i in range(MOST_SETS)]
+                    measure(lane, case, outcome, weights)
+
+
+def measure(lane: Lane, case: Case, program: Any, weights: list[Any]) -> None:
+    """Times one compiled case and records it."""
+    keys = jax.random.split(jax.random.key(case.rows), _sets(case))
+    shape = (case.rows, case.k if case.direction == "forward" else case.n)
+    sets = [(jax.random.normal(key, shape, case.dtype), w) for key, w in zip(keys, weights)]
+    seconds = jax_timing.program_seconds(program, sets, SIZES[lane.scale].samples)
+    each = statistics.median(seconds)
+    lane.record.figure(
+        case.name,
+        "us",
+        1e6 * each,
+        field="time",
+        **case._asdict(),
+        **{"GB/s": case.nbytes / each / 1e9, "TFLOP/s": case.flop / each / 1e12},
+        samples=[1e6 * s for s in seconds],
+    )
+
+
+def _sets(case: Case) -> int:
+    return min(MOST_SETS, case.product.copies)
+
+
+def _implementation(case: Case) -> str | None:
+    return None if case.implementation == GEMM else case.implementation
+
+
+def _excuse(case: Case, scale: str, device: Any) -> str:
+    return "" if case.implementation == GEMM else excuse(case.implementation, scale, device)
+
+
+def _weight(case: Case) -> Any:
+    shape = jax.ShapeDtypeStruct((case.k, case.n), jnp.float32)
+    if case.implementation == GEMM:
+        return jax.ShapeDtypeStruct(shape.shape, case.dtype)
+    return jax.eval_shape(functools.partial(quantize, codebook=CODEBOOK), shape)
+
+
+def _made(case: Case, seed: int) -> Any:
+    weight = _weight(case)
+    if case.implementation != GEMM:
+        return random_codes.quantized(weight, CODEBOOK, np.uint32(seed))
+    return 0.02 * jax.random.normal(jax.random.key(seed), weight.shape, weight.dtype)

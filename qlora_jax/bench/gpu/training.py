@@ -1,0 +1,248 @@
+"""Whole runs by the command line: the quickstart, a resume after a kill, and moments on the host.
+
+Runs that are compared to the bit use `EXACT`: without it XLA may tune products differently in each
+process, and other algorithms add up in another order.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
+
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane, folder_of
+from qlora_jax.errors import RunFailed
+from qlora_jax.formats.fetch import cached
+from qlora_jax.train import checkpoint
+
+EXACT = "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
+BUILTIN = "smollm2-135m-instruct"
+POLL = 0.05
+"""Seconds between two looks at a run that is to be killed."""
+
+TRAINED = {
+    "data": {"source": "python-docs", "sequence_length": 256},
+    "lora": {"rank": 16, "alpha": 32},
+    "optimizer": {"learning_rate": 5e-4, "schedule": "cosine", "warmup_steps": 5},
+}
+"""Settings of configs/quickstart.yaml that all runs share."""
+
+PRETRAINED = {
+    "method": "full",
+    "model": {"path": "from-scratch", "storage_dtype": "float32", "remat": "none"},
+    "data": {"source": "python-docs", "format": "text", "sequence_length": 128},
+    "optimizer": {"learning_rate": 3e-3, "warmup_steps": 10},
+}
+"""A small model of our own, for where the built-in one is not in the cache and nothing can be
+downloaded."""
+
+
+class Sizes(NamedTuple):
+    """Steps of the quickstart, of the runs that are compared, and settings of the small model."""
+
+    quickstart: Mapping[str, Any]
+    compared: Mapping[str, Any]
+    pretrain: Mapping[str, Any]
+    pretrain_steps: int
+
+
+SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2}
+SIZES = {
+    FULL: Sizes(
+        {"steps": 80, "batch_size": 2, "eval_every": 0, "eval_rows": 16, "samples": 1},
+        {"steps": 24, "batch_size": 2, "eval_every": 0, "save_every": 8, "samples": 0},
+        {"vocab_size": 4096, "hidden_size": 256, "layers": 4, "positions": 256},
+        200,
+    ),
+    REHEARSAL: Sizes(
+        {"steps": 3, "batch_size": 1, "eval_every": 0, "eval_rows": 2, "samples": 0},
+        {"steps": 12, "batch_size": 1, "eval_every": 0, "save_every": 4, "samples": 0},
+        SMALL | {"positions": 256},
+        3,
+    ),
+}
+QUICKSTART = ("quickstart: loss falls", "quickstart: speed", "quickstart: seconds")
+HOST = "moments on the host: the same adapter"
+RESUMED = "killed and resumed, moments on the host: the same adapter"
+HALF = "float16 with loss scaling: loss is finite"
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results."""
+    return [*QUICKSTART, HOST, RESUMED, HALF]
+
+
+def programs(scale: str, device: Any) -> Any:
+    """Yields nothing: `curves` has the same model's programs."""
+    yield from ()
+
+
+def run(lane: Lane) -> None:
+    """Trains."""
+    work = folder_of(lane) / "runs"
+    with lane.guard(*names(lane.scale)):
+        model = base(lane, work)
+        runs = Runs(lane, work, model)
+        with lane.guard(*QUICKSTART):
+            quickstart(lane, runs)
+        if not lane.enough(25, HOST, RESUMED, HALF):
+            return
+        with lane.guard(HOST, RESUMED):
+            compared(lane, runs)
+        if lane.enough(10, HALF):
+            with lane.guard(HALF):
+                half(lane, runs)
+
+
+class Runs:
+    """Starts runs of the command line on one model.
+
+    Args:
+      lane: of the part.
+      work: folder for what the runs write.
+      model: a setting `model.path`.
+    """
+
+    def __init__(self, lane: Lane, work: Path, model: str):
+        self.lane, self.work, self.model = lane, work, model
+
+    def config(self, name: str, train: Mapping[str, Any], **more: Any) -> Path:
+        """Writes the config of a run that writes to the folder of its name."""
+        tree = TRAINED | {
+            "model": {"path": self.model} | more.pop("model", {}),
+            "train": dict(train),
+        }
+        return written(self.work, name, _merged(tree, more))
+
+    def finish(self, config: Path, *arguments: str, exact: bool = False) -> dict[str, Any]:
+        """Trains to the end and returns what `--json` prints."""
+        return command(self.lane, "train", str(config), "--json", *arguments, exact=exact)
+
+
+def base(lane: Lane, work: Path) -> str:
+    """Returns the model that is trained: the built-in one if it is cached, else one made here."""
+    if not lane.rehearsing and cached(BUILTIN) is not None:
+        return BUILTIN
+    size = SIZES[lane.scale]
+    train = {"steps": size.pretrain_steps, "batch_size": 4, "eval_every": 0, "samples": 0}
+    tree = PRETRAINED | {"pretrain": dict(size.pretrain), "train": train}
+    config = written(work, "base", tree)
+    command(lane, "pretrain", str(config), "--json", "--overwrite")
+    return str(work / "base" / "model")
+
+
+def quickstart(lane: Lane, runs: Runs) -> None:
+    """Trains as configs/quickstart.yaml does and records loss, speed and time."""
+    told = runs.finish(runs.config("quickstart", SIZES[lane.scale].quickstart), "--overwrite")
+    before, after = told["eval_before"], told["eval_after"]
+    model = BUILTIN if runs.model == BUILTIN else "a small model made here"
+    lane.record.check(QUICKSTART[0], after < before, before=before, after=after, model=model)
+    lane.record.figure(QUICKSTART[1], "tokens/s", told["tokens_per_s"], model=model)
+    lane.record.figure(QUICKSTART[2], "s", told["wall_s"], peak_bytes=told["peak_device_bytes"])
+
+
+def compared(lane: Lane, runs: Runs) -> None:
+    """Trains on the device, then with moments on the host, then killed; adapters must be equal."""
+    train, host = SIZES[lane.scale].compared, {"optimizer": {"offload": "host"}}
+    runs.finish(runs.config("device", train), "--overwrite", exact=True)
+    expected = adapter(runs.work / "device")
+    runs.finish(runs.config("host", train, **host), "--overwrite", exact=True)
+    lane.record.check(HOST, adapter(runs.work / "host") == expected)
+    config = runs.config("killed", train, **host)
+    saved = kill(lane, config, runs.work / "killed")
+    runs.finish(config, "--resume", exact=True)
+    right = saved > 0 and adapter(runs.work / "killed") == expected
+    lane.record.check(RESUMED, right, killed_with_checkpoint_of_step=saved)
+
+
+def half(lane: Lane, runs: Runs) -> None:
+    """Trains in float16, in which the loss is scaled, and records whether it stays finite."""
+    dtype = {"compute_dtype": "float16", "storage_dtype": "float16"}
+    train = SIZES[lane.scale].compared | {"eval_rows": 2}
+    told = runs.finish(runs.config("float16", train, model=dtype), "--overwrite")
+    after = told["eval_after"]
+    lane.record.check(HALF, after == after, after=after, skipped_steps=told["skipped"])
+
+
+def kill(lane: Lane, config: Path, output: Path) -> int:
+    """Starts a run, kills it once a checkpoint is there, and returns the newest one's step."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_jax", "train", str(config), "--overwrite"],
+        env=environment(exact=True),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while process.poll() is None and lane.left() > 0:
+            if steps_in(output):
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(POLL)
+    finally:
+        process.kill()
+        process.wait()
+    return max(steps_in(output), default=0)
+
+
+def steps_in(output: Path) -> list[int]:
+    """Returns the steps of the checkpoints of a run."""
+    folder = output / checkpoint.FOLDER
+    if not folder.is_dir():
+        return []
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def adapter(output: Path) -> str:
+    """Returns the SHA-256 of a run's adapter."""
+    return hashlib.sha256(
+        (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    ).hexdigest()
+
+
+def environment(exact: bool) -> dict[str, str]:
+    """Returns the environment of a run."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {EXACT if exact else ''}".strip()
+    return dict(os.environ) | ({"XLA_FLAGS": flags} if flags else {})
+
+
+def command(lane: Lane, *arguments: str, exact: bool = False) -> dict[str, Any]:
+    """Runs our program and returns its `--json`.
+
+    Raises:
+      RunFailed: it failed or took longer than there is time.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_jax", *arguments],
+            env=environment(exact),
+            capture_output=True,
+            text=True,
+            timeout=max(lane.left(), 1),
+        )
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{arguments[0]} took longer than the time that was left") from None
+    print(done.stderr, flush=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RunFailed(f"{arguments[0]} ended with code {done.returncode}: {last}")
+    return json.loads(done.stdout)
+
+
+def written(work: Path, name: str, tree: Mapping[str, Any]) -> Path:
+    """Writes WORK/NAME.yaml, whose run writes to WORK/NAME."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / f"{name}.yaml"
+    with path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(dict(tree) | {"output": str(work / name)}, file)
+    return path
+
+
+def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tree.get(key, {}) | more.get(key, {}) for key in {**tree, **more}}
