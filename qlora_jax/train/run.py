@@ -21,16 +21,16 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.device import describe_devices
 from qlora_jax.errors import RunFailed
 from qlora_jax.formats import fresh, peft
-from qlora_jax.lora.starts import STARTS
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder, without_adapters
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.train import export, metrics, rundir, start
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.display import progress
+from qlora_jax.train.identity import check_identity, starts_as_base
 from qlora_jax.train.loop import Progress, evaluate, loop
 from qlora_jax.train.metrics import MetricsLog, read_metrics
 from qlora_jax.train.optimizer import adamw, schedule
@@ -242,39 +242,6 @@ def answer(
         )
         advance(len(questions))
     return [text.decode(row) for row in rows]
-
-
-TOLERANCE = {"lora": 0.0, "dora": 1e-5}
-"""How far fresh adapters may move the output, in units of its largest number. DoRA multiplies by
-norms divided by themselves, which a GPU computes to within two units in the last place; float32
-activations carry those through the layers. On a CPU, and in 16 bits, the quotient is one."""
-
-
-def starts_as_base(config: Config) -> bool:
-    """Whether the adapters change nothing: fresh ones, not read or taken from the weights."""
-    return config.lora.from_adapter is None and config.lora.init not in STARTS
-
-
-def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Config) -> None:
-    """Raises RunFailed unless fresh adapters leave the model's output as it was (`TOLERANCE`)."""
-
-    def output(model: Decoder) -> jax.Array:
-        tokens = jnp.arange(16)[None] % model.config.vocab_size
-        segments, dtype = jnp.ones_like(tokens), jnp.dtype(config.model.compute_dtype)
-        return model.hidden(tokens, segments, jnp.arange(16)[None], dtype=dtype)
-
-    @jax.jit
-    def adapted(trained: Any, frozen: Any) -> jax.Array:
-        return output(nnx.merge(graph, trained, frozen))
-
-    @jax.jit
-    def base(trained: Any, frozen: Any) -> jax.Array:
-        return output(without_adapters(nnx.merge(graph, trained, frozen)))
-
-    fresh, before = (steps.wide(f(trained, frozen)) for f in (adapted, base))
-    limit = TOLERANCE[config.lora.variant] * jnp.abs(before).max()
-    if not jnp.abs(fresh - before).max() <= limit:
-        raise RunFailed("fresh adapters change the model's output; this is a bug, please report it")
 
 
 def describe_data(data: Data) -> str:
