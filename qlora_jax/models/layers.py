@@ -140,6 +140,10 @@ class Layer(nnx.Module):
         """The linears by their path below the layer, such as self_attn.q_proj."""
         return {path: getattr(self, _attribute(path)) for path in linears(self.config)}
 
+    def norms(self) -> dict[str, Norm]:
+        """The norms by their path below the layer, such as input_layernorm."""
+        return {path: getattr(self, _attribute(path)) for path in norms(self.config)}
+
     def __call__(
         self,
         x: jax.Array,

@@ -1,7 +1,7 @@
 """Whether fresh adapters leave every linear's product as it was."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import nnx
 
 from qlora_jax.config import Config
 from qlora_jax.errors import RunFailed
+from qlora_jax.lora import Adapter
 from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.layers import Linear
@@ -99,7 +100,7 @@ def _unchanged(linear: Linear, dtype: jnp.dtype, tolerance: float) -> jax.Array:
         def multiply(y: jax.Array) -> jax.Array:
             return before if y is x else linear.multiply(y)
 
-        after = linear.adapter.product(x, multiply, None).astype(jnp.float32)
+        after = cast(Adapter, linear.adapter).product(x, multiply, None).astype(jnp.float32)
         before = before.astype(jnp.float32)
         limit = tolerance * jnp.abs(before).max()
         # equal infinities have no difference; a maximum on a CPU may leave NaN out
