@@ -19,7 +19,7 @@ from qlora_jax.versions import versions
 NAME = "manifest.json"
 _SESSION = (
     *("started", "finished", "command", "versions", "git", "devices", "machine", "environment"),
-    "base_sha256",
+    *("base_hash", "base_sha256"),
 )
 
 
@@ -31,7 +31,7 @@ def build(
     Args:
       config: the run's configuration.
       command: what started it.
-      extra: further entries for the top level, e.g. `base_sha256` and `codebook_sha256`.
+      extra: further entries for the top level, e.g. `base_hash` and `codebook_sha256`.
 
     Raises:
       ValueError: an extra entry has the name of one that is recorded anyway.
@@ -112,6 +112,18 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: not a JSON object; restore it, or delete it to go on")
     return manifest
+
+
+def base_hash(manifest: Mapping[str, Any]) -> str | None:
+    """The hash of the base that a manifest records, with its version, as 2:9f86d0….
+
+    Manifests of before there were versions hold version 1 under `base_sha256`. None where neither
+    is there.
+    """
+    if "base_hash" in manifest:
+        return manifest["base_hash"]
+    old = manifest.get("base_sha256")
+    return None if old is None else f"1:{old}"
 
 
 def git_state(folder: str | Path = Path(__file__).parent) -> dict[str, Any] | None:

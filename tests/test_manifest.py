@@ -33,11 +33,11 @@ def test_it_records_what_ran(monkeypatch):
     monkeypatch.setenv("JAX_TEST_SETTING", "1")
     monkeypatch.setenv("HF_TOKEN", "secret")
     command = "qlora-jax train 'my run.yaml'"
-    built = json.loads(json.dumps(manifest.build(CONFIG, command, {"base_sha256": "ab"})))
+    built = json.loads(json.dumps(manifest.build(CONFIG, command, {"base_hash": "2:ab"})))
     assert built["config_sha256"] == config_lib.digest(CONFIG)
     assert config_lib.from_tree(built["config"], "manifest") == CONFIG
     assert built["seed"] == 7
-    assert built["base_sha256"] == "ab"
+    assert built["base_hash"] == "2:ab"
     assert built["command"] == command
     assert built["environment"]["XLA_FLAGS"] == "--xla_dump_to="
     assert built["environment"]["JAX_TEST_SETTING"] == "1"
@@ -72,12 +72,12 @@ def test_an_extra_entry_cannot_hide_a_recorded_one():
 
 def test_a_resumed_run_keeps_its_earlier_sessions(tmp_path):
     for number in range(3):
-        built = manifest.build(CONFIG, f"session {number}", {"base_sha256": f"base {number}"})
+        built = manifest.build(CONFIG, f"session {number}", {"base_hash": f"base {number}"})
         manifest.write(tmp_path, built, resumed=number > 0)
     written = manifest.read(tmp_path)
     assert written["command"] == "session 2"
     assert [s["command"] for s in written["earlier"]] == ["session 0", "session 1"]
-    assert [s["base_sha256"] for s in written["earlier"]] == ["base 0", "base 1"]
+    assert [s["base_hash"] for s in written["earlier"]] == ["base 0", "base 1"]
     assert all("versions" in s and "config" not in s for s in written["earlier"])
     manifest.write(tmp_path, built)
     assert "earlier" not in manifest.read(tmp_path)

@@ -246,14 +246,6 @@ def attach(
             linear.adapter = nnx.data(adapter)
 
 
-def without_adapters(model: Decoder) -> Decoder:
-    """The model as it was before `attach`, in place."""
-    for run in model.runs:
-        for linear in run.linears().values():
-            linear.adapter = None
-    return model
-
-
 def use_kernel(model: Decoder, implementation: str | None) -> None:
     """Has every linear multiply by this implementation of `matmul`, in place."""
     for run in model.runs:

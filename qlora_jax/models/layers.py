@@ -65,13 +65,15 @@ class Linear(nnx.Module):
         self.implementation: str | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        def multiply(x: jax.Array) -> jax.Array:
-            return project(x, self.weight.get_value(), self.implementation)
-
+        multiply = self.multiply
         y = multiply(x) if self.adapter is None else self.adapter.product(x, multiply, key)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype)
         return kept(y)
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """x @ W, [..., out] in x's dtype, without bias and adapter; one layer of the stack."""
+        return project(x, self.weight.get_value(), self.implementation)
 
 
 def project(
@@ -137,6 +139,10 @@ class Layer(nnx.Module):
     def linears(self) -> dict[str, Linear]:
         """The linears by their path below the layer, such as self_attn.q_proj."""
         return {path: getattr(self, _attribute(path)) for path in linears(self.config)}
+
+    def norms(self) -> dict[str, Norm]:
+        """The norms by their path below the layer, such as input_layernorm."""
+        return {path: getattr(self, _attribute(path)) for path in norms(self.config)}
 
     def __call__(
         self,

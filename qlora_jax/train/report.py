@@ -51,8 +51,9 @@ class Summary:
     total: int
     """All parameters, the adapters' included."""
     device: str
-    base_sha256: str
-    """Of the frozen weights, the same before and after; empty when there are none."""
+    base_hash: str
+    """Of the pretrained weights (`models.fingerprint`), which stayed the same; empty where they are
+    trained."""
     steps: int
     skipped: int
     """Steps left out because a gradient overflowed."""
@@ -227,8 +228,8 @@ def _report(summary: Summary) -> str:
     ]
     if summary.peak_device_bytes is not None:
         facts.append(("peak memory, device", f"{summary.peak_device_bytes / 2**30:.2f} GiB"))
-    if summary.base_sha256:
-        facts.append(("SHA-256 of the frozen weights", f"`{summary.base_sha256}`"))
+    if summary.base_hash:
+        facts.append(("hash of the frozen weights", f"`{summary.base_hash}`"))
     table = "".join(f"| {name} | {value} |\n" for name, value in facts)
     prompt = summary.samples[0].prompt if summary.samples else "..."
     generate = f"qlora-jax generate {shlex.quote(summary.run_dir)} --prompt {shlex.quote(prompt)}"

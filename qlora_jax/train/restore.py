@@ -10,7 +10,7 @@ from qlora_jax import manifest
 from qlora_jax.config import Config
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
-from qlora_jax.models import trees
+from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.train import rundir
 from qlora_jax.train import step as steps
@@ -58,11 +58,11 @@ def check_base(folder: str | Path, restored: Restored) -> None:
     """
     if restored.config.method == "full":
         return
-    before = manifest.read(folder).get("base_sha256")
-    _, _, frozen = trees.split(restored.model, restored.config.method)
-    if (found := trees.sha256(frozen)) != before:
+    before = manifest.base_hash(manifest.read(folder))
+    found = fingerprint.like(before, restored.model, restored.config.method)
+    if found != before:
         raise UserError(
-            f"{folder}: the adapter was trained on weights of SHA-256 {before}, and those of "
+            f"{folder}: the adapter was trained on weights of hash {before}, and those of "
             f"{restored.config.model.path} are {found}: the files, the device or a version "
             "changed; give back the model it was trained on"
         )

@@ -21,16 +21,16 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.device import describe_devices
 from qlora_jax.errors import RunFailed
 from qlora_jax.formats import fresh, peft
-from qlora_jax.lora.starts import STARTS
-from qlora_jax.models import trees
+from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder, without_adapters
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.train import export, metrics, rundir, start
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.display import progress
+from qlora_jax.train.identity import check_identity, starts_as_base
 from qlora_jax.train.loop import Progress, evaluate, loop
 from qlora_jax.train.metrics import MetricsLog, read_metrics
 from qlora_jax.train.optimizer import adamw, schedule
@@ -91,11 +91,12 @@ def train(
     if scales := sorted({round(spec.scale, 6) for spec in specs.values()}):
         say(f"adapter scale ({config.lora.scaling}): {', '.join(map(str, scales))}")
 
+    base_hash = fingerprint.base_hash(model, config.method)
+    base_changed = _base_changed(model, config) if resume else None
     graph, trained, frozen = trees.split(model, config.method)
     del model
     if specs and starts_as_base(config):
         check_identity(graph, trained, frozen, config)
-    base_hash = trees.sha256(frozen if specs else trained)
     optimizer = adamw(config.optimizer, config.train.steps)
     state = steps.init(trained, optimizer, config.model.compute_dtype == "float16", moments)
     del trained  # a resumed run replaces it, and must not hold both
@@ -125,7 +126,7 @@ def train(
     # All that the input can be at fault for is behind: only now is anything written.
     quant = held_quantization(config, checkpoint)
     facts = {
-        "base_sha256": base_hash,
+        "base_hash": base_hash,
         "codebook_sha256": _codebook_hash(quant),
         "quantization": dataclasses.asdict(quant) if quant else None,
     }
@@ -140,7 +141,8 @@ def train(
         state, extra = checkpoints.restore(state)
         loader.restore(extra["loader"])
         counters = Progress(**extra["progress"])
-        _warn_if_base_changed(run_dir, base_hash, say)
+        if base_changed:
+            say(base_changed)
         say(f"resumed from step {int(state.step)}")
     earlier_s = counters.seconds
     if goes_on:
@@ -178,12 +180,11 @@ def train(
                 program, state, frozen, held_out, log, int(state.step)
             )
     if specs:
-        if trees.sha256(frozen) != base_hash:
+        adapted = nnx.merge(graph, state.trained, frozen)
+        if fingerprint.base_hash(adapted, config.method) != base_hash:
             raise RunFailed("the frozen base changed in training; this is a bug, please report it")
-        say(f"base unchanged: SHA-256 {base_hash} before and after")
-        export.export_adapter(
-            config, nnx.merge(graph, state.trained, frozen), run_dir / export.FOLDER
-        )
+        say(f"base unchanged: hash {base_hash} before and after")
+        export.export_adapter(config, adapted, run_dir / export.FOLDER)
     if config.model.path == fresh.NAME:
         export.export_model(
             config, nnx.merge(graph, state.trained, frozen), text, run_dir / export.MODEL
@@ -197,7 +198,7 @@ def train(
         trainable=trained_count,
         total=total_count,
         device=device,
-        base_sha256=base_hash if specs else "",
+        base_hash=base_hash if specs else "",
         steps=int(state.step),
         skipped=counters.skipped,
         wall_s=earlier_s + time.perf_counter() - started,
@@ -244,39 +245,6 @@ def answer(
     return [text.decode(row) for row in rows]
 
 
-TOLERANCE = {"lora": 0.0, "dora": 1e-5}
-"""How far fresh adapters may move the output, in units of its largest number. DoRA multiplies by
-norms divided by themselves, which a GPU computes to within two units in the last place; float32
-activations carry those through the layers. On a CPU, and in 16 bits, the quotient is one."""
-
-
-def starts_as_base(config: Config) -> bool:
-    """Whether the adapters change nothing: fresh ones, not read or taken from the weights."""
-    return config.lora.from_adapter is None and config.lora.init not in STARTS
-
-
-def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Config) -> None:
-    """Raises RunFailed unless fresh adapters leave the model's output as it was (`TOLERANCE`)."""
-
-    def output(model: Decoder) -> jax.Array:
-        tokens = jnp.arange(16)[None] % model.config.vocab_size
-        segments, dtype = jnp.ones_like(tokens), jnp.dtype(config.model.compute_dtype)
-        return model.hidden(tokens, segments, jnp.arange(16)[None], dtype=dtype)
-
-    @jax.jit
-    def adapted(trained: Any, frozen: Any) -> jax.Array:
-        return output(nnx.merge(graph, trained, frozen))
-
-    @jax.jit
-    def base(trained: Any, frozen: Any) -> jax.Array:
-        return output(without_adapters(nnx.merge(graph, trained, frozen)))
-
-    fresh, before = (steps.wide(f(trained, frozen)) for f in (adapted, base))
-    limit = TOLERANCE[config.lora.variant] * jnp.abs(before).max()
-    if not jnp.abs(fresh - before).max() <= limit:
-        raise RunFailed("fresh adapters change the model's output; this is a bug, please report it")
-
-
 def describe_data(data: Data) -> str:
     """One line on what is trained on, and what was left out."""
     stats = data.stats
@@ -310,14 +278,19 @@ def _median_rate(run_dir: Path) -> float:
     return float(np.median([row[name] for row in rows if name in row]))
 
 
-def _warn_if_base_changed(run_dir: Path, base_hash: str, say: Callable[[str], None]) -> None:
-    if not paths.exists(run_dir / manifest.NAME):
-        return
-    if (before := manifest.read(run_dir).get("base_sha256")) != base_hash:
-        say(
-            f"warning: the model's weights are not those the run began with (SHA-256 {base_hash}, "
-            f"then {before}): the files, the device or a version changed"
-        )
+def _base_changed(model: Decoder, config: Config) -> str | None:
+    """A warning where the run to be resumed began with other weights."""
+    folder = Path(config.output)
+    if not paths.exists(folder / manifest.NAME):
+        return None
+    before = manifest.base_hash(manifest.read(folder))
+    found = fingerprint.like(before, model, config.method)
+    if found == before:
+        return None
+    return (
+        f"warning: the model's weights are not those the run began with (hash {found}, "
+        f"then {before}): the files, the device or a version changed"
+    )
 
 
 def _codebook_hash(quant: QuantConfig | None) -> str | None:

@@ -92,8 +92,8 @@ def test_floats_come_without(run_cli, qlora, tmp_path):
 def test_another_base_is_refused_by_its_hash(run_cli, qlora, tmp_path):
     shutil.copytree(qlora, tmp_path / "run")
     told = manifest.read(tmp_path / "run")
-    before = told["base_sha256"]
-    manifest.write(tmp_path / "run", told | {"base_sha256": "ab" * 32})
+    before = told["base_hash"]
+    manifest.write(tmp_path / "run", told | {"base_hash": "2:" + "ab" * 32})
     ended = run_cli("merge", tmp_path / "run", tmp_path / "out")
     assert ended.code == 2
     assert "ab" * 32 in ended.message

@@ -19,9 +19,7 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.peft import factor, read_adapter
 from qlora_jax.models import trees
 from qlora_jax.quant import QTensor, dequantize
-from qlora_jax.train import run
 from qlora_jax.train.export import export_adapter
-from qlora_jax.train.run import check_identity, starts_as_base
 from qlora_jax.train.setup import load_model, open_model
 from qlora_jax.train.start import Splitter, resolved
 
@@ -247,23 +245,6 @@ def test_a_start_that_is_far_from_the_weights_is_a_failure():
 def test_loftq_needs_a_quantized_base(tiny_model):
     with pytest.raises(UserError, match=r"loftq .*method lora does not quantize"):
         open_model(config_of(tiny_model, init="loftq"))
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("more", [{}, {"freeze_a": True}], ids=["", "freeze_a"])
-def test_fresh_dora_is_the_base_to_the_bit(monkeypatch, method, more):
-    config = config_of(LLAMA, method, variant="dora", rank=4, target_modules=["q_proj"], **more)
-    assert starts_as_base(config)
-    graph, trained, frozen = trees.split(build(config), method)
-    with monkeypatch.context() as exact:
-        exact.setitem(run.TOLERANCE, "dora", 0.0)
-        check_identity(graph, trained, frozen, config)
-    state = jax.tree.map(lambda x: x * 1.001, trained)
-    with pytest.raises(RunFailed, match="fresh adapters change"):
-        check_identity(graph, state, frozen, config)
-    assert not starts_as_base(
-        dataclasses.replace(config, lora=dataclasses.replace(config.lora, init="pissa"))
-    )
 
 
 def test_the_config_of_a_run_is_what_the_adapter_decided(tmp_path):
