@@ -1,45 +1,71 @@
 """Speed and memory of our greedy generation."""
 
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from qlora_jax import compilation
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
 from qlora_jax.bench.options import Generate, to_tree
+from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
-from qlora_jax.config import ModelConfig, QuantConfig
+from qlora_jax.config import Config, ModelConfig, QuantConfig, from_tree
 from qlora_jax.device import describe_devices, warn_if_gpu_idle
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.manifest import git_state
-from qlora_jax.models.generate import generate
+from qlora_jax.memory.abstract import abstract_model
+from qlora_jax.models.decoder import Decoder, use_kernel
+from qlora_jax.models.generate import (
+    Sampling,
+    decode,
+    generate,
+    padded_size,
+    padded_stops,
+    prefill,
+)
+from qlora_jax.models.shapes import SHAPES
 
 
-def run(options: Generate) -> dict[str, Any]:
-    """Loads the model and answers one random prompt again and again.
+class Prepared(NamedTuple):
+    """A model and its prompts; `answer` generates once.
+
+    `answer` returns the ids of each row, and the seconds from the start to each look at new tokens.
+    """
+
+    model: Decoder
+    prompts: list[list[int]]
+    answer: Callable[[], tuple[list[list[int]], list[float]]]
+
+
+def prepare(options: Generate) -> Prepared:
+    """Loads or makes the model.
 
     Raises:
       UserError: the model cannot be opened, or has too few positions.
     """
-    compilation.give_memory_back()
-    memory = PeakMemory()
-    jax.devices()
-    start = time.perf_counter()
-    checkpoint = open_checkpoint(ModelConfig(path=options.model))
-    model = load(checkpoint, quant=QuantConfig(), dtype=options.dtype)
-    loaded = time.perf_counter() - start
-    prompt = measure.random_tokens(checkpoint.config.vocab_size, (options.prompt,), options.seed)
+    if options.model in SHAPES:
+        config, decoder = _config(options), SHAPES[options.model]
+        model = _without_adapters(nnx.merge(*random_model(config, decoder, options.kernel)))
+    else:
+        checkpoint = open_checkpoint(ModelConfig(path=options.model))
+        model = load(checkpoint, quant=QuantConfig(), dtype=options.dtype)
+        use_kernel(model, options.kernel)
+    shape = (options.rows, options.prompt)
+    prompts = measure.random_tokens(model.config.vocab_size, shape, options.seed).tolist()
 
-    def answer() -> tuple[list[int], list[float]]:
+    def answer() -> tuple[list[list[int]], list[float]]:
         seen: list[float] = []
         start = time.perf_counter()
-        (ids,) = generate(
+        ids = generate(
             model,
-            [prompt.tolist()],
+            prompts,
             max_new_tokens=options.tokens,
             stop_ids=(),
             pad_id=0,
@@ -48,11 +74,27 @@ def run(options: Generate) -> dict[str, Any]:
         )
         return ids, seen
 
+    return Prepared(model, prompts, answer)
+
+
+def run(options: Generate) -> dict[str, Any]:
+    """Loads the model and answers random prompts again and again.
+
+    Raises:
+      UserError: the model cannot be opened, or has too few positions.
+    """
+    compilation.give_memory_back()
+    memory = PeakMemory()
+    jax.devices()
+    start = time.perf_counter()
+    answer = prepare(options).answer
+    loaded = time.perf_counter() - start
     ids, first = answer()
     memory.restart()
     with Neighbours() as neighbours:
         answers = [answer() for _ in range(options.samples)]
-    figures = measure.answer_figures([(seen[0], seen[-1]) for _, seen in answers], options.tokens)
+    times = [(seen[0], seen[-1]) for _, seen in answers]
+    figures = measure.answer_figures(times, options.tokens, options.rows)
     figures |= {
         "peak memory, answering": figure("MiB", memory.phase()),
         "peak memory": figure("MiB", memory.process()),
@@ -65,9 +107,74 @@ def run(options: Generate) -> dict[str, Any]:
         ["jax", "jaxlib", "flax"],
         to_tree(options),
         figures,
-        ids=ids,
+        ids=ids[0],
         notes=list(filter(None, [warn_if_gpu_idle()])),
         others_cores=neighbours.cores,
         device=str(describe_devices()),
         git=git_state(),
+    )
+
+
+class Compilable(NamedTuple):
+    """One of the two programs of a generation: its name, the function and abstract arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def programs(options: Generate) -> Iterator[Compilable]:
+    """Yields what `prepare(options).answer` runs, for published shapes: prefill, then decode."""
+    made = abstract_model(_config(options), SHAPES[options.model], options.kernel)
+    graphs: list[nnx.GraphDef] = []
+
+    def bare(trained: Any, frozen: Any) -> nnx.State:
+        graph, weights = nnx.split(_without_adapters(nnx.merge(made.graph, trained, frozen)))
+        graphs.append(graph)
+        return weights
+
+    weights = jax.eval_shape(bare, made.trained, made.frozen)
+    (graph,), dtype = graphs, jnp.dtype(options.dtype)
+    shape = (options.rows, padded_size(options.prompt))
+    slots = padded_size(options.prompt + options.tokens)
+    tokens, lengths = (jax.ShapeDtypeStruct(s, jnp.int32) for s in (shape, shape[:1]))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), options.rows))
+    sampling, stops = Sampling(0.0, 1.0, keys), padded_stops(())
+
+    def read(weights: Any, tokens: Any, lengths: Any, keys: Any) -> Any:
+        drawn = sampling._replace(keys=keys)
+        return prefill(graph, weights, tokens, lengths, drawn, stops, slots, dtype)
+
+    def write(weights: Any, cache: Any, rows: Any, keys: Any, steps: Any) -> Any:
+        drawn = sampling._replace(keys=keys)
+        return decode(graph, weights, cache, rows, drawn, stops, 0, steps, dtype)
+
+    yield Compilable("prefill", read, (weights, tokens, lengths, keys))
+    rows, cache = jax.eval_shape(read, weights, tokens, lengths, keys)
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    yield Compilable("decode", write, (weights, cache, rows, keys, one))
+
+
+def _without_adapters(model: Decoder) -> Decoder:
+    for run in model.runs:
+        for linear in run.linears().values():
+            linear.adapter = None
+    return model
+
+
+def _config(options: Generate) -> Config:
+    """The run whose model has these weights; its adapters are taken off."""
+    return from_tree(
+        {
+            "model": {
+                "path": options.model,
+                "compute_dtype": options.dtype,
+                "storage_dtype": options.dtype,
+            },
+            "data": {"source": "none"},
+            "output": "none",
+            "lora": {"rank": 1},
+            "train": {"seed": options.seed},
+        },
+        "options",
     )

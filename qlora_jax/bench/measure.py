@@ -154,16 +154,19 @@ def step_figures(seconds: Sequence[float], tokens: int) -> dict[str, Figure]:
     }
 
 
-def answer_figures(times: Sequence[tuple[float, float]], written: int) -> dict[str, Figure]:
-    """Of answers of `written` tokens.
+def answer_figures(
+    times: Sequence[tuple[float, float]], written: int, rows: int = 1
+) -> dict[str, Figure]:
+    """Of answers of `rows` times `written` tokens.
 
     Args:
       times: per answer, seconds from its start to its first token and to its last.
-      written: tokens of each answer, at least one.
+      written: tokens of each row, at least one.
+      rows: that are written at one time.
     """
     figures = {"prefill": median_ms([first for first, _ in times])}
     if written > 1:
-        speeds = [(written - 1) / (last - first) for first, last in times]
+        speeds = [rows * (written - 1) / (last - first) for first, last in times]
         figures["decode"] = figure("tokens/s", statistics.median(speeds), speeds)
     return figures
 

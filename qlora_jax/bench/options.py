@@ -76,12 +76,15 @@ class Generate:
     """Greedy text from a model in NF4 with double quantization.
 
     Attributes:
-      model: a folder, a .gguf file or a built-in name.
+      model: a folder, a .gguf file, a built-in name, or a key of `models.shapes.SHAPES`, which
+        stands for random weights made on the device.
       dtype: of computation, and of weights that are not quantized.
       prompt: random tokens that are read.
       tokens: tokens that are written, the first by reading the prompt.
       samples: timed answers, after one to warm up.
       seed: of the prompt.
+      rows: answers that are written at one time.
+      kernel: of ours, as `kernels.implementation`; None: by device, dtype and rows.
     """
 
     model: str
@@ -90,6 +93,8 @@ class Generate:
     tokens: int = 64
     samples: int = 5
     seed: int = 0
+    rows: int = 1
+    kernel: str | None = None
 
 
 Options = Kernels | Step | Load | Generate

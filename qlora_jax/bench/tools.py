@@ -73,7 +73,13 @@ def peers(python: str, what: str) -> list[Tool]:
 
 
 def measured(
-    tool: Tool, what: str, options: Options | Mapping[str, Any], say: Callable[[str], None]
+    tool: Tool,
+    what: str,
+    options: Options | Mapping[str, Any],
+    say: Callable[[str], None],
+    *,
+    timeout: float | None = None,
+    flags: str = "",
 ) -> dict[str, Any]:
     """The report of one run, in a process of its own.
 
@@ -82,6 +88,8 @@ def measured(
       what: a benchmark.
       options: of it.
       say: told what a run that failed wrote to stderr.
+      timeout: seconds after which the run is ended.
+      flags: for XLA, of our run.
 
     Raises:
       UserError: the run found the options, or what they name, not usable.
@@ -89,9 +97,13 @@ def measured(
     """
     tree = options if isinstance(options, Mapping) else to_tree(options)
     command = [tool.python, str(WORKER), tool.name, what, json.dumps(tree)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=None if tool.name == OURS else _clean()
-    )
+    environment = _with_flags(flags) if tool.name == OURS else _clean()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"bench {what}: {tool.name} took longer than {timeout:.0f} s") from None
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == 2:
         raise UserError(last)
@@ -116,6 +128,10 @@ def _installed(python: str, packages: Sequence[str]) -> set[str]:
             f"--peer {python}: not a Python interpreter; give the path of one, such as "
             "peer/bin/python"
         ) from None
+
+
+def _with_flags(flags: str) -> dict[str, str]:
+    return dict(os.environ) | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
 
 
 def _clean() -> dict[str, str]:

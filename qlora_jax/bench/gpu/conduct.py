@@ -1,5 +1,6 @@
 """Runs the parts one after another, each in a process of its own, within a total of seconds."""
 
+import contextlib
 import json
 import os
 import signal
@@ -112,10 +113,8 @@ def _process(request: Request, part: Part, seconds: float) -> str:
 
 def _end(process: subprocess.Popen) -> None:
     """Ends the part's process and all that it started, which are in a session of their own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -159,8 +159,8 @@ def check(corner: Corner, scale: str) -> reference.Verdict:
     for i in range(CALLS):
         stack = random_codes.quantized(_stack(scale), CODEBOOK, np.uint32(i))
         x = jax.random.normal(jax.random.key(i), (corner.rows, size.features)).astype(DTYPE)
-        got = [f(x, stack) for f in (ours, theirs)]
-        verdicts.append(reference.agree(*got, exact(x.astype(jnp.float32), stack)))
+        wide = exact(x.astype(jnp.float32), stack)
+        verdicts.append(reference.agree(ours(x, stack), theirs(x, stack), wide))
     return max(verdicts, key=lambda verdict: (not verdict.right, verdict.mean))
 
 

@@ -1,5 +1,6 @@
 """Generation from published shapes with random codes: decoded tokens/s, and prefill."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,16 +27,14 @@ class Case(NamedTuple):
     flags: str = ""
 
 
-def _seven(**more: Any) -> Generate:
-    return Generate(**({"model": "llama-7b", "tokens": 129, "samples": 3} | more))
-
+SEVEN = Generate("llama-7b", tokens=129, samples=3)
 
 CASES: Mapping[str, Sequence[Case]] = {
     FULL: (
-        Case("7B, 1 row", _seven()),
-        Case("7B, 1 row, xla", _seven(kernel="xla")),
-        Case("7B, 16 rows", _seven(rows=16)),
-        Case("7B, 1 row, codes copied out of the stack", _seven(), UNFUSED),
+        Case("7B, 1 row", SEVEN),
+        Case("7B, 1 row, xla", dataclasses.replace(SEVEN, kernel="xla")),
+        Case("7B, 16 rows", dataclasses.replace(SEVEN, rows=16)),
+        Case("7B, 1 row, codes copied out of the stack", SEVEN, UNFUSED),
     ),
     REHEARSAL: (
         Case("135M, 2 rows", Generate("smollm2-135m", prompt=4, tokens=3, samples=1, rows=2)),
@@ -51,7 +50,8 @@ def names(scale: str) -> list[str]:
 def programs(scale: str, device: Any) -> Iterator[Program]:
     """Yields the two programs of each case, for prefill and for decoding."""
     for case in CASES[scale]:
-        yield from generate.programs(case.options, case.name)
+        for name, function, arguments in generate.programs(case.options):
+            yield Program(f"{case.name}: {name}", function, arguments)
 
 
 def run(lane: Lane) -> None:

@@ -1,4 +1,4 @@
-"""Do fresh adapters change nothing, with products tuned as XLA likes? Every run checks this first."""
+"""Do fresh adapters change nothing, however XLA tunes products? Every run checks this first."""
 
 import dataclasses
 import functools

@@ -6,6 +6,8 @@ from typing import Any
 
 from qlora_jax.bench.gpu.report import Report, last_line
 
+OURS = ("mosaic", "triton", "xla")
+SHOWN = (*OURS, "gemm", "bitsandbytes")
 """Implementations in the tables of times, in this order."""
 
 LISTED = 20

@@ -55,7 +55,7 @@ def _first(lane: Lane, what: str) -> tools.Tool | None:
 
 def _steps(lane: Lane, tool: tools.Tool) -> None:
     for name, options in STEPS[lane.scale].items():
-        report = tools.measured(tool, "step", step_options(options), print, timeout=lane.left())
+        report = tools.measured(tool, "step", options, print, timeout=lane.left())
         for kind, (unit, source) in KINDS.items():
             value = report["figures"].get(source, {}).get("value")
             if value is None:

@@ -1,4 +1,4 @@
-"""Is each kernel right? Products on fresh inputs against float64, over a pairwise cover of cases."""
+"""Is each kernel right? Fresh products against float64, over a pairwise cover of cases."""
 
 import contextlib
 import functools

@@ -5,9 +5,8 @@ a GEMM rounds the weight and its result to 16 bits. Mosaic's kernels round codeb
 product, which makes about 1.4 times its error.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes  # noqa: F401  gives NumPy bfloat16
 import numpy as np
 
@@ -104,11 +103,11 @@ def rounded_to(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return array.astype(np.float32).astype(dtype).astype(np.float64)
 
 
-def agree(ours: jax.Array, theirs: jax.Array, exact: jax.Array) -> Verdict:
+def agree(ours: Any, theirs: Any, exact: Any) -> Verdict:
     """Compares any result with that of 16-bit GEMMs, both against one in float32.
 
     Args:
-      ours: from the implementation to be checked.
+      ours: array from the implementation to be checked.
       theirs: the same from decoded weights and 16-bit GEMMs.
       exact: the same in float32 at full precision.
     """

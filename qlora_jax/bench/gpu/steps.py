@@ -97,7 +97,7 @@ def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
         state = made.state._replace(optimizer=())
         arguments = (state, made.frozen, made.batch, made.key)
         yield Program(f"{case.name}: gradient", made.program.gradient, arguments)
-        for name, update, inputs in accounts.update_programs(made):
+        for name, update, inputs in accounts.updates(made):
             yield Program(f"{case.name}: {name}", update, inputs, donate=(0, 3))
 
 

@@ -245,4 +245,4 @@ def written(work: Path, name: str, tree: Mapping[str, Any]) -> Path:
 
 
 def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tree.get(key, {}) | more.get(key, {}) for key in {**tree, **more}}
+    return {key: {**tree.get(key, {}), **more.get(key, {})} for key in {**tree, **more}}

@@ -31,8 +31,9 @@ def run(options: Generate) -> dict[str, Any]:
     start = time.perf_counter()
     model: Any = load_base(options.model, getattr(torch, options.dtype), quantized=True).eval()
     loaded = time.perf_counter() - start
-    prompt = measure.random_tokens(model.config.vocab_size, (options.prompt,), options.seed)
-    tokens = torch.from_numpy(prompt).long()[None].to(DEVICE)
+    shape = (options.rows, options.prompt)
+    prompts = measure.random_tokens(model.config.vocab_size, shape, options.seed)
+    tokens = torch.from_numpy(prompts).long().to(DEVICE)
 
     def answer() -> tuple[list[int], list[float]]:
         clock = Clock()
@@ -51,7 +52,8 @@ def run(options: Generate) -> dict[str, Any]:
     memory.restart()
     with Neighbours() as neighbours:
         answers = [answer() for _ in range(options.samples)]
-    figures = measure.answer_figures([(seen[0], seen[-1]) for _, seen in answers], len(ids))
+    times = [(seen[0], seen[-1]) for _, seen in answers]
+    figures = measure.answer_figures(times, len(ids), options.rows)
     figures |= {
         "peak memory, answering": figure("MiB", memory.phase()),
         "peak memory": figure("MiB", memory.process()),
