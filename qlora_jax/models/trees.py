@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,9 +27,14 @@ def split(model: Decoder, method: str) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     return structure, states[0], states[1]
 
 
-def flatten(tree: Any) -> dict[str, jax.Array]:
-    """Leaves by a dotted path such as runs.0.q_proj.adapter.a, in the tree's own order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Leaves by a dotted path such as runs.0.q_proj.adapter.a, in the tree's own order.
+
+    Args:
+      tree: any pytree.
+      is_leaf: as `jax.tree.flatten` takes it; a QTensor, say, may count as one leaf.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
     return {".".join(_key(k) for k in path if _key(k)): leaf for path, leaf in leaves}
 
 

@@ -1,0 +1,228 @@
+"""A model of random codes, made on the device in seconds: published shapes without any file.
+
+Speed and memory of a step do not depend on the weights' values, so none is quantized: codes are
+drawn as they are stored, and scales so that decoded weights have the spread of an initialized
+model. Every value is a hash of its indices and is computed where it is stored, so that making an
+array takes no memory beside it.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.config import Config, LoraConfig
+from qlora_jax.errors import UserError
+from qlora_jax.lora.spec import SCALINGS
+from qlora_jax.lora.starts import STARTS
+from qlora_jax.memory.abstract import abstract_model
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.trees import flatten
+from qlora_jax.quant import QTensor
+from qlora_jax.quant.codebooks import codebook
+from qlora_jax.quant.dynamic8 import dynamic_map
+from qlora_jax.quant.qtensor import GROUP
+
+SPREAD = 0.02
+"""Standard deviation of weights, embeddings and head, as `bench.random_models` has it."""
+
+SCALES = 0.5, 1.5
+"""Range of the scales of blocks, in units of their mean."""
+
+NESTED = 0.1, 0.3
+"""Range of the scales of scales, in units of the offset."""
+
+
+class Made(NamedTuple):
+    """What `trees.split` gives for a model, on the device."""
+
+    graph: nnx.GraphDef
+    trained: Any
+    frozen: Any
+
+
+def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Made:
+    """The model that a run of this config would train, with random weights and fresh adapters.
+
+    Args:
+      config: of the run; its model's files are not opened.
+      decoder: shapes of the model.
+      kernel: implementation of products with 4-bit weights; None picks.
+
+    Raises:
+      UserError: settings that do not fit the shapes, or adapters that differ between layers or
+        start from the weights.
+    """
+    abstract = abstract_model(config, decoder, kernel)
+    if config.method != "full":
+        _check_adapters(nnx.merge(*abstract), config.lora)
+    trained, frozen = (fill(tree, config, config.train.seed) for tree in abstract[1:])
+    return Made(abstract.graph, trained, frozen)
+
+
+def fill(tree: Any, config: Config, seed: int) -> Any:
+    """Random arrays on the default device for a tree of shapes.
+
+    4-bit weights have uniformly random codes. They, other weights, embeddings and the head have
+    the standard deviation `SPREAD`; norms are 1, biases 0. A has the deviation that `lora.init`
+    gives it, B is 0.
+
+    Args:
+      tree: of `jax.ShapeDtypeStruct`, as `memory.abstract.abstract_model` returns it.
+      config: of the run; `quant` and `lora` are read.
+      seed: the same seed gives the same values on every device.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_quantized)
+    paths = flatten(tree, _is_quantized)
+    made = [
+        _quantized(leaf, config.quant.codebook, _salt(seed, path))
+        if _is_quantized(leaf)
+        else _array(path, leaf, config.lora, _salt(seed, path))
+        for path, leaf in zip(paths, leaves)
+    ]
+    return jax.block_until_ready(jax.tree.unflatten(structure, made))
+
+
+def _array(path: str, leaf: jax.ShapeDtypeStruct, lora: LoraConfig, salt: np.uint32) -> jax.Array:
+    *_, owner, name = ("", *path.split("."))
+    if owner == "adapter":
+        if name == "scale":
+            return jnp.full(leaf.shape, SCALINGS[lora.scaling](lora.alpha, lora.rank), leaf.dtype)
+        if name in ("norm", "magnitude"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "b":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        *_, inputs, rank = leaf.shape
+        return _around(salt, leaf, 1 / rank if lora.init == "gaussian" else (3 * inputs) ** -0.5)
+    if name == "bias":
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    if "norm" in owner:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return _around(salt, leaf, SPREAD)
+
+
+def _quantized(q: QTensor, name: str, salt: np.uint32) -> QTensor:
+    book = codebook(name, q.block_size)
+    codes = _codes(salt, q.codes.shape, q.in_features, _code_of_zero(book))
+    scales = q.scales.shape
+    own = salt + np.uint32(1)
+    made: dict[str, Any]
+    if q.nested is None or q.offset is None:
+        low, high = (_mean_scale(book, *_moments(SCALES)) * bound for bound in SCALES)
+        made = {"scales": _uniform(own, scales, jnp.float32, low, high)}
+    else:
+        indices, nested = dynamic_map().astype(np.float64), _moments(NESTED)
+        # in units of the offset a scale is 1 + index * nested
+        first = 1 + indices.mean() * nested[0]
+        second = 2 * first - 1 + np.square(indices).mean() * nested[1]
+        offset = _mean_scale(book, first, second)
+        low, high = (offset * bound for bound in NESTED)
+        made = {
+            "scales": _bytes(own, scales),
+            "nested": _uniform(own + np.uint32(1), q.nested.shape, jnp.float32, low, high),
+            "offset": jnp.full(q.offset.shape, offset, jnp.float32),
+        }
+    books = jnp.broadcast_to(jnp.asarray(book), q.codebook.shape)
+    return dataclasses.replace(q, codes=codes, codebook=books, **made)
+
+
+def _code_of_zero(book: np.ndarray) -> int:
+    """The code that `quantize` gives a zero."""
+    return int(np.sum((book[1:] + book[:-1]) / 2 < 0))
+
+
+def _moments(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Means of t and of t², t being uniform between the bounds."""
+    low, high = bounds
+    return (low + high) / 2, (low**2 + low * high + high**2) / 3
+
+
+def _mean_scale(book: np.ndarray, first: float, second: float) -> float:
+    """The factor f that gives weights codebook[code] * f * t the deviation `SPREAD`.
+
+    Args:
+      book: float32[16]; codes are uniform.
+      first, second: means of t and of t².
+    """
+    values = book.astype(np.float64)
+    return SPREAD / math.sqrt(np.square(values).mean() * second - (values.mean() * first) ** 2)
+
+
+def _around(salt: np.uint32, leaf: jax.ShapeDtypeStruct, deviation: float) -> jax.Array:
+    bound = math.sqrt(3) * deviation
+    return _uniform(salt, leaf.shape, leaf.dtype, -bound, bound)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _uniform(
+    salt: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, low: float, high: float
+) -> jax.Array:
+    unit = (_noise(salt, shape) >> 8).astype(jnp.float32) * 2.0**-24
+    return (low + (high - low) * unit).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _bytes(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return (_noise(salt, shape) >> 24).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _codes(salt: jax.Array, shape: tuple[int, ...], in_features: int, zero: int) -> jax.Array:
+    """Random `QTensor.codes`: rows beyond `in_features` hold the code of zero."""
+    codes = _bytes(salt, shape)
+    if 2 * shape[-2] == in_features:
+        return codes
+    row = jnp.arange(shape[-2])[:, None]
+    low = row // (GROUP // 2) * GROUP + row % (GROUP // 2)
+    low_codes = jnp.where(low < in_features, codes & 15, zero)
+    high_codes = jnp.where(low + GROUP // 2 < in_features, codes >> 4, zero)
+    return (low_codes | high_codes << 4).astype(jnp.uint8)
+
+
+def _noise(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform uint32 of a shape: hashes of the salt and the indices.
+
+    Axis by axis, so that an array may have more elements than 32 bits count.
+    """
+    x = jnp.uint32(salt)
+    for axis, length in enumerate(shape):
+        index = jnp.arange(length, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+        x = _mixed(x ^ index.reshape(-1, *[1] * (len(shape) - axis - 1)))
+    return x
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """MurmurHash3's last step: every bit of the input changes every bit of the result."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _salt(seed: int, path: str) -> np.uint32:
+    """Another for every seed and leaf."""
+    return np.uint32(zlib.crc32(f"{seed} {path}".encode()))
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+
+def _check_adapters(model: Decoder, lora: LoraConfig) -> None:
+    if lora.init in STARTS or lora.from_adapter is not None:
+        raise UserError(
+            "random weights have fresh adapters alone: remove lora.from_adapter, and set lora.init "
+            "to kaiming-uniform or gaussian"
+        )
+    adapters = [own.adapter for run in model.runs for own in run.linears().values() if own.adapter]
+    if len({spec for adapter in adapters for spec in adapter.specs}) > 1:
+        raise UserError(
+            "random weights have adapters that are alike in all layers: remove lora.rank_pattern "
+            "and lora.alpha_pattern, and name whole modules in lora.target_modules"
+        )
