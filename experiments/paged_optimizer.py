@@ -71,10 +71,9 @@ def here(home: str, steps: int) -> dict[str, Any]:
     from qlora_jax.models import trees
     from qlora_jax.quant import nbytes
     from qlora_jax.train import step as train
-    from qlora_jax.train.placement import PLACEMENTS
 
-    options = with_model(Step(MODEL, rank=64, batch=1, remat="full"), False, print)
-    prepared = bench.prepare(options, PLACEMENTS[home])  # type: ignore[arg-type]
+    chosen = Step(MODEL, rank=64, batch=1, remat="full", offload=home)
+    prepared = bench.prepare(with_model(chosen, False, print))  # type: ignore[arg-type]
     program, state, frozen = prepared[:3]
     memory, random = PeakMemory(), np.random.default_rng(0)
     rows: list[dict[str, float]] = []

@@ -11,6 +11,8 @@ OPERATIONS = ("quantize", "dequantize", "forward", "backward")
 DTYPES = ("bfloat16", "float32", "float16")
 METHODS = ("qlora", "lora", "full")
 REMAT = ("dots", "none", "full")
+OFFLOAD = ("device", "host")
+KERNELS = ("xla", "triton", "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +41,23 @@ class Step:
     """One optimizer step: forward, loss, backward, clipping and AdamW, on random tokens.
 
     Attributes:
-      model: a folder, a .gguf file or a built-in name.
+      model: a folder, a .gguf file, a built-in name, or a key of `models.shapes.SHAPES`, which
+        stands for random weights made on the device.
       method: a setting `method`.
       dtype: of computation, and of weights that are not quantized.
       remat: what the backward pass computes again; peers know none (for dots, too) and full.
       batch: rows.
       seq: tokens a row, each with a target.
-      rank: of the adapters, on every linear.
+      rank: of the adapters.
       steps: timed steps, after one to warm up.
       seed: of the tokens and of the adapters.
       prepare: qlora, peers: peft.prepare_model_for_kbit_training, which holds the embeddings, norms
         and head in float32.
+      offload: where moments live, as `optimizer.offload`; host is a paged optimizer for peers.
+      kernel: of ours, as `kernels.implementation`; None: by device, dtype and rows.
+      alpha: of the adapters; None: twice the rank.
+      target_modules: last parts of the names of linears with an adapter; empty: every linear.
+      shape: config.json of `model` where it is a published name, for peers; our run fills it in.
     """
 
     model: str
@@ -62,6 +70,15 @@ class Step:
     steps: int = 6
     seed: int = 0
     prepare: bool = True
+    offload: str = "device"
+    kernel: str | None = None
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ()
+    shape: dict[str, Any] | None = None
+
+    @property
+    def lora_alpha(self) -> float:
+        return 2 * self.rank if self.alpha is None else self.alpha
 
 
 @dataclasses.dataclass(frozen=True)

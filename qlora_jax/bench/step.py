@@ -1,5 +1,6 @@
 """Speed and memory of our training step."""
 
+import dataclasses
 import sys
 import time
 from typing import Any, NamedTuple
@@ -7,22 +8,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from qlora_jax import compilation
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
 from qlora_jax.bench.options import Step, to_tree
+from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, from_tree
 from qlora_jax.device import describe_devices, warn_if_gpu_idle
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, first_line
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.manifest import git_state
-from qlora_jax.models import trees
+from qlora_jax.memory import accounts, fit
+from qlora_jax.models import shapes, trees
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.quant import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
-from qlora_jax.train.placement import ON_DEVICE, Placement
-from qlora_jax.train.setup import load_model
+from qlora_jax.train.placement import PLACEMENTS
+from qlora_jax.train.setup import load_model, trusted_kernel
+
+UPDATES = 3
+"""Updates that are timed alone, at most."""
 
 
 class Prepared(NamedTuple):
@@ -37,11 +48,26 @@ class Prepared(NamedTuple):
 
 
 def run(options: Step) -> dict[str, Any]:
-    """Loads, compiles and runs the step.
+    """Loads or makes the model, compiles and runs the step.
 
     Raises:
-      UserError: the model cannot be opened, or a row is longer than it can read.
+      UserError: the model cannot be opened, a row is longer than it can read, or the device is too
+        small.
     """
+    if options.model in shapes.SHAPES:
+        options = dataclasses.replace(options, shape=shapes.config_json(options.model))
+    try:
+        return _measured(options)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise UserError(
+            f"{options.model}: does not fit on {describe_devices()} ({first_line(e)}); give "
+            "--offload host, --remat full, or fewer of --batch, --seq and --rank"
+        ) from None
+
+
+def _measured(options: Step) -> dict[str, Any]:
     memory = PeakMemory()
     jax.devices()
     imported = time.perf_counter()
@@ -49,10 +75,10 @@ def run(options: Step) -> dict[str, Any]:
     program, state, frozen, batch = prepared[:4]
     jax.block_until_ready((state, frozen))
     loaded = time.perf_counter()
-
-    start = time.perf_counter()
     gradient = program.gradient.lower(state, frozen, batch, None).compile()  # type: ignore[attr-defined]
-    compiled = time.perf_counter() - start
+    compiled = time.perf_counter() - loaded
+    planned = planned_bytes(prepared, gradient, options.offload)
+    moments = nbytes(state.optimizer)
     memory.restart()
     losses = []
 
@@ -65,14 +91,26 @@ def run(options: Step) -> dict[str, Any]:
         losses.append(float(figures.loss))
         return time.perf_counter() - start
 
+    def update() -> float:
+        nonlocal state
+        grads, figures = jax.block_until_ready(gradient(state, frozen, batch, None))
+        start = time.perf_counter()
+        state = jax.block_until_ready(program.update(state, grads, figures.finite))
+        return time.perf_counter() - start
+
     with Neighbours() as neighbours:
         seconds = measure.take(step, options.steps)
+        # apart from the steps, which need not wait between the two programs
+        updates = [update() for _ in range(min(options.steps, UPDATES))]
     figures = measure.step_figures(seconds, options.batch * options.seq)
     figures |= {
+        "update": measure.median_ms(updates),
         "peak memory, training": figure("MiB", memory.phase()),
         "peak memory": figure("MiB", memory.process()),
-        "load": figure("s", loaded - imported),
+        "moments": figure("MiB", moments / 2**20),
+        "load" if options.shape is None else "make": figure("s", loaded - imported),
         "compile": figure("s", compiled),
+        **({} if planned is None else {"planned, device": figure("MiB", planned / 2**20)}),
         **device_memory(),
     }
     return measure.report(
@@ -90,23 +128,18 @@ def run(options: Step) -> dict[str, Any]:
     )
 
 
-def prepare(options: Step, moments: Placement = ON_DEVICE) -> Prepared:
-    """Loads the model and builds its step with moments there; nothing is compiled yet.
+def prepare(options: Step) -> Prepared:
+    """Loads or makes the model and builds its step; the step is not compiled yet.
 
     Raises:
       UserError: the model cannot be opened, or a row is longer than it can read.
+      RunFailed: a kernel that the options ask for is wrong on this device.
     """
-    config = _config(options)
-    checkpoint = open_checkpoint(config.model)
-    if options.seq > checkpoint.config.max_positions:
-        raise UserError(
-            f"--seq {options.seq} is beyond the {checkpoint.config.max_positions} positions of "
-            f"{options.model}; give that many or fewer"
-        )
-    model, _ = load_model(config, checkpoint, lambda line: print(line, file=sys.stderr))
+    config = config_of(options)
+    model = _model(config, options)
     counts = trees.parameter_counts(model, config.method)
     graph, trained, frozen = trees.split(model, config.method)
-    optimizer = adamw(config.optimizer, config.train.steps)
+    optimizer, moments = adamw(config.optimizer, config.train.steps), PLACEMENTS[options.offload]
     program = steps.build(
         graph,
         optimizer,
@@ -117,10 +150,51 @@ def prepare(options: Step, moments: Placement = ON_DEVICE) -> Prepared:
         moments=moments,
     )
     state = steps.init(trained, optimizer, options.dtype == "float16", moments)
-    return Prepared(program, state, frozen, _batch(options, checkpoint.config.vocab_size), *counts)
+    return Prepared(program, state, frozen, _batch(options, model.config.vocab_size), *counts)
 
 
-def _config(options: Step) -> Config:
+def planned_bytes(prepared: Prepared, gradient: jax.stages.Compiled, offload: str) -> int | None:
+    """What the step holds on the device at most, by the compiler; None where it does not tell.
+
+    Args:
+      prepared: the step.
+      gradient: its compiled gradient program, which reads no moments.
+      offload: where moments live.
+    """
+    if gradient.memory_analysis() is None:
+        return None
+    program = prepared.program
+    state, frozen, batch = jax.eval_shape(lambda: prepared[1:4])
+    gradients, _ = jax.eval_shape(program.gradient, state, frozen, batch, None)
+    step = accounts.Step(program, state, gradients, frozen, batch, None)
+    account = accounts.gradient_account(step, lambda *_: gradient)
+    updates = accounts.update_accounts(step, fit.compiled)
+    _, programs = accounts.settle(step, offload, [account], updates, 0)
+    return max(program.device for program in programs)
+
+
+def _model(config: Config, options: Step) -> Decoder:
+    if options.model in shapes.SHAPES:
+        decoder = shapes.SHAPES[options.model]
+        _check_length(options, decoder)
+        compilation.give_memory_back()
+        kernel = trusted_kernel(config, jax.devices()[0], _say)
+        return nnx.merge(*random_model(config, decoder, kernel))
+    checkpoint = open_checkpoint(config.model)
+    _check_length(options, checkpoint.config)
+    return load_model(config, checkpoint, _say)[0]
+
+
+def _check_length(options: Step, decoder: DecoderConfig) -> None:
+    if options.seq > decoder.max_positions:
+        raise UserError(
+            f"--seq {options.seq} is beyond the {decoder.max_positions} positions of "
+            f"{options.model}; give that many or fewer"
+        )
+
+
+def config_of(options: Step) -> Config:
+    """Returns the run whose step is measured."""
     return from_tree(
         {
             "model": {
@@ -132,8 +206,13 @@ def _config(options: Step) -> Config:
             "data": {"source": "random tokens"},
             "output": "none",
             "method": options.method,
-            "lora": {"rank": options.rank, "alpha": 2 * options.rank},
-            "train": {"seed": options.seed, "steps": options.steps + 1},
+            "kernels": {"implementation": options.kernel},
+            "lora": {
+                "rank": options.rank,
+                "alpha": options.lora_alpha,
+                "target_modules": list(options.target_modules) or "all-linear",
+            },
+            "train": {"seed": options.seed, "steps": options.steps + UPDATES + 1},
         },
         "options",
     )
@@ -151,3 +230,7 @@ def _batch(options: Step, vocabulary: int) -> dict[str, np.ndarray]:
         "positions": np.broadcast_to(np.arange(options.seq, dtype=np.int32), tokens.shape),
     }
     return {name: array[None] for name, array in batch.items()}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,14 +1,27 @@
 """`qlora-jax bench`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_jax import paths
-from qlora_jax.bench.options import BENCHMARKS, DTYPES, METHODS, OPERATIONS, REMAT, Options
+from qlora_jax.bench.options import (
+    BENCHMARKS,
+    DTYPES,
+    KERNELS,
+    METHODS,
+    OFFLOAD,
+    OPERATIONS,
+    REMAT,
+    Options,
+    Step,
+)
+from qlora_jax.commands import gpu_report
 from qlora_jax.commands.common import count as _count
 from qlora_jax.commands.common import say
 from qlora_jax.errors import UserError
@@ -18,6 +31,7 @@ MODEL_HELP = (
     "a Hugging Face folder, a .gguf file, a hub id, a built-in model, or random weights of a real "
     f"shape: random-smollm2-135m, random-tinyllama-1.1b; default: {MODEL}"
 )
+PUBLISHED_HELP = "; or a published name of `qlora-jax plan --model`: random weights, no files"
 WHAT = {
     "kernels": "quantizing, decoding, and products with 4-bit weights, forward and backward",
     "step": "a training step: tokens/s and peak memory",
@@ -25,6 +39,9 @@ WHAT = {
     "generate": "greedy generation: prefill, decode and peak memory",
 }
 
+
+GPU = "gpu"
+"""Checks and reports everything, by options of its own: `gpu_report`."""
 
 TEXT = "Measure this machine, beside installed peers if given."
 
@@ -51,12 +68,22 @@ def add_arguments(parser: Any) -> None:
             "--rounds", type=_count, metavar="N", help="runs of each; default 1, with peers 3"
         )
         own.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
-        # SUPPRESS: what stands before WHAT must not be reset
-        for flag, meaning in {
-            "--json": "print the summary and every run as JSON",
-            "--debug": "show the traceback of an error",
-        }.items():
-            own.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=meaning)
+        _add_common(own, "print the summary and every run as JSON")
+    own = benchmarks.add_parser(
+        GPU,
+        help=gpu_report.TEXT,
+        description=gpu_report.DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    gpu_report.add_arguments(own)
+    _add_common(own, "print the report as JSON")
+
+
+def _add_common(parser: argparse.ArgumentParser, json_help: str) -> None:
+    # SUPPRESS: what stands before WHAT must not be reset
+    for flag, text in {"--json": json_help, "--debug": "show the traceback of an error"}.items():
+        parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
@@ -66,6 +93,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
       UserError: a peer, the model or a file cannot be used.
       RunFailed: a run failed.
     """
+    if options.what == GPU:
+        gpu_report.run(options, command)
+        return
     from qlora_jax.bench import compare, plot, tools
     from qlora_jax.bench.table import remarks, table
 
@@ -99,7 +129,10 @@ def with_model(options: Options, peers: bool, say: Callable[[str], None]) -> Opt
     if model is None:
         return options
     from qlora_jax.bench import random_models
+    from qlora_jax.models.shapes import SHAPES
 
+    if isinstance(options, Step) and model in SHAPES:
+        return options
     if model in random_models.SHAPES:
         return dataclasses.replace(options, model=str(random_models.folder(model, say)))  # type: ignore[arg-type]
     if peers and not paths.is_dir(model):
@@ -149,7 +182,7 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def step_arguments(parser: argparse.ArgumentParser) -> None:
-    _model(parser)
+    _model(parser, PUBLISHED_HELP)
     parser.add_argument("--method", choices=METHODS, default="qlora", help="default qlora")
     _compute(parser)
     parser.add_argument(
@@ -169,12 +202,33 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text}; default {default}",
         )
     parser.add_argument(
+        "--alpha", type=_positive, metavar="X", help="of the adapters; default twice the rank"
+    )
+    parser.add_argument(
+        "--target-modules",
+        type=_list(str),
+        default=(),
+        metavar="NAME,...",
+        help="linears with an adapter, such as q_proj,v_proj; default all",
+    )
+    parser.add_argument(
+        "--offload",
+        choices=OFFLOAD,
+        default="device",
+        help="where moments live; peers: host is a paged optimizer; default device",
+    )
+    parser.add_argument(
+        "--kernel",
+        choices=KERNELS,
+        help="ours: always this product with 4-bit weights; default by device, dtype and rows",
+    )
+    parser.add_argument(
         "--no-prepare",
         dest="prepare",
         action="store_false",
         help="peers: without peft.prepare_model_for_kbit_training",
     )
-    parser.set_defaults(seed=0)
+    parser.set_defaults(seed=0, shape=None)
 
 
 def _load(parser: argparse.ArgumentParser) -> None:
@@ -208,8 +262,8 @@ _ADD: dict[str, Callable[[argparse.ArgumentParser], None]] = {
 }
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default=MODEL, metavar="MODEL", help=MODEL_HELP)
+def _model(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("model", nargs="?", default=MODEL, metavar="MODEL", help=MODEL_HELP + more)
 
 
 def _compute(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +276,13 @@ def _samples(parser: argparse.ArgumentParser, default: int, text: str) -> None:
     parser.add_argument(
         "--samples", type=_count, default=default, metavar="N", help=f"{text}; default {default}"
     )
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:

@@ -40,8 +40,8 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
     if limit is None:
         return Fit("host" if asked == "host" else "device", None)
     step = accounts.abstract_step(config, decoder, device)
-    gradient = accounts.gradient_account(step, _compiled)
-    updates = accounts.update_accounts(step, _compiled)
+    gradient = accounts.gradient_account(step, compiled)
+    updates = accounts.update_accounts(step, compiled)
     offload, programs = accounts.settle(step, asked, [gradient], updates, limit)
     held = max(program.device for program in programs)
     if held <= limit or force:
@@ -57,5 +57,6 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
     )
 
 
-def _compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+    """An `accounts.Compile` for the default device."""
     return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()

@@ -9,7 +9,7 @@ of parameters.
 
 import difflib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qlora_jax.errors import UserError
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
@@ -72,6 +72,11 @@ HUB: Mapping[str, str] = {
 }
 """Hub ids and built-in models with these shapes. An Instruct model has its base's weights by name
 and shape, and is found by its own id with `-Instruct` too."""
+
+
+def config_json(name: str) -> dict[str, Any]:
+    """What config.json says of a model in `SHAPES`, for a program that has no `DecoderConfig`."""
+    return _ROWS[name]._asdict()
 
 
 def find(name: str) -> DecoderConfig:

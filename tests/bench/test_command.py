@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax import cli
 from qlora_jax.bench import tools
-from qlora_jax.bench.options import BENCHMARKS, Step, to_tree
+from qlora_jax.bench.options import BENCHMARKS, Step, from_tree, to_tree
 from qlora_jax.commands import bench as command
 
 pytestmark = pytest.mark.slow
@@ -106,10 +106,34 @@ def test_options_reach_the_run(
     ended = run_cli(
         *("bench", "step", tiny_model, "--method=lora", "--dtype=float32", "--remat=full"),
         *("--batch=3", "--seq=5", "--rank=7", "--steps=2", "--no-prepare", "--rounds=2"),
+        *("--offload=host", "--kernel=triton", "--alpha=1.5", "--target-modules=q_proj,o_proj"),
     )
     assert ended.code == 0, ended.err
-    wanted = Step(str(tiny_model), "lora", "float32", "full", 3, 5, 7, 2, prepare=False)
-    assert runs_of(ours) == [["qlora-jax", "step", to_tree(wanted)]] * 2
+    wanted = Step(
+        *(str(tiny_model), "lora", "float32", "full", 3, 5, 7, 2),
+        prepare=False,
+        offload="host",
+        kernel="triton",
+        alpha=1.5,
+        target_modules=("q_proj", "o_proj"),
+    )
+    wanted_tree = json.loads(json.dumps(to_tree(wanted)))
+    assert runs_of(ours) == [["qlora-jax", "step", wanted_tree]] * 2
+    assert from_tree("step", wanted_tree) == wanted
+
+
+def test_a_published_name_needs_no_folder(
+    run_cli: RunCli,
+    as_ours: Callable[..., Path],
+    make_peer: Callable[..., Path],
+    runs_of: Callable[[Path], list[Any]],
+) -> None:
+    ours = as_ours({"make": {"unit": "s", "value": 1}})
+    peer = make_peer("peer", [*TORCH, "peft"], {"make": {"unit": "s", "value": 2}})
+    ended = run_cli("bench", "step", "llama-7b", "--peer", peer, "--rounds", "1")
+    assert ended.code == 0, ended.err
+    for side, tool in ((ours, "qlora-jax"), (peer, "bitsandbytes")):
+        assert runs_of(side) == [[tool, "step", to_tree(Step("llama-7b")) | {"target_modules": []}]]
 
 
 def test_a_peers_process_sees_neither_our_packages_nor_our_huge_pages(
@@ -151,6 +175,9 @@ def test_a_peers_process_sees_neither_our_packages_nor_our_huge_pages(
         (["kernels", "--operations", "quantize,multiply"], "'multiply' is not one of quantize, "),
         (["kernels", "--batch", "2"], "unrecognized arguments: --batch 2"),
         (["step", "--method", "dora"], "--method: invalid choice: 'dora'"),
+        (["step", "--alpha", "nan"], "--alpha: must be a number above 0, not 'nan'"),
+        (["step", "--offload", "disk"], "--offload: invalid choice: 'disk'"),
+        (["step", "llama-7b", "--seq", "2049"], "--seq 2049 is beyond the 2048 positions of llama"),
         (["step", "./none"], "./none: no such file or folder"),
         (["load", "a.gguf"], "a.gguf: no such file or folder"),
         (["generate", "./none"], "./none: no such file or folder"),

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from qlora_jax import config as configs
 from qlora_jax.bench import generate, load, random_models, step
 from qlora_jax.bench.options import Generate, Load, Step
 from qlora_jax.errors import UserError
+from qlora_jax.memory import accounts, fit
+from qlora_jax.models import shapes
+from qlora_jax.models.config import from_hugging_face
 from qlora_jax.models.generate import CHUNK
 
 pytestmark = pytest.mark.slow
@@ -54,6 +59,91 @@ def test_step(model: str, method: str) -> None:
     ends = [64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 96, 64 + 96, 96 + 64]
     assert report["trainable"] == 2 * 2 * sum(ends)
     assert value(report, "peak memory") >= (value(report, "peak memory, training") or 0)
+
+    # two moments of four bytes, beside counters of each of two layers
+    assert value(report, "moments") == pytest.approx(8 * report["trainable"] / 2**20, rel=0.01)
+    assert len(report["figures"]["update"]["samples"]) == 3
+    assert value(report, "update") < value(report, "step, median") * 3
+    assert value(report, "load") > 0
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tiny published model."""
+    row = shapes._Row("llama", 64, 96, 2, 4, 2, 128, 64, 1e-5, 1e4, False)
+    monkeypatch.setitem(shapes._ROWS, "tiny-1m", row)
+    monkeypatch.setitem(shapes.SHAPES, "tiny-1m", from_hugging_face(row._asdict(), "tiny-1m"))
+    return "tiny-1m"
+
+
+@pytest.mark.parametrize(
+    ("method", "offload"), [("qlora", "device"), ("lora", "host"), ("full", "device")]
+)
+def test_a_published_shape(published: str, method: str, offload: str) -> None:
+    options = Step(published, method, "float32", "none", 2, 16, 2, 3, offload=offload)
+    report = step.run(options)
+    assert report["options"]["shape"] == shapes.config_json(published)
+    assert "load" not in report["figures"]
+    assert value(report, "make") > 0
+    assert report["losses"][0] == pytest.approx(np.log(128), rel=0.05)
+    assert report["losses"][-1] < report["losses"][0]
+    elements = 4 * 64 * 64 - 2 * 64 * 32 + 3 * 64 * 96
+    parameters = 2 * (elements + 2 * 64) + 2 * 64 * 128 + 64
+    adapters = 2 * 2 * (128 + 96 + 96 + 128 + 3 * 160)
+    trainable = parameters if method == "full" else adapters
+    assert report["trainable"] == trainable
+    assert report["parameters"] == parameters + (method != "full") * adapters
+
+
+@pytest.mark.parametrize(("method", "offload"), [("qlora", "device"), ("full", "host")])
+def test_memory_is_planned_as_fit_does(published: str, method: str, offload: str) -> None:
+    """The plan of the programs that run is that of a run's config, before there are weights."""
+    options = Step(published, method, "float32", "full", 2, 16, 2, 3, offload=offload)
+    planned = value(step.run(options), "planned, device")
+    tree = {
+        "model": {"path": published, "compute_dtype": "float32", "storage_dtype": "float32"},
+        "data": {"source": "none", "sequence_length": 16},
+        "output": "none",
+        "method": method,
+        "lora": {"rank": 2},
+        "train": {"batch_size": 2},
+    }
+    tree["model"]["remat"] = "full"
+    config = configs.from_tree(tree, "test")
+    abstract = accounts.abstract_step(config, shapes.SHAPES[published], jax.devices()[0])
+    gradient = accounts.gradient_account(abstract, fit.compiled)
+    updates = accounts.update_accounts(abstract, fit.compiled)
+    _, programs = accounts.settle(abstract, offload, [gradient], updates, 0)
+    expected = max(program.device for program in programs) / 2**20
+    assert planned == pytest.approx(expected, rel=1e-3)  # four digits are reported
+
+
+def test_adapters_of_chosen_linears(published: str) -> None:
+    targets = ("q_proj", "down_proj")
+    options = Step(published, "lora", seq=16, rank=2, alpha=6, target_modules=targets)
+    prepared = step.prepare(options)
+    assert prepared.trainable == 2 * 2 * (64 + 64 + 96 + 64)
+    scales = [x for x in jax.tree.leaves(prepared.frozen) if x.shape == (2,)]
+    assert [float(x) for scale in scales for x in scale] == [3.0] * 4
+
+
+def test_a_kernel_that_is_not_here(published: str) -> None:
+    if jax.default_backend() == "cpu":
+        with pytest.raises(UserError, match="implementation triton: no such kernel runs on cpu"):
+            step.run(Step(published, seq=16, kernel="triton"))
+
+
+def test_a_device_that_is_too_small(published: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(options: Step) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory for 9 bytes.\nMore")
+
+    monkeypatch.setattr(step, "prepare", prepare)
+    with pytest.raises(UserError) as raised:
+        step.run(Step(published))
+    message = str(raised.value)
+    assert message.startswith("tiny-1m: does not fit on ")
+    assert "(RESOURCE_EXHAUSTED: Out of memory for 9 bytes.); give --offload host" in message
+    assert "\n" not in message
 
 
 def test_a_step_that_is_too_long(model: str) -> None:

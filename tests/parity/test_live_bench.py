@@ -48,9 +48,49 @@ def bench(run_cli: Callable[..., Any]) -> Callable[..., list[dict[str, Any]]]:
 
 def test_step(bench: Callable[..., Any], model: Path) -> None:
     ours, peer = bench("step", model, "--seq", 16, "--steps", 2, "--dtype", "float32")
-    assert ours["figures"].keys() - peer["figures"].keys() == {"compile"}
+    assert ours["figures"].keys() - peer["figures"].keys() == {"compile", "planned, device"}
     assert ours["trainable"] == peer["trainable"]
     assert ours["losses"][0] == pytest.approx(peer["losses"][0], abs=1e-4)
+    moments = (side["figures"]["moments"]["value"] for side in (ours, peer))
+    assert next(moments) == pytest.approx(next(moments), rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
+def test_step_of_a_published_shape(bench: Callable[..., Any], name: str, method: str) -> None:
+    """Random weights of one deviation on both sides: as many adapters, and the loss of chance."""
+    options = ("--seq", 16, "--batch", 1, "--steps", 1, "--rank", 4, "--method", method)
+    targets = ("--target-modules", "q_proj,down_proj", "--alpha", 8)
+    ours, peer = bench("step", name, *options, *targets)
+    assert ours["figures"].keys() - peer["figures"].keys() == {"compile", "planned, device"}
+    assert ours["trainable"] == peer["trainable"]
+    assert ours["losses"][0] == pytest.approx(peer["losses"][0], abs=0.5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_peers_random_model(family: str, tied: bool, quantized: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    import torch
+    import transformers
+
+    from qlora_jax.bench.peers.torch_model import random_base
+
+    shape = TINY | {"model_type": family, "tie_word_embeddings": tied, "rms_norm_eps": 1e-6}
+    model = random_base(shape, torch.float32, quantized=quantized)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    assert not any(tensor.is_meta for tensor in tensors.values())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    # frequencies are those of a model that was never without memory
+    whole = transformers.AutoModelForCausalLM.from_config(model.config)
+    expected = whole.model.rotary_emb.inv_freq
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq.cpu(), expected)
+    linear = model.model.layers[1].mlp.down_proj
+    assert (type(linear).__name__ == "Linear4bit") == quantized
+    eye = torch.eye(128, device=linear.weight.device)
+    assert linear(eye).std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.model.norm.weight.eq(1).all()
 
 
 def test_generate(bench: Callable[..., Any], model: Path) -> None:

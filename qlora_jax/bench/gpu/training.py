@@ -165,7 +165,7 @@ def compared(lane: Lane, runs: Runs) -> None:
 def half(lane: Lane, runs: Runs) -> None:
     """Trains in float16, in which the loss is scaled, and records whether it stays finite."""
     dtype = {"compute_dtype": "float16", "storage_dtype": "float16"}
-    train = SIZES[lane.scale].compared | {"eval_rows": 2}
+    train = {**SIZES[lane.scale].compared, "eval_rows": 2}
     told = runs.finish(runs.config("float16", train, model=dtype), "--overwrite")
     after = told["eval_after"]
     lane.record.check(HALF, after == after, after=after, skipped_steps=told["skipped"])

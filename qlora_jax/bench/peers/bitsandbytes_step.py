@@ -7,19 +7,44 @@ weights where qlora-jax keeps float32 ones.
 import time
 from typing import Any
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
 from qlora_jax.bench.options import Step, to_tree
-from qlora_jax.bench.peers.torch_model import DEVICE, device_memory, load_base, synchronize
+from qlora_jax.bench.peers.torch_model import (
+    DEVICE,
+    device_memory,
+    load_base,
+    random_base,
+    synchronize,
+)
+from qlora_jax.errors import UserError, first_line
 
 CHECKPOINTING = {"use_reentrant": False}
 
+UPDATES = 3
+"""Updates that are timed alone, at most."""
+
 
 def run(options: Step) -> dict[str, Any]:
-    """Loads the model and runs the step."""
+    """Loads or makes the model and runs the step.
+
+    Raises:
+      UserError: the model or an option cannot be used, or the device is too small.
+    """
+    try:
+        return _measured(options)
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"{options.model}: does not fit on the peer's {DEVICE} ({first_line(e)}); give "
+            "--offload host, --remat full, or fewer of --batch, --seq and --rank"
+        ) from None
+
+
+def _measured(options: Step) -> dict[str, Any]:
     memory = PeakMemory()
     torch.manual_seed(options.seed)
     start = time.perf_counter()
@@ -28,7 +53,7 @@ def run(options: Step) -> dict[str, Any]:
     loaded = time.perf_counter()
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+    optimizer = _optimizer(options, trained)
     tokens, targets = (
         torch.from_numpy(ids).long().to(DEVICE)
         for ids in measure.inputs_and_targets(
@@ -38,24 +63,40 @@ def run(options: Step) -> dict[str, Any]:
     memory.restart()
     losses = []
 
-    def step() -> float:
-        start = time.perf_counter()
+    def gradient() -> torch.Tensor:
         loss = model(input_ids=tokens, labels=targets, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        return loss.detach()
+
+    def step() -> float:
+        start = time.perf_counter()
+        loss = gradient()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+        losses.append(float(loss))
+        synchronize()
+        return time.perf_counter() - start
+
+    def update() -> float:
+        gradient()
+        synchronize()
+        start = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         synchronize()
         return time.perf_counter() - start
 
     with Neighbours() as neighbours:
         seconds = measure.take(step, options.steps)
+        updates = [update() for _ in range(min(options.steps, UPDATES))]
     figures = measure.step_figures(seconds, options.batch * options.seq)
     figures |= {
+        "update": measure.median_ms(updates),
         "peak memory, training": figure("MiB", memory.phase()),
         "peak memory": figure("MiB", memory.process()),
-        "load": figure("s", loaded - start),
+        "moments": figure("MiB", _moments(optimizer) / 2**20),
+        "load" if options.shape is None else "make": figure("s", loaded - start),
         **device_memory(),
     }
     return measure.report(
@@ -65,16 +106,43 @@ def run(options: Step) -> dict[str, Any]:
         figures,
         losses=losses,
         trainable=sum(p.numel() for p in trained),
-        notes=["the peer has no remat dots and keeps everything"]
-        if options.remat == "dots"
-        else [],
+        notes=_notes(options),
         others_cores=neighbours.cores,
     )
 
 
+def _optimizer(options: Step, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    settings = {"lr": 2e-4, "weight_decay": 0.0}
+    if options.offload == "device":
+        return torch.optim.AdamW(trained, **settings)
+    if DEVICE == "cpu":
+        raise UserError("--offload host: bitsandbytes' paged optimizer needs a GPU; leave it out")
+    return bitsandbytes.optim.PagedAdamW(trained, **settings)
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
+def _notes(options: Step) -> list[str]:
+    notes = []
+    if options.remat == "dots":
+        notes.append("the peer has no remat dots and keeps everything")
+    if options.shape is not None:
+        notes.append("random weights are drawn by each side: losses are alike, not the same")
+    return notes
+
+
 def _model(options: Step) -> Any:
     quantized, recompute = options.method == "qlora", options.remat == "full"
-    model: Any = load_base(options.model, getattr(torch, options.dtype), quantized=quantized)
+    dtype = getattr(torch, options.dtype)
+    model: Any = (
+        load_base(options.model, dtype, quantized=quantized)
+        if options.shape is None
+        else random_base(options.shape, dtype, quantized=quantized)
+    )
     model.config.use_cache = False
     if quantized and options.prepare:
         model = prepare_model_for_kbit_training(
@@ -88,8 +156,8 @@ def _model(options: Step) -> Any:
     if options.method != "full":
         config = LoraConfig(
             r=options.rank,
-            lora_alpha=2 * options.rank,
-            target_modules="all-linear",
+            lora_alpha=options.lora_alpha,
+            target_modules=list(options.target_modules) or "all-linear",
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, config)

@@ -1,13 +1,19 @@
-"""A causal language model as transformers and bitsandbytes load it. Imports both."""
+"""A causal language model as transformers and bitsandbytes load it, or of random weights.
+
+Imports both.
+"""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 # before transformers reads it: a peer's run needs no network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_jax.bench.measure import Figure, figure
 from qlora_jax.errors import UserError
@@ -19,6 +25,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 
+SPREAD = 0.02
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -46,6 +53,69 @@ def load_base(folder: str, dtype: torch.dtype, *, quantized: bool) -> PreTrained
         )
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}: transformers cannot load it: {e}") from None
+
+
+def random_base(
+    shape: Mapping[str, Any], dtype: torch.dtype, *, quantized: bool
+) -> PreTrainedModel:
+    """A model of random weights made on the device, with one linear in `dtype` at a time.
+
+    Args:
+      shape: what config.json holds.
+      dtype: of everything that is not quantized, and of computation.
+      quantized: whether the layers' linears are in NF4 with double quantization.
+    """
+    config = AutoConfig.for_model(**shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantized:
+        for block in list(model.model.layers.modules()):
+            for name, linear in list(block.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(block, name, _quantized(linear, dtype))
+        # what from_pretrained sets, and PEFT looks for
+        model.is_loaded_in_4bit = model.is_quantized = True
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old.is_meta:
+                if old not in made:
+                    made[old] = torch.nn.Parameter(_value(name, old))
+                # a tied head is the embedding itself
+                setattr(module, name, made[old])
+    with torch.device(DEVICE):
+        # it computes its frequencies when it is made
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def _quantized(linear: torch.nn.Linear, dtype: torch.dtype) -> Linear4bit:
+    new = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    new.weight = Params4bit(
+        _value("weight", linear.weight),
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=torch.uint8,
+        module=new,
+    ).to(DEVICE)
+    return new
+
+
+def _value(name: str, like: torch.Tensor) -> torch.Tensor:
+    """Norms of 1, biases of 0, and weights as `random_codes` has them."""
+    new = torch.empty_like(like, device=DEVICE)
+    if like.ndim == 1:
+        return new.fill_(0.0 if name == "bias" else 1.0)
+    return new.normal_(0.0, SPREAD)
 
 
 def synchronize() -> None:
