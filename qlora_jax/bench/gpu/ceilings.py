@@ -131,5 +131,5 @@ def _host(lane: Lane, device: Any, sizes: Sizes) -> None:
     x = jnp.zeros((sizes.side, sizes.side), jnp.bfloat16)
     away = jax.block_until_ready(jax.device_put(x, pinned))
     for name, array, to in ((TO_HOST, x, pinned), (FROM_HOST, away, place)):
-        seconds = median_seconds(lambda array=array, to=to: jax.device_put(array, to), sizes.repeat)
+        seconds = median_seconds(functools.partial(jax.device_put, array, to), sizes.repeat)
         lane.record.figure(name, "GB/s", x.nbytes / seconds / 1e9)

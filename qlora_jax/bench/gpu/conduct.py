@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_jax.bench.gpu import record
-from qlora_jax.bench.gpu.lane import REHEARSAL
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL
 from qlora_jax.bench.gpu.parts import Part
 from qlora_jax.bench.gpu.record import Recorder
 from qlora_jax.errors import UserError
 
 LINES, LOG = "lines.jsonl", "log.txt"
 MODULE = "qlora_jax.bench.gpu.child"
+SLOWER = {FULL: 1, REHEARSAL: 5}
+"""Times a part's limit that it may take, by scale: a CPU has few cores, and others use them."""
+
 TAIL = 4000
 """Characters of a process's output that tell what ended it."""
 
@@ -60,7 +63,7 @@ def run(request: Request, say: Callable[[str], None]) -> None:
             say(f"{place} left out, {max(left, 0):.0f} s left of {request.budget:.0f}")
             _close(request, part, 0.0, f"left out: {max(left, 0):.0f} s were left")
             continue
-        seconds = min(part.limit, left)
+        seconds = min(part.limit * SLOWER[request.scale], left)
         say(f"{place} ({part.what}), at most {seconds:.0f} s; {left:.0f} s left in all")
         began = time.monotonic()
         outcome = _process(request, part, seconds)

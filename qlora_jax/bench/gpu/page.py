@@ -95,7 +95,7 @@ def _times(report: Report) -> Iterable[str]:
             ours = [
                 by_name[name] for name in known[:3] if name in by_name and "GB/s" in by_name[name]
             ]
-            best = min(ours, key=lambda r: r["value"], default={})
+            best: Mapping[str, Any] = min(ours, key=lambda r: r["value"], default={})
             cells = [_number(by_name.get(name, {}).get("value")) for name in known]
             body.append([m, *cells, _number(best.get("GB/s")), _number(best.get("TFLOP/s"))])
         head = ("rows", *known, "GB/s of the quickest", "TFLOP/s")
