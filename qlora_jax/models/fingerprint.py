@@ -77,8 +77,9 @@ def like(before: str | None, model: Decoder, method: str) -> str:
 def sums(model: Decoder) -> list[tuple[Stored, list[jax.Array]]]:
     """Every parameter, or stack of one, with the four sums of each layer, uint32[4] each.
 
-    Layers of a stack are summed by one program, one after the other: a loop in a program would
-    make XLA:CPU convert a whole stack of 16-bit floats to float32 before it.
+    Layers of a stack are summed by one program, one after the other, so no more than one layer's
+    matrix is ever decoded. (A loop in the program would make XLA:CPU convert a whole stack of
+    16-bit floats to float32 before it.)
     """
     found = []
     for part in stored(model):
