@@ -1,0 +1,25 @@
+"""Stands in for a part's process: does what FAKE_PART says."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qlora_jax.bench.gpu.record import Recorder
+
+request = json.loads(sys.argv[1])
+recorder = Recorder(Path(request["lines"]), request["part"])
+what = os.environ["FAKE_PART"]
+if what != "nothing":
+    recorder.figure("copy", "GB/s", 1.0)
+if what == "hang":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    recorder.fact("child", child.pid)
+    time.sleep(600)
+if what == "crash":
+    sys.exit("/home/somebody/secret.py: boom")
+if what == "all":
+    for name in ("to pinned host memory", "from pinned host memory", "dispatch", "matmul"):
+        recorder.absent(name, "a reason")
