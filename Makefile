@@ -26,7 +26,7 @@ PINNED := jax jaxlib $(foreach c,12 13,jax-cuda$c-plugin jax-cuda$c-pjrt)
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install model quickstart test test-slow lint format parity gpu-check clean
+.PHONY: help install model quickstart test test-slow lint format parity gpu-check gpu-report clean
 
 help:
 	@echo 'make install      set up $(VENV) with everything the project needs'
@@ -38,6 +38,7 @@ help:
 	@echo 'make model        fetch the built-in model, $(MODEL)'
 	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
 	@echo 'make gpu-check    compile the GPU kernels for GPUs that are not here (large: the CUDA compiler)'
+	@echo 'make gpu-report   check and measure everything on the GPU at hand'
 	@echo 'make clean        remove what these targets made, runs/ excepted'
 	@echo 'PYTHON=python3.13 picks another Python, JAX=0.11.2 a version of jax, EXTRA=cuda13 adds GPU support'
 
@@ -90,6 +91,11 @@ gpu-check:
 run-gpu-check: install
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_mosaic_ptx.py tests/kernels/test_ptx_compile.py tests/memory tests/train/test_materialize.py -k 'not every_kernel'
 	$(BIN)/python experiments/gpu_check.py
+
+# On a machine with a GPU, after make install EXTRA=cuda13. The page is written even if a part failed.
+gpu-report: install
+	@code=0; $(BIN)/qlora-jax bench gpu --output docs/results/gpu || code=$$?; \
+	$(BIN)/python experiments/gpu_page.py --write docs/gpu.md && exit $$code
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

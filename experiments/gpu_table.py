@@ -184,17 +184,17 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Puts the tables between the two markers of a page.
 
     Raises:
       UserError: the page has no markers.
     """
     page = path.read_text("utf-8")
-    if BEGIN not in page or END not in page:
-        raise UserError(f"{path}: add the lines {BEGIN} and {END} where the tables belong")
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+    if begin not in page or end not in page:
+        raise UserError(f"{path}: add the lines {begin} and {end} where the tables belong")
+    before, after = page.partition(begin)[0], page.partition(end)[2]
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.bench.gpu import targets
 from qlora_jax.bench.gpu.report import Report, last_line
 
 OURS = ("mosaic", "triton", "xla")
@@ -25,6 +26,7 @@ def text(report: Report) -> str:
         ),
         last_line(report, report["backend"] == "cpu") + ".",
         _wrong(report),
+        target_table(report) if report["backend"] == "gpu" else "",
         _figures(report, "ceilings", "Ceilings"),
         *_times(report),
         *_cases(report),
@@ -33,6 +35,13 @@ def text(report: Report) -> str:
         _absent(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def target_table(report: Report) -> str:
+    """Returns the targets as a table; one that the report has no figure for is not measured."""
+    body = [(name, wanted, _number(x), word) for name, wanted, x, word in targets.rows(report)]
+    body += [(name, wanted, "", "not measured") for name, wanted in targets.missing(report)]
+    return "### Targets\n\n" + _table(("what", "target", "measured", ""), body)
 
 
 _REST = {"decode": "Generation", "training": "Whole runs", "traces": "Traces"}

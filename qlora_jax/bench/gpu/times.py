@@ -23,13 +23,12 @@ from qlora_jax.quant import quantize
 GEMM = "gemm"
 """The product with a weight that was never quantized."""
 
-ORDER = ("mosaic", PLAIN, GEMM, "triton")
+ORDER = (("mosaic", PLAIN, GEMM), ("triton",))
+"""Implementations that are timed together: all shapes with the first before any with the second."""
+
 DIRECTIONS = ("forward", "backward")
 MOST_SETS = 8
 """Sets of inputs that take turns, at most; together they are larger than the level 2 cache."""
-
-BYTES = {GEMM: 2.0}
-"""Bytes of a weight's element; of 4 bits with double quantization 0.516."""
 
 
 class Sizes(NamedTuple):
@@ -65,25 +64,14 @@ class Case(NamedTuple):
     def product(self) -> Product:
         return Product(self.direction, self.k, self.n, self.dtype, self.rows)
 
-    @property
-    def flop(self) -> float:
-        return 2.0 * self.rows * self.k * self.n
-
-    @property
-    def nbytes(self) -> float:
-        """Operands and result, each once."""
-        weight = self.k * self.n * BYTES.get(self.implementation, 0.516)
-        return weight + 2 * self.rows * (self.k + self.n)
-
 
 def cases(scale: str, dtype: str = "bfloat16") -> list[Case]:
     """Returns all cases, the most telling first."""
     size = SIZES[scale]
     return [
         Case(name, direction, rows, k, n, dtype)
-        for (k, n), direction, name, rows in itertools.product(
-            size.shapes, DIRECTIONS, ORDER, size.rows
-        )
+        for some, (k, n) in itertools.product(ORDER, size.shapes)
+        for rows, direction, name in itertools.product(size.rows, DIRECTIONS, some)
     ]
 
 
@@ -101,53 +89,58 @@ def programs(scale: str, device: Any) -> Iterator[Program]:
 def program(case: Case) -> Program:
     """Returns the program that a case is timed by; it goes over several sets of inputs."""
     over = functools.partial(jax_timing.over_all, operation(case.product, _implementation(case)))
-    inner = case.k if case.direction == "forward" else case.n
-    x = jax.ShapeDtypeStruct((case.rows, inner), case.dtype)
+    x = jax.ShapeDtypeStruct(case.product.operand_shape, case.dtype)
     sets = [(x, _weight(case))] * _sets(case)
     return Program(case.name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
 
 
 def run(lane: Lane) -> None:
-    """Compiles and times every case."""
+    """Compiles and times every case, shape by shape."""
     device = jax.devices()[0]
     (dtype,) = ceilings.dtypes(device)
+    able = []
+    for case in cases(lane.scale, dtype):
+        if reason := _excuse(case, lane.scale, device):
+            lane.record.absent(case.name, reason)
+        else:
+            able.append(case)
     with interpreted(lane):
-        for _, some in itertools.groupby(
-            cases(lane.scale, dtype), lambda c: (c.k, c.n, c.direction, c.implementation)
-        ):
-            chosen = list(some)
-            if reason := _excuse(chosen[0], lane.scale, device):
-                for case in chosen:
-                    lane.record.absent(case.name, reason)
-                continue
-            made = compile_all(map(program, chosen), lambda: lane.left() > 8)
-            weights = None
-            for case, outcome in itertools.zip_longest(chosen, made):
-                if not lane.enough(4, case.name):
-                    continue
-                with lane.guard(case.name):
-                    if isinstance(outcome, Exception):
-                        raise outcome
-                    weights = weights or [_made(case, i) for i in range(MOST_SETS)]
-                    measure(lane, case, outcome, weights)
+        for _, group in itertools.groupby(able, lambda c: (c.k, c.n, c.implementation in ORDER[0])):
+            _group(lane, list(group))
+
+
+def _group(lane: Lane, group: list[Case]) -> None:
+    """Times cases of one shape, after all are compiled: XLA tunes on the device meanwhile."""
+    made = list(compile_all(map(program, group), lambda: lane.left() > 10))
+    weights: dict[bool, list[Any]] = {}
+    for case, outcome in itertools.zip_longest(group, made):
+        if not lane.enough(4, case.name):
+            continue
+        with lane.guard(case.name):
+            if isinstance(outcome, Exception):
+                raise outcome
+            own = weights.setdefault(case.implementation == GEMM, [])
+            own += [_made(case, i) for i in range(len(own), _sets(case))]
+            measure(lane, case, outcome, own)
 
 
 def measure(lane: Lane, case: Case, program: Any, weights: list[Any]) -> None:
     """Times one compiled case and records it."""
+    product, quantized = case.product, case.implementation != GEMM
     keys = jax.random.split(jax.random.key(case.rows), _sets(case))
-    shape = (case.rows, case.k if case.direction == "forward" else case.n)
-    sets = [(jax.random.normal(key, shape, case.dtype), w) for key, w in zip(keys, weights)]
+    sets = [
+        (jax.random.normal(key, product.operand_shape, case.dtype), w)
+        for key, w in zip(keys, weights)
+    ]
     seconds = jax_timing.program_seconds(program, sets, SIZES[lane.scale].samples)
     each = statistics.median(seconds)
-    lane.record.figure(
-        case.name,
-        "us",
-        1e6 * each,
-        field="time",
-        **case._asdict(),
-        **{"GB/s": case.nbytes / each / 1e9, "TFLOP/s": case.flop / each / 1e12},
-        samples=[1e6 * s for s in seconds],
-    )
+    rates = {
+        "GB/s": product.nbytes(quantized) / each / 1e9,
+        "TFLOP/s": product.flop / each / 1e12,
+    }
+    samples = [1e6 * s for s in seconds]
+    own = case._asdict() | rates
+    lane.record.figure(case.name, "us", 1e6 * each, field="time", **own, samples=samples)
 
 
 def _sets(case: Case) -> int:

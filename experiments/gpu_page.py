@@ -1,0 +1,53 @@
+"""Puts the reports of GPUs into docs/gpu.md.
+
+Expected: a section for each docs/results/gpu/DEVICE.json, in the order of the names, with its
+  targets; without a report, the targets as not measured.
+Cost: none.
+Command: make gpu-report (on a GPU), or python experiments/gpu_page.py --write docs/gpu.md
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from gpu_table import write
+
+from qlora_jax.bench.gpu import page
+from qlora_jax.bench.gpu.report import Report
+from qlora_jax.errors import UserError
+
+REPORTS = Path("docs/results/gpu")
+BEGIN, END = "<!-- gpu_page.py begins -->", "<!-- gpu_page.py ends -->"
+NOTHING: Report = {"checks": [], "figures": []}
+
+
+def section(reports: Path) -> str:
+    """Returns the text for all reports in a folder, which need not be there."""
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(reports.glob("*.json"))]
+    if not found:
+        return "No report from a GPU is here yet.\n\n" + page.target_table(NOTHING)
+    return "\n".join(page.text(report) for report in found).rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--write", type=Path, help="page with the two markers; else printed")
+    parser.add_argument("--reports", type=Path, default=REPORTS, help=f"default {REPORTS}")
+    options = parser.parse_args()
+    text = section(options.reports)
+    if options.write:
+        write(options.write, text, BEGIN, END)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
