@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from gpu_table import write
-
 from qlora_jax.bench.gpu import page
 from qlora_jax.bench.gpu.report import Report
 from qlora_jax.errors import UserError

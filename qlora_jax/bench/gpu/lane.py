@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from qlora_jax.bench.gpu import record
@@ -13,6 +12,9 @@ from qlora_jax.errors import first_line
 
 FULL, REHEARSAL = "full", "rehearsal"
 """Scales: real shapes for a GPU, and tiny ones that a CPU runs."""
+
+CUBLAS = "--xla_gpu_enable_triton_gemm=false"
+"""A flag for XLA that leaves it less to tune; what runs without it shows the default."""
 
 LOST = ("CUDA_ERROR_ILLEGAL", "illegal memory access", "unspecified launch failure")
 """Parts of an error's text after which the process can do nothing more on the GPU."""
@@ -75,8 +77,3 @@ class Lane:
         for name in names:
             self.record.absent(name, f"not begun: {max(self.left(), 0):.0f} s were left")
         return False
-
-
-def folder_of(lane: Lane) -> Path:
-    """Returns the folder that holds the lines; a part may keep files there while it runs."""
-    return lane.record.path.parent

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-CUBLAS = "--xla_gpu_enable_triton_gemm=false"
-"""Less for XLA to tune; parts without it show the default."""
+from qlora_jax.bench.gpu.lane import CUBLAS
 
 
 class Part(NamedTuple):
@@ -40,10 +39,10 @@ PARTS: Sequence[Part] = (
     Part("products", 110, 25, "every kernel against float64", CUBLAS),
     Part("contexts", 70, 20, "kernels in scan, remat, vmap, CUDA graphs, beyond 2^31", CUBLAS),
     Part("identity", 45, 15, "fresh adapters change nothing, however XLA tunes products"),
-    Part("steps", 110, 30, "a QLoRA step of published shapes: tokens/s, memory against the plan"),
+    Part("steps", 130, 30, "a QLoRA step of published shapes: tokens/s, memory against the plan"),
     Part("training", 120, 40, "quickstart, resume, moments on the host, fp16 with loss scaling"),
     Part("times", 120, 30, "products: kernels, decode + GEMM, 16-bit GEMM", CUBLAS),
-    Part("curves", 60, 25, "the loss of 50 steps with each implementation"),
+    Part("curves", 60, 25, "the loss of 50 steps with each implementation", CUBLAS),
     Part("decode", 60, 25, "generated tokens/s and prefill"),
     Part("large", 110, 40, "a QLoRA step of 13B to 70B as memory allows"),
     Part("traces", 45, 20, "which kernels take the time of a step and of a token"),

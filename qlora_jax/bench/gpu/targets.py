@@ -1,7 +1,7 @@
 """What a report is held against. A target is met by measured figures alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qlora_jax.bench.gpu.report import Report
 

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane, folder_of
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.errors import RunFailed
 from qlora_jax.formats.fetch import cached
 from qlora_jax.train import checkpoint
@@ -85,11 +86,10 @@ def programs(scale: str, device: Any) -> Any:
 
 
 def run(lane: Lane) -> None:
-    """Trains."""
-    work = folder_of(lane) / "runs"
-    with lane.guard(*names(lane.scale)):
-        model = base(lane, work)
-        runs = Runs(lane, work, model)
+    """Trains, in a folder that is deleted at the end."""
+    with tempfile.TemporaryDirectory() as folder, lane.guard(*names(lane.scale)):
+        work = Path(folder)
+        runs = Runs(lane, work, base(lane, work))
         with lane.guard(*QUICKSTART):
             quickstart(lane, runs)
         if not lane.enough(25, HOST, RESUMED, HALF):
