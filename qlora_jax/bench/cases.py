@@ -1,17 +1,24 @@
-"""What `bench kernels` times, on every side: operations, shapes, dtypes and input buffers."""
+"""What `bench kernels` times, on every side: operations, shapes, dtypes and input buffers.
+
+Imports neither jax nor torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from qlora_jax.bench import measure
+from qlora_jax.bench.measure import Figure
 from qlora_jax.bench.options import Kernels
 
 BLOCK_SIZE = 64
+NESTED_BLOCK = 256
 CODEBOOK = "nf4"
 BEYOND_CACHES = 256 * 2**20
 """Bytes that one round over a case's inputs touches, so that no cache holds them."""
@@ -22,7 +29,11 @@ MOST_COPIES = 64
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 BY_DEVICE = {
     "cpu": Kernels(((4096, 4096),), (1, 16, 512, 2048), ("bfloat16", "float32")),
-    "gpu": Kernels(((4096, 4096), (4096, 11008)), (1, 16, 512, 2048, 8192), ("bfloat16",)),
+    "gpu": Kernels(
+        ((4096, 4096), (4096, 11008), (8192, 28672)),
+        (1, 4, 16, 64, 512, 2048, 8192),
+        ("bfloat16",),
+    ),
 }
 
 
@@ -55,22 +66,39 @@ class Case(NamedTuple):
     @property
     def copies(self) -> int:
         """How many sets of input buffers take turns."""
-        return min(max(2, math.ceil(BEYOND_CACHES / self._nbytes)), MOST_COPIES)
+        return min(max(2, math.ceil(BEYOND_CACHES / self.nbytes())), MOST_COPIES)
+
+    def nbytes(self, quantized: bool = True) -> int:
+        """Bytes of operands and result, each once.
+
+        Args:
+          quantized: whether a product's weight is in 4 bits; else it is in `dtype`.
+        """
+        blocks = self.k * self.n // BLOCK_SIZE
+        scales = blocks + 4 * (blocks // NESTED_BLOCK) if self.double else 4 * blocks
+        floats, codes = self.k * self.n * ITEMSIZE[self.dtype], self.k * self.n // 2 + scales
+        if not self.rows:
+            return floats + codes
+        operands = self.rows * (self.k + self.n) * ITEMSIZE[self.dtype]
+        return operands + (codes if quantized else floats)
 
     @property
-    def _nbytes(self) -> int:
-        weight, codes = self.k * self.n * ITEMSIZE[self.dtype], self.k * self.n // 2
-        operands = self.rows * (self.k + self.n) * ITEMSIZE[self.dtype]
-        return codes + (operands if self.rows else weight)
+    def flop(self) -> int:
+        """Multiplications and additions of a product; 0 without one."""
+        return 2 * self.rows * self.k * self.n
+
+    @property
+    def operand_shape(self) -> tuple[int, int]:
+        """Of x, or of g of the backward pass."""
+        return self.rows, self.n if self.operation == "backward" else self.k
 
     def weight(self) -> np.ndarray:
-        """float32[k, n], the same on every side."""
+        """float32[k, n] in the host's memory, the same on every side."""
         return np.random.default_rng(0).standard_normal((self.k, self.n), np.float32)
 
     def operand(self) -> np.ndarray:
-        """x, or g of the backward pass: float32[rows, k or n]."""
-        shape = (self.rows, self.n if self.operation == "backward" else self.k)
-        return np.random.default_rng(1).standard_normal(shape, np.float32)
+        """float32 of `operand_shape`, likewise."""
+        return np.random.default_rng(1).standard_normal(self.operand_shape, np.float32)
 
 
 def settle(options: Kernels, device: str) -> Kernels:
@@ -109,6 +137,20 @@ def _all(options: Kernels) -> Iterator[Case]:
                     yield Case(operation, k, n, dtype, rows)
 
 
-def described(case: Case) -> dict[str, Any]:
-    """A case as an entry of its figure."""
-    return {"case": case._asdict()}
+def case_figure(case: Case, seconds: Sequence[float], quantized: bool = True) -> Figure:
+    """The median of a case's times, as a figure with its `case` and what that time amounts to.
+
+    Args:
+      case: what was timed.
+      seconds: of one call each.
+      quantized: whether a product's weight is in 4 bits.
+
+    Returns:
+      A figure in ms, with `GB/s` of operands and result (`Case.nbytes`) and, of a product,
+      `TFLOP/s`.
+    """
+    median = statistics.median(seconds)
+    rates = {"GB/s": measure.rounded(case.nbytes(quantized) / median / 1e9)}
+    if case.flop:
+        rates["TFLOP/s"] = measure.rounded(case.flop / median / 1e12)
+    return measure.median_ms(seconds) | {"case": case._asdict()} | rates

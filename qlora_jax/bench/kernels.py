@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, cases, described, settle
-from qlora_jax.bench.jax_timing import Inputs, copies, seconds
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases, settle
+from qlora_jax.bench.jax_timing import Inputs, copies, drawn, seconds
 from qlora_jax.bench.measure import Figure, Neighbours
 from qlora_jax.bench.options import Kernels, to_tree
 from qlora_jax.bench.worker import OURS
@@ -49,7 +49,7 @@ def run(options: Kernels) -> dict[str, Any]:
                         raise
                     notes[f"{variant}, {case.dtype}: not here ({first_line(e)})"] = None
                 else:
-                    figures.setdefault(variant, {})[case.name] = time | described(case)
+                    figures.setdefault(variant, {})[case.name] = time
     return measure.report(
         OURS,
         ["jax", "jaxlib"],
@@ -73,7 +73,7 @@ def variants(case: Case, backend: str) -> Iterator[str]:
 
 
 def median_time(case: Case, variant: str, samples: int) -> Figure:
-    """Milliseconds of one call.
+    """Milliseconds of one call, as `cases.case_figure` has them.
 
     Args:
       case: the operation.
@@ -81,10 +81,12 @@ def median_time(case: Case, variant: str, samples: int) -> Figure:
       samples: how many to take; see `jax_timing.seconds`.
     """
     implementation = None if variant in (PICKED, UNQUANTIZED) else variant
-    sets = copies(arguments(case, variant != UNQUANTIZED), case.copies)
+    quantized = variant != UNQUANTIZED
+    sets = copies(arguments(case, quantized), case.copies)
     # the quantizer is timed with the check that it makes outside of its program
     jit = case.operation != "quantize"
-    return measure.median_ms(seconds(operation(case, implementation), sets, samples, jit))
+    times = seconds(operation(case, implementation), sets, samples, jit)
+    return case_figure(case, times, quantized)
 
 
 def operation(case: Case, implementation: str | None) -> Callable[..., Any]:
@@ -113,10 +115,8 @@ def operation(case: Case, implementation: str | None) -> Callable[..., Any]:
 
 def arguments(case: Case, quantized: bool = True) -> Inputs:
     """What `operation` takes; the weight in 4 bits or, for a product, in floats."""
-    w = case.weight()
+    w, x = drawn(case)
     if case.operation == "quantize":
         return (w,)
-    weight = (
-        quantize(w, CODEBOOK, BLOCK_SIZE, case.double) if quantized else jnp.asarray(w, case.dtype)
-    )
-    return (jnp.asarray(case.operand(), case.dtype), weight) if case.rows else (weight,)
+    weight = quantize(w, CODEBOOK, BLOCK_SIZE, case.double) if quantized else w.astype(case.dtype)
+    return (x.astype(case.dtype), weight) if case.rows else (weight,)

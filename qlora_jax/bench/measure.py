@@ -24,7 +24,7 @@ TUNING = ("XLA_", "JAX_", "OMP_", "MKL_", "ONEDNN_", "GLIBC_TUNABLES", "MALLOC_"
 """Starts of the names of environment variables that change speed or memory."""
 
 Figure = dict[str, Any]
-"""`unit` and `value`; where several times were taken their `samples`, and the kernels' `case`."""
+"""`unit` and `value`; where several times were taken their `samples`; what `cases` adds."""
 
 
 def figure(unit: str, value: float | None, samples: Sequence[float] = ()) -> Figure:

@@ -164,9 +164,9 @@ def planned_bytes(prepared: Prepared, gradient: jax.stages.Compiled, offload: st
     if gradient.memory_analysis() is None:
         return None
     program = prepared.program
-    # shapes alone: arrays would bring the memory that they are in
+    # without the place that the moments have: a unit's are on the device when it is updated
     state, frozen, batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(prepared[1:4])
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prepared[1:4]
     )
     gradients, _ = jax.eval_shape(program.gradient, state, frozen, batch, None)
     step = accounts.Step(program, state, gradients, frozen, batch, None)

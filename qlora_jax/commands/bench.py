@@ -154,14 +154,14 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
         type=_list(_shape),
         default=(),
         metavar="KxN,...",
-        help="of weights; default 4096x4096, on a GPU 4096x11008, too",
+        help="of weights; default 4096x4096, on a GPU 4096x11008 and 8192x28672, too",
     )
     parser.add_argument(
         "--rows",
         type=_list(_count),
         default=(),
         metavar="M,...",
-        help="default 1,16,512,2048, on a GPU 8192, too",
+        help="default 1,16,512,2048, on a GPU 4, 64 and 8192, too",
     )
     parser.add_argument(
         "--dtypes",

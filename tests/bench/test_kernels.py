@@ -4,26 +4,29 @@ import json
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
-from qlora_jax.bench import cases, jax_timing, kernels
+from qlora_jax.bench import cases, jax_timing, kernels, measure
 from qlora_jax.bench.cases import Case
 from qlora_jax.bench.options import Kernels, from_tree, to_tree
 from qlora_jax.errors import UserError
 from qlora_jax.memory.compile import NO_SPILLS, environment, has_plugin
-from qlora_jax.quant import QTensor, dequantize, quantize
+from qlora_jax.quant import QTensor, dequantize, nbytes, quantize
 
 TINY = Kernels(((128, 64),), (1, 3), ("float32",), samples=2)
 
 
 def test_names_are_unique_and_say_what_is_timed() -> None:
     names = [case.name for case in cases.cases(cases.settle(Kernels(), "gpu"))]
-    assert len(names) == len(set(names)) == 2 * 4 + 2 * 2 * 5
+    assert len(names) == len(set(names)) == 3 * 4 + 3 * 2 * 7
     assert Case("forward", 4096, 11008, "bfloat16", 16).name == "forward 4096x11008, M=16, bfloat16"
     assert Case("quantize", 64, 64, "float32", double=False).name.endswith(", plain scales")
 
@@ -37,7 +40,7 @@ def test_operations_can_be_chosen() -> None:
 def test_the_device_settles_only_what_was_left_open() -> None:
     settled = cases.settle(Kernels(rows=(7,)), "gpu")
     assert settled.rows == (7,)
-    assert settled.shapes == ((4096, 4096), (4096, 11008))
+    assert settled.shapes == ((4096, 4096), (4096, 11008), (8192, 28672))
     assert settled.device == "gpu"
     assert cases.settle(Kernels(), "cpu").rows == (1, 16, 512, 2048)
 
@@ -45,18 +48,43 @@ def test_the_device_settles_only_what_was_left_open() -> None:
 @pytest.mark.parametrize(
     ("case", "nbytes"),
     [
-        (Case("forward", 4096, 4096, "bfloat16", 1), 2**23 + 2 * 2 * 4096),
-        (Case("backward", 4096, 4096, "bfloat16", 2048), 2**23 + 2 * 2 * 4096 * 2048),
-        (Case("dequantize", 4096, 4096, "float32"), 2**23 + 2**26),
+        (Case("forward", 4096, 4096, "bfloat16", 1), 2**23 + 2**18 + 2**12 + 2 * 2 * 4096),
+        (Case("backward", 4096, 4096, "bfloat16", 2048), 2**23 + 2**18 + 2**12 + 2**25),
+        (Case("dequantize", 4096, 4096, "float32"), 2**23 + 2**18 + 2**12 + 2**26),
+        (Case("quantize", 4096, 4096, "float32", double=False), 2**23 + 2**20 + 2**26),
     ],
 )
 def test_inputs_in_turn_are_beyond_any_cache(case: Case, nbytes: int) -> None:
+    assert case.nbytes() == nbytes
     assert (case.copies - 1) * nbytes < cases.BEYOND_CACHES <= case.copies * nbytes
 
 
 def test_huge_and_tiny_inputs_have_a_few_copies() -> None:
     assert Case("forward", 4096, 11008, "float32", 2**16).copies == 2
     assert Case("forward", 64, 64, "float32", 1).copies == cases.MOST_COPIES
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("operation", ["forward", "backward", "dequantize"])
+def test_bytes_are_those_of_operands_and_result(operation: str, double: bool) -> None:
+    case = Case(operation, 512, 256, "bfloat16", 3 if operation != "dequantize" else 0, double)
+    arguments = kernels.arguments(case)
+    result = jax.eval_shape(kernels.operation(case, None), *arguments)
+    # the codebook and the offset are small, and no part of the count
+    small = 64 + 4 * double
+    assert case.nbytes() == nbytes((arguments, result)) - small
+    if case.rows:
+        plain = kernels.arguments(case, quantized=False)
+        assert case.nbytes(quantized=False) == nbytes((plain, result))
+
+
+def test_a_figure_of_a_case_has_what_its_time_amounts_to() -> None:
+    figure = cases.case_figure(Case("forward", 4096, 4096, "bfloat16", 2048), [1e-3, 3e-3, 2e-3])
+    assert (figure["value"], figure["unit"], figure["samples"]) == (2, "ms", [1, 3, 2])
+    # 2 * 2048 * 4096**2 flop and 2**23 + 2**18 + 2**12 + 2**25 bytes in 2 ms
+    assert figure["TFLOP/s"] == pytest.approx(34.36, rel=1e-3)
+    assert figure["GB/s"] == pytest.approx(21.11, rel=1e-3)
+    assert "TFLOP/s" not in cases.case_figure(Case("dequantize", 64, 64, "float32"), [1.0])
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -104,6 +132,26 @@ def test_calls_take_their_inputs_in_turn() -> None:
     assert seen[:3] != seen[1:4]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("operation", ["quantize", "forward", "backward"])
+def test_inputs_are_normal_numbers_on_any_device(
+    backend: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    case = Case(operation, 128, 64, "bfloat16", 300 * (operation != "quantize"))
+    w, x = jax_timing.drawn(case)
+    assert (w.shape, w.dtype) == ((128, 64), jnp.float32)
+    assert (x.shape, x.dtype) == (case.operand_shape, jnp.float32)
+    assert case.operand_shape[1] == (64 if operation == "backward" else 128)
+    for values in (w, x) if x.size else (w,):
+        assert abs(float(values.mean())) < 0.05
+        assert float(values.std()) == pytest.approx(1, abs=0.05)
+    if backend == "cpu":
+        np.testing.assert_array_equal(w, case.weight())
+    # the weight is not the operand's beginning
+    assert not x.size or abs(float(w[0, 0]) - float(x[0, 0])) > 1e-6
+
+
 def test_copies_share_no_buffer() -> None:
     sets = jax_timing.copies(kernels.arguments(Case("forward", 64, 64, "float32", 1)), 3)
     leaves = jax.tree.leaves(sets)
@@ -119,10 +167,49 @@ def test_one_program_goes_over_all_inputs_in_every_pass() -> None:
         return 2 * x
 
     sets = [(jnp.float32(i),) for i in range(3)]
-    results = jax.jit(lambda s: jax_timing.over_all(function, 4, s))(sets)
-    jax.effects_barrier()
-    assert sorted(ran) == sorted([0.0, 1.0, 2.0] * 4)
-    assert [float(r) for r in results] == [0, 2, 4]
+    program = jax_timing.compiled(function, sets)
+    for passes in (4, 1):
+        results = program(np.int32(passes), sets)
+        jax.effects_barrier()
+        assert sorted(ran) == sorted([0.0, 1.0, 2.0] * passes * jax_timing.ROUNDS)
+        assert [float(r) for r in results] == [0, 2, 4]
+        ran.clear()
+    assert [float(r) for r in program(np.int32(0), sets)] == [0, 0, 0]
+    assert ran == []
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_seconds_within_a_program_are_those_of_one_call(count: int) -> None:
+    def wait(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.002)
+        return x
+
+    def function(x: jax.Array) -> jax.Array:
+        return io_callback(wait, x, x)
+
+    sets = [(jnp.float32(i),) for i in range(count)]
+    times = jax_timing.program_seconds(jax_timing.compiled(function, sets), sets, samples=3)
+    assert len(times) == 3
+    assert min(times) > 0.9 * 0.002  # a sleep is never shorter, but for the dispatch
+    assert min(times) < 2 * 0.002
+
+
+def test_as_many_passes_as_a_sample_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: a call takes 3 us and a dispatch 70."""
+    asked: list[int] = []
+
+    def timed(call: Callable[[], Any]) -> float:
+        call()
+        return 70e-6 + asked[-1] * jax_timing.ROUNDS * 2 * 3e-6
+
+    def program(passes: np.int32, sets: Any) -> None:
+        asked.append(int(passes))
+
+    monkeypatch.setattr(measure, "timed", timed)
+    times = jax_timing.program_seconds(program, [(), ()], samples=4)  # type: ignore[arg-type]
+    assert times == pytest.approx([3e-6] * 4)
+    assert len(set(asked[-5:])) == 1
+    assert asked[-1] * jax_timing.ROUNDS * 2 * 3e-6 == pytest.approx(jax_timing.SAMPLE, rel=0.5)
 
 
 @pytest.mark.skipif(not has_plugin(), reason="needs the compile-only GPU packages")
@@ -139,19 +226,21 @@ x = jax.ShapeDtypeStruct((16, 1024), jnp.bfloat16)
 w = jax.ShapeDtypeStruct((1024, 2048), jnp.float32)
 w = jax.eval_shape(quantize, w) if {implementation!r} else w
 function = kernels.operation(Case("forward", 1024, 2048, "bfloat16", 16), {implementation!r})
-over_all = functools.partial(jax_timing.over_all, function, 20)
-print(compile_for("a100", over_all, [(x, w)] * 3).as_text())
+over_all = functools.partial(jax_timing.over_all, function)
+passes = jax.ShapeDtypeStruct((), jnp.int32)
+print(compile_for("a100", over_all, passes, [(x, w)] * 3).as_text())
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment(NO_SPILLS), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (body,) = re.findall(r"body=%?([\w.-]+)", done.stdout)
+    bodies = re.findall(r"body=%?([\w.-]+)", done.stdout)
     parts = {
         part.split()[0].lstrip("%"): part for part in done.stdout.split("\n\n") if part.strip()
     }
     gemm = re.compile(r"gemm_fusion|__cublas|__triton_gemm")
-    assert len(set(re.findall(r"%(\S*gemm_fusion\S*) = ", parts[body]))) == 3
+    products = [set(re.findall(r"%(\S*gemm_fusion\S*) = ", parts[body])) for body in bodies]
+    assert sorted(map(len, products)) == [0, 3]  # a pass, and a round within
     assert not gemm.search(parts["ENTRY"])
     assert "[1024,2048]" not in "".join(re.findall(r".* = .*copy\(.*", done.stdout))
 

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes import functional
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, cases, described
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases
 from qlora_jax.bench.options import Kernels, to_tree
 from qlora_jax.errors import UserError
 
@@ -41,7 +41,7 @@ def run(options: Kernels) -> dict[str, Any]:
         for case in cases(options):
             calls = prepared(case, "cuda" if gpu else "cpu")
             times = (queued if gpu else one_by_one)(calls, options.samples)
-            figures[case.name] = measure.median_ms(times) | described(case)
+            figures[case.name] = case_figure(case, times)
     return measure.report(
         "bitsandbytes",
         ["bitsandbytes", "torch"],
@@ -56,7 +56,11 @@ def prepared(case: Case, device: str) -> list[Callable[[], Any]]:
     """One call for each set of inputs."""
     dtype = getattr(torch, case.dtype)
     # its weight is [out, in]
-    w = torch.from_numpy(case.weight()).T.contiguous().to(device)
+    if device == "cpu":
+        w, x = torch.from_numpy(case.weight()).T.contiguous(), torch.from_numpy(case.operand())
+    else:
+        w = torch.randn(case.n, case.k, device=device)
+        x = torch.randn(case.operand_shape, device=device)
 
     quantize = functools.partial(
         functional.quantize_4bit,
@@ -70,14 +74,13 @@ def prepared(case: Case, device: str) -> list[Callable[[], Any]]:
     for _ in range(case.copies):
         codes, state = quantize(w)
         state.dtype = dtype
-        calls.append(_call(case, codes, state))
+        calls.append(_call(case, codes, state, x.to(dtype, copy=True)))
     return calls
 
 
-def _call(case: Case, codes: torch.Tensor, state: Any) -> Callable[[], Any]:
+def _call(case: Case, codes: torch.Tensor, state: Any, operand: torch.Tensor) -> Callable[[], Any]:
     if case.operation == "dequantize":
         return lambda: functional.dequantize_4bit(codes, state)
-    operand = torch.from_numpy(case.operand()).to(codes.device, state.dtype)
     if case.operation == "forward":
         return lambda: bitsandbytes.matmul_4bit(operand, codes, state)
     x = torch.zeros(case.rows, case.k, dtype=operand.dtype, device=operand.device)

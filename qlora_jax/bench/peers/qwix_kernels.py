@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import qwix
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, cases, described
-from qlora_jax.bench.jax_timing import Inputs, copies, seconds
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases
+from qlora_jax.bench.jax_timing import Inputs, copies, drawn, seconds
 from qlora_jax.bench.options import Kernels, to_tree
 from qlora_jax.errors import UserError
 
@@ -38,7 +38,7 @@ def run(options: Kernels) -> dict[str, Any]:
                 continue
             sets = copies(arguments(case), case.copies)
             times = seconds(operation(case), sets, options.samples)
-            figures[case.name] = measure.median_ms(times) | described(case)
+            figures[case.name] = case_figure(case, times)
     return measure.report(
         "qwix",
         ["qwix", "jax", "jaxlib"],
@@ -77,8 +77,8 @@ def quantized(w: jax.Array) -> qwix.QArray:
 
 def arguments(case: Case) -> Inputs:
     """What `operation` takes."""
-    w = jnp.asarray(case.weight(), case.dtype)
+    w, x = (array.astype(case.dtype) for array in drawn(case))
     if case.operation == "quantize":
         return (w,)
     q = jax.jit(quantized)(w)
-    return (jnp.asarray(case.operand(), case.dtype), q) if case.rows else (q,)
+    return (x, q) if case.rows else (q,)
