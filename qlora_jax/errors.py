@@ -18,6 +18,10 @@ class RunFailed(RuntimeError):
     """
 
 
+class OutOfTime(RunFailed):
+    """A time limit ended something, or kept it from beginning; nothing is wrong with it."""
+
+
 class Terminated(Exception):
     """A signal ended a command that runs until one comes. `code` is the exit code, 128 + signal."""
 

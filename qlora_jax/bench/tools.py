@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from qlora_jax import compilation, hugepages
 from qlora_jax.bench.options import Options, to_tree
 from qlora_jax.bench.worker import OURS
-from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.errors import OutOfTime, RunFailed, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -93,17 +93,17 @@ def measured(
 
     Raises:
       UserError: the run found the options, or what they name, not usable.
-      RunFailed: it failed otherwise.
+      RunFailed: it failed otherwise; `OutOfTime` after the timeout.
     """
     tree = options if isinstance(options, Mapping) else to_tree(options)
     command = [tool.python, str(WORKER), tool.name, what, json.dumps(tree)]
-    environment = _with_flags(flags) if tool.name == OURS else _clean()
+    environment = _with_flags(flags) if tool.name == OURS else _clean(tool.python)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=timeout
         )
     except subprocess.TimeoutExpired:
-        raise RunFailed(f"bench {what}: {tool.name} took longer than {timeout:.0f} s") from None
+        raise OutOfTime(f"bench {what}: {tool.name} took longer than {timeout:.0f} s") from None
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == 2:
         raise UserError(last)
@@ -120,7 +120,7 @@ def _installed(python: str, packages: Sequence[str]) -> set[str]:
             capture_output=True,
             text=True,
             timeout=60,
-            env=_clean(),
+            env=_clean(python),
         )
         return set(json.loads(done.stdout))
     except (OSError, ValueError, TypeError, subprocess.TimeoutExpired):
@@ -134,9 +134,12 @@ def _with_flags(flags: str) -> dict[str, str]:
     return dict(os.environ) | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
 
 
-def _clean() -> dict[str, str]:
-    """The environment without what leads to our packages, and what our program asked for itself."""
-    names = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+def _clean(python: str) -> dict[str, str]:
+    """The environment without what our program asked for itself.
+
+    Another interpreter than ours also gets none of what leads to our packages.
+    """
+    names = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     for name, separator, own in OWN:
         parts = environment.pop(name, "").split(separator)

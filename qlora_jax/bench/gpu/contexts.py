@@ -5,7 +5,8 @@ GEMMs, and in float32. The implementation's error is at most twice that of the G
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu import products, reference
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
-from qlora_jax.bench.gpu.programs import Program, compiled
+from qlora_jax.bench.gpu.programs import Outcome, Program, compile_all, compiled, usable
 from qlora_jax.kernels import matmul
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.quant import quantize
@@ -88,6 +89,10 @@ CORNERS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
 """Name to function and XLA's options."""
 
 
+EXACT = "float32"
+"""Stands for decoded weights and products in float32, as an implementation."""
+
+
 class Corner(NamedTuple):
     """One corner with one implementation and some rows."""
 
@@ -116,46 +121,61 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[Program]:
-    """Yields the 16-bit programs of every corner that runs on the device."""
+    """Yields the programs of every corner that runs on the device, and those it is held against."""
     able = [name for name in FUSED if not excuse(name, scale, device)]
     for corner in corners(scale):
         if corner.implementation in able:
             yield program(corner, scale)
+    for what, rows in itertools.product(CORNERS, SIZES[scale].rows) if able else ():
+        yield from (program(Corner(name, what, rows), scale) for name in (PLAIN, EXACT))
     if scale == FULL:
         yield from map(_beyond, able)
 
 
-def program(corner: Corner, scale: str, dtype: Any = DTYPE) -> Program:
-    """Returns the program of a corner, in `dtype`."""
+def program(corner: Corner, scale: str) -> Program:
+    """Returns the program of a corner."""
     function, options = CORNERS[corner.what]
+    exact = corner.implementation == EXACT
+    dtype = jnp.float32 if exact else DTYPE
+
+    def run(x: jax.Array, stack: Any) -> jax.Array:
+        with jax.default_matmul_precision("highest" if exact else "default"):
+            return function(x, stack, PLAIN if exact else corner.implementation)
+
     x = jax.ShapeDtypeStruct((corner.rows, SIZES[scale].features), dtype)
-    chosen = functools.partial(function, implementation=corner.implementation)
-    return Program(corner.name, chosen, (x, _stack(scale)), options)
+    return Program(corner.name, run, (x, _stack(scale)), options)
 
 
 def run(lane: Lane) -> None:
-    """Checks every corner."""
+    """Compiles and checks every corner."""
     device = jax.devices()[0]
     with interpreted(lane):
+        asked = [p for p in programs(lane.scale, device) if p.name not in map(_beyond_name, FUSED)]
+        made = dict(zip((p.name for p in asked), compile_all(asked, lambda: lane.left() > 5)))
         for corner in corners(lane.scale):
             if reason := excuse(corner.implementation, lane.scale, device):
                 lane.record.absent(corner.name, reason)
-            elif lane.enough(4, corner.name):
+            elif lane.enough(3, corner.name):
                 with lane.guard(corner.name):
-                    verdict = check(corner, lane.scale)
+                    verdict = check(corner, lane.scale, made)
                     lane.record.check(corner.name, verdict.right, **verdict.measures)
         for implementation in FUSED:
             _check_beyond(lane, implementation, device)
 
 
-def check(corner: Corner, scale: str) -> reference.Verdict:
-    """Returns the worst verdict of `CALLS` runs on fresh inputs."""
-    size = SIZES[scale]
-    ours = compiled(program(corner, scale))
-    theirs = compiled(program(corner._replace(implementation=PLAIN), scale))
-    verdicts = []
-    with jax.default_matmul_precision("highest"):
-        exact = compiled(program(corner._replace(implementation=PLAIN), scale, jnp.float32))
+def check(corner: Corner, scale: str, made: Mapping[str, Outcome]) -> reference.Verdict:
+    """Returns the worst verdict of `CALLS` runs on fresh inputs.
+
+    Args:
+      corner: with a fused implementation.
+      scale: of the sizes.
+      made: name to compiled program, or to the error that compiling gave.
+    """
+    ours, theirs, exact = (
+        usable(made[corner._replace(implementation=name).name])
+        for name in (corner.implementation, PLAIN, EXACT)
+    )
+    verdicts, size = [], SIZES[scale]
     for i in range(CALLS):
         stack = random_codes.quantized(_stack(scale), CODEBOOK, np.uint32(i))
         x = jax.random.normal(jax.random.key(i), (corner.rows, size.features)).astype(DTYPE)

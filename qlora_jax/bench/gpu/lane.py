@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_jax.bench.gpu import record
 from qlora_jax.bench.gpu.record import Recorder
-from qlora_jax.errors import first_line
+from qlora_jax.errors import OutOfTime, first_line
 
 FULL, REHEARSAL = "full", "rehearsal"
 """Scales: real shapes for a GPU, and tiny ones that a CPU runs."""
@@ -56,8 +56,8 @@ class Lane:
     def guard(self, *names: str) -> Iterator[None]:
         """Records an error inside the `with` as the reason why the named results are absent.
 
-        It makes the part a failed one, unless the device's memory was too small. An error that
-        leaves the GPU unusable is raised again.
+        It makes the part a failed one, unless the time or the device's memory was too small. An
+        error that leaves the GPU unusable is raised again.
         """
         try:
             yield
@@ -65,8 +65,9 @@ class Lane:
             known = record.names(record.read([self.record.path]), self.record.part)
             for name in names:
                 if name not in known:
-                    reason, full = f"{type(e).__name__}: {first_line(e)}", FULL_MEMORY in str(e)
-                    self.record.absent(name, reason, error=not full)
+                    small = isinstance(e, OutOfTime) or FULL_MEMORY in str(e)
+                    reason = f"{type(e).__name__}: {first_line(e)}"
+                    self.record.absent(name, reason, error=not small)
             if any(mark in str(e) for mark in LOST):
                 raise
 

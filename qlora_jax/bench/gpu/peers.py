@@ -1,5 +1,6 @@
 """Peers on the same card: bitsandbytes' products, and a step of PEFT on bitsandbytes' weights."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program
 from qlora_jax.bench.options import Kernels, Step
 from qlora_jax.errors import UserError
+from qlora_jax.models.shapes import config_json
 
 PEER = "bitsandbytes"
 STEPS: dict[str, dict[str, Step]] = {
@@ -55,7 +57,9 @@ def _first(lane: Lane, what: str) -> tools.Tool | None:
 
 def _steps(lane: Lane, tool: tools.Tool) -> None:
     for name, options in STEPS[lane.scale].items():
-        report = tools.measured(tool, "step", options, print, timeout=lane.left())
+        shape = config_json(options.model)
+        asked = dataclasses.replace(options, shape=shape)
+        report = tools.measured(tool, "step", asked, print, timeout=lane.left())
         for kind, (unit, source) in KINDS.items():
             value = report["figures"].get(source, {}).get("value")
             if value is None:

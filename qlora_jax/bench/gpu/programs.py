@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from qlora_jax.device import cpu_cores
+from qlora_jax.errors import OutOfTime
 
 Outcome = jax.stages.Compiled | Exception
 
@@ -34,6 +35,13 @@ def compiled(program: Program) -> jax.stages.Compiled:
     return _lowered(program).compile(dict(program.options) or None)
 
 
+def usable(outcome: Outcome) -> jax.stages.Compiled:
+    """Returns a compiled program; raises the error that compiling gave instead."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
 def compile_all(programs: Iterable[Program], more: Callable[[], bool]) -> Iterator[Outcome]:
     """Yields each program compiled, or the error it gives, in order.
 
@@ -41,13 +49,14 @@ def compile_all(programs: Iterable[Program], more: Callable[[], bool]) -> Iterat
 
     Args:
       programs: what to compile.
-      more: asked before each is traced; after False the rest is left out.
+      more: asked before each is traced; after False the rest gives `OutOfTime`.
     """
     with ThreadPoolExecutor(max(1, cpu_cores() - 1)) as pool:
         waiting: list[Future[jax.stages.Compiled] | Exception] = []
         for program in programs:
             if not more():
-                break
+                waiting.append(OutOfTime("there was no time to compile it"))
+                continue
             try:
                 lowered = _lowered(program)
             except Exception as e:  # the tracer's own errors, of many kinds

@@ -16,7 +16,7 @@ from qlora_jax.bench.cases import Case as Product
 from qlora_jax.bench.gpu import ceilings
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
-from qlora_jax.bench.gpu.programs import Program, compile_all
+from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.bench.kernels import operation
 from qlora_jax.quant import quantize
 
@@ -113,15 +113,14 @@ def _group(lane: Lane, group: list[Case]) -> None:
     """Times cases of one shape, after all are compiled: XLA tunes on the device meanwhile."""
     made = list(compile_all(map(program, group), lambda: lane.left() > 10))
     weights: dict[bool, list[Any]] = {}
-    for case, outcome in itertools.zip_longest(group, made):
+    for case, outcome in zip(group, made):
         if not lane.enough(4, case.name):
             continue
         with lane.guard(case.name):
-            if isinstance(outcome, Exception):
-                raise outcome
+            ready = usable(outcome)
             own = weights.setdefault(case.implementation == GEMM, [])
             own += [_made(case, i) for i in range(len(own), _sets(case))]
-            measure(lane, case, outcome, own)
+            measure(lane, case, ready, own)
 
 
 def measure(lane: Lane, case: Case, program: Any, weights: list[Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
-from qlora_jax.errors import RunFailed
+from qlora_jax.errors import OutOfTime, RunFailed
 from qlora_jax.formats.fetch import cached
 from qlora_jax.train import checkpoint
 
@@ -227,7 +227,7 @@ def command(lane: Lane, *arguments: str, exact: bool = False) -> dict[str, Any]:
             timeout=max(lane.left(), 1),
         )
     except subprocess.TimeoutExpired:
-        raise RunFailed(f"{arguments[0]} took longer than the time that was left") from None
+        raise OutOfTime(f"{arguments[0]} took longer than the time that was left") from None
     print(done.stderr, flush=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
