@@ -150,10 +150,13 @@ def one_product(implementation: str, direction: str, k: int) -> Callable[..., ja
 
 def weight(case: Case) -> Any:
     """Returns a QTensor of shapes for a case."""
-    make = functools.partial(
-        quantize, codebook=case.codebook, block_size=case.block_size, double_quant=case.double_quant
-    )
-    return jax.eval_shape(make, jax.ShapeDtypeStruct(case.shape, jnp.float32))
+    return _weight(case.shape, case.block_size, case.double_quant)
+
+
+@functools.cache
+def _weight(shape: tuple[int, int], block_size: int, double_quant: bool) -> Any:
+    make = functools.partial(quantize, block_size=block_size, double_quant=double_quant)
+    return jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 @contextlib.contextmanager

@@ -65,8 +65,13 @@ def qlora(model: str, seq: int = 512, **more: Any) -> Step:
     return dataclasses.replace(PAPER, model=model, seq=seq, **more)
 
 
-TORCHTUNE = {"batch": 2, "rank": 8, "alpha": 16}
-"""torchtune's Llama 3.1 8B recipe, but on every linear."""
+TORCHTUNE = {
+    "batch": 2,
+    "rank": 8,
+    "alpha": 16.0,
+    "target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+"""torchtune's recipe for Llama 3.1 8B."""
 
 CASES: Mapping[str, Sequence[Case]] = {
     FULL: (
