@@ -21,7 +21,7 @@ def ran(pid: int, tid: int, name: str, start: float, length: float) -> dict[str,
     return {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": start, "dur": length}
 
 
-HOST = named(1, 1, "/host:CPU", "tf_XLAEigen/1") + [ran(1, 1, "on the host", 0, 99)]
+HOST = [*named(1, 1, "/host:CPU", "tf_XLAEigen/1"), ran(1, 1, "on the host", 0, 99)]
 GPU = [
     *named(2, 1, "/device:GPU:0", "Stream #13(Compute)"),
     *named(2, 2, "/device:GPU:0", "XLA Ops"),
