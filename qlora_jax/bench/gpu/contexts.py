@@ -5,6 +5,7 @@ GEMMs, and in float32. The implementation's error is at most twice that of the G
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -116,11 +117,14 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[Program]:
-    """Yields the 16-bit programs of every corner that runs on the device."""
+    """Yields the program of every corner that runs on the device, and what it is held against."""
     able = [name for name in FUSED if not excuse(name, scale, device)]
     for corner in corners(scale):
         if corner.implementation in able:
             yield program(corner, scale)
+    for what, rows in itertools.product(CORNERS, SIZES[scale].rows if able else ()):
+        plain = Corner(PLAIN, what, rows)
+        yield from (program(plain, scale), exact_program(plain, scale))
     if scale == FULL:
         yield from map(_beyond, able)
 
@@ -131,6 +135,17 @@ def program(corner: Corner, scale: str, dtype: Any = DTYPE) -> Program:
     x = jax.ShapeDtypeStruct((corner.rows, SIZES[scale].features), dtype)
     chosen = functools.partial(function, implementation=corner.implementation)
     return Program(corner.name, chosen, (x, _stack(scale)), options)
+
+
+def exact_program(corner: Corner, scale: str) -> Program:
+    """Returns the program of a corner in float32, its products in full precision."""
+    made = program(corner, scale, jnp.float32)
+
+    def exact(*arguments: Any) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return made.function(*arguments)
+
+    return made._replace(name=f"{made.name} float32", function=exact)
 
 
 def run(lane: Lane) -> None:
@@ -151,11 +166,10 @@ def run(lane: Lane) -> None:
 def check(corner: Corner, scale: str) -> reference.Verdict:
     """Returns the worst verdict of `CALLS` runs on fresh inputs."""
     size = SIZES[scale]
-    ours = compiled(program(corner, scale))
-    theirs = compiled(program(corner._replace(implementation=PLAIN), scale))
+    plain = corner._replace(implementation=PLAIN)
+    ours, theirs = (compiled(program(each, scale)) for each in (corner, plain))
+    exact = compiled(exact_program(plain, scale))
     verdicts = []
-    with jax.default_matmul_precision("highest"):
-        exact = compiled(program(corner._replace(implementation=PLAIN), scale, jnp.float32))
     for i in range(CALLS):
         stack = random_codes.quantized(_stack(scale), CODEBOOK, np.uint32(i))
         x = jax.random.normal(jax.random.key(i), (corner.rows, size.features)).astype(DTYPE)
