@@ -162,7 +162,7 @@ def _step(scale: str, implementation: str, dtype: str) -> accounts.Step:
     model = abstract_model(config, SIZES[scale].decoder, implementation)
     program, optimizer = _program(config, model.graph)
     state = jax.eval_shape(lambda trained: steps.init(trained, optimizer, False), model.trained)
-    rows = batch(scale, 0)
+    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(scale, 0).items()}
     grads, _ = jax.eval_shape(program.gradient, state, model.frozen, rows, None)
     return accounts.Step(program, state, grads, model.frozen, rows, None)
 
