@@ -37,7 +37,7 @@ help:
 	@echo 'make format       put the code into its standard form'
 	@echo 'make model        fetch the built-in model, $(MODEL)'
 	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
-	@echo 'make gpu-check    compile the GPU kernels for GPUs that are not here (large: the CUDA compiler)'
+	@echo 'make gpu-check    compile the GPU kernels and bench gpu for GPUs not here (large; half an hour)'
 	@echo 'make gpu-report   check and measure everything on the GPU at hand'
 	@echo 'make clean        remove what these targets made, runs/ excepted'
 	@echo 'PYTHON=python3.13 picks another Python, JAX=0.11.2 a version of jax, EXTRA=cuda13 adds GPU support'
@@ -89,8 +89,8 @@ gpu-check:
 
 .PHONY: run-gpu-check
 run-gpu-check: install
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_mosaic_ptx.py tests/kernels/test_ptx_compile.py tests/memory tests/train/test_materialize.py -k 'not every_kernel'
-	$(BIN)/python experiments/gpu_check.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_mosaic_ptx.py tests/kernels/test_ptx_compile.py tests/memory tests/bench/gpu/test_compile_check.py tests/train/test_materialize.py -k 'not every_kernel'
+	JAX_PLATFORMS=cpu $(BIN)/python experiments/gpu_check.py
 
 # On a machine with a GPU, after make install EXTRA=cuda13. The page is written even if a part failed.
 gpu-report: install

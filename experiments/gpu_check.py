@@ -1,9 +1,10 @@
-"""Do the kernels compile for GPUs that are not here, without spilling a register?
+"""Do the kernels, and all that `qlora-jax bench gpu` runs, compile for GPUs that are not here?
 
 Expected: every implementation of `qlora_jax/kernels/fused.py`, in each of its dtypes, for every GPU
   it runs on: no spill, no more shared memory than there is, no buffer of the weight in floats. On a
-  T4, which has no such kernel, products of float16 stay float16.
-Cost: a few minutes on 2 CPU cores; no GPU, no driver. Needs the extra `gpu-check`.
+  T4, which has no such kernel, products of float16 stay float16. Every program of `bench gpu`, for
+  an h100 and an a100, without an error.
+Cost: half an hour on 2 CPU cores; no GPU, no driver. Needs the extra `gpu-check`.
 Command: make gpu-check
 """
 
@@ -14,10 +15,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qlora_jax.bench.gpu import compile_check
 from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED, usable
 from qlora_jax.memory.compile import GPUS, read_gpu
 from qlora_jax.memory.product import DECODE_FIRST, DIRECTIONS, Case, compile_all
+from qlora_jax.train.display import counted
 
 PRODUCTS = ((1, 4096, 4096), (32, 4096, 4096), (512, 4096, 4096), (512, 4096, 11008))
 """Rows, K and N: registers that suffice for one shape need not for another."""
@@ -50,26 +53,54 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{each:g} kernels x {len(gpus)} GPUs compiled, {spilled} spilled"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    records = list(compile_all(cases()))
+def check_kernels() -> tuple[list[str], list[dict[str, Any]], bool]:
+    """Returns lines to print, a record of each kernel, and whether all are right."""
+    asked = cases()
+    with counted("kernels", len(asked)) as advance:
+        records = []
+        for record in compile_all(asked):
+            records.append(record)
+            advance()
     failed = [record for record in records if record["error"]]
     line = "{gpu}, {implementation}, {rows} rows, {k}x{n}, {dtype}, {direction}: {error}"
     for record in failed:
         print(line.format(**record), file=sys.stderr)
-    if options.json:
-        print(json.dumps(records, indent=1))
-    else:
-        for gpu in PLAIN:
-            kept = [r for r in records if r["gpu"] == gpu and not r["error"]]
-            print(f"{gpu}: {len(kept)} products of float16 without a product of float32")
-        print(summary(records))
+    lines = []
+    for gpu in PLAIN:
+        kept = [r for r in records if r["gpu"] == gpu and not r["error"]]
+        lines.append(f"{gpu}: {len(kept)} products of float16 without a product of float32")
     compiled = any(r["implementation"] in FUSED and not r["error"] for r in records)
-    return 0 if compiled and not failed else 1
+    return [*lines, summary(records)], records, compiled and not failed
+
+
+def check_programs() -> tuple[list[str], list[dict[str, Any]], bool]:
+    """Returns lines to print, a record of each program of `bench gpu`, and whether all compiled."""
+    asked = list(compile_check.tasks())
+    with counted("programs of bench gpu", sum(len(task.names) for task in asked)) as advance:
+        outcomes = compile_check.compile_all(asked, lambda outcome: advance())
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        print(outcome, file=sys.stderr)
+    lines = [*compile_check.table(outcomes), compile_check.summary(outcomes)]
+    return lines, [outcome._asdict() for outcome in outcomes], bool(outcomes) and not failed
+
+
+CHECKS = {"kernels": check_kernels, "programs": check_programs}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print records, not lines")
+    parser.add_argument("--only", choices=CHECKS, help="check these alone")
+    options = parser.parse_args()
+    done = {name: check() for name, check in CHECKS.items() if options.only in (None, name)}
+    if options.json:
+        print(json.dumps({name: records for name, (_, records, _) in done.items()}, indent=1))
+    else:
+        print("\n".join(line for lines, _, _ in done.values() for line in lines))
+    return 0 if all(right for _, _, right in done.values()) else 1
 
 
 if __name__ == "__main__":

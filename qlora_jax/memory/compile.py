@@ -32,6 +32,13 @@ PLUGIN, PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-plugin"
 FLAGS = ("--xla_gpu_autotune_level=0",)
 """Autotuning needs a GPU."""
 
+UNTUNED = "does not support a default config"
+"""Part of the error of XLA in jax 0.11 for some products where it may not tune: one that Triton's
+GEMM does not take goes to a backend that has to be tuned. A GPU has it tuned."""
+
+WITHOUT_TRITON_GEMM = {"xla_gpu_enable_triton_gemm": False}
+"""Options that avoid `UNTUNED`: every product goes to cuBLAS."""
+
 NO_SPILLS = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
 """For our own kernels, in which a spill would go unnoticed; XLA's have some."""
 
@@ -176,6 +183,13 @@ def compile_for(
     Raises:
       UserError: an unknown name, or the compile-only packages are missing.
     """
+    return compile_lowered(lower_for(gpu, function, *arguments, donate=donate), options)
+
+
+def lower_for(
+    gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
+) -> jax.stages.Lowered:
+    """Returns `function` traced for a GPU and lowered; see `compile_for`."""
     text = description(gpu)
     if not has_plugin():
         raise UserError(
@@ -193,8 +207,20 @@ def compile_for(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     with _on(read_gpu(gpu)):
-        lowered = jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(placed, arguments))
-    return lowered.compile(dict(options) if options else None)
+        return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(placed, arguments))
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled:
+    """Returns what `lower_for` made, compiled with these options; see `compile_for`."""
+    chosen = dict(options or {})
+    try:
+        return lowered.compile(chosen or None)
+    except jax.errors.JaxRuntimeError as e:
+        if UNTUNED not in str(e):
+            raise
+    return lowered.compile(chosen | WITHOUT_TRITON_GEMM)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import importlib
 import itertools
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.memory import hlo, roofline, sass
 from qlora_jax.memory.compile import NO_SPILLS, compile_for, environment, has_plugin, read_gpu
+from qlora_jax.memory.processes import Died, answers
 from qlora_jax.memory.roofline import Ceilings, Time
 from qlora_jax.memory.sass import Kernel
 from qlora_jax.quant import quantize
@@ -244,36 +244,13 @@ def compile_all(cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
     if not has_plugin():
         raise UserError("the compile-only GPU packages are not installed: make gpu-check")
     for _, group in itertools.groupby(cases, key=lambda case: case[:2]):
-        rest = list(group)
-        while rest:
-            for record in _in_a_process(rest):
-                yield record
-                rest = rest[1:]
-
-
-def _in_a_process(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """Records of the first cases; if the process dies, the last is of the case it died of."""
-    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
-        asked.writelines(json.dumps(case) + "\n" for case in cases)
-        asked.seek(0)
-        process = subprocess.Popen(
-            COMMAND,
-            stdin=asked,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-            env=environment(NO_SPILLS),
-        )
-        done = 0
-        with process, process.stdout:  # type: ignore[union-attr]
-            for line in process.stdout:  # type: ignore[union-attr]
-                yield json.loads(line)
-                done += 1
-        if done < len(cases):
-            said.seek(0)
-            last = (said.read().strip().splitlines() or ["nothing on standard error"])[-1]
-            error = f"the compiler's process ended with {process.returncode}: {last}"
-            yield {**cases[done]._asdict(), "error": error, "kernels": []}
+        asked = list(group)
+        made = answers(COMMAND, [json.dumps(case) for case in asked], environment(NO_SPILLS))
+        for case, answer in zip(asked, made, strict=True):
+            if isinstance(answer, Died):
+                yield {**case._asdict(), "error": answer.reason, "kernels": []}
+            else:
+                yield json.loads(answer)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ It goes to stderr; stdout is left to results.
 import contextlib
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -82,6 +83,35 @@ def progress(
         nonlocal done
         done += n
         line.update(done, "")
+
+    line.start("")
+    try:
+        yield advance
+    finally:
+        line.stop()
+
+
+@contextlib.contextmanager
+def counted(
+    description: str,
+    total: int,
+    *,
+    console: Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[], None]]:
+    """Shows long work on `total` items of about one size, with the time left.
+
+    Yields `advance()`, to be called as items are done, by any thread.
+    """
+    line, began, done = Line(description, total, 0, console, clock), clock(), 0
+    lock = threading.Lock()
+
+    def advance() -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            left = (clock() - began) / done * (total - done)
+            line.update(done, f"ETA {duration(left)}" if done < total else "")
 
     line.start("")
     try:

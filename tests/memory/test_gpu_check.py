@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import pytest
 
+from qlora_jax.bench.gpu.compile_check import Outcome
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.memory.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.memory.product import Case, compile_all
@@ -35,17 +37,19 @@ def script() -> ModuleType:
 def run(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, list[str], str]]:
-    """Runs the script on made-up outcomes: case to error or None."""
+    """Runs the script's check of kernels on made-up outcomes: case to error or None."""
 
     def run(outcome: Callable[[Case], str | None], keep: Callable[[Case], bool] = bool):
         def compiled(cases):
             return ({**c._asdict(), "error": outcome(c)} for c in cases if keep(c))
 
         monkeypatch.setattr(script, "compile_all", compiled)
-        monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "kernels"])
         code = script.main()
         out, err = capsys.readouterr()
-        return code, out.splitlines(), err
+        progress = re.compile(r"kernels  \d+/")
+        errors = [line for line in err.splitlines() if not progress.match(line)]
+        return code, out.splitlines(), "\n".join(errors)
 
     return run
 
@@ -87,6 +91,46 @@ def test_it_fails_when_it_compiled_none(run: Any) -> None:
     assert run(lambda case: "no", lambda case: case.gpu == "h100")[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("kernel", "program", "code"),
+    [(None, None, 0), (None, "INTERNAL: no", 1), ("spilling", None, 1), ("spilling", "no", 1)],
+)
+def test_the_last_lines_and_the_exit_code_of_both_checks(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kernel: str | None,
+    program: str | None,
+    code: int,
+) -> None:
+    def compiled(cases):
+        return ({**c._asdict(), "error": kernel} for c in cases if c.gpu == "h100")
+
+    def programs(tasks, tell):
+        return [Outcome(gpu, "steps", "7B", program) for gpu in ("h100", "a100")]
+
+    monkeypatch.setattr(script, "compile_all", compiled)
+    monkeypatch.setattr(script.compile_check, "tasks", lambda: [])
+    monkeypatch.setattr(script.compile_check, "compile_all", programs)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert script.main() == code
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert ("0 spilled" in out) == (kernel is None)
+    assert any("kernels x 1 GPUs compiled" in line for line in lines)
+    failed = 2 if program else 0
+    end = f"{1 - failed / 2:g} programs of bench gpu x 2 GPUs compiled, {failed} failed"
+    assert lines[-1] == end
+    assert ("a100, steps, 7B: INTERNAL: no" in err) == (program == "INTERNAL: no")
+
+
+def test_a_check_without_programs_fails(script: ModuleType, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(script.compile_check, "tasks", lambda: [])
+    monkeypatch.setattr(script.compile_check, "compile_all", lambda tasks, tell: [])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--only", "programs"])
+    assert script.main() == 1
+
+
 @pytest.mark.skipif(has_plugin(), reason="the compile-only GPU packages are here")
 def test_without_the_compiler_the_remedy_is_named() -> None:
     done = subprocess.run(
@@ -96,19 +140,20 @@ def test_without_the_compiler_the_remedy_is_named() -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "the compile-only GPU packages are not installed: make gpu-check\n"
+    last = done.stderr.splitlines()[-1]
+    assert last == "the compile-only GPU packages are not installed: make gpu-check"
 
 
 @pytest.mark.skipif(not has_plugin(), reason=WITHOUT)
 def test_every_kernel_compiles_for_every_gpu_without_spilling() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json"],
+        [sys.executable, str(SCRIPT), "--json", "--only", "kernels"],
         env=environment(NO_SPILLS) | {"PYTHONPATH": str(SCRIPT.parents[1])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    records = json.loads(done.stdout)
+    records = json.loads(done.stdout)["kernels"]
     assert {r["gpu"] for r in records if r["implementation"] in FUSED} == FIVE
     for r in records:
         assert r["kernels"], r

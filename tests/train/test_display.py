@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from qlora_jax.train.display import PLAIN_SECONDS, TrainDisplay, duration, progress
+from qlora_jax.train.display import PLAIN_SECONDS, TrainDisplay, counted, duration, progress
 
 
 class Clock:
@@ -118,6 +118,16 @@ def test_other_work_is_counted(clock, total, end):
         advance(2)
     assert lines(console)[-1] == end
     assert len(lines(console)) == 2
+
+
+def test_work_on_many_items_tells_the_time_left(clock):
+    console = plain()
+    with counted("compiling", 4, console=console, clock=clock) as advance:
+        for _ in range(4):
+            clock.now += 30.0
+            advance()
+    assert lines(console)[:2] == ["compiling  0/4  0:00", "compiling  1/4  0:30  ETA 1:30"]
+    assert lines(console)[-1] == "compiling  4/4  2:00"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from qlora_jax.bench.gpu.reference import FACTOR
 from qlora_jax.config import Config, from_tree
 from qlora_jax.data.packing import DTYPES
 from qlora_jax.kernels.fused import FUSED
+from qlora_jax.memory import accounts
 from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.models.shapes import find
@@ -69,10 +70,14 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[Program]:
-    """Yields the gradient program with each implementation."""
+    """Yields the gradient program with each implementation and of the float32 run; updates."""
     for name in (PLAIN, *FUSED):
         if not excuse(name, scale, device):
-            yield _gradient(scale, name, "bfloat16")
+            yield _gradient(f"{name}: gradient", _step(scale, name, "bfloat16"))
+    exact = _step(scale, PLAIN, "float32")
+    yield _gradient("float32: gradient", exact, "highest")
+    for name, update, arguments in accounts.updates(exact):
+        yield Program(name, update, arguments, donate=(0, 3))
 
 
 def run(lane: Lane) -> None:
@@ -152,13 +157,23 @@ def _program(config: Config, graph: Any) -> tuple[steps.Program, Any]:
     return program, optimizer
 
 
-def _gradient(scale: str, implementation: str, dtype: str) -> Program:
+def _step(scale: str, implementation: str, dtype: str) -> accounts.Step:
     config = _config(scale, dtype)
     model = abstract_model(config, SIZES[scale].decoder, implementation)
     program, optimizer = _program(config, model.graph)
     state = jax.eval_shape(lambda trained: steps.init(trained, optimizer, False), model.trained)
-    arguments = (state._replace(optimizer=()), model.frozen, batch(scale, 0), None)
-    return Program(f"{implementation}: gradient", program.gradient, arguments)
+    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(scale, 0).items()}
+    grads, _ = jax.eval_shape(program.gradient, state, model.frozen, rows, None)
+    return accounts.Step(program, state, grads, model.frozen, rows, None)
+
+
+def _gradient(name: str, step: accounts.Step, precision: str | None = None) -> Program:
+    def gradient(*arguments: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return step.program.gradient(*arguments)
+
+    arguments = (step.state._replace(optimizer=()), step.frozen, step.batch, step.key)
+    return Program(name, gradient, arguments)
 
 
 def _distance(curve: list[float], exact: list[float]) -> float:

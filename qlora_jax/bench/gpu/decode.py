@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from qlora_jax.bench import generate, tools
 from qlora_jax.bench.gpu.ceilings import MEMORY
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.programs import Program, as_options
 from qlora_jax.bench.gpu.steps import BYTES
 from qlora_jax.bench.options import Generate
 from qlora_jax.memory.ledger import parameters
@@ -51,7 +51,7 @@ def programs(scale: str, device: Any) -> Iterator[Program]:
     """Yields the two programs of each case, for prefill and for decoding."""
     for case in CASES[scale]:
         for name, function, arguments in generate.programs(case.options):
-            yield Program(f"{case.name}: {name}", function, arguments)
+            yield Program(f"{case.name}: {name}", function, arguments, as_options(case.flags))
 
 
 def run(lane: Lane) -> None:

@@ -30,6 +30,12 @@ class Program(NamedTuple):
     donate: tuple[int, ...] = ()
 
 
+def as_options(flags: str) -> dict[str, bool]:
+    """Returns flags for XLA, `--name=true` or `--name=false`, as options of its compiler."""
+    pairs = (flag.removeprefix("--").split("=") for flag in flags.split())
+    return {name: value == "true" for name, value in pairs}
+
+
 def compiled(program: Program) -> jax.stages.Compiled:
     """Compiles one program for the default device."""
     return _lowered(program).compile(dict(program.options) or None)

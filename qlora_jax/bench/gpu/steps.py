@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from qlora_jax.bench import step, tools
 from qlora_jax.bench.gpu.ceilings import MEMORY
 from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.programs import Program, as_options
 from qlora_jax.bench.options import Step
 from qlora_jax.memory import accounts
 from qlora_jax.memory.ledger import parameters
@@ -107,9 +107,10 @@ def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
         made = accounts.abstract_step(config, decoder, device)
         state = made.state._replace(optimizer=())
         arguments = (state, made.frozen, made.batch, made.key)
-        yield Program(f"{case.name}: gradient", made.program.gradient, arguments)
+        options = as_options(case.flags)
+        yield Program(f"{case.name}: gradient", made.program.gradient, arguments, options)
         for name, update, inputs in accounts.updates(made):
-            yield Program(f"{case.name}: {name}", update, inputs, donate=(0, 3))
+            yield Program(f"{case.name}: {name}", update, inputs, options, donate=(0, 3))
 
 
 def too_large(case: Case, memory: int | None) -> str:

@@ -1,0 +1,62 @@
+"""Answers from a process that a compiler may end: each ending costs one answer, not the rest."""
+
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+ASSERTION = "Check fail"
+"""In the line with which a library in C++ says why it ends the process."""
+
+
+class Died(NamedTuple):
+    """The process ended before it answered; `reason` is its code and what it last said."""
+
+    reason: str
+
+
+def answers(
+    command: Sequence[str], requests: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[str | Died]:
+    """Yields an answer to each request, in order.
+
+    Args:
+      command: reads requests from standard input, a line each, and writes a line for each. After
+        one that ended it, it is started again for the rest.
+      requests: lines without their ends.
+      environment: of the process.
+    """
+    rest = list(requests)
+    while rest:
+        for answer in _of_one_process(command, rest, environment):
+            rest.pop(0)
+            yield answer
+
+
+def _of_one_process(
+    command: Sequence[str], requests: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[str | Died]:
+    with (
+        tempfile.TemporaryFile("w+") as asked,
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+    ):
+        asked.writelines(request + "\n" for request in requests)
+        asked.seek(0)
+        process = subprocess.Popen(
+            command, stdin=asked, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+        )
+        done = 0
+        with process, process.stdout as answered:  # type: ignore[union-attr]
+            for line in answered:
+                done += 1
+                yield line
+        if done < len(requests):
+            said.seek(0)
+            reason = _reason(said.read())
+            yield Died(f"the compiler's process ended with {process.returncode}: {reason}")
+
+
+def _reason(text: str) -> str:
+    """The line of a failed assertion, which a stack trace follows, or else the last line."""
+    lines = text.strip().splitlines() or ["nothing on standard error"]
+    return next((line for line in lines if ASSERTION in line), lines[-1])
