@@ -30,7 +30,7 @@ from qlora_jax.quant import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.placement import PLACEMENTS
-from qlora_jax.train.setup import load_model, trusted_kernel
+from qlora_jax.train.setup import choose_kernel, load_model
 
 UPDATES = 3
 """Updates that are timed alone, at most."""
@@ -181,7 +181,7 @@ def _model(config: Config, options: Step) -> Decoder:
         decoder = shapes.SHAPES[options.model]
         _check_length(options, decoder)
         compilation.give_memory_back()
-        kernel = trusted_kernel(config, jax.devices()[0], _say)
+        kernel = choose_kernel(config, jax.devices()[0])
         return nnx.merge(*random_model(config, decoder, kernel))
     checkpoint = open_checkpoint(config.model)
     _check_length(options, checkpoint.config)

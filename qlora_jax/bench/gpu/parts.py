@@ -45,7 +45,7 @@ PARTS: Sequence[Part] = (
     Part("curves", 60, 25, "the loss of 50 steps with each implementation", CUBLAS),
     Part("decode", 90, 25, "generated tokens/s and prefill"),
     Part("large", 110, 40, "a QLoRA step of 13B to 70B as memory allows"),
-    Part("traces", 45, 20, "which kernels take the time of a step and of a token"),
+    Part("traces", 60, 25, "which kernels take the time of a step and of a token"),
     Part("peers", 120, 40, "bitsandbytes' products and PEFT's step on the same card"),
 )
 
