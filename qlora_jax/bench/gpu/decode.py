@@ -69,8 +69,9 @@ def run(lane: Lane) -> None:
 
 
 def _one(lane: Lane, case: Case) -> None:
+    options = dataclasses.replace(case.options, dtype=lane.dtype())
     report = tools.measured(
-        tools.ours(), "generate", case.options, print, timeout=lane.left(), flags=case.flags
+        tools.ours(), "generate", options, print, timeout=lane.left(), flags=case.flags
     )
     for kind, unit in KINDS.items():
         name, found = f"{case.name}: {kind}", report["figures"].get(kind, {}).get("value")

@@ -52,6 +52,12 @@ class Lane:
         found = [x["value"] for x in lines if x["kind"] == "fact" and x["name"] == name]
         return found[-1] if found else None
 
+    def dtype(self) -> str:
+        """Returns the 16-bit dtype that the device multiplies fast, by its recorded capability."""
+        capability = self.fact("capability")
+        old = capability is not None and float(capability) < 8
+        return "float16" if old else "bfloat16"
+
     @contextlib.contextmanager
     def guard(self, *names: str) -> Iterator[None]:
         """Records an error inside the `with` as the reason why the named results are absent.

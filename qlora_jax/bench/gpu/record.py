@@ -1,6 +1,7 @@
 """Results as lines of JSON, each on disk as soon as it is known."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ class Recorder:
 
     def _write(self, **line: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"part": self.part, **line}, default=_plain) + "\n")
+            file.write(json.dumps(_plain({"part": self.part, **line})) + "\n")
 
 
 def read(paths: Iterable[Path]) -> Iterator[Line]:
@@ -71,5 +72,13 @@ def without_folders(text: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number that is not Python's own, as JSON takes it."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """Returns the value as JSON takes it: NumPy's numbers as Python's, NaN and infinity as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -153,8 +153,9 @@ def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
 
 
 def _one(lane: Lane, case: Case) -> None:
+    options = dataclasses.replace(case.options, dtype=lane.dtype())
     report = tools.measured(
-        tools.ours(), "step", case.options, print, timeout=lane.left(), flags=case.flags
+        tools.ours(), "step", options, print, timeout=lane.left(), flags=case.flags
     )
     found = report["figures"]
     for kind, (unit, source) in KINDS.items():

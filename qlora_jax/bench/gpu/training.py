@@ -115,10 +115,9 @@ class Runs:
 
     def config(self, name: str, train: Mapping[str, Any], **more: Any) -> Path:
         """Writes the config of a run that writes to the folder of its name."""
-        tree = TRAINED | {
-            "model": {"path": self.model} | more.pop("model", {}),
-            "train": dict(train),
-        }
+        dtype = self.lane.dtype()
+        model = {"path": self.model, "compute_dtype": dtype, "storage_dtype": dtype}
+        tree = {**TRAINED, "model": model, "train": train}
         return written(self.work, name, _merged(tree, more))
 
     def finish(self, config: Path, *arguments: str, exact: bool = False) -> dict[str, Any]:

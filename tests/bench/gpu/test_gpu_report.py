@@ -85,6 +85,16 @@ def test_what_is_run_again_counts_and_nothing_measured_is_lost(tmp_path: Path) -
     assert report.failed(built) == ["steps"]
 
 
+def test_a_line_is_json_whatever_the_value(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "a", "p")
+    recorder.check("x", np.bool_(False), worst=float("inf"), losses=[np.float32(1.5), float("nan")])
+    text = (tmp_path / "a").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert line["worst"] == "inf"
+    assert line["losses"] == [1.5, "nan"]
+    assert line["right"] is False
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     path = lines(tmp_path)
     whole = list(record.read([path]))
