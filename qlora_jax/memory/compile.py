@@ -96,6 +96,8 @@ def environment(*more: str) -> dict[str, str]:
         "XLA_FLAGS": " ".join(flags),
         # what comes from the cache leaves no machine code behind
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+        # LLVM makes stack traces that nobody reads; naming their functions takes most of the time
+        "LLVM_DISABLE_SYMBOLIZATION": "1",
     }
 
 

@@ -116,7 +116,7 @@ def test_the_last_lines_and_the_exit_code_of_both_checks(
     assert script.main() == code
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert (", 0 spilled" in out) == (kernel is None)
+    assert ("compiled, 0 spilled" in out) == (kernel is None)
     assert any("kernels x 1 GPUs compiled" in line for line in lines)
     failed = 2 if program else 0
     end = f"{1 - failed / 2:g} programs of bench gpu x 2 GPUs compiled, {failed} failed"
