@@ -176,7 +176,8 @@ def picture(report: Report, path: Path) -> None:
         _bars(grid[len(groups)], memory)
     for axes in grid[panels:]:
         axes.remove()
-    figure.suptitle(report["device"])
+    rehearsed = " (rehearsed: no figure is a speed)" if report["backend"] == "cpu" else ""
+    figure.suptitle(report["device"] + rehearsed)
     figure.savefig(path, dpi=110)
 
 
@@ -200,7 +201,10 @@ def _memory(report: Report) -> dict[str, dict[str, float]]:
 
 
 def _bars(axes: Any, memory: Mapping[str, Mapping[str, float]]) -> None:
-    for i, kind in enumerate(("planned", "peak")):
+    known = [
+        kind for kind in ("planned", "peak") if any(kind in found for found in memory.values())
+    ]
+    for i, kind in enumerate(known):
         places = [place + 0.4 * i for place in range(len(memory))]
         axes.barh(places, [found.get(kind, 0) for found in memory.values()], 0.4, label=kind)
     axes.set_yticks([place + 0.2 for place in range(len(memory))], list(memory), fontsize=8)
