@@ -3,6 +3,7 @@
 Also says what the device and its software are.
 """
 
+import contextlib
 import functools
 import shutil
 import statistics
@@ -100,8 +101,10 @@ def facts(device: Any) -> dict[str, Any]:
     tool = shutil.which("nvidia-smi")
     if tool is not None:
         command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-        found |= dict(zip(QUERY, (part.strip() for part in said.split("\n")[0].split(","))))
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            told = done.stdout.split("\n")[0].split(",")
+            found |= dict(zip(QUERY, (part.strip() for part in told)))
     return found
 
 

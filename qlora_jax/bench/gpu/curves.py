@@ -31,7 +31,7 @@ FLOOR = 0.005
 """Nats that a curve may be away in any case: bfloat16 may happen to be very near to float32."""
 
 PERIOD = 17
-"""Tokens after which the data repeat, so that there is something to learn."""
+"""Tokens after which a row repeats."""
 
 TINY = {
     "model_type": "llama",
@@ -105,18 +105,18 @@ def losses(scale: str, implementation: str, dtype: str) -> list[float]:
     model = random_codes.random_model(config, size.decoder, implementation)
     program, optimizer = _program(config, model.graph)
     state = steps.init(model.trained, optimizer, False)
-    found = []
-    for i in range(size.steps):
-        grads, figures = program.gradient(state, model.frozen, batch(scale, i), None)
+    found, rows = [], batch(scale)
+    for _ in range(size.steps):
+        grads, figures = program.gradient(state, model.frozen, rows, None)
         state = program.update(state, grads, figures.finite)
         found.append(figures.loss)
     return [float(loss) for loss in found]
 
 
-def batch(scale: str, index: int) -> dict[str, np.ndarray]:
-    """Returns the rows of one step: sequences that repeat after `PERIOD` tokens."""
+def batch(scale: str) -> dict[str, np.ndarray]:
+    """Returns the rows of every step, the same each time: they repeat after `PERIOD` tokens."""
     size = SIZES[scale]
-    source = np.random.default_rng(index)
+    source = np.random.default_rng(0)
     word = source.integers(0, size.decoder.vocab_size, (size.batch, PERIOD), dtype=np.int32)
     tokens = np.resize(np.tile(word, (1, size.seq // PERIOD + 2)), (size.batch, size.seq + 1))
     one = np.ones((size.batch, size.seq), np.int32)
@@ -162,7 +162,7 @@ def _step(scale: str, implementation: str, dtype: str) -> accounts.Step:
     model = abstract_model(config, SIZES[scale].decoder, implementation)
     program, optimizer = _program(config, model.graph)
     state = jax.eval_shape(lambda trained: steps.init(trained, optimizer, False), model.trained)
-    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(scale, 0).items()}
+    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(scale).items()}
     grads, _ = jax.eval_shape(program.gradient, state, model.frozen, rows, None)
     return accounts.Step(program, state, grads, model.frozen, rows, None)
 

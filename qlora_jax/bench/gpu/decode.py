@@ -69,7 +69,8 @@ def run(lane: Lane) -> None:
 
 
 def _one(lane: Lane, case: Case) -> None:
-    options = dataclasses.replace(case.options, dtype=lane.dtype())
+    kernel = case.options.kernel or lane.kernel()
+    options = dataclasses.replace(case.options, dtype=lane.dtype(), kernel=kernel)
     report = tools.measured(
         tools.ours(), "generate", options, print, timeout=lane.left(), flags=case.flags
     )

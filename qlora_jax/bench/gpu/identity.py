@@ -34,9 +34,9 @@ class Case(NamedTuple):
 
 CASES = tuple(
     Case(method, variant, dtype)
+    for dtype in ("bfloat16", "float32", "float16")
     for method in ("qlora", "lora")
     for variant in ("lora", "dora")
-    for dtype in ("bfloat16", "float16", "float32")
 )
 
 

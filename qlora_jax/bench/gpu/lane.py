@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,19 @@ FULL, REHEARSAL = "full", "rehearsal"
 CUBLAS = "--xla_gpu_enable_triton_gemm=false"
 """A flag for XLA that leaves it less to tune; what runs without it shows the default."""
 
-LOST = ("CUDA_ERROR_ILLEGAL", "illegal memory access", "unspecified launch failure")
+LOST = (
+    "CUDA_ERROR_ILLEGAL",
+    "CUDA_ERROR_MISALIGNED",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_HARDWARE_STACK",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_ASSERT",
+    "illegal memory access",
+    "misaligned address",
+    "unspecified launch failure",
+)
 """Parts of an error's text after which the process can do nothing more on the GPU."""
 FULL_MEMORY = "RESOURCE_EXHAUSTED"
 """Part of XLA's error where the device's memory does not suffice."""
@@ -58,6 +71,12 @@ class Lane:
         old = capability is not None and float(capability) < 8
         return "float16" if old else "bfloat16"
 
+    def kernel(self) -> str | None:
+        """Returns the implementation for models: xla if a check found another wrong, else None."""
+        checks = [x for x in record.read([self.record.path]) if x["kind"] == "check"]
+        wrong = [x for x in checks if not x["right"] and x["part"] in ("products", "contexts")]
+        return "xla" if wrong else None
+
     @contextlib.contextmanager
     def guard(self, *names: str) -> Iterator[None]:
         """Records an error inside the `with` as the reason why the named results are absent.
@@ -68,6 +87,7 @@ class Lane:
         try:
             yield
         except Exception as e:
+            traceback.print_exc()  # to the log, not into the report
             known = record.names(record.read([self.record.path]), self.record.part)
             for name in names:
                 if name not in known:

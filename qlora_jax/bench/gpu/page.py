@@ -58,7 +58,8 @@ def _facts(report: Report) -> str:
     if commit:
         parts.append(f"Commit {commit['commit'][:10]}{state}.")
     if "driver_version" in report:
-        parts.append(f"Driver {report['driver_version']}, power limit {report['power.limit']}.")
+        limit = report.get("power.limit", "not told")
+        parts.append(f"Driver {report['driver_version']}, power limit {limit}.")
     return " ".join(parts)
 
 

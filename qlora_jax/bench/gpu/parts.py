@@ -35,12 +35,12 @@ class Part(NamedTuple):
 
 
 PARTS: Sequence[Part] = (
-    Part("ceilings", 60, 10, "device, driver, versions; bandwidth and products at most"),
+    Part("ceilings", 60, 10, "device, driver, versions; bandwidth and products at most", CUBLAS),
     Part("products", 110, 25, "every kernel against float64", CUBLAS),
     Part("contexts", 70, 20, "kernels in scan, remat, vmap, CUDA graphs, beyond 2^31", CUBLAS),
     Part("identity", 45, 15, "fresh adapters change nothing, however XLA tunes products"),
     Part("steps", 130, 30, "a QLoRA step of published shapes: tokens/s, memory against the plan"),
-    Part("training", 120, 40, "quickstart, resume, moments on the host, fp16 with loss scaling"),
+    Part("training", 200, 40, "quickstart, resume, moments on the host, float16", CUBLAS),
     Part("times", 120, 30, "products: kernels, decode + GEMM, 16-bit GEMM", CUBLAS),
     Part("curves", 60, 25, "the loss of 50 steps with each implementation", CUBLAS),
     Part("decode", 90, 25, "generated tokens/s and prefill"),

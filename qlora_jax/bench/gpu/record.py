@@ -27,6 +27,9 @@ class Recorder:
 
     def figure(self, name: str, unit: str, value: float, **details: Any) -> None:
         """Records a measured number; `details` may hold `field`, the kind of figure it is."""
+        if not math.isfinite(value):
+            self.absent(name, f"the figure is {value}", error=True)
+            return
         self._write(kind="figure", name=name, **{"field": name, **details}, unit=unit, value=value)
 
     def check(self, name: str, right: bool, **details: Any) -> None:

@@ -153,7 +153,8 @@ def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
 
 
 def _one(lane: Lane, case: Case) -> None:
-    options = dataclasses.replace(case.options, dtype=lane.dtype())
+    kernel = case.options.kernel or lane.kernel()
+    options = dataclasses.replace(case.options, dtype=lane.dtype(), kernel=kernel)
     report = tools.measured(
         tools.ours(), "step", options, print, timeout=lane.left(), flags=case.flags
     )

@@ -27,7 +27,7 @@ ORDER = (("mosaic", PLAIN, GEMM), ("triton",))
 """Implementations that are timed together: all shapes with the first before any with the second."""
 
 DIRECTIONS = ("forward", "backward")
-MOST_SETS = 8
+MOST_SETS = 24
 """Sets of inputs that take turns, at most; together they are larger than the level 2 cache."""
 
 

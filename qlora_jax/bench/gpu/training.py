@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
 from qlora_jax.errors import OutOfTime, RunFailed
 from qlora_jax.formats.fetch import cached
 from qlora_jax.train import checkpoint
 
-EXACT = "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
+EXACT = f"{CUBLAS} --xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
 BUILTIN = "smollm2-135m-instruct"
 POLL = 0.05
 """Seconds between two looks at a run that is to be killed."""
@@ -92,13 +92,12 @@ def run(lane: Lane) -> None:
         runs = Runs(lane, work, base(lane, work))
         with lane.guard(*QUICKSTART):
             quickstart(lane, runs)
-        if not lane.enough(25, HOST, RESUMED, HALF):
-            return
-        with lane.guard(HOST, RESUMED):
-            compared(lane, runs)
-        if lane.enough(10, HALF):
+        if lane.enough(20, HALF):
             with lane.guard(HALF):
                 half(lane, runs)
+        if lane.enough(60, HOST, RESUMED):
+            with lane.guard(HOST, RESUMED):
+                compared(lane, runs)
 
 
 class Runs:
