@@ -217,11 +217,7 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
         default="device",
         help="where moments live; peers: host is a paged optimizer; default device",
     )
-    parser.add_argument(
-        "--kernel",
-        choices=KERNELS,
-        help="ours: always this product with 4-bit weights; default by device, dtype and rows",
-    )
+    _kernel(parser)
     parser.add_argument(
         "--no-prepare",
         dest="prepare",
@@ -250,6 +246,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"{text}; default {default}",
         )
+    _kernel(parser)
     _samples(parser, 5, "timed answers")
     parser.set_defaults(seed=0)
 
@@ -269,6 +266,14 @@ def _model(parser: argparse.ArgumentParser, more: str = "") -> None:
 def _compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="compute dtype; default bfloat16"
+    )
+
+
+def _kernel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernel",
+        choices=KERNELS,
+        help="ours: always this product with 4-bit weights; default by device, dtype and rows",
     )
 
 
