@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 
 PACKAGES = (
     "jax",
@@ -16,9 +17,14 @@ PACKAGES = (
 )
 
 
-def versions() -> dict[str, str | None]:
-    """Name to version; None for a package that is not installed. Imports none of them."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+def versions(more: Sequence[str] = ()) -> dict[str, str | None]:
+    """Name to version; None for a package that is not installed. Imports none of them.
+
+    Args:
+      more: packages beside `PACKAGES`.
+    """
+    names = (*PACKAGES, *more)
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
 
 
 def _version(package: str) -> str | None:

@@ -25,6 +25,12 @@ from qlora_jax.versions import versions
 COPY, MATMUL = "copy", "matmul {}"
 TO_HOST, FROM_HOST, DISPATCH = "to pinned host memory", "from pinned host memory", "dispatch"
 MEMORY = "memory, bytes"
+GPU_PACKAGES = (
+    *("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cublas", "nvidia-cublas-cu12"),
+    *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "triton", "bitsandbytes", "peft"),
+)
+"""Packages that a GPU's figures depend on too."""
+
 QUERY = ("driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
 
 
@@ -94,7 +100,7 @@ def facts(device: Any) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "capability": getattr(device, "compute_capability", None),
         MEMORY: (device.memory_stats() or {}).get("bytes_limit"),
-        "versions": {name: version for name, version in versions().items() if version},
+        "versions": {name: version for name, version in versions(GPU_PACKAGES).items() if version},
         "commit": git_state(),
         "fused kernels": usable(capability_of(device), "bfloat16"),
     }
