@@ -26,7 +26,7 @@ import jax
 import jaxlib
 
 from qlora_jax.errors import UserError
-from qlora_jax.kernels.fused import FUSED, usable
+from qlora_jax.kernels.fused import FUSED, half_dtype, usable
 from qlora_jax.kernels.tuning import EVERY
 from qlora_jax.memory import measured
 from qlora_jax.memory.compile import GPUS, read_gpu
@@ -59,7 +59,7 @@ def cases(gpus: Sequence[str]) -> list[Case]:
     found = []
     for gpu in gpus:
         capability = read_gpu(gpu).capability
-        dtype = "bfloat16" if capability >= (8, 0) else "float16"
+        dtype = half_dtype(capability)
         for name in (DECODE_FIRST, *usable(capability, dtype)):
             for (k, n), m, direction in itertools.product(SHAPES, ROWS, DIRECTIONS):
                 found.append(Case(gpu, name, m, k, n, dtype, direction))

@@ -16,7 +16,7 @@ from pathlib import Path
 VARIABLE = "CUDA_ROOT"
 PTXAS = Path("bin", "ptxas")
 PACKAGES = ("cu13", "cuda_nvcc")
-"""Of pip's `nvidia`; jax takes the first that is there."""
+"""Packages below pip's `nvidia`; jax takes the first that is there."""
 USUAL = Path("/usr/local/cuda")
 
 

@@ -1,4 +1,4 @@
-"""How a process of ours is set up before it imports jax."""
+"""Sets up a process of ours before it imports jax."""
 
 from qlora_jax import compilation, cuda_toolkit, gpu_memory, hugepages
 

@@ -1,4 +1,4 @@
-"""What `bench kernels` times, on every side: operations, shapes, dtypes and input buffers.
+"""Lists the cases that `bench kernels` times: operations, shapes, dtypes and input buffers.
 
 Imports neither jax nor torch.
 """
@@ -89,7 +89,7 @@ class Case(NamedTuple):
 
     @property
     def operand_shape(self) -> tuple[int, int]:
-        """Of x, or of g of the backward pass."""
+        """Returns the shape of x, or in the backward pass of g."""
         return self.rows, self.n if self.operation == "backward" else self.k
 
     def weight(self) -> np.ndarray:
@@ -141,8 +141,8 @@ def case_figure(case: Case, seconds: Sequence[float], quantized: bool = True) ->
     """The median of a case's times, as a figure with its `case` and what that time amounts to.
 
     Args:
-      case: what was timed.
-      seconds: of one call each.
+      case: the operation that was timed.
+      seconds: wall time of each call.
       quantized: whether a product's weight is in 4 bits.
 
     Returns:

@@ -19,7 +19,7 @@ SAMPLE = 0.02
 """Seconds of a timed program, about; more where one pass takes longer."""
 
 DISPATCHES = 5
-"""How many empty programs are timed."""
+"""Empty programs that are timed, to know the time of a dispatch."""
 
 Inputs = tuple[Any, ...]
 

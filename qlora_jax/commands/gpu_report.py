@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_jax import paths
+from qlora_jax.atomic import write_text
 from qlora_jax.commands.common import count, say
 from qlora_jax.errors import RunFailed, UserError, first_line
 
@@ -76,14 +77,14 @@ def run(options: argparse.Namespace, command: str) -> None:
     for file in files:
         if not paths.is_file(file):
             raise UserError(f"--lines {file}: no such file")
-    made = report.build(record.read(files), without_values(command))
+    made = report.build(record.read(files), record.without_folders(command))
     if "device" not in made:
         raise UserError(f"{files[0]}: holds no device; run the part {names[0]} first")
     name = "rehearsal" if made["backend"] == "cpu" else report.slug(made["device"])
     options.output.mkdir(parents=True, exist_ok=True)
     whole = options.output / name
-    whole.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n", "utf-8")
-    whole.with_suffix(".md").write_text(page.text(made), "utf-8")
+    write_text(whole.with_suffix(".json"), json.dumps(made, indent=1) + "\n")
+    write_text(whole.with_suffix(".md"), page.text(made))
     try:
         page.picture(made, whole.with_suffix(".png"))
     except Exception as e:  # the figures are worth more than their picture
@@ -94,13 +95,6 @@ def run(options: argparse.Namespace, command: str) -> None:
         raise RunFailed(last)
     if not options.json:
         print(last)
-
-
-def without_values(command: str) -> str:
-    """Returns a command without folders, since the report goes to others."""
-    from qlora_jax.bench.gpu.record import without_folders
-
-    return without_folders(command)
 
 
 def _names(text: str) -> Sequence[str]:

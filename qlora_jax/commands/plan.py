@@ -145,7 +145,9 @@ def shapes(config: Config) -> DecoderConfig:
 
 def suited(config: Config, capability: tuple[int, int]) -> Config:
     """With float16 where a GPU has no bfloat16 units (before compute capability 8.0)."""
-    if capability >= (8, 0):
+    from qlora_jax.kernels.fused import half_dtype
+
+    if half_dtype(capability) == "bfloat16":
         return config
     half = ("model.compute_dtype", "model.storage_dtype")
     return configs.changed(config, dict.fromkeys(half, "float16"))

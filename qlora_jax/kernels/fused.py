@@ -90,6 +90,11 @@ def capability_of(device: object) -> Capability | None:
     return major, minor
 
 
+def half_dtype(capability: Capability | None) -> str:
+    """Returns the 16-bit dtype that a device multiplies fast: before sm_80, GPUs lack bfloat16."""
+    return "float16" if capability is not None and capability < (8, 0) else "bfloat16"
+
+
 _target: ContextVar[Capability | None] = ContextVar("target", default=None)
 
 

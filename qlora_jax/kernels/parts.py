@@ -31,7 +31,7 @@ TILE = max(
 
 
 def split(rows: int, q: QTensor, itemsize: int) -> tuple[int, int]:
-    """How many parts a product is done in, and the rows of each.
+    """Returns the number of parts that a product is done in, and the rows of each.
 
     Args:
       rows: of x, or of g in the backward pass.

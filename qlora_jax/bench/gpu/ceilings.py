@@ -1,6 +1,6 @@
-"""What the device can do at most, measured: memory bandwidth, matrix products, the way to the host.
+"""Measures the device's limits: memory bandwidth, matrix products, and copies to the host.
 
-Also says what the device and its software are.
+Also records the device and the versions of its software.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, compiled
 from qlora_jax.device import describe_devices
-from qlora_jax.kernels.fused import capability_of, usable
+from qlora_jax.kernels.fused import capability_of, half_dtype, usable
 from qlora_jax.manifest import git_state
 from qlora_jax.versions import versions
 
-COPY, MATMUL = "copy", "matmul {}"
+COPY = "copy"
 TO_HOST, FROM_HOST, DISPATCH = "to pinned host memory", "from pinned host memory", "dispatch"
 MEMORY = "memory, bytes"
 GPU_PACKAGES = (
@@ -45,12 +45,6 @@ class Sizes(NamedTuple):
 SIZES = {FULL: Sizes(2**30, 8192, 20), REHEARSAL: Sizes(2**16, 64, 2)}
 
 
-def dtypes(device: Any) -> tuple[str, ...]:
-    """Returns the 16-bit dtypes that the device multiplies fast."""
-    capability = capability_of(device)
-    return ("float16",) if capability is not None and capability < (8, 0) else ("bfloat16",)
-
-
 def names(scale: str) -> list[str]:
     """Returns the names of the results."""
     return [COPY, TO_HOST, FROM_HOST, DISPATCH, "matmul"]
@@ -61,9 +55,8 @@ def programs(scale: str, device: Any) -> Iterator[Program]:
     sizes = SIZES[scale]
     words = jax.ShapeDtypeStruct((sizes.words,), jnp.uint32)
     yield Program(COPY, lambda x: x ^ jnp.uint32(1), (words,))
-    for dtype in dtypes(device):
-        square = jax.ShapeDtypeStruct((sizes.side, sizes.side), dtype)
-        yield Program(MATMUL.format(dtype), lambda a, b: a @ b, (square, square))
+    square = jax.ShapeDtypeStruct((sizes.side, sizes.side), half_dtype(capability_of(device)))
+    yield Program("matmul", lambda a, b: a @ b, (square, square))
 
 
 def run(lane: Lane) -> None:
@@ -71,19 +64,19 @@ def run(lane: Lane) -> None:
     device, record, sizes = jax.devices()[0], lane.record, SIZES[lane.scale]
     for name, value in facts(device).items():
         record.fact(name, value)
-    copy, *products = (compiled(program) for program in programs(lane.scale, device))
+    copy, product = programs(lane.scale, device)
     with lane.guard(COPY):
+        call = compiled(copy)
         x = jnp.zeros((sizes.words,), jnp.uint32)
-        seconds = median_seconds(functools.partial(copy, x), sizes.repeat)
+        seconds = median_seconds(functools.partial(call, x), sizes.repeat)
         record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)  # read and written
         del x
-    for dtype, product in zip(dtypes(device), products):
-        with lane.guard("matmul"):
-            key = jax.random.key(0)
-            a = jax.random.normal(key, (sizes.side, sizes.side), dtype)
-            seconds = median_seconds(functools.partial(product, a, a), sizes.repeat)
-            rate = 2 * sizes.side**3 / seconds / 1e12
-            record.figure("matmul", "TFLOP/s", rate, field=MATMUL.format(dtype), dtype=dtype)
+    with lane.guard("matmul"):
+        call, square = compiled(product), product.arguments[0]
+        a = jax.random.normal(jax.random.key(0), square.shape, square.dtype)
+        seconds = median_seconds(functools.partial(call, a, a), sizes.repeat)
+        rate = 2 * sizes.side**3 / seconds / 1e12
+        record.figure("matmul", "TFLOP/s", rate, field=f"matmul {square.dtype.name}")
     with lane.guard(TO_HOST, FROM_HOST):
         _host(lane, device, sizes)
     with lane.guard(DISPATCH):
@@ -112,15 +105,6 @@ def facts(device: Any) -> dict[str, Any]:
             told = done.stdout.split("\n")[0].split(",")
             found |= dict(zip(QUERY, (part.strip() for part in told)))
     return found
-
-
-def measured(lines: Any) -> dict[str, float]:
-    """Returns the ceilings among the lines of a report: `copy` in GB/s, `matmul` in TFLOP/s."""
-    return {
-        line["name"]: line["value"]
-        for line in lines
-        if line["part"] == "ceilings" and line["kind"] == "figure"
-    }
 
 
 def median_seconds(call: Callable[[], Any], count: int) -> float:

@@ -42,8 +42,8 @@ class Task(NamedTuple):
 
     Attributes:
       gpu: a name in `memory.compile.GPUS`.
-      part: whose programs.
-      names: of the programs.
+      part: the part that runs the programs.
+      names: the programs' names.
       error: why there are none; None if there may be some.
     """
 
@@ -54,7 +54,7 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one program.
+    """Says whether one program compiled.
 
     Attributes:
       gpu, part, name: which it is.

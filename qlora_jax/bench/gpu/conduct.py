@@ -27,7 +27,7 @@ TAIL = 4000
 
 
 class Request(NamedTuple):
-    """What to run.
+    """Names the parts to run, and their limits.
 
     Attributes:
       parts: in this order.

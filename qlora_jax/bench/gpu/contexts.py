@@ -29,8 +29,8 @@ GRAPHS = {"xla_gpu_graph_min_graph_size": 1}
 """Makes a CUDA graph of every command that can be in one."""
 
 SHARE = 0.125
-"""Of a layer's output in the next one's input: with all of it, layers would amplify their errors
-until two right results differ as much as a right and a wrong one."""
+"""Each layer adds this share of its product to its input. A larger one amplifies rounding errors
+from layer to layer, until two right results differ as much as a right and a wrong one."""
 
 CODEBOOK, DTYPE = "nf4", jnp.bfloat16
 BEYOND = (80_000, 1024, 28_672)

@@ -8,15 +8,18 @@ from qlora_jax.bench import generate, tools
 from qlora_jax.bench.gpu.ceilings import MEMORY
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, as_options
-from qlora_jax.bench.gpu.steps import BYTES
+from qlora_jax.bench.gpu.steps import too_large
 from qlora_jax.bench.options import Generate
-from qlora_jax.memory.ledger import parameters
-from qlora_jax.models.shapes import find
 
 UNFUSED = "--xla_gpu_enable_dynamic_slice_fusion=false"
 """Copies each layer's codes out of the stack before a kernel reads them."""
 
-KINDS = {"decode": "tokens/s", "prefill": "ms", "peak memory, device": "MiB"}
+KINDS = {
+    "decode": ("tokens/s", "decode"),
+    "prefill": ("ms", "prefill"),
+    "peak": ("MiB", "peak memory, device"),
+}
+"""Figures of a case: the unit, and the name in the report of `bench generate`."""
 
 
 class Case(NamedTuple):
@@ -59,10 +62,9 @@ def run(lane: Lane) -> None:
     memory = lane.fact(MEMORY)
     for case in CASES[lane.scale]:
         own = [f"{case.name}: {kind}" for kind in KINDS]
-        held = BYTES["qlora"] * parameters(find(case.options.model))
-        if memory is not None and held > memory:
+        if reason := too_large(case.options.model, "qlora", memory):
             for name in own:
-                lane.record.absent(name, f"its weights take {held / 2**30:.0f} GiB")
+                lane.record.absent(name, reason)
         elif lane.enough(12, *own):
             with lane.guard(*own):
                 _one(lane, case)
@@ -74,9 +76,4 @@ def _one(lane: Lane, case: Case) -> None:
     report = tools.measured(
         tools.ours(), "generate", options, print, timeout=lane.left(), flags=case.flags
     )
-    for kind, unit in KINDS.items():
-        name, found = f"{case.name}: {kind}", report["figures"].get(kind, {}).get("value")
-        if found is None:
-            lane.record.absent(name, "the device does not tell")
-        else:
-            lane.record.figure(name, unit, found, field=kind, rows=case.options.rows)
+    lane.figures(report, case.name, KINDS, rows=case.options.rows)

@@ -1,15 +1,16 @@
-"""What a part gets: where to record, at which scale to run, and how much time is left."""
+"""Gives a part its surroundings: where to record, the scale to run at, the time that is left."""
 
 import contextlib
 import dataclasses
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_jax.bench.gpu import record
 from qlora_jax.bench.gpu.record import Recorder
 from qlora_jax.errors import OutOfTime, first_line
+from qlora_jax.kernels.fused import half_dtype
 
 FULL, REHEARSAL = "full", "rehearsal"
 """Scales: real shapes for a GPU, and tiny ones that a CPU runs."""
@@ -31,6 +32,7 @@ LOST = (
     "unspecified launch failure",
 )
 """Parts of an error's text after which the process can do nothing more on the GPU."""
+
 FULL_MEMORY = "RESOURCE_EXHAUSTED"
 """Part of XLA's error where the device's memory does not suffice."""
 
@@ -68,8 +70,7 @@ class Lane:
     def dtype(self) -> str:
         """Returns the 16-bit dtype that the device multiplies fast, by its recorded capability."""
         capability = self.fact("capability")
-        old = capability is not None and float(capability) < 8
-        return "float16" if old else "bfloat16"
+        return half_dtype(capability and tuple(map(int, capability.split("."))))
 
     def kernel(self) -> str | None:
         """Returns the implementation for models: xla if a check found another wrong, else None."""
@@ -96,6 +97,28 @@ class Lane:
                     self.record.absent(name, reason, error=not small)
             if any(mark in str(e) for mark in LOST):
                 raise
+
+    def figures(
+        self,
+        report: Mapping[str, Any],
+        case: str,
+        kinds: Mapping[str, tuple[str, str]],
+        **details: Any,
+    ) -> None:
+        """Records figures of a benchmark's report, or that the device does not tell them.
+
+        Args:
+          report: from `bench.measure.report`.
+          case: begins the results' names, CASE: KIND; also an entry of every figure.
+          kinds: KIND to its unit and its name in the report.
+          details: further entries of every figure.
+        """
+        for kind, (unit, source) in kinds.items():
+            value = report["figures"].get(source, {}).get("value")
+            if value is None:
+                self.record.absent(f"{case}: {kind}", "the device does not tell")
+            else:
+                self.record.figure(f"{case}: {kind}", unit, value, field=kind, case=case, **details)
 
     def enough(self, seconds: float, *names: str) -> bool:
         """Returns whether that many seconds are left; if not, records it for the named results."""

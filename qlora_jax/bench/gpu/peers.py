@@ -58,14 +58,9 @@ def _first(lane: Lane, what: str) -> tools.Tool | None:
 def _steps(lane: Lane, tool: tools.Tool) -> None:
     for name, options in STEPS[lane.scale].items():
         shape = config_json(options.model)
-        asked = dataclasses.replace(options, shape=shape)
+        asked = dataclasses.replace(options, shape=shape, dtype=lane.dtype())
         report = tools.measured(tool, "step", asked, print, timeout=lane.left())
-        for kind, (unit, source) in KINDS.items():
-            value = report["figures"].get(source, {}).get("value")
-            if value is None:
-                lane.record.absent(f"{name}: {kind}", "the device does not tell")
-            else:
-                lane.record.figure(f"{name}: {kind}", unit, value, field=kind, case=name)
+        lane.figures(report, name, KINDS)
 
 
 def _kernels(lane: Lane, tool: tools.Tool) -> None:
@@ -76,10 +71,10 @@ def _kernels(lane: Lane, tool: tools.Tool) -> None:
         if not lane.enough(12, *(case.name for case in cases)):
             continue
         options = Kernels(
-            (shape,), size.rows, ("bfloat16",), size.samples, times.DIRECTIONS, device
+            (shape,), size.rows, (lane.dtype(),), size.samples, times.DIRECTIONS, device
         )
         report = tools.measured(tool, "kernels", options, print, timeout=lane.left())
-        for case in cases:
+        for case in (case._replace(dtype=lane.dtype()) for case in cases):
             each = report["figures"][case.product.name]["value"] / 1e3
             lane.record.figure(case.name, "us", 1e6 * each, field="time", **case._asdict())
 

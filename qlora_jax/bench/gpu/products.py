@@ -55,7 +55,7 @@ FEWER: Mapping[str, Mapping[str, Sequence[Any]]] = {
     FULL: {"rows": (1, 33, 512)},
     REHEARSAL: {"rows": (1, 33)},
 }
-"""Of the implementation that has no kernel of ours."""
+"""Factors of `PLAIN`, which has no kernel of ours."""
 
 LARGE = {FULL: (4096, 11008), REHEARSAL: (128, 344)}
 """The shape of some more cases of each kernel, as a 7B model has it."""

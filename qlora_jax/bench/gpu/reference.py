@@ -14,7 +14,7 @@ from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import GROUP, QTensor
 
 FACTOR = 2.0
-"""How many times the GEMM's error is allowed."""
+"""A product may have this many times the GEMM's error."""
 
 SPREADS = 10.0
 """Standard deviations that a row's sum of errors, signs drawn at random, may be away from zero."""
@@ -23,7 +23,7 @@ ALL = 64
 """Rows up to which every row is compared element by element."""
 
 EVERY = 4
-"""Of more rows one of so many is, and all by their sums; a kernel's tile has at least 16."""
+"""Among more rows, one in so many is, and all by sums; a kernel's tile has at least 16 rows."""
 
 
 def decoded(q: QTensor) -> np.ndarray:
@@ -44,7 +44,7 @@ def decoded(q: QTensor) -> np.ndarray:
 
 
 class Verdict(NamedTuple):
-    """How a result compares with the 16-bit GEMM's.
+    """Compares a result's error with the 16-bit GEMM's.
 
     Attributes:
       right: whether all of the following are within their bounds.

@@ -17,23 +17,17 @@ from qlora_jax.memory import accounts
 from qlora_jax.memory.ledger import parameters
 from qlora_jax.models.shapes import find
 
-
-class Kind(NamedTuple):
-    """One figure of a case: its unit, and its name in the report of `bench step`."""
-
-    unit: str
-    source: str
-
-
 KINDS = {
-    "speed": Kind("tokens/s", "speed"),
-    "step": Kind("ms", "step, median"),
-    "update": Kind("ms", "update"),
-    "moments": Kind("MiB", "moments"),
-    "peak": Kind("MiB", "peak memory, device"),
-    "planned": Kind("MiB", "planned, device"),
-    "compile": Kind("s", "compile"),
+    "speed": ("tokens/s", "speed"),
+    "step": ("ms", "step, median"),
+    "update": ("ms", "update"),
+    "moments": ("MiB", "moments"),
+    "peak": ("MiB", "peak memory, device"),
+    "planned": ("MiB", "planned, device"),
+    "compile": ("s", "compile"),
 }
+"""Figures of a case: the unit, and the name in the report of `bench step`."""
+
 FINITE = "losses are finite"
 
 BYTES = {"qlora": 0.56, "lora": 2.0}
@@ -101,7 +95,7 @@ def result_names(cases: Sequence[Case]) -> list[str]:
 def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
     """Yields the gradient program and the update programs of some cases that fit on the device."""
     for case in cases:
-        if too_large(case, device.memory):
+        if too_large(case.options.model, case.options.method, device.memory):
             continue
         config, decoder = step.config_of(case.options), find(case.options.model)
         made = accounts.abstract_step(config, decoder, device)
@@ -113,9 +107,15 @@ def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
             yield Program(f"{case.name}: {name}", update, inputs, options, donate=(0, 3))
 
 
-def too_large(case: Case, memory: int | None) -> str:
-    """Returns why a case does not fit into so many bytes; empty if it may, or if unknown."""
-    held = int(parameters(find(case.options.model)) * BYTES[case.options.method])
+def too_large(model: str, method: str, memory: int | None) -> str:
+    """Returns why a published model does not fit into `memory` bytes; empty if it may.
+
+    Args:
+      model: published name.
+      method: qlora or lora.
+      memory: bytes; None where they are not known.
+    """
+    held = int(parameters(find(model)) * BYTES[method])
     if memory is None or held < memory:
         return ""
     return f"its weights take {held / 2**30:.0f} GiB, and the device has {memory / 2**30:.0f}"
@@ -142,7 +142,7 @@ def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
     memory = lane.fact(MEMORY)
     for case in cases:
         own = result_names([case])
-        if reason := too_large(case, memory):
+        if reason := too_large(case.options.model, case.options.method, memory):
             for name in own:
                 lane.record.absent(name, reason)
             continue
@@ -158,13 +158,6 @@ def _one(lane: Lane, case: Case) -> None:
     report = tools.measured(
         tools.ours(), "step", options, print, timeout=lane.left(), flags=case.flags
     )
-    found = report["figures"]
-    for kind, (unit, source) in KINDS.items():
-        value = found.get(source, {}).get("value")
-        name = f"{case.name}: {kind}"
-        if value is None:
-            lane.record.absent(name, "the device does not tell")
-        else:
-            lane.record.figure(name, unit, value, field=kind, case=case.name)
+    lane.figures(report, case.name, KINDS)
     finite = all(math.isfinite(loss) for loss in report["losses"])
     lane.record.check(f"{case.name}: {FINITE}", finite, losses=report["losses"])

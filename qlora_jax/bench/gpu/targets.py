@@ -1,4 +1,4 @@
-"""What a report is held against. A target is met by measured figures alone."""
+"""Holds a report against targets. Measured figures alone meet a target."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple

@@ -13,11 +13,11 @@ import numpy as np
 from qlora_jax.bench import jax_timing, random_codes
 from qlora_jax.bench.cases import CODEBOOK
 from qlora_jax.bench.cases import Case as Product
-from qlora_jax.bench.gpu import ceilings
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.bench.kernels import operation
+from qlora_jax.kernels.fused import capability_of, half_dtype
 from qlora_jax.quant import quantize
 
 GEMM = "gemm"
@@ -82,7 +82,7 @@ def names(scale: str) -> list[str]:
 
 def programs(scale: str, device: Any) -> Iterator[Program]:
     """Yields the program of every case that runs on the device."""
-    (dtype,) = ceilings.dtypes(device)
+    dtype = half_dtype(capability_of(device))
     yield from (program(case) for case in cases(scale, dtype) if not _excuse(case, scale, device))
 
 
@@ -99,7 +99,7 @@ def program(case: Case) -> Program:
 def run(lane: Lane) -> None:
     """Compiles and times every case, shape by shape."""
     device = jax.devices()[0]
-    (dtype,) = ceilings.dtypes(device)
+    dtype = half_dtype(capability_of(device))
     able = []
     for case in cases(lane.scale, dtype):
         if reason := _excuse(case, lane.scale, device):

@@ -81,7 +81,7 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Any:
-    """Yields nothing: `curves` has the same model's programs."""
+    """Yields nothing: the runs compile their own programs, in their own processes."""
     yield from ()
 
 
