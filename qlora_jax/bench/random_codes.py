@@ -8,6 +8,7 @@ array takes no memory beside it.
 
 import dataclasses
 import functools
+import itertools
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def fill(tree: Any, config: Config, seed: int) -> Any:
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_quantized)
     paths = flatten(tree, _is_quantized)
     made = [
-        quantized(leaf, config.quant.codebook, _salt(seed, path))
+        quantized(leaf, config.quant.codebook, OnDevice(_salt(seed, path)))
         if _is_quantized(leaf)
         else _array(path, leaf, config.lora, _salt(seed, path))
         for path, leaf in zip(paths, leaves)
@@ -108,16 +109,69 @@ def _array(path: str, leaf: jax.ShapeDtypeStruct, lora: LoraConfig, salt: np.uin
     return _around(salt, leaf, SPREAD)
 
 
-def quantized(q: QTensor, name: str, salt: np.uint32) -> QTensor:
-    """Returns a weight of random codes for a QTensor of shapes, by the name of its codebook."""
+class OnDevice:
+    """Draws values as hashes of their indices, on the default device; each draw differs.
+
+    Args:
+      salt: chooses the values.
+    """
+
+    def __init__(self, salt: np.uint32):
+        self._salts = (salt + np.uint32(i) for i in itertools.count())
+
+    def codes(self, shape: tuple[int, ...], in_features: int, zero: int) -> jax.Array:
+        """Draws `QTensor.codes` of a shape."""
+        return _codes(next(self._salts), shape, in_features, zero)
+
+    def indices(self, shape: tuple[int, ...]) -> jax.Array:
+        """Draws uint8 of a shape, uniformly from 0 to 255."""
+        return _bytes(next(self._salts), shape)
+
+    def uniform(self, shape: tuple[int, ...], low: float, high: float) -> jax.Array:
+        """Draws float32 of a shape, uniformly between two bounds."""
+        return _uniform(next(self._salts), shape, jnp.float32, low, high)
+
+
+class OnHost:
+    """Draws values with NumPy: for many small weights, each of which would need own programs.
+
+    Args:
+      source: NumPy's generator.
+    """
+
+    def __init__(self, source: np.random.Generator):
+        self._source = source
+
+    def codes(self, shape: tuple[int, ...], in_features: int, zero: int) -> np.ndarray:
+        """Draws `QTensor.codes` of a shape."""
+        return _padded(self.indices(shape), in_features, zero, np)
+
+    def indices(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Draws uint8 of a shape, uniformly from 0 to 255."""
+        return self._source.integers(0, 256, shape, np.uint8)
+
+    def uniform(self, shape: tuple[int, ...], low: float, high: float) -> np.ndarray:
+        """Draws float32 of a shape, uniformly between two bounds."""
+        return self._source.uniform(low, high, shape).astype(np.float32)
+
+
+def quantized(q: QTensor, name: str, source: OnDevice | OnHost) -> QTensor:
+    """Returns a weight of random codes on the default device.
+
+    Args:
+      q: a QTensor of shapes.
+      name: of its codebook.
+      source: draws codes and scales.
+    """
     book = codebook(name, q.block_size)
-    codes = _codes(salt, q.codes.shape, q.in_features, _code_of_zero(book))
     scales = q.scales.shape
-    own = salt + np.uint32(1)
-    made: dict[str, Any]
+    made: dict[str, Any] = {
+        "codes": source.codes(q.codes.shape, q.in_features, _code_of_zero(book)),
+        "codebook": np.broadcast_to(book, q.codebook.shape),
+    }
     if q.nested is None or q.offset is None:
         low, high = (_mean_scale(book, *_moments(SCALES)) * bound for bound in SCALES)
-        made = {"scales": _uniform(own, scales, jnp.float32, low, high)}
+        made["scales"] = source.uniform(scales, low, high)
     else:
         indices, nested = dynamic_map().astype(np.float64), _moments(NESTED)
         # in units of the offset a scale is 1 + index * nested
@@ -125,13 +179,12 @@ def quantized(q: QTensor, name: str, salt: np.uint32) -> QTensor:
         second = 2 * first - 1 + np.square(indices).mean() * nested[1]
         offset = _mean_scale(book, first, second)
         low, high = (offset * bound for bound in NESTED)
-        made = {
-            "scales": _bytes(own, scales),
-            "nested": _uniform(own + np.uint32(1), q.nested.shape, jnp.float32, low, high),
-            "offset": jnp.full(q.offset.shape, offset, jnp.float32),
+        made |= {
+            "scales": source.indices(scales),
+            "nested": source.uniform(q.nested.shape, low, high),
+            "offset": np.full(q.offset.shape, offset, np.float32),
         }
-    books = jnp.broadcast_to(jnp.asarray(book), q.codebook.shape)
-    return dataclasses.replace(q, codes=codes, codebook=books, **made)
+    return jax.device_put(dataclasses.replace(q, **made))
 
 
 def _code_of_zero(book: np.ndarray) -> int:
@@ -177,14 +230,18 @@ def _bytes(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _codes(salt: jax.Array, shape: tuple[int, ...], in_features: int, zero: int) -> jax.Array:
     """Random `QTensor.codes`: rows beyond `in_features` hold the code of zero."""
-    codes = _bytes(salt, shape)
-    if 2 * shape[-2] == in_features:
+    return _padded(_bytes(salt, shape), in_features, zero, jnp)
+
+
+def _padded(codes: Any, in_features: int, zero: int, xp: Any) -> Any:
+    """Puts the code of zero into rows beyond `in_features`; `xp` is `numpy` or `jax.numpy`."""
+    if 2 * codes.shape[-2] == in_features:
         return codes
-    row = jnp.arange(shape[-2])[:, None]
+    row = xp.arange(codes.shape[-2])[:, None]
     low = row // (GROUP // 2) * GROUP + row % (GROUP // 2)
-    low_codes = jnp.where(low < in_features, codes & 15, zero)
-    high_codes = jnp.where(low + GROUP // 2 < in_features, codes >> 4, zero)
-    return (low_codes | high_codes << 4).astype(jnp.uint8)
+    low_codes = xp.where(low < in_features, codes & 15, zero)
+    high_codes = xp.where(low + GROUP // 2 < in_features, codes >> 4, zero)
+    return (low_codes | high_codes << 4).astype(xp.uint8)
 
 
 def _noise(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:

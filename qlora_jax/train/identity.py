@@ -1,10 +1,12 @@
 """Whether fresh adapters leave every linear's product as it was."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qlora_jax.config import Config
@@ -42,18 +44,29 @@ def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Confi
     """
     dtype, tolerance = jnp.dtype(config.model.compute_dtype), TOLERANCE[config.lora.variant]
     found = jax.device_get(unchanged(graph, trained, frozen, dtype, tolerance))
-    model: Decoder = nnx.merge(graph, trained, frozen)
+    name = first_changed(nnx.merge(graph, trained, frozen), found)
+    if name is not None:
+        raise RunFailed(
+            f"fresh adapters change the model's output, first at {name}; this is a bug, "
+            "please report it"
+        )
+
+
+def first_changed(model: Decoder, found: Sequence[Mapping[str, np.ndarray]]) -> str | None:
+    """Returns the checkpoint's name of the first linear whose product changed; None without one.
+
+    Args:
+      model: a decoder.
+      found: what `unchanged` gives for it, on the host.
+    """
     by_layer = [
         (run, same, i) for run, same in zip(model.runs, found) for i in range(run_length(run))
     ]
     for layer, (run, same, i) in enumerate(by_layer):
         for path in run.linears():
             if path in same and not same[path][i]:
-                name = f"{model.config.names.layers}.{layer}.{path}"
-                raise RunFailed(
-                    f"fresh adapters change the model's output, first at {name}; this is a bug, "
-                    "please report it"
-                )
+                return f"{model.config.names.layers}.{layer}.{path}"
+    return None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))

@@ -1,6 +1,7 @@
 """Models of random codes: the statistics of what they decode to, and what making them takes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,17 +49,29 @@ def leaves(made: Any) -> dict[str, Any]:
     return trees.flatten(made.trained, is_leaf) | trees.flatten(made.frozen, is_leaf)
 
 
+def shapes(k: int, n: int, name: str, double: bool, block_size: int = 64) -> QTensor:
+    weights = jax.ShapeDtypeStruct((4, k, n), jnp.bfloat16)
+    return jax.eval_shape(lambda w: quantize(w, name, block_size, double), weights)
+
+
 def stack(k: int, n: int, name: str, double: bool, block_size: int = 64) -> QTensor:
-    shape = jax.ShapeDtypeStruct((4, k, n), jnp.bfloat16)
-    tree = {"weight": jax.eval_shape(lambda w: quantize(w, name, block_size, double), shape)}
+    tree = {"weight": shapes(k, n, name, double, block_size)}
     quant = {"codebook": name, "block_size": block_size, "double_quant": double}
     return random_codes.fill(tree, config(quant=quant), 0)["weight"]
 
 
+def on_host(k: int, n: int, name: str, double: bool, block_size: int = 64) -> QTensor:
+    source = random_codes.OnHost(np.random.default_rng(0))
+    return random_codes.quantized(shapes(k, n, name, double, block_size), name, source)
+
+
+@pytest.mark.parametrize("draw", [stack, on_host])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("name", CODEBOOKS)
-def test_decoded_weights_have_the_spread_of_an_initialized_model(name: str, double: bool) -> None:
-    q = stack(512, 512, name, double)
+def test_decoded_weights_have_the_spread_of_an_initialized_model(
+    name: str, double: bool, draw: Callable[..., QTensor]
+) -> None:
+    q = draw(512, 512, name, double)
     w = np.asarray(dequantize(q), np.float64)
     np.testing.assert_array_equal(q.codebook, np.tile(codebook(name), (4, 1)))
     # a million values: standard errors of 2e-5, and the same for the scales' part of the mean
@@ -69,10 +82,13 @@ def test_decoded_weights_have_the_spread_of_an_initialized_model(name: str, doub
     assert np.abs(counts / counts.sum() * 16 - 1).max() < 0.02
 
 
+@pytest.mark.parametrize("draw", [stack, on_host])
 @pytest.mark.parametrize(("k", "block_size"), [(160, 64), (96, 32), (130, 128)])
-def test_rows_beyond_the_weight_hold_the_code_of_zero(k: int, block_size: int) -> None:
+def test_rows_beyond_the_weight_hold_the_code_of_zero(
+    k: int, block_size: int, draw: Callable[..., QTensor]
+) -> None:
     for name in CODEBOOKS:
-        q = stack(k, 32, name, True, block_size)
+        q = draw(k, 32, name, True, block_size)
         zero = np.asarray(quantize(np.zeros((k, 32), np.float32), name, block_size).codes)
         codes = np.asarray(q.codes).reshape(4, -1, 32, 32)
         halves = np.stack([codes & 15, codes >> 4], axis=2).reshape(4, -1, 32)

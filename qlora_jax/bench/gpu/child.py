@@ -23,6 +23,7 @@ def main() -> int:
         request["scale"],
         began + request["seconds"],
         request["peers"],
+        request["told"],
     )
     part.module.run(lane)
     return 0

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_jax.bench.gpu import record
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL
+from qlora_jax.bench.gpu.lane import REHEARSAL, SLOWER
 from qlora_jax.bench.gpu.parts import Part
 from qlora_jax.bench.gpu.record import Recorder
 from qlora_jax.errors import UserError
 
 LINES, LOG = "lines.jsonl", "log.txt"
 MODULE = "qlora_jax.bench.gpu.child"
-SLOWER = {FULL: 1, REHEARSAL: 5}
-"""Times a part's limit that it may take, by scale: a CPU has few cores, and others use them."""
+PROCESSES = 4
+"""Processes that a part may have: after one that died it goes on with the rest in another."""
+
+HUNG = "Timeout ("
+"""Begins what `faulthandler` says before it ends a process that hangs."""
 
 TAIL = 4000
 """Characters of a process's output that tell what ended it."""
@@ -52,7 +55,8 @@ def run(request: Request, say: Callable[[str], None]) -> None:
     """
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
-        (request.folder / LOG).touch()
+        for name in (LINES, LOG):
+            (request.folder / name).touch()
     except OSError as e:
         raise UserError(f"{request.folder}: cannot be written: {e.strerror}") from None
     end = time.monotonic() + request.budget
@@ -66,7 +70,7 @@ def run(request: Request, say: Callable[[str], None]) -> None:
         seconds = min(part.limit * SLOWER[request.scale], left)
         say(f"{place} ({part.what}), at most {seconds:.0f} s; {left:.0f} s left in all")
         began = time.monotonic()
-        outcome = _process(request, part, seconds)
+        outcome = _attempts(request, part, began + seconds, say)
         _close(request, part, time.monotonic() - began, outcome)
         say(f"{place}: {outcome}")
 
@@ -80,14 +84,39 @@ def environment(part: Part, scale: str) -> dict[str, str]:
     return found | ({"XLA_FLAGS": flags} if flags else {})
 
 
-def _process(request: Request, part: Part, seconds: float) -> str:
-    """Runs one part and returns its outcome: `ok`, or what went wrong."""
+def _attempts(request: Request, part: Part, end: float, say: Callable[[str], None]) -> str:
+    """Runs a part and returns its outcome; if its process dies, the rest is run in another.
+
+    What the process was at when it died is recorded as absent. Nothing is tried again.
+    """
+    path = request.folder / LINES
+    before = len(list(record.read([path])))
+    told: set[str] = set()
+    for _ in range(PROCESSES):
+        outcome = _process(request, part, end - time.monotonic(), sorted(told))
+        left = end - time.monotonic()
+        if outcome == "ok" or left <= 0:
+            break
+        lines = list(record.read([path]))[before:]
+        guilty = record.begun(lines, part.name)
+        for name in guilty:
+            Recorder(path, part.name).absent(name, outcome, error=True)
+        earlier, told = told, record.names(lines, part.name) | set(guilty)
+        if told == earlier or left < part.least:
+            break
+        say(f"{part.name}: {outcome}; goes on in another process")
+    return outcome
+
+
+def _process(request: Request, part: Part, seconds: float, told: Sequence[str]) -> str:
+    """Runs one process of a part and returns its outcome: `ok`, or what went wrong."""
     asked: Mapping[str, Any] = {
         "part": part.name,
         "lines": str(request.folder / LINES),
         "scale": request.scale,
         "seconds": seconds - 3,  # the part ends itself before it is ended
         "peers": list(request.peers),
+        "told": told,
     }
     with (request.folder / LOG).open("a+", encoding="utf-8", errors="replace") as log:
         log.write(f"\n===== {part.name}\n")
@@ -110,8 +139,11 @@ def _process(request: Request, part: Part, seconds: float) -> str:
         said = log.read()[-TAIL:].strip().splitlines()
     if code is None:
         return f"ended after its {seconds:.0f} s"
-    last = said[-1] if said else "it said nothing"
-    return "ok" if code == 0 else f"failed with code {code}: {last}"
+    if code == 0:
+        return "ok"
+    if any(line.startswith(HUNG) for line in said):
+        return "failed: it hung, and was ended"
+    return f"failed with code {code}: {said[-1] if said else 'it said nothing'}"
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -125,7 +157,6 @@ def _close(request: Request, part: Part, seconds: float, outcome: str) -> None:
     """Records a reason for each declared result that is not there, and the part's end."""
     path = request.folder / LINES
     recorder = Recorder(path, part.name)
-    path.touch()
     known = record.names(record.read([path]), part.name)
     missing = [name for name in part.module.names(request.scale) if name not in known]
     if outcome != "ok":

@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu import products, reference
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
 from qlora_jax.bench.gpu.programs import Outcome, Program, compile_all, compiled, usable
 from qlora_jax.kernels import matmul
@@ -156,13 +156,14 @@ def run(lane: Lane) -> None:
     """Compiles and checks every corner."""
     device = jax.devices()[0]
     with interpreted(lane):
-        asked = [p for p in programs(lane.scale, device) if p.name not in map(_beyond_name, FUSED)]
+        left_out = {*map(_beyond_name, FUSED), *lane.told}
+        asked = [p for p in programs(lane.scale, device) if p.name not in left_out]
         made = dict(zip((p.name for p in asked), compile_all(asked, lambda: lane.left() > 5)))
         for corner in corners(lane.scale):
             if reason := excuse(corner.implementation, lane.scale, device):
                 lane.record.absent(corner.name, reason)
-            elif lane.enough(3, corner.name):
-                with lane.guard(corner.name):
+            elif lane.due(3, corner.name):
+                with lane.guard(corner.name, within=HANGS):
                     verdict = check(corner, lane.scale, made)
                     lane.record.check(corner.name, verdict.right, **verdict.measures)
         for implementation in FUSED:
@@ -183,7 +184,8 @@ def check(corner: Corner, scale: str, made: Mapping[str, Outcome]) -> reference.
     )
     verdicts, size = [], SIZES[scale]
     for i in range(CALLS):
-        stack = random_codes.quantized(_stack(scale), CODEBOOK, np.uint32(i))
+        source = random_codes.OnDevice(np.uint32(i))
+        stack = random_codes.quantized(_stack(scale), CODEBOOK, source)
         x = jax.random.normal(jax.random.key(i), (corner.rows, size.features)).astype(DTYPE)
         wide = exact(x.astype(jnp.float32), stack)
         verdicts.append(reference.agree(ours(x, stack), theirs(x, stack), wide))
@@ -218,11 +220,12 @@ def _check_beyond(lane: Lane, implementation: str, device: Any) -> None:
     if room < 3 * rows * n * 2:
         lane.record.absent(name, f"takes {3 * rows * n * 2 / 2**30:.0f} GiB")
         return
-    if not lane.enough(10, name):
+    if not lane.due(10, name):
         return
-    with lane.guard(name):
+    with lane.guard(name, within=2 * HANGS):
         made = _beyond(implementation)
-        q = random_codes.quantized(made.arguments[1], CODEBOOK, np.uint32(7))
+        source = random_codes.OnDevice(np.uint32(7))
+        q = random_codes.quantized(made.arguments[1], CODEBOOK, source)
         x = jax.random.normal(jax.random.key(8), (rows, k)).astype(DTYPE)
         y = compiled(made)(x, q)
         verdict = reference.judge(

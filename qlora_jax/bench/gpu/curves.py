@@ -93,7 +93,7 @@ def run(lane: Lane) -> None:
             if reason := excuse(name, lane.scale, device):
                 for field in fields:
                     lane.record.absent(field, reason)
-            elif lane.enough(8, *fields):
+            elif lane.due(8, *fields):
                 with lane.guard(*fields):
                     got = own if name == PLAIN else curve(name, "bfloat16")
                     _compare(lane, fields, got, exact, limit)

@@ -65,7 +65,7 @@ def run(lane: Lane) -> None:
         if reason := too_large(case.options.model, "qlora", memory):
             for name in own:
                 lane.record.absent(name, reason)
-        elif lane.enough(12, *own):
+        elif lane.due(12, *own):
             with lane.guard(*own):
                 _one(lane, case)
 

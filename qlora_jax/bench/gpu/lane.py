@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +34,15 @@ LOST = (
 )
 """Parts of an error's text after which the process can do nothing more on the GPU."""
 
+HANGS = 20
+"""Seconds after which a product's check or timing is taken to hang; each takes one or two."""
+
 FULL_MEMORY = "RESOURCE_EXHAUSTED"
 """Part of XLA's error where the device's memory does not suffice."""
+
+
+SLOWER = {FULL: 1, REHEARSAL: 5}
+"""Times a limit that something may take, by scale: a CPU has few cores, and others use them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +54,14 @@ class Lane:
       scale: `FULL` or `REHEARSAL`.
       deadline: value of `time.monotonic()` at which the part's process is ended.
       peers: Python interpreters that have peers installed.
+      told: names that the part recorded in a process that died; they are not tried again.
     """
 
     record: Recorder
     scale: str
     deadline: float
     peers: Sequence[str] = ()
+    told: Sequence[str] = ()
 
     @property
     def rehearsing(self) -> bool:
@@ -79,12 +89,21 @@ class Lane:
         return "xla" if wrong else None
 
     @contextlib.contextmanager
-    def guard(self, *names: str) -> Iterator[None]:
+    def guard(self, *names: str, within: float | None = None) -> Iterator[None]:
         """Records an error inside the `with` as the reason why the named results are absent.
 
         It makes the part a failed one, unless the time or the device's memory was too small. An
         error that leaves the GPU unusable is raised again.
+
+        Args:
+          names: of the results.
+          within: seconds after which the process ends itself: a kernel that hangs can't be
+            stopped otherwise. The part goes on in a new process. None sets no limit; blocks with
+            a limit are not nested.
         """
+        self.record.begin(*names)
+        if within is not None:
+            faulthandler.dump_traceback_later(within * SLOWER[self.scale], exit=True)
         try:
             yield
         except Exception as e:
@@ -97,6 +116,9 @@ class Lane:
                     self.record.absent(name, reason, error=not small)
             if any(mark in str(e) for mark in LOST):
                 raise
+        finally:
+            if within is not None:
+                faulthandler.cancel_dump_traceback_later()
 
     def figures(
         self,
@@ -120,10 +142,14 @@ class Lane:
             else:
                 self.record.figure(f"{case}: {kind}", unit, value, field=kind, case=case, **details)
 
-    def enough(self, seconds: float, *names: str) -> bool:
-        """Returns whether that many seconds are left; if not, records it for the named results."""
+    def due(self, seconds: float, *names: str) -> bool:
+        """Returns whether to try the named results: not told yet, and that many seconds are left.
+
+        If the time is too short, that is recorded for those that are not told.
+        """
+        missing = [name for name in names if name not in self.told]
         if self.left() >= seconds:
-            return True
-        for name in names:
+            return bool(missing)
+        for name in missing:
             self.record.absent(name, f"not begun: {max(self.left(), 0):.0f} s were left")
         return False

@@ -10,14 +10,14 @@ from qlora_jax.bench.gpu.steps import Case, qlora
 
 CASES: Mapping[str, Sequence[Case]] = {
     FULL: (
-        Case("65B, 512 tokens", qlora("llama-65b", steps=2), 30),
+        Case("65B, 512 tokens", qlora("llama-65b", steps=2), 45),
         Case(
-            "65B, 512 tokens, moments on the host", qlora("llama-65b", steps=2, offload="host"), 30
+            "65B, 512 tokens, moments on the host", qlora("llama-65b", steps=2, offload="host"), 45
         ),
-        Case("70B, 512 tokens", qlora("llama2-70b", steps=2), 30),
+        Case("70B, 512 tokens", qlora("llama2-70b", steps=2), 45),
         Case("33B, 512 tokens", qlora("llama-33b", steps=2), 20),
         Case("13B, 512 tokens", qlora("llama-13b", steps=2), 15),
-        Case("70B, 2048 tokens", qlora("llama2-70b", 2048, steps=2), 35),
+        Case("70B, 2048 tokens", qlora("llama2-70b", 2048, steps=2), 50),
     ),
     REHEARSAL: (Case("135M, 32 tokens", qlora("smollm2-135m", 32, rank=4, steps=1)),),
 }

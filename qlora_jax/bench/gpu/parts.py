@@ -44,7 +44,7 @@ PARTS: Sequence[Part] = (
     Part("times", 120, 30, "products: kernels, decode + GEMM, 16-bit GEMM", CUBLAS),
     Part("curves", 60, 25, "the loss of 50 steps with each implementation", CUBLAS),
     Part("decode", 90, 25, "generated tokens/s and prefill"),
-    Part("large", 110, 40, "a QLoRA step of 13B to 70B as memory allows"),
+    Part("large", 110, 50, "a QLoRA step of 13B to 70B as memory allows"),
     Part("traces", 60, 25, "which kernels take the time of a step and of a token"),
     Part("peers", 120, 40, "bitsandbytes' products and PEFT's step on the same card"),
 )

@@ -41,7 +41,7 @@ def run(lane: Lane) -> None:
         if tool is None:
             for name in own:
                 lane.record.absent(name, f"{PEER} for bench {what} is not installed; --peer PYTHON")
-        elif lane.enough(15, *own):
+        elif lane.due(15, *own):
             with lane.guard(*own):
                 measure(lane, tool)
 
@@ -68,7 +68,7 @@ def _kernels(lane: Lane, tool: tools.Tool) -> None:
     device = "cpu" if lane.rehearsing else "gpu"
     for shape in size.shapes:
         cases = [case for case in _products(lane.scale) if (case.k, case.n) == shape]
-        if not lane.enough(12, *(case.name for case in cases)):
+        if not lane.due(12, *(case.name for case in cases)):
             continue
         options = Kernels(
             (shape,), size.rows, (lane.dtype(),), size.samples, times.DIRECTIONS, device

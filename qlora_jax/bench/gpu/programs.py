@@ -1,5 +1,6 @@
 """Programs as data, so that what a GPU would run can also be compiled where there is none."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -30,10 +31,10 @@ class Program(NamedTuple):
     donate: tuple[int, ...] = ()
 
 
-def as_options(flags: str) -> dict[str, bool]:
-    """Returns flags for XLA, `--name=true` or `--name=false`, as options of its compiler."""
+def as_options(flags: str) -> dict[str, bool | int]:
+    """Returns flags for XLA, `--name=VALUE` of true, false or an integer, as compiler options."""
     pairs = (flag.removeprefix("--").split("=") for flag in flags.split())
-    return {name: value == "true" for name, value in pairs}
+    return {name: json.loads(value) for name, value in pairs}
 
 
 def compiled(program: Program) -> jax.stages.Compiled:

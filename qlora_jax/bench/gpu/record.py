@@ -25,6 +25,10 @@ class Recorder:
     def __init__(self, path: Path, part: str):
         self.path, self.part = path, part
 
+    def begin(self, *names: str) -> None:
+        """Records which results come next: if the process dies, they are the ones that it lacks."""
+        self._write(kind="begin", names=names)
+
     def figure(self, name: str, unit: str, value: float, **details: Any) -> None:
         """Records a measured number; `details` may hold `field`, the kind of figure it is."""
         if not math.isfinite(value):
@@ -67,6 +71,14 @@ def read(paths: Iterable[Path]) -> Iterator[Line]:
 def names(lines: Iterable[Mapping[str, Any]], part: str) -> set[str]:
     """Returns the names that a part has recorded."""
     return {line["name"] for line in lines if line["part"] == part and "name" in line}
+
+
+def begun(lines: Iterable[Mapping[str, Any]], part: str) -> list[str]:
+    """Returns the names that a part began last and has not recorded."""
+    own = [line for line in lines if line["part"] == part]
+    tried = [line["names"] for line in own if line["kind"] == "begin"]
+    known = names(own, part)
+    return [name for name in tried[-1] if name not in known] if tried else []
 
 
 def without_folders(text: str) -> str:

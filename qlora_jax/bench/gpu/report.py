@@ -22,7 +22,7 @@ def build(lines: Iterable[Line], command: str) -> Report:
     for line in lines:
         if line["kind"] == "end":
             ends[line["part"]] = line
-        else:
+        elif line["kind"] != "begin":
             key = (line["part"], line["name"])
             # what a later run could not tell does not take the place of what an earlier one told
             if line["kind"] != "absent" or latest.get(key, line)["kind"] == "absent":

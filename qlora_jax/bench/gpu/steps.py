@@ -13,8 +13,10 @@ from qlora_jax.bench.gpu.ceilings import MEMORY
 from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, as_options
 from qlora_jax.bench.options import Step
+from qlora_jax.config import Config
 from qlora_jax.memory import accounts
 from qlora_jax.memory.ledger import parameters
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.shapes import find
 
 KINDS = {
@@ -98,13 +100,27 @@ def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
         if too_large(case.options.model, case.options.method, device.memory):
             continue
         config, decoder = step.config_of(case.options), find(case.options.model)
-        made = accounts.abstract_step(config, decoder, device)
-        state = made.state._replace(optimizer=())
-        arguments = (state, made.frozen, made.batch, made.key)
-        options = as_options(case.flags)
-        yield Program(f"{case.name}: gradient", made.program.gradient, arguments, options)
-        for name, update, inputs in accounts.updates(made):
-            yield Program(f"{case.name}: {name}", update, inputs, options, donate=(0, 3))
+        yield from step_programs(case.name, config, decoder, device, case.flags)
+
+
+def step_programs(
+    name: str, config: Config, decoder: DecoderConfig, device: Any, flags: str
+) -> Iterator[Program]:
+    """Yields the gradient program and the update programs of a run's step.
+
+    Args:
+      name: begins the programs' names.
+      config: of the run.
+      decoder: shapes of its model.
+      device: `train.setup.Hardware`, or a GPU that is compiled for.
+      flags: for XLA.
+    """
+    made, options = accounts.abstract_step(config, decoder, device), as_options(flags)
+    state = made.state._replace(optimizer=())
+    arguments = (state, made.frozen, made.batch, made.key)
+    yield Program(f"{name}: gradient", made.program.gradient, arguments, options)
+    for what, update, inputs in accounts.updates(made):
+        yield Program(f"{name}: {what}", update, inputs, options, donate=(0, 3))
 
 
 def too_large(model: str, method: str, memory: int | None) -> str:
@@ -146,7 +162,7 @@ def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
             for name in own:
                 lane.record.absent(name, reason)
             continue
-        if not lane.enough(case.least, *own):
+        if not lane.due(case.least, *own):
             continue
         with lane.guard(*own):
             _one(lane, case)

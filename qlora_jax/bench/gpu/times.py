@@ -13,7 +13,7 @@ import numpy as np
 from qlora_jax.bench import jax_timing, random_codes
 from qlora_jax.bench.cases import CODEBOOK
 from qlora_jax.bench.cases import Case as Product
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.bench.kernels import operation
@@ -104,7 +104,7 @@ def run(lane: Lane) -> None:
     for case in cases(lane.scale, dtype):
         if reason := _excuse(case, lane.scale, device):
             lane.record.absent(case.name, reason)
-        else:
+        elif case.name not in lane.told:
             able.append(case)
     with interpreted(lane):
         for _, group in itertools.groupby(able, lambda c: (c.k, c.n, c.implementation in ORDER[0])):
@@ -116,9 +116,9 @@ def _group(lane: Lane, group: list[Case]) -> None:
     made = list(compile_all(map(program, group), lambda: lane.left() > 10))
     weights: dict[bool, list[Any]] = {}
     for case, outcome in zip(group, made):
-        if not lane.enough(4, case.name):
+        if not lane.due(4, case.name):
             continue
-        with lane.guard(case.name):
+        with lane.guard(case.name, within=HANGS):
             ready = usable(outcome)
             own = weights.setdefault(case.implementation == GEMM, [])
             own += [_made(case, i) for i in range(len(own), _sets(case))]
@@ -166,5 +166,5 @@ def _weight(case: Case) -> Any:
 def _made(case: Case, seed: int) -> Any:
     weight = _weight(case)
     if case.implementation != GEMM:
-        return random_codes.quantized(weight, CODEBOOK, np.uint32(seed))
+        return random_codes.quantized(weight, CODEBOOK, random_codes.OnDevice(np.uint32(seed)))
     return 0.02 * jax.random.normal(jax.random.key(seed), weight.shape, weight.dtype)

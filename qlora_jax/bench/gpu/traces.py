@@ -57,8 +57,12 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[Program]:
-    """Yields nothing: `steps` and `decode` have the programs."""
-    yield from ()
+    """Yields the programs of the step and of the answer."""
+    sizes = SIZES[scale]
+    if not steps.too_large(sizes.step.model, sizes.step.method, device.memory):
+        yield from steps.case_programs([steps.Case("step", sizes.step, flags="")], device)
+    for name, function, arguments in generation.programs(sizes.answer):
+        yield Program(f"answer: {name}", function, arguments)
 
 
 def run(lane: Lane) -> None:
@@ -66,7 +70,7 @@ def run(lane: Lane) -> None:
     sizes = SIZES[lane.scale]
     for kind, make in zip(KINDS, (_step, _answer)):
         own = [f"{kind}: {field}" for field in FIELDS]
-        if lane.enough(8, *own):
+        if lane.due(8, *own):
             with lane.guard(*own):
                 call = make(sizes)
                 call()

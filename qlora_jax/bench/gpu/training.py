@@ -12,15 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
 from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.steps import step_programs
+from qlora_jax.config import from_tree
 from qlora_jax.errors import OutOfTime, RunFailed
 from qlora_jax.formats.fetch import cached
+from qlora_jax.kernels.fused import capability_of, half_dtype
+from qlora_jax.models.shapes import find
 from qlora_jax.train import checkpoint
 
 EXACT = f"{CUBLAS} --xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
@@ -80,9 +85,17 @@ def names(scale: str) -> list[str]:
     return [*QUICKSTART, HOST, RESUMED, HALF]
 
 
-def programs(scale: str, device: Any) -> Any:
-    """Yields nothing: the runs compile their own programs, in their own processes."""
-    yield from ()
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields the steps of the runs on the built-in model."""
+    size, half_type = SIZES[scale], half_dtype(capability_of(device))
+    for name, train, dtype, flags in (
+        ("quickstart", size.quickstart, half_type, CUBLAS),
+        ("float16", size.compared, "float16", CUBLAS),
+        ("compared", size.compared, half_type, EXACT),
+    ):
+        tree = settings(BUILTIN, dtype, train) | {"output": "none"}
+        config = from_tree(tree, name)
+        yield from step_programs(name, config, find("smollm2-135m"), device, flags)
 
 
 def run(lane: Lane) -> None:
@@ -90,12 +103,13 @@ def run(lane: Lane) -> None:
     with tempfile.TemporaryDirectory() as folder, lane.guard(*names(lane.scale)):
         work = Path(folder)
         runs = Runs(lane, work, base(lane, work))
-        with lane.guard(*QUICKSTART):
-            quickstart(lane, runs)
-        if lane.enough(20, HALF):
+        if lane.due(20, *QUICKSTART):
+            with lane.guard(*QUICKSTART):
+                quickstart(lane, runs)
+        if lane.due(20, HALF):
             with lane.guard(HALF):
                 half(lane, runs)
-        if lane.enough(60, HOST, RESUMED):
+        if lane.due(60, HOST, RESUMED):
             with lane.guard(HOST, RESUMED):
                 compared(lane, runs)
 
@@ -114,14 +128,18 @@ class Runs:
 
     def config(self, name: str, train: Mapping[str, Any], **more: Any) -> Path:
         """Writes the config of a run that writes to the folder of its name."""
-        dtype = self.lane.dtype()
-        model = {"path": self.model, "compute_dtype": dtype, "storage_dtype": dtype}
-        tree = {**TRAINED, "model": model, "train": train}
+        tree = settings(self.model, self.lane.dtype(), train)
         return written(self.work, name, _merged(tree, more))
 
     def finish(self, config: Path, *arguments: str, exact: bool = False) -> dict[str, Any]:
         """Trains to the end and returns what `--json` prints."""
         return command(self.lane, "train", str(config), "--json", *arguments, exact=exact)
+
+
+def settings(model: str, dtype: str, train: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a run, without its output folder."""
+    own = {"path": model, "compute_dtype": dtype, "storage_dtype": dtype}
+    return {**TRAINED, "model": own, "train": train}
 
 
 def base(lane: Lane, work: Path) -> str:

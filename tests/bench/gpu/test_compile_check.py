@@ -17,8 +17,8 @@ from qlora_jax.bench.gpu.parts import PARTS
 from qlora_jax.bench.gpu.programs import Program, as_options
 from qlora_jax.errors import UserError
 
-WITHOUT = {"training", "traces", "peers"}
-"""Parts whose programs other parts have, or that have none of ours."""
+WITHOUT = {"peers"}
+"""Parts that run no program of ours."""
 
 WORKER = r"""
 import json, os, sys

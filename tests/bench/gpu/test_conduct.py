@@ -1,5 +1,6 @@
 """Parts in processes of their own: time limits, crashes, and results that nobody told of."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -74,6 +75,28 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(run: Any) -> None:
     assert ended(pid)
 
 
+def test_a_case_that_hangs_costs_that_case_alone(run: Any) -> None:
+    lines = run("one case hangs", PART._replace(limit=50))
+    assert outcome(lines) == "ok"
+    assert absent(lines) == {
+        "matmul": "failed: it hung, and was ended",
+        "from pinned host memory": "a reason",
+    }
+    figures = [line["name"] for line in lines if line["kind"] == "figure"]
+    assert figures == ["copy", "to pinned host memory", "copy", "dispatch"]
+    made = report.build(lines, "a command")
+    assert report.failed(made) == ["ceilings"]
+
+
+def test_a_part_that_always_dies_is_given_up(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conduct, "PROCESSES", 2)
+    lines = run("every case dies", PART._replace(limit=50))
+    assert outcome(lines) == "failed with code 1: dead"
+    errors = [line["name"] for line in lines if line.get("error")]
+    assert errors == ["to pinned host memory", "from pinned host memory"]
+    assert set(absent(lines)) == set(ceilings.names(FULL)) - {"copy"}
+
+
 def ended(pid: int) -> bool:
     """Whether a process is gone, or a zombie."""
     stat = Path(f"/proc/{pid}/stat")
@@ -130,5 +153,8 @@ def test_an_error_of_one_case_is_its_reason_and_fails_the_part(tmp_path: Path) -
     assert told["c"] == ("RuntimeError: RESOURCE_EXHAUSTED: 5 GiB", False)
     assert told["d"][1]
     assert "a" not in told
-    assert not lane.enough(99, "e")
-    assert lane.enough(1, "f")
+    assert not lane.due(99, "e")
+    assert lane.due(1, "f")
+    told = dataclasses.replace(lane, told=["f"])
+    assert told.due(1, "f", "g")
+    assert not told.due(1, "f")
