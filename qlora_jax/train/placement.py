@@ -14,11 +14,15 @@ class Placement(NamedTuple):
       fetch: the way back; returns before the copy is done.
       wait: until a tree has arrived at home. A caller that does not wait would have the moments
         of all layers on their way at one time.
+      begin: the state before the first step to the same, committed to its device if moments come
+        from the host. Those are committed, and so is all that is made of them: a program would
+        compile again at the second step if its arrays were not committed at the first.
     """
 
     store: Callable[[Any], Any]
     fetch: Callable[[Any], Any]
     wait: Callable[[Any], Any]
+    begin: Callable[[Any], Any]
 
 
 def _same(tree: Any) -> Any:
@@ -32,7 +36,11 @@ def _to(kind: str) -> Callable[[Any], Any]:
     return move
 
 
-ON_DEVICE = Placement(_same, _same, _same)
-ON_HOST = Placement(_to("pinned_host"), _to("device"), jax.block_until_ready)
+def _committed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+
+
+ON_DEVICE = Placement(_same, _same, _same, _same)
+ON_HOST = Placement(_to("pinned_host"), _to("device"), jax.block_until_ready, _committed)
 PLACEMENTS = {"device": ON_DEVICE, "host": ON_HOST}
 """A setting `optimizer.offload` to the placement it stands for."""

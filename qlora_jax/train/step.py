@@ -99,7 +99,7 @@ def init(
     step, finite_steps = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     first = jax.jit(optimizer.init)
     states = units.init(trained, lambda unit: moments.store(first(unit)))
-    return State(trained, states, step, scale, finite_steps)
+    return moments.begin(State(trained, states, step, scale, finite_steps))
 
 
 def build(

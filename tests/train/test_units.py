@@ -1,5 +1,7 @@
 """Units of the trained tree, and moments that live on the host."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,8 +36,13 @@ def build(t, moments: Placement) -> steps.Program:
     )
 
 
-def run(t, make_batch, moments: Placement, count: int) -> Ran:
-    program = build(t, moments)
+@pytest.fixture(scope="module")
+def program(trainer) -> Callable[..., steps.Program]:
+    """Gives the program of a method with moments at a place, compiled once for all tests."""
+    return functools.cache(lambda method, moments: build(trainer(method), moments))
+
+
+def run(t, program: steps.Program, make_batch, moments: Placement, count: int) -> Ran:
     trained = jax.tree.map(jnp.copy, t.trained)
     state = steps.init(trained, t.optimizer, False, moments)
     norms = []
@@ -58,23 +65,24 @@ def test_groups_are_the_layers_and_the_rest(trainer) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_layer_by_layer_is_all_at_once(trainer, make_batch, method) -> None:
-    t = trainer(method)
-    program = build(t, ON_DEVICE)
+def test_layer_by_layer_is_all_at_once(trainer, program, make_batch, method) -> None:
+    t, made = trainer(method), program(method, ON_DEVICE)
     state = t.start()
-    grads, figures = program.gradient(state, t.frozen, make_batch(), None)
+    grads, figures = made.gradient(state, t.frozen, make_batch(), None)
     whole = t.optimizer.init(t.trained)
     updates, _ = t.optimizer.update(grads, whole, t.trained)
     expected = flatten(optax.apply_updates(t.trained, updates))
-    found = flatten(program.update(state, grads, figures.finite).trained)
+    found = flatten(made.update(state, grads, figures.finite).trained)
     for path, x in expected.items():
         np.testing.assert_allclose(found[path], x, rtol=1e-6, atol=1e-8, err_msg=path)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_moments_on_the_host_change_no_bit(trainer, make_batch, method) -> None:
+def test_moments_on_the_host_change_no_bit(trainer, program, make_batch, method) -> None:
     t = trainer(method)
-    device, host = (run(t, make_batch, where, 5) for where in (ON_DEVICE, ON_HOST))
+    device, host = (
+        run(t, program(method, where), make_batch, where, 5) for where in (ON_DEVICE, ON_HOST)
+    )
     assert device.norms == host.norms
     ours, theirs = flatten(host.state), flatten(device.state)
     assert ours.keys() == theirs.keys()
@@ -84,20 +92,30 @@ def test_moments_on_the_host_change_no_bit(trainer, make_batch, method) -> None:
         assert x.sharding.memory_kind == wanted, path
 
 
+@pytest.mark.parametrize("where", [ON_DEVICE, ON_HOST], ids=["device", "host"])
+def test_every_step_runs_what_the_first_compiled(trainer, make_batch, where) -> None:
+    t = trainer("qlora")
+    made = build(t, where)
+    run(t, made, make_batch, where, 3)
+    assert made.gradient._cache_size() == 1
+    assert made.unit._cache_size() == len(units.groups(t.trained))
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_moments_on_the_host_go_on_from_a_checkpoint(trainer, make_batch, method, tmp_path) -> None:
-    t = trainer(method)
-    program, fresh = build(t, ON_HOST), jax.tree.map(jnp.copy, t.trained)
-    checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.save(run(t, make_batch, ON_HOST, 3).state, {})
+def test_moments_on_the_host_go_on_from_a_checkpoint(
+    trainer, program, make_batch, method, tmp_path
+) -> None:
+    t, made = trainer(method), program(method, ON_HOST)
+    fresh, checkpoints = jax.tree.map(jnp.copy, t.trained), Checkpoints(tmp_path, 1)
+    checkpoints.save(run(t, made, make_batch, ON_HOST, 3).state, {})
     state, _ = checkpoints.restore(steps.init(fresh, t.optimizer, False, ON_HOST))
     checkpoints.close()
     for path, x in flatten(state.optimizer).items():
         assert x.sharding.memory_kind == "pinned_host", path
     for seed in (3, 4):
-        grads, figures = program.gradient(state, t.frozen, make_batch(seed=seed), None)
-        state = program.update(state, grads, figures.finite)
-    unbroken = flatten(run(t, make_batch, ON_HOST, 5).state)
+        grads, figures = made.gradient(state, t.frozen, make_batch(seed=seed), None)
+        state = made.update(state, grads, figures.finite)
+    unbroken = flatten(run(t, made, make_batch, ON_HOST, 5).state)
     for path, x in flatten(state).items():
         assert np.asarray(x).tobytes() == np.asarray(unbroken[path]).tobytes(), path
         assert x.sharding.memory_kind == unbroken[path].sharding.memory_kind, path
@@ -115,20 +133,20 @@ def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) 
         del away[0]
         return ON_HOST.wait(tree)
 
-    t = trainer("full")
-    run(t, make_batch, Placement(ON_HOST.store, fetch, wait), 1)
+    t, counted = trainer("full"), ON_HOST._replace(fetch=fetch, wait=wait)
+    run(t, build(t, counted), make_batch, counted, 1)
     assert most == [3]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_update_of_a_layer_copies_no_stack(trainer, method) -> None:
     t = trainer(method)
-    program, state = build(t, ON_DEVICE), t.start()
+    made, state = build(t, ON_DEVICE), t.start()
     group = units.groups(t.trained)[-1]
     leaves = jax.tree.leaves(t.trained)
     tall = [jnp.tile(leaves[p], (10, *[1] * (leaves[p].ndim - 1))) for p in group.places]
     group = group._replace(layers=10 * group.layers)
-    lowered = program.unit.lower(group, tall, tall, 0, state.optimizer[-1], jnp.asarray(True))
+    lowered = made.unit.lower(group, tall, tall, 0, state.optimizer[-1], jnp.asarray(True))
     analysis = lowered.compile().memory_analysis()
     layer = sum(x.nbytes for x in tall) / group.layers
     # the layer's new values and both moments
