@@ -33,7 +33,7 @@ def assert_product(y, x, w, dtype: str) -> None:
     assert np.all(np.abs(wide(y) - exact) <= allowed * (1 + 1e-6))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     m=st.integers(1, 70),
     k=st.integers(1, 200),
