@@ -117,7 +117,7 @@ class OnDevice:
     """
 
     def __init__(self, salt: np.uint32):
-        self._salts = (salt + np.uint32(i) for i in itertools.count())
+        self._salts = (np.uint32((int(salt) + i) % 2**32) for i in itertools.count())
 
     def codes(self, shape: tuple[int, ...], in_features: int, zero: int) -> jax.Array:
         """Draws `QTensor.codes` of a shape."""

@@ -40,7 +40,6 @@ HANGS = 20
 FULL_MEMORY = "RESOURCE_EXHAUSTED"
 """Part of XLA's error where the device's memory does not suffice."""
 
-
 SLOWER = {FULL: 1, REHEARSAL: 5}
 """Times a limit that something may take, by scale: a CPU has few cores, and others use them."""
 
