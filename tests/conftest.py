@@ -1,5 +1,6 @@
 """A model, its tokenizer and data small enough to train in a second, for tests of whole runs."""
 
+import atexit
 import contextlib
 import io
 import json
@@ -7,19 +8,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qlora_jax import cli, compilation
 
 # What is compared to the bit with the program's own process is compiled alike.
 compilation.widen()
+
+# All workers, and the processes that tests start, share what they compile: most of their time.
+# Set before jax is imported; pytest's first process has the folder, and its workers inherit it.
+if compilation.FOLDER not in os.environ:
+    os.environ[compilation.FOLDER] = tempfile.mkdtemp()
+    os.environ |= compilation.SETTINGS
+    atexit.register(shutil.rmtree, os.environ[compilation.FOLDER], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Path(__file__).parent / "golden" / "models" / "llama"
@@ -151,39 +158,12 @@ def write_config(tiny_model: Path, chats: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment under which processes share what they compile, which is most of their time."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-@contextlib.contextmanager
-def sharing(environment: dict[str, str]) -> Iterator[None]:
-    """Has this process, too, share what it compiles."""
-    names = [name.lower() for name in environment]
-    before = {name: getattr(jax.config, name) for name in names}
-    kinds = {name: str if name.endswith("_dir") else int for name in names}
-    try:
-        compilation_cache.reset_cache()
-        for name, value in zip(names, environment.values()):
-            jax.config.update(name, kinds[name](value))
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="session")
-def run_cli(compiled: dict[str, str]) -> Callable[..., Ended]:
+def run_cli() -> Callable[..., Ended]:
     """Runs a command in this process."""
 
     def run(*arguments: str | os.PathLike[str]) -> Ended:
         out, err = io.StringIO(), io.StringIO()
-        with sharing(compiled), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.main([str(a) for a in arguments])
         return Ended(code, out.getvalue(), err.getvalue())
 
@@ -191,13 +171,13 @@ def run_cli(compiled: dict[str, str]) -> Callable[..., Ended]:
 
 
 @pytest.fixture(scope="session")
-def run_process(compiled: dict[str, str]) -> Callable[..., Ended]:
+def run_process() -> Callable[..., Ended]:
     """Runs a command in a process of its own; keyword arguments are environment variables."""
 
     def run(*arguments: str | os.PathLike[str], **environment: str) -> Ended:
         done = subprocess.run(
             [sys.executable, "-m", "qlora_jax.cli", *map(str, arguments)],
-            env=os.environ | compiled | environment | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=300,

@@ -50,7 +50,6 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     write_config: Callable[..., Path],
     run_cli: Callable[..., Any],
-    compiled: dict[str, str],
 ) -> Runs:
     folder = tmp_path_factory.mktemp("resume")
     config = write_config(
@@ -67,7 +66,7 @@ def runs(
     whole, killed = folder / "whole", folder / "killed"
     ended = run_cli("train", config, f"--output={whole}")
     assert ended.code == 0, ended.err
-    environment = os.environ | compiled | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     trial = experiment.Trial(config, environment=environment)
     moments = [
         experiment.Moment(after=2.0),
@@ -158,13 +157,12 @@ def test_moments_on_the_host_survive_kills(
     tmp_path: Path,
     write_config: Callable[..., Path],
     run_cli: Callable[..., Any],
-    compiled: dict[str, str],
 ) -> None:
     config = write_config(tmp_path, optimizer__offload="host", train__steps=12, train__save_every=3)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = run_cli("train", config, f"--output={whole}")
     assert ended.code == 0, ended.err
-    trial = experiment.Trial(config, environment=os.environ | compiled | {"PYTHONPATH": str(ROOT)})
+    trial = experiment.Trial(config, environment=os.environ | {"PYTHONPATH": str(ROOT)})
     moments = [experiment.Moment(step=4), experiment.Moment(step=8, saving=True)]
     hits = [trial.hit(killed, moment) for moment in moments]
     assert [hit.code for hit in hits] == [-signal.SIGKILL] * 2

@@ -44,7 +44,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def start(
     tiny_model: Path,
     adapters: dict[str, Path],
-    compiled: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Server]]:
     """Starts a server of the tiny model with adapters one and two; further options may follow."""
@@ -58,7 +57,7 @@ def start(
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "qlora_jax.cli", *command],
-                env=os.environ | compiled | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stderr=stderr,
                 stdout=subprocess.PIPE,
                 text=True,
