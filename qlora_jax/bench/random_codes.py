@@ -133,7 +133,7 @@ class OnDevice:
 
 
 class OnHost:
-    """Draws values with NumPy: for many small weights, each of which would need own programs.
+    """Draws values with NumPy, which compiles nothing: for weights of many different shapes.
 
     Args:
       source: NumPy's generator.
@@ -160,7 +160,7 @@ def quantized(q: QTensor, name: str, source: OnDevice | OnHost) -> QTensor:
 
     Args:
       q: a QTensor of shapes.
-      name: of its codebook.
+      name: the codebook's name.
       source: draws codes and scales.
     """
     book = codebook(name, q.block_size)

@@ -57,7 +57,7 @@ def first_changed(model: Decoder, found: Sequence[Mapping[str, np.ndarray]]) -> 
 
     Args:
       model: a decoder.
-      found: what `unchanged` gives for it, on the host.
+      found: the result of `unchanged` for this model, as NumPy arrays.
     """
     by_layer = [
         (run, same, i) for run, same in zip(model.runs, found) for i in range(run_length(run))

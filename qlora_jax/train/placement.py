@@ -14,9 +14,9 @@ class Placement(NamedTuple):
       fetch: the way back; returns before the copy is done.
       wait: until a tree has arrived at home. A caller that does not wait would have the moments
         of all layers on their way at one time.
-      begin: the state before the first step to the same, committed to its device if moments come
-        from the host. Those are committed, and so is all that is made of them: a program would
-        compile again at the second step if its arrays were not committed at the first.
+      begin: prepares the state before the first step. With moments on the host it commits every
+        array to its device. Moments that come from the host are committed, so the arrays of all
+        later states are too, and jit compiles a program once for each of the two kinds.
     """
 
     store: Callable[[Any], Any]

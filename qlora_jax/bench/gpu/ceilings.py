@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, compiled
 from qlora_jax.device import describe_devices
 from qlora_jax.kernels.fused import capability_of, half_dtype, usable
@@ -61,29 +61,19 @@ def programs(scale: str, device: Any) -> Iterator[Program]:
 
 def run(lane: Lane) -> None:
     """Measures and records; see `names`."""
-    device, record, sizes = jax.devices()[0], lane.record, SIZES[lane.scale]
+    device, sizes = jax.devices()[0], SIZES[lane.scale]
     for name, value in facts(device).items():
-        record.fact(name, value)
+        lane.record.fact(name, value)
     copy, product = programs(lane.scale, device)
-    with lane.guard(COPY):
-        call = compiled(copy)
-        x = jnp.zeros((sizes.words,), jnp.uint32)
-        seconds = median_seconds(functools.partial(call, x), sizes.repeat)
-        record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)  # read and written
-        del x
-    with lane.guard("matmul"):
-        call, square = compiled(product), product.arguments[0]
-        a = jax.random.normal(jax.random.key(0), square.shape, square.dtype)
-        seconds = median_seconds(functools.partial(call, a, a), sizes.repeat)
-        rate = 2 * sizes.side**3 / seconds / 1e12
-        record.figure("matmul", "TFLOP/s", rate, field=f"matmul {square.dtype.name}")
-    with lane.guard(TO_HOST, FROM_HOST):
-        _host(lane, device, sizes)
-    with lane.guard(DISPATCH):
-        one = jax.jit(lambda x: x + 1)
-        zero = jnp.int32(0)
-        seconds = median_seconds(lambda: one(zero), 10 * sizes.repeat)
-        record.figure(DISPATCH, "us", 1e6 * seconds)
+    for own, measure in (
+        ([COPY], lambda: _copy(lane, copy, sizes)),
+        (["matmul"], lambda: _matmul(lane, product, sizes)),
+        ([TO_HOST, FROM_HOST], lambda: _host(lane, device, sizes)),
+        ([DISPATCH], lambda: _dispatch(lane, sizes)),
+    ):
+        if lane.due(2, *own):
+            with lane.guard(*own, within=HANGS):
+                measure()
 
 
 def facts(device: Any) -> dict[str, Any]:
@@ -116,6 +106,26 @@ def median_seconds(call: Callable[[], Any], count: int) -> float:
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def _copy(lane: Lane, copy: Program, sizes: Sizes) -> None:
+    x = jnp.zeros((sizes.words,), jnp.uint32)
+    seconds = median_seconds(functools.partial(compiled(copy), x), sizes.repeat)
+    lane.record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)  # read and written
+
+
+def _matmul(lane: Lane, product: Program, sizes: Sizes) -> None:
+    square = product.arguments[0]
+    a = jax.random.normal(jax.random.key(0), square.shape, square.dtype)
+    seconds = median_seconds(functools.partial(compiled(product), a, a), sizes.repeat)
+    rate = 2 * sizes.side**3 / seconds / 1e12
+    lane.record.figure("matmul", "TFLOP/s", rate, field=f"matmul {square.dtype.name}")
+
+
+def _dispatch(lane: Lane, sizes: Sizes) -> None:
+    one, zero = jax.jit(lambda x: x + 1), jnp.int32(0)
+    seconds = median_seconds(lambda: one(zero), 10 * sizes.repeat)
+    lane.record.figure(DISPATCH, "us", 1e6 * seconds)
 
 
 def _host(lane: Lane, device: Any, sizes: Sizes) -> None:

@@ -20,13 +20,10 @@ from qlora_jax.errors import UserError
 LINES, LOG = "lines.jsonl", "log.txt"
 MODULE = "qlora_jax.bench.gpu.child"
 PROCESSES = 4
-"""Processes that a part may have: after one that died it goes on with the rest in another."""
+"""Processes that a part may have, one after another."""
 
 HUNG = "Timeout ("
-"""Begins what `faulthandler` says before it ends a process that hangs."""
-
-TAIL = 4000
-"""Characters of a process's output that tell what ended it."""
+"""Begins the line that `faulthandler` prints when it ends a process that hangs."""
 
 
 class Request(NamedTuple):
@@ -87,7 +84,8 @@ def environment(part: Part, scale: str) -> dict[str, str]:
 def _attempts(request: Request, part: Part, end: float, say: Callable[[str], None]) -> str:
     """Runs a part and returns its outcome; if its process dies, the rest is run in another.
 
-    What the process was at when it died is recorded as absent. Nothing is tried again.
+    The result that the process was working on is recorded as absent. A result that is recorded is
+    not tried again.
     """
     path = request.folder / LINES
     before = len(list(record.read([path])))
@@ -136,14 +134,16 @@ def _process(request: Request, part: Part, seconds: float, told: Sequence[str]) 
         finally:
             _end(process)
         log.seek(start)
-        said = log.read()[-TAIL:].strip().splitlines()
+        said = log.read()
     if code is None:
         return f"ended after its {seconds:.0f} s"
     if code == 0:
         return "ok"
-    if any(line.startswith(HUNG) for line in said):
+    # not the last line: the stacks of all threads follow
+    if any(line.startswith(HUNG) for line in said.splitlines()):
         return "failed: it hung, and was ended"
-    return f"failed with code {code}: {said[-1] if said else 'it said nothing'}"
+    last = said.strip().rpartition("\n")[2]
+    return f"failed with code {code}: {last or 'it said nothing'}"
 
 
 def _end(process: subprocess.Popen) -> None:

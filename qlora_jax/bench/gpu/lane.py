@@ -35,7 +35,7 @@ LOST = (
 """Parts of an error's text after which the process can do nothing more on the GPU."""
 
 HANGS = 20
-"""Seconds after which a product's check or timing is taken to hang; each takes one or two."""
+"""Seconds after which a check or a timing counts as hanging; each takes one or two."""
 
 FULL_MEMORY = "RESOURCE_EXHAUSTED"
 """Part of XLA's error where the device's memory does not suffice."""
@@ -95,10 +95,10 @@ class Lane:
         error that leaves the GPU unusable is raised again.
 
         Args:
-          names: of the results.
-          within: seconds after which the process ends itself: a kernel that hangs can't be
-            stopped otherwise. The part goes on in a new process. None sets no limit; blocks with
-            a limit are not nested.
+          names: the results that the `with` records.
+          within: seconds after which the process ends itself, since nothing else stops a kernel
+            that hangs; the part goes on in a new process. None sets no limit. A block with a
+            limit must not be inside another one.
         """
         self.record.begin(*names)
         if within is not None:

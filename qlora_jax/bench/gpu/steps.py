@@ -109,9 +109,9 @@ def step_programs(
     """Yields the gradient program and the update programs of a run's step.
 
     Args:
-      name: begins the programs' names.
-      config: of the run.
-      decoder: shapes of its model.
+      name: the beginning of the programs' names.
+      config: the run's settings.
+      decoder: the shapes of its model.
       device: `train.setup.Hardware`, or a GPU that is compiled for.
       flags: for XLA.
     """
