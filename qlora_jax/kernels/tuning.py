@@ -95,6 +95,7 @@ FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {
     "mosaic": {
         (8, 0): (range(17), range(1024, EVERY)),
         (8, 6): (range(EVERY),),
+        (9, 0): (range(64),),
         (10, 0): (range(17),),
     },
     "triton": {},

@@ -8,6 +8,7 @@ import pytest
 
 from qlora_jax.kernels import fused, tuning
 from qlora_jax.kernels.fused import Capability
+from qlora_jax.kernels.tuning import EVERY
 from qlora_jax.memory import measured
 from qlora_jax.memory.compile import GPUS, read_gpu
 from qlora_jax.memory.measured import Report
@@ -48,6 +49,7 @@ def test_nothing_is_picked_that_was_measured_to_be_slower(report: Report) -> Non
 
 def test_the_rows_that_follow_from_a_report_pass(write_report, monkeypatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda capability, dtype: ["mosaic"])
+    monkeypatch.setattr(tuning, "FUSED_ROWS", {"mosaic": {(8, 0): (range(EVERY),)}, "triton": {}})
     took = {("xla", 1): 20, ("mosaic", 1): 21, ("xla", 16): 20, ("mosaic", 16): 7}
     report = Report(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
     assert {case.rows for case in slower(report.times, report.capability)} == {1, 512}
