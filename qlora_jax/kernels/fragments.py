@@ -10,6 +10,7 @@ everything is.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
@@ -23,6 +24,7 @@ from qlora_jax.kernels.operand import (
     LANES,
     SPLIT_M,
     WARPS,
+    Found,
     Operand,
     Place,
     Register,
@@ -32,6 +34,8 @@ from qlora_jax.kernels.operand import (
 )
 
 THREADS = WARPS * LANES
+GROUP_ROWS = 64
+"""Rows of the left operand of one `wgmma`."""
 TABLE = (256, LANES)
 """Shape of the table of pairs, 32-bit words; entry b holds (codebook[b & 15], codebook[b >> 4])."""
 
@@ -70,33 +74,97 @@ class Scales:
     dynamic_map: ir.Value | None
     nested_block: int
 
-    def load(self, operand: Operand, o: ir.Value, step: ir.Value | int) -> list[ir.Value]:
-        """This thread's share of an operand's scales, float32: output tile `o`, step `step`."""
+    @property
+    def words(self) -> int:
+        """32-bit words of `fetch` for each scale."""
+        return 1 if self.nested is None else 2
+
+    def prefetch(self, operand: Operand, o: ir.Value, step: ir.Value | int) -> None:
+        """Asks for what `fetch` reads to be brought from device memory to the level 2 cache."""
+        for pointers in self._pointers(operand, o, step):
+            for pointer in pointers:
+                llvm.inline_asm(
+                    ir.Type.parse("!llvm.void"),
+                    [pointer],
+                    "prefetch.global.L2 [$0];",
+                    "l",
+                    has_side_effects=True,
+                )
+
+    def fetch(self, operand: Operand, o: ir.Value, step: ir.Value | int) -> list[ir.Value]:
+        """Loads what this thread's scales of output tile `o`, step `step`, are made from.
+
+        Returns:
+          `words` 32-bit values for each scale.
+        """
+        found = []
+        for block, *nested in self._pointers(operand, o, step):
+            if nested:
+                found.append(arith.extui(_i32(), llvm.load(_int(8), block)))
+                found.append(llvm.load(_i32(), nested[0]))
+            else:
+                found.append(llvm.load(_i32(), block))
+        return found
+
+    def values(self, words: list[ir.Value]) -> list[ir.Value]:
+        """Returns the scales, float32, of what `fetch` has loaded."""
+        if self.nested is None:
+            return [utils.bitcast(word, _f32()) for word in words]
+        found = []
+        for code, nested in zip(words[::2], words[1::2]):
+            level = _load_f32(self.dynamic_map, code)
+            product = arith.mulf(level, utils.bitcast(nested, _f32()))
+            found.append(arith.addf(product, _load_f32(self.offset, 0)))
+        return found
+
+    def _pointers(
+        self, operand: Operand, o: ir.Value, step: ir.Value | int
+    ) -> list[list[ir.Value]]:
+        """Where this thread's scales are, and with double quantization their nested scales."""
         block, column = (o, step) if operand.transposed else (step, o)
         k, n = (operand.o, operand.c) if operand.transposed else (operand.c, operand.o)
         block = arith.divui(_mul(block, k), _c(operand.block_size))
         column = _mul(column, n)
-        last = ir.MemRefType(self.blocks.type).shape[0] - 1
+        nb, columns = ir.MemRefType(self.blocks.type).shape
+        kind = _f32() if self.nested is None else _int(8)
+        width = operand.scale_shape[1]
         found = []
         for entry in _entries(operand):
-            width = operand.scale_shape[1]
             b = _add(block, arith.divui(entry, _c(width)))
-            b = arith.minui(b, _c(last))  # rows beyond K
-            found.append(self._scale(b, _add(column, arith.remui(entry, _c(width)))))
+            b = arith.minui(b, _c(nb - 1))  # rows beyond K
+            c = _add(column, arith.remui(entry, _c(width)))
+            place = _add(_mul(b, columns), c)
+            pointers = [_at(utils.memref_ptr(self.blocks), place, kind)]
+            if self.nested is not None:
+                index = arith.divui(_add(_mul(c, nb), b), _c(self.nested_block))
+                last = ir.MemRefType(self.nested.type).shape[0] - 1
+                index = arith.minui(index, _c(last))  # padded columns
+                pointers.append(_at(utils.memref_ptr(self.nested), index, _i32()))
+            found.append(pointers)
         return found
 
-    def _scale(self, block: ir.Value, column: ir.Value) -> ir.Value:
-        nb, columns = ir.MemRefType(self.blocks.type).shape
-        place = _add(_mul(block, columns), column)
-        if self.nested is None:
-            return _load_f32(self.blocks, place)
-        code = llvm.load(_int(8), _at(utils.memref_ptr(self.blocks), place, _int(8)))
-        value = _load_f32(self.dynamic_map, arith.extui(_i32(), code))
-        index = arith.divui(_add(_mul(column, nb), block), _c(self.nested_block))
-        last = ir.MemRefType(self.nested.type).shape[0] - 1
-        index = arith.minui(index, _c(last))  # padded columns
-        product = arith.mulf(value, _load_f32(self.nested, index))
-        return arith.addf(product, _load_f32(self.offset, 0))
+
+def aside(operand: Operand, count: int) -> tuple[int, int]:
+    """Shape of the 32-bit words that the threads put aside; `count` arrays hold the scales."""
+    each = max(1, math.prod(operand.scale_shape) // THREADS)
+    return each * (1 if count == 1 else 2), THREADS
+
+
+def fetched(operand: Operand, words: int, slot: ir.Value) -> list[ir.Value]:
+    """Reads what this thread has put aside, `words` for each of its scales."""
+    count = len(_entries(operand)) * words
+    return [llvm.load(_i32(), _own(slot, i)) for i in range(count)]
+
+
+def put_aside(values: list[ir.Value], slot: ir.Value) -> None:
+    """Writes 32-bit values to shared memory, for `fetched` by the same thread; no barrier."""
+    for i, value in enumerate(values):
+        llvm.store(value, _own(slot, i))
+
+
+def _own(slot: ir.Value, i: int) -> ir.Value:
+    thread = arith.remui(utils.thread_idx(), _c(THREADS))
+    return _at(utils.memref_ptr(slot), _add(thread, i * THREADS), _i32())
 
 
 def store_scales(
@@ -127,8 +195,11 @@ def weights(
     table: ir.Value,
     scales: ir.Value,
     dtype: ir.Type,
-) -> fa.FragmentedArray:
-    """The operand in `dtype`, in the layout that `mma` takes: codebook * scale, each rounded."""
+) -> Iterator[fa.FragmentedArray]:
+    """Yields the operand in `dtype`, in the layout that `mma` takes: codebook * scale, each rounded.
+
+    For wgmma it comes in parts of GROUP_ROWS rows, each decoded when it is asked for; else in one.
+    """
     layout = operand.layout(dtype)
     packed = fa.FragmentedArray.load_tiled(
         codes, swizzle=operand.code_swizzle, layout=code_layout(operand), is_signed=False
@@ -147,28 +218,54 @@ def weights(
             own_scales[place] = _at(utils.memref_ptr(scales), _value(place), _i32())
         return utils.bitcast(llvm.load(_i32(), _at(own_scales[place], word, _i32())), pair)
 
-    registers = np.empty(layout.registers_shape(operand.shape), object)
-    for register, found in plan(operand, layout).items():
+    def decoded(found: Found) -> ir.Value:
         halves = _permute(*(entry(*code) for code in found.codes), 0x7632 if found.high else 0x5410)
-        factor = scale(found.scale_place, found.scale_word)
-        registers[register] = arith.mulf(utils.bitcast(halves, pair), factor)
-    return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        return arith.mulf(utils.bitcast(halves, pair), scale(found.scale_place, found.scale_word))
+
+    registers = np.empty(layout.registers_shape(operand.shape), object)
+    places = plan(operand, layout)
+    parts = operand.shape[0] // GROUP_ROWS if operand.form == "wgmma" else 1
+    for part in np.split(np.arange(len(registers)), parts):
+        for register in places:
+            if register[0] in part:
+                registers[register] = decoded(places[register])
+        yield fa.FragmentedArray(_registers=registers[part], _layout=layout, _is_signed=None)
 
 
 def product(
-    operand: Operand, total: fa.FragmentedArray, left: ir.Value, right: fa.FragmentedArray
+    operand: Operand,
+    total: fa.FragmentedArray,
+    left: ir.Value,
+    right: Iterable[fa.FragmentedArray],
+    meanwhile: Callable[[], None],
 ) -> fa.FragmentedArray:
-    """total + left @ right, left [m, c] in swizzled shared memory.
+    """total + left @ right, left [m, c] in swizzled shared memory, right as `weights` yields it.
 
-    If the warps share the contraction, each adds its own product to its own rows of `total`
-    [4 * SPLIT_M, o]. With wgmma `total` is transposed, [o, m].
+    `meanwhile` writes code that runs while the tensor cores are busy. If the warps share the
+    contraction, each adds its own product to its own rows of `total` [4 * SPLIT_M, o]. With wgmma
+    `total` is transposed, [o, m], and the tensor cores multiply one part of `right` while the next
+    is decoded.
     """
     if operand.form == "wgmma":
         columns = utils.memref_transpose(left, (1, 0, 3, 2))
-        sum_ = wgmma(WGMMAAccumulator.from_registers(total), right, columns, swizzle=128)
+        sums = []
+        for i, part in enumerate(right):
+            own = total[i * GROUP_ROWS : (i + 1) * GROUP_ROWS]
+            sums.append(wgmma(WGMMAAccumulator.from_registers(own), part, columns, swizzle=128))
         nvvm.wgmma_commit_group_sync_aligned()
+        meanwhile()
         nvvm.wgmma_wait_group_sync_aligned(0)
-        return sum_.value
+        registers = np.concatenate([sum_.value.registers for sum_ in sums])
+        return fa.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+    (whole,) = right
+    result = _mma(operand, total, left, whole)
+    meanwhile()
+    return result
+
+
+def _mma(
+    operand: Operand, total: fa.FragmentedArray, left: ir.Value, right: fa.FragmentedArray
+) -> fa.FragmentedArray:
     layout = MMALayouts(right.mlir_dtype, m_warps=operand.m_warps).lhs
     if not operand.split:
         return mma(total, fa.FragmentedArray.load_tiled(left, swizzle=128, layout=layout), right)
@@ -250,10 +347,17 @@ def sum_warps(
     parts = [
         llvm.load(kind, _at(own, w * SPLIT_M * width, _f32()), alignment=16) for w in range(WARPS)
     ]
-    result = arith.truncf(ir.VectorType.get((each,), dtype), functools.reduce(arith.addf, parts))
+    result = functools.reduce(arith.addf, parts)
+    if dtype != _f32():
+        result = arith.truncf(ir.VectorType.get((each,), dtype), result)
     stride = ir.MemRefType(out.type).shape[1]
     target = _add(_mul(_add(_mul(m, SPLIT_M), r), stride), _add(_mul(o, operand.o), column))
     llvm.store(result, _at(utils.memref_ptr(out), target, dtype), alignment=2 * each)
+
+
+def at_most(index: ir.Value, more: int, last: int) -> ir.Value:
+    """Returns index + more, or `last` if that is less."""
+    return arith.minui(_add(index, more), _c(last))
 
 
 def _value(place: Place) -> ir.Value:

@@ -35,6 +35,8 @@ from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import QTensor
 
 DTYPES = ("bfloat16", "float16")
+PREFETCH = 8
+"""Steps in which device memory answers, with a step of a third of a microsecond."""
 EDGE = 64
 """Columns of W come in multiples of this; others are padded, which copies the codes."""
 
@@ -68,8 +70,10 @@ def _product(left: jax.Array, q: QTensor, transposed: bool) -> jax.Array:
     nested: tuple[jax.Array, ...] = ()
     if q.nested is not None and q.offset is not None:
         nested = (q.nested, q.offset[None], jnp.asarray(dynamic_map()))
-    kernel = Kernel(tile, operand, left.dtype, inner // tile.c, q.nested_block)
+    splits = tuning.mosaic_splits(tile, rows.shape[0], inner, outer)
+    kernel = Kernel(tile, operand, left.dtype, inner // tile.c, q.nested_block, splits)
     y = kernel(padded, codes, q.codebook, (scales, *nested), outer)
+    y = y.sum(0).astype(left.dtype) if splits > 1 else y[0]
     return y[: rows.shape[0], :features].reshape(*lead, features)
 
 
@@ -83,6 +87,7 @@ class Kernel:
       dtype: of the left operand and of the result.
       steps: along the contraction.
       nested_block: scales per nested scale.
+      splits: into how many parts the contraction is divided, each a block's (split-K).
     """
 
     tile: MosaicTile
@@ -90,6 +95,7 @@ class Kernel:
     dtype: Any
     steps: int
     nested_block: int
+    splits: int = 1
 
     def __call__(
         self,
@@ -99,23 +105,30 @@ class Kernel:
         scales: tuple[jax.Array, ...],
         outer: int,
     ) -> jax.Array:
-        """left [M, C] @ the weight [C, outer] in dtype; M and outer are multiples of the tile's.
+        """left [M, C] @ the weight [C, outer]; M and outer are multiples of the tile's.
 
-        `scales` are those of the blocks and, with double quantization, nested, offset [1] and the
-        dynamic map.
+        Returns [splits, M, outer], parts of a sum in float32; one part is in dtype. `scales` are
+        those of the blocks and, with double quantization, nested, offset [1] and the dynamic map.
         """
         tile, pairs = self.tile, self.operand.scale_shape
+        tiles = left.shape[0] // tile.m
         call = plgpu.kernel(
-            functools.partial(self._block, len(scales)),
-            out_type=jax.ShapeDtypeStruct((left.shape[0], outer), self.dtype),
-            grid=(left.shape[0] // tile.m, outer // tile.o),
-            grid_names=("m", "o"),
+            functools.partial(self._block, len(scales), tiles),
+            out_type=jax.ShapeDtypeStruct((self.splits * left.shape[0], outer), self.out_dtype),
+            grid=(tiles, outer // tile.o, self.splits),
+            grid_names=("m", "o", "s"),
             scratch_types=[
                 plgpu.SMEM(fragments.TABLE, jnp.int32),
                 plgpu.SMEM((2, *pairs), self.dtype if self.operand.transposed else jnp.int32),
+                plgpu.SMEM(fragments.aside(self.operand, len(scales)), jnp.int32),
             ],
         )
-        return call(left, codes, codebook, *scales)
+        y = call(left, codes, codebook, *scales)
+        return y.reshape(self.splits, *left.shape[:1], outer)
+
+    @property
+    def out_dtype(self) -> Any:
+        return jnp.dtype(jnp.float32) if self.splits > 1 else self.dtype
 
     @property
     def left_tiling(self) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
@@ -136,42 +149,58 @@ class Kernel:
         shape = (warps * self.tile.m, self.tile.o)
         return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
 
-    def _block(self, count: int, left: Any, codes: Any, codebook: Any, *rest: Any) -> None:
-        scales, (out, table, slots) = rest[:count], rest[count:]
+    def _block(
+        self, count: int, tiles: int, left: Any, codes: Any, codebook: Any, *rest: Any
+    ) -> None:
+        scales, (out, table, slots, aside) = rest[:count], rest[count:]
         tile, acc = self.tile, self.accumulator
-        m, o = lax.axis_index("m"), lax.axis_index("o")
+        m, o, s = (lax.axis_index(name) for name in ("m", "o", "s"))
+        first, steps = self._steps_of(s)
         prepare, multiply, finish = device_code(self, count)
 
         def step(index: Any, left_tile: Any, code_tile: Any, total: jax.Array) -> jax.Array:
-            # scales are decoded one step ahead, while the tensor cores are busy
-            i = index[0]
-            now, later = slots.at[i % 2], slots.at[(i + 1) % 2]
-            ahead = jnp.minimum(i + 1, self.steps - 1)
-            return multiply(left_tile, code_tile, table, now, later, scales, o, ahead, total)
+            now, later = slots.at[index[0] % 2], slots.at[(index[0] + 1) % 2]
+            i = first + index[0]
+            return multiply(left_tile, code_tile, table, now, later, aside, scales, o, i, total)
 
-        prepare(codebook, table, slots.at[0], scales, o)
-        code_index = (lambda i: (o, i)) if self.operand.transposed else (lambda i: (i, o))
+        prepare(codebook, table, slots.at[0], aside, scales, o, first)
+        transposed = self.operand.transposed
         pipeline = plgpu.emit_pipeline(
             step,
-            grid=(self.steps,),
+            grid=(steps,),
             in_specs=[
-                _spec((tile.m, tile.c), lambda i: (m, i), self.left_tiling),
-                _spec(self.operand.codes_shape, code_index, self.code_tiling),
+                _spec((tile.m, tile.c), lambda i: (m, first + i), self.left_tiling),
+                _spec(
+                    self.operand.codes_shape,
+                    lambda i: (o, first + i) if transposed else (first + i, o),
+                    self.code_tiling,
+                ),
             ],
             max_concurrent_steps=tile.stages,
             init_carry=plgpu.layout_cast(jnp.zeros(acc.shape, jnp.float32), acc.layout),
         )
-        finish(pipeline(left, codes), table, out, m, o)
+        finish(pipeline(left, codes), table, out, s * tiles + m, o)
+
+    def _steps_of(self, split: jax.Array) -> tuple[Any, Any]:
+        """The first step of a part of the contraction, and how many it has."""
+        if self.splits == 1:
+            return 0, self.steps
+        each = -(-self.steps // self.splits)
+        first = split * each
+        if self.steps % self.splits == 0:
+            return first, each
+        return first, jnp.minimum(each, self.steps - first)
 
 
 class DeviceCode(NamedTuple):
     """The parts of a block that are written for threads, as functions of references.
 
     Attributes:
-      prepare: (codebook, table, slot, scales, o), fills the table of pairs and step 0's scales.
-      multiply: (left, codes, table, now, later, scales, o, ahead, total), adds one step's product
-        to `total` with the scales in `now`, and writes those of step `ahead` to `later`.
-      finish: (total, table, out, m, o), writes tile (m, o) of the result; the table is free.
+      prepare: (codebook, table, slot, aside, scales, o, first), fills the table of pairs and the
+        scales of step `first`, and puts aside what those of the next step are made from.
+      multiply: (left, codes, table, now, later, aside, scales, o, i, total), adds the product of
+        step i to `total` with the scales in `now`, and writes those of step i + 1 to `later`.
+      finish: (total, table, out, m, o), writes tile (m, o) of `out`; the table is free.
     """
 
     prepare: Callable[..., None]
@@ -180,7 +209,12 @@ class DeviceCode(NamedTuple):
 
 
 def device_code(kernel: Kernel, count: int) -> DeviceCode:
-    """The device code of a kernel whose QTensor has `count` arrays of scales."""
+    """The device code of a kernel whose QTensor has `count` arrays of scales.
+
+    A scale takes three loads, one after another, and the first comes from device memory. So that no
+    step waits for them, they are made in three different steps: PREFETCH steps ahead its code is
+    brought to the level 2 cache, two steps ahead to the block, and one step ahead it is decoded.
+    """
     operand, ref, scalar = kernel.operand, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
     pointers = (ref,) * count
 
@@ -188,12 +222,20 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         blocks, nested, offset, levels = (*scales, None, None, None)[:4]
         return fragments.Scales(blocks, nested, offset, levels, kernel.nested_block)
 
-    @plgpu.inline_mgpu(arg_types=(ref, ref, ref, pointers, scalar))
-    def prepare(_, codebook, table, slot, scales, o):
-        element = utils.dtype_to_ir_type(kernel.dtype)
-        values = described(scales).load(operand, o.registers.item(), 0)
+    @plgpu.inline_mgpu(arg_types=(ref, ref, ref, ref, pointers, scalar, scalar))
+    def prepare(_, codebook, table, slot, aside, scales, o, first):
+        element, tile = utils.dtype_to_ir_type(kernel.dtype), o.registers.item()
+        found = described(scales)
+
+        def ahead(steps: int) -> Any:
+            return fragments.at_most(first.registers.item(), steps, kernel.steps - 1)
+
+        now, later = (found.fetch(operand, tile, ahead(step)) for step in range(2))
+        for step in range(2, PREFETCH):
+            found.prefetch(operand, tile, ahead(step))
         fragments.fill_table(table, codebook, element)
-        fragments.store_scales(values, operand, slot, element)
+        fragments.store_scales(found.values(now), operand, slot, element)
+        fragments.put_aside(later, aside)
         utils.warpgroup_barrier()
         return ()
 
@@ -201,24 +243,35 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         arg_types=(
             plgpu.RefType(kernel.left_tiling),
             plgpu.RefType(kernel.code_tiling),
-            *(ref, ref, ref, pointers, scalar, scalar),
+            *(ref, ref, ref, ref, pointers, scalar, scalar),
             kernel.accumulator.layout,
         ),
         return_type=kernel.accumulator,
     )
-    def multiply(_, left, codes, table, now, later, scales, o, ahead, total):
-        element = utils.dtype_to_ir_type(kernel.dtype)
-        values = described(scales).load(operand, o.registers.item(), ahead.registers.item())
+    def multiply(_, left, codes, table, now, later, aside, scales, o, i, total):
+        element, tile = utils.dtype_to_ir_type(kernel.dtype), o.registers.item()
+        found = described(scales)
+
+        def ahead(steps: int) -> Any:
+            return fragments.at_most(i.registers.item(), steps, kernel.steps - 1)
+
+        found.prefetch(operand, tile, ahead(PREFETCH))
+        second = found.fetch(operand, tile, ahead(2))
+        first = fragments.fetched(operand, found.words, aside)
+
+        def scales_of_next() -> None:
+            fragments.store_scales(found.values(first), operand, later, element)
+            fragments.put_aside(second, aside)
+
         right = fragments.weights(operand, codes, table, now, element)
-        total = fragments.product(operand, total, left, right)
-        fragments.store_scales(values, operand, later, element)
+        total = fragments.product(operand, total, left, right, scales_of_next)
         # the next step reads these scales, and its copies may overwrite this step's tiles
         utils.warpgroup_barrier()
         return total
 
     @plgpu.inline_mgpu(arg_types=(kernel.accumulator.layout, ref, ref, scalar, scalar))
     def write(_, total, scratch, out, m, o):
-        element = utils.dtype_to_ir_type(kernel.dtype)
+        element = utils.dtype_to_ir_type(kernel.out_dtype)
         place = m.registers.item(), o.registers.item()
         if operand.split:
             fragments.sum_warps(operand, total, scratch, out, *place, element)

@@ -50,6 +50,7 @@ class MosaicTile(NamedTuple):
       stages: steps in flight.
       form: how the decoded operand meets the tensor cores, of `operand.Operand`.
       rows: of x, for which it is taken at most.
+      blocks: at most so many blocks share the contraction of a small result (split-K).
     """
 
     m: int
@@ -58,9 +59,13 @@ class MosaicTile(NamedTuple):
     stages: int
     form: str = "mma"
     rows: int = EVERY
+    blocks: int = 0
 
 
-_FEW = (MosaicTile(16, 64, 256, 3, "split", 16), MosaicTile(32, 64, 64, 4, rows=32))
+_FEW = (
+    MosaicTile(16, 64, 256, 3, "split", 16, 264),
+    MosaicTile(32, 64, 64, 4, rows=32, blocks=264),
+)
 _ANY = (MosaicTile(64, 64, 64, 3),)
 
 MOSAIC_TILES = {
@@ -69,7 +74,7 @@ MOSAIC_TILES = {
     (8, 6): (*_FEW, MosaicTile(64, 128, 64, 3), *_ANY),
     (9, 0): (
         *_FEW,
-        MosaicTile(64, 128, 64, 3, "wgmma", 255),
+        MosaicTile(64, 128, 64, 3, "wgmma", 255, 264),
         MosaicTile(128, 128, 64, 3, "wgmma"),
         *_ANY,
     ),
@@ -89,6 +94,23 @@ def mosaic_tile(m: int, inner: int, outer: int, capability: tuple[int, int]) -> 
     """
     tiles = MOSAIC_TILES[max(c for c in MOSAIC_TILES if c <= capability)]
     return next(t for t in tiles if m <= t.rows and inner % t.c == 0 and outer % t.o == 0)
+
+
+SPLITS = (1, 2, 4, 8)
+SPLIT_STEPS = 8
+"""Steps that a part of a contraction has at least; before the first a block fills its table."""
+
+
+def mosaic_splits(tile: MosaicTile, m: int, inner: int, outer: int) -> int:
+    """Into how many parts the contraction is divided, each for a block of its own.
+
+    Args:
+      tile: of `mosaic_tile`.
+      m, inner, outer: likewise.
+    """
+    blocks = -(-m // tile.m) * (outer // tile.o)
+    most = min(tile.blocks // blocks, inner // tile.c // SPLIT_STEPS)
+    return max(s for s in SPLITS if s <= max(1, most))
 
 
 FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {

@@ -40,15 +40,15 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         bits = lax.bitcast_convert_type(found, jnp.uint16).astype(jnp.uint32)
         return lax.bitcast_convert_type(bits | bits << 16, jnp.int32)
 
-    def prepare(codebook, table, slot, scales, o) -> None:
+    def prepare(codebook, table, slot, aside, scales, o, first) -> None:
         values = codebook[...].astype(dtype)
         bits = lax.bitcast_convert_type(values, jnp.uint16).astype(jnp.uint32)
         byte = jnp.arange(256)
         pairs = lax.bitcast_convert_type(bits[byte & 15] | bits[byte >> 4] << 16, jnp.int32)
         table[...] = jnp.broadcast_to(pairs[:, None], table.shape)
-        slot[...] = scales_of(scales, o, 0)
+        slot[...] = scales_of(scales, o, first)
 
-    def multiply(left, codes, table, now, later, scales, o, ahead, total) -> jax.Array:
+    def multiply(left, codes, table, now, later, aside, scales, o, i, total) -> jax.Array:
         pairs = lax.bitcast_convert_type(table[...][:, 0], jnp.uint32)[codes[...].astype(jnp.int32)]
         halves = [_value(pairs & 0xFFFF, dtype), _value(pairs >> 16, dtype)]
         groups = [half.reshape(-1, 32, half.shape[-1]) for half in halves]
@@ -61,7 +61,7 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         w = lax.reduce_precision(
             w * jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0), bits.nexp, bits.nmant
         )
-        later[...] = scales_of(scales, o, ahead)
+        later[...] = scales_of(scales, o, jnp.minimum(i + 1, kernel.steps - 1))
         right = w.T if operand.transposed else w
         parts = WARPS if operand.split else 1
         lefts = jnp.split(left[...], parts, axis=1)
@@ -78,7 +78,7 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         shape = (kernel.tile.m, kernel.tile.o)
         place = tuple(pl.ds(i * size, size) for i, size in zip((m, o), shape))
         total = total.T if operand.form == "wgmma" else total
-        out[place] = total.reshape(-1, *shape).sum(axis=0).astype(dtype)
+        out[place] = total.reshape(-1, *shape).sum(axis=0).astype(kernel.out_dtype)
 
     return DeviceCode(prepare, multiply, finish)
 

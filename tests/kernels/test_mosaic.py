@@ -26,7 +26,13 @@ else:
 
     from qlora_jax.kernels import mosaic, operand
     from qlora_jax.kernels.operand import Operand, Place
-    from qlora_jax.kernels.tuning import MOSAIC_TILES, mosaic_tile
+    from qlora_jax.kernels.tuning import (
+        MOSAIC_TILES,
+        SPLIT_STEPS,
+        MosaicTile,
+        mosaic_splits,
+        mosaic_tile,
+    )
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11 (Python 3.12)"
@@ -86,6 +92,36 @@ def test_every_step_of_the_pipeline_counts(interpreted, m: int, k: int) -> None:
     q = quantize(random.normal(size=(k, 128)).astype(np.float32))
     x = jnp.asarray(random.normal(size=(m, k)), jnp.bfloat16)
     assert_product(matmul(x, q, "mosaic"), x, rounded_weight(q, ml_dtypes.bfloat16), "bfloat16")
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("m", "inner"), [(3, 16 * 256), (3, 21 * 256), (20, 16 * 64), (40, 25 * 64)]
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_blocks_share_a_long_contraction(interpreted, m: int, inner: int, direction: str) -> None:
+    """Evenly or not, each part with steps of its own."""
+    random = np.random.default_rng(0)
+    shape = (inner, 128) if direction == "forward" else (128, inner)
+    q = quantize(random.normal(size=shape).astype(np.float32))
+    tile = mosaic_tile(m, inner, 128, (9, 0))
+    assert mosaic_splits(tile, m, inner, 128) > 1
+    x = jnp.asarray(random.normal(size=(m, inner)), jnp.bfloat16)
+    w = rounded_weight(q, ml_dtypes.bfloat16)
+    y = jax.jit(getattr(mosaic, direction))(x, q)
+    assert_product(y, x, w if direction == "forward" else w.T, "bfloat16")
+
+
+@needs_mosaic
+@given(m=st.integers(1, 2**14), steps=st.integers(1, 500), tiles=st.integers(1, 500))
+def test_a_contraction_is_divided_while_there_are_few_blocks(
+    m: int, steps: int, tiles: int
+) -> None:
+    tile = MosaicTile(64, 128, 64, 3, blocks=264)
+    splits = mosaic_splits(tile, m, 64 * steps, 128 * tiles)
+    assert splits == 1 or splits * -(-m // 64) * tiles <= tile.blocks
+    assert splits == 1 or steps // splits >= SPLIT_STEPS
+    assert (splits - 1) * -(-steps // splits) < steps  # no part is empty
 
 
 @needs_mosaic

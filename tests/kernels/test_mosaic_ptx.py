@@ -39,6 +39,8 @@ CASES = [
     (40, 128, 192, "backward", "bfloat16", 32, True, "fp4_e2m1"),
     (130, 256, 128, "forward", "bfloat16", 128, True, "nf4"),
     (130, 128, 320, "backward", "float16", 64, True, "fp4_e3m0"),
+    (4, 4352, 64, "forward", "bfloat16", 64, True, "nf4"),  # two parts, of 9 and 8 steps
+    (20, 64, 1024, "backward", "bfloat16", 64, True, "nf4"),  # two equal parts
     (17, 72, 40, "forward", "bfloat16", 32, True, "nf4"),
     (17, 72, 40, "backward", "bfloat16", 32, True, "nf4"),
 ]
@@ -66,9 +68,10 @@ def emulated(product, x: jax.Array, q: QTensor) -> np.ndarray:
     kernel, operands, outer = captured(product, x, q)
     (compiled,) = ptx_compile.kernels(functools.partial(kernel, outer=outer), *operands).values()
     left, codes, codebook, scales = operands
-    out = np.full((left.shape[0], outer), np.nan, left.dtype)
+    out = np.full((kernel.splits * left.shape[0], outer), np.nan, kernel.out_dtype)
     compiled.run(*(np.array(a) for a in (left, codes, codebook, *scales)), out)
-    return np.asarray(replayed(product, x, q, jnp.asarray(out)))
+    parts = jnp.asarray(out).reshape(kernel.splits, -1, outer)
+    return np.asarray(replayed(product, x, q, parts))
 
 
 def captured(product, x: jax.Array, q: QTensor) -> tuple[mosaic.Kernel, tuple, int]:
@@ -77,7 +80,7 @@ def captured(product, x: jax.Array, q: QTensor) -> tuple[mosaic.Kernel, tuple, i
 
     def called(kernel, *operands):
         calls.append((kernel, operands[:-1], operands[-1]))
-        return jnp.zeros((operands[0].shape[0], operands[-1]), operands[0].dtype)
+        return jnp.zeros((kernel.splits, operands[0].shape[0], operands[-1]), operands[0].dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mosaic.Kernel, "__call__", called)
