@@ -10,13 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-
 from qlora_jax import paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.errors import UserError
+from qlora_jax.train.events import Event, RecordWriter, SessionLog, scalar
 
 NAME = "metrics.jsonl"
 # Each flush of the event file waits for the disk.

@@ -183,3 +183,13 @@ def test_a_disk_that_takes_no_more_ends_the_run_with_its_lines_kept(tmp_path):
     steps = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > 50
+
+
+def test_torch_is_not_imported_for_the_event_files(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = [sys.executable, "-c", "import qlora_jax.train.metrics"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

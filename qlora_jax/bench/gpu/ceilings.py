@@ -1,13 +1,7 @@
-"""Measures the device's limits: memory bandwidth, matrix products, and copies to the host.
+"""Measures the device's limits: memory bandwidth, matrix products, and copies to the host."""
 
-Also records the device and the versions of its software.
-"""
-
-import contextlib
 import functools
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,21 +11,10 @@ import jax.numpy as jnp
 
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, compiled
-from qlora_jax.device import describe_devices
-from qlora_jax.kernels.fused import capability_of, half_dtype, usable
-from qlora_jax.manifest import git_state
-from qlora_jax.versions import versions
+from qlora_jax.kernels.fused import capability_of, half_dtype
 
 COPY = "copy"
 TO_HOST, FROM_HOST, DISPATCH = "to pinned host memory", "from pinned host memory", "dispatch"
-MEMORY = "memory, bytes"
-GPU_PACKAGES = (
-    *("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cublas", "nvidia-cublas-cu12"),
-    *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "triton", "bitsandbytes", "peft"),
-)
-"""Packages that a GPU's figures depend on too."""
-
-QUERY = ("driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
 
 
 class Sizes(NamedTuple):
@@ -62,8 +45,6 @@ def programs(scale: str, device: Any) -> Iterator[Program]:
 def run(lane: Lane) -> None:
     """Measures and records; see `names`."""
     device, sizes = jax.devices()[0], SIZES[lane.scale]
-    for name, value in facts(device).items():
-        lane.record.fact(name, value)
     copy, product = programs(lane.scale, device)
     for own, measure in (
         ([COPY], lambda: _copy(lane, copy, sizes)),
@@ -74,27 +55,6 @@ def run(lane: Lane) -> None:
         if lane.due(2, *own):
             with lane.guard(*own, within=HANGS):
                 measure()
-
-
-def facts(device: Any) -> dict[str, Any]:
-    """Returns what the figures depend on; no paths and no host's name."""
-    found: dict[str, Any] = {
-        "device": describe_devices().kind,
-        "backend": jax.default_backend(),
-        "capability": getattr(device, "compute_capability", None),
-        MEMORY: (device.memory_stats() or {}).get("bytes_limit"),
-        "versions": {name: version for name, version in versions(GPU_PACKAGES).items() if version},
-        "commit": git_state(),
-        "fused kernels": usable(capability_of(device), "bfloat16"),
-    }
-    tool = shutil.which("nvidia-smi")
-    if tool is not None:
-        command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-            told = done.stdout.split("\n")[0].split(",")
-            found |= dict(zip(QUERY, (part.strip() for part in told)))
-    return found
 
 
 def median_seconds(call: Callable[[], Any], count: int) -> float:

@@ -13,6 +13,9 @@ def main() -> int:
     began = time.monotonic()
     startup.prepare()
     request = json.loads(sys.argv[1])
+    import jax
+
+    from qlora_jax.bench.gpu.facts import facts
     from qlora_jax.bench.gpu.lane import Lane
     from qlora_jax.bench.gpu.parts import PARTS
     from qlora_jax.bench.gpu.record import Recorder
@@ -25,6 +28,9 @@ def main() -> int:
         request["peers"],
         request["told"],
     )
+    if lane.fact("device") is None:
+        for name, value in facts(jax.devices()[0]).items():
+            lane.record.fact(name, value)
     part.module.run(lane)
     return 0
 

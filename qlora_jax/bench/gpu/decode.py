@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qlora_jax.bench import generate, tools
-from qlora_jax.bench.gpu.ceilings import MEMORY
+from qlora_jax.bench.gpu.facts import MEMORY
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, as_options
 from qlora_jax.bench.gpu.steps import too_large

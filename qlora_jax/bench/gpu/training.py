@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -231,24 +232,38 @@ def environment(exact: bool) -> dict[str, str]:
 def command(lane: Lane, *arguments: str, exact: bool = False) -> dict[str, Any]:
     """Runs our program and returns its `--json`.
 
+    What it says meanwhile goes to the log, each line with the seconds since it began.
+
     Raises:
-      RunFailed: it failed or took longer than there is time.
+      RunFailed: it failed.
+      OutOfTime: it took longer than there is time.
     """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "qlora_jax", *arguments],
-            env=environment(exact),
-            capture_output=True,
-            text=True,
-            timeout=max(lane.left(), 1),
-        )
-    except subprocess.TimeoutExpired:
-        raise OutOfTime(f"{arguments[0]} took longer than the time that was left") from None
-    print(done.stderr, flush=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"{arguments[0]} ended with code {done.returncode}: {last}")
-    return json.loads(done.stdout)
+    began, late, last = time.monotonic(), threading.Event(), "it said nothing"
+    with subprocess.Popen(
+        [sys.executable, "-m", "qlora_jax", *arguments],
+        env=environment(exact),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(max(lane.left(), 1), end)
+        timer.start()
+        for line in process.stderr or ():
+            print(f"{time.monotonic() - began:6.1f} {line}", end="", flush=True)
+            last = line.strip() or last
+        told = process.stdout.read() if process.stdout else ""
+        process.wait()
+        timer.cancel()
+    if late.is_set():
+        raise OutOfTime(f"{arguments[0]} took longer than the time that was left: {last}")
+    if process.returncode:
+        raise RunFailed(f"{arguments[0]} ended with code {process.returncode}: {last}")
+    return json.loads(told)
 
 
 def written(work: Path, name: str, tree: Mapping[str, Any]) -> Path:
