@@ -118,9 +118,17 @@ def pick(rows: int, dtype: DTypeLike) -> str:
 
     Elsewhere, and for other rows, it is xla.
     """
-    capability = _target.get() or capability_of(jax.devices()[0])
-    for name in usable(capability, dtype):
-        known = [c for c in tuning.FUSED_ROWS[name] if capability is not None and c <= capability]
-        if known and any(rows in some for some in tuning.FUSED_ROWS[name][max(known)]):
+    for name, some in picked(_target.get() or capability_of(jax.devices()[0]), dtype).items():
+        if any(rows in each for each in some):
             return name
     return "xla"
+
+
+def picked(capability: Capability | None, dtype: DTypeLike) -> dict[str, tuple[range, ...]]:
+    """Name to the rows of x that `pick` may take it for, of what it takes on such a GPU at all."""
+    found = {}
+    for name in usable(capability, dtype):
+        known = [c for c in tuning.FUSED_ROWS[name] if capability is not None and c <= capability]
+        if known and (some := tuning.FUSED_ROWS[name][max(known)]):
+            found[name] = some
+    return found

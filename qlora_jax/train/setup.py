@@ -22,7 +22,7 @@ from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.check import agrees
-from qlora_jax.kernels.fused import FUSED, capability_of, usable
+from qlora_jax.kernels.fused import FUSED, capability_of, picked, usable
 from qlora_jax.lora import Values, plan, ranks_above_full
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.starts import STARTS
@@ -151,7 +151,7 @@ def trusted_kernel(config: Config, device: jax.Device, warn: Callable[[str], Non
     chosen, dtype = choose_kernel(config, device), config.model.compute_dtype
     if config.method != "qlora" or chosen == "xla":
         return chosen
-    for name in [chosen] if chosen else usable(capability_of(device), dtype):
+    for name in [chosen] if chosen else picked(capability_of(device), dtype):
         if agrees(name, dtype):
             continue
         problem = f"kernel {name} gives wrong products on {device.device_kind} in {dtype}"

@@ -20,7 +20,7 @@ import pytest
 
 from qlora_jax.config import Config, LoraConfig, from_tree
 from qlora_jax.errors import RunFailed, UserError
-from qlora_jax.kernels import triton
+from qlora_jax.kernels import fused, triton
 from qlora_jax.kernels.fused import FUSED
 from qlora_jax.lora import plan
 from qlora_jax.memory.compile import NO_SPILLS, compile_for, environment, has_plugin
@@ -219,15 +219,24 @@ def test_what_cannot_be(device: Any, kernels: dict[str, str], expected: str) -> 
 
 def test_a_kernel_that_is_wrong_on_the_device_is_not_used(monkeypatch) -> None:
     tried, said = [], []
+    monkeypatch.setattr(fused, "usable", lambda capability, dtype: ["mosaic", "triton"])
     monkeypatch.setattr(setup, "agrees", lambda name, dtype: tried.append(name))
     assert trusted_kernel(config(), Gpu, said.append) == "xla"  # type: ignore[arg-type]
     (line,) = said
-    assert line.startswith(f"warning: kernel {tried[0]} gives wrong products on NVIDIA A10")
+    assert line.startswith("warning: kernel mosaic gives wrong products on NVIDIA A10")
     with pytest.raises(RunFailed, match="to xla, and please report"):
         trusted_kernel(config(implementation="triton"), Gpu, said.append)  # type: ignore[arg-type]
     monkeypatch.setattr(setup, "agrees", lambda name, dtype: True)
     assert trusted_kernel(config(), Gpu, said.append) is None  # type: ignore[arg-type]
     assert said == [line]
+
+
+def test_a_kernel_that_is_never_picked_is_not_tried(monkeypatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(fused, "usable", lambda capability, dtype: ["mosaic", "triton"])
+    monkeypatch.setattr(setup, "agrees", lambda name, dtype: tried.append(name) or True)
+    assert trusted_kernel(config(), Gpu, print) is None  # type: ignore[arg-type]
+    assert tried == ["mosaic"]
 
 
 def test_nothing_is_tried_where_no_kernel_runs(monkeypatch) -> None:
