@@ -196,7 +196,7 @@ def weights(
     scales: ir.Value,
     dtype: ir.Type,
 ) -> Iterator[fa.FragmentedArray]:
-    """Yields the operand in `dtype`, in the layout that `mma` takes: codebook * scale, each rounded.
+    """Yields the operand in `dtype`, in its instruction's layout: codebook * scale, each rounded.
 
     For wgmma it comes in parts of GROUP_ROWS rows, each decoded when it is asked for; else in one.
     """

@@ -73,10 +73,10 @@ MOSAIC_TILES = {
     # 128 rows spill here, and their tensor cores are busy with 64
     (8, 6): (*_FEW, MosaicTile(64, 128, 64, 3), *_ANY),
     (9, 0): (
-        *_FEW,
-        MosaicTile(64, 128, 64, 3, "wgmma", 255, 264),
-        MosaicTile(128, 128, 64, 3, "wgmma"),
-        *_ANY,
+        *_FEW[:1],
+        MosaicTile(64, 128, 128, 2, "wgmma", 128, 264),
+        MosaicTile(64, 64, 64, 4, "wgmma", 128, 264),
+        MosaicTile(256, 64, 64, 2, "wgmma", blocks=264),
     ),
     (10, 0): (*_FEW, MosaicTile(64, 128, 64, 3, rows=1023), MosaicTile(128, 128, 64, 3), *_ANY),
 }
@@ -104,12 +104,18 @@ SPLIT_STEPS = 8
 def mosaic_splits(tile: MosaicTile, m: int, inner: int, outer: int) -> int:
     """Into how many parts the contraction is divided, each for a block of its own.
 
+    The parts of the sum, in float32, take less memory than a byte for each weight.
+
     Args:
       tile: of `mosaic_tile`.
       m, inner, outer: likewise.
     """
-    blocks = -(-m // tile.m) * (outer // tile.o)
-    most = min(tile.blocks // blocks, inner // tile.c // SPLIT_STEPS)
+    tiles = -(-m // tile.m)
+    most = min(
+        tile.blocks // (tiles * (outer // tile.o)),
+        inner // tile.c // SPLIT_STEPS,
+        (inner - 1) // (4 * tiles * tile.m),
+    )
     return max(s for s in SPLITS if s <= max(1, most))
 
 
@@ -117,7 +123,7 @@ FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {
     "mosaic": {
         (8, 0): (range(17), range(1024, EVERY)),
         (8, 6): (range(EVERY),),
-        (9, 0): (range(64),),
+        (9, 0): (range(512),),
         (10, 0): (range(17),),
     },
     "triton": {},

@@ -1,0 +1,185 @@
+"""Which tile of the Mosaic kernels is quickest on the GPU at hand?
+
+Question: which tiles belong into MOSAIC_TILES of qlora_jax/kernels/tuning.py, and up to how many
+  rows is a kernel quicker than decoding the weight first?
+Expected: with few rows blocks share the contraction, since there are fewer tiles than
+  multiprocessors; with many rows tiles are large, since each tile decodes its part of the weight.
+Cost: a second or two for each tile, of which there are up to 13 for a number of rows.
+Command: python experiments/benchmarks/tiles.py --out docs/results/tiles-nvidia-h200.json
+  --rows and --shapes choose products. Every product is compared with that of `xla`.
+"""
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.atomic import write_text
+from qlora_jax.bench import jax_timing
+from qlora_jax.bench.gpu.facts import facts
+from qlora_jax.bench.gpu.programs import Program, compile_all, usable
+from qlora_jax.errors import UserError
+from qlora_jax.kernels import tuning
+from qlora_jax.kernels.tuning import MosaicTile
+from qlora_jax.quant import quantize
+from qlora_jax.sweep.table import markdown
+
+SHAPES = ((4096, 11008), (4096, 4096), (8192, 28672))
+DIRECTIONS = ("forward", "backward")
+L2 = 130_000_000
+"""Bytes of codes that take turns, more than a level 2 cache holds."""
+
+FEW = tuple(
+    MosaicTile(16, o, 256, stages, "split", blocks=blocks)
+    for o, (stages, blocks) in itertools.product(
+        (64, 32), ((3, 264), (3, 0), (3, 528), (2, 264), (5, 264))
+    )
+)
+SOME = tuple(
+    MosaicTile(64, o, c, stages, "wgmma", blocks=blocks)
+    for o, c, stages in ((128, 64, 3), (128, 64, 5), (128, 128, 2), (64, 64, 4), (64, 128, 3))
+    for blocks in (0, 264, 528)
+)
+MANY = tuple(
+    MosaicTile(m, o, c, stages, "wgmma", blocks=blocks)
+    for m, o, c, stages in (
+        *((256, 64, 64, 2), (256, 64, 64, 3), (128, 128, 64, 2), (128, 128, 64, 3)),
+        *((128, 128, 64, 4), (128, 128, 128, 2), (128, 64, 64, 4)),
+    )
+    for blocks in (0, 264)
+)
+CANDIDATES: Mapping[int, Sequence[MosaicTile]] = {
+    **dict.fromkeys((1, 4, 16), FEW),
+    **dict.fromkeys((32, 64, 128), SOME),
+    **dict.fromkeys((256, 512, 1024, 2048, 8192), MANY),
+}
+"""Rows to the tiles that are tried."""
+
+
+class Product(NamedTuple):
+    """x @ W (forward: x is [rows, k]) or g @ W.T (backward: g is [rows, n])."""
+
+    rows: int
+    k: int
+    n: int
+    direction: str
+
+    @property
+    def inner(self) -> int:
+        return self.k if self.direction == "forward" else self.n
+
+    @property
+    def outer(self) -> int:
+        return self.n if self.direction == "forward" else self.k
+
+
+def measured(product: Product, sets: Sequence[Any]) -> list[dict[str, Any]]:
+    """Times decoding first and every candidate, in microseconds, and compares their results."""
+    names: list[tuple[str, MosaicTile | None]] = [("xla", None)]
+    names += [("mosaic", tile) for tile in CANDIDATES[product.rows] if fits(tile, product)]
+    rows: list[dict[str, Any]] = []
+    expected = None
+    for (name, tile), outcome in zip(
+        names, compile_all(programs(product, names, sets), lambda: True)
+    ):
+        row = {**product._asdict(), "implementation": name, "tile": tile and tile._asdict()}
+        try:
+            program = usable(outcome)
+            last = program(np.int32(1), sets)[-1].astype(jnp.float32)
+            seconds = statistics.median(jax_timing.program_seconds(program, sets, 3))
+        except Exception as e:  # several compilers, and the GPU, each with errors of its own
+            rows.append({**row, "failed": f"{type(e).__name__}: {e}".partition("\n")[0]})
+            continue
+        expected = last if expected is None else expected
+        apart = float(jnp.linalg.norm(last - expected) / jnp.linalg.norm(expected))
+        splits = tile and tuning.mosaic_splits(tile, product.rows, product.inner, product.outer)
+        rows.append({**row, "splits": splits, "us": 1e6 * seconds, "apart": apart})
+    return rows
+
+
+def fits(tile: MosaicTile, product: Product) -> bool:
+    """Whether a tile divides a product; backward, a byte of codes holds rows that are 32 apart."""
+    return (
+        product.inner % tile.c == 0
+        and product.outer % tile.o == 0
+        and (product.direction == "forward" or tile.o >= 64)
+    )
+
+
+def programs(
+    product: Product, names: Sequence[tuple[str, MosaicTile | None]], sets: Sequence[Any]
+) -> Iterator[Program]:
+    """Yields a timed program for each implementation and tile; it is traced before the next."""
+    for name, tile in names:
+        if tile is not None:
+            tuning.MOSAIC_TILES = dict.fromkeys(tuning.MOSAIC_TILES, (tile,))
+        module = importlib.import_module(f"qlora_jax.kernels.{name}")
+        # a function of its own for each tile: jax keeps what it has traced of a function
+        call = jax.jit(functools.partial(getattr(module, product.direction)))
+        over = functools.partial(jax_timing.over_all, call)
+        yield Program(name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
+
+
+def weights(k: int, n: int) -> list[Any]:
+    """Quantized weights, enough to leave nothing in the level 2 cache."""
+    make = jax.jit(lambda key: quantize(jax.random.normal(key, (k, n), jnp.float32)))
+    count = max(2, min(16, -(-L2 // (k * n // 2))))
+    return [make(key) for key in jax.random.split(jax.random.key(0), count)]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The three quickest of each product, and decoding first."""
+    shown = []
+    by_product = itertools.groupby(rows, lambda row: [row[field] for field in Product._fields])
+    for _, group in by_product:
+        timed = sorted((row for row in group if "us" in row), key=lambda row: row["us"])
+        for i, row in enumerate(timed):
+            if i < 3 or row["tile"] is None:
+                what = {field: row[field] for field in (*Product._fields, "implementation")}
+                shown.append({**what, **(row["tile"] or {}), "us": round(row["us"], 1)})
+    sizes = ("m", "o", "c", "stages", "blocks")
+    return markdown(shown, (*Product._fields, "implementation", *sizes, "us"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", choices=CANDIDATES, default=[16, 64, 512])
+    parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES])
+    parser.add_argument("--out", type=Path, help="JSON of all times")
+    options = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        raise UserError("tiles.py: needs a GPU")
+    rows: list[dict[str, Any]] = []
+    for shape in options.shapes:
+        k, n = map(int, shape.split("x"))
+        own = weights(k, n)
+        for count, direction in itertools.product(options.rows, DIRECTIONS):
+            product = Product(count, k, n, direction)
+            keys = jax.random.split(jax.random.key(1), len(own))
+            xs = [jax.random.normal(key, (count, product.inner), jnp.bfloat16) for key in keys]
+            rows += measured(product, list(zip(xs, own)))
+            print(f"{shape}, {count} rows, {direction}: done", file=sys.stderr)
+    print(table(rows))
+    if options.out:
+        write_text(options.out, json.dumps({**facts(jax.devices()[0]), "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
