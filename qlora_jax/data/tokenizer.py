@@ -154,8 +154,17 @@ def load(path: str | Path) -> Tokenizer:
     with quiet_transformers():
         from transformers import AutoTokenizer
     try:
-        fast = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        # without trust_remote_code it would ask, and run what the folder brings after a yes
+        fast = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
     except Exception as e:  # transformers raises a dozen types here, Exception itself among them
+        if "trust_remote_code" in str(e):
+            raise UserError(
+                f"{path}: the tokenizer needs code that the folder brings (auto_map in "
+                "tokenizer_config.json), and such code is never run; if tokenizer.json is all "
+                "that it needs, remove auto_map"
+            ) from None
         raise UserError(
             f"{path}: the tokenizer cannot be loaded ({first_line(e)}); download it again, "
             "with its tokenizer.json"

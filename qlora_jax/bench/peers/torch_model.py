@@ -49,7 +49,7 @@ def load_base(folder: str, dtype: torch.dtype, *, quantized: bool) -> PreTrained
     more = {"quantization_config": config} if quantized else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": DEVICE}, **more
+            folder, dtype=dtype, device_map={"": DEVICE}, trust_remote_code=False, **more
         )
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}: transformers cannot load it: {e}") from None

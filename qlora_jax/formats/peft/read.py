@@ -141,6 +141,12 @@ def _adapter(
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     if not paths.is_file(path):
+        pickled = path.with_suffix(".bin")
+        if paths.is_file(pickled):
+            raise UserError(
+                f"{pickled}: a PyTorch pickle, which can hold code and is never read; save the "
+                f"adapter as {path.name}: save_pretrained(..., safe_serialization=True)"
+            )
         raise UserError(f"{path}: no such file; an adapter in PEFT's format has one")
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:
