@@ -101,9 +101,13 @@ def loop(
             step_key = None if key is None else jax.random.fold_in(key, step)
             grads, figures = program.gradient(state, frozen, batch, step_key)
             scale = float(state.scale)
-            figures = jax.device_get(figures)
+            if moves:
+                jax.block_until_ready(figures)  # else the update's time would hold the gradient's
             updating = time.perf_counter()
-            state = jax.block_until_ready(program.update(state, grads, figures.finite))
+            # asked for while a GPU is busy with the gradient: it is a program for each layer
+            state = program.update(state, grads, figures.finite)
+            figures = jax.device_get(figures)
+            jax.block_until_ready(state)
             step += 1
             now = time.perf_counter()
             tokens, seconds = int((batch["segments"] > 0).sum()), now - start
