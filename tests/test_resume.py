@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -135,6 +136,28 @@ def test_the_figures_are_the_same_and_each_step_is_there_once(runs: Runs) -> Non
     assert [r["step"] for r in killed if "train/loss" in r] == list(range(1, STEPS + 1))
     assert [r["step"] for r in killed if "eval/loss" in r] == [*range(0, STEPS, 6), STEPS]
     assert sorted(whole, key=sorting) == sorted(killed, key=sorting)
+
+
+def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(
+    runs: Runs, experiment: ModuleType, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    damaged = Path(shutil.copytree(runs.whole, tmp_path / "damaged"))
+    newest = damaged / "checkpoints" / str(STEPS)
+    data = max(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    changed = bytearray(data.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    data.write_bytes(bytes(changed))
+    config = runs.whole / "config.yaml"
+    ended = run_cli("train", config, f"--output={damaged}", "--resume")
+    assert ended.code == 0, ended.err
+    before = STEPS - 4
+    assert f"/{STEPS}: damaged: " in ended.err
+    assert f"step {before} is taken, and the damaged one is now damaged-{STEPS}" in ended.err
+    assert f"resumed from step {before}" in ended.err
+    assert (damaged / experiment.ADAPTER).read_bytes() == (
+        runs.whole / experiment.ADAPTER
+    ).read_bytes()
+    assert experiment.saved_steps(damaged)[-1] == STEPS
 
 
 def test_resuming_a_finished_run_does_no_step(

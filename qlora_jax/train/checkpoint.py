@@ -1,8 +1,10 @@
 """Checkpoints of a run: one orbax step folder each, written whole or not at all."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from qlora_jax import paths
+from qlora_jax import digests, paths
 from qlora_jax.atomic import storage_error
-from qlora_jax.errors import UserError
+from qlora_jax.digests import Damaged
+from qlora_jax.errors import UserError, first_line
 from qlora_jax.models.trees import flatten
 from qlora_jax.train import units
 from qlora_jax.train.step import State
 
 FOLDER = "checkpoints"
+FULL_MEMORY = "RESOURCE_EXHAUSTED"
+"""Part of XLA's error where the device's memory does not suffice."""
+
+ASIDE = "damaged-"
+"""Begins the name of a checkpoint that was set aside; its step follows."""
 
 
 class Checkpoints:
@@ -26,7 +34,8 @@ class Checkpoints:
     Each holds the State (trained tree, optimizer, step, loss scale) by dotted path, the optimizer's
     units stacked (`units.stacked`) wherever they live, and `extra`: plain JSON values such as the
     loader's position and the seed. Randomness follows from seed and step, so no other generator
-    state exists.
+    state exists. `extra` also holds a digest of every array and of itself, which are compared when
+    a checkpoint is read.
     """
 
     def __init__(self, run_dir: Path, keep: int = 0):
@@ -39,6 +48,7 @@ class Checkpoints:
           UserError: the folder cannot be made, or is not there to be read.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
+        self._read_only = not keep
         self.folder = run_dir.absolute() / FOLDER
         if not keep and not paths.is_dir(self.folder):
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
@@ -47,7 +57,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
             # switches the first two off: half-written folders belong to the run that writes
-            read_only=not keep,
+            read_only=self._read_only,
         )
         # named, so that a manager which has saved nothing can describe what is there
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
@@ -78,12 +88,13 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        flat = flatten(_stacked(state))
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(flatten(_stacked(state))),
-                    extra=ocp.args.JsonSave(dict(extra)),
+                    state=ocp.args.StandardSave(flat),
+                    extra=ocp.args.JsonSave(digests.seal(extra, flat)),
                 ),
             )
             self._manager.wait_until_finished()
@@ -93,44 +104,105 @@ class Checkpoints:
                 raise
             raise UserError(f"{problem}; {self.latest_text()}") from e
 
-    def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
-        """Reads a checkpoint, the newest by default.
+    def restore(
+        self, like: State, step: int | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> tuple[State, dict[str, Any]]:
+        """Reads a checkpoint, by default the newest that is whole.
+
+        Damaged ones that are newer than it are set aside where the run writes: they are renamed,
+        so that their steps can be saved again.
 
         Args:
           like: a State of the same structure, shapes and dtypes.
           step: which one.
+          say: called with a line for each damaged one.
 
         Raises:
-          UserError: there is none, or it holds another model's, method's or optimizer's state.
+          UserError: there is none, none is whole, or it holds another model's, method's or
+            optimizer's state.
         """
-        step = self.latest() if step is None else step
-        if step is None:
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        if not steps:
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
         template = like._replace(optimizer=units.stacked_like(like.trained, like.optimizer))
-        flat = flatten(template)
-        self._check(step, flat)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(jax.tree.map(_abstract, flat)),
-                    extra=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError) as e:
-            raise UserError(
-                f"{self.folder}/{step}: does not hold this run's state: {str(e).splitlines()[0]}"
-            ) from e
-        leaves = [restored.state[path] for path in flat]
-        state = jax.tree.unflatten(jax.tree.structure(template), leaves)
-        optimizer = units.unstacked(like.trained, state.optimizer, like.optimizer)
-        return state._replace(optimizer=optimizer), dict(restored.extra)
+        damaged: dict[int, str] = {}
+        for each in steps:
+            try:
+                flat, extra = self._read(each, flatten(template))
+            except Damaged as e:
+                damaged[each] = f"{self.folder}/{each}: damaged: {e}"
+                continue
+            for other, problem in damaged.items():
+                say(f"warning: {problem}; step {each} is taken{self._set_aside(other)}")
+            state = jax.tree.unflatten(jax.tree.structure(template), list(flat.values()))
+            optimizer = units.unstacked(like.trained, state.optimizer, like.optimizer)
+            return state._replace(optimizer=optimizer), extra
+        raise UserError(
+            f"{'; '.join(damaged.values())}; there is no older one: train the run again with "
+            "--overwrite, or give back a copy of the folder"
+        )
 
-    def _check(self, step: int, flat: Mapping[str, jax.Array]) -> None:
+    def _read(
+        self, step: int, like: Mapping[str, Any]
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """Reads one checkpoint and compares its digests.
+
+        Raises:
+          Damaged: its files are not what was saved.
+          UserError: it holds another state, or its files may not be read.
+        """
+        with self._guarded():
+            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+            stored = self._manager.restore(step, args=args).extra
+        extra, saved = digests.unseal(stored)
+        if saved is None:
+            with self._guarded():
+                tree = self._manager.item_metadata(step).state.tree
+                there = {path: _kind(x) for path, x in tree.items()}
+        else:
+            there = {path: text.rpartition(" ")[0] for path, text in saved.items()}
+        self._check(step, like, there)
+        with self._guarded():
+            abstract = jax.tree.map(_abstract, dict(like))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            found = self._manager.restore(step, args=args).state
+        for path, text in (saved or {}).items():
+            digests.check(path, found[path], text)
+        return {path: found[path] for path in like}, extra
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Within it orbax reads; its errors, of a dozen types, mean damage.
+
+        Raises:
+          Damaged: it failed.
+          UserError: the files may not be read.
+        """
+        try:
+            yield
+        except MemoryError:
+            raise
+        except PermissionError as e:
+            raise paths.unreadable(self.folder, e) from None
+        except Exception as e:
+            if FULL_MEMORY in str(e):
+                raise
+            raise Damaged(f"orbax cannot read it ({type(e).__name__}: {first_line(e)})") from e
+
+    def _set_aside(self, step: int) -> str:
+        """Renames a damaged checkpoint; returns what is said of it."""
+        if self._read_only:
+            return ""
+        aside = self.folder / f"{ASIDE}{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        return f", and the damaged one is now {aside.name}"
+
+    def _check(self, step: int, flat: Mapping[str, Any], there: Mapping[str, str]) -> None:
         # orbax converts dtypes silently
-        saved = self._manager.item_metadata(step).state.tree
-        here, there = ({path: _kind(x) for path, x in tree.items()} for tree in (flat, saved))
-        differing = [path for path in here | there if here.get(path) != there.get(path)]
+        here = {path: _kind(x) for path, x in flat.items()}
+        differing = [path for path in {**here, **there} if here.get(path) != there.get(path)]
         if not differing:
             return
         path = min(differing, key=_is_optimizers)

@@ -81,6 +81,6 @@ def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -
         config.model.compute_dtype == "float16",
     )
     checkpoints = Checkpoints(folder)
-    state, _ = checkpoints.restore(like)
+    state, _ = checkpoints.restore(like, say=warn)
     checkpoints.close()
     return Restored(config, text, nnx.merge(graph, state.trained, frozen), int(state.step))

@@ -138,7 +138,7 @@ def train(
     checkpoints = Checkpoints(run_dir, config.train.keep)
     counters = Progress()
     if resumed := resume and checkpoints.latest() is not None:
-        state, extra = checkpoints.restore(state)
+        state, extra = checkpoints.restore(state, say=say)
         loader.restore(extra["loader"])
         counters = Progress(**extra["progress"])
         if base_changed:
