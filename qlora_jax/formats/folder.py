@@ -19,6 +19,7 @@ from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.config_json import to_hugging_face
 from qlora_jax.formats.huggingface import CONFIG, INDEX, WEIGHTS
+from qlora_jax.formats.tensors import metadata
 
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
@@ -109,7 +110,7 @@ def _write_weights(
     total = size = 0
 
     def save() -> None:
-        save_file(waiting, folder / _shard(len(shards)), metadata={"format": "pt"})
+        save_file(waiting, folder / _shard(len(shards)), metadata=metadata(waiting))
         shards.append(list(waiting))
         waiting.clear()
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_jax import paths
 from qlora_jax.errors import UserError
-from qlora_jax.formats import bitsandbytes
+from qlora_jax.formats import bitsandbytes, tensors
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.quant import QTensor
@@ -69,7 +69,7 @@ class HuggingFaceCheckpoint:
 def _tensor(path: Path, name: str) -> np.ndarray:
     # A memory map's pages count as resident until it is closed: pread holds the tensor alone.
     with safe_open(path, framework="numpy", backend="pread") as file:
-        return file.get_tensor(name)
+        return tensors.read(file, name, path)
 
 
 def open_folder(folder: Path) -> HuggingFaceCheckpoint:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_jax import paths
 from qlora_jax.errors import UserError
+from qlora_jax.formats import tensors
 from qlora_jax.formats.peft.adapter import (
     CONFIG,
     PREFIX,
@@ -150,6 +151,6 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: no such file; an adapter in PEFT's format has one")
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: tensors.read(file, key, path) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or damaged ({e}); export it again") from None

@@ -12,6 +12,7 @@ from qlora_jax.atomic import atomic_folder
 from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Replaced, Scaling
 from qlora_jax.formats.peft.config import make_config
+from qlora_jax.formats.tensors import metadata
 
 NOTHING = Replaced()
 
@@ -67,7 +68,7 @@ def write_adapter(
         replaced=replaced,
     )
     with atomic_folder(folder) as new:
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, new / WEIGHTS, metadata=metadata(tensors))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

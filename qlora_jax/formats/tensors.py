@@ -1,0 +1,54 @@
+"""Tensors in safetensors files that this project writes carry digests, which reading compares."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax import digests
+from qlora_jax.errors import UserError
+
+KEY = "qlora_jax.sha256"
+"""Of the file's metadata; its value is a JSON object of names to digests."""
+
+
+def metadata(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Returns the metadata of a file of tensors: PyTorch's format, and the digests."""
+    found = {name: digests.digest(tensor) for name, tensor in tensors.items()}
+    return {"format": "pt", KEY: json.dumps(found)}
+
+
+def read(file: Any, name: str, path: Path) -> np.ndarray:
+    """Reads a tensor and compares its digest where the file has one.
+
+    Args:
+      file: of `safetensors.safe_open`, for numpy.
+      name: of the tensor.
+      path: of the file, for messages.
+
+    Raises:
+      UserError: the tensor is not the one that was saved.
+    """
+    tensor: np.ndarray = file.get_tensor(name)
+    expected = _digests(file, path).get(name)
+    if expected is not None and expected != digests.digest(tensor):
+        raise UserError(
+            f"{path}: {name} differs from what was saved, by the digest in the file; "
+            "copy or export it again"
+        )
+    return tensor
+
+
+def _digests(file: Any, path: Path) -> Mapping[str, Any]:
+    text = (file.metadata() or {}).get(KEY)
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {KEY} in its metadata is no JSON object; export it again")
+    return found
