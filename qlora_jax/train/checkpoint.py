@@ -38,17 +38,24 @@ class Checkpoints:
     a checkpoint is read.
     """
 
-    def __init__(self, run_dir: Path, keep: int = 0):
+    def __init__(
+        self, run_dir: Path, keep: int = 0, before_save: Callable[[], None] = lambda: None
+    ):
         """Opens RUN_DIR/checkpoints to write there, and makes it; the newest `keep` are kept.
 
         With `keep` 0 it is opened for reading alone, and a run that is writing there goes on
         undisturbed.
 
+        Args:
+          run_dir: the run directory.
+          keep: how many.
+          before_save: called before each is written; raises if it must not be.
+
         Raises:
           UserError: the folder cannot be made, or is not there to be read.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._read_only = not keep
+        self._read_only, self._before_save = not keep, before_save
         self.folder = run_dir.absolute() / FOLDER
         if not keep and not paths.is_dir(self.folder):
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
@@ -83,9 +90,11 @@ class Checkpoints:
         """Writes a checkpoint and waits until it is on disk; older ones beyond `keep` go then.
 
         Raises:
-          UserError: the disk is full or not writable. The checkpoints before are untouched.
+          UserError: the disk is full or not writable, or `before_save` forbids it. The
+            checkpoints before are untouched.
         """
         step = int(state.step)
+        self._before_save()
         if step == self.latest():
             return
         flat = flatten(_stacked(state))

@@ -1,5 +1,6 @@
 """A fine-tuning run from its config to its report."""
 
+import contextlib
 import dataclasses
 import hashlib
 import resource
@@ -72,6 +73,20 @@ def train(
       RunFailed: the loss is not finite, or the frozen base changed.
       Stopped: by a signal, with the state saved.
     """
+    with contextlib.ExitStack() as held:
+        return _train(config, say, command, resume, overwrite, place, held)
+
+
+def _train(
+    config: Config,
+    say: Callable[[str], None],
+    command: str,
+    resume: bool,
+    overwrite: bool,
+    place: Callable[[DecoderConfig], Placement],
+    held: contextlib.ExitStack,
+) -> Summary:
+    """`train`; `held` keeps the run directory this run's until it is closed."""
     started = time.perf_counter()
     config = start.resolved(config)
     rundir.check(config, resume=resume, overwrite=overwrite)
@@ -134,8 +149,10 @@ def train(
         facts["from_adapter_sha256"] = peft.sha256(Path(config.lora.from_adapter))
     described = manifest.build(config, command, facts)
     goes_on = resume and rundir.holds_run(config.output)
-    run_dir = rundir.claim(config, described, resume=resume, overwrite=overwrite)
-    checkpoints = Checkpoints(run_dir, config.train.keep)
+    claim = rundir.claim(config, described, resume=resume, overwrite=overwrite)
+    owned = held.enter_context(claim)
+    run_dir = owned.folder
+    checkpoints = Checkpoints(run_dir, config.train.keep, owned.check)
     counters = Progress()
     if resumed := resume and checkpoints.latest() is not None:
         state, extra = checkpoints.restore(state, say=say)
@@ -179,6 +196,7 @@ def train(
             eval_after, eval_tokens = _evaluate(
                 program, state, frozen, held_out, log, int(state.step)
             )
+    owned.check()  # what follows would make a deleted folder anew
     if specs:
         adapted = nnx.merge(graph, state.trained, frozen)
         if fingerprint.base_hash(adapted, config.method) != base_hash:

@@ -1,11 +1,12 @@
 """The run directory: made, claimed for a new run or opened for one that goes on."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from qlora_jax import paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.config import Config
 from qlora_jax.errors import UserError
+from qlora_jax.train import owner
+from qlora_jax.train.owner import LOCK, Owner
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -30,7 +33,7 @@ OWN = (
     "report.md",
     "loss_curve.png",
 )
-"""All that a run writes into its directory."""
+"""All that a run writes into its directory beside its lock, which stays."""
 TEMPORARY = (
     r"\.(config|manifest|metrics|samples|report|loss_curve)\.[0-9a-f]{8}\.\w+|\.(adapter|model)-\w+"
 )
@@ -52,6 +55,16 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
     """Raises what `claim` would, as far as it shows without writing; costs nothing."""
     folder = Path(config.output)
     _check_links(folder)
+    owner.check_free(folder)
+    _check_contents(config, folder, resume=resume, overwrite=overwrite)
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if paths.exists(p))
+    if not paths.is_dir(parent):
+        raise UserError(f"{folder}: {parent} is a file, not a folder; give another --output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {parent} is not writable by this user; give another --output")
+
+
+def _check_contents(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> None:
     if not holds_run(folder):
         if paths.exists(folder) and (stranger := _first_stranger(folder)):
             raise UserError(
@@ -74,11 +87,6 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
                 f"{folder}: was made with another config, so it cannot be resumed; "
                 f"{'; '.join(differences)}"
             )
-    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if paths.exists(p))
-    if not paths.is_dir(parent):
-        raise UserError(f"{folder}: {parent} is a file, not a folder; give another --output")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: {parent} is not writable by this user; give another --output")
 
 
 def _check_links(folder: Path) -> None:
@@ -115,7 +123,7 @@ def _check_deletable(folder: Path) -> None:
             "give another --output"
         )
     for name in _entries(folder):
-        if name not in OWN and not re.fullmatch(TEMPORARY, name):
+        if name not in (LOCK, *OWN) and not re.fullmatch(TEMPORARY, name):
             raise UserError(
                 f"{folder}: holds {name}, which is not the run's and which --overwrite would "
                 "delete; move it away, or give another --output"
@@ -129,8 +137,13 @@ def _entries(folder: Path) -> list[str]:
         raise paths.unreadable(folder, e) from None
 
 
-def claim(config: Config, manifest: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path:
+@contextlib.contextmanager
+def claim(
+    config: Config, manifest: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> Iterator[Owner]:
     """Makes the run directory with its manifest and config, or opens that of the run to resume.
+
+    It is this run's alone inside the `with`.
 
     Args:
       config: of the run.
@@ -140,32 +153,41 @@ def claim(config: Config, manifest: Mapping[str, Any], *, resume: bool, overwrit
 
     Raises:
       UserError: the directory holds a run and neither was asked for, holds something else, was
-        made with another config, or cannot be written to.
+        made with another config, is another run's that is writing there, or cannot be written to.
     """
     check(config, resume=resume, overwrite=overwrite)
     folder = Path(config.output)
-    if holds_run(folder):
-        if not overwrite:
-            return folder
-        _clear(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:  # as /proc answers
         raise UserError(f"{folder}: no folder can be made there; give another --output") from None
     except OSError as e:
         raise storage_error(folder, e) or e from None
+    with owner.own(folder) as owned:
+        # once more: another run may have begun, and ended, before the lock was ours
+        _check_contents(config, folder, resume=resume, overwrite=overwrite)
+        if not holds_run(folder) or overwrite:
+            _begin(config, manifest, folder)
+        yield owned
+
+
+def _begin(config: Config, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Makes an empty run directory, with what a run's begins with."""
     from qlora_jax.manifest import write  # takes jax along, which --help does not wait for
 
+    if holds_run(folder):
+        _clear(folder)
     write(folder, manifest)
     with atomic_write(folder / CONFIG) as temporary:
         configs.dump(config, temporary)
-    return folder
 
 
 def _clear(folder: Path) -> None:
     # The folder itself stays: it may be a link or a mount. Killed on the way, it can be cleared
     # again, since the names that make it a run's go last.
-    names = sorted(_entries(folder), key=(MANIFEST, CONFIG).__contains__)
+    names = sorted(
+        (name for name in _entries(folder) if name != LOCK), key=(MANIFEST, CONFIG).__contains__
+    )
     try:
         for name in names:
             path = folder / name

@@ -49,7 +49,8 @@ def make_run(tmp_path, tiny_model, chats):
             "train": {"steps": 10},
         }
         config = configs.from_tree(tree | more, "test")
-        rundir.claim(config, {}, resume=False, overwrite=False)
+        with rundir.claim(config, {}, resume=False, overwrite=False):
+            pass
         model, _ = load_model(config, open_model(config)[0], pytest.fail)
         graph, trained, frozen = trees.split(model, method)
         random = np.random.default_rng(0)

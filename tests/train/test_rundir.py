@@ -7,6 +7,9 @@ from qlora_jax import config as configs
 from qlora_jax.errors import UserError
 from qlora_jax.train import rundir
 
+BEGUN = [".lock", "config.yaml", "manifest.json"]
+"""What is in the directory of a run that has begun."""
+
 
 def make(output, **train):
     tree = {"model": {"path": "m"}, "data": {"source": "d"}, "output": str(output), "train": train}
@@ -15,7 +18,8 @@ def make(output, **train):
 
 def claim(config, resume=False, overwrite=False):
     manifest = {"config_sha256": configs.digest(config)}
-    return rundir.claim(config, manifest, resume=resume, overwrite=overwrite)
+    with rundir.claim(config, manifest, resume=resume, overwrite=overwrite) as owned:
+        return owned.folder
 
 
 def killed_at(moment, config, monkeypatch):
@@ -43,7 +47,7 @@ def test_a_new_run_gets_a_folder_with_its_config_and_manifest(tmp_path):
     config = make(tmp_path / "deep" / "run", steps=7)
     assert claim(config) == tmp_path / "deep" / "run"
     assert rundir.open_run(tmp_path / "deep" / "run") == config
-    assert sorted(os.listdir(tmp_path / "deep" / "run")) == ["config.yaml", "manifest.json"]
+    assert sorted(os.listdir(tmp_path / "deep" / "run")) == BEGUN
 
 
 def test_an_empty_folder_is_taken(tmp_path):
@@ -93,7 +97,7 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / "x").write_text("x")
     claim(make(tmp_path / "run", steps=8), overwrite=True)
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "manifest.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == BEGUN
     assert rundir.open_run(tmp_path / "run").train.steps == 8
 
 
@@ -115,7 +119,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_resumed_and_overwritten(tmp
     (tmp_path / "run" / ".adapter-x1_").mkdir()
     claim(config, resume=True)
     claim(make(tmp_path / "run", steps=8), overwrite=True)
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "manifest.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == BEGUN
 
 
 @pytest.mark.parametrize("moment", rundir.OWN)
@@ -136,7 +140,7 @@ def test_overwriting_that_fails_on_the_way_can_be_done_again(tmp_path, monkeypat
         with pytest.raises(UserError, match="run: not writable"):
             claim(config, overwrite=True)
     claim(config, overwrite=True)
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", "manifest.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == BEGUN
 
 
 @pytest.mark.parametrize("stranger", ["thesis.tex", ".git", "config.yml"])
@@ -147,7 +151,7 @@ def test_overwriting_never_deletes_what_is_not_the_runs(tmp_path, stranger):
     with pytest.raises(UserError, match=f"run: holds {stranger}, which is not the run's"):
         claim(make(tmp_path / "run"), overwrite=True)
     assert (tmp_path / "run" / stranger / "work").read_text() == "x"
-    assert len(os.listdir(tmp_path / "run")) == 3
+    assert sorted(os.listdir(tmp_path / "run")) == sorted([*BEGUN, stranger])
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
