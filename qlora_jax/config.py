@@ -281,7 +281,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     """
     path = Path(path)
     try:
-        tree = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such config file") from None
     except OSError as e:
@@ -291,7 +291,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     except MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else "?"
         raise UserError(f"{path}:{line}: not valid YAML: {e.problem}") from None
-    except (YAMLError, ValueError) as e:  # ValueError: the 45th of May
+    except (YAMLError, ValueError) as e:
         raise UserError(f"{path}: not valid YAML: {str(e).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping with the keys {', '.join(_names(Config))}")
@@ -432,10 +432,18 @@ def _value(text: str, kind: str) -> Any:
     return text
 
 
-def _parse(text: str) -> Any:
+def _read_yaml(text: str) -> Any:
+    """Parses YAML of plain values; raises YAMLError, or ValueError for the 45th of May."""
     try:
         return YAML(typ="safe").load(text)
-    except (YAMLError, ValueError):  # ValueError: the 45th of May
+    except RecursionError:
+        raise YAMLError("nested too deeply") from None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return _read_yaml(text)
+    except (YAMLError, ValueError):
         return text
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as config_lib
-from qlora_jax import paths
+from qlora_jax import json_files
 from qlora_jax.atomic import write_text
 from qlora_jax.device import cpu_cores, cpu_name, describe_devices
-from qlora_jax.errors import UserError
 from qlora_jax.versions import versions
 
 NAME = "manifest.json"
@@ -100,18 +99,11 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     Raises:
       UserError: it is missing, or not JSON.
     """
-    path = Path(run_dir) / NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; is {run_dir} a run directory?") from None
-    except OSError as e:
-        raise paths.unreadable(path, e) from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; restore it, or delete it to go on") from None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path}: not a JSON object; restore it, or delete it to go on")
-    return manifest
+    return json_files.read_object(
+        Path(run_dir) / NAME,
+        "restore it, or delete it to go on",
+        f"no such file; is {run_dir} a run directory?",
+    )
 
 
 def base_hash(manifest: Mapping[str, Any]) -> str | None:

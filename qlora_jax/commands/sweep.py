@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_jax import json_files
 from qlora_jax.commands.common import count
 from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.sweep.experiment import Cell, Experiment
@@ -66,7 +67,7 @@ def _resource(text: str) -> tuple[str, Any]:
     if not equals:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, not {text!r}")
     try:
-        return name, json.loads(value)
+        return name, json_files.parse(value)
     except ValueError:
         return name, value
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.errors import UserError
 
 Rows = Iterator[tuple[dict[str, Any], str]]
@@ -65,7 +65,7 @@ def _json_list(path: Path) -> Rows:
 
 def _json(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text)
+        return json_files.parse(text)
     except json.JSONDecodeError as e:
         if path.suffix == ".json" and e.msg == "Extra data":
             raise UserError(f"{path}: several JSON values; rename it to .jsonl") from None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.data.records import Message
 from qlora_jax.errors import UserError, first_line
 from qlora_jax.formats.quiet import quiet_transformers
@@ -244,8 +243,8 @@ def _end_ids(folder: Path) -> tuple[int, ...]:
     """eos_token_id of the first file that has one: a number, a list or absent."""
     for name in END_FILES:
         try:
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
+            value = json_files.read_object(folder / name, "").get("eos_token_id")
+        except UserError:
             continue
         ids = value if isinstance(value, list) else [value]
         if all(isinstance(i, int) for i in ids):

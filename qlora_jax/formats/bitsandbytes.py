@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from qlora_jax import json_files
 from qlora_jax.config import QuantConfig
 from qlora_jax.errors import UserError
 from qlora_jax.quant import QTensor, quantize
@@ -349,7 +350,7 @@ def check_writable(quant: QuantConfig) -> None:
 
 def _state(name: str, text: bytes) -> dict[str, Any]:
     try:
-        raw = json.loads(text)
+        raw = json_files.parse(text)
     except ValueError as e:
         raise UserError(f"{name}: its quant_state is not JSON ({e}); download it again") from None
     if not isinstance(raw, dict):

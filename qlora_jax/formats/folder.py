@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors.numpy import save_file
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.atomic import atomic_folder
 from qlora_jax.data import tokenizer
 from qlora_jax.data.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def write_folder(
 
 def _config(source: Checkpoint, text: Tokenizer | None, dtype: str) -> dict[str, Any]:
     if text is None:
-        raw = json.loads((source.path / CONFIG).read_text(encoding="utf-8"))
+        raw = json_files.read_object(source.path / CONFIG, "download it again")
         raw.pop("quantization_config", None)
     else:
         raw = to_hugging_face(source.config)

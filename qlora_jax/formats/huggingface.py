@@ -1,7 +1,6 @@
 """Reads a Hugging Face folder: config.json beside safetensors weights."""
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.errors import UserError
 from qlora_jax.formats import bitsandbytes, tensors
 from qlora_jax.formats.names import check_shapes
@@ -207,12 +206,4 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise paths.unreadable(path, e) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON ({e}); download it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a JSON object; download it again")
-    return raw
+    return json_files.read_object(path, "download it again")

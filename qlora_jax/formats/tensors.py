@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax import digests
+from qlora_jax import digests, json_files
 from qlora_jax.errors import UserError
 
 KEY = "qlora_jax.sha256"
@@ -46,8 +46,8 @@ def _digests(file: Any, path: Path) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = json_files.parse(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path}: {KEY} in its metadata is no JSON object; export it again")

@@ -4,7 +4,6 @@ A report is DEVICE.json in a folder of reports, in the form `Report` describes.
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.errors import UserError
 from qlora_jax.kernels.fused import FUSED, Capability
 from qlora_jax.kernels.tuning import EVERY, FUSED_ROWS
@@ -208,7 +207,7 @@ def table(known: Iterable[Report]) -> dict[str, dict[Capability, tuple[range, ..
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json_files.parse(path.read_bytes())
     except OSError as e:
         raise paths.unreadable(path, e) from None
     except ValueError as e:

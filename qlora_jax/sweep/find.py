@@ -5,13 +5,12 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.errors import UserError, first_line
 from qlora_jax.sweep.experiment import Cell, Experiment, text
 
@@ -95,7 +94,7 @@ def with_axes(experiment: Experiment, settings: Sequence[str]) -> Experiment:
 
 def _read(option: str) -> Any:
     try:
-        return json.loads(option)
+        return json_files.parse(option)
     except ValueError:
         return option
 
@@ -133,7 +132,7 @@ def _is(option: str, value: Any) -> bool:
     if option == text(value):
         return True
     try:
-        parsed = json.loads(option)
+        parsed = json_files.parse(option)
     except ValueError:
         return False
     return type(parsed) in (int, float) and type(value) in (int, float) and parsed == value

@@ -1,7 +1,6 @@
 """The results of many sweeps as one HTML page that needs no network."""
 
 import base64
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from qlora_jax import manifest, paths
+from qlora_jax import json_files, manifest, paths
 from qlora_jax.atomic import write_text
 from qlora_jax.errors import UserError
 from qlora_jax.sweep.conclude import PAGE, VERDICT
@@ -104,17 +103,7 @@ def _tables(page: Path) -> Markup:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise paths.unreadable(path, e) from None
-    except ValueError:
-        raise UserError(
-            f"{path}: not valid JSON; run the sweep with --analyse-only again"
-        ) from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object; run the sweep with --analyse-only again")
-    return found
+    return json_files.read_object(path, "run the sweep with --analyse-only again")
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.errors import UserError
 from qlora_jax.sweep.experiment import Experiment
@@ -193,7 +193,7 @@ def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, Record], int]:
     found: dict[str, Record] = {}
     for number, line in enumerate(data[:size].splitlines(), 1):
         try:
-            tree = json.loads(line)
+            tree = json_files.parse(line)
             theirs = {key: tree[key] for key in head}
             if theirs == head:
                 record = Record(**{k: v for k, v in tree.items() if k not in head})

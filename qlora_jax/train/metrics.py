@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.errors import UserError
 from qlora_jax.train.events import Event, RecordWriter, SessionLog, scalar
@@ -134,7 +134,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         raise paths.unreadable(path, e) from None
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json_files.parse(line)
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):

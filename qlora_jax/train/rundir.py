@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as configs
-from qlora_jax import paths
+from qlora_jax import json_files, paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.config import Config
 from qlora_jax.errors import UserError
@@ -111,8 +110,8 @@ def _first_stranger(folder: Path) -> str | None:
 
 def _is_manifest(path: Path) -> bool:
     try:
-        return "config_sha256" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "config_sha256" in json_files.read_object(path, "")
+    except UserError:
         return False
 
 

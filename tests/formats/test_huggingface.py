@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qlora_jax import json_files
 from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.names import expected_shapes
@@ -212,6 +213,6 @@ def test_a_file_that_cannot_be_read_is_named(llama: Path, monkeypatch) -> None:
     def denied(path: Path, **_: object) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr(json_files, "_bytes", denied)
     with pytest.raises(UserError, match=f"^{llama}/config.json: not readable by this user; change"):
         open_folder(llama)

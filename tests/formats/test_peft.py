@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qlora_jax import json_files
 from qlora_jax.errors import UserError
 from qlora_jax.formats.peft import Adapter, difference, factor, read_adapter, write_adapter
 
@@ -263,7 +264,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, erro
     def refused(path: Path, **_: object) -> str:
         raise error
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(json_files, "_bytes", refused)
     with pytest.raises(UserError, match=f"^{tmp_path}/adapter_config.json: {says}"):
         read_adapter(tmp_path)
 

@@ -1,13 +1,12 @@
 """adapter_config.json: what of it is understood, and what is refused because it is not."""
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import paths
+from qlora_jax import json_files
 from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import Adapter, Replaced, Scaling
 
@@ -37,16 +36,9 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
       UserError: missing or damaged, or it asks for something that is not LoRA or DoRA.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; an adapter in PEFT's format has one") from None
-    except OSError as e:
-        raise paths.unreadable(path, e) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON ({e}); export the adapter again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object; export the adapter again")
+    config = json_files.read_object(
+        path, "export the adapter again", "no such file; an adapter in PEFT's format has one"
+    )
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported: LORA"
