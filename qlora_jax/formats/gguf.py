@@ -247,7 +247,7 @@ def _config(header: GgufHeader, found: dict[str, GgufTensor], path: Path) -> Dec
 
     def number(key: str, default: Any = None) -> Any:
         value = metadata.get(key, default)
-        if not isinstance(value, int | float) or not value > 0:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(
                 f"{path}: metadata {architecture}.{key} is {value!r}; expected a positive number"
             )

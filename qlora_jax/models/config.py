@@ -87,6 +87,10 @@ ROPE_KINDS = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
+MOST_LAYERS = 4096
+"""Layers of a model, at most: lists are made of them before the weights are looked at."""
+
+
 def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     """Reads the config.json of transformers 4 or 5.
 
@@ -117,7 +121,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     except KeyError as e:
         key = family.keys.get(e.args[0], e.args[0])
         raise UserError(f"{where}: key {key} is missing") from None
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as e:
+    except (AttributeError, OverflowError, TypeError, ValueError, ZeroDivisionError) as e:
         raise UserError(f"{where}: a value cannot be used: {e}") from None
 
 
@@ -131,6 +135,8 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     family = FAMILIES[kind]
     heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
     layers = int(raw["num_hidden_layers"])
+    if not 1 <= layers <= MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers {layers} is not from 1 to {MOST_LAYERS}")
     attention_bias = bool(raw.get("attention_bias", False))
 
     def listed(key: str) -> Any:

@@ -4,11 +4,39 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from qlora_jax import json_files
 from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import Adapter, Replaced, Scaling
+
+Rank = Annotated[int, Field(ge=1, le=2**20, strict=True)]
+Factor = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Flag = Annotated[bool, Field(strict=True)] | None
+
+
+@with_config(ConfigDict(extra="allow"))
+class Settings(TypedDict):
+    """What is read of adapter_config.json, by PEFT's names; the rest is kept as it is."""
+
+    r: Rank
+    lora_alpha: Factor
+    target_modules: list[str] | str | None
+    rank_pattern: NotRequired[dict[str, Rank] | None]
+    alpha_pattern: NotRequired[dict[str, Factor] | None]
+    use_rslora: NotRequired[Flag]
+    use_dora: NotRequired[Flag]
+    lora_dropout: NotRequired[Annotated[float, Field(ge=0, le=1, strict=True)] | None]
+    modules_to_save: NotRequired[list[str] | None]
+    bias: NotRequired[str]
+    base_model_name_or_path: NotRequired[str | None]
+    ensure_weight_tying: NotRequired[Flag]
+
+
+_SETTINGS = TypeAdapter(Settings)
 
 OTHER_FUNCTIONS = (
     "use_qalora",
@@ -57,7 +85,15 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights {init!r} changes the base weights; convert it to a plain "
             "LoRA adapter with PEFT's path_initial_model_for_weight_conversion"
         )
-    return config
+    try:
+        checked: Any = _SETTINGS.validate_python(config)
+    except ValidationError as e:
+        problem = e.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"{path}: {key} {problem['input']!r:.80}: {problem['msg']}; export the adapter again"
+        ) from None
+    return checked
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

@@ -151,6 +151,12 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: no such file; an adapter in PEFT's format has one")
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:
-            return {key: tensors.read(file, key, path) for key in file.keys()}  # noqa: SIM118
+            return {key: _finite(tensors.read(file, key, path), key, path) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or damaged ({e}); export it again") from None
+
+
+def _finite(tensor: np.ndarray, key: str, path: Path) -> np.ndarray:
+    if tensor.dtype.kind in "fV" and not np.isfinite(tensor).all():
+        raise UserError(f"{path}: {key} holds NaN or infinity; export the adapter again")
+    return tensor
