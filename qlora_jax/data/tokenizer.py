@@ -28,6 +28,9 @@ FILES = (
     "chat_template*",
 )
 """Patterns of all that `load` may read in a folder, transformers included."""
+PANIC = "PanicException"
+"""Raised by tokenizers, which is written in Rust, for input it did not expect. No `Exception`."""
+
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
 TODAY = datetime.date(2024, 7, 26)
 """What chat templates get for the date: a run must come out the same on another day."""
@@ -157,7 +160,9 @@ def load(path: str | Path) -> Tokenizer:
         fast = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except Exception as e:  # transformers raises a dozen types here, Exception itself among them
+    except BaseException as e:  # transformers raises a dozen types here, tokenizers its own
+        if not isinstance(e, Exception) and type(e).__name__ != PANIC:
+            raise
         if "trust_remote_code" in str(e):
             raise UserError(
                 f"{path}: the tokenizer needs code that the folder brings (auto_map in "

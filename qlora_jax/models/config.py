@@ -121,6 +121,8 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     except KeyError as e:
         key = family.keys.get(e.args[0], e.args[0])
         raise UserError(f"{where}: key {key} is missing") from None
+    except UserError:
+        raise
     except (AttributeError, OverflowError, TypeError, ValueError, ZeroDivisionError) as e:
         raise UserError(f"{where}: a value cannot be used: {e}") from None
 

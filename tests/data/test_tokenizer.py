@@ -135,3 +135,31 @@ def test_importing_says_nothing_and_leaves_transformers_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+class PanicException(BaseException):
+    """Of the name that Rust's has."""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PanicException("index out of bounds"), UserError),
+        (KeyError("model"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (SystemExit(3), SystemExit),
+    ],
+)
+def test_what_ends_loading(make_tokenizer, tmp_path, monkeypatch, error, expected) -> None:
+    from transformers import AutoTokenizer
+
+    make_tokenizer().fast.save_pretrained(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(expected) as caught:
+        tokenizers_.load(tmp_path)
+    if expected is UserError:
+        assert str(tmp_path) in str(caught.value)
