@@ -84,9 +84,20 @@ def open_folder(folder: Path) -> HuggingFaceCheckpoint:
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    for path in _weight_files(folder):
+    places = _places(folder)
+    for path in _weight_files(folder, places):
         for name, (shape, dtype) in _header(path).items():
+            place = places.get(name) or files.get(name, path).name
+            if place != path.name:
+                raise UserError(
+                    f"{path}: holds {name}, which belongs in {place}; download both again"
+                )
             files[name], shapes[name], dtypes[name] = path, shape, dtype
+    if absent := sorted(set(places or ()) - set(files)):
+        raise UserError(
+            f"{folder / INDEX}: places {absent[0]} in {places[absent[0]]}, which does not hold it; "
+            "download both again"
+        )
     layouts = _layouts(files, shapes, dtypes)
     if EMBEDDING in layouts:
         raise UserError(f"{folder}: {EMBEDDING} is in 4 bits, which is not supported")
@@ -173,15 +184,26 @@ def _check_quantization(quantized: Any, path: Path) -> None:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / WEIGHTS, folder / INDEX
+def _places(folder: Path) -> dict[str, str]:
+    """Which shard holds which tensor, by the index; empty where the weights are in one file."""
+    index = folder / INDEX
+    if paths.is_file(folder / WEIGHTS) or not paths.is_file(index):
+        return {}
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise UserError(f"{index}: no weight_map in it; download it again")
+    for file in places.values():
+        if Path(file).name != file:
+            raise UserError(f"{index}: {file!r} is no name of a file in the folder")
+    return places
+
+
+def _weight_files(folder: Path, places: Mapping[str, str]) -> list[Path]:
+    single = folder / WEIGHTS
     if paths.is_file(single):
         return [single]
-    if paths.is_file(index):
-        names = _json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
-            raise UserError(f"{index}: no weight_map in it; download it again")
-        shards = [folder / name for name in sorted(set(names.values()))]
+    if places:
+        shards = [folder / name for name in sorted(set(places.values()))]
         if absent := [shard.name for shard in shards if not paths.is_file(shard)]:
             raise UserError(
                 f"{folder}: {absent[0]} is missing, {len(absent)} of {len(shards)} shards are; "

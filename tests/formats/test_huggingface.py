@@ -178,9 +178,51 @@ def integers(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+def second_copy(folder: Path) -> None:
+    """A shard holds a tensor that the index places in another."""
+    names = shard(folder)
+    last = folder / "model-00003-of-00003.safetensors"
+    weights = load_file(last)
+    stolen = next(name for name, file in names.items() if file.startswith("model-00001"))
+    save_file(weights | {stolen: np.zeros(3, np.float32)}, last)
+
+
+def unlisted_copy(folder: Path) -> None:
+    """Two shards hold a tensor, which the index does not place."""
+    names = shard(folder)
+    del names["model.norm.weight"]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    for file in sorted(set(names.values())):
+        extra = {"model.norm.weight": np.ones(64, np.float32)}
+        save_file(load_file(folder / file) | extra, folder / file)
+
+
+def placed_nowhere(folder: Path) -> None:
+    names = shard(folder) | {"zz": "model-00001-of-00003.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def outside(folder: Path) -> None:
+    names = shard(folder)
+    names["model.norm.weight"] = "../x.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def absolute(folder: Path) -> None:
+    names = shard(folder)
+    names["model.norm.weight"] = "/etc/passwd"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (second_copy, r"model-00003-of-00003.safetensors: holds .* belongs in model-00001-of"),
+        (unlisted_copy, r"model-0000[23].*: holds model.norm.weight, which belongs in model-0000"),
+        (placed_nowhere, r"index.json: places zz in model-00001-of-00003.safetensors, which does"),
+        (outside, r"index.json: '../x.safetensors' is no name of a file in the folder"),
+        (absolute, r"index.json: '/etc/passwd' is no name of a file in the folder"),
         (no_config, "no config.json"),
         (adapter, "give the model it was trained on"),
         (broken_config, "config.json: not valid JSON"),
