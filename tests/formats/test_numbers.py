@@ -94,3 +94,20 @@ def test_layers_that_cannot_be_are_refused_at_once(
     with pytest.raises(UserError) as caught:
         open_folder(folder)
     assert "config.json" in str(caught.value) or "not a whole llama checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        (r"(.|[a-z])*\d\d", "takes over 1 s to match"),
+        ("(", "is no regular expression"),
+        ("(?P<n>a)(?P<n", "is no regular expression"),
+    ],
+)
+def test_a_pattern_that_never_ends_is_named(
+    adapter: Path, key: str, pattern: str, says: str
+) -> None:
+    set_keys(adapter / "adapter_config.json", **{key: {pattern: 4}})
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {key}: .*{says}"):
+        read_adapter(adapter)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
+import regex
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
@@ -54,6 +55,9 @@ OTHER_FUNCTIONS = (
 )
 """Settings of PEFT that, when set, make an adapter compute something that is not LoRA or DoRA."""
 
+MATCHING = 1
+"""Seconds that a pattern may take; the `re` module has no such limit."""
+
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base weights as they are."""
 
@@ -96,11 +100,28 @@ def read_config(path: Path) -> dict[str, Any]:
     return checked
 
 
-def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the path's end."""
+def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, where: object) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the path's end.
+
+    Args:
+      patterns: keys and their values.
+      path: of a module.
+      default: what no key matches gets.
+      where: the file and key that the patterns are from, for messages.
+
+    Raises:
+      UserError: a key is no regular expression, or takes longer than `MATCHING` seconds.
+    """
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
+        try:
+            if regex.match(rf"(.*\.)?({key})$", path, timeout=MATCHING):
+                return value
+        except TimeoutError:
+            raise UserError(
+                f"{where}: pattern {key!r:.80} takes over {MATCHING} s to match {path}; simplify it"
+            ) from None
+        except regex.error as e:
+            raise UserError(f"{where}: {key!r:.80} is no regular expression: {e}") from None
     return default
 
 

@@ -120,7 +120,8 @@ def _adapter(
     path: str, found: Mapping[str, np.ndarray], config: Mapping[str, Any], folder: Path
 ) -> Adapter:
     a, b, magnitude = found["A"], found["B"], found.get("magnitude")
-    rank = by_pattern(config.get("rank_pattern"), path, config["r"])
+    where = f"{folder / CONFIG}: rank_pattern"
+    rank = by_pattern(config.get("rank_pattern"), path, config["r"], where)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise UserError(
             f"{folder / WEIGHTS}: {path} has A {list(a.shape)} and B {list(b.shape)}, but "
@@ -136,7 +137,8 @@ def _adapter(
             f"{folder / WEIGHTS}: {path} has a magnitude {list(magnitude.shape)} for "
             f"{b.shape[0]} outputs"
         )
-    alpha = by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    where = f"{folder / CONFIG}: alpha_pattern"
+    alpha = by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"], where)
     return Adapter(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), alpha, rank, magnitude)
 
 
