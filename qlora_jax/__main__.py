@@ -1,15 +1,33 @@
 """The program `qlora-jax`, also `python -m qlora_jax`."""
 
+import os
+import signal
 import sys
+from typing import NoReturn
 
-from qlora_jax import startup
+INTERRUPTED = 130
+
+
+def _end(*_: object) -> NoReturn:
+    os.write(2, b"qlora-jax: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+# Until a command begins nothing has been done, and what is imported may swallow KeyboardInterrupt.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end)
+
+from qlora_jax import startup, streams  # noqa: E402
 
 
 def main() -> int:
     """Runs `cli.main` in a process that `startup` has set up."""
+    streams.open_closed()
     startup.prepare()
     from qlora_jax import cli
 
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main()
 
 

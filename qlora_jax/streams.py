@@ -37,18 +37,31 @@ class _Outlet:
         return getattr(self._stream, name)
 
 
+def open_closed() -> None:
+    """Opens the null device in place of each standard stream that is closed from the start.
+
+    Else the next file that is opened would get the stream's number, and what is printed.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
 @contextlib.contextmanager
 def outlets() -> Iterator[None]:
     """Inside, a closed stdout or stderr ends nothing: what nobody reads is dropped.
 
     Of stdout only a reader that went away is forgiven: results that do not fit on a disk are lost.
     """
+    open_closed()
     with contextlib.ExitStack() as stack:
-        nowhere = stack.enter_context(open(os.devnull, "w"))
-        # Python has None for a stream that was closed from the start, and print(file=None) would
-        # put messages among the results.
-        out = _Outlet(sys.stdout or nowhere, BrokenPipeError)
-        err = _Outlet(sys.stderr or nowhere, OSError)
+        out = _Outlet(sys.stdout, BrokenPipeError)
+        err = _Outlet(sys.stderr, OSError)
         stack.enter_context(contextlib.redirect_stdout(cast(TextIO, out)))
         stack.enter_context(contextlib.redirect_stderr(cast(TextIO, err)))
         try:

@@ -213,7 +213,7 @@ def test_help_and_early_errors_do_not_wait_for_jax(arguments: list[str]) -> None
 def shell(command: str) -> subprocess.CompletedProcess[bytes]:
     """Runs `qlora-jax`, so named in the command, by a shell; stdout is buffered as usual."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    define = f'qlora-jax() {{ {shlex.quote(sys.executable)} -m qlora_jax.cli "$@"; }}; '
+    define = f'qlora-jax() {{ {shlex.quote(sys.executable)} -m qlora_jax "$@"; }}; '
     return subprocess.run(
         ["bash", "-c", define + command],
         env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
@@ -228,7 +228,7 @@ def test_a_reader_that_goes_away_is_no_error(arguments: str) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)"])
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)", "<&- >&- 2>&-"])
 def test_an_error_nobody_reads_keeps_its_code(stderr: str) -> None:
     done = shell(f"qlora-jax train no.yaml {stderr}")
     assert done.stdout == b""
@@ -239,6 +239,20 @@ def test_help_to_a_closed_stdout() -> None:
     done = shell("qlora-jax --help >&-")
     assert done.stderr == b""
     assert done.returncode == 0
+
+
+def test_a_signal_before_a_command_begins_is_one_line() -> None:
+    code = (
+        "import os, signal; from qlora_jax import __main__, startup;"
+        "startup.prepare = lambda: os.kill(os.getpid(), signal.SIGINT); __main__.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qlora-jax: interrupted\n")
 
 
 @pytest.fixture
