@@ -1,8 +1,14 @@
 """`qlora-jax serve`."""
 
 import argparse
+import atexit
+import contextlib
 import ipaddress
 import json
+import os
+import re
+import signal
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,10 +22,11 @@ from qlora_jax.commands.common import (
     warn_if_gpu_idle,
     whole,
 )
-from qlora_jax.errors import UserError
+from qlora_jax.errors import Terminated, UserError
 
 if TYPE_CHECKING:
     from qlora_jax.serve.app import Service
+    from qlora_jax.serve.door import Check
 
 TEXT = "Serve a model and its adapters over HTTP, as OpenAI's completions API."
 
@@ -77,33 +84,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load adapters by request on other hosts than loopback, too",
     )
+    parser.add_argument(
+        "--load-timeout",
+        type=positive,
+        default=60.0,
+        metavar="S",
+        help="seconds that reading an adapter by request may take; default 60",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="keys, one in a line; requests must bring one as Authorization: Bearer KEY",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        type=host_name,
+        metavar="NAME",
+        help="answer requests to this host name, too; may be repeated. On loopback, localhost, "
+        "127.0.0.1, [::1] and --host are always answered; elsewhere, without this option, all are",
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=count,
+        metavar="N",
+        help="at a time; default 1024, or half of the files that the process may open",
+    )
     add_adapter_options(parser)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     """Loads the model and serves until a signal."""
     adapters = by_name(options.adapter)
-    from qlora_jax.serve.server import address, listen, serve
+    from qlora_jax.serve.connections import most_connections
+    from qlora_jax.serve.door import read_keys
+    from qlora_jax.serve.server import address, listen
 
+    keys = None if options.api_key_file is None else read_keys(options.api_key_file)
+    connections = most_connections(options.max_connections)
     listener = listen(options.host, options.port)
-    url = address(listener)
     try:
         warn_if_gpu_idle()
-        service = _service(options, adapters)
-        if not _loopback(options.host):
-            say(f"warning: whoever reaches {url} may use it; there is no password")
-
-        def ready() -> None:
-            say(f"serving on {url}")
-            if options.json:
-                print(json.dumps({"url": url}), flush=True)
-
-        serve(service, listener, grace=options.grace, on_ready=ready)
+        if keys is None and not on_loopback(listener):
+            say(
+                f"warning: whoever reaches {address(listener)} may use it; --api-key-file asks for "
+                "a key"
+            )
+        _serve(options, adapters, keys, listener, connections)
+    except (Terminated, KeyboardInterrupt) as e:
+        # A thread may be within a compilation or a read that does not end. Python would wait for
+        # it, or break down when it returns amid Python's end.
+        atexit.register(os._exit, e.code if isinstance(e, Terminated) else 128 + signal.SIGINT)
+        raise
     finally:
         listener.close()
 
 
-def _service(options: argparse.Namespace, adapters: dict[str, str]) -> "Service":
+def _serve(
+    options: argparse.Namespace,
+    adapters: dict[str, str],
+    keys: list[str] | None,
+    listener: socket.socket,
+    connections: int,
+) -> None:
+    from qlora_jax.serve.server import address, serve, until_signal
+
+    url, loopback = address(listener), on_loopback(listener)
+    checks = _checks(options, keys, loopback)
+    loading = options.allow_loading or loopback
+    service = until_signal(lambda: _service(options, adapters, checks, loading))
+
+    def ready() -> None:
+        say(f"serving on {url}")
+        if options.json:
+            print(json.dumps({"url": url}), flush=True)
+
+    serve(service, listener, grace=options.grace, connections=connections, on_ready=ready)
+
+
+def _checks(options: argparse.Namespace, keys: list[str] | None, loopback: bool) -> "list[Check]":
+    """What each request is asked: by which name it calls the server, and for a key."""
+    from qlora_jax.serve.door import LOOPBACK, known_hosts, known_keys
+
+    checks = []
+    if loopback or options.allowed_host:
+        own = [options.host] if loopback else []
+        checks.append(known_hosts([*LOOPBACK, *own, *options.allowed_host]))
+    if keys is not None:
+        checks.append(known_keys(keys))
+    return checks
+
+
+def _service(
+    options: argparse.Namespace,
+    adapters: dict[str, str],
+    checks: "Sequence[Check]",
+    loading: bool,
+) -> "Service":
     """The model with its adapters, ready to answer: everything is compiled but longer prompts."""
     from qlora_jax.formats.updates import check_fit
     from qlora_jax.lora.update import rank
@@ -151,12 +229,23 @@ def _service(options: argparse.Namespace, adapters: dict[str, str]) -> "Service"
         vocabulary=config.vocab_size,
         length=length,
         timeout=options.timeout,
-        loading=options.allow_loading or _loopback(options.host),
+        loading=loading,
+        load_timeout=options.load_timeout,
+        checks=checks,
     )
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def on_loopback(listener: socket.socket) -> bool:
+    """Whether only this machine reaches a listener."""
+    found = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
+
+
+def host_name(text: str) -> str:
+    """A host's name or address, as --allowed-host takes it."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
+    if re.fullmatch(r"[\w.-]+", text, re.ASCII):
+        return text
+    raise argparse.ArgumentTypeError(f"must be a host's name without a port, not {text!r}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
+from starlette.responses import JSONResponse
 
 from qlora_jax.data.records import Message
 from qlora_jax.serve.scheduler import Reason
@@ -26,7 +27,15 @@ IGNORED = (
 
 
 class Problem(Exception):
-    """A request that is answered by an error of OpenAI's form."""
+    """A request that is answered by an error of OpenAI's form.
+
+    Args:
+      status: of HTTP.
+      message: one line for the client.
+      param: the field of the request that is at fault.
+      code: OpenAI's name of the error.
+      headers: further ones of the answer.
+    """
 
     def __init__(
         self,
@@ -35,9 +44,11 @@ class Problem(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
@@ -46,6 +57,15 @@ class Problem(Exception):
             kind = "rate_limit_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def event(tree: Mapping[str, Any]) -> str:
+    """A server-sent event of a stream."""
+    return f"data: {json.dumps(tree)}\n\n"
 
 
 REFUSALS: Mapping[Reason, tuple[HTTPStatus, str | None, str]] = {
@@ -167,7 +187,7 @@ class LoadAdapter(_Strict):
     """POST /v1/load_lora_adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)
-    lora_path: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1, pattern=r"^[^\x00]*$")
 
 
 class UnloadAdapter(_Strict):

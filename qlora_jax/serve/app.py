@@ -3,14 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
-import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -19,10 +19,14 @@ from starlette.types import Receive, Scope, Send
 from qlora_jax.data.prompts import ask
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
-from qlora_jax.formats.updates import read_updates
+from qlora_jax.lora.update import Updates
 from qlora_jax.serve import api
-from qlora_jax.serve.api import Chat, Completion, Problem, Reply
+from qlora_jax.serve.api import Chat, Completion, Problem, Reply, event
+from qlora_jax.serve.door import HEALTH, Check, Door
+from qlora_jax.serve.ending import LastWords
 from qlora_jax.serve.engine import Settings
+from qlora_jax.serve.loading import read_regular
+from qlora_jax.serve.pool import Pool
 from qlora_jax.serve.scheduler import Job, Piece, Refused
 from qlora_jax.serve.worker import Worker
 
@@ -46,6 +50,10 @@ class Service:
       length: most tokens of prompt and answer.
       timeout: seconds a request may take, waiting included.
       loading: whether adapters are loaded and unloaded by request.
+      load_timeout: seconds that reading an adapter may take, waiting for other readers included.
+      checks: of the head of each request, in this order.
+      readers: read adapters. A disk that does not answer may hold them for ever, and only them.
+      parsers: read requests.
     """
 
     worker: Worker
@@ -55,16 +63,26 @@ class Service:
     length: int
     timeout: float
     loading: bool
+    load_timeout: float = 60.0
+    checks: Sequence[Check] = ()
+    readers: Pool = dataclasses.field(default_factory=lambda: Pool("adapters", threads=2))
+    parsers: Pool = dataclasses.field(default_factory=lambda: Pool("requests", threads=4))
 
 
-def application(service: Service) -> Starlette:
-    """The ASGI application."""
+def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = ()) -> Starlette:
+    """The ASGI application.
+
+    Args:
+      service: what the endpoints stand on.
+      cut: ends all answers when it is set.
+      checks: of the head of each request, before the service's.
+    """
 
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, await _parsed(request, Completion))
+        return await _answer(service, request, await _parsed(service, request, Completion))
 
     async def chat(request: Request) -> Response:
-        return await _answer(service, request, await _parsed(request, Chat))
+        return await _answer(service, request, await _parsed(service, request, Chat))
 
     async def models(request: Request) -> Response:
         names = await _ask(service, lambda scheduler: scheduler.models)
@@ -85,14 +103,14 @@ def application(service: Service) -> Starlette:
 
     async def load(request: Request) -> Response:
         _check_loading(service)
-        asked = await _parsed(request, api.LoadAdapter)
-        updates = await asyncio.to_thread(read_updates, asked.lora_path, service.linears)
+        asked = await _parsed(service, request, api.LoadAdapter)
+        updates = await _read(service, asked.lora_path)
         await _ask(service, lambda scheduler: scheduler.load(asked.lora_name, updates))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def unload(request: Request) -> Response:
         _check_loading(service)
-        asked = await _parsed(request, api.UnloadAdapter)
+        asked = await _parsed(service, request, api.UnloadAdapter)
         await _ask(service, lambda scheduler: scheduler.unload(asked.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
@@ -108,7 +126,11 @@ def application(service: Service) -> Starlette:
             Route("/v1/models", models),
             Route("/v1/load_lora_adapter", load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
-            Route("/health", health),
+            Route(HEALTH, health),
+        ],
+        middleware=[
+            Middleware(LastWords, cut),
+            Middleware(Door, [*checks, *service.checks]),
         ],
         exception_handlers={
             Problem: _problem,
@@ -122,8 +144,7 @@ def application(service: Service) -> Starlette:
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    problem = _as_problem(error)
-    return JSONResponse(problem.body(), status_code=problem.status)
+    return _as_problem(error).response()
 
 
 def _as_problem(error: Exception) -> Problem:
@@ -149,11 +170,12 @@ def _check_loading(service: Service) -> None:
         )
 
 
-async def _parsed(request: Request, kind: type[api.R]) -> api.R:
+async def _parsed(service: Service, request: Request, kind: type[api.R]) -> api.R:
     """The body, checked.
 
-    A browser asks before it sends JSON to another site's server, and is not answered: so no web
-    page reaches a server on its reader's own machine.
+    A browser asks before it sends JSON to another site's server, and is not answered. So no web
+    page of another site posts here; one that takes this server's address for its own name is
+    refused by the name (`known_hosts`).
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
@@ -174,7 +196,19 @@ async def _parsed(request: Request, kind: type[api.R]) -> api.R:
         raise Problem(
             HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {BODY_SECONDS} s"
         ) from None
-    return await asyncio.to_thread(api.parse, kind, bytes(body))
+    return await service.parsers.run(api.parse, kind, bytes(body))
+
+
+async def _read(service: Service, path: str) -> Updates:
+    try:
+        async with asyncio.timeout(service.load_timeout):
+            return await service.readers.run(read_regular, path, service.linears)
+    except TimeoutError:
+        raise Problem(
+            HTTPStatus.GATEWAY_TIMEOUT,
+            f"{path}: not read within {service.load_timeout:g} s; see whether its disk answers",
+            code="timeout",
+        ) from None
 
 
 async def _ask(service: Service, function: Callable[[Any], T]) -> T:
@@ -186,9 +220,10 @@ async def _answer(service: Service, request: Request, asked: Completion | Chat) 
     loop = asyncio.get_running_loop()
 
     def listen(piece: Piece | Refused) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    prompt = await asyncio.to_thread(_prompt, service, asked)
+    prompt = await service.parsers.run(_prompt, service, asked)
     limit = asked.limit if isinstance(asked, Chat) else asked.max_tokens
     job = Job(
         prompt=prompt,
@@ -280,22 +315,18 @@ async def _events(
 ) -> AsyncIterator[str]:
     """Server-sent events from the first piece to [DONE], or to an error."""
     if first := reply.first():
-        yield _event(first)
+        yield event(first)
     try:
         while not piece.finish:
-            yield _event(reply.piece(piece.text, None))
+            yield event(reply.piece(piece.text, None))
             piece = await _next(pieces)
     except Refused as e:
-        yield _event(_as_problem(e).body())
+        yield event(_as_problem(e).body())
         return
-    yield _event(reply.piece(piece.text, piece.finish))
+    yield event(reply.piece(piece.text, piece.finish))
     if usage := reply.usage(piece.tokens):
-        yield _event(usage)
+        yield event(usage)
     yield "data: [DONE]\n\n"
-
-
-def _event(tree: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(tree)}\n\n"
 
 
 class _Stream(StreamingResponse):

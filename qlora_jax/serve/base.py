@@ -8,9 +8,10 @@ from qlora_jax import paths
 from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
-from qlora_jax.formats.updates import IN_RUN, read_updates
+from qlora_jax.formats.updates import IN_RUN
 from qlora_jax.lora.update import Updates
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.serve.loading import read_regular
 from qlora_jax.train import rundir
 from qlora_jax.train.restore import from_config, restore
 
@@ -84,7 +85,7 @@ def read_named(adapters: Mapping[str, str]) -> dict[str, Updates]:
     found: dict[str, Updates] = {}
     for name, folder in adapters.items():
         try:
-            found[name] = read_updates(folder)
+            found[name] = read_regular(folder)
         except UserError as e:
             raise UserError(f"--adapter {name}: {e}") from None
     return found

@@ -3,20 +3,19 @@
 import asyncio
 import contextlib
 import errno
-import math
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeVar, cast
 
 import uvicorn
 
 from qlora_jax.errors import RunFailed, Terminated, UserError
 from qlora_jax.serve.app import Service, application
-from qlora_jax.serve.scheduler import Refused
+from qlora_jax.serve.connections import MOST, SURPLUS, Connection, Crowd, not_surplus
+from qlora_jax.serve.pool import Pool
 
-CUT = "the server is stopping and cut this answer"
-LAST_WORDS = 2
-"""Seconds that connections have, after running answers were cut, to tell their clients."""
+T = TypeVar("T")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,55 +58,143 @@ def serve(
     listener: socket.socket,
     *,
     grace: float,
+    connections: int = MOST,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until SIGINT or SIGTERM, then finishes what runs; a second signal acts at once.
 
     Args:
-      service: what the endpoints stand on; its worker is started here and closed at the end.
+      service: what the endpoints stand on; its worker is started here. At the end it is closed, or
+        left alive where it is within a step that does not end in time, such as a compilation.
       listener: from `listen`; closed at the end.
-      grace: seconds that running answers have to finish after the signal; then they are cut.
+      grace: seconds from the signal to the end. Running answers have nine tenths of them (all but
+        one second, if that is more); then they are cut, and their clients are told.
+      connections: most at a time.
       on_ready: called when requests are answered.
 
     Raises:
       Terminated: by the signal, once all is finished.
       RunFailed: the worker failed.
     """
-    asyncio.run(_serve(service, listener, grace, on_ready))
+    asyncio.run(_serve(service, listener, grace, connections, on_ready))
+
+
+def until_signal(function: Callable[[], T]) -> T:
+    """Calls a function in a thread of its own, which a signal leaves to itself.
+
+    In the main thread a signal would wait for the end of what runs there, such as a compilation.
+
+    Raises:
+      Terminated: at once, by SIGINT or SIGTERM.
+      Exception: what the function raises.
+    """
+    return asyncio.run(_until_signal(function))
+
+
+async def _until_signal(function: Callable[[], T]) -> T:
+    async with _signals(asyncio.get_running_loop()) as received:
+        result = asyncio.ensure_future(Pool("start", threads=1).run(function))
+        stopping = asyncio.ensure_future(received.wait())
+        await asyncio.wait({result, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if result.done():
+            return result.result()
+        result.cancel()
+        raise Terminated(received.number)
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `_serve`."""
+    """uvicorn's server with its own way to accept connections and to end.
+
+    Signals are left to `_serve`.
+
+    Args:
+      config: its application ends all answers when `cut` is set.
+      cut: see `LastWords`.
+      grace: seconds from `stop` to the end.
+      connections: most at a time.
+
+    Attributes:
+      ends: when all must have ended, by the event loop's clock; set by `stop`. What is left of the
+        grace is for the end of the process.
+    """
+
+    ends: float
+
+    def __init__(
+        self, config: uvicorn.Config, cut: asyncio.Event, *, grace: float, connections: int
+    ):
+        super().__init__(config)
+        self._cut, self._grace, self._connections = cut, grace, connections
+        self._timers: list[asyncio.TimerHandle] = []
+        self._accepting: list[asyncio.Task] = []
+
+    def stop(self) -> None:
+        """Begins to end: answers that run have until shortly before the grace is over."""
+        loop, words = asyncio.get_running_loop(), min(1, self._grace / 10)
+        self.ends = loop.time() + self._grace - words / 2
+        self._timers = [
+            loop.call_at(self.ends - words / 2, self._cut.set),
+            loop.call_at(self.ends, self._abort),
+        ]
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+        present = cast(set[Connection], self.server_state.connections)
+        crowd = Crowd(self._connection, present, self._connections)
+        self._accepting = [asyncio.ensure_future(crowd.accept(s)) for s in sockets or []]
 
-def http_server(service: Service, grace: float) -> uvicorn.Server:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if not self._timers:
+            self.stop()
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await super().shutdown(sockets)
+        for timer in self._timers:
+            timer.cancel()
+
+    def _connection(self, surplus: bool) -> Connection:
+        return Connection(self.config, self.server_state, {SURPLUS: surplus})
+
+    def _abort(self) -> None:
+        """Ends connections whose clients do not take even the last words, and waits no longer."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        self.force_exit = True
+
+
+def http_server(service: Service, grace: float, connections: int = MOST) -> _Server:
     """The server of the endpoints, without a worker's or a signal's life."""
-    return _Server(
-        uvicorn.Config(
-            application(service),
-            loop="asyncio",
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=math.ceil(grace) + LAST_WORDS,
-        )
+    cut = asyncio.Event()
+    config = uvicorn.Config(
+        application(service, cut, [not_surplus(connections)]),
+        loop="asyncio",
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,  # it would close the handlers that other libraries have
+        log_level="error",  # warnings are what clients do wrong, and they can do it without end
+        access_log=False,
+        server_header=False,
     )
+    return _Server(config, cut, grace=grace, connections=connections)
 
 
 async def _serve(
     service: Service,
     listener: socket.socket,
     grace: float,
+    connections: int,
     on_ready: Callable[[], None],
 ) -> None:
-    loop, worker, server = asyncio.get_running_loop(), service.worker, http_server(service, grace)
+    loop, worker = asyncio.get_running_loop(), service.worker
+    server = http_server(service, grace, connections)
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
@@ -123,12 +210,10 @@ async def _serve(
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if received.is_set():
             worker.call(lambda scheduler: scheduler.stop())
-            cut = Refused("stopping", CUT)
-            loop.call_later(grace, worker.call, lambda scheduler: scheduler.refuse_all(cut))
-            server.should_exit = True
+            server.stop()
         stopping.cancel()
         await serving
-    await asyncio.to_thread(worker.close)
+    worker.close(max(0, server.ends - loop.time()))
     if failures:
         raise RunFailed(f"decoding failed: {failures[0]}") from failures[0]
     raise Terminated(received.number)

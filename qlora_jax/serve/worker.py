@@ -55,10 +55,14 @@ class Worker:
             self._refuse_inbox()
         return future
 
-    def close(self) -> None:
-        """Ends the thread after the step it is in; jobs that are left are dropped."""
+    def close(self, timeout: float | None = None) -> None:
+        """Ends the thread after the step it is in; jobs that are left are dropped.
+
+        Args:
+          timeout: seconds to wait for that; then the thread is left to itself. None is no limit.
+        """
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         try:

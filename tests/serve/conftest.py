@@ -13,8 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from qlora_jax.data import tokenizer
+
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
+MAIN = """
+import sys
+from qlora_jax import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 @dataclasses.dataclass
@@ -33,6 +40,12 @@ class Server:
 
 
 @pytest.fixture(scope="session")
+def text(tiny_model: Path) -> tokenizer.Tokenizer:
+    """The tiny model's tokenizer."""
+    return tokenizer.load(tiny_model)
+
+
+@pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters of the tiny model by name."""
     folder = tmp_path_factory.mktemp("adapters")
@@ -46,17 +59,25 @@ def start(
     adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Server]]:
-    """Starts a server of the tiny model with adapters one and two; further options may follow."""
+    """Starts a server of the tiny model with adapters one and two; further options may follow.
+
+    `before` is Python that its process runs first; it is waited for until it says `until`.
+    """
     processes = []
 
-    def run(*options: str, model: Path = tiny_model) -> Server:
+    def run(
+        *options: str,
+        model: Path = tiny_model,
+        before: str = "",
+        until: str = r"serving on (\S+)",
+    ) -> Server:
         log = tmp_path_factory.mktemp("server") / "log"
         given = [f"--adapter={name}={adapters[name]}" for name in ("one", "two")]
         command = ["serve", str(model), "--name=tiny", *given, "--port=0", "--dtype=float32"]
         command += ["--max-length=256", "--slots=3", "--max-adapters=3", *options]
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "qlora_jax.cli", *command],
+                [sys.executable, "-c", before + MAIN, *command],
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stderr=stderr,
                 stdout=subprocess.PIPE,
@@ -64,7 +85,7 @@ def start(
             )
         processes.append(process)
         deadline = time.monotonic() + 300
-        while not (found := re.search(r"serving on (\S+)", log.read_text())):
+        while not (found := re.search(until, log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,115 +1,16 @@
 """The endpoints over rows that never come to an end by themselves: hang-ups, limits, failures."""
 
 import concurrent.futures
-import contextlib
-import json
 import os
 import signal
-import socket
-import threading
 import time
 
-import numpy as np
 import openai
 import pytest
+from slow_service import Running, raw, served
 
-from qlora_jax.data import tokenizer
 from qlora_jax.errors import RunFailed, Terminated
-from qlora_jax.serve.app import Service
-from qlora_jax.serve.scheduler import Scheduler
-from qlora_jax.serve.server import http_server, listen, serve
-from qlora_jax.serve.worker import Worker
-
-LENGTH = 1_000_000
-
-
-class Slow:
-    """One row that says the same letter again and again, a burst in 10 ms."""
-
-    rows, length, vocabulary, stop_ids = 1, LENGTH, 246, frozenset()
-
-    def __init__(self):
-        self.open = set()
-        self.broken = False
-
-    def enter(self, row, prompt, adapter, settings):
-        self.open.add(row)
-        return ord("a")
-
-    def advance(self, steps):
-        if self.broken:
-            raise MemoryError("no memory")
-        time.sleep(0.01)
-        return np.full((1, steps), ord("a"), np.int32)
-
-    def leave(self, row):
-        self.open.discard(row)
-
-    def put_adapter(self, slot, updates):
-        raise AssertionError
-
-
-class Running:
-    """A service over a slow engine; `url` once it has a port."""
-
-    def __init__(self, text, waiting=1, timeout=600.0):
-        self.engine = Slow()
-        self.scheduler = Scheduler(self.engine, text.decode, base="base", slots=1, waiting=waiting)
-        self.listener = listen("127.0.0.1", 0)
-        self.port = self.listener.getsockname()[1]
-        self.service = Service(
-            worker=Worker(self.scheduler),
-            tokenizer=text,
-            linears={},
-            vocabulary=246,
-            length=LENGTH,
-            timeout=timeout,
-            loading=False,
-        )
-        self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60
-        )
-
-    def ask(self, **options):
-        options = {"max_tokens": 900_000, "stream": True} | options
-        return self.client.completions.create(model="base", prompt="abc", **options)
-
-    def until(self, condition):
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, "not within 60 s"
-            time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def text(tiny_model):
-    return tokenizer.load(tiny_model)
-
-
-@contextlib.contextmanager
-def served(text, **options):
-    running = Running(text, **options)
-    server = http_server(running.service, grace=0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [running.listener]})
-    running.service.worker.start()
-    thread.start()
-    try:
-        yield running
-    finally:
-        server.should_exit = True
-        thread.join()
-        if running.service.worker.alive:
-            running.service.worker.close()
-
-
-def raw(running, stream):
-    """A connection on which a long answer has begun."""
-    body = json.dumps({"model": "base", "prompt": "a", "max_tokens": 900_000, "stream": stream})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-    connection = socket.create_connection(("127.0.0.1", running.port), timeout=10)
-    connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
-    running.until(lambda: running.engine.open)
-    return connection
+from qlora_jax.serve.server import serve
 
 
 @pytest.mark.parametrize("stream", [True, False])

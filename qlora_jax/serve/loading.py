@@ -1,0 +1,50 @@
+"""Adapters read from folders that somebody else names."""
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlora_jax import paths
+from qlora_jax.errors import UserError
+from qlora_jax.formats.peft.adapter import CONFIG, WEIGHTS
+from qlora_jax.formats.updates import adapter_folder, read_updates
+from qlora_jax.lora.update import Updates
+
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+"""What a path may be instead of a regular file."""
+
+
+def read_regular(path: str, linears: Mapping[str, tuple[int, int]] | None = None) -> Updates:
+    """Reads an adapter as `read_updates` does, from regular files only.
+
+    A FIFO or a device may give no byte, or bytes without end. So the files are looked at before
+    they are opened.
+
+    Raises:
+      UserError: as `read_updates`; or a file is not regular.
+    """
+    try:
+        folder = adapter_folder(path)
+    except RuntimeError:  # of pathlib, for ~NAME
+        raise UserError(f"{path}: no such user here; give the folder's whole path") from None
+    for name in (CONFIG, WEIGHTS):
+        _check_regular(folder / name)
+    return read_updates(folder, linears)
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return  # who reads it says so
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "something else")
+        raise UserError(f"{path}: {kind} and no regular file; give the folder of an adapter")
