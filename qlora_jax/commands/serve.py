@@ -116,6 +116,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     """Loads the model and serves until a signal."""
+    from qlora_jax.serve.signals import until_signal
+
+    try:
+        service, listener, connections = until_signal(lambda: _ready(options))
+        _serve(options, service, listener, connections)
+    except (Terminated, KeyboardInterrupt) as e:
+        # A thread may be within a compilation or a read that does not end. Python would wait for
+        # it, or break down when it returns amid Python's end.
+        atexit.register(os._exit, e.code if isinstance(e, Terminated) else 128 + signal.SIGINT)
+        raise
+
+
+def _ready(options: argparse.Namespace) -> "tuple[Service, socket.socket, int]":
+    """What is served, where, and to how many connections at a time."""
     adapters = by_name(options.adapter)
     from qlora_jax.serve.connections import most_connections
     from qlora_jax.serve.door import read_keys
@@ -126,41 +140,34 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     listener = listen(options.host, options.port)
     try:
         warn_if_gpu_idle()
-        if keys is None and not on_loopback(listener):
+        loopback = on_loopback(listener)
+        if keys is None and not loopback:
             say(
                 f"warning: whoever reaches {address(listener)} may use it; --api-key-file asks for "
                 "a key"
             )
-        _serve(options, adapters, keys, listener, connections)
-    except (Terminated, KeyboardInterrupt) as e:
-        # A thread may be within a compilation or a read that does not end. Python would wait for
-        # it, or break down when it returns amid Python's end.
-        atexit.register(os._exit, e.code if isinstance(e, Terminated) else 128 + signal.SIGINT)
-        raise
-    finally:
+        checks = _checks(options, keys, loopback)
+        loading = options.allow_loading or loopback
+        return _service(options, adapters, checks, loading), listener, connections
+    except BaseException:
         listener.close()
+        raise
 
 
 def _serve(
-    options: argparse.Namespace,
-    adapters: dict[str, str],
-    keys: list[str] | None,
-    listener: socket.socket,
-    connections: int,
+    options: argparse.Namespace, service: "Service", listener: socket.socket, connections: int
 ) -> None:
-    from qlora_jax.serve.server import address, serve, until_signal
+    from qlora_jax.serve.server import address, serve
 
-    url, loopback = address(listener), on_loopback(listener)
-    checks = _checks(options, keys, loopback)
-    loading = options.allow_loading or loopback
-    service = until_signal(lambda: _service(options, adapters, checks, loading))
+    url = address(listener)
 
     def ready() -> None:
         say(f"serving on {url}")
         if options.json:
             print(json.dumps({"url": url}), flush=True)
 
-    serve(service, listener, grace=options.grace, connections=connections, on_ready=ready)
+    with listener:
+        serve(service, listener, grace=options.grace, connections=connections, on_ready=ready)
 
 
 def _checks(options: argparse.Namespace, keys: list[str] | None, loopback: bool) -> "list[Check]":

@@ -1,21 +1,18 @@
-"""The server's life: its port, its signals, its end."""
+"""The server's life: its port, its connections, its end."""
 
 import asyncio
 import contextlib
 import errno
-import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import uvicorn
 
 from qlora_jax.errors import RunFailed, Terminated, UserError
 from qlora_jax.serve.app import Service, application
 from qlora_jax.serve.connections import MOST, SURPLUS, Connection, Crowd, not_surplus
-from qlora_jax.serve.pool import Pool
-
-T = TypeVar("T")
+from qlora_jax.serve.signals import signals
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -77,30 +74,6 @@ def serve(
       RunFailed: the worker failed.
     """
     asyncio.run(_serve(service, listener, grace, connections, on_ready))
-
-
-def until_signal(function: Callable[[], T]) -> T:
-    """Calls a function in a thread of its own, which a signal leaves to itself.
-
-    In the main thread a signal would wait for the end of what runs there, such as a compilation.
-
-    Raises:
-      Terminated: at once, by SIGINT or SIGTERM.
-      Exception: what the function raises.
-    """
-    return asyncio.run(_until_signal(function))
-
-
-async def _until_signal(function: Callable[[], T]) -> T:
-    async with _signals(asyncio.get_running_loop()) as received:
-        result = asyncio.ensure_future(Pool("start", threads=1).run(function))
-        stopping = asyncio.ensure_future(received.wait())
-        await asyncio.wait({result, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if result.done():
-            return result.result()
-        result.cancel()
-        raise Terminated(received.number)
 
 
 class _Server(uvicorn.Server):
@@ -202,7 +175,7 @@ async def _serve(
         server.should_exit = True
 
     worker.on_failure = failed
-    async with _signals(loop) as received:
+    async with signals(loop) as received:
         worker.start()
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         on_ready()
@@ -217,29 +190,3 @@ async def _serve(
     if failures:
         raise RunFailed(f"decoding failed: {failures[0]}") from failures[0]
     raise Terminated(received.number)
-
-
-class _Received(asyncio.Event):
-    """Set by a signal, whose number it keeps."""
-
-    number = signal.SIGTERM
-
-
-@contextlib.asynccontextmanager
-async def _signals(loop: asyncio.AbstractEventLoop) -> AsyncIterator[_Received]:
-    """Inside, the first SIGINT or SIGTERM is noted; the next acts as if nobody listened."""
-    received, numbers = _Received(), (signal.SIGINT, signal.SIGTERM)
-
-    def note(number: signal.Signals) -> None:
-        received.number = number
-        received.set()
-        for n in numbers:
-            loop.remove_signal_handler(n)
-
-    for number in numbers:
-        loop.add_signal_handler(number, note, number)
-    try:
-        yield received
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

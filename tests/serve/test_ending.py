@@ -12,7 +12,8 @@ import pytest
 from slow_service import Running, connect, heard, post, raw, say_much
 
 from qlora_jax.errors import Terminated
-from qlora_jax.serve.server import serve, until_signal
+from qlora_jax.serve.server import serve
+from qlora_jax.serve.signals import until_signal
 
 CUT = "the server is stopping and cut this answer"
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
