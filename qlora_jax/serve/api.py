@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
+from qlora_jax import json_files
 from qlora_jax.data.records import Message
 from qlora_jax.serve.scheduler import Reason
 
@@ -206,7 +207,7 @@ def parse(kind: type[R], body: bytes) -> R:
       Problem: not JSON, or a field that is missing, unknown or not allowed.
     """
     try:
-        tree = _present(json.loads(body))
+        tree = _present(json_files.parse(body))
         json.dumps(tree, ensure_ascii=False).encode()  # refuses half a surrogate pair
     except (ValueError, RecursionError) as e:
         raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {e}") from None
