@@ -36,7 +36,8 @@ from qlora_jax.quant.qtensor import QTensor
 
 DTYPES = ("bfloat16", "float16")
 PREFETCH = 8
-"""Steps in which device memory answers, with a step of a third of a microsecond."""
+"""How many steps ahead a scale's code is brought to the level 2 cache. On an H200 3 and 16 took no
+less time."""
 EDGE = 64
 """Columns of W come in multiples of this; others are padded, which copies the codes."""
 
