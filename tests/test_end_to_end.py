@@ -28,6 +28,7 @@ METHODS = ("qlora", "lora", "full")
 PROMPT = "What does copytree 0 do?"
 RATES = {"qlora": 0.02, "lora": 0.02, "full": 0.003}
 LISTED = {
+    ".lock",
     "config.yaml",
     "manifest.json",
     "metrics.jsonl",

@@ -36,8 +36,8 @@ def read_updates(
         None asks for no model.
 
     Raises:
-      UserError: the folder cannot be read, holds another kind of adapter or values that are not
-        finite, or does not fit the model.
+      UserError: as `peft.read_adapter`; or it is another kind of adapter, or does not fit the
+        model.
     """
     folder = adapter_folder(path)
     updates = updates_of(folder, peft.read_adapter(folder))
@@ -58,8 +58,6 @@ def updates_of(folder: Path, stored: peft.AdapterSet) -> dict[str, Update]:
         _check_plain(folder, name, adapter)
         a, b = adapter.a[:, : adapter.rank], adapter.b[: adapter.rank]
         a, b = a.astype(np.float32), b.astype(np.float32)
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise UserError(f"{folder}: {name} holds NaN or Inf; export the adapter again")
         updates[name] = Update(a, b, peft.factor(adapter, stored.scaling))
     return updates
 

@@ -78,7 +78,7 @@ def test_a_number_of_an_adapter_that_is_none_is_named(
     name = sorted(tensors)[3]
     tensors[name].reshape(-1)[-1] = value
     save_file(tensors, path)
-    with pytest.raises(UserError, match=f"{name} holds NaN or infinity"):
+    with pytest.raises(UserError, match=f"{name} holds NaN or Inf"):
         read_adapter(adapter)
 
 

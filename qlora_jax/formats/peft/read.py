@@ -34,8 +34,9 @@ def read_adapter(folder: Path) -> AdapterSet:
     """Reads a LoRA or DoRA adapter in PEFT's format, in the dtypes it is stored in.
 
     Raises:
-      UserError: a file is missing or damaged, a tensor is missing, unexpected or of another shape
-        than the config says, or the config asks for something that is not LoRA or DoRA.
+      UserError: a file is missing or damaged, a tensor is missing, unexpected, not finite or of
+        another shape than the config says, or the config asks for something that is not LoRA or
+        DoRA.
     """
     config = read_config(folder / CONFIG)
     saved = tuple(config.get("modules_to_save") or ())
@@ -160,5 +161,5 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _finite(tensor: np.ndarray, key: str, path: Path) -> np.ndarray:
     if tensor.dtype.kind in "fV" and not np.isfinite(tensor).all():
-        raise UserError(f"{path}: {key} holds NaN or infinity; export the adapter again")
+        raise UserError(f"{path}: {key} holds NaN or Inf; export the adapter again")
     return tensor
