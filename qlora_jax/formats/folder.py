@@ -9,17 +9,16 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
 import numpy as np
-from safetensors.numpy import save_file
 
 from qlora_jax import json_files, paths
 from qlora_jax.atomic import atomic_folder
 from qlora_jax.data import tokenizer
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
+from qlora_jax.formats import tensors as tensors_
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.config_json import to_hugging_face
 from qlora_jax.formats.huggingface import CONFIG, INDEX, WEIGHTS
-from qlora_jax.formats.tensors import metadata
 
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
@@ -110,7 +109,7 @@ def _write_weights(
     total = size = 0
 
     def save() -> None:
-        save_file(waiting, folder / _shard(len(shards)), metadata=metadata(waiting))
+        tensors_.save(waiting, folder / _shard(len(shards)))
         shards.append(list(waiting))
         waiting.clear()
 

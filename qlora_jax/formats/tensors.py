@@ -6,12 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from qlora_jax import digests, json_files
 from qlora_jax.errors import UserError
 
 KEY = "qlora_jax.sha256"
 """Of the file's metadata; its value is a JSON object of names to digests."""
+
+
+def save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes tensors with their digests; equal tensors give equal bytes."""
+    save_file(tensors, path, metadata=metadata(tensors))
+    # safetensors writes the keys of the metadata in a random order
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json_files.parse(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def metadata(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:

@@ -81,3 +81,14 @@ def test_digests_that_are_no_object_are_refused(tmp_path: Path, text: str) -> No
     save_file({"a": np.ones(3)}, path, metadata={tensors.KEY: text})
     with pytest.raises(UserError, match="no JSON object"):
         read(path, "a")
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    arrays = {"ä": np.arange(6, dtype=np.float32), 'b"': np.ones((2, 3), ml_dtypes.bfloat16)}
+    written = set()
+    for i in range(20):
+        tensors.save(arrays, tmp_path / str(i))
+        written.add((tmp_path / str(i)).read_bytes())
+    assert len(written) == 1
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read(tmp_path / "0", name), array)

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from qlora_jax import paths
 from qlora_jax.atomic import atomic_folder
 from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Replaced, Scaling
 from qlora_jax.formats.peft.config import make_config
-from qlora_jax.formats.tensors import metadata
+from qlora_jax.formats.tensors import save
 
 NOTHING = Replaced()
 
@@ -68,7 +67,7 @@ def write_adapter(
         replaced=replaced,
     )
     with atomic_folder(folder) as new:
-        save_file(tensors, new / WEIGHTS, metadata=metadata(tensors))
+        save(tensors, new / WEIGHTS)
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
