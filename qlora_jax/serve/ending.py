@@ -34,7 +34,8 @@ class LastWords:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({answering, cut}, return_when=asyncio.FIRST_COMPLETED)
         cut.cancel()
-        if answering.done():
+        # the event loop's end cancels both, in any order
+        if answering.done() and not answering.cancelled():
             return answering.result()
         answering.cancel()
         with contextlib.suppress(TimeoutError):
