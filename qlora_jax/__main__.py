@@ -5,12 +5,10 @@ import signal
 import sys
 from typing import NoReturn
 
-INTERRUPTED = 130
-
 
 def _end(*_: object) -> NoReturn:
     os.write(2, b"qlora-jax: interrupted\n")
-    os._exit(INTERRUPTED)
+    os._exit(128 + signal.SIGINT)
 
 
 # Until a command begins nothing has been done, and what is imported may swallow KeyboardInterrupt.

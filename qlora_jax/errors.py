@@ -30,6 +30,10 @@ class Terminated(Exception):
         self.code = 128 + number
 
 
+FULL_MEMORY = "RESOURCE_EXHAUSTED"
+"""Part of XLA's error where the device's memory does not suffice."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,10 +1,10 @@
-"""Which tile of the Mosaic kernels is quickest on the GPU at hand?
+"""Times the tiles of the Mosaic kernels on the GPU at hand.
 
 Question: which tiles belong into MOSAIC_TILES of qlora_jax/kernels/tuning.py, and up to how many
   rows is a kernel quicker than decoding the weight first?
 Expected: with few rows blocks share the contraction, since there are fewer tiles than
   multiprocessors; with many rows tiles are large, since each tile decodes its part of the weight.
-Cost: a second or two for each tile, of which there are up to 13 for a number of rows.
+Cost: not measured in this form. On an H200, 224 products took 66 s, compiled by 20 processes.
 Command: python experiments/benchmarks/tiles.py --out docs/results/tiles-nvidia-h200.json
   --rows and --shapes choose products. Every product is compared with that of `xla`.
 """
@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,11 @@ from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.errors import UserError
 from qlora_jax.kernels import tuning
 from qlora_jax.kernels.tuning import MosaicTile
+from qlora_jax.memory.product import DIRECTIONS, Case
 from qlora_jax.quant import quantize
 from qlora_jax.sweep.table import markdown
 
 SHAPES = ((4096, 11008), (4096, 4096), (8192, 28672))
-DIRECTIONS = ("forward", "backward")
 L2 = 130_000_000
 """Bytes of codes that take turns, more than a level 2 cache holds."""
 
@@ -65,25 +65,10 @@ CANDIDATES: Mapping[int, Sequence[MosaicTile]] = {
 }
 """Rows to the tiles that are tried."""
 
-
-class Product(NamedTuple):
-    """x @ W (forward: x is [rows, k]) or g @ W.T (backward: g is [rows, n])."""
-
-    rows: int
-    k: int
-    n: int
-    direction: str
-
-    @property
-    def inner(self) -> int:
-        return self.k if self.direction == "forward" else self.n
-
-    @property
-    def outer(self) -> int:
-        return self.n if self.direction == "forward" else self.k
+FIELDS = ("rows", "k", "n", "direction")
 
 
-def measured(product: Product, sets: Sequence[Any]) -> list[dict[str, Any]]:
+def measured(product: Case, sets: Sequence[Any]) -> list[dict[str, Any]]:
     """Times decoding first and every candidate, in microseconds, and compares their results."""
     names: list[tuple[str, MosaicTile | None]] = [("xla", None)]
     names += [("mosaic", tile) for tile in CANDIDATES[product.rows] if fits(tile, product)]
@@ -92,7 +77,11 @@ def measured(product: Product, sets: Sequence[Any]) -> list[dict[str, Any]]:
     for (name, tile), outcome in zip(
         names, compile_all(programs(product, names, sets), lambda: True)
     ):
-        row = {**product._asdict(), "implementation": name, "tile": tile and tile._asdict()}
+        row = {
+            **{field: getattr(product, field) for field in FIELDS},
+            "implementation": name,
+            "tile": tile and tile._asdict(),
+        }
         try:
             program = usable(outcome)
             last = program(np.int32(1), sets)[-1].astype(jnp.float32)
@@ -107,7 +96,7 @@ def measured(product: Product, sets: Sequence[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def fits(tile: MosaicTile, product: Product) -> bool:
+def fits(tile: MosaicTile, product: Case) -> bool:
     """Whether a tile divides a product; backward, a byte of codes holds rows that are 32 apart."""
     return (
         product.inner % tile.c == 0
@@ -117,7 +106,7 @@ def fits(tile: MosaicTile, product: Product) -> bool:
 
 
 def programs(
-    product: Product, names: Sequence[tuple[str, MosaicTile | None]], sets: Sequence[Any]
+    product: Case, names: Sequence[tuple[str, MosaicTile | None]], sets: Sequence[Any]
 ) -> Iterator[Program]:
     """Yields a timed program for each implementation and tile; it is traced before the next."""
     for name, tile in names:
@@ -140,15 +129,15 @@ def weights(k: int, n: int) -> list[Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The three quickest of each product, and decoding first."""
     shown = []
-    by_product = itertools.groupby(rows, lambda row: [row[field] for field in Product._fields])
+    by_product = itertools.groupby(rows, lambda row: [row[field] for field in FIELDS])
     for _, group in by_product:
         timed = sorted((row for row in group if "us" in row), key=lambda row: row["us"])
         for i, row in enumerate(timed):
             if i < 3 or row["tile"] is None:
-                what = {field: row[field] for field in (*Product._fields, "implementation")}
+                what = {field: row[field] for field in (*FIELDS, "implementation")}
                 shown.append({**what, **(row["tile"] or {}), "us": round(row["us"], 1)})
     sizes = ("m", "o", "c", "stages", "blocks")
-    return markdown(shown, (*Product._fields, "implementation", *sizes, "us"))
+    return markdown(shown, (*FIELDS, "implementation", *sizes, "us"))
 
 
 def main() -> int:
@@ -161,12 +150,12 @@ def main() -> int:
     options = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise UserError("tiles.py: needs a GPU")
-    rows: list[dict[str, Any]] = []
+    gpu, rows = jax.devices()[0].device_kind, []
     for shape in options.shapes:
         k, n = map(int, shape.split("x"))
         own = weights(k, n)
         for count, direction in itertools.product(options.rows, DIRECTIONS):
-            product = Product(count, k, n, direction)
+            product = Case(gpu, "", count, k, n, "bfloat16", direction)
             keys = jax.random.split(jax.random.key(1), len(own))
             xs = [jax.random.normal(key, (count, product.inner), jnp.bfloat16) for key in keys]
             rows += measured(product, list(zip(xs, own)))

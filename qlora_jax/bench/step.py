@@ -19,7 +19,7 @@ from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, from_tree
 from qlora_jax.device import describe_devices, warn_if_gpu_idle
-from qlora_jax.errors import UserError, first_line
+from qlora_jax.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.manifest import git_state
 from qlora_jax.memory import accounts, fit
@@ -59,7 +59,7 @@ def run(options: Step) -> dict[str, Any]:
     try:
         return _measured(options)
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if FULL_MEMORY not in str(e):
             raise
         raise UserError(
             f"{options.model}: does not fit on {describe_devices()} ({first_line(e)}); give "

@@ -129,7 +129,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 
 def _ready(options: argparse.Namespace) -> "tuple[Service, socket.socket, int]":
-    """What is served, where, and to how many connections at a time."""
+    """Loads the model and opens the port; returns both and the most connections at a time."""
     adapters = by_name(options.adapter)
     from qlora_jax.serve.connections import most_connections
     from qlora_jax.serve.door import read_keys
@@ -171,7 +171,7 @@ def _serve(
 
 
 def _checks(options: argparse.Namespace, keys: list[str] | None, loopback: bool) -> "list[Check]":
-    """What each request is asked: by which name it calls the server, and for a key."""
+    """Returns what checks each request: its Host header, and its key."""
     from qlora_jax.serve.door import LOOPBACK, known_hosts, known_keys
 
     checks = []

@@ -185,7 +185,7 @@ def _check_quantization(quantized: Any, path: Path) -> None:
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """Which shard holds which tensor, by the index; empty where the weights are in one file."""
+    """Returns each tensor's shard by the index; nothing where the weights are in one file."""
     index = folder / INDEX
     if paths.is_file(folder / WEIGHTS) or not paths.is_file(index):
         return {}

@@ -12,7 +12,7 @@ from qlora_jax import digests, json_files
 from qlora_jax.errors import UserError
 
 KEY = "qlora_jax.sha256"
-"""Of the file's metadata; its value is a JSON object of names to digests."""
+"""The key in a file's metadata that holds the digests: a JSON object of names to digests."""
 
 
 def save(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -15,15 +15,12 @@ import orbax.checkpoint as ocp
 from qlora_jax import digests, paths
 from qlora_jax.atomic import storage_error
 from qlora_jax.digests import Damaged
-from qlora_jax.errors import UserError, first_line
+from qlora_jax.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.models.trees import flatten
 from qlora_jax.train import units
 from qlora_jax.train.step import State
 
 FOLDER = "checkpoints"
-FULL_MEMORY = "RESOURCE_EXHAUSTED"
-"""Part of XLA's error where the device's memory does not suffice."""
-
 ASIDE = "damaged-"
 """Begins the name of a checkpoint that was set aside; its step follows."""
 

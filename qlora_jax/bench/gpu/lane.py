@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_jax.bench.gpu import record
 from qlora_jax.bench.gpu.record import Recorder
-from qlora_jax.errors import OutOfTime, first_line
+from qlora_jax.errors import FULL_MEMORY, OutOfTime, first_line
 from qlora_jax.kernels.fused import half_dtype
 
 FULL, REHEARSAL = "full", "rehearsal"
@@ -36,9 +36,6 @@ LOST = (
 
 HANGS = 20
 """Seconds after which a check or a timing counts as hanging; each takes one or two."""
-
-FULL_MEMORY = "RESOURCE_EXHAUSTED"
-"""Part of XLA's error where the device's memory does not suffice."""
 
 SLOWER = {FULL: 1, REHEARSAL: 5}
 """Times a limit that something may take, by scale: a CPU has few cores, and others use them."""

@@ -21,7 +21,7 @@ Flag = Annotated[bool, Field(strict=True)] | None
 
 @with_config(ConfigDict(extra="allow"))
 class Settings(TypedDict):
-    """What is read of adapter_config.json, by PEFT's names; the rest is kept as it is."""
+    """Holds the keys of adapter_config.json that are read, by PEFT's names. Others are kept."""
 
     r: Rank
     lora_alpha: Factor
@@ -105,8 +105,8 @@ def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, wher
 
     Args:
       patterns: keys and their values.
-      path: of a module.
-      default: what no key matches gets.
+      path: the module's.
+      default: returned if no key matches.
       where: the file and key that the patterns are from, for messages.
 
     Raises:
