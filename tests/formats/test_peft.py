@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path: Path, monkeypatch) -> N
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr("qlora_jax.formats.peft.write.save_file", fail)
+    monkeypatch.setattr("qlora_jax.formats.peft.write.save", fail)
     with pytest.raises(RuntimeError):
         write_adapter(tmp_path / "a", {UP1: make(2, 8)}, base_name="m")
     assert list(read_adapter(tmp_path / "a").adapters) == [Q0]

@@ -1,6 +1,7 @@
 """Adapters that are loaded by request, from files that give no byte or no end of them."""
 
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import signal
@@ -23,8 +24,9 @@ def fifo(path):
 
 
 def unix_socket(path):
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(os.path.relpath(path))  # such a path is at most 107 bytes
+    # By its name alone: the path of a socket is at most 107 bytes.
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(path.name)
 
 
 def endless(path):
