@@ -1,6 +1,7 @@
 """Where the answers lie in a rendered conversation."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from qlora_jax.data.records import Message
 from qlora_jax.data.tokenizer import Tokenizer
@@ -11,22 +12,33 @@ Span = tuple[int, int]
 
 def render_with_answers(
     messages: Sequence[Message], tokenizer: Tokenizer
-) -> tuple[str, list[Span]]:
-    """The conversation through the chat template, and the character span of each answer.
+) -> tuple[str, Callable[[int], list[Span]]]:
+    """Renders a conversation through the chat template.
 
-    A span starts where generation would start and ends after the end-of-turn text. It comes from
-    the template's own `{% generation %}` blocks, or else from rendering the conversation up to the
-    answer and through it. An assistant's turn at the very start answers nothing and has no span.
+    Returns:
+      The text, and a function that returns the character spans of the answers that start before
+      a character. A span starts where generation would start and ends after the end-of-turn text.
+      It comes from the template's own `{% generation %}` blocks, or else from rendering the
+      conversation up to the answer and through it. An assistant's turn at the very start answers
+      nothing and has no span.
 
     Raises:
-      UserError: no template, or one under which an answer cannot be located.
+      UserError: no template, or one that refuses the conversation. The function raises it for a
+        template under which an answer cannot be located.
     """
     if tokenizer.template_marks_answers:
         text, marked = tokenizer.render_marked(messages)
-        return text, [(start, _after_stop(text, end, tokenizer)) for start, end in marked]
+        spans = [(start, _after_stop(text, end, tokenizer)) for start, end in marked]
+        return text, lambda end: [span for span in spans if span[0] < end]
     text = tokenizer.render(messages, add_generation_prompt=False)
     turns = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant"]
-    return text, [_span(text, messages, i, tokenizer) for i in turns]
+
+    def answers(end: int) -> list[Span]:
+        # Each answer takes two renderings of all before it: those after the end are not looked for.
+        spans = (_span(text, messages, turn, tokenizer) for turn in turns)
+        return list(itertools.takewhile(lambda span: span[0] < end, spans))
+
+    return text, answers
 
 
 def _span(text: str, messages: Sequence[Message], turn: int, tokenizer: Tokenizer) -> Span:

@@ -1,7 +1,8 @@
 """From records to token ids and the mask of those that carry loss."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -56,14 +57,15 @@ class Layout:
 
     Attributes:
       text: what is tokenized.
-      answers: character spans of the parts that are answers.
+      answers: returns the character spans of the answers that start before a character; raises
+        UserError if one cannot be located.
       bos: a begin-of-text id is put in front if the tokenizer uses one.
       eos: an end-of-text id is appended unless the last answer ends generation itself.
       chunked: a text over length becomes several examples instead of being cut.
     """
 
     text: str
-    answers: list[Span]
+    answers: Callable[[int], list[Span]]
     bos: bool
     eos: bool
     chunked: bool = False
@@ -99,7 +101,9 @@ def encode(
         layouts = [lay_out(record, tokenizer, config) for record in batch]
         encoded = tokenizer.encode_batch([layout.text for layout in layouts])
         for record, layout, (ids, offsets) in zip(batch, layouts, encoded):
-            whole = _finish(layout, ids, offsets, tokenizer, config.loss_on == "all")
+            with _naming(record):
+                spans = layout.answers(_end(layout, offsets, config.sequence_length + 1))
+            whole = _finish(layout, ids, mark(offsets, spans), tokenizer, config.loss_on == "all")
             truncated += not layout.chunked and len(whole.ids) > config.sequence_length + 1
             for example in _fit(whole, config.sequence_length + 1, layout.chunked):
                 if example.target.any():
@@ -146,20 +150,29 @@ def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
     """
     messages = conversation(record, tokenizer, config)
     if messages is not None:
-        try:
+        with _naming(record):
             text, answers = render_with_answers(messages, tokenizer)
-        except UserError as e:
-            raise UserError(f"{record.where}: {e}") from None
         return Layout(
             text=text, answers=answers, bos=False, eos=messages[-1]["role"] == "assistant"
         )
     if isinstance(record, Prompt):
         prompt = raw_prompt(record.prompt, config.system_prompt)
-        text = prompt + record.completion
-        return Layout(text=text, answers=[(len(prompt), len(text))], bos=True, eos=True)
+        text, start = prompt + record.completion, len(prompt)
+        return Layout(text=text, answers=lambda _: [(start, len(text))], bos=True, eos=True)
     assert isinstance(record, Text)
     text = record.text
-    return Layout(text=text, answers=[(0, len(text))], bos=True, eos=record.ends, chunked=True)
+    return Layout(
+        text=text, answers=lambda _: [(0, len(text))], bos=True, eos=record.ends, chunked=True
+    )
+
+
+@contextlib.contextmanager
+def _naming(record: Record) -> Iterator[None]:
+    """Inside, the message of a UserError starts with the record's place."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{record.where}: {e}") from None
 
 
 def raw_prompt(prompt: str, system_prompt: str | None) -> str:
@@ -180,10 +193,15 @@ def mark(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     return target
 
 
+def _end(layout: Layout, offsets: np.ndarray, limit: int) -> int:
+    """Returns the character after the last token that is kept of a layout."""
+    cut = not layout.chunked and len(offsets) > limit
+    return int(offsets[limit - 1, 1]) if cut else len(layout.text)
+
+
 def _finish(
-    layout: Layout, ids: list[int], offsets: np.ndarray, tokenizer: Tokenizer, loss_on_all: bool
+    layout: Layout, ids: list[int], target: np.ndarray, tokenizer: Tokenizer, loss_on_all: bool
 ) -> Example:
-    target = mark(offsets, layout.answers)
     answered = np.flatnonzero(target)
     stopped = len(answered) > 0 and ids[answered[-1]] in tokenizer.stop_ids
     head = [tokenizer.bos_id] if layout.bos and tokenizer.bos_id is not None else []

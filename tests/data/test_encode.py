@@ -259,3 +259,34 @@ def test_stats_add_up(tokenizer, data_config):
     assert stats.examples == len(examples) == 600
     assert stats.tokens == sum(len(e.ids) for e in examples)
     assert stats.target_tokens == sum(e.target.sum() for e in examples)
+
+
+@pytest.mark.parametrize("length", [7, 12, 40, 61, 200])
+def test_a_long_chat_is_cut_as_if_all_its_answers_were_located(tokenizer, data_config, length):
+    turns = [turn for i in range(8) for turn in (("user", f"q{i}"), ("assistant", f"a{i}"))]
+    chat = Chat(messages=tuple({"role": role, "content": text} for role, text in turns))
+    (whole,), _ = encode([chat], tokenizer, data_config(sequence_length=1000))
+    examples, stats = encode(
+        [chat], tokenizer, data_config(sequence_length=length, on_no_target="drop")
+    )
+    cut = whole.target[: length + 1]
+    assert len(examples) == cut.any()
+    assert stats.target_tokens == cut.sum()
+    for example in examples:
+        np.testing.assert_array_equal(example.ids, whole.ids[: length + 1])
+        np.testing.assert_array_equal(example.target, cut)
+
+
+def test_renderings_do_not_grow_with_the_turns(tokenizer, data_config, monkeypatch):
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    rendered = []
+    of_class = type(tokenizer).render
+
+    def render(self, messages, add_generation_prompt):
+        rendered.append(len(messages))
+        return of_class(self, messages, add_generation_prompt)
+
+    monkeypatch.setattr(type(tokenizer), "render", render)
+    encode([Chat(messages=turns * 5000)], tokenizer, data_config(sequence_length=64))
+    assert rendered[0] == 10_000
+    assert sum(rendered[1:]) < 64**2
