@@ -28,7 +28,7 @@ from qlora_jax.commands import (
     train,
 )
 from qlora_jax.errors import RunFailed, Terminated, UserError
-from qlora_jax.streams import outlets
+from qlora_jax.streams import outlets, printable
 from qlora_jax.train.interrupt import Stopped
 
 COMMANDS: Mapping[str, ModuleType] = {
@@ -89,7 +89,7 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
 def _fail(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    print(f"qlora-jax: {' '.join(message.split())}", file=sys.stderr)
+    print(f"qlora-jax: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,10 +1,15 @@
-"""stdout and stderr whose reader may go away, as `| head` does."""
+"""stdout and stderr whose reader may go away, as `| head` does, and text that is safe to show."""
 
 import contextlib
+import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
+
+ACTED_UPON = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+"""Control characters, halves of surrogate pairs, and marks that turn the direction of text."""
 
 
 class _Outlet:
@@ -37,6 +42,19 @@ class _Outlet:
         return getattr(self._stream, name)
 
 
+def printable(text: str) -> str:
+    """Escapes what a terminal would act upon, tabs and line ends excepted.
+
+    Names and texts from elsewhere may hold codes that move the cursor or hide what is printed.
+    """
+    return ACTED_UPON.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def to_read(text: str) -> str:
+    """Returns text for stdout: as it is for a file or a program, `printable` for a terminal."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 def open_closed() -> None:
     """Opens the null device in place of each standard stream that is closed from the start.
 
@@ -56,9 +74,13 @@ def open_closed() -> None:
 def outlets() -> Iterator[None]:
     """Inside, a closed stdout or stderr ends nothing: what nobody reads is dropped.
 
-    Of stdout only a reader that went away is forgiven: results that do not fit on a disk are lost.
+    Characters that a stream's encoding lacks are escaped. Of stdout only a reader that went away
+    is forgiven: results that do not fit on a disk are lost.
     """
     open_closed()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # and not what a test puts there
+            stream.reconfigure(errors="backslashreplace")
     with contextlib.ExitStack() as stack:
         out = _Outlet(sys.stdout, BrokenPipeError)
         err = _Outlet(sys.stderr, OSError)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -27,6 +28,10 @@ if compilation.FOLDER not in os.environ:
     os.environ[compilation.FOLDER] = tempfile.mkdtemp()
     os.environ |= compilation.SETTINGS
     atexit.register(shutil.rmtree, os.environ[compilation.FOLDER], ignore_errors=True)
+
+# Where a first example compiles, or the machine is busy, an example's time says nothing.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 LLAMA = Path(__file__).parent / "golden" / "models" / "llama"

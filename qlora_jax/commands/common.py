@@ -11,6 +11,7 @@ from typing import TypeVar, get_args
 from qlora_jax import config as configs
 from qlora_jax import paths
 from qlora_jax.errors import UserError
+from qlora_jax.streams import printable
 from qlora_jax.train import rundir
 
 N = TypeVar("N", int, float)
@@ -20,7 +21,7 @@ CHANGED = "A config's settings can be changed by --section.key=value, as for tra
 
 def say(line: str) -> None:
     """Prints a line for the user, beside the results."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def warn_if_gpu_idle() -> None:

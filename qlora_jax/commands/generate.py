@@ -16,6 +16,7 @@ from qlora_jax.commands.common import (
     warn_if_gpu_idle,
 )
 from qlora_jax.errors import UserError
+from qlora_jax.streams import to_read
 from qlora_jax.train import rundir
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if options.json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(options.prompt, answers)]))
         return
-    print("\n\n".join(answers))
+    print(to_read("\n\n".join(answers)))
 
 
 def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
@@ -102,7 +103,7 @@ def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
         return
     for row in rows:
         where = f" | {row['prompt']}" if len(options.prompt) > 1 else ""
-        print(f"[{row['adapter'] or 'base'}{where}]\n{row['answer']}\n")
+        print(to_read(f"[{row['adapter'] or 'base'}{where}]\n{row['answer']}\n"))
 
 
 def _answers(

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if options.preview is not None:
         from qlora_jax.data.preview import preview
 
-        checkpoint, text = open_model(config)
+        checkpoint, text = open_model(config, say)
         data = read_data(config, text, checkpoint.config.max_positions)
         Console().print(preview(data.train, text, options.preview))
         say(describe_data(data))

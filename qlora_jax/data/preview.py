@@ -7,6 +7,7 @@ from rich.text import Text
 
 from qlora_jax.data.encode import Example
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.streams import printable
 
 OPEN, CLOSE = "⟦", "⟧"
 
@@ -32,7 +33,7 @@ def marked(example: Example, tokenizer: Tokenizer) -> Text:
     edges = np.flatnonzero(np.diff(example.target)) + 1
     out = Text()
     for ids, target in zip(np.split(example.ids, edges), np.split(example.target, edges)):
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        text = printable(tokenizer.decode(ids, skip_special_tokens=False))
         if target[0]:
             out.append(f"{OPEN}{text}{CLOSE}", "green")
         else:

@@ -3,16 +3,17 @@
 import dataclasses
 import datetime
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlora_jax import json_files, paths
+from qlora_jax.data import template_trial
 from qlora_jax.data.records import Message
 from qlora_jax.errors import UserError, first_line
-from qlora_jax.formats.quiet import quiet_transformers
+from qlora_jax.formats.quiet import loading_tokenizer, quiet_transformers
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """Of these a folder has one at least."""
@@ -28,8 +29,8 @@ FILES = (
     "chat_template*",
 )
 """Patterns of all that `load` may read in a folder, transformers included."""
-PANIC = "PanicException"
-"""Raised by tokenizers, which is written in Rust, for input it did not expect. No `Exception`."""
+SAMPLING = ("dropout", "alpha", "nbest_size")
+"""Settings of a tokenizer's model, BPE or Unigram, that make its ids random."""
 
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
 TODAY = datetime.date(2024, 7, 26)
@@ -106,8 +107,6 @@ class Tokenizer:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, marked: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
         """`render`, and the character spans inside the template's `{% generation %}` blocks."""
-        import jinja2
-
         with quiet_transformers():
             from transformers.utils.chat_template_utils import render_jinja_template
         if self.template is None:
@@ -124,7 +123,7 @@ class Tokenizer:
                 return_assistant_tokens_mask=marked,
                 **self.fast.special_tokens_map,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as e:
+        except Exception as e:  # a template is a program and raises what it likes
             raise UserError(
                 f"the chat template of {self.source} refuses it: {first_line(e)}"
             ) from None
@@ -137,8 +136,12 @@ class Tokenizer:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template or "") is not None
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | Path, warn: Callable[[str], None] = lambda line: None) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or of a .gguf file.
+
+    Args:
+      path: the folder or file.
+      warn: called with a line for the user, if some of it is not used as it is.
 
     Raises:
       UserError: no tokenizer there, or one that cannot be used.
@@ -152,30 +155,43 @@ def load(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: no such folder; a tokenizer is a Hugging Face folder or a .gguf")
     if not any(paths.is_file(path / name) for name in FOLDER_FILES):
         raise UserError(f"{path}: no tokenizer.json in it; copy the tokenizer's files there")
+    with loading_tokenizer(path, "download it again, with its tokenizer.json"):
+        fast = _from_folder(path)
+    if not getattr(fast, "is_fast", False):
+        raise UserError(f"{path}: the tokenizer has no fast version; add its tokenizer.json")
+    if sampling := _stop_sampling(fast):
+        warn(
+            f"warning: {path}: {' and '.join(sampling)} of tokenizer.json would give other ids for "
+            "the same text each time; switched off"
+        )
+    return wrap(fast, str(path), _end_ids(path))
 
+
+def _from_folder(path: Path) -> Any:
     with quiet_transformers():
         from transformers import AutoTokenizer
     try:
         # without trust_remote_code it would ask, and run what the folder brings after a yes
-        fast = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except BaseException as e:  # transformers raises a dozen types here, tokenizers its own
-        if not isinstance(e, Exception) and type(e).__name__ != PANIC:
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
             raise
-        if "trust_remote_code" in str(e):
-            raise UserError(
-                f"{path}: the tokenizer needs code that the folder brings (auto_map in "
-                "tokenizer_config.json), and such code is never run; if tokenizer.json is all "
-                "that it needs, remove auto_map"
-            ) from None
         raise UserError(
-            f"{path}: the tokenizer cannot be loaded ({first_line(e)}); download it again, "
-            "with its tokenizer.json"
+            f"{path}: the tokenizer needs code that the folder brings (auto_map in "
+            "tokenizer_config.json), and such code is never run; if tokenizer.json is all "
+            "that it needs, remove auto_map"
         ) from None
-    if not getattr(fast, "is_fast", False):
-        raise UserError(f"{path}: the tokenizer has no fast version; add its tokenizer.json")
-    return wrap(fast, str(path), _end_ids(path))
+
+
+def _stop_sampling(fast: Any) -> list[str]:
+    """Switches off what makes a tokenizer's ids random, and returns its names."""
+    model = fast.backend_tokenizer.model
+    found = [name for name in SAMPLING if getattr(model, name, None)]
+    for name in found:
+        setattr(model, name, None)
+    return found
 
 
 def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
@@ -188,11 +204,16 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
         the first stands in for an eos that the tokenizer does not name.
 
     Raises:
-      UserError: no end-of-text token is known.
+      UserError: no end-of-text token is known, or the chat template needs too much time or memory.
     """
     fast.backend_tokenizer.no_truncation()
     fast.backend_tokenizer.no_padding()
     vocabulary = fast.get_vocab()
+    if shared := len(vocabulary) - len(set(vocabulary.values())):
+        raise UserError(
+            f"{source}: {shared} of the tokenizer's {len(vocabulary)} tokens have the id of "
+            "another; download it again"
+        )
     eos = fast.eos_token_id if fast.eos_token_id is not None else next(iter(end_ids), None)
     if eos is None:
         raise UserError(
@@ -210,6 +231,8 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
         vocab_size=max(vocabulary.values()) + 1,
         template=_chat_template(fast),
     )
+    if tokenizer.template is not None:
+        template_trial.check(tokenizer.template, source)
     turn = _end_of_turn(tokenizer)
     if turn is None or turn in tokenizer.stop_ids:
         return tokenizer

@@ -5,11 +5,14 @@ pre-tokenizer. What each name means is data here.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gguf import TokenType
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from tokenizers import (
     AddedToken,
     Regex,
@@ -23,15 +26,40 @@ from tokenizers import (
 
 from qlora_jax.errors import UserError
 from qlora_jax.formats.gguf_header import read_header
-from qlora_jax.formats.quiet import quiet_transformers
+from qlora_jax.formats.quiet import loading_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PREFIX = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
+NO_ID = (-1, 2**32 - 1)
 REQUIRED = {"gpt2": ("tokens", "merges"), "llama": ("tokens", "scores")}
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SPACE = "▁"
+
+
+def _different(tokens: list[str]) -> list[str]:
+    if len(set(tokens)) < len(tokens):
+        token, count = Counter(tokens).most_common(1)[0]
+        raise ValueError(f"{token!r:.80} is there {count} times")
+    return tokens
+
+
+def _id(value: Any) -> Any:
+    return None if value in NO_ID else value
+
+
+def _two(merge: str) -> str:
+    if " " not in merge:
+        raise ValueError("a merge is two tokens with a space between")
+    return merge
+
+
+Tokens = Annotated[list[str], Field(min_length=1), AfterValidator(_different)]
+Id = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_id)]
+Kind = Annotated[int, Field(ge=0, le=max(TokenType))]
+Merge = Annotated[str, AfterValidator(_two)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +100,78 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 """Values of `tokenizer.ggml.pre`."""
 
 
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+class Vocabulary:
+    """The metadata of a tokenizer, by its names under `tokenizer.ggml.`.
+
+    Ids are below the number of tokens; -1, which llama.cpp writes for none, is read as None.
+    """
+
+    model: Literal["gpt2", "llama"]
+    tokens: Tokens
+    pre: str | None = None
+    merges: list[Merge] | None = None
+    scores: list[float] | None = None
+    token_type: list[Kind] | None = None
+    bos_token_id: Id = None
+    eos_token_id: Id = None
+    unknown_token_id: Id = None
+    padding_token_id: Id = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool = False
+    add_space_prefix: bool = True
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Tokens to their ids."""
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    @property
+    def types(self) -> list[int]:
+        """A `gguf.TokenType` for each token."""
+        return self.token_type or [TokenType.NORMAL] * len(self.tokens)
+
+
+def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
+    """Checks the metadata of a tokenizer.
+
+    Raises:
+      UserError: naming `where` and what is missing, of another type or length, or out of range.
+    """
+    found = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+    kind = found.get("model")
+    if kind not in REQUIRED:
+        raise UserError(
+            f"{where}: tokenizer {kind!r} is not supported; supported: {', '.join(REQUIRED)}"
+        )
+    if absent := [key for key in REQUIRED[kind] if key not in found]:
+        raise UserError(f"{where}: metadata {PREFIX}{absent[0]} is missing; give another GGUF file")
+    names = {field.name for field in dataclasses.fields(Vocabulary)}
+    try:
+        vocabulary = Vocabulary(**{k: v for k, v in found.items() if k in names})
+    except ValidationError as e:
+        problem = e.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"{where}: metadata {PREFIX}{key} {problem['input']!r:.80}: {problem['msg']}; "
+            "download it again"
+        ) from None
+    size = len(vocabulary.tokens)
+    for key in ("scores", "token_type"):
+        if (values := getattr(vocabulary, key)) is not None and len(values) != size:
+            raise UserError(
+                f"{where}: metadata {PREFIX}{key} has {len(values)} entries for {size} tokens; "
+                "download it again"
+            )
+    for role in ROLES.values():
+        if (id := getattr(vocabulary, f"{role}_token_id")) is not None and id >= size:
+            raise UserError(
+                f"{where}: metadata {PREFIX}{role}_token_id is {id}, and there are {size} tokens; "
+                "download it again"
+            )
+    return vocabulary
+
+
 def load_fast_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer in a .gguf file, with its special tokens and chat template.
 
@@ -79,54 +179,50 @@ def load_fast_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
       UserError: a damaged file, or a tokenizer of another kind than those known here.
     """
     metadata = read_header(path).metadata
-    tokenizer = build(metadata, str(path))
-    tokens = metadata[f"{PREFIX}tokens"]
-    roles = {role: metadata.get(f"{PREFIX}{key}_token_id") for role, key in ROLES.items()}
+    vocabulary = read_vocabulary(metadata, str(path))
+    template = metadata.get(TEMPLATE)
+    if not isinstance(template, str | None):
+        raise UserError(f"{path}: metadata {TEMPLATE} is no text; download it again")
+    roles = {role: getattr(vocabulary, f"{key}_token_id") for role, key in ROLES.items()}
     with quiet_transformers():
         from transformers import PreTrainedTokenizerFast
 
+    with loading_tokenizer(path, "download it again"):
         return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            chat_template=metadata.get("tokenizer.chat_template"),
+            tokenizer_object=build(vocabulary, str(path)),
+            chat_template=template,
             clean_up_tokenization_spaces=False,
-            **{f"{role}_token": tokens[i] for role, i in roles.items() if i is not None},
+            **{f"{role}_token": vocabulary.tokens[i] for role, i in roles.items() if i is not None},
         )
 
 
-def build(metadata: Mapping[str, Any], where: str) -> Tokenizer:
-    """The same from metadata already read, as a bare `tokenizers.Tokenizer`.
+def build(vocabulary: Vocabulary, where: str) -> Tokenizer:
+    """Builds a bare `tokenizers.Tokenizer`.
 
     Raises:
-      UserError: naming `where` and the metadata that is missing or not supported.
+      UserError: naming `where` and what is not supported.
     """
-    kind = metadata.get(f"{PREFIX}model")
-    if kind not in REQUIRED:
-        raise UserError(
-            f"{where}: tokenizer {kind!r} is not supported; supported: {', '.join(REQUIRED)}"
-        )
-    if absent := [key for key in REQUIRED[kind] if f"{PREFIX}{key}" not in metadata]:
-        raise UserError(f"{where}: metadata {PREFIX}{absent[0]} is missing; give another GGUF file")
-    tokens = metadata[f"{PREFIX}tokens"]
-    types = metadata.get(f"{PREFIX}token_type") or [TokenType.NORMAL] * len(tokens)
-    if kind == "gpt2":
-        tokenizer, add_bos = _byte_level(metadata, where)
+    if vocabulary.model == "gpt2":
+        tokenizer, add_bos = _byte_level(vocabulary, where)
     else:
-        tokenizer, add_bos = _sentencepiece(metadata, types), True
-    _add_tokens(tokenizer, tokens, types)
-    _add_ends(tokenizer, metadata, add_bos)
+        tokenizer, add_bos = _sentencepiece(vocabulary), True
+    _add_tokens(tokenizer, vocabulary)
+    _add_ends(tokenizer, vocabulary, add_bos)
     return tokenizer
 
 
-def _byte_level(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, bool]:
-    name = metadata.get(f"{PREFIX}pre")
-    pre = PRE_TOKENIZERS.get(str(name))
+def _byte_level(vocabulary: Vocabulary, where: str) -> tuple[Tokenizer, bool]:
+    pre = PRE_TOKENIZERS.get(str(vocabulary.pre))
     if pre is None:
         raise UserError(
-            f"{where}: pre-tokenizer {name!r} is not known; known: {', '.join(PRE_TOKENIZERS)}"
+            f"{where}: pre-tokenizer {vocabulary.pre!r} is not known; "
+            f"known: {', '.join(PRE_TOKENIZERS)}"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata[f"{PREFIX}merges"]]
+    merges = [
+        (left, right) for left, _, right in (m.partition(" ") for m in vocabulary.merges or ())
+    ]
     tokenizer = Tokenizer(
-        models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=pre.ignore_merges)
+        models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre.ignore_merges)
     )
     steps: list[Any] = [pre_tokenizers.Digits(True)] if pre.single_digits else []
     if pre.split is not None:
@@ -139,21 +235,23 @@ def _byte_level(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, boo
     return tokenizer, pre.add_bos
 
 
-def _sentencepiece(metadata: Mapping[str, Any], types: Sequence[int]) -> Tokenizer:
-    vocabulary = _vocabulary(metadata)
-    tokens, scores = metadata[f"{PREFIX}tokens"], metadata[f"{PREFIX}scores"]
-    pieces = {t: s for t, s, kind in zip(tokens, scores, types) if kind == TokenType.NORMAL}
-    unknown = metadata.get(f"{PREFIX}unknown_token_id", 0)
+def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
+    tokens, scores = vocabulary.tokens, vocabulary.scores or ()
+    pieces = {
+        token: score
+        for token, score, kind in zip(tokens, scores, vocabulary.types)
+        if kind == TokenType.NORMAL
+    }
     tokenizer = Tokenizer(
         models.BPE(
-            vocab=vocabulary,
+            vocab=vocabulary.ids,
             merges=merges_from_scores(pieces),
-            unk_token=tokens[unknown],
+            unk_token=tokens[vocabulary.unknown_token_id or 0],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefixed = metadata.get(f"{PREFIX}add_space_prefix", True)
+    prefixed = vocabulary.add_space_prefix
     # Not Metaspace, which adds no space to a text that starts with one; SentencePiece does.
     prepend = [normalizers.Prepend(SPACE)] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
@@ -179,14 +277,12 @@ def merges_from_scores(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
-    return {token: i for i, token in enumerate(metadata[f"{PREFIX}tokens"])}
-
-
-def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     added = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
     marked = [
-        (token, added[TokenType(kind)]) for token, kind in zip(tokens, types) if kind in added
+        (token, added[TokenType(kind)])
+        for token, kind in zip(vocabulary.tokens, vocabulary.types)
+        if kind in added
     ]
     for special in (True, False):
         chosen = [
@@ -195,19 +291,16 @@ def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(chosen)
 
 
-def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], add_bos: bool) -> None:
-    tokens = metadata[f"{PREFIX}tokens"]
-    wanted = {
-        "bos": metadata.get(f"{PREFIX}add_bos_token", add_bos),
-        "eos": metadata.get(f"{PREFIX}add_eos_token", False),
-    }
-    ids = {end: metadata.get(f"{PREFIX}{end}_token_id") for end in wanted}
-    used = {end: ids[end] for end in wanted if wanted[end] and ids[end] is not None}
-    if not used:
+def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, add_bos: bool) -> None:
+    if vocabulary.add_bos_token is not None:
+        add_bos = vocabulary.add_bos_token
+    bos = vocabulary.bos_token_id if add_bos else None
+    eos = vocabulary.eos_token_id if vocabulary.add_eos_token else None
+    if bos is None and eos is None:
         return
-    before, after = ([tokens[used[end]]] if end in used else [] for end in ("bos", "eos"))
+    before, after = ([] if id is None else [vocabulary.tokens[id]] for id in (bos, eos))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *before, "$B:1", *after],
-        special_tokens=[(tokens[i], i) for i in used.values()],
+        special_tokens=[(vocabulary.tokens[id], id) for id in (bos, eos) if id is not None],
     )

@@ -1,8 +1,14 @@
-"""Importing transformers without its remark that PyTorch is not installed."""
+"""Importing transformers without its remarks, and telling what it and tokenizers raise."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_jax.errors import UserError, first_line
+
+PANIC = "PanicException"
+"""Raised by tokenizers, which is written in Rust, for input it did not expect. No `Exception`."""
 
 
 @contextlib.contextmanager
@@ -18,3 +24,18 @@ def quiet_transformers() -> Iterator[None]:
             del os.environ[key]
         else:
             os.environ[key] = before
+
+
+@contextlib.contextmanager
+def loading_tokenizer(path: Path, remedy: str) -> Iterator[None]:
+    """Inside, what transformers or tokenizers raises becomes a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as e:  # transformers raises a dozen types here, tokenizers its own
+        if not isinstance(e, Exception) and type(e).__name__ != PANIC:
+            raise
+        raise UserError(
+            f"{path}: the tokenizer cannot be loaded ({first_line(e)}); {remedy}"
+        ) from None

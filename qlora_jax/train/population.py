@@ -150,7 +150,7 @@ def train_population(
       UserError: members that differ in more, or settings that a population does not have.
     """
     configs = member_configs(config, members, data_seed)
-    checkpoint, text = open_model(config)
+    checkpoint, text = open_model(config, say)
     data = read_data(config, text, checkpoint.config.max_positions)
     model, _ = load_model(config, checkpoint, say)
     rows, size = config.train.eval_rows, config.train.batch_size

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_jax.atomic import atomic_write, write_text
+from qlora_jax.streams import printable
 from qlora_jax.train.display import duration
 from qlora_jax.train.metrics import read_metrics
 
@@ -100,15 +101,15 @@ def print_samples(console: Console, samples: Sequence[Sample]) -> None:
     """Shows each sample's answers side by side."""
     for sample in samples:
         table = Table(
-            title=Text(sample.prompt, style="bold"),
+            title=Text(printable(sample.prompt), style="bold"),
             title_justify="left",
-            caption=Text(f"in the data: {sample.reference}"),
+            caption=Text(f"in the data: {printable(sample.reference)}"),
             caption_justify="left",
             expand=True,
         )
         table.add_column("before", ratio=1, overflow="fold")
         table.add_column("after", ratio=1, overflow="fold")
-        table.add_row(Text(sample.before), Text(sample.after))
+        table.add_row(Text(printable(sample.before)), Text(printable(sample.after)))
         console.print(table)
         console.print()
 

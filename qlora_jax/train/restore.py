@@ -70,7 +70,7 @@ def check_base(folder: str | Path, restored: Restored) -> None:
 
 def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -> Restored:
     config = resolved(config)
-    checkpoint, text = open_model(config)
+    checkpoint, text = open_model(config, warn)
     model, _ = load_model(config, checkpoint, warn)
     if folder is None:
         return Restored(config, text, model, 0)

@@ -91,7 +91,7 @@ def _train(
     config = start.resolved(config)
     rundir.check(config, resume=resume, overwrite=overwrite)
     choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
-    checkpoint, text = open_model(config)
+    checkpoint, text = open_model(config, say)
     moments = place(checkpoint.config)
     data = read_data(config, text, checkpoint.config.max_positions)
     device = str(describe_devices())

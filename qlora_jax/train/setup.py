@@ -44,8 +44,14 @@ class Data:
     dropped: dict[str, int]
 
 
-def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
+def open_model(
+    config: Config, warn: Callable[[str], None] = lambda line: None
+) -> tuple[Checkpoint, Tokenizer]:
     """Opens the model and its tokenizer, after all that can be checked before.
+
+    Args:
+      config: of the run.
+      warn: called with lines for the user.
 
     Raises:
       UserError: a setting, the checkpoint or the tokenizer cannot be used.
@@ -79,7 +85,7 @@ def open_model(config: Config) -> tuple[Checkpoint, Tokenizer]:
         )
     if config.method != "full":
         plan(config.lora, linears_of(checkpoint))
-    text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path)
+    text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path, warn)
     if text.vocab_size > checkpoint.config.vocab_size:
         raise UserError(
             f"{text.source}: the tokenizer has ids up to {text.vocab_size - 1} but the model only "

@@ -163,3 +163,34 @@ def test_what_ends_loading(make_tokenizer, tmp_path, monkeypatch, error, expecte
         tokenizers_.load(tmp_path)
     if expected is UserError:
         assert str(tmp_path) in str(caught.value)
+
+
+def saved(tokenizer, folder, change):
+    """A folder with the tokenizer, its tokenizer.json changed."""
+    tokenizer.fast.save_pretrained(str(folder))
+    file = folder / "tokenizer.json"
+    tree = json.loads(file.read_text("utf-8"))
+    change(tree)
+    file.write_text(json.dumps(tree), "utf-8")
+    return folder
+
+
+def test_dropout_of_merges_is_switched_off_and_said(tokenizer, tmp_path):
+    folder = saved(tokenizer, tmp_path, lambda tree: tree["model"].update(dropout=0.9))
+    said = []
+    loaded = tokenizers_.load(folder, said.append)
+    text = "What does the function return? " * 20
+    assert [loaded.encode(text) for _ in range(5)] == [tokenizer.encode(text)] * 5
+    (line,) = said
+    assert line.startswith(f"warning: {folder}: dropout of tokenizer.json")
+
+
+def test_two_tokens_with_one_id_are_refused(tokenizer, tmp_path):
+    def share(tree):
+        first, second = list(tree["model"]["vocab"])[-2:]
+        tree["model"]["vocab"][second] = tree["model"]["vocab"][first]
+        tree["model"]["merges"] = []
+
+    folder = saved(tokenizer, tmp_path, share)
+    with pytest.raises(UserError, match=r"1 of the tokenizer's \d+ tokens have the id of another"):
+        tokenizers_.load(folder)
