@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
@@ -62,13 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @dataclasses.dataclass
 class _Code:
     value: int = DONE
+    interrupted: bool = False
 
 
 @contextlib.contextmanager
 def _exit_code(debug: bool) -> Iterator[_Code]:
     code = _Code()
     try:
-        yield code
+        with _noting_interrupts(code):
+            yield code
     except UserError as e:
         code.value = USER_ERROR
         _fail(str(e), debug)
@@ -84,6 +88,31 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
     except KeyboardInterrupt:
         code.value = INTERRUPTED
         _fail("interrupted", debug)
+    except Exception:
+        # What is being imported may turn a KeyboardInterrupt into an error of another type.
+        if not code.interrupted:
+            raise
+        code.value = INTERRUPTED
+        _fail("interrupted", debug)
+
+
+@contextlib.contextmanager
+def _noting_interrupts(code: _Code) -> Iterator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt as ever, and the code remembers that it came."""
+
+    def note(number: int, frame: FrameType | None) -> NoReturn:
+        code.interrupted = True
+        raise KeyboardInterrupt
+
+    theirs = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if theirs or threading.current_thread() is not threading.main_thread():
+        yield  # it is ignored, or handled by who calls `main`
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(message: str, debug: bool) -> None:

@@ -154,6 +154,26 @@ def test_each_end_has_its_code_and_line(
     assert debug or ended.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_that_a_signal_became_is_the_signals_end(
+    run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, debug: bool
+) -> None:
+    """numpy, imported when SIGINT comes, raises ImportError."""
+
+    def train(*_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 10)  # a place where the handler runs
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed") from None
+
+    monkeypatch.setattr(commands.train, "run", train)
+    ended = run_cli("train", "c.yaml", *(["--debug"] if debug else []))
+    assert (ended.code, ended.message) == (130, "qlora-jax: interrupted")
+    assert ("numpy failed" in ended.err) == debug
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_bug_shows_its_traceback(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*_: Any) -> None:
         raise ZeroDivisionError
