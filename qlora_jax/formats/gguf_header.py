@@ -6,9 +6,11 @@ come from the package.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,17 +116,24 @@ def _read(stream: _Stream, path: Path) -> GgufHeader:
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
         key = stream.text()
+        if key in metadata:
+            raise ValueError(f"metadata {key} is there twice")
         metadata[key] = stream.value(stream.scalar("<I"))
-    table = {}
+    table: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensor_count):
         name = stream.text()
+        if name in table:
+            raise ValueError(f"tensor {name} is there twice")
         shape = tuple(stream.scalar("<Q") for _ in range(stream.scalar("<I")))[::-1]
         table[name] = (shape, stream.scalar("<I"), stream.scalar("<Q"))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-stream.position // alignment) * alignment
+    if apart := [name for name, (_, _, offset) in table.items() if offset % alignment]:
+        raise ValueError(f"tensor {apart[0]} does not start at a multiple of {alignment} bytes")
     tensors = {n: _tensor(n, s, t, start + o, path) for n, (s, t, o) in table.items()}
+    _check_apart(tensors)
     end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
     if end > stream.size:
         raise UserError(
@@ -133,10 +142,20 @@ def _read(stream: _Stream, path: Path) -> GgufHeader:
     return GgufHeader(metadata, tensors)
 
 
+def _check_apart(tensors: Mapping[str, GgufTensor]) -> None:
+    """Raises ValueError if two tensors share bytes."""
+    placed = sorted(tensors.items(), key=lambda item: item[1].offset)
+    for (name, tensor), (after, other) in itertools.pairwise(placed):
+        if tensor.offset + tensor.nbytes > other.offset:
+            raise ValueError(f"tensors {name} and {after} overlap")
+
+
 def _tensor(name: str, shape: tuple[int, ...], number: int, offset: int, path: Path) -> GgufTensor:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
         raise UserError(f"{path}: {name} has the unknown tensor type {number}") from None
     block, width = GGML_QUANT_SIZES[kind]
+    if shape and shape[-1] % block:
+        raise ValueError(f"{name} has rows of {shape[-1]} values, in blocks of {block}")
     return GgufTensor(shape, kind, offset, math.prod(shape) // block * width)

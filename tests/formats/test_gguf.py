@@ -1,5 +1,7 @@
 import contextlib
 import dataclasses
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -326,6 +328,49 @@ def test_damaged_bytes_of_the_header_never_escape_as_another_error(tmp_path: Pat
         path.write_bytes(damaged)
         with contextlib.suppress(UserError):
             open_gguf(path)
+
+
+def moved(data: bytes, name: str, to: Callable[[int], int]) -> bytes:
+    """The file with another offset in the entry of a tensor."""
+    at = data.index(name.encode()) + len(name)
+    (axes,) = struct.unpack_from("<I", data, at)
+    at += 4 + 8 * axes + 4
+    (offset,) = struct.unpack_from("<Q", data, at)
+    return data[:at] + struct.pack("<Q", to(offset)) + data[at + 8 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: moved(d, "blk.1.ffn_up.weight", lambda o: o + 4), "does not start at a multipl"),
+        (lambda d: moved(d, "blk.1.ffn_up.weight", lambda o: o + 32), "ffn_up.weight and .* overl"),
+        (lambda d: moved(d, "blk.1.ffn_up.weight", lambda o: 0), "overlap"),
+        (lambda d: d.replace(b"blk.1.ffn_up", b"blk.0.ffn_up"), "ffn_up.weight is there twice"),
+        (lambda d: d.replace(b"context_length", b"rope.freq_base"), "freq_base is there twice"),
+    ],
+)
+def test_tensors_that_cannot_be_where_the_file_says_are_refused(
+    tmp_path: Path, weights, damage, says: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, weights)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"damaged GGUF file .*{says}"):
+        read_header(path)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path, weights) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, weights)
+    data = path.read_bytes()
+    name = b"blk.0.attn_norm.weight"
+    at = data.index(name) + len(name)
+    size = struct.pack("<IQI", 1, 64, Type.F32)
+    assert data[at : at + len(size)] == size
+    changed = struct.pack("<IQI", 1, 33, Type.Q8_0)
+    path.write_bytes(data[:at] + changed + data[at + len(size) :])
+    with pytest.raises(UserError, match="rows of 33 values, in blocks of 32"):
+        read_header(path)
 
 
 def test_the_header_agrees_with_the_gguf_packages_reader(tmp_path: Path, weights) -> None:
