@@ -14,6 +14,7 @@ from types import FrameType, ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
+from qlora_jax import limits
 from qlora_jax.commands import (
     bench,
     combine,
@@ -56,8 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; --help and --version raise SystemExit(0)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with outlets(), _exit_code("--debug" in arguments) as code:
-        options, settings = _parse(arguments)
-        options.run(options, settings, shlex.join(["qlora-jax", *arguments]))
+        try:
+            options, settings = _parse(arguments)
+            limits.check()
+            options.run(options, settings, shlex.join(["qlora-jax", *arguments]))
+        finally:
+            sys.stdout.flush()  # here, so that an error of it has its line and code
     return code.value
 
 
@@ -88,12 +93,16 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
     except KeyboardInterrupt:
         code.value = INTERRUPTED
         _fail("interrupted", debug)
-    except Exception:
+    except Exception as e:
         # What is being imported may turn a KeyboardInterrupt into an error of another type.
-        if not code.interrupted:
+        if code.interrupted:
+            code.value = INTERRUPTED
+            _fail("interrupted", debug)
+        elif line := limits.told(e):
+            code.value = USER_ERROR
+            _fail(line, debug)
+        else:
             raise
-        code.value = INTERRUPTED
-        _fail("interrupted", debug)
 
 
 @contextlib.contextmanager

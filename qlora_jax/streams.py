@@ -8,29 +8,42 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
+from qlora_jax.errors import UserError
+
 ACTED_UPON = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 """Control characters, halves of surrogate pairs, and marks that turn the direction of text."""
 
 
 class _Outlet:
-    """A text stream that drops what raises one of `errors`, and all that follows."""
+    """A text stream that drops what raises one of `errors`, and all that follows.
+
+    Another OSError becomes a UserError, once.
+    """
 
     def __init__(self, stream: TextIO, *errors: type[OSError]) -> None:
         self._stream = stream
         self._errors = errors
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except self._errors:
-            self._close()
-            return len(text)
+        with self._telling():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._telling():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
         except self._errors:
             self._close()
+        except OSError as e:
+            self._close()
+            raise UserError(
+                f"the results cannot be written to stdout: {e.strerror}; write them elsewhere"
+            ) from e
 
     def _close(self) -> None:
         # The stream keeps what it could not write and tries again when Python ends.

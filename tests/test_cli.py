@@ -261,6 +261,14 @@ def test_help_to_a_closed_stdout() -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("command", ["--help", "train --help", "sweep normality --dry-run"])
+def test_results_that_do_not_fit_are_one_line(command: str) -> None:
+    done = shell(f"qlora-jax {command} >/dev/full")
+    assert done.returncode == 2
+    said = "the results cannot be written to stdout: No space left on device; write them elsewhere"
+    assert done.stderr.decode() == f"qlora-jax: {said}\n"
+
+
 def test_a_signal_before_a_command_begins_is_one_line() -> None:
     code = (
         "import os, signal; from qlora_jax import __main__, startup;"
