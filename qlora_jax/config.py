@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -264,6 +265,8 @@ class Setting:
 
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Stand for bytes of a name that are no UTF-8."""
 
 
 def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
@@ -308,9 +311,15 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
       UserError: naming `where`, the key and what is wrong with its value.
     """
     try:
-        return _ADAPTER.validate_python(dict(tree))
+        config = _ADAPTER.validate_python(dict(tree))
     except ValidationError as e:
         raise UserError(f"{where}: {_explain(e)}") from None
+    for key, value in _flatten(to_tree(config)):
+        if isinstance(value, str) and SURROGATES.search(value):
+            raise UserError(
+                f"{where}: {key} {value!r} is no UTF-8 text, and so cannot be recorded; rename it"
+            )
+    return config
 
 
 def changed(config: Config, overrides: Mapping[str, str]) -> Config:

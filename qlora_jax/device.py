@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from qlora_jax.errors import UserError, first_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
@@ -32,6 +34,24 @@ def describe_devices() -> Devices:
     backend = jax.default_backend()
     kind = cpu_name() if backend == "cpu" else devices[0].device_kind
     return Devices(backend, kind, len(devices))
+
+
+def start() -> None:
+    """Starts jax's backend.
+
+    Raises:
+      UserError: there is none of the platforms that the environment asks for.
+    """
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as e:  # the first where a plugin is not installed
+        asked = os.environ.get("JAX_PLATFORMS")
+        if not asked:
+            raise
+        raise UserError(
+            f"JAX_PLATFORMS is {asked!r}, and jax cannot start that here ({first_line(e)}); "
+            "unset it, or install jax with that platform"
+        ) from e
 
 
 def warn_if_gpu_idle() -> str | None:

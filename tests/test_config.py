@@ -348,3 +348,10 @@ def test_what_is_dumped_loads_as_it_was(tmp_path, tree):
     assert loaded == config
     assert config_lib.digest(loaded) == config_lib.digest(config)
     assert config_lib.difference(loaded, config) == []
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: a.gguf\ndata: b.jsonl\noutput: c\n")
+    with pytest.raises(UserError, match=r"output 'a\\udcff/run' is no UTF-8 text"):
+        config_lib.load(path, {"output": "a\udcff/run"})

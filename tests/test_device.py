@@ -93,3 +93,15 @@ def test_an_nvidia_smi_that_hangs_is_no_gpu(tmp_path, monkeypatch):
     fake_nvidia_smi(tmp_path, monkeypatch, "")
     monkeypatch.setattr(subprocess, "run", hang)
     assert not device.has_nvidia_gpu(tmp_path)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_a_platform_that_is_not_there_is_one_line(run_process, platform):
+    if platform == "cuda" and device.describe_devices().backend == "gpu":
+        pytest.skip("it is there")
+    ended = run_process(
+        "generate", "no-such-model", "--adapter=a=b", "--prompt=a", JAX_PLATFORMS=platform
+    )
+    assert ended.code == 2
+    assert ended.message.startswith(f"qlora-jax: JAX_PLATFORMS is '{platform}', and jax cannot")
+    assert "Traceback" not in ended.err

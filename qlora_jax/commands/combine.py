@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands.common import count, say
+from qlora_jax.commands.common import count, say, show
 from qlora_jax.errors import UserError
 
 TEXT = "A weighted sum of adapters as an adapter of its own."
@@ -90,4 +90,4 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if options.json:
         print(json.dumps({"folder": options.out, "rank": rank(total), "error": error}))
         return
-    print(f"{options.out}: {len(total)} linears, rank {rank(total)}")
+    show(f"{options.out}: {len(total)} linears, rank {rank(total)}")

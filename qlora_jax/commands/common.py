@@ -11,7 +11,7 @@ from typing import TypeVar, get_args
 from qlora_jax import config as configs
 from qlora_jax import paths
 from qlora_jax.errors import UserError
-from qlora_jax.streams import printable
+from qlora_jax.streams import printable, to_read
 from qlora_jax.train import rundir
 
 N = TypeVar("N", int, float)
@@ -24,11 +24,21 @@ def say(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def warn_if_gpu_idle() -> None:
-    """Says so where a GPU is there and jax does not use it."""
-    from qlora_jax.device import warn_if_gpu_idle
+def show(text: str) -> None:
+    """Prints a result."""
+    print(to_read(text))
 
-    if warning := warn_if_gpu_idle():
+
+def start_jax() -> None:
+    """Starts jax, and says so where a GPU is there and jax does not use it.
+
+    Raises:
+      UserError: jax cannot start.
+    """
+    from qlora_jax import device
+
+    device.start()
+    if warning := device.warn_if_gpu_idle():
         say(warning)
 
 

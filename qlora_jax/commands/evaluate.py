@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_jax import paths
-from qlora_jax.commands.common import CHANGED, config_of, count, say, warn_if_gpu_idle
+from qlora_jax.commands.common import CHANGED, config_of, count, say, start_jax
 from qlora_jax.errors import UserError
 from qlora_jax.train import rundir
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         raise UserError(f"--{given[0]} is read with --multiple-choice only; remove it")
     config = rundir.open_run(options.path) if is_run else config_of(options.path, settings)
     asked = None if options.multiple_choice is None else _questions(options)
-    warn_if_gpu_idle()
+    start_jax()
     from qlora_jax.train.restore import from_config, restore
 
     if is_run:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands.common import say, warn_if_gpu_idle
+from qlora_jax.commands.common import say, show, start_jax
 from qlora_jax.errors import UserError
 from qlora_jax.train import rundir
 
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     config = rundir.open_run(options.path)
     if config.method == "full":
         raise UserError(f"{options.path}: method full trains every weight, so it has no adapter")
-    warn_if_gpu_idle()
+    start_jax()
     from qlora_jax.train.export import export_adapter
     from qlora_jax.train.restore import restore
 
@@ -33,4 +33,4 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     folder = Path(options.out)
     export_adapter(restored.config, restored.model, folder)
     result = {"format": options.format, "step": restored.step, "folder": str(folder)}
-    print(json.dumps(result) if options.json else f"adapter of step {restored.step}: {folder}")
+    show(json.dumps(result) if options.json else f"adapter of step {restored.step}: {folder}")

@@ -12,11 +12,11 @@ from qlora_jax.commands.common import (
     say,
     seed,
     share,
+    show,
+    start_jax,
     temperature,
-    warn_if_gpu_idle,
 )
 from qlora_jax.errors import UserError
-from qlora_jax.streams import to_read
 from qlora_jax.train import rundir
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         _compare(options, by_name(options.adapter))
         return
     rundir.open_run(options.path)
-    warn_if_gpu_idle()
+    start_jax()
     from qlora_jax.train.restore import restore
 
     restored = restore(options.path, base=options.base, warn=say)
@@ -67,12 +67,12 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if options.json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(options.prompt, answers)]))
         return
-    print(to_read("\n\n".join(answers)))
+    show("\n\n".join(answers))
 
 
 def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     """Every prompt under every adapter."""
-    warn_if_gpu_idle()
+    start_jax()
     from qlora_jax.formats.updates import check_fit
     from qlora_jax.lora.update import rank
     from qlora_jax.models.adapters import attach_bank, put_adapter
@@ -103,7 +103,7 @@ def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
         return
     for row in rows:
         where = f" | {row['prompt']}" if len(options.prompt) > 1 else ""
-        print(to_read(f"[{row['adapter'] or 'base'}{where}]\n{row['answer']}\n"))
+        show(f"[{row['adapter'] or 'base'}{where}]\n{row['answer']}\n")
 
 
 def _answers(

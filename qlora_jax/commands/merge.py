@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands.common import count, say, warn_if_gpu_idle
+from qlora_jax.commands.common import count, say, show, start_jax
 from qlora_jax.errors import UserError
 from qlora_jax.train import rundir
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     """Merges, writes and shows what was written."""
     config = rundir.open_run(options.path)
-    warn_if_gpu_idle()
+    start_jax()
     from rich.console import Console
     from rich.table import Table
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         for row in rows:
             table.add_row(*row)
         Console().print(table)
-    print(f"{options.out}: {config.method} of {config.model.path}, {options.to}, {size:,} bytes")
+    show(f"{options.out}: {config.method} of {config.model.path}, {options.to}, {size:,} bytes")
 
 
 def _check_original(base: str, method: str, quantized: bool) -> None:

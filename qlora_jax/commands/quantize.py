@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands.common import count, warn_if_gpu_idle
+from qlora_jax.commands.common import count, show, start_jax
 from qlora_jax.config import ModelConfig, QuantConfig
 
 TEXT = "Write a model in bitsandbytes' 4 bits, as a folder that transformers loads."
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         block_size=options.block_size,
         double_quant=options.double_quant,
     )
-    warn_if_gpu_idle()
+    start_jax()
     from qlora_jax.formats.folder import check_new
     from qlora_jax.formats.source import open_checkpoint
     from qlora_jax.formats.write import write_model
@@ -58,4 +58,4 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         print(json.dumps({"out": options.out, "bytes": size}))
         return
     what = describe_quantization(quant)
-    print(f"{options.out}: {what}; the rest {options.compute_dtype}; {size / 2**20:.1f} MiB")
+    show(f"{options.out}: {what}; the rest {options.compute_dtype}; {size / 2**20:.1f} MiB")

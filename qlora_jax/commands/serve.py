@@ -19,7 +19,7 @@ from qlora_jax.commands.common import (
     port,
     positive,
     say,
-    warn_if_gpu_idle,
+    start_jax,
     whole,
 )
 from qlora_jax.errors import Terminated, UserError
@@ -139,7 +139,7 @@ def _ready(options: argparse.Namespace) -> "tuple[Service, socket.socket, int]":
     connections = most_connections(options.max_connections)
     listener = listen(options.host, options.port)
     try:
-        warn_if_gpu_idle()
+        start_jax()
         loopback = on_loopback(listener)
         if keys is None and not loopback:
             say(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from qlora_jax import config as configs
-from qlora_jax.commands.common import config_of, count, say, warn_if_gpu_idle
+from qlora_jax.commands.common import config_of, count, say, show, start_jax
 from qlora_jax.errors import UserError
 
 TEXT = "Fine-tune a model; writes a run directory."
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     config = config_of(options.config, settings)
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
-    warn_if_gpu_idle()
+    start_jax()
     import jax
     from rich.console import Console
 
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
             f"held-out loss: {summary.eval_before:.4f} before, {summary.eval_after:.4f} after "
             f"({change:+.1%})"
         )
-    print(f"run directory: {summary.run_dir} ({', '.join(made(config))})")
+    show(f"run directory: {summary.run_dir} ({', '.join(made(config))})")
 
 
 def made(config: configs.Config) -> list[str]:

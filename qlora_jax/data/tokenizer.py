@@ -75,8 +75,12 @@ class Tokenizer:
         return tuple(self.fast.convert_ids_to_tokens(list(self.stop_ids)))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text as it is: nothing is added, special tokens written in it are honoured."""
-        return self.fast.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        """Ids of the text as it is: nothing is added, special tokens written in it are honoured.
+
+        Raises:
+          UserError: the text holds halves of surrogate pairs.
+        """
+        return self._encodings([text])[0].ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids, and for each the characters it covers: i64[n, 2], start and end.
@@ -87,8 +91,15 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
         """`encode_with_offsets` of many texts, in parallel."""
-        encodings = self.fast.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._encodings(texts)
         return [(e.ids, np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+
+    def _encodings(self, texts: Sequence[str]) -> Any:
+        backend = self.fast.backend_tokenizer
+        try:
+            return backend.encode_batch(list(texts), add_special_tokens=False)
+        except TypeError:
+            raise UserError("the text holds bytes that are no UTF-8, or half a character") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return self.fast.backend_tokenizer.decode(

@@ -1,6 +1,7 @@
 """Requests and responses of OpenAI's completions API, as far as they are served here."""
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -200,6 +201,9 @@ class UnloadAdapter(_Strict):
 R = TypeVar("R", bound=BaseModel)
 
 
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def parse(kind: type[R], body: bytes) -> R:
     """A request's JSON, checked; null is the same as an absent field.
 
@@ -207,18 +211,19 @@ def parse(kind: type[R], body: bytes) -> R:
       Problem: not JSON, or a field that is missing, unknown or not allowed.
     """
     try:
-        tree = _present(json_files.parse(body))
-        json.dumps(tree, ensure_ascii=False).encode()  # refuses half a surrogate pair
+        tree = json_files.parse(body)
+        if isinstance(tree, dict):
+            tree = _present({key: value for key, value in tree.items() if key not in IGNORED})
+            if ESCAPED_SURROGATE.search(body):
+                json.dumps(tree, ensure_ascii=False).encode()  # refuses half a pair
     except (ValueError, RecursionError) as e:
         raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {e}") from None
     if not isinstance(tree, dict):
         raise Problem(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
     try:
-        return kind.model_validate(
-            {key: value for key, value in tree.items() if key not in IGNORED}
-        )
+        return kind.model_validate(tree)
     except ValidationError as e:
-        first = e.errors(include_url=False, include_context=False)[0]
+        first = e.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         message = f"{where}: {first['msg']}"
         if first["type"] == "extra_forbidden":

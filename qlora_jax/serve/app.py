@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 MAX_BODY = 4 << 20
 """Bytes of a request."""
+LARGE_BODY = 1 << 16
+"""Bytes of a request from which on parsing it may take longer than others should wait."""
 BODY_SECONDS = 30
 """In which a request's body must have arrived."""
 
@@ -54,6 +56,7 @@ class Service:
       checks: of the head of each request, in this order.
       readers: read adapters. A disk that does not answer may hold them for ever, and only them.
       parsers: read requests.
+      large: reads those of more than `LARGE_BODY`, one at a time, so that others need not wait.
     """
 
     worker: Worker
@@ -67,6 +70,7 @@ class Service:
     checks: Sequence[Check] = ()
     readers: Pool = dataclasses.field(default_factory=lambda: Pool("adapters", threads=2))
     parsers: Pool = dataclasses.field(default_factory=lambda: Pool("requests", threads=4))
+    large: Pool = dataclasses.field(default_factory=lambda: Pool("large requests", threads=1))
 
 
 def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = ()) -> Starlette:
@@ -119,7 +123,7 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
             return JSONResponse({"status": "ok"})
         raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "the server has stopped answering")
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -141,6 +145,8 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
             Exception: _problem,
         },
     )
+    app.router.redirect_slashes = False  # an answer without OpenAI's form
+    return app
 
 
 async def _problem(request: Request, error: Exception) -> Response:
@@ -196,7 +202,8 @@ async def _parsed(service: Service, request: Request, kind: type[api.R]) -> api.
         raise Problem(
             HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {BODY_SECONDS} s"
         ) from None
-    return await service.parsers.run(api.parse, kind, bytes(body))
+    parsers = service.parsers if len(body) <= LARGE_BODY else service.large
+    return await parsers.run(api.parse, kind, bytes(body))
 
 
 async def _read(service: Service, path: str) -> Updates:

@@ -38,11 +38,20 @@ class Pool:
           Exception: what the function raises.
         """
         future: Future[T] = Future()
+        try:
+            self._put(future, function, arguments, options)
+            return await asyncio.wrap_future(future)
+        finally:
+            # An exception holds this frame: without the cycle, what it holds goes at once.
+            del future, arguments, options
+
+    def _put(
+        self, future: Future[T], function: Callable[..., T], arguments: tuple, options: dict
+    ) -> None:
         self._work.put(functools.partial(_do, future, function, arguments, options))
         if not self._idle.acquire(blocking=False) and self._count < self._most:
             self._count += 1
             threading.Thread(target=self._run, name=self._name, daemon=True).start()
-        return await asyncio.wrap_future(future)
 
     def _run(self) -> None:
         while True:
@@ -57,3 +66,5 @@ def _do(future: Future, function: Callable, arguments: tuple, options: dict) -> 
         future.set_result(function(*arguments, **options))
     except BaseException as e:  # whoever waits gets it, whatever it is
         future.set_exception(e)
+    finally:
+        del future, function, arguments, options  # as in `run`

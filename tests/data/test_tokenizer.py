@@ -194,3 +194,9 @@ def test_two_tokens_with_one_id_are_refused(tokenizer, tmp_path):
     folder = saved(tokenizer, tmp_path, share)
     with pytest.raises(UserError, match=r"1 of the tokenizer's \d+ tokens have the id of another"):
         tokenizers_.load(folder)
+
+
+def test_half_a_character_is_refused(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(UserError, match="no UTF-8, or half a character"):
+            encode("a\udcff")

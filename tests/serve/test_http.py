@@ -170,6 +170,7 @@ COMPLETION = {"model": "one", "prompt": "abc"}
         ("load_lora_adapter", {"lora_name": "x"}, 400, "lora_path: Field required", "lora_path"),
         ("unload_lora_adapter", {"lora_name": "x"}, 404, "no adapter 'x' is loaded", "model"),
         ("nothing", {}, 404, "Not Found", None),
+        ("completions/", BODY, 404, "Not Found", None),
         ("models", {}, 405, "Method Not Allowed", None),
     ],
     ids=lambda value: value[:24].decode() if isinstance(value, bytes) else None,
