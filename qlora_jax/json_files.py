@@ -13,7 +13,7 @@ MOST = 2**28
 """Bytes of a file that is read whole."""
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes | bytearray) -> Any:
     """Parses JSON.
 
     Raises:

@@ -204,7 +204,7 @@ R = TypeVar("R", bound=BaseModel)
 ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse(kind: type[R], body: bytes) -> R:
+def parse(kind: type[R], body: bytes | bytearray) -> R:
     """A request's JSON, checked; null is the same as an absent field.
 
     Raises:

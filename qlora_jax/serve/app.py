@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from qlora_jax import compilation
 from qlora_jax.data.prompts import ask
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.errors import UserError
@@ -32,8 +33,8 @@ from qlora_jax.serve.worker import Worker
 
 T = TypeVar("T")
 
-MAX_BODY = 4 << 20
-"""Bytes of a request."""
+LEAST_BODY, TOKEN_BODY, MOST_BODY = 1 << 18, 64, 4 << 20
+"""Bytes of a request: allowed by every model, by a model per token of its length, and by none."""
 LARGE_BODY = 1 << 16
 """Bytes of a request from which on parsing it may take longer than others should wait."""
 BODY_SECONDS = 30
@@ -71,6 +72,11 @@ class Service:
     readers: Pool = dataclasses.field(default_factory=lambda: Pool("adapters", threads=2))
     parsers: Pool = dataclasses.field(default_factory=lambda: Pool("requests", threads=4))
     large: Pool = dataclasses.field(default_factory=lambda: Pool("large requests", threads=1))
+
+    @property
+    def most_body(self) -> int:
+        """Bytes of a request at most: those of longer ones could not be answered."""
+        return min(MOST_BODY, max(LEAST_BODY, TOKEN_BODY * self.length))
 
 
 def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = ()) -> Starlette:
@@ -193,17 +199,23 @@ async def _parsed(service: Service, request: Request, kind: type[api.R]) -> api.
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
-                if len(body) > MAX_BODY:
+                if len(body) > service.most_body:
                     raise Problem(
                         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                        f"the body is larger than {MAX_BODY} bytes",
+                        f"the body is larger than {service.most_body} bytes",
                     )
     except TimeoutError:
         raise Problem(
             HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {BODY_SECONDS} s"
         ) from None
-    parsers = service.parsers if len(body) <= LARGE_BODY else service.large
-    return await parsers.run(api.parse, kind, bytes(body))
+    if len(body) <= LARGE_BODY:
+        return await service.parsers.run(api.parse, kind, body)
+    return await service.large.run(_parse_large, kind, body)
+
+
+def _parse_large(kind: type[api.R], body: bytearray) -> api.R:
+    compilation.trim()  # of what the one before took
+    return api.parse(kind, body)
 
 
 async def _read(service: Service, path: str) -> Updates:
