@@ -420,6 +420,12 @@ def test_a_disk_that_fills_up_while_saving(
         ended = run_cli("train", config)
     check(ended, "checkpoints: no space left", "the last good checkpoint is step 2")
     assert run_cli("evaluate", tmp_path / "run").out.startswith("step 2, ")
+    manifest, metrics = (tmp_path / "run" / name for name in ("manifest.json", "metrics.jsonl"))
+    described, figures = manifest.read_bytes(), metrics.read_bytes()
+    metrics.write_bytes(b"[]\n" + figures)
+    check(run_cli("train", config, "--resume"), "metrics.jsonl:1: ", "remove this line")
+    assert manifest.read_bytes() == described
+    metrics.write_bytes(figures)
     ended = run_cli("train", config, "--resume", "--json")
     assert ended.code == 0, ended.err
     assert "resumed from step 2" in ended.err

@@ -62,9 +62,9 @@ def sweep(
         waiting = left(cells, results.records, retry_failed)
         tasks = [
             Task(path, [cell.values for cell in group], out / WORK / group[0].id)
-            for group in groups(waiting, experiment.population)
+            for group in unfinished(cells, waiting, results.records, experiment.population)
         ]
-        with _Display(len(waiting)) as display:
+        with _Display(sum(len(task.cells) for task in tasks)) as display:
             setup = Setup(jobs, resources or {}, results.lock, out, display.words)
             running = ENGINES[engine](tasks, setup)
             with contextlib.closing(running):  # type: ignore[type-var]
@@ -91,6 +91,23 @@ def left(
     """The cells that are still to run."""
     over = {DONE, SKIPPED} if retry_failed else {DONE, SKIPPED, FAILED}
     return [c for c in cells if c.id not in records or records[c.id].status not in over]
+
+
+def unfinished(
+    cells: Sequence[Cell],
+    waiting: Sequence[Cell],
+    records: Mapping[str, Record],
+    population: Population | None,
+) -> list[list[Cell]]:
+    """The groups of which a cell is still to run, whole.
+
+    A cell's last digits depend on which cells run beside it: a sweep that goes on has the groups
+    of one that was left alone.
+    """
+    skipped = {id for id, record in records.items() if record.status == SKIPPED}
+    wanted = {cell.id for cell in waiting}
+    every = groups([cell for cell in cells if cell.id not in skipped], population)
+    return [group for group in every if any(cell.id in wanted for cell in group)]
 
 
 def groups(cells: Sequence[Cell], population: Population | None) -> list[list[Cell]]:

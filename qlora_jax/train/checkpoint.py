@@ -1,7 +1,6 @@
 """Checkpoints of a run: one orbax step folder each, written whole or not at all."""
 
 import contextlib
-import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from qlora_jax.atomic import storage_error
 from qlora_jax.digests import Damaged
 from qlora_jax.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.models.trees import flatten
-from qlora_jax.train import units
+from qlora_jax.train import orbax_noise, units
 from qlora_jax.train.step import State
 
 FOLDER = "checkpoints"
@@ -51,11 +50,13 @@ class Checkpoints:
         Raises:
           UserError: the folder cannot be made, or is not there to be read.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        orbax_noise.silence()
         self._read_only, self._before_save = not keep, before_save
         self.folder = run_dir.absolute() / FOLDER
         if not keep and not paths.is_dir(self.folder):
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
+        if paths.exists(self.folder) and not paths.is_dir(self.folder):
+            raise UserError(f"{self.folder}: a file, not a folder; move it away")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -96,14 +97,15 @@ class Checkpoints:
             return
         flat = flatten(_stacked(state))
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(flat),
-                    extra=ocp.args.JsonSave(digests.seal(extra, flat)),
-                ),
-            )
-            self._manager.wait_until_finished()
+            with orbax_noise.unretrieved():
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(flat),
+                        extra=ocp.args.JsonSave(digests.seal(extra, flat)),
+                    ),
+                )
+                self._manager.wait_until_finished()
         except Exception as e:
             problem = _storage_error(self.folder, e)
             if problem is None:
@@ -185,7 +187,8 @@ class Checkpoints:
           UserError: the files may not be read.
         """
         try:
-            yield
+            with orbax_noise.unretrieved():
+                yield
         except MemoryError:
             raise
         except PermissionError as e:

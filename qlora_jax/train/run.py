@@ -162,8 +162,6 @@ def _train(
             say(base_changed)
         say(f"resumed from step {int(state.step)}")
     earlier_s = counters.seconds
-    if goes_on:
-        manifest.write(run_dir, described, resumed=True)
 
     def answers(description: str) -> list[str]:
         return answer(
@@ -171,6 +169,8 @@ def _train(
         )
 
     with MetricsLog(run_dir, start_step=int(state.step)) as log:
+        if goes_on:  # and what is there can be read
+            manifest.write(run_dir, described, resumed=True)
         if not resumed:
             if held_out:
                 counters.eval_before, _ = _evaluate(program, state, frozen, held_out, log, 0)

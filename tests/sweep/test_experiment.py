@@ -14,8 +14,8 @@ from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.sweep import Analysis, Cell, Experiment, Population, Table, Verdict, markdown
 from qlora_jax.sweep.conclude import arranged
 from qlora_jax.sweep.find import with_axes
-from qlora_jax.sweep.results import Record, plain, write_parquet
-from qlora_jax.sweep.run import groups
+from qlora_jax.sweep.results import DONE, SKIPPED, Record, plain, write_parquet
+from qlora_jax.sweep.run import groups, left, unfinished
 
 AXES = {"rank": [8, 16], "targets": ["all-linear", ["q_proj", "v_proj"]], "rate": [1e-4]}
 SCALARS = (
@@ -110,6 +110,22 @@ def test_groups_have_equal_keys_and_a_largest_size() -> None:
     ]
     assert all(len(g) == 1 for g in found if not g[0]["rank"])
     assert groups(cells, None) == [[cell] for cell in cells]
+
+
+def test_a_sweep_that_goes_on_has_the_groups_of_one_left_alone() -> None:
+    cells = [Cell(str(i), {"n": i}) for i in range(7)]
+    population = Population(run=lambda cells, context: [], key=lambda c: 1, largest=3)
+    skipped = Record("1", cells[1].values, SKIPPED, "too large", [], 0.0, {})
+    done = Record("2", cells[2].values, DONE, "", [], 0.0, {})
+    records = {record.id: record for record in (skipped, done)}
+    waiting = left(cells, records)
+    found = unfinished(cells, waiting, records, population)
+    assert [[c["n"] for c in group] for group in found] == [[0, 2, 3], [4, 5, 6]]
+    finished = {c.id: done._replace(id=c.id) for c in found[0]} | {"1": skipped}
+    found = unfinished(cells, left(cells, finished), finished, population)
+    assert [[c["n"] for c in group] for group in found] == [[4, 5, 6]]
+    alone = unfinished(cells, waiting, records, None)
+    assert [[c["n"] for c in group] for group in alone] == [[0], [3], [4], [5], [6]]
 
 
 ROWS = [

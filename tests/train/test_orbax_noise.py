@@ -1,0 +1,65 @@
+"""Of an error that orbax raises nothing else is printed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MAKE = """
+import gc, pathlib, resource, sys
+import jax.numpy as jnp
+import numpy as np
+from qlora_jax.errors import UserError
+from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.step import State
+a = lambda n: {k: jnp.asarray(np.random.default_rng(n).normal(size=(64, 64))) for k in "abcd"}
+make = lambda n: State(a(n), ({},), jnp.int32(n), jnp.float32(1), jnp.int32(0))
+run = pathlib.Path(sys.argv[1])
+checkpoints = Checkpoints(run, 9)
+checkpoints.save(make(1), {})
+"""
+FULL = (
+    MAKE
+    + """
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+for step in range(2, 6):
+    try:
+        checkpoints.save(make(step), {})
+    except UserError as e:
+        print(e)
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+checkpoints.save(make(6), {})
+"""
+)
+DAMAGED = (
+    MAKE
+    + """
+for step in range(2, 8):
+    checkpoints.save(make(step), {})
+    file = run / "checkpoints" / str(step) / "state" / "manifest.ocdbt"
+    data = bytearray(file.read_bytes())
+    data[len(data) * step // 8] ^= 1
+    file.write_bytes(data)
+checkpoints.close()
+state, _ = Checkpoints(run, 9).restore(make(0), say=print)
+assert int(state.step) == 1
+gc.collect()
+"""
+)
+
+
+@pytest.mark.parametrize(("script", "lines"), [(FULL, 4), (DAMAGED, 6)], ids=["full", "damaged"])
+def test_our_lines_alone_are_printed(tmp_path, script, lines):
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == lines
