@@ -1,0 +1,73 @@
+"""What breaks the program: kills, damaged files, full disks, foreign input, hostile clients.
+
+Question: does any fault end in a traceback, a hang, too much memory, or a wrong result in silence?
+Expected: none; every fault ends in the result of a whole run, or in one line that names the cause.
+Cost: about two hours on 2 CPU cores for all parts; `--scale 0.05` takes about ten minutes.
+Command: python experiments/faults [--parts fuzz,kills] [--seed 0] [--scale 1] [--out OUT.json]
+  Prints each fault as it is found, and a table at the end; exit code 1 if there was a fault.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import Campaign, Row, make_seeds, share_compiled, table
+
+PARTS = ("fuzz", "commands", "damage", "kills", "disks", "signals", "environments", "clients")
+"""Modules of this folder; each has `run(campaign)`, which yields rows."""
+SHOWN = 20
+"""Faults of a row that are printed; `--out` holds all."""
+
+
+def main() -> int:
+    """Runs the parts and prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python experiments/faults",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is the whole campaign")
+    parser.add_argument("--folder", type=Path, help="a folder to work in, and to leave there")
+    parser.add_argument("--out", type=Path, help="a .json file for the rows and every fault")
+    options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts {','.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s  {line}", file=sys.stderr, flush=True)
+
+    rows: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-"))
+        )
+        campaign = Campaign(folder=folder, seed=options.seed, scale=options.scale, say=say)
+        share_compiled(campaign)
+        make_seeds(campaign)
+        for part in parts:
+            for row in importlib.import_module(part).run(campaign):
+                rows.append(row)
+                say(f"{row.part}: {row.what}: {row.tried} tried, {len(row.faults)} faults")
+                for fault in row.faults[:SHOWN]:
+                    say(f"  {fault}")
+    print(table(rows))
+    if options.out:
+        options.out.write_text(
+            json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n",
+            encoding="utf-8",
+        )
+    return 1 if any(row.faults for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Gives damaged files to commands, each in a process of its own."""
+
+import collections
+import shutil
+from collections.abc import Iterator
+
+import formats
+import fuzz
+from common import HANGS_AFTER, HUGE, MIB, Campaign, Row, command
+
+INPUTS = 300
+START_SECONDS = 20.0
+"""That a command may take on a busy machine for what is not the input's fault."""
+FIRST = 1_000_000
+"""Number of the first input, so that they are others than those of `fuzz`."""
+
+
+def run(campaign: Campaign) -> Iterator[Row]:
+    """Yields a row for each command."""
+    seeds = formats.make(campaign)
+    folder = campaign.folder / "commands"
+    folder.mkdir(exist_ok=True)
+    for name in ("base", "model"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(seeds / name)
+    tried: collections.Counter[str] = collections.Counter()
+    faults: dict[str, list[str]] = collections.defaultdict(list)
+    number, total = FIRST, campaign.times(INPUTS)
+    while sum(tried.values()) < total:
+        number += 1
+        case = folder / "input"
+        made, name = fuzz.damage(seeds, campaign.seed, number, case)
+        if made.arguments:
+            campaign.config(folder / "input.yaml", train__steps=2)
+            ended = command(*(a.replace("{}", str(case)) for a in made.arguments))
+            fault = ended.fault(0, 2)
+            if not fault and ended.seconds > HANGS_AFTER + START_SECONDS:
+                fault = f"took {ended.seconds:.0f} s"
+            if not fault and ended.peak > 2 * HUGE:
+                fault = f"took {ended.peak // MIB} MiB"
+            command_name = made.arguments[0]
+            tried[command_name] += 1
+            if fault:
+                faults[command_name].append(f"{number} {made.name}/{name}: {fault}")
+        for left in folder.glob("input*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for name in sorted(tried):
+        yield Row(part="commands", what=name, tried=tried[name], faults=tuple(faults[name]))

@@ -1,0 +1,306 @@
+"""What every part of the campaign uses: a small model and data, commands with limits, a verdict."""
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax import compilation
+
+MIB = 2**20
+HANGS_AFTER = 10.0
+"""Seconds of one input after which it counts as a fault."""
+HUGE = 1024 * MIB
+"""Bytes of one input above which it counts as a fault."""
+LINES = 12
+"""Lines on stderr of a refused command above which it counts as noise."""
+WORDS = ("copytree", "rmtree", "sorted", "divmod", "chr", "open", "hash", "zip", "slice", "repr")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table at the end.
+
+    Attributes:
+      part: the part of the campaign.
+      what: the kind of fault that was tried.
+      tried: how often.
+      faults: one line each for what went wrong.
+      note: figures, such as times.
+    """
+
+    part: str
+    what: str
+    tried: int
+    faults: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Campaign:
+    """What a part is given.
+
+    Attributes:
+      folder: a new folder of the campaign's own.
+      seed: every random choice comes from it.
+      scale: 1.0 is the whole campaign; less tries proportionally less, at least one of a kind.
+      say: prints a line of progress to stderr.
+    """
+
+    folder: Path
+    seed: int
+    scale: float
+    say: Callable[[str], None]
+
+    def rng(self, *names: object) -> random.Random:
+        """Returns a generator of its own for each name, so that parts do not shift each other."""
+        return random.Random(f"{self.seed} {names}")
+
+    def times(self, whole: int) -> int:
+        """Returns how often something is tried that the whole campaign tries `whole` times."""
+        return max(1, round(self.scale * whole))
+
+    @property
+    def model(self) -> Path:
+        """A folder with a llama of two layers, its tokenizer and its chat template."""
+        return self.folder / "seeds" / "model"
+
+    @property
+    def chats(self) -> Path:
+        """A .jsonl file of 24 conversations."""
+        return self.folder / "seeds" / "chats.jsonl"
+
+    def config(self, path: Path, **settings: Any) -> Path:
+        """Writes a config of a run of seconds.
+
+        Args:
+          path: the file to write; the run's output folder is `run` beside it.
+          settings: laid over it, with __ for the dot, as in `lora__rank=8`.
+        """
+        tree: dict[str, Any] = {
+            "model": {"path": str(self.model), "compute_dtype": "float32"},
+            "data": {
+                "source": str(self.chats),
+                "eval_source": str(self.chats),
+                "sequence_length": 128,
+            },
+            "output": str(path.parent / "run"),
+            "lora": {"rank": 4, "alpha": 8},
+            "optimizer": {"learning_rate": 0.01},
+            "train": {"steps": 24, "batch_size": 2, "eval_every": 6, "save_every": 3, "samples": 0},
+        }
+        for key, value in settings.items():
+            *parents, last = key.split("__")
+            node = tree
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[last] = value
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree, indent=1), encoding="utf-8")  # JSON is YAML
+        return path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+      code: exit code; negative for a signal; None if it was killed after the time limit.
+      out: text on stdout.
+      err: text on stderr.
+      seconds: wall time.
+      peak: highest resident bytes of the process.
+    """
+
+    code: int | None
+    out: str
+    err: str
+    seconds: float
+    peak: int
+
+    def fault(self, *codes: int, lines: int = LINES) -> str | None:
+        """Returns what is wrong with this end, or None.
+
+        An end is right if the exit code is one of `codes`, no traceback is on stderr and, unless
+        the code is 0, stderr ends with one line of ours after at most `lines` others.
+        """
+        said = self.err.rstrip("\n").splitlines()
+        last = said[-1] if said else ""
+        if self.code is None:
+            return f"still running after {self.seconds:.0f} s; last line: {last[:200]}"
+        if (start := self.err.find("Traceback (most recent call last)")) >= 0:
+            # the error is the first line after it that is not indented
+            error = next((x for x in self.err[start:].splitlines()[1:] if x[:1].strip()), last)
+            return f"traceback, exit code {self.code}: {error[:200]}"
+        if self.code not in codes:
+            return f"exit code {self.code}: {last[:200]}"
+        if self.code != 0 and not last.startswith("qlora-jax: "):
+            return f"exit code {self.code} without a line of ours: {last[:200]}"
+        if self.code != 0 and len(said) > lines:
+            return f"{len(said)} lines on stderr around: {last[:200]}"
+        return None
+
+
+def command(
+    *arguments: str | Path,
+    timeout: float = 120.0,
+    limits: Mapping[int, int] | None = None,
+    environment: Mapping[str, str | None] | None = None,
+    cwd: Path | None = None,
+    hit: Callable[[subprocess.Popen[str]], None] | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> Ended:
+    """Runs a `qlora-jax` command in a process of its own.
+
+    Args:
+      arguments: of `qlora-jax`.
+      timeout: seconds after which the process is killed.
+      limits: `resource.RLIMIT_*` to the most that the process may have of it.
+      environment: laid over this process's; None removes a variable.
+      cwd: where the command runs.
+      hit: called in a thread with the running process, to send it signals.
+      prepare: called in the new process before the command starts.
+    """
+    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for name, value in (environment or {}).items():
+        if value is None:
+            variables.pop(name, None)
+        else:
+            variables[name] = value
+
+    def begin() -> None:
+        if prepare is not None:
+            prepare()
+        for name, most in (limits or {}).items():
+            resource.setrlimit(name, (most, most))
+
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_jax", *map(str, arguments)],
+        env=variables,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        preexec_fn=begin,
+    )
+    peak = Peak(process.pid)
+    if hit is not None:
+        threading.Thread(target=hit, args=(process,), daemon=True).start()
+    try:
+        out, err = process.communicate(timeout=timeout)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        code = None
+    return Ended(code=code, out=out, err=err, seconds=time.monotonic() - began, peak=peak.stop())
+
+
+class Peak:
+    """Watches a process's highest resident bytes from a thread."""
+
+    def __init__(self, pid: int) -> None:
+        self._highest = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(pid,), daemon=True)
+        self._thread.start()
+
+    def _watch(self, pid: int) -> None:
+        while not self._ended.wait(0.05):
+            self._highest = max(self._highest, resident(pid, "VmHWM"))
+
+    def stop(self) -> int:
+        """Ends the watch and returns the bytes."""
+        self._ended.set()
+        self._thread.join()
+        return self._highest
+
+
+def resident(pid: int, field: str = "VmRSS") -> int:
+    """Returns a process's resident bytes (VmRSS), or the most so far (VmHWM); 0 if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def share_compiled(campaign: Campaign) -> None:
+    """Has all processes that the campaign starts from here on share what they compile."""
+    os.environ[compilation.FOLDER] = str(campaign.folder / "compiled")
+    os.environ.update(compilation.SETTINGS)
+
+
+def make_seeds(campaign: Campaign) -> None:
+    """Makes the model and the data that the parts start from, unless they are there.
+
+    Raises:
+      RuntimeError: a command failed.
+    """
+    seeds = campaign.folder / "seeds"
+    if campaign.model.exists():
+        return
+    seeds.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(24):
+        word = WORDS[i % len(WORDS)]
+        turns = (("user", f"What does {word} {i} do?"), ("assistant", f"{word} is number {i}."))
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    campaign.chats.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = seeds / "text.txt"
+    text.write_text("\n".join(f"{word} is a function of Python." for word in WORDS * 40))
+    config = {
+        "method": "full",
+        "model": {"path": "from-scratch", "storage_dtype": "float32", "remat": "none"},
+        "pretrain": {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "layers": 2,
+            "heads": 4,
+            "positions": 256,
+        },
+        "data": {"source": str(text), "format": "text", "sequence_length": 64},
+        "output": str(seeds / "run"),
+        "train": {"steps": 4, "batch_size": 4, "eval_every": 4, "save_every": 4, "samples": 0},
+    }
+    path = seeds / "pretrain.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    ended = command("pretrain", path)
+    if ended.code != 0:
+        raise RuntimeError(f"the campaign's model was not made: {ended.err.splitlines()[-1:]}")
+    (seeds / "run" / "model").rename(campaign.model)
+
+
+def interrupt_after(seconds: float, number: signal.Signals) -> Callable[[Any], None]:
+    """Returns a `hit` that sends a signal when a process is so many seconds old."""
+
+    def hit(process: subprocess.Popen[str]) -> None:
+        time.sleep(seconds)
+        if process.poll() is None:
+            process.send_signal(number)
+
+    return hit
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the rows as a Markdown table."""
+    lines = ["| part | what | tried | faults | |", "|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row.part} | {row.what} | {row.tried} | {len(row.faults)} | {row.note} |")
+    return "\n".join(lines)
