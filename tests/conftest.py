@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import io
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,65 @@ CHATML = (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 WORDS = ("copytree", "rmtree", "sorted", "divmod", "chr", "open", "hash", "zip", "slice", "repr")
+
+
+QUICK = "quick: its programs are compiled in a fraction of the time, and run slower"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", QUICK)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Compiles a test marked `quick`, its fixtures included, with little optimization.
+
+    The mark is for tests which compare within a tolerance, or a program with itself: what they
+    tell is of the program that jax is given. Those that compare two programs to the bit, or ask
+    what a compiled one takes, are about the compiler's code, too, and go without.
+    """
+    if item.get_closest_marker("quick") is None:
+        return (yield)
+    with quickly()(True):
+        return (yield)
+
+
+@functools.cache
+def quickly() -> Callable[[bool], contextlib.AbstractContextManager[Any]]:
+    """Gives a context, a part of the key of all that jax caches, in which it hardly optimizes.
+
+    Elsewhere nothing changes. It reaches into jax, which has no option for one part of a process:
+    where that is not to be found, programs are compiled as ever.
+    """
+    import jax
+    from jax._src import compiler
+
+    usual = getattr(compiler, "get_compile_options", None)
+    if usual is None:
+        return lambda _: contextlib.nullcontext()
+    context = jax.make_user_context(False)
+    overrides = [("xla_backend_optimization_level", "0"), ("xla_cpu_use_fusion_emitters", "False")]
+    known = [each for each in overrides if is_option(*each)]
+
+    def options(*args: Any, **kwargs: Any) -> Any:
+        found = usual(*args, **kwargs)
+        if context.value:
+            found.env_option_overrides = [*found.env_option_overrides, *known]
+        return found
+
+    compiler.get_compile_options = options
+    return context
+
+
+def is_option(name: str, value: str) -> bool:
+    """Tells whether this jaxlib's compiler has an option: they come and go."""
+    import jax
+
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 class Ended(NamedTuple):

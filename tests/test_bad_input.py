@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.quick
+
 WriteConfig = Callable[..., Path]
 RunCli = Callable[..., Any]
 Damage = Callable[[Path], None]

@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.evaluate.divergence import divergence
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
+
+pytestmark = pytest.mark.quick
 
 
 def log_p(model, batch):

@@ -14,6 +14,8 @@ from qlora_jax.evaluate.heldout import held_out_loss, split_name
 from qlora_jax.train.restore import from_config
 from qlora_jax.train.setup import read_data
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def make_restored(tiny_model, chats):

@@ -11,6 +11,8 @@ from qlora_jax.evaluate.multiple_choice import Z95, evaluate, prompt, wilson
 from qlora_jax.evaluate.questions import Question
 from qlora_jax.train.restore import from_config
 
+pytestmark = pytest.mark.quick
+
 SUN = Question("What is hot?", ("ice", "the sun", "snow", "a fjord"), 1, "hard_physics")
 SOLVED = [Question(f"Is {i} even?", ("yes", "no"), i % 2, "hard_physics") for i in range(5)]
 ASKED = [

@@ -10,6 +10,8 @@ from qlora_jax.evaluate.score import Pair, rolling, score
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 
+pytestmark = pytest.mark.quick
+
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 WIDTH = 64
 

@@ -196,6 +196,7 @@ def logits(model, tokens) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["llama/bnb_nf4", "llama_bnb_fp4"])
+@pytest.mark.quick
 def test_a_models_logits_are_transformers(models, name):
     where = models / name
     model = load(open_folder(where), quant=None, dtype=jnp.float32)

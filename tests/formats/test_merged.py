@@ -17,6 +17,8 @@ from qlora_jax.lora import plan
 from qlora_jax.models.decoder import attach
 from qlora_jax.train.export import adapters
 
+pytestmark = pytest.mark.quick
+
 CONFIG = LoraConfig(rank=4, alpha=16, rank_pattern={"layers.1.self_attn.q_proj": 2})
 
 

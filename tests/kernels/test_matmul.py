@@ -69,6 +69,7 @@ def test_one_row_is_the_product_with_the_unrounded_weight(dtype, k, n, block_siz
     assert_product(y, x[:1, :1], dequantize(q), dtype)
 
 
+@pytest.mark.quick
 def test_gradient_is_the_finite_difference():
     x, q = make(200, 40, 128)
     direction = np.random.default_rng(2).normal(size=x.shape)
@@ -106,6 +107,7 @@ def exact_chain(x, layers):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
+@pytest.mark.quick
 def test_scan_over_a_stack(wrap):
     x, stack = make(96, 96, 64, lead=(4,))
     value, grad = jax.jit(jax.value_and_grad(functools.partial(chain, wrap=wrap)))(x, stack)
@@ -114,6 +116,7 @@ def test_scan_over_a_stack(wrap):
     np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_vmap_over_x_and_over_a_stack():
     x, stack = make(96, 96, 64, lead=(4,))
     xs = jnp.stack([x, 2 * x, -x, x + 1])

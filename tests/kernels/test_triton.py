@@ -11,6 +11,8 @@ from qlora_jax.kernels import matmul, triton
 from qlora_jax.kernels.tuning import TRITON_TILES, triton_tile
 from qlora_jax.quant import CODEBOOKS, dequantize, quantize
 
+pytestmark = pytest.mark.quick
+
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 

@@ -85,6 +85,7 @@ def apply_stack(parameters, structure, rest, x, key=None):
     return jax.vmap(lambda leaves, x: nnx.merge(graph, leaves)(x, key))(leaves, x)
 
 
+@pytest.mark.quick
 def test_effect_is_scale_times_x_a_b():
     adapter = filled([SPEC, SMALLER, None])
     x = np.random.default_rng(1).normal(size=(3, 5, 300)).astype(np.float32)
@@ -96,6 +97,7 @@ def test_effect_is_scale_times_x_a_b():
     assert not np.asarray(y)[2].any()
 
 
+@pytest.mark.quick
 def test_padding_has_no_gradient_and_stays_zero_through_steps():
     specs = [SPEC, SMALLER, None]
     adapter = fresh(specs)
@@ -171,6 +173,7 @@ def attach_from_peft(model, folder):
 
 
 @pytest.mark.parametrize("name", ["peft_lora", "peft_rslora", "peft_patterns"])
+@pytest.mark.quick
 def test_logits_are_pefts(models, tokens, name):
     model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
     base = compute(model, tokens)

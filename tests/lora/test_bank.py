@@ -19,6 +19,8 @@ from qlora_jax.lora.bank import Bank, with_rows
 from qlora_jax.lora.update import Update
 from qlora_jax.models.adapters import attach_bank, put_adapter
 
+pytestmark = pytest.mark.quick
+
 NAMES = ["peft_lora", "peft_rslora", "peft_patterns"]
 SLOTS, BASE = 4, 4
 COMPILED = "/jax/core/compile/backend_compile_duration"

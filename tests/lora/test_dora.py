@@ -12,6 +12,8 @@ from qlora_jax.lora.variants.dora import merged_weight
 from qlora_jax.models.layers import Linear
 from qlora_jax.quant import dequantize, quantize
 
+pytestmark = pytest.mark.quick
+
 SPECS = [AdapterSpec(4, 8, 2.0), None, AdapterSpec(2, 8, 4.0)]
 K, N = 64, 24
 

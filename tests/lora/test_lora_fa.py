@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraConfig, OptimizerConfig
@@ -13,6 +14,8 @@ from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
+
+pytestmark = pytest.mark.quick
 
 CONFIG = LoraConfig(rank=4, target_modules=["q_proj"])
 

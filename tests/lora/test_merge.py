@@ -59,6 +59,7 @@ def test_the_sum_is_rounded_once(adapter, stored, dtype):
         ("opt", "lora", QuantConfig()),
     ],
 )
+@pytest.mark.quick
 def test_a_merged_model_is_the_same_function(models, kind, variant, quant):
     source = open_folder(models / kind)
     model = load(source, quant=quant, dtype=jnp.float32)

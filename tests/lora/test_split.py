@@ -10,6 +10,8 @@ from qlora_jax.lora.starts import split as splits
 from qlora_jax.lora.starts.split import Task, decoded, error, top
 from qlora_jax.quant import quantize
 
+pytestmark = pytest.mark.quick
+
 
 def matrix(k, n, seed=0):
     """Singular values that fall by a tenth each."""

@@ -159,6 +159,7 @@ def part_of(path: str) -> str:
         (abstract, "llama", {"lora__freeze_a": True, "optimizer__moments": "int8"}),
     ],
 )
+@pytest.mark.quick
 def test_what_a_step_takes_is_exact(
     build: Callable[..., Any], name: str, changes: dict[str, Any]
 ) -> None:
@@ -196,6 +197,7 @@ def test_what_a_step_takes_is_exact(
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_neox", "opt"])
+@pytest.mark.quick
 def test_a_plans_model_has_the_tree_of_the_real_one(name: str) -> None:
     run = config(method="lora")
     _, *real = loaded(name, run)

@@ -59,6 +59,7 @@ def test_every_family_reaches_the_compiling_process_whole(folder: Path) -> None:
     ("method", "variant"),
     [("qlora", "lora"), ("lora", "lora"), ("full", "lora"), ("qlora", "dora")],
 )
+@pytest.mark.quick
 def test_shapes_alone_give_the_tree_of_the_real_model(method: str, variant: str) -> None:
     run = config(method=method, lora__variant=variant)
     quant = run.quant if method == "qlora" else None
@@ -80,6 +81,7 @@ def compiled(function, *arguments, donate=()):
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
+@pytest.mark.quick
 def test_arguments_are_the_trees_bytes(method: str) -> None:
     run = config(method=method)
     step = abstract(run)
@@ -99,6 +101,7 @@ def exact(parts) -> dict[str, int]:
     return {name: part.nbytes for name, part in parts.items() if part.exact}
 
 
+@pytest.mark.quick
 def test_moments_are_counted_once_wherever_they_are() -> None:
     step = abstract(config(method="full"))
     sizes = [nbytes(unit) for unit in step.state.optimizer]

@@ -59,6 +59,7 @@ def compute(model, tokens, segments=None, positions=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.quick
 def test_logits_are_transformers_packed_or_not(models, open_model, name):
     reference = np.load(models / name / "reference.npz")
     tokens, expected = reference["tokens"], reference["logits"]
@@ -83,6 +84,7 @@ def test_logits_are_transformers_packed_or_not(models, open_model, name):
         np.testing.assert_allclose(ours[row, here], expected[sequence, :length], atol=1e-4)
 
 
+@pytest.mark.quick
 def test_logits_of_another_context_differ(models, open_model):
     """Windows, biases and rope scaling are not without effect in the reference models."""
     tokens = np.load(models / "mistral_window" / "reference.npz")["tokens"]
@@ -98,6 +100,7 @@ def test_logits_of_another_context_differ(models, open_model):
 @pytest.mark.parametrize(
     "name", ["qwen2_window", "llama_rope_llama3", "gemma3", "gemma2", "phi3", "gpt_neox", "opt"]
 )
+@pytest.mark.quick
 def test_cached_is_uncached(models, open_model, name):
     reference = np.load(models / name / "reference.npz")
     tokens, expected = reference["tokens"], reference["logits"]
@@ -145,6 +148,7 @@ def build(checkpoint, runs):
     )
 
 
+@pytest.mark.quick
 def test_a_4_bit_layer_among_others_computes_with_its_decoded_weights(models):
     checkpoint = open_folder(models / "llama")
     reference = np.load(models / "llama" / "reference.npz")

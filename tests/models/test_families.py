@@ -19,6 +19,8 @@ from qlora_jax.models.config import FAMILIES, Rope, from_hugging_face
 from qlora_jax.models.decoder import attach
 from qlora_jax.train.loss import token_loss
 
+pytestmark = pytest.mark.quick
+
 LINEARS = {
     "gpt_neox": (
         "gpt_neox.layers.1.",

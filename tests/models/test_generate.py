@@ -24,6 +24,8 @@ from qlora_jax.models.generate import (
 )
 from qlora_jax.quant import nbytes
 
+pytestmark = pytest.mark.quick
+
 PAD = 0
 PROMPTS = [[5, 17, 201], [9], list(range(40, 104)), [5, 17, 201]]
 NEW = 30

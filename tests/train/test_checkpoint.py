@@ -167,6 +167,7 @@ def train(moments, steps, state=None):
 
 
 @pytest.mark.parametrize("moments", ENCODERS)
+@pytest.mark.quick
 def test_moments_go_on_to_the_bit_and_only_as_what_they_were(tmp_path, moments):
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(train(moments, 2), {})

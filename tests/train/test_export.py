@@ -16,6 +16,8 @@ from qlora_jax.lora import plan
 from qlora_jax.models.decoder import attach
 from qlora_jax.train.export import adapters, export_adapter
 
+pytestmark = pytest.mark.quick
+
 MIXED = {"layers.1.self_attn.q_proj": 2, "layers.0.mlp.down_proj": 6}
 TARGETS = r"model\.layers\.\d\.(self_attn\.q_proj|mlp\.down_proj)|model\.layers\.2\.mlp\.up_proj"
 

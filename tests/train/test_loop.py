@@ -18,6 +18,8 @@ from qlora_jax.train.loop import MOST_SKIPPED, Progress, evaluate, loop
 from qlora_jax.train.metrics import MetricsLog
 from qlora_jax.train.optimizer import schedule
 
+pytestmark = pytest.mark.quick
+
 HALF = {"compute": "float16", "dropout": 0.1, "accumulation": 2}
 OVERFLOWING = 2.0**24
 """A loss scale from which a few steps overflow before the first one is taken."""

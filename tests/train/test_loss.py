@@ -70,11 +70,13 @@ def assert_matches(found, expected, factor: float, epsilon: float) -> None:
     ("shape", "share"),
     [((3,), 1), ((ROWS,), 0.9), ((ROWS + 1,), 1), ((3, 2, 117), 0.6)],
 )
+@pytest.mark.quick
 def test_value_and_gradients(shape, share) -> None:
     arguments = make(shape, share)
     assert_matches(ours(*arguments), dense(*arguments), 0.5, 2e-6)
 
 
+@pytest.mark.quick
 def test_a_head_stored_with_the_vocabulary_first() -> None:
     hidden, head, targets, mask = make((3, 2, 117), 0.6)
 
@@ -89,6 +91,7 @@ def test_a_head_stored_with_the_vocabulary_first() -> None:
 
 @pytest.mark.parametrize("vocab", [COLUMNS, COLUMNS + 1, 2 * COLUMNS + 1037])
 @pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.quick
 def test_a_vocabulary_in_blocks(vocab, vocab_axis) -> None:
     hidden, head, targets, mask = make((3, 117), 0.6, vocab=vocab)
     # the ends of blocks, and the likeliest token in the first and in the last block
@@ -104,6 +107,7 @@ def test_a_vocabulary_in_blocks(vocab, vocab_axis) -> None:
 
 
 @pytest.mark.parametrize(("vocab", "vocab_axis"), [(VOCAB, 0), (COLUMNS + 1, 1)])
+@pytest.mark.quick
 def test_logits_with_a_soft_cap(vocab, vocab_axis) -> None:
     softcap = 2.5
     hidden, head, targets, mask = make((3, 117), 0.6, vocab=vocab)
@@ -122,6 +126,7 @@ def test_logits_with_a_soft_cap(vocab, vocab_axis) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.quick
 def test_gradients_in_16_bits(dtype) -> None:
     arguments = make((3, 2, 117), 0.6, dtype)
     found = ours(*arguments)
@@ -131,6 +136,7 @@ def test_gradients_in_16_bits(dtype) -> None:
     assert_matches(found, dense(*arguments), 0.5, EPSILON[dtype])
 
 
+@pytest.mark.quick
 def test_small_probabilities_survive_float16() -> None:
     # Each of 1000 wrong tokens has probability 1.5e-6, 25.4 of float16's smallest steps.
     head = np.zeros((2, 1001), np.float32)
@@ -142,6 +148,7 @@ def test_small_probabilities_survive_float16() -> None:
     np.testing.assert_allclose(dhidden[0, 1], expected[0, 1], rtol=2e-3)
 
 
+@pytest.mark.quick
 def test_nothing_to_learn_from() -> None:
     arguments = make((2, 40), 0)
     total, count, *grads = ours(*arguments)
@@ -152,6 +159,7 @@ def test_nothing_to_learn_from() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("share", [0.5, 0])
+@pytest.mark.quick
 def test_what_is_not_finite_without_loss_goes_nowhere(share, bad) -> None:
     hidden, head, targets, mask = make((3, 2, 117), share)
     dirty = jnp.where(mask[..., None], hidden, bad)
@@ -159,6 +167,7 @@ def test_what_is_not_finite_without_loss_goes_nowhere(share, bad) -> None:
     assert_matches(found, dense(hidden, head, targets, mask), 0.5, 2e-6)
 
 
+@pytest.mark.quick
 def test_what_is_not_finite_with_loss_shows() -> None:
     hidden, head, targets, mask = make((3, 2, 117), 1)
     total, _, dhidden, _ = ours(hidden.at[1, 1, 5].set(jnp.nan), head, targets, mask)
@@ -167,6 +176,7 @@ def test_what_is_not_finite_with_loss_shows() -> None:
 
 
 @pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.quick
 def test_only_chunks_with_targets_are_computed(train_head, monkeypatch) -> None:
     seen = []
     loss = module._loss
@@ -191,6 +201,7 @@ def test_only_chunks_with_targets_are_computed(train_head, monkeypatch) -> None:
         assert sorted(seen, reverse=True) == wanted
 
 
+@pytest.mark.quick
 def test_an_untrained_head_gets_no_gradient_and_hidden_the_same() -> None:
     hidden, head, targets, mask = make((3, 2, 117), 0.6)
     _, pull = jax.vjp(lambda h, w: token_loss(h, w, targets, mask)[0], hidden, head)
@@ -199,6 +210,7 @@ def test_an_untrained_head_gets_no_gradient_and_hidden_the_same() -> None:
     np.testing.assert_allclose(dhidden, dense(hidden, head, targets, mask)[2], atol=2e-6)
 
 
+@pytest.mark.quick
 def test_a_tied_embedding_gets_the_gradient_of_both_its_uses() -> None:
     random = np.random.default_rng(3)
     embed = random.normal(size=(VOCAB, D)).astype(np.float32)

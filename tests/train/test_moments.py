@@ -52,6 +52,7 @@ class Numpy8:
         self.is_close_call = close.reshape(x.shape)
 
 
+@pytest.mark.quick
 def test_8_bit_adamw_against_numpy() -> None:
     """Each step starts from our state, so that one close call does not carry on."""
     config = OptimizerConfig(
@@ -91,6 +92,7 @@ def test_8_bit_adamw_against_numpy() -> None:
 
 
 @settings
+@pytest.mark.quick
 def test_the_first_update_is_that_of_float32(moments: str) -> None:
     params, grads = tree(0), tree(1)
     expected = jax.jit(optax.adamw(0.01, weight_decay=0.0).update)
@@ -122,6 +124,7 @@ def test_small_arrays_stay_in_float32(size: int, is_small: bool) -> None:
 
 
 @settings
+@pytest.mark.quick
 def test_a_part_of_the_tree_is_updated_as_in_the_whole(moments: str) -> None:
     """To the bit where no compiler fuses across leaves."""
     optimizer = adamw(OptimizerConfig(learning_rate=0.01, weight_decay=0.1, moments=moments), 10)
@@ -181,6 +184,7 @@ def test_bfloat16_values_are_kept_and_equal_steps_round_alike() -> None:
 
 
 @settings
+@pytest.mark.quick
 def test_a_second_moment_decays_slowly_in_any_storage(moments: str) -> None:
     """500 updates without a gradient, by 0.999 each: to the nearest bfloat16 it would stay."""
     adam = stored(optax.scale_by_adam(b2=0.999), moments)
@@ -202,6 +206,7 @@ def test_a_second_moment_decays_slowly_in_any_storage(moments: str) -> None:
     assert ratio.std() < {"float32": 1e-5, "bfloat16": 500**0.5 / 256, "int8": 4e-3}[moments]
 
 
+@pytest.mark.quick
 def test_losses_are_those_of_float32_within_one_step(trainer, make_loader) -> None:
     """60 steps on 16 sequences that are learnt by heart, every weight trained.
 

@@ -18,6 +18,8 @@ from qlora_jax.models import trees
 from qlora_jax.models.layers import Weight
 from qlora_jax.train.optimizer import adamw, label, labels, schedule
 
+pytestmark = pytest.mark.quick
+
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 TREE = {
     "embed": (6, 4),

@@ -21,6 +21,8 @@ from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.restore import from_config, restore
 from qlora_jax.train.setup import load_model, open_model
 
+pytestmark = pytest.mark.quick
+
 TOKENS = jnp.asarray([[5, 17, 201, 40, 3, 99, 128, 7]], jnp.int32)
 
 

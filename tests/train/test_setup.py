@@ -16,6 +16,8 @@ from qlora_jax.models import trees
 from qlora_jax.quant import dequantize
 from qlora_jax.train.setup import load_model, open_model, read_data
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def make_config(tiny_model, chats):

@@ -23,6 +23,8 @@ from qlora_jax.train.export import export_adapter
 from qlora_jax.train.setup import load_model, open_model
 from qlora_jax.train.start import Splitter, resolved
 
+pytestmark = pytest.mark.quick
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 LLAMA = GOLDEN / "llama"
 

@@ -11,6 +11,7 @@ from qlora_jax.models.trees import flatten, sha256
 from qlora_jax.quant import QTensor, dequantize
 from qlora_jax.train.step import GROWTH_INTERVAL, INITIAL_SCALE
 
+pytestmark = pytest.mark.quick
 METHODS = ("qlora", "lora", "full")
 HALF = {"compute": "float16", "dropout": 0.1, "accumulation": 2}
 HEADS, KV_HEADS, HEAD_DIM, EPS = 4, 2, 16, 1e-6

@@ -65,6 +65,7 @@ def test_groups_are_the_layers_and_the_rest(trainer) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.quick
 def test_layer_by_layer_is_all_at_once(trainer, program, make_batch, method) -> None:
     t, made = trainer(method), program(method, ON_DEVICE)
     state = t.start()
@@ -93,6 +94,7 @@ def test_moments_on_the_host_change_no_bit(trainer, program, make_batch, method)
 
 
 @pytest.mark.parametrize("where", [ON_DEVICE, ON_HOST], ids=["device", "host"])
+@pytest.mark.quick
 def test_every_step_runs_what_the_first_compiled(trainer, make_batch, where) -> None:
     t = trainer("qlora")
     made = build(t, where)
@@ -102,6 +104,7 @@ def test_every_step_runs_what_the_first_compiled(trainer, make_batch, where) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.quick
 def test_moments_on_the_host_go_on_from_a_checkpoint(
     trainer, program, make_batch, method, tmp_path
 ) -> None:
@@ -121,6 +124,7 @@ def test_moments_on_the_host_go_on_from_a_checkpoint(
         assert x.sharding.memory_kind == unbroken[path].sharding.memory_kind, path
 
 
+@pytest.mark.quick
 def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) -> None:
     away, most = [], [0]
 
