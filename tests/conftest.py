@@ -58,8 +58,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Compiles a test marked `quick`, its fixtures included, with little optimization.
 
     The mark is for tests which compare within a tolerance, or a program with itself: what they
-    tell is of the program that jax is given. Those that compare two programs to the bit, or ask
-    what a compiled one takes, are about the compiler's code, too, and go without.
+    tell is of the program that jax is given. Those that compare two programs to the bit, or bound
+    the bytes that a compiled one takes, are about the compiler's code, too, and go without.
     """
     if item.get_closest_marker("quick") is None:
         return (yield)

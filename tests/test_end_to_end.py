@@ -24,7 +24,7 @@ from qlora_jax.train import rundir
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.restore import restore
 
-METHODS = ("qlora", "lora", "full")
+QUICK = [pytest.param(name, marks=pytest.mark.quick) for name in ("lora", "full")]
 PROMPT = "What does copytree 0 do?"
 RATES = {"qlora": 0.02, "lora": 0.02, "full": 0.003}
 LISTED = {
@@ -53,7 +53,7 @@ class Run(NamedTuple):
         return {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["qlora", *QUICK])
 def run(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

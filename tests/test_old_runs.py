@@ -11,6 +11,8 @@ from qlora_jax.errors import UserError
 from qlora_jax.models import trees
 from qlora_jax.train.restore import check_base, restore
 
+pytestmark = pytest.mark.quick
+
 CHANGED = "the model's weights are not those the run began with"
 
 

@@ -117,6 +117,7 @@ def test_a_leaf_of_more_elements_than_32_bits_count() -> None:
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.quick
 def test_a_model_is_what_a_run_would_train(method: str) -> None:
     chosen = config(method=method, lora={"rank": 4, "alpha": 16})
     made = random_codes.random_model(chosen, DECODER, None)
@@ -154,6 +155,7 @@ def test_gaussian_adapters_have_its_deviation() -> None:
     assert float(a.std()) == pytest.approx(1 / 4, rel=0.1)
 
 
+@pytest.mark.quick
 def test_the_seed_decides() -> None:
     def model(seed: int) -> list[np.ndarray]:
         made = random_codes.random_model(config(train={"seed": seed}), DECODER, None)
@@ -166,6 +168,7 @@ def test_the_seed_decides() -> None:
 
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.quick
 def test_the_loss_of_a_random_model_is_finite_and_that_of_chance(method: str, family: str) -> None:
     chosen = config(method=method)
     decoder = from_hugging_face(TINY | {"model_type": family}, "tiny")

@@ -6,6 +6,8 @@ import pytest
 from qlora_jax.kernels import check, fused, matmul, triton, tuning, xla
 from qlora_jax.quant import quantize
 
+pytestmark = pytest.mark.quick
+
 A100, ADA, LATER = (8, 0), (8, 9), (12, 0)
 
 

@@ -35,6 +35,7 @@ def compute(model, tokens):
     return np.asarray(logits(*nnx.split(model), tokens))
 
 
+@pytest.mark.quick
 def test_kaiming_uniform_is_uniform_within_one_over_root_in():
     bound = 1 / math.sqrt(300)
     a = np.asarray(fresh([SPEC, SPEC]).a.get_value())
@@ -43,12 +44,14 @@ def test_kaiming_uniform_is_uniform_within_one_over_root_in():
     assert abs(np.corrcoef(a[0].reshape(-1), a[1].reshape(-1))[0, 1]) < 0.08
 
 
+@pytest.mark.quick
 def test_gaussian_has_standard_deviation_one_over_r():
     a = np.asarray(fresh([SPEC], "gaussian").a.get_value())
     assert kstest(a.reshape(-1), norm(0, 1 / 8).cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("init", ["kaiming-uniform", "gaussian"])
+@pytest.mark.quick
 def test_a_smaller_rank_has_its_own_distribution_and_is_padded_with_zeros(init):
     a = np.asarray(fresh([SPEC, SMALLER, None], init).a.get_value())
     bound = 1 / math.sqrt(300)
@@ -60,6 +63,7 @@ def test_a_smaller_rank_has_its_own_distribution_and_is_padded_with_zeros(init):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.quick
 def test_b_starts_at_zero_and_the_seed_decides_a(dtype):
     one, same, other = (fresh([SPEC], dtype=dtype, seed=s) for s in (0, 0, 1))
     assert one.a.get_value().dtype == one.b.get_value().dtype == dtype
@@ -124,6 +128,7 @@ def test_padding_has_no_gradient_and_stays_zero_through_steps():
             assert b[i, :rank].all()
 
 
+@pytest.mark.quick
 def test_dropout_keeps_the_mean_and_is_off_without_a_key():
     rate = 0.25
     a, b = jnp.eye(400)[None], jnp.eye(400)[None]

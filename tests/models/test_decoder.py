@@ -14,6 +14,8 @@ from qlora_jax.models import trees
 from qlora_jax.models.decoder import REMAT, Decoder, attach, empty_cache
 from qlora_jax.quant import dequantize, quantize
 
+pytestmark = pytest.mark.quick
+
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [
     f"mlp.{n}_proj" for n in ("gate", "up", "down")
 ]
@@ -59,7 +61,6 @@ def compute(model, tokens, segments=None, positions=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick
 def test_logits_are_transformers_packed_or_not(models, open_model, name):
     reference = np.load(models / name / "reference.npz")
     tokens, expected = reference["tokens"], reference["logits"]
@@ -84,7 +85,6 @@ def test_logits_are_transformers_packed_or_not(models, open_model, name):
         np.testing.assert_allclose(ours[row, here], expected[sequence, :length], atol=1e-4)
 
 
-@pytest.mark.quick
 def test_logits_of_another_context_differ(models, open_model):
     """Windows, biases and rope scaling are not without effect in the reference models."""
     tokens = np.load(models / "mistral_window" / "reference.npz")["tokens"]
@@ -100,7 +100,6 @@ def test_logits_of_another_context_differ(models, open_model):
 @pytest.mark.parametrize(
     "name", ["qwen2_window", "llama_rope_llama3", "gemma3", "gemma2", "phi3", "gpt_neox", "opt"]
 )
-@pytest.mark.quick
 def test_cached_is_uncached(models, open_model, name):
     reference = np.load(models / name / "reference.npz")
     tokens, expected = reference["tokens"], reference["logits"]
@@ -148,7 +147,6 @@ def build(checkpoint, runs):
     )
 
 
-@pytest.mark.quick
 def test_a_4_bit_layer_among_others_computes_with_its_decoded_weights(models):
     checkpoint = open_folder(models / "llama")
     reference = np.load(models / "llama" / "reference.npz")

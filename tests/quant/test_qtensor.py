@@ -37,6 +37,7 @@ def nearest(w: np.ndarray, name: str, block_size: int) -> np.ndarray:
     dtype=st.sampled_from(sorted(DTYPES)),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.quick
 def test_values_are_the_nearest_of_their_block(lead, k, n, block_size, name, dtype, seed):
     w = np.random.default_rng(seed).normal(size=(*lead, k, n)).astype(DTYPES[dtype])
     q = quantize(w, name, block_size, double_quant=False)
@@ -56,6 +57,7 @@ def test_values_are_the_nearest_of_their_block(lead, k, n, block_size, name, dty
 
 @settings(max_examples=8, deadline=None)
 @given(k=st.integers(1, 400), n=st.integers(1, 40), block_size=st.sampled_from([32, 64, 256]))
+@pytest.mark.quick
 def test_double_quantization_moves_scales_by_at_most_half_a_step(k, n, block_size):
     w = np.random.default_rng(k * n).normal(size=(k, n)).astype(np.float32)
     single = np.asarray(quantize(w, "nf4", block_size, double_quant=False).scales)

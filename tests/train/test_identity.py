@@ -80,6 +80,7 @@ def test_a_b_that_is_not_zero_is_found_and_its_linear_named(number):
 
 
 @pytest.mark.parametrize("number", [float("nan"), 0.0])
+@pytest.mark.quick
 def test_a_magnitude_that_is_not_the_norm_is_found(number):
     graph, trained, frozen, config = split(variant="dora")
     check_identity(graph, trained, frozen, config)
