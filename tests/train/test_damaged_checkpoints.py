@@ -22,6 +22,14 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> Iterator[None]:
+    """Collecting passes over what other tests have left: it is a million objects."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
     yield
@@ -72,6 +80,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_damage_to_any_file_gives_an_older_checkpoint_or_the_same_bytes(
     whole: Path, tmp_path: Path, how: str
 ) -> None:
+    is_saved_again = False
     for number, name in enumerate(path.relative_to(whole) for path in files(whole, 5)):
         run = Path(shutil.copytree(whole, tmp_path / str(number)))
         DAMAGE[how](run / name)
@@ -87,9 +96,14 @@ def test_damage_to_any_file_gives_an_older_checkpoint_or_the_same_bytes(
             assert f"{FOLDER}/5: damaged: " in line
             assert "step 3 is taken, and the damaged one is now damaged-5" in line
             assert "\n" not in line
-            checkpoints.save(make(5, seed=7), EXTRA)
-            assert_same(checkpoints.restore(make(0))[0], make(5, seed=7))
+            assert (run / FOLDER / "damaged-5").is_dir()
+            assert not (run / FOLDER / "5").exists()
+            if not is_saved_again:  # what follows the renaming is the same for every file
+                checkpoints.save(make(5, seed=7), EXTRA)
+                assert_same(checkpoints.restore(make(0))[0], make(5, seed=7))
+                is_saved_again = True
         checkpoints.close()
+    assert is_saved_again
 
 
 def test_an_array_that_differs_is_named(run: Path, monkeypatch) -> None:
