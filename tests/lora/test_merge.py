@@ -98,6 +98,7 @@ def cost(model) -> tuple[float, float]:
     return analysis["flops"], analysis["bytes accessed"]
 
 
+@pytest.mark.quick
 def test_a_merged_model_costs_what_its_base_does_and_an_adapter_more(models):
     source = open_folder(models / "llama")
     base = cost(load(source, quant=None, dtype=jnp.float32))
