@@ -46,13 +46,6 @@ NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 WORDS = ("copytree", "rmtree", "sorted", "divmod", "chr", "open", "hash", "zip", "slice", "repr")
 
 
-QUICK = "quick: its programs are compiled in a fraction of the time, and run slower"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", QUICK)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Compiles a test marked `quick`, its fixtures included, with little optimization.
