@@ -55,7 +55,7 @@ gc.collect()
 def test_our_lines_alone_are_printed(tmp_path, script, lines):
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
