@@ -201,7 +201,8 @@ class UnloadAdapter(_Strict):
 R = TypeVar("R", bound=BaseModel)
 
 
-ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
+"""Found in every body that holds one: escaped, in UTF-8, and what is in all of UTF-16."""
 
 
 def parse(kind: type[R], body: bytes | bytearray) -> R:
@@ -214,7 +215,7 @@ def parse(kind: type[R], body: bytes | bytearray) -> R:
         tree = json_files.parse(body)
         if isinstance(tree, dict):
             tree = _present({key: value for key, value in tree.items() if key not in IGNORED})
-            if ESCAPED_SURROGATE.search(body):
+            if SURROGATE.search(body):
                 json.dumps(tree, ensure_ascii=False).encode()  # refuses half a pair
     except (ValueError, RecursionError) as e:
         raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {e}") from None

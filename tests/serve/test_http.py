@@ -144,6 +144,14 @@ COMPLETION = {"model": "one", "prompt": "abc"}
         ("chat/completions", b'{"model": ', 400, "not valid JSON", None),
         ("chat/completions", b"[" * 100_000, 400, "not valid JSON", None),
         ("chat/completions", b'{"model": "\\ud800"}', 400, "not valid JSON", None),
+        ("chat/completions", b'{"model": "\xed\xa0\x80"}', 400, "not valid JSON", None),
+        (
+            "chat/completions",
+            '{"model": "\ud800"}'.encode("utf-16", "surrogatepass"),
+            400,
+            "not valid JSON",
+            None,
+        ),
         ("chat/completions", b"[1]", 400, "not a JSON object", None),
         ("chat/completions", {"model": "one"}, 400, "messages: Field required", "messages"),
         ("chat/completions", BODY | {"messages": []}, 400, "messages: ", "messages"),
@@ -173,7 +181,7 @@ COMPLETION = {"model": "one", "prompt": "abc"}
         ("completions/", BODY, 404, "Not Found", None),
         ("models", {}, 405, "Method Not Allowed", None),
     ],
-    ids=lambda value: value[:24].decode() if isinstance(value, bytes) else None,
+    ids=lambda value: ascii(value[:24]) if isinstance(value, bytes) else None,
 )
 def test_bad_requests_get_openais_errors(server, path, body, status, message, param):
     found, tree = post(server, f"/v1/{path}", body)
