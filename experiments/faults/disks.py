@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from common import LINES, MIB, Campaign, Ended, Row, command
+from common import LINES, MIB, SWEEP, Campaign, Ended, Row, command
 from kills import figures, records
 
 from kill_resume import Moment, Trial, adapter_hash, saved_steps
@@ -39,23 +39,6 @@ OUTPUTS: Mapping[str, Sequence[str]] = {
     "quantize": ("quantize", "{model}", "{out}"),
 }
 """Commands that write one folder."""
-
-MODULE = """
-from qlora_jax.sweep import Analysis, Experiment, Verdict, statistics
-
-def run(cell, context):
-    (context.folder / "file").write_bytes(bytes(6000))
-    return {"loss": cell["rank"] / 8 + cell["seed"], "text": "x" * 3000}
-
-def analyse(table):
-    interval = statistics.mean(table.column("loss"))
-    return Analysis(Verdict("the loss", interval, statistics.within(interval, 0)))
-
-EXPERIMENT = Experiment(
-    name="full", question="?", paper="-", expected="-", cost="seconds",
-    axes={"rank": [2, 4]}, seeds=(0, 1, 2), run=run, analyse=analyse,
-)
-"""
 
 
 def run(campaign: Campaign) -> Iterator[Row]:
@@ -272,7 +255,7 @@ def same_folder(out: Path, right: Mapping[str, str]) -> bool:
 def sweep(campaign: Campaign, folder: Path) -> Iterator[Row]:
     """Sweeps on full disks, whose cells write files and long rows."""
     experiment = folder / "full.py"
-    experiment.write_text(MODULE, encoding="utf-8")
+    experiment.write_text(SWEEP, encoding="utf-8")
     mounted = folder / "disk"
     out = mounted / "out"
     words = ("sweep", experiment, "--out", out)

@@ -1,5 +1,6 @@
 """The formats that the campaign damages: a whole example of each, and what reads it."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Campaign, command
+from common import SWEEP, Campaign, command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,14 @@ def read_run(folder: Path) -> None:
 
 
 def read_results(folder: Path) -> None:
-    """Reads the results of a sweep and makes its report."""
-    from qlora_jax import cli
+    """Reads the results of a sweep and concludes from them."""
+    from qlora_jax.errors import RunFailed
+    from qlora_jax.sweep import find, results
+    from qlora_jax.sweep.conclude import conclude
 
-    cli.main(["report", str(folder)])
+    experiment = find.load(folder / "experiment.py")
+    with contextlib.suppress(RunFailed):  # figures from which nothing can be concluded
+        conclude(experiment, results.read(folder, experiment), folder)
 
 
 FORMATS = (
@@ -172,6 +177,12 @@ FORMATS = (
         read=read_run,
         arguments=("generate", "{}", "--prompt=zip", "--max-new-tokens=2"),
     ),
+    Format(
+        name="results",
+        files=("results.jsonl",),
+        read=read_results,
+        arguments=("sweep", "{}/experiment.py", "--out={}", "--analyse-only"),
+    ),
 )
 BY_NAME: Mapping[str, Format] = {each.name: each for each in FORMATS}
 
@@ -190,11 +201,14 @@ def make(campaign: Campaign) -> Path:
         shutil.copytree(campaign.model, seeds / name)
     _shard(seeds / "sharded")
     config = campaign.config(seeds / "a.yaml", train__steps=4, train__save_every=2)
-    run = seeds / "run"
+    run, results = seeds / "run", seeds / "results"
+    results.mkdir()
+    (results / "experiment.py").write_text(SWEEP, encoding="utf-8")
     for arguments in (
         ("train", config),
         ("export", run, seeds / "adapter"),
         ("quantize", campaign.model, seeds / "quantized"),
+        ("sweep", results / "experiment.py", "--out", results),
     ):
         ended = command(*arguments)
         if ended.code != 0:

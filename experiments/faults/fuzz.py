@@ -169,6 +169,7 @@ def run(campaign: Campaign) -> Iterator[Row]:
                 busy.remove(worker)
     for worker in workers:
         worker.process.kill()
+        worker.process.join()
     for name in (each.name for each in formats.FORMATS if each.name in tried):
         yield Row(part="fuzz", what=name, tried=tried[name], faults=tuple(faults[name]))
 

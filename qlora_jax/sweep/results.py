@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from qlora_jax import json_files, paths
 from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.errors import UserError
@@ -55,6 +57,9 @@ class Record(NamedTuple):
     rows: list[dict[str, Any]]
     wall_s: float
     versions: Mapping[str, str | None]
+
+
+_RECORD = TypeAdapter(Record)
 
 
 class Results:
@@ -196,7 +201,8 @@ def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, Record], int]:
             tree = json_files.parse(line)
             theirs = {key: tree[key] for key in head}
             if theirs == head:
-                record = Record(**{k: v for k, v in tree.items() if k not in head})
+                own = {key: value for key, value in tree.items() if key not in head}
+                record = _RECORD.validate_python(own, strict=True)
                 found[record.id] = record
                 continue
         except (ValueError, TypeError, KeyError):
