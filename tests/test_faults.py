@@ -44,7 +44,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1\nKeyError
     ],
 )
 def test_what_counts_as_a_fault(faults, code, err, fault):
-    ended = faults["common"].Ended(code=code, out="", err=err, seconds=3.2, peak=0)
+    ended = faults["common"].Ended(code=code, out="", err=err, seconds=3.2, computed=1.0, peak=0)
     assert ended.fault(0, 2) == fault
 
 

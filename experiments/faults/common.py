@@ -136,6 +136,7 @@ class Ended:
       out: text on stdout.
       err: text on stderr.
       seconds: wall time.
+      computed: seconds of the CPU, which a busy machine does not change.
       peak: highest resident bytes of the process.
     """
 
@@ -143,6 +144,7 @@ class Ended:
     out: str
     err: str
     seconds: float
+    computed: float
     peak: int
 
     def fault(self, *codes: int, lines: int = LINES) -> str | None:
@@ -201,7 +203,7 @@ def command(
         for name, most in (limits or {}).items():
             resource.setrlimit(name, (most, most))
 
-    began = time.monotonic()
+    began, before = time.monotonic(), _computed()
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_jax", *map(str, arguments)],
         env=variables,
@@ -223,7 +225,20 @@ def command(
         process.kill()
         out, err = process.communicate()
         code = None
-    return Ended(code=code, out=out, err=err, seconds=time.monotonic() - began, peak=peak.stop())
+    return Ended(
+        code=code,
+        out=out,
+        err=err,
+        seconds=time.monotonic() - began,
+        computed=_computed() - before,
+        peak=peak.stop(),
+    )
+
+
+def _computed() -> float:
+    """Returns the seconds of the CPU that processes of this one took, as far as they ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 class Peak:

@@ -185,7 +185,9 @@ def run_here(*arguments: str) -> Ended:
         traceback.print_exc()
     gc.collect()  # what was left complains now, not in the next case
     text = os.pread(2, 2**24, 0).decode(errors="replace")
-    return Ended(code=code, out="", err=text, seconds=time.monotonic() - began, peak=0)
+    return Ended(
+        code=code, out="", err=text, seconds=time.monotonic() - began, computed=0.0, peak=0
+    )
 
 
 def resume(case: Case) -> Outcome:
