@@ -97,15 +97,14 @@ class Checkpoints:
             return
         flat = flatten(_stacked(state))
         try:
-            with orbax_noise.unretrieved():
-                self._manager.save(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(flat),
-                        extra=ocp.args.JsonSave(digests.seal(extra, flat)),
-                    ),
-                )
-                self._manager.wait_until_finished()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(flat),
+                    extra=ocp.args.JsonSave(digests.seal(extra, flat)),
+                ),
+            )
+            self._manager.wait_until_finished()
         except Exception as e:
             problem = _storage_error(self.folder, e)
             if problem is None:
@@ -187,8 +186,7 @@ class Checkpoints:
           UserError: the files may not be read.
         """
         try:
-            with orbax_noise.unretrieved():
-                yield
+            yield
         except MemoryError:
             raise
         except PermissionError as e:

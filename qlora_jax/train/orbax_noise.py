@@ -1,46 +1,42 @@
 """What orbax and tensorstore print of errors that they also raise."""
 
-import contextlib
 import functools
-import gc
 import logging
 import sys
-from collections.abc import Iterator
+import traceback
 from typing import Any
+
+NAMES = ("orbax", "tensorstore")
 
 
 @functools.cache
 def silence() -> None:
-    """Drops for good what their threads report, which may come long after the error.
+    """Drops for good what their threads and tasks report, which may come long after the error.
 
-    orbax logs by `absl`. tensorstore wakes event loops that its caller has closed, which Python
-    reports as an error that nobody can catch.
+    orbax logs by `absl`, and asyncio what became of its other reads. tensorstore wakes event loops
+    that its caller has closed, which Python reports as an error that nobody can catch.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    others = sys.unraisablehook
+    logging.getLogger("asyncio").addFilter(_is_others)
+    report = sys.unraisablehook
 
-    def report(unraisable: Any) -> None:
-        if not _is_closed_loop(unraisable):
-            others(unraisable)
+    def report_others(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (_is_closed_loop(error) or _is_theirs(error)):
+            report(unraisable)
 
-    sys.unraisablehook = report
+    sys.unraisablehook = report_others
 
 
-def _is_closed_loop(unraisable: Any) -> bool:
-    error = unraisable.exc_value
+def _is_others(record: logging.LogRecord) -> bool:
+    return not _is_theirs(record.exc_info[1] if record.exc_info else None)
+
+
+def _is_closed_loop(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
-@contextlib.contextmanager
-def unretrieved() -> Iterator[None]:
-    """Inside, asyncio does not log the errors of futures that an error left behind."""
-    logger = logging.getLogger("asyncio")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except Exception:
-        gc.collect()  # it logs when a future is collected
-        raise
-    finally:
-        logger.setLevel(before)
+def _is_theirs(error: BaseException | None) -> bool:
+    """Whether an error is from their code, or about it."""
+    text = "".join(traceback.format_exception(error)).lower() if error else ""
+    return any(name in text for name in NAMES)
