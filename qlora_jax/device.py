@@ -29,7 +29,12 @@ class Devices:
 
 
 def describe_devices() -> Devices:
-    """Names the devices of jax's default backend; starts the backend."""
+    """Names the devices of jax's default backend.
+
+    Raises:
+      UserError: as `start`.
+    """
+    start()
     devices = jax.devices()
     backend = jax.default_backend()
     kind = cpu_name() if backend == "cpu" else devices[0].device_kind
@@ -55,7 +60,12 @@ def start() -> None:
 
 
 def warn_if_gpu_idle() -> str | None:
-    """One line with the remedy when jax runs on the CPU of a machine with an NVIDIA GPU."""
+    """One line with the remedy when jax runs on the CPU of a machine with an NVIDIA GPU.
+
+    Raises:
+      UserError: as `start`.
+    """
+    start()
     if jax.default_backend() != "cpu" or not has_nvidia_gpu():
         return None
     warning = "warning: this machine has an NVIDIA GPU but jax runs on the CPU; "

@@ -283,6 +283,23 @@ def test_a_signal_before_a_command_begins_is_one_line() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "qlora-jax: interrupted\n")
 
 
+def test_a_signal_that_python_would_drop_is_one_line() -> None:
+    code = (
+        "import os, signal; from qlora_jax import __main__, cli\n"
+        "class Dropping:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT); signal.sigtimedwait([], 10)\n"
+        "def main(): Dropping(); print('went on')\n"
+        "cli.main = main; __main__.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qlora-jax: interrupted\n")
+
+
 @pytest.fixture
 def unread() -> Iterator[TextIO]:
     """A pipe whose reader is gone."""

@@ -71,7 +71,7 @@ class Server:
 
 
 SAID = re.compile(rb'"(?:text|content|finish_reason)":\s?"((?:[^"\\]|\\.)*)"')
-"""What of an answer depends on the request alone, however it is cut into pieces."""
+"""Finds the parts of an answer that follow from the request alone."""
 
 
 class Honest:

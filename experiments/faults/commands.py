@@ -10,7 +10,7 @@ from common import HANGS_AFTER, HUGE, MIB, Campaign, Row, command
 
 INPUTS = 300
 START_SECONDS = 10.0
-"""Of computing that a command may take for what is not the input's fault: imports, compiling."""
+"""CPU seconds that a command may take for imports and compiling, whatever the input."""
 FIRST = 1_000_000
 """Number of the first input, so that they are others than those of `fuzz`."""
 

@@ -1,4 +1,4 @@
-"""What every part of the campaign uses: a small model and data, commands with limits, a verdict."""
+"""Defines what all parts share: a small model, its data, commands, and the rule for a fault."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Campaign:
-    """What a part is given.
+    """Holds what each part needs.
 
     Attributes:
       folder: a new folder of the campaign's own.
@@ -150,8 +150,8 @@ class Ended:
     def fault(self, *codes: int, lines: int = LINES) -> str | None:
         """Returns what is wrong with this end, or None.
 
-        An end is right if the exit code is one of `codes`, no traceback is on stderr and, unless
-        the code is 0, stderr ends with one line of ours after at most `lines` others.
+        An end is right if the exit code is one of `codes` and no traceback is on stderr. If the
+        code is above 0, stderr must also end with one line of ours, after at most `lines` others.
         """
         said = self.err.rstrip("\n").splitlines()
         last = said[-1] if said else ""
@@ -163,9 +163,9 @@ class Ended:
             return f"traceback, exit code {self.code}: {error[:200]}"
         if self.code not in codes:
             return f"exit code {self.code}: {last[:200]}"
-        if self.code != 0 and not last.startswith("qlora-jax: "):
+        if self.code > 0 and not last.startswith("qlora-jax: "):
             return f"exit code {self.code} without a line of ours: {last[:200]}"
-        if self.code != 0 and len(said) > lines:
+        if self.code > 0 and len(said) > lines:
             return f"{len(said)} lines on stderr around: {last[:200]}"
         return None
 
@@ -173,20 +173,16 @@ class Ended:
 def command(
     *arguments: str | Path,
     timeout: float = 120.0,
-    limits: Mapping[int, int] | None = None,
     environment: Mapping[str, str | None] | None = None,
-    cwd: Path | None = None,
     hit: Callable[[subprocess.Popen[str]], None] | None = None,
     prepare: Callable[[], object] | None = None,
 ) -> Ended:
     """Runs a `qlora-jax` command in a process of its own.
 
     Args:
-      arguments: of `qlora-jax`.
+      arguments: the name of the command and its options.
       timeout: seconds after which the process is killed.
-      limits: `resource.RLIMIT_*` to the most that the process may have of it.
       environment: laid over this process's; None removes a variable.
-      cwd: where the command runs.
       hit: called in a thread with the running process, to send it signals.
       prepare: called in the new process before the command starts.
     """
@@ -198,16 +194,14 @@ def command(
             variables[name] = value
 
     def begin() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
         if prepare is not None:
             prepare()
-        for name, most in (limits or {}).items():
-            resource.setrlimit(name, (most, most))
 
     began, before = time.monotonic(), _computed()
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_jax", *map(str, arguments)],
         env=variables,
-        cwd=cwd,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -318,17 +312,6 @@ def make_seeds(campaign: Campaign) -> None:
     if ended.code != 0:
         raise RuntimeError(f"the campaign's model was not made: {ended.err.splitlines()[-1:]}")
     (seeds / "run" / "model").rename(campaign.model)
-
-
-def interrupt_after(seconds: float, number: signal.Signals) -> Callable[[Any], None]:
-    """Returns a `hit` that sends a signal when a process is so many seconds old."""
-
-    def hit(process: subprocess.Popen[str]) -> None:
-        time.sleep(seconds)
-        if process.poll() is None:
-            process.send_signal(number)
-
-    return hit
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -92,7 +92,7 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a case.
+    """Holds the result of one case.
 
     Attributes:
       what: a key of `ENDS`.
@@ -271,7 +271,7 @@ def read_flipped(folder: Path, arguments: Sequence[str], seed: int) -> Outcome:
 
 
 def outcome(result: "multiprocessing.pool.AsyncResult[Outcome]") -> Outcome:
-    """What a worker found, or that it hangs or failed."""
+    """Returns the result of a worker, or a fault if the worker hangs or fails."""
     try:
         return result.get(SECONDS)
     except multiprocessing.TimeoutError:

@@ -89,7 +89,8 @@ def work(
     folder.mkdir()
     (folder / "base").symlink_to(seeds / "base")
     (folder / "model").symlink_to(seeds / "model")
-    while (number := connection.recv()) is not None:
+    while True:  # until the process is killed
+        number = connection.recv()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             outcome = attempt(seeds, seed, number, folder / "input")
         shutil.rmtree(folder / "input", ignore_errors=True)
@@ -118,8 +119,8 @@ class Worker:
         theirs.close()
         self.ready = False
 
-    def give(self, number: int | None) -> None:
-        """Hands over the next input; None ends the process."""
+    def give(self, number: int) -> None:
+        """Hands over the next input."""
         self.number, self._since = number, time.monotonic()
         self.connection.send(number)
 

@@ -35,10 +35,9 @@ def start_jax() -> None:
     Raises:
       UserError: jax cannot start.
     """
-    from qlora_jax import device
+    from qlora_jax.device import warn_if_gpu_idle
 
-    device.start()
-    if warning := device.warn_if_gpu_idle():
+    if warning := warn_if_gpu_idle():
         say(warning)
 
 
