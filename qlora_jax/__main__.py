@@ -1,19 +1,12 @@
 """The program `qlora-jax`, also `python -m qlora_jax`."""
 
-import os
-import signal
-import sys
-from typing import Any, NoReturn
+from qlora_jax import interrupts
 
+interrupts.end_at_once()  # other modules take time to import
 
-def _end(*_: object) -> NoReturn:
-    os.write(2, b"qlora-jax: interrupted\n")
-    os._exit(128 + signal.SIGINT)
-
-
-# Until a command begins nothing has been done, and what is imported may swallow KeyboardInterrupt.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _end)
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
 
 from qlora_jax import startup, streams  # noqa: E402
 
@@ -21,25 +14,17 @@ from qlora_jax import startup, streams  # noqa: E402
 def main() -> int:
     """Runs `cli.main` in a process that `startup` has set up."""
     streams.open_closed()
-    sys.unraisablehook = _end_if_interrupted
+    interrupts.end_where_dropped()
     startup.prepare()
     from qlora_jax import cli
 
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = cli.main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has been told
+    if code > 128:
+        # A signal ended the command. Threads of libraries may still compute or read: Python would
+        # wait for them, or crash when it takes apart what they use.
+        os._exit(code)
     return code
-
-
-def _end_if_interrupted(unraisable: Any) -> None:
-    """Ends the process where Python would drop a KeyboardInterrupt, as in a callback of a library.
-
-    What is written is safe from that as from any kill.
-    """
-    if unraisable.exc_type is KeyboardInterrupt:
-        _end()
-    sys.__unraisablehook__(unraisable)
 
 
 if __name__ == "__main__":

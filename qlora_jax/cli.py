@@ -5,16 +5,14 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import shlex
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
-from qlora_jax import limits
+from qlora_jax import interrupts, limits
 from qlora_jax.commands import (
     bench,
     combine,
@@ -69,14 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @dataclasses.dataclass
 class _Code:
     value: int = DONE
-    interrupted: bool = False
 
 
 @contextlib.contextmanager
 def _exit_code(debug: bool) -> Iterator[_Code]:
     code = _Code()
     try:
-        with _noting_interrupts(code):
+        with interrupts.raising() as interrupt:
             yield code
     except UserError as e:
         code.value = USER_ERROR
@@ -94,8 +91,7 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
         code.value = INTERRUPTED
         _fail("interrupted", debug)
     except Exception as e:
-        # What is being imported may turn a KeyboardInterrupt into an error of another type.
-        if code.interrupted:
+        if interrupt.is_set():  # a library made another error of KeyboardInterrupt
             code.value = INTERRUPTED
             _fail("interrupted", debug)
         elif line := limits.told(e):
@@ -103,25 +99,6 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
             _fail(line, debug)
         else:
             raise
-
-
-@contextlib.contextmanager
-def _noting_interrupts(code: _Code) -> Iterator[None]:
-    """Inside, SIGINT raises KeyboardInterrupt as ever, and the code remembers that it came."""
-
-    def note(number: int, frame: FrameType | None) -> NoReturn:
-        code.interrupted = True
-        raise KeyboardInterrupt
-
-    theirs = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    if theirs or threading.current_thread() is not threading.main_thread():
-        yield  # it is ignored, or handled by who calls `main`
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(message: str, debug: bool) -> None:
@@ -206,7 +183,3 @@ def _version() -> str:
         return importlib.metadata.version("qlora-jax")
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

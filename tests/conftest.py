@@ -234,7 +234,7 @@ def run_process() -> Callable[..., Ended]:
 
     def run(*arguments: str | os.PathLike[str], **environment: str) -> Ended:
         done = subprocess.run(
-            [sys.executable, "-m", "qlora_jax.cli", *map(str, arguments)],
+            [sys.executable, "-m", "qlora_jax", *map(str, arguments)],
             env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,

@@ -269,35 +269,65 @@ def test_results_that_do_not_fit_are_one_line(command: str) -> None:
     assert done.stderr.decode() == f"qlora-jax: {said}\n"
 
 
-def test_a_signal_before_a_command_begins_is_one_line() -> None:
-    code = (
-        "import os, signal; from qlora_jax import __main__, startup;"
-        "startup.prepare = lambda: os.kill(os.getpid(), signal.SIGINT); __main__.main()"
-    )
+def in_program(code: str) -> tuple[int, str, str]:
+    """Runs code in a process that has imported `__main__`; exit code, stdout and stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import os, signal; from qlora_jax import __main__, cli\n{code}"],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qlora-jax: interrupted\n")
+    return done.returncode, done.stdout, done.stderr
+
+
+SEND = "os.kill(os.getpid(), signal.SIGINT); signal.sigtimedwait([], 10)"
+
+
+def test_a_signal_before_a_command_begins_is_one_line() -> None:
+    code = (
+        "from qlora_jax import startup\n"
+        f"def prepare(): {SEND}\n"
+        "startup.prepare = prepare; __main__.main()"
+    )
+    assert in_program(code) == (130, "", "qlora-jax: interrupted\n")
 
 
 def test_a_signal_that_python_would_drop_is_one_line() -> None:
     code = (
-        "import os, signal; from qlora_jax import __main__, cli\n"
         "class Dropping:\n"
-        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT); signal.sigtimedwait([], 10)\n"
+        f"    def __del__(self): {SEND}\n"
         "def main(): Dropping(); print('went on')\n"
         "cli.main = main; __main__.main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
+    assert in_program(code) == (130, "", "qlora-jax: interrupted\n")
+
+
+def test_a_signal_that_an_import_would_report_is_one_line(tmp_path: Path) -> None:
+    """Plugins of jax, imported when SIGINT comes, print a traceback."""
+    module = (
+        f"import os, signal, traceback\ntry: {SEND}\nexcept BaseException: traceback.print_exc()\n"
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qlora-jax: interrupted\n")
+    (tmp_path / "reports.py").write_text(module)
+    code = (
+        "import sys; from qlora_jax import commands\n"
+        "def run(*_): import reports\n"
+        f"commands.train.run = run; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "sys.argv = ['qlora-jax', 'train', 'c.yaml']; __main__.main()"
+    )
+    assert in_program(code) == (130, "", "qlora-jax: interrupted\n")
+
+
+@pytest.mark.parametrize(("code", "waited"), [(0, "1\n"), (2, "1\n"), (130, ""), (143, "")])
+def test_only_a_command_that_a_signal_ended_does_not_wait_for_threads(
+    code: int, waited: str
+) -> None:
+    program = (
+        "import sys, threading, time\n"
+        "def last(): time.sleep(0.2); print(1, flush=True)\n"
+        f"def main(): threading.Thread(target=last).start(); return {code}\n"
+        "cli.main = main; sys.exit(__main__.main())"
+    )
+    assert in_program(program) == (code, waited, "")
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """`qlora-jax serve`."""
 
 import argparse
-import atexit
 import contextlib
 import ipaddress
 import json
-import os
 import re
-import signal
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,7 +19,7 @@ from qlora_jax.commands.common import (
     start_jax,
     whole,
 )
-from qlora_jax.errors import Terminated, UserError
+from qlora_jax.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_jax.serve.app import Service
@@ -118,14 +115,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     """Loads the model and serves until a signal."""
     from qlora_jax.serve.signals import until_signal
 
-    try:
-        service, listener, connections = until_signal(lambda: _ready(options))
-        _serve(options, service, listener, connections)
-    except (Terminated, KeyboardInterrupt) as e:
-        # A thread may be within a compilation or a read that does not end. Python would wait for
-        # it, or break down when it returns amid Python's end.
-        atexit.register(os._exit, e.code if isinstance(e, Terminated) else 128 + signal.SIGINT)
-        raise
+    service, listener, connections = until_signal(lambda: _ready(options))
+    _serve(options, service, listener, connections)
 
 
 def _ready(options: argparse.Namespace) -> "tuple[Service, socket.socket, int]":

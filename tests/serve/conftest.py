@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
 MAIN = """
 import sys
-from qlora_jax import cli
-sys.exit(cli.main(sys.argv[1:]))
+from qlora_jax import __main__
+sys.exit(__main__.main())
 """
 
 

@@ -66,7 +66,7 @@ class Toy:
     def start(self, *more: str) -> "subprocess.Popen[bytes]":
         """The sweep as a process of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "qlora_jax.cli", *self.arguments(*more)],
+            [sys.executable, "-m", "qlora_jax", *self.arguments(*more)],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
