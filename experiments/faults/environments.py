@@ -7,11 +7,12 @@ import contextlib
 import functools
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import formats
-from common import MIB, Campaign, Row, command
+from common import LINES, MIB, Campaign, Ended, Row, command
 
 Prepare = Callable[[], object]
 
@@ -74,12 +75,13 @@ COMMANDS = (
 def run(campaign: Campaign) -> Iterator[Row]:
     """Yields a row for each kind of lack, and one for names of folders."""
     seeds = formats.make(campaign)
+    usual = {each[0]: len(_run(each, seeds).err.splitlines()) for each in COMMANDS}
     for what, prepare in LIMITS.items():
         # where stderr is lost, so is the line
         codes = (0, 2) if "stderr" not in what and "all" not in what else (0,)
-        yield _row(what, seeds, codes, prepare=prepare)
+        yield _row(what, seeds, usual, codes, prepare=prepare)
     for what, environment in VARIABLES.items():
-        yield _row(what, seeds, (0, 2), environment=environment)
+        yield _row(what, seeds, usual, (0, 2), environment=environment)
     faults = []
     for name in NAMES:
         folder = seeds / name
@@ -93,21 +95,24 @@ def run(campaign: Campaign) -> Iterator[Row]:
     yield Row(part="environments", what="names of folders", tried=len(NAMES), faults=tuple(faults))
 
 
+def _run(arguments: Sequence[str], seeds: Path, **changed: Any) -> Ended:
+    return command(*(each.replace("{}", str(seeds)) for each in arguments), **changed)
+
+
 def _row(
     what: str,
     seeds: Path,
+    usual: Mapping[str, int],
     codes: tuple[int, ...],
-    *,
-    prepare: Prepare | None = None,
-    environment: Mapping[str, str | None] | None = None,
+    **changed: Any,
 ) -> Row:
+    """Runs the commands where something is lacking; `usual` is how many lines each has else."""
     faults = []
     ends = []
     for arguments in COMMANDS:
-        replaced = [a.replace("{}", str(seeds)) for a in arguments]
-        ended = command(*replaced, prepare=prepare, environment=environment)
+        ended = _run(arguments, seeds, **changed)
         ends.append(f"{arguments[0]} {ended.code}")
-        if fault := ended.fault(*codes):
+        if fault := ended.fault(*codes, lines=usual[arguments[0]] + LINES):
             faults.append(f"{arguments[0]}: {fault}")
     return Row(
         part="environments",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import json_files, paths
-from qlora_jax.errors import UserError
+from qlora_jax.errors import UserError, first_line
 
 Rows = Iterator[tuple[dict[str, Any], str]]
 
@@ -110,8 +110,9 @@ def _parquet(path: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path} row {number}"
-    except (pyarrow.ArrowException, OSError) as e:
-        reason = str(e).splitlines()[0]
+    # values that Python cannot hold, such as a date in the year 10,000, are errors of many kinds
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as e:
+        reason = first_line(e)
         raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
 
 

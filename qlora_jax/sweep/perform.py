@@ -120,7 +120,7 @@ def _outcome(cell: Cell, found: Rows | Exception) -> Outcome:
 
 
 def _failure(error: Exception) -> Outcome:
-    return Outcome(FAILED, f"{type(error).__name__}: {first_line(error)}", [])
+    return Outcome(FAILED, plain(f"{type(error).__name__}: {first_line(error)}"), [])
 
 
 @contextlib.contextmanager

@@ -142,6 +142,8 @@ def read(folder: Path, experiment: Experiment) -> dict[str, Record]:
 def plain(value: Any) -> Any:
     """A figure as JSON has it: numpy's scalars as Python's, what is not finite as None.
 
+    Halves of surrogate pairs in text are escaped: UTF-8 has none, so no report could hold them.
+
     Raises:
       TypeError: JSON has no such thing.
     """
@@ -149,10 +151,12 @@ def plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if value is None or isinstance(value, int):
         return value
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {plain(str(k)): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     raise TypeError(f"{type(value).__name__} is not a figure; give numbers, text, lists or dicts")
@@ -199,6 +203,7 @@ def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, Record], int]:
     for number, line in enumerate(data[:size].splitlines(), 1):
         try:
             tree = json_files.parse(line)
+            json.dumps(tree, ensure_ascii=False).encode()  # fails for halves of surrogate pairs
             theirs = {key: tree[key] for key in head}
             if theirs == head:
                 own = {key: value for key, value in tree.items() if key not in head}

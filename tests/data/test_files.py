@@ -52,6 +52,23 @@ def test_parquet(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([2**31 - 1], pyarrow.date32()),
+        pyarrow.array([0], pyarrow.timestamp("s", "Nowhere/None")),
+        pyarrow.array([2**62], pyarrow.timestamp("us")),
+        pyarrow.array([b"\xb1"]).view(pyarrow.string()),
+    ],
+    ids=["year 5,881,580", "no such zone", "year 148,000", "not UTF-8"],
+)
+def test_parquet_of_what_python_has_not(tmp_path, column):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file: ."):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not valid JSON: .* at column"),

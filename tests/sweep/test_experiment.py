@@ -183,9 +183,9 @@ def test_markdown() -> None:
 
 def test_figures_become_json() -> None:
     found = plain(
-        {"a": np.float32(0.5), "b": np.array(3), "c": [float("inf"), (1, None)], "d": "x"}
+        {"a": np.float32(0.5), "b": np.array(3), "c": [float("inf"), (1, None)], "d": "x\ud800é"}
     )
-    assert found == {"a": 0.5, "b": 3, "c": [None, [1, None]], "d": "x"}
+    assert found == {"a": 0.5, "b": 3, "c": [None, [1, None]], "d": "x\\ud800é"}
     assert type(found["b"]) is int
     with pytest.raises(TypeError, match="ndarray is not a figure"):
         plain(np.zeros(2))

@@ -174,9 +174,10 @@ def test_a_torn_line_is_run_again(toy: Any, sweep: Sweep) -> None:
     assert {line["id"] for line in lines(toy)} == {json.loads(x)["id"] for x in whole.splitlines()}
 
 
-def test_a_line_that_is_none_is_refused(toy: Any, sweep: Sweep) -> None:
+@pytest.mark.parametrize("line", ['{"format": 1}', '{"format": "\\ud800"}'])
+def test_a_line_that_is_none_is_refused(toy: Any, sweep: Sweep, line: str) -> None:
     toy.out.mkdir()
-    (toy.out / "results.jsonl").write_text('{"format": 1}\n')
+    (toy.out / "results.jsonl").write_text(line + "\n")
     ended = sweep()
     assert ended.code == 2
     assert f"{toy.out}/results.jsonl:1: not a result; restore the file" in ended.err
