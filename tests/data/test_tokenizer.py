@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,17 @@ def test_dropout_of_merges_is_switched_off_and_said(tokenizer, tmp_path):
     assert [loaded.encode(text) for _ in range(5)] == [tokenizer.encode(text)] * 5
     (line,) = said
     assert line.startswith(f"warning: {folder}: dropout of tokenizer.json")
+
+
+def test_names_of_settings_are_not_printed_amid_results(tokenizer, tmp_path, capfd):
+    tokenizer.fast.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    token = {"content": "<new>", "special": True, "no such\x1b[2J": 1}
+    settings = json.loads(path.read_text()) | {"added_tokens_decoder": {"9999": token}}
+    path.write_text(json.dumps(settings))
+    assert "<new>" in tokenizers_.load(tmp_path).fast.get_vocab()
+    os.write(1, b"ours")
+    assert tuple(capfd.readouterr()) == ("ours", "")
 
 
 def test_two_tokens_with_one_id_are_refused(tokenizer, tmp_path):
