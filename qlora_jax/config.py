@@ -315,7 +315,7 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
     except ValidationError as e:
         raise UserError(f"{where}: {_explain(e)}") from None
     for key, value in _flatten(to_tree(config)):
-        if isinstance(value, str) and SURROGATES.search(value):
+        if SURROGATES.search(json.dumps(value, ensure_ascii=False)):
             raise UserError(
                 f"{where}: {key} {value!r} is no UTF-8 text, and so cannot be recorded; rename it"
             )

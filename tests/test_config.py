@@ -350,8 +350,15 @@ def test_what_is_dumped_loads_as_it_was(tmp_path, tree):
     assert config_lib.difference(loaded, config) == []
 
 
-def test_a_name_that_is_no_utf8_is_refused(tmp_path):
-    path = tmp_path / "c.yaml"
-    path.write_text("model: a.gguf\ndata: b.jsonl\noutput: c\n")
-    with pytest.raises(UserError, match=r"output 'a\\udcff/run' is no UTF-8 text"):
-        config_lib.load(path, {"output": "a\udcff/run"})
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"output": "a\udcff"}, "output 'a\\udcff'"),
+        ({"lora": {"target_modules": ["q", "a\udcff"]}}, "lora.target_modules ['q', 'a\\udcff']"),
+        ({"lora": {"rank_pattern": {"a\udcff": 2}}}, "lora.rank_pattern {'a\\udcff': 2}"),
+    ],
+)
+def test_a_name_that_is_no_utf8_is_refused(changes, named):
+    tree = {"model": {"path": "m"}, "data": {"source": "d"}, "output": "o"} | changes
+    with pytest.raises(UserError, match=re.escape(f"{named} is no UTF-8 text")):
+        config_lib.from_tree(tree, "c.yaml")
