@@ -55,8 +55,6 @@ class Checkpoints:
         self.folder = run_dir.absolute() / FOLDER
         if not keep and not paths.is_dir(self.folder):
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
-        if paths.exists(self.folder) and not paths.is_dir(self.folder):
-            raise UserError(f"{self.folder}: a file, not a folder; move it away")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,

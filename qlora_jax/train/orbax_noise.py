@@ -6,7 +6,8 @@ import sys
 import traceback
 from typing import Any
 
-NAMES = ("orbax", "tensorstore")
+NAMES = ("orbax", "tensorstore", "ocdbt")
+"""Of these their errors, or the code that raised them, name one: OCDBT is the files' format."""
 
 
 @functools.cache

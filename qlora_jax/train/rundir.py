@@ -20,18 +20,9 @@ from qlora_jax.train.owner import LOCK, Owner
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
-OWN = (
-    CONFIG,
-    MANIFEST,
-    CHECKPOINTS,
-    "metrics.jsonl",
-    "tensorboard",
-    "adapter",
-    "model",
-    "samples.md",
-    "report.md",
-    "loss_curve.png",
-)
+FILES = (CONFIG, MANIFEST, "metrics.jsonl", "samples.md", "report.md", "loss_curve.png")
+FOLDERS = (CHECKPOINTS, "tensorboard", "adapter", "model")
+OWN = (*FILES, *FOLDERS)
 """All that a run writes into its directory beside its lock, which stays."""
 TEMPORARY = (
     r"\.(config|manifest|metrics|samples|report|loss_curve)\.[0-9a-f]{8}\.\w+|\.(adapter|model)-\w+"
@@ -78,6 +69,7 @@ def _check_contents(config: Config, folder: Path, *, resume: bool, overwrite: bo
             "delete it, or give another --output"
         )
     else:
+        _check_kinds(folder)
         stored = configs.load(folder / CONFIG)
         # The folder is where it is, however it is spelt and wherever it was made.
         here = dataclasses.replace(config, output=stored.output)
@@ -86,6 +78,13 @@ def _check_contents(config: Config, folder: Path, *, resume: bool, overwrite: bo
                 f"{folder}: was made with another config, so it cannot be resumed; "
                 f"{'; '.join(differences)}"
             )
+
+
+def _check_kinds(folder: Path) -> None:
+    for names, fits, kind in ((FILES, paths.is_file, "file"), (FOLDERS, paths.is_dir, "folder")):
+        for path in (folder / name for name in names):
+            if paths.exists(path) and not fits(path):
+                raise UserError(f"{path}: is no {kind}, and the run writes one there; move it away")
 
 
 def _check_links(folder: Path) -> None:

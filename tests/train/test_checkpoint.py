@@ -207,13 +207,6 @@ def test_reading_leaves_the_writers_folder_alone(tmp_path, saved):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_file_in_the_folders_place_is_refused_before_a_step_is_made(tmp_path):
-    (tmp_path / FOLDER).write_text("a")
-    with pytest.raises(UserError, match=f"{FOLDER}: a file, not a folder; move it away"):
-        Checkpoints(tmp_path, 2)
-    assert (tmp_path / FOLDER).read_text() == "a"
-
-
 def test_reading_makes_no_folder(tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path / 'none' / FOLDER}: no checkpoint in it"):
         Checkpoints(tmp_path / "none")

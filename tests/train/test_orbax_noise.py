@@ -1,11 +1,14 @@
 """Of an error that orbax raises nothing else is printed."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from qlora_jax.train import orbax_noise
 
 MAKE = """
 import gc, pathlib, resource, sys
@@ -67,3 +70,16 @@ def test_our_lines_alone_are_printed(tmp_path, script, lines):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == lines
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (ValueError('DATA_LOSS: Error reading "a/0.0" in OCDBT database at local file "b/"'), 0),
+        (ValueError("another"), 1),
+    ],
+)
+def test_a_read_that_nobody_waits_for_is_theirs_by_what_it_says(caplog, error, lines):
+    orbax_noise.silence()
+    logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+    assert len(caplog.records) == lines

@@ -75,6 +75,25 @@ def test_the_same_config_resumes_and_keeps_what_is_there(tmp_path):
     assert (tmp_path / "run" / "kept").read_text() == "x"
 
 
+@pytest.mark.parametrize("name", [name for name in rundir.OWN if name != "config.yaml"])
+def test_what_a_resumed_run_could_not_replace_is_named_first(tmp_path, name):
+    config = make(tmp_path / "run")
+    claim(config)
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    if name in rundir.FILES:
+        path.mkdir()
+    else:
+        path.write_text("a")
+    kind = "file" if name in rundir.FILES else "folder"
+    for act in (
+        lambda: rundir.check(config, resume=True, overwrite=False),
+        lambda: claim(config, True),
+    ):
+        with pytest.raises(UserError, match=f"{path}: is no {kind}, and the run writes one there"):
+            act()
+
+
 def test_a_run_that_was_moved_resumes(tmp_path):
     claim(make(tmp_path / "run"))
     os.rename(tmp_path / "run", tmp_path / "moved")
