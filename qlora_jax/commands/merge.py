@@ -66,15 +66,19 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         held, codebook="nf4", block_size=max(64, held.block_size), nested_block=256
     )
     source = MergedCheckpoint(restored.model, checkpoint, options.base == "original")
-    with progress(f"merging {options.path}", len(source.names())) as advance:
-        size = write_model(source, out, quant if quantized else None, dtype, advance)
     report = None
     if quantized or options.report:
         with progress("comparing", None) as advance:
             report = merging.compare(
                 options.path, restored, checkpoint, quant, dtype, options.rows, advance
             )
-        merging.write(report, out)
+
+    def add(folder: Path) -> None:
+        if report:
+            merging.write(report, folder)
+
+    with progress(f"merging {options.path}", len(source.names())) as advance:
+        size = write_model(source, out, quant if quantized else None, dtype, advance, add=add)
     if options.json:
         shown = dataclasses.asdict(report) if report else None
         print(json.dumps({"out": options.out, "bytes": size, "report": shown}))

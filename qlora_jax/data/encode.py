@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data.chat import Span, render_with_answers
@@ -89,23 +89,13 @@ def encode(
     examples: list[Example] = []
     truncated = dropped = 0
     console = Console(stderr=True)
-    starts = track(
-        range(0, len(records), BATCH),
-        description="tokenizing",
-        console=console,
-        transient=True,
-        disable=len(records) < LONG or not console.is_terminal,
-    )
-    for start in starts:
-        batch = records[start : start + BATCH]
-        layouts = [lay_out(record, tokenizer, config) for record in batch]
-        encoded = tokenizer.encode_batch([layout.text for layout in layouts])
-        for record, layout, (ids, offsets) in zip(batch, layouts, encoded):
-            with _naming(record):
-                spans = layout.answers(_end(layout, offsets, config.sequence_length + 1))
-            whole = _finish(layout, ids, mark(offsets, spans), tokenizer, config.loss_on == "all")
-            truncated += not layout.chunked and len(whole.ids) > config.sequence_length + 1
-            for example in _fit(whole, config.sequence_length + 1, layout.chunked):
+    hidden = len(records) < LONG or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task("tokenizing", total=len(records))
+        for record, chunked, whole in _wholes(records, tokenizer, config):
+            progress.advance(task)
+            truncated += not chunked and len(whole.ids) > config.sequence_length + 1
+            for example in _fit(whole, config.sequence_length + 1, chunked):
                 if example.target.any():
                     examples.append(example)
                 elif config.on_no_target == "error":
@@ -122,6 +112,22 @@ def encode(
         truncated=truncated,
         dropped=dropped,
     )
+
+
+def _wholes(
+    records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig
+) -> Iterator[tuple[Record, bool, Example]]:
+    """Yields each record, whether it is chunked, and all of it as one example."""
+    for start in range(0, len(records), BATCH):
+        batch = records[start : start + BATCH]
+        layouts = [lay_out(record, tokenizer, config) for record in batch]
+        encoded = tokenizer.encode_batch([layout.text for layout in layouts])
+        for record, layout, (ids, offsets) in zip(batch, layouts, encoded):
+            with _naming(record):
+                spans = layout.answers(_end(layout, offsets, config.sequence_length + 1))
+            targets = mark(offsets, spans)
+            whole = _finish(layout, ids, targets, tokenizer, config.loss_on == "all")
+            yield record, layout.chunked, whole
 
 
 def conversation(

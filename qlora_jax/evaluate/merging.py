@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.atomic import atomic_write, write_text
 from qlora_jax.config import QuantConfig
 from qlora_jax.data.loader import held_out_batches
 from qlora_jax.evaluate.divergence import divergence
@@ -219,7 +218,7 @@ def write(report: Report, folder: Path) -> None:
     """Writes merge_report.md, .json and .png.
 
     Raises:
-      UserError: the folder cannot be written to.
+      OSError: the folder cannot be written to.
     """
     lines = [f"# Merging {report.run}", ""]
     for title, columns, rows in tables(report):
@@ -227,10 +226,10 @@ def write(report: Report, folder: Path) -> None:
         lines += [*map(_row, rows), ""]
     lines += [f"- {r.name}: {ROUTES[r.name]}" for r in report.routes]
     lines += ["", EXPLANATION, f"![Merging]({NAME}.png)", ""]
-    write_text(folder / f"{NAME}.md", "\n".join(lines))
-    write_text(folder / f"{NAME}.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-    with atomic_write(folder / f"{NAME}.png") as temporary:
-        _draw(report, temporary)
+    (folder / f"{NAME}.md").write_text("\n".join(lines), encoding="utf-8")
+    figures = json.dumps(dataclasses.asdict(report), indent=1) + "\n"
+    (folder / f"{NAME}.json").write_text(figures, encoding="utf-8")
+    _draw(report, folder / f"{NAME}.png")
 
 
 def _row(cells: Sequence[str]) -> str:

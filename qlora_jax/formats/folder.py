@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def write_folder(
     *,
     text: Tokenizer | None = None,
     replace: bool = False,
+    add: Callable[[Path], None] = lambda folder: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Writes a model that transformers loads, with the tokenizer of the model it was made of.
@@ -51,6 +52,7 @@ def write_folder(
       tensors: parameter names and values, taken one at a time.
       text: the tokenizer, where the source has none; a GGUF file's is converted.
       replace: put it in the place of the model folder that is there.
+      add: puts more files into the folder, before it is there under its name.
       shard_bytes: weights beyond this go to a further file.
 
     Returns:
@@ -67,6 +69,7 @@ def write_folder(
             text = tokenizer.load(source.tokenizer_path)
         _write_json(new / CONFIG, _config(source, text, dtype) | dict(changes))
         _write_tokenizer(source, text, new)
+        add(new)
     return total
 
 

@@ -26,6 +26,7 @@ def write_model(
     *,
     text: Tokenizer | None = None,
     replace: bool = False,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> int:
     """Writes a model, read a tensor at a time.
 
@@ -37,6 +38,7 @@ def write_model(
       progress: called once per tensor read.
       text: the tokenizer, where the checkpoint has none.
       replace: put it in the place of the model folder that is there.
+      add: puts more files into the folder, before it is there under its name.
 
     Returns:
       Bytes of the weights.
@@ -61,7 +63,9 @@ def write_model(
             yield from _stored(name, array, checkpoint.config, quant, dtype)
             progress()
 
-    return write_folder(folder, checkpoint, changes, dtype, tensors(), text=text, replace=replace)
+    return write_folder(
+        folder, checkpoint, changes, dtype, tensors(), text=text, replace=replace, add=add
+    )
 
 
 def _stored(

@@ -166,7 +166,7 @@ def write_parquet(folder: Path, records: Iterable[Record]) -> None:
     """Writes the table: a line for each row of each record, cells without rows one line.
 
     Columns are id, status, error, wall_s, the axes and the figures; one whose values are of
-    several kinds, or not scalars, holds JSON.
+    several kinds, not scalars, or integers of over 64 bits holds JSON.
 
     Raises:
       UserError: the folder cannot be written to.
@@ -190,7 +190,8 @@ def _lines(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
 
 def _column(values: list[Any]) -> list[Any]:
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int, float} or (len(kinds) == 1 and kinds <= {bool, str}):
+    fit = all(-(2**63) <= value < 2**63 for value in values if isinstance(value, int))
+    if fit and (kinds <= {int, float} or (len(kinds) == 1 and kinds <= {bool, str})):
         return [float(v) if float in kinds and v is not None else v for v in values]
     return [None if value is None else json.dumps(value) for value in values]
 

@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -199,6 +200,15 @@ def test_an_example_without_target_is_dropped_or_refused(tokenizer, data_config)
         encode([QA, mute], tokenizer, data_config(on_no_target="error"))
     examples, stats = encode([mute], tokenizer, data_config())
     assert (examples, stats.dropped) == ([], 1)
+
+
+def test_an_error_leaves_no_thread_that_python_would_wait_for(tokenizer, data_config):
+    before = threading.enumerate()
+    mute = chat(("user", "hello"), where="chat.jsonl:7")
+    with pytest.raises(UserError) as kept:  # as what handles the error keeps its frames
+        encode([mute], tokenizer, data_config(on_no_target="error"))
+    assert threading.enumerate() == before
+    del kept
 
 
 def test_nothing_to_encode_is_nothing(tokenizer, data_config):

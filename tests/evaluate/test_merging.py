@@ -1,5 +1,6 @@
 """Merging a run from the command line, and its report against independent arithmetic."""
 
+import errno
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax import manifest
 from qlora_jax.config import QuantConfig
+from qlora_jax.evaluate import merging
 from qlora_jax.evaluate.heldout import held_out_loss
 from qlora_jax.evaluate.merging import shares
 from qlora_jax.formats.huggingface import open_folder
@@ -76,6 +78,17 @@ def test_4_bits_again_come_with_the_report(run_cli, qlora, tmp_path):
     assert "nf4, block 64, double quantization" in ended.out
     assert (tmp_path / "out" / "merge_report.md").exists()
     assert open_folder(tmp_path / "out").quantization.config == QuantConfig()
+
+
+def test_a_report_that_does_not_fit_leaves_nothing(run_cli, qlora, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(merging, "write", full)
+    ended = run_cli("merge", qlora, tmp_path / "out", "--to", "nf4", "--rows", "2")
+    assert ended.code == 2
+    assert f"{tmp_path}: no space left on this disk" in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_floats_come_without(run_cli, qlora, tmp_path):

@@ -192,12 +192,16 @@ def test_figures_become_json() -> None:
 
 
 def test_columns_of_several_kinds_are_json_in_parquet(tmp_path: Any) -> None:
-    values = [{"x": 1, "y": "q", "z": 1}, {"x": 2.5, "y": ["q", "v"], "z": 2}]
+    values = [
+        {"x": 1, "y": "q", "z": -(2**63), "w": 2**63},
+        {"x": 2.5, "y": ["q", "v"], "z": 2, "w": 0.5},
+    ]
     records = [Record(str(i), v, "done", "", [{"loss": i}], 1.0, {}) for i, v in enumerate(values)]
     write_parquet(tmp_path, records)
     table = pyarrow.parquet.read_table(tmp_path / "results.parquet")
     assert table.column("x").to_pylist() == [1.0, 2.5]
     assert table.column("y").to_pylist() == ['"q"', '["q", "v"]']
+    assert table.column("w").to_pylist() == ["9223372036854775808", "0.5"]
     assert table.schema.field("z").type == pyarrow.int64()
 
 
