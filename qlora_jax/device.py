@@ -1,10 +1,13 @@
 """What jax runs on, in words."""
 
+import contextlib
 import dataclasses
+import logging
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -47,16 +50,48 @@ def start() -> None:
     Raises:
       UserError: there is none of the platforms that the environment asks for.
     """
+    asked = os.environ.get("JAX_PLATFORMS")
     try:
-        jax.devices()
-    except (AssertionError, RuntimeError) as e:  # the first where a plugin is not installed
-        asked = os.environ.get("JAX_PLATFORMS")
+        with _plugin_errors() as errors:
+            jax.devices()
+    except (AssertionError, RuntimeError) as e:  # the first where no plugin started
         if not asked:
             raise
         raise UserError(
-            f"JAX_PLATFORMS is {asked!r}, and jax cannot start that here ({first_line(e)}); "
-            "unset it, or install jax with that platform"
+            f"JAX_PLATFORMS is {asked!r}, and jax cannot start that here "
+            f"({first_line(errors[-1] if errors else e)}); unset it, or install jax with that "
+            "platform"
         ) from e
+
+
+@contextlib.contextmanager
+def _plugin_errors() -> Iterator[list[BaseException]]:
+    """Yields the errors of jax's plugins, whose tracebacks jax logs: after this, if jax starts.
+
+    Raises:
+      KeyboardInterrupt: a plugin was interrupted, of which jax logs the traceback and goes on.
+    """
+    logger = logging.getLogger("jax._src.xla_bridge")
+    errors: list[BaseException] = []
+    records: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return True
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        errors.append(error)
+        records.append(record)
+        return False
+
+    logger.addFilter(hold)
+    try:
+        yield errors
+    finally:
+        logger.removeFilter(hold)
+    for record in records:
+        logger.handle(record)
 
 
 def warn_if_gpu_idle() -> str | None:

@@ -1,4 +1,7 @@
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -104,3 +107,42 @@ def test_a_platform_that_is_not_there_is_one_line(run_process, platform):
     )
     assert ended.code == 2
     assert ended.message.startswith(f"qlora-jax: JAX_PLATFORMS is '{platform}', and jax cannot")
+
+
+@pytest.mark.parametrize(
+    ("fault", "platforms", "code", "lines"),
+    [
+        ("raise OSError('no driver')", "nonsense", 2, ["cannot start that here (no driver)"]),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", "", 130, ["interrupted"]),
+        (
+            "raise OSError('no driver')",
+            "",
+            2,
+            ["Traceback", "OSError: no driver", "adapter_config.json"],
+        ),
+    ],
+    ids=["asked for", "interrupted", "not asked for"],
+)
+def test_a_plugin_of_jax_that_fails(tmp_path, fault, platforms, code, lines):
+    """jax goes on without it, and logs its traceback."""
+    plugin = tmp_path / "jax_plugins" / "fake"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text(f"import os, signal, time\ndef initialize(): {fault}\n")
+    paths = f"{Path(__file__).parents[1]}:{tmp_path}"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "qlora_jax",
+            "generate",
+            "no-such-model",
+            "--adapter=a=b",
+            "--prompt=a",
+        ],
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert all(line in done.stderr for line in lines)
+    assert len(lines) > 1 or done.stderr.count("\n") == 1
