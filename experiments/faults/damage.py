@@ -97,7 +97,7 @@ class Outcome(NamedTuple):
     Attributes:
       what: a key of `ENDS`.
       fault: empty if all is right.
-      figures: whether metrics.jsonl holds other figures than the whole run's.
+      figures: whether metrics.jsonl holds other figures than the whole run's, and nothing says so.
     """
 
     what: str
@@ -211,7 +211,8 @@ def resume(case: Case) -> Outcome:
                 problems.append("not named")
             if changed := [name for name, _ in before.items() ^ contents(copy).items()]:
                 problems.append(f"refused, and changed {', '.join(sorted(set(changed)))}")
-        others = ended.code == 0 and figures(copy) != figures(case.whole)
+        told = "metrics.jsonl: damaged" in ended.err
+        others = ended.code == 0 and not told and figures(copy) != figures(case.whole)
         fault = "; ".join(problem for problem in problems if problem)
         return Outcome(what, fault.replace(folder, "…"), others)
 

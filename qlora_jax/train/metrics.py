@@ -26,6 +26,10 @@ class MetricsLog:
     Each line is one JSON object: `step` and slash-separated names such as `train/loss`. A value
     that is not finite is null, since JSON has no NaN. A line reaches the system as it is
     written, so that a killed process loses none.
+
+    Attributes:
+      path: of metrics.jsonl.
+      lost: steps up to the one resumed from that have no line: the file was damaged.
     """
 
     def __init__(self, run_dir: str | Path, *, start_step: int) -> None:
@@ -40,8 +44,11 @@ class MetricsLog:
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         self.path = Path(run_dir) / NAME
         self._start_step = start_step
+        there: set[int] = set()
         if self.path.exists():
             _keep(self.path, lambda row: row["step"] <= start_step)
+            there = {row["step"] for _, row in _rows(self.path)}
+        self.lost = [step for step in range(1, start_step + 1) if step not in there]
         try:
             self._file = self.path.open("ab", buffering=0)
             # SummaryWriter writes from a thread, which would wait for ever once the disk is full.

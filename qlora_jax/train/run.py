@@ -169,6 +169,11 @@ def _train(
         )
 
     with MetricsLog(run_dir, start_step=int(state.step)) as log:
+        if log.lost:
+            say(
+                f"warning: {log.path}: damaged: {len(log.lost)} of the {int(state.step)} steps "
+                f"resumed from have no line, the first is step {log.lost[0]}; the report lacks them"
+            )
         if goes_on:  # and what is there can be read
             manifest.write(run_dir, described, resumed=True)
         if not resumed:

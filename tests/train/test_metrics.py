@@ -193,3 +193,23 @@ def test_torch_is_not_imported_for_the_event_files(tmp_path):
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda lines: lines, []),
+        (lambda lines: lines[:2], [3]),
+        (lambda lines: lines[1:], [1]),
+        (lambda lines: [], [1, 2, 3]),
+    ],
+)
+def test_steps_without_a_line_are_known(tmp_path, change, lost):
+    write(tmp_path, range(1, 6))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    with MetricsLog(tmp_path, start_step=3) as log:
+        assert log.lost == lost
+    path.unlink()
+    with MetricsLog(tmp_path, start_step=3) as log:
+        assert log.lost == [1, 2, 3]
