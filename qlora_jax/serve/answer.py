@@ -14,7 +14,8 @@ class Answer:
 
     Args:
       decode: ids to text.
-      stop: texts that end the answer; they and what follows are no part of it.
+      stop: texts that end the answer; they and what follows are no part of it. Of several, the
+        one that is whole after the fewest ids ends it.
 
     Attributes:
       tokens: how many ids the answer took, those of the stop text included.

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_jax.serve.answer import Answer
@@ -32,17 +32,15 @@ stops = st.lists(st.text(ALPHABET, min_size=1, max_size=3), max_size=3)
 
 
 @given(texts.map(str.encode) | garbage, st.lists(st.integers(0, 4), max_size=8), stops)
+@example(b" aa", [], ["a", " aa"])  # the second begins first, the first is whole first
 def test_the_pieces_are_the_text_up_to_the_first_stop_however_the_ids_come(data, cuts, stop):
     pieces, tokens, stopped = told(list(data), cuts, stop)
-    text = decode(data)
+    ends = [n for n in range(len(data) + 1) if any(s in decode(data[:n]) for s in stop)]
+    needed = min(ends, default=len(data))
+    text = decode(data[:needed])
     places = [text.find(s) for s in stop if s in text]
     assert "".join(pieces) == text[: min(places, default=len(text))]
-    assert stopped == bool(places)
-    if stopped:
-        needed = next(n for n in range(len(data) + 1) if any(s in decode(data[:n]) for s in stop))
-        assert tokens == needed
-    else:
-        assert tokens == len(data)
+    assert (tokens, stopped) == (needed, bool(ends))
 
 
 @pytest.mark.parametrize(
