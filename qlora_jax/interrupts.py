@@ -1,4 +1,4 @@
-"""What SIGINT does to a program of ours: raise KeyboardInterrupt, or end the process at once.
+"""Handles SIGINT: it raises KeyboardInterrupt, or ends the process at once.
 
 It ends the process wherever a KeyboardInterrupt would be lost: before a command begins, in imports,
 and in callbacks. What is written is safe from that as from any kill.

@@ -12,7 +12,8 @@ PANIC = "PanicException"
 """Raised by tokenizers, which is written in Rust, for input it did not expect. No `Exception`."""
 STDOUT = 1
 """The file descriptor, which Rust writes to."""
-_stdout_is_dropped = threading.RLock()
+_lock = threading.RLock()
+"""Held while stdout is dropped, since all threads share it."""
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def loading_tokenizer(path: Path, remedy: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _dropping_stdout() -> Iterator[None]:
     """Inside, what is written to the process's stdout below Python is dropped."""
-    with _stdout_is_dropped:
+    with _lock:
         kept = os.dup(STDOUT)
         try:
             with open(os.devnull, "wb") as nowhere:

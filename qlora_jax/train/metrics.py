@@ -28,8 +28,8 @@ class MetricsLog:
     written, so that a killed process loses none.
 
     Attributes:
-      path: of metrics.jsonl.
-      lost: steps up to the one resumed from that have no line: the file was damaged.
+      path: the file metrics.jsonl.
+      lost: steps up to `start_step` that have no line, since the file was damaged.
     """
 
     def __init__(self, run_dir: str | Path, *, start_step: int) -> None:
@@ -46,8 +46,7 @@ class MetricsLog:
         self._start_step = start_step
         there: set[int] = set()
         if self.path.exists():
-            _keep(self.path, lambda row: row["step"] <= start_step)
-            there = {row["step"] for _, row in _rows(self.path)}
+            there = _keep(self.path, lambda row: row["step"] <= start_step)
         self.lost = [step for step in range(1, start_step + 1) if step not in there]
         try:
             self._file = self.path.open("ab", buffering=0)
@@ -150,8 +149,11 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             raise UserError(f"{path}:{number}: not a JSON object with a step; remove this line")
 
 
-def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    kept = b"".join(line + b"\n" for line, row in _rows(path) if wanted(row))
-    if kept != path.read_bytes():
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> set[int]:
+    """Drops the lines that are not wanted; returns the steps of the others."""
+    kept = [(line, row["step"]) for line, row in _rows(path) if wanted(row)]
+    content = b"".join(line + b"\n" for line, _ in kept)
+    if content != path.read_bytes():
         with atomic_write(path) as temporary:
-            temporary.write_bytes(kept)
+            temporary.write_bytes(content)
+    return {step for _, step in kept}

@@ -7,7 +7,7 @@ import traceback
 from typing import Any
 
 NAMES = ("orbax", "tensorstore", "ocdbt")
-"""Of these their errors, or the code that raised them, name one: OCDBT is the files' format."""
+"""An error of theirs has one of these in its text or its traceback; OCDBT is a file format."""
 
 
 @functools.cache
