@@ -50,7 +50,7 @@ def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str,
 def text_ids(tokenizer: Path, source: str, tokens: int) -> np.ndarray:
     """The first tokens of a source's held-out part, its records one after the other."""
     from qlora_jax.data import sources
-    from qlora_jax.data import tokenizer as tokenizers
+    from qlora_jax.text import tokenizer as tokenizers
 
     split = sources.read(DataConfig(source=source, format="text"))
     text = tokenizers.load(tokenizer)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import cells
 import inputs
 from parity import ARMS, CLAIMED, REFERENCE
-from qlora_jax.errors import RunFailed
+from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import difference, mean, within
 

@@ -1,7 +1,7 @@
 """Do the kernels, and all that `qlora-jax bench gpu` runs, compile for GPUs that are not here?
 
-Expected: every implementation of `qlora_jax/kernels/fused.py`, in each of its dtypes, for every GPU
-  it runs on: no spill, no more shared memory than there is, no buffer of the weight in floats. On a
+Expected: every implementation of `kernels/select.py`, in each of its dtypes, for every GPU it runs
+  on: no spill, no more shared memory than there is, no buffer of the weight in floats. On a
   T4, which has no such kernel, products of float16 stay float16. Every program of `bench gpu`, for
   an h100 and an a100, without an error.
 Cost: half an hour on 2 CPU cores; no GPU, no driver. Needs the extra `gpu-check`.
@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.bench.gpu import compile_check
-from qlora_jax.errors import UserError
-from qlora_jax.kernels.fused import FUSED, usable
-from qlora_jax.memory.compile import GPUS, read_gpu
-from qlora_jax.memory.product import DECODE_FIRST, DIRECTIONS, Case, compile_all
+from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.product import DECODE_FIRST, DIRECTIONS, Case, compile_all
+from qlora_jax.kernels.select import FUSED, usable
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.display import counted
 
 PRODUCTS = ((1, 4096, 4096), (32, 4096, 4096), (512, 4096, 4096), (512, 4096, 11008))

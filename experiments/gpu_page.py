@@ -14,7 +14,7 @@ from pathlib import Path
 from gpu_table import write
 from qlora_jax.bench.gpu import page
 from qlora_jax.bench.gpu.report import Report
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 REPORTS = Path("docs/results/gpu")
 BEGIN, END = "<!-- gpu_page.py begins -->", "<!-- gpu_page.py ends -->"

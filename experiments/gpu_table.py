@@ -1,7 +1,7 @@
 """What would the kernels cost on GPUs that are not here, and when is decoding first quicker?
 
 Every product is compiled for every GPU; registers, shared memory and the main loop's instructions
-are read from the machine code, and `qlora_jax/memory/roofline.py` turns them into a modelled time.
+are read from the machine code, and `qlora_jax/gpu/roofline.py` turns them into a modelled time.
 
 Expected: decoding inside the product moves a fifth of the bytes, so it can win at few rows; at many
   rows it wins where its main loop issues no slower than the tensor cores multiply.
@@ -25,20 +25,13 @@ from typing import Any
 import jax
 import jaxlib
 
-from qlora_jax.errors import UserError
-from qlora_jax.kernels.fused import FUSED, half_dtype, usable
+from qlora_jax.gpu import measured
+from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.measured import Report
+from qlora_jax.gpu.product import DECODE_FIRST, DIRECTIONS, Case, compile_all, seconds_at, tile
+from qlora_jax.kernels.select import FUSED, half_dtype, usable
 from qlora_jax.kernels.tuning import EVERY
-from qlora_jax.memory import measured
-from qlora_jax.memory.compile import GPUS, read_gpu
-from qlora_jax.memory.measured import Report
-from qlora_jax.memory.product import (
-    DECODE_FIRST,
-    DIRECTIONS,
-    Case,
-    compile_all,
-    seconds_at,
-    tile,
-)
+from qlora_jax.runtime.errors import UserError
 
 ROWS = (1, 16, 512, 2048, 8192)
 SHAPES = ((4096, 4096), (4096, 11008))

@@ -41,10 +41,10 @@ CLAIMS = {
 
 def run(cell: Cell, context: Context) -> Rows:
     from qlora_jax.commands import plan
-    from qlora_jax.memory import contrast
-    from qlora_jax.memory.compile import has_plugin, read_gpu
-    from qlora_jax.memory.plan import planned
+    from qlora_jax.gpu.compile import has_plugin, read_gpu
     from qlora_jax.models.shapes import find
+    from qlora_jax.plan import contrast
+    from qlora_jax.plan.plan import planned
 
     if cell["claim"] == "the papers' sums":
         return [

@@ -16,14 +16,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax import gpu_memory
-from qlora_jax.atomic import write_text
 from qlora_jax.commands import plan as command
-from qlora_jax.errors import UserError
-from qlora_jax.memory import contrast
-from qlora_jax.memory.compile import read_gpu
-from qlora_jax.memory.plan import planned
+from qlora_jax.gpu.compile import read_gpu
 from qlora_jax.models.shapes import find
+from qlora_jax.plan import contrast
+from qlora_jax.plan.plan import planned
+from qlora_jax.runtime import gpu_memory
+from qlora_jax.runtime.atomic import write_text
+from qlora_jax.runtime.errors import UserError
 
 GIB = 2**30
 MARKS = "<!-- begin plans -->", "<!-- end plans -->"

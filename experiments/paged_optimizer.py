@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import compilation, hugepages
-from qlora_jax.atomic import write_text
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import compilation, hugepages
+from qlora_jax.runtime.atomic import write_text
+from qlora_jax.runtime.errors import UserError
 
 LENGTHS = (256, 256, 256, 1024, 256, 256, 256, 256)
 """Tokens of the steps on this machine; those on the GPU are four times as long."""
@@ -34,9 +34,9 @@ GIB = 2**30
 def on_the_gpu() -> dict[str, list[float]] | None:
     """GiB on the device, step by step, for each home of the moments; None without the compiler."""
     from qlora_jax.commands import plan as command
-    from qlora_jax.memory.compile import has_plugin, read_gpu
-    from qlora_jax.memory.plan import planned
+    from qlora_jax.gpu.compile import has_plugin, read_gpu
     from qlora_jax.models.shapes import find
+    from qlora_jax.plan.plan import planned
 
     if not has_plugin():
         return None

@@ -1,6 +1,6 @@
 """The program `qlora-jax`, also `python -m qlora_jax`."""
 
-from qlora_jax import interrupts
+from qlora_jax.runtime import interrupts
 
 interrupts.end_at_once()  # other modules take time to import
 
@@ -8,7 +8,7 @@ import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 
-from qlora_jax import startup, streams  # noqa: E402
+from qlora_jax.runtime import startup, streams  # noqa: E402
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import NoReturn
 
 from qlora_jax import config as configs
-from qlora_jax import interrupts, limits
 from qlora_jax.commands import (
     bench,
     combine,
@@ -28,8 +27,9 @@ from qlora_jax.commands import (
     sweep,
     train,
 )
-from qlora_jax.errors import RunFailed, Terminated, UserError
-from qlora_jax.streams import outlets, printable
+from qlora_jax.runtime import interrupts, limits
+from qlora_jax.runtime.errors import RunFailed, Terminated, UserError
+from qlora_jax.runtime.streams import outlets, printable
 from qlora_jax.train.interrupt import Stopped
 
 COMMANDS: Mapping[str, ModuleType] = {

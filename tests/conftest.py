@@ -18,7 +18,8 @@ import hypothesis
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from qlora_jax import cli, compilation
+from qlora_jax import cli
+from qlora_jax.runtime import compilation
 
 # What is compared to the bit with the program's own process is compiled alike.
 compilation.widen()

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_jax import cli, commands
 from qlora_jax import config as configs
-from qlora_jax.errors import RunFailed, Terminated, UserError
+from qlora_jax.runtime.errors import RunFailed, Terminated, UserError
 from qlora_jax.train import rundir
 from qlora_jax.train.interrupt import Stopped
 
@@ -188,7 +188,7 @@ def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
         cli.main(["train", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    settings = list(configs.settings())
+    settings = list(configs.all_settings())
     assert len(settings) > 50
     for setting in settings:
         assert len(setting.doc) >= 10
@@ -285,7 +285,7 @@ SEND = "os.kill(os.getpid(), signal.SIGINT); signal.sigtimedwait([], 10)"
 
 def test_a_signal_before_a_command_begins_is_one_line() -> None:
     code = (
-        "from qlora_jax import startup\n"
+        "from qlora_jax.runtime import startup\n"
         f"def prepare(): {SEND}\n"
         "startup.prepare = prepare; __main__.main()"
     )

@@ -15,10 +15,10 @@ from gguf import TokenType
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
-from qlora_jax import manifest
 from qlora_jax.config import digest
 from qlora_jax.formats import peft
 from qlora_jax.models import fingerprint
+from qlora_jax.runtime import manifest
 from qlora_jax.train import run as runs
 from qlora_jax.train import rundir
 from qlora_jax.train.metrics import read_metrics

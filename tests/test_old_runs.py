@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora_jax import manifest
-from qlora_jax.errors import UserError
 from qlora_jax.models import trees
+from qlora_jax.runtime import manifest
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.restore import check_base, restore
 
 pytestmark = pytest.mark.quick

@@ -22,12 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import compilation, hugepages
-from qlora_jax.atomic import write_text
 from qlora_jax.bench import random_models
 from qlora_jax.bench.measure import random_tokens
 from qlora_jax.config import ModelConfig, QuantConfig
-from qlora_jax.device import describe_devices
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.lora import AdapterSpec
@@ -36,6 +33,9 @@ from qlora_jax.models.adapters import attach_bank, put_adapter
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.models.generate import generate
 from qlora_jax.quant import QTensor, dequantize, quantize
+from qlora_jax.runtime import compilation, hugepages
+from qlora_jax.runtime.atomic import write_text
+from qlora_jax.runtime.device import describe_devices
 
 ADAPTERS, ROWS = 4, 8
 SCALE = 2.0

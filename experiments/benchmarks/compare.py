@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import qlora_jax
-from qlora_jax.atomic import write_text
 from qlora_jax.bench import plot, tools
 from qlora_jax.bench.compare import round_of, summarize
 from qlora_jax.bench.options import Generate, Kernels, Load, Options, Step, to_tree
 from qlora_jax.bench.table import remarks, table
 from qlora_jax.bench.tools import Tool
 from qlora_jax.commands.bench import with_model
-from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.runtime.atomic import write_text
+from qlora_jax.runtime.errors import RunFailed, UserError
 
 SMALL, LARGE = "random-smollm2-135m", "random-tinyllama-1.1b"
 

@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.atomic import write_text
 from qlora_jax.bench import measure, random_models, tools
 from qlora_jax.bench.options import Step
 from qlora_jax.commands.bench import with_model
+from qlora_jax.runtime.atomic import write_text
 from qlora_jax.sweep import markdown
 
 RANKS = (4, 8, 16, 32)
@@ -89,7 +89,7 @@ def population(options: argparse.Namespace, count: int) -> dict[str, Any]:
 
 def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: int) -> None:
     """Trains a population and prints its figures."""
-    from qlora_jax import compilation, hugepages
+    from qlora_jax.runtime import compilation, hugepages
 
     hugepages.restart()
     compilation.widen()

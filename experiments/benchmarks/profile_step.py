@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from qlora_jax import compilation, hugepages
 from qlora_jax.commands.bench import options_of, step_arguments, with_model
+from qlora_jax.runtime import compilation, hugepages
 
 HOLDS_OTHERS = ("while", "call", "conditional")
 

@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.atomic import write_text
 from qlora_jax.bench import jax_timing
 from qlora_jax.bench.gpu.facts import facts
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
-from qlora_jax.errors import UserError
+from qlora_jax.gpu.product import DIRECTIONS, Case
 from qlora_jax.kernels import tuning
 from qlora_jax.kernels.tuning import MosaicTile
-from qlora_jax.memory.product import DIRECTIONS, Case
 from qlora_jax.quant import quantize
+from qlora_jax.runtime.atomic import write_text
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.table import markdown
 
 SHAPES = ((4096, 11008), (4096, 4096), (8192, 28672))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import compilation
+from qlora_jax.runtime import compilation
 
 MIB = 2**20
 HANGS_AFTER = 10.0

@@ -166,7 +166,7 @@ def begin_worker() -> None:
     os.unlink(path)
     for number in (1, 2):
         os.dup2(log, number)
-    from qlora_jax import compilation
+    from qlora_jax.runtime import compilation
 
     compilation.widen()
 

@@ -41,7 +41,7 @@ def read_model(folder: Path) -> None:
 
 def read_tokenizer(folder: Path) -> None:
     """Loads a tokenizer, and encodes, decodes and renders with it."""
-    from qlora_jax.data import tokenizer
+    from qlora_jax.text import tokenizer
 
     path = folder / "model.gguf"
     text = tokenizer.load(path if path.exists() else folder)
@@ -66,7 +66,8 @@ def read_adapter(folder: Path) -> None:
 def read_data(folder: Path) -> None:
     """Reads a data set and encodes its records."""
     from qlora_jax.config import DataConfig
-    from qlora_jax.data import encode, sources, tokenizer
+    from qlora_jax.data import encode, sources
+    from qlora_jax.text import tokenizer
 
     (path,) = folder.iterdir()
     config = DataConfig(source=str(path), sequence_length=128, eval_fraction=0.1)
@@ -91,7 +92,7 @@ def read_config(folder: Path) -> None:
 
 def read_run(folder: Path) -> None:
     """Reads the records of a run: its config, manifest and metrics."""
-    from qlora_jax import manifest
+    from qlora_jax.runtime import manifest
     from qlora_jax.train import metrics, rundir
 
     rundir.open_run(str(folder))
@@ -101,7 +102,7 @@ def read_run(folder: Path) -> None:
 
 def read_results(folder: Path) -> None:
     """Reads the results of a sweep and concludes from them."""
-    from qlora_jax.errors import RunFailed
+    from qlora_jax.runtime.errors import RunFailed
     from qlora_jax.sweep import find, results
     from qlora_jax.sweep.conclude import conclude
 

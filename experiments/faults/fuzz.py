@@ -50,7 +50,7 @@ def attempt(seeds: Path, seed: int, number: int, folder: Path) -> tuple[str, str
     Returns:
       The file's format and name, and what is wrong; empty if it was read or refused rightly.
     """
-    from qlora_jax.errors import UserError
+    from qlora_jax.runtime.errors import UserError
 
     chosen, name = damage(seeds, seed, number, folder)
     what = f"{chosen.name}/{name}"

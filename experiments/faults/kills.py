@@ -154,7 +154,7 @@ def state(output: Path) -> dict[str, str]:
     """Digests of what the last checkpoint holds, by name."""
     import orbax.checkpoint as ocp
 
-    from qlora_jax import digests
+    from qlora_jax.runtime import digests
 
     manager = ocp.CheckpointManager(output / "checkpoints")
     args = ocp.args.Composite(state=ocp.args.StandardRestore())

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax import compilation
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
@@ -16,11 +15,8 @@ from qlora_jax.bench.options import Generate, to_tree
 from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, ModelConfig, QuantConfig, from_tree
-from qlora_jax.device import describe_devices, warn_if_gpu_idle
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.manifest import git_state
-from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.models.decoder import Decoder, use_kernel
 from qlora_jax.models.generate import (
     Sampling,
@@ -31,6 +27,10 @@ from qlora_jax.models.generate import (
     prefill,
 )
 from qlora_jax.models.shapes import SHAPES
+from qlora_jax.plan.abstract import abstract_model
+from qlora_jax.runtime import compilation
+from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
+from qlora_jax.runtime.manifest import git_state
 
 
 class Prepared(NamedTuple):

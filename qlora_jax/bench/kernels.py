@@ -17,11 +17,11 @@ from qlora_jax.bench.jax_timing import Inputs, copies, drawn, seconds
 from qlora_jax.bench.measure import Figure, Neighbours
 from qlora_jax.bench.options import Kernels, to_tree
 from qlora_jax.bench.worker import OURS
-from qlora_jax.device import describe_devices, warn_if_gpu_idle
-from qlora_jax.errors import UserError, first_line
 from qlora_jax.kernels import IMPLEMENTATIONS, dense, matmul
-from qlora_jax.manifest import git_state
 from qlora_jax.quant import QTensor, dequantize, quantize
+from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
+from qlora_jax.runtime.errors import UserError, first_line
+from qlora_jax.runtime.manifest import git_state
 
 PICKED = ""
 UNQUANTIZED = "never quantized"

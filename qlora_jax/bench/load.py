@@ -11,12 +11,12 @@ from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
 from qlora_jax.bench.options import Load, to_tree
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import ModelConfig, QuantConfig
-from qlora_jax.device import describe_devices, warn_if_gpu_idle
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.manifest import git_state
 from qlora_jax.models import trees
 from qlora_jax.quant import nbytes
+from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
+from qlora_jax.runtime.manifest import git_state
 
 
 def run(options: Load) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 OPERATIONS = ("quantize", "dequantize", "forward", "backward")
 DTYPES = ("bfloat16", "float32", "float16")

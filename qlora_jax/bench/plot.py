@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 Summary = Mapping[str, Any]
 Row = Mapping[str, Any]

@@ -19,17 +19,17 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import Config, LoraConfig
-from qlora_jax.errors import UserError
+from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import SCALINGS
-from qlora_jax.lora.starts import STARTS
-from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.trees import flatten
+from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import GROUP
+from qlora_jax.runtime.errors import UserError
 
 SPREAD = 0.02
 """Standard deviation of weights, embeddings and head, as `bench.random_models` has it."""
@@ -76,7 +76,7 @@ def fill(tree: Any, config: Config, seed: int) -> Any:
     gives it, B is 0.
 
     Args:
-      tree: of `jax.ShapeDtypeStruct`, as `memory.abstract.abstract_model` returns it.
+      tree: of `jax.ShapeDtypeStruct`, as `plan.abstract.abstract_model` returns it.
       config: of the run; `quant` and `lora` are read.
       seed: the same seed gives the same values on every device.
     """

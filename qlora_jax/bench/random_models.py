@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.fetch import cache_folder
+from qlora_jax.runtime.errors import UserError
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "random-smollm2-135m": {

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax import compilation
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
@@ -18,15 +17,16 @@ from qlora_jax.bench.options import Step, to_tree
 from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, from_tree
-from qlora_jax.device import describe_devices, warn_if_gpu_idle
-from qlora_jax.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.manifest import git_state
-from qlora_jax.memory import accounts, fit
 from qlora_jax.models import shapes, trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.plan import accounts, fit
 from qlora_jax.quant import nbytes
+from qlora_jax.runtime import compilation
+from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
+from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
+from qlora_jax.runtime.manifest import git_state
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.placement import PLACEMENTS

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax import compilation, hugepages
 from qlora_jax.bench.options import Options, to_tree
 from qlora_jax.bench.worker import OURS
-from qlora_jax.errors import OutOfTime, RunFailed, UserError
+from qlora_jax.runtime import compilation, hugepages
+from qlora_jax.runtime.errors import OutOfTime, RunFailed, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
 

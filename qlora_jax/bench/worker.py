@@ -19,10 +19,10 @@ def main() -> int:
     """Runs what the arguments name and returns the exit code; 2 is the user's mistake."""
     _import_package()
     tool, what, options = sys.argv[1:]
-    from qlora_jax.errors import UserError
+    from qlora_jax.runtime.errors import UserError
 
     if tool == OURS:
-        from qlora_jax import compilation, cuda_toolkit, hugepages
+        from qlora_jax.runtime import compilation, cuda_toolkit, hugepages
 
         hugepages.restart()
         compilation.widen()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import paths
 from qlora_jax.bench.options import (
     BENCHMARKS,
     DTYPES,
@@ -24,7 +23,8 @@ from qlora_jax.bench.options import (
 from qlora_jax.commands import gpu_report
 from qlora_jax.commands.common import count as _count
 from qlora_jax.commands.common import say
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 
 MODEL = "random-smollm2-135m"
 MODEL_HELP = (

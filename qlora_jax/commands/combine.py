@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_jax.commands.common import count, say, show
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 TEXT = "A weighted sum of adapters as an adapter of its own."
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from qlora_jax import config as configs
-from qlora_jax import paths
-from qlora_jax.errors import UserError
-from qlora_jax.streams import printable, to_read
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.streams import printable, to_read
 from qlora_jax.train import rundir
 
 N = TypeVar("N", int, float)
@@ -35,7 +35,7 @@ def start_jax() -> None:
     Raises:
       UserError: jax cannot start.
     """
-    from qlora_jax.device import warn_if_gpu_idle
+    from qlora_jax.runtime.device import warn_if_gpu_idle
 
     if warning := warn_if_gpu_idle():
         say(warning)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qlora_jax import paths
 from qlora_jax.commands.common import CHANGED, config_of, count, say, start_jax
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 if TYPE_CHECKING:

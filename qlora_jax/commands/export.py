@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_jax.commands.common import say, show, start_jax
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 TEXT = "Write a run's adapter for other tools."

@@ -16,13 +16,13 @@ from qlora_jax.commands.common import (
     start_jax,
     temperature,
 )
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 if TYPE_CHECKING:
     from qlora_jax.config import Config
-    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.models.decoder import Decoder
+    from qlora_jax.text.tokenizer import Tokenizer
 
 TEXT = "Answer prompts with a run's model, or with several adapters side by side."
 

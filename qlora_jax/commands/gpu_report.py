@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax import paths
-from qlora_jax.atomic import write_text
 from qlora_jax.commands.common import count, say
-from qlora_jax.errors import RunFailed, UserError, first_line
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.atomic import write_text
+from qlora_jax.runtime.errors import RunFailed, UserError, first_line
 
 TEXT = "everything on the GPU at hand: kernels checked, products and steps timed, runs trained"
 DESCRIPTION = """Check, measure and report what this package does on the GPU at hand.
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, command: str) -> None:
       RunFailed: a part failed; the message is the report's last line.
     """
     from qlora_jax.bench.gpu import conduct, lane, page, parts, record, report
-    from qlora_jax.device import has_nvidia_gpu
+    from qlora_jax.runtime.device import has_nvidia_gpu
 
     names = [part.name for part in parts.PARTS]
     for name in (*options.only, *options.skip):

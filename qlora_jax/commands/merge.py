@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_jax.commands.common import count, say, show, start_jax
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 TEXT = "Merge a run's adapter into its model, as a folder that transformers loads."

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as configs
-from qlora_jax import gpu_memory
 from qlora_jax.commands.common import CHANGED, config_of, say
 from qlora_jax.config import Config
-from qlora_jax.errors import UserError
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.runtime import gpu_memory
+from qlora_jax.runtime.errors import UserError
 
 GIB = 2**30
 ALL = "all"
@@ -90,9 +90,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         config = of_model(options.model, given)
     else:
         config = configs.changed(config_of(options.config, []), given)
-    from qlora_jax.memory.compile import GPUS, has_plugin, read_gpu
-    from qlora_jax.memory.plan import planned
+    from qlora_jax.gpu.compile import GPUS, has_plugin, read_gpu
     from qlora_jax.models.shapes import find
+    from qlora_jax.plan.plan import planned
     from qlora_jax.train.start import resolved
 
     config = resolved(config)
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         answer = planned(own, model, name, say, search)
         rows.append(describe(model, own, name, answer))
     if options.plot is not None:
-        from qlora_jax.memory import picture
+        from qlora_jax.plan import picture
 
         picture.save(rows, options.plot)
     if options.json:
@@ -145,7 +145,7 @@ def shapes(config: Config) -> DecoderConfig:
 
 def suited(config: Config, capability: tuple[int, int]) -> Config:
     """With float16 where a GPU has no bfloat16 units (before compute capability 8.0)."""
-    from qlora_jax.kernels.fused import half_dtype
+    from qlora_jax.kernels.select import half_dtype
 
     if half_dtype(capability) == "bfloat16":
         return config
@@ -164,9 +164,9 @@ def describe(
       gpu: name.
       answer: of `plan.planned`; None leaves the ledger alone.
     """
-    from qlora_jax.memory.advice import changes
-    from qlora_jax.memory.compile import read_gpu
-    from qlora_jax.memory.ledger import ledger, total
+    from qlora_jax.gpu.compile import read_gpu
+    from qlora_jax.plan.advice import changes
+    from qlora_jax.plan.ledger import ledger, total
 
     limit = gpu_memory.usable(read_gpu(gpu).memory)
     plan = answer["plan"] if answer else None
@@ -211,8 +211,8 @@ def title(config: Config) -> str:
 
 def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -> str:
     """What is printed."""
-    from qlora_jax.memory import contrast
-    from qlora_jax.memory import ledger as ledgers
+    from qlora_jax.plan import contrast
+    from qlora_jax.plan import ledger as ledgers
 
     lines = [title(config), NOT_RUN if rows[0]["compiled"] else ESTIMATE, ""]
     lines.append("gpu      device GiB  may use  host GiB  moments  verdict")
@@ -259,7 +259,7 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
 
 
 def _by_ledger(model: DecoderConfig, config: Config, limit: int) -> str:
-    from qlora_jax.memory.ledger import ledger, total
+    from qlora_jax.plan.ledger import ledger, total
 
     asked = config.optimizer.offload
     if asked != "auto":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from qlora_jax.commands import train
 from qlora_jax.commands.common import config_of
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 TEXT = "Train a small model from random values; writes a run directory and a Hugging Face folder."
 

@@ -19,7 +19,7 @@ from qlora_jax.commands.common import (
     start_jax,
     whole,
 )
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from qlora_jax.serve.app import Service

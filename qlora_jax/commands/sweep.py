@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import json_files
 from qlora_jax.commands.common import count
-from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.runtime import json_files
+from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.sweep.experiment import Cell, Experiment
 from qlora_jax.sweep.find import find, load, where, with_axes
 
@@ -89,7 +89,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         _show_plan(experiment, cells, out, options)
         return
     from qlora_jax.sweep.conclude import conclude
-    from qlora_jax.sweep.results import FAILED, read
+    from qlora_jax.sweep.record import FAILED
+    from qlora_jax.sweep.results import read
     from qlora_jax.sweep.run import sweep
 
     if options.analyse_only:

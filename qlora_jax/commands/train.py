@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qlora_jax import config as configs
 from qlora_jax.commands.common import config_of, count, say, show, start_jax
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 TEXT = "Fine-tune a model; writes a run directory."
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _settings() -> str:
     lines = ["settings, each also as --section.key=value:"]
-    for setting in configs.settings():
+    for setting in configs.all_settings():
         lines.append(f"  {setting.key}: {setting.type} = {setting.default}")
         lines.append(f"      {setting.doc}")
     return "\n".join(lines)
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     import jax
     from rich.console import Console
 
-    from qlora_jax.memory.fit import Fit, fit
     from qlora_jax.models.config import DecoderConfig
+    from qlora_jax.plan.fit import Fit, fit
     from qlora_jax.train.placement import PLACEMENTS, Placement
     from qlora_jax.train.report import print_samples
     from qlora_jax.train.run import describe_data, train

@@ -1,1 +1,1 @@
-"""Data: sources, chat templates, loss masks, packing, the resumable loader."""
+"""From records to batches: sources, loss masks, packing, the resumable loader."""

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora_jax.config import DataConfig
-from qlora_jax.data.chat import Span, render_with_answers
-from qlora_jax.data.records import Chat, Message, Prompt, Record, Text
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
+from qlora_jax.data.records import Chat, Prompt, Record, Text
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.chat import Span, render_with_answers
+from qlora_jax.text.messages import Message
+from qlora_jax.text.tokenizer import Tokenizer
 
 BATCH = 256
 LONG = 20_000

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import json_files, paths
-from qlora_jax.errors import UserError, first_line
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.errors import UserError, first_line
 
 Rows = Iterator[tuple[dict[str, Any], str]]
 

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_jax import paths
-from qlora_jax.errors import UserError, first_line
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError, first_line
 
 
 def read_rows(source: str, name: str | None, split: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -10,7 +10,7 @@ import numpy as np
 from qlora_jax.config import DataConfig
 from qlora_jax.data.encode import Example
 from qlora_jax.data.packing import bucket_lengths, fill, pack
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
 

@@ -6,8 +6,8 @@ import numpy as np
 from rich.text import Text
 
 from qlora_jax.data.encode import Example
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.streams import printable
+from qlora_jax.runtime.streams import printable
+from qlora_jax.text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "⟦", "⟧"
 

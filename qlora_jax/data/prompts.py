@@ -4,9 +4,10 @@ import dataclasses
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data.encode import conversation, raw_prompt
-from qlora_jax.data.records import Message, Prompt, Record, Text
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
+from qlora_jax.data.records import Prompt, Record, Text
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.messages import Message
+from qlora_jax.text.tokenizer import Tokenizer
 
 TEXT_PROMPT = 32
 

@@ -2,16 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
-from qlora_jax.errors import UserError
-
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.messages import Message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from qlora_jax import paths
 from qlora_jax.config import DataConfig
 from qlora_jax.data import builtin, files, hub
+from qlora_jax.data.builtin.passages import passages
 from qlora_jax.data.holdout import hold_out
-from qlora_jax.data.passages import passages
 from qlora_jax.data.records import Record, Text, parser
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

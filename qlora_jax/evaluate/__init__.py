@@ -1,0 +1,1 @@
+"""Evaluates a run or a model: loss, perplexity, multiple choice, divergence, what merging costs."""

@@ -20,10 +20,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from qlora_jax import config as configs
-from qlora_jax import paths
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.score import Pair, rolling, score
 from qlora_jax.models.generate import generate
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.display import progress
 from qlora_jax.train.restore import Restored, from_config, restore
 

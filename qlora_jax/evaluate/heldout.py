@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 from qlora_jax.data.loader import held_out_batches
-from qlora_jax.errors import UserError
 from qlora_jax.models import trees
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import step as steps
 from qlora_jax.train.display import progress
 from qlora_jax.train.loop import evaluate

@@ -4,8 +4,8 @@ import math
 import re
 from collections.abc import Callable
 
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.tournament import Judge
+from qlora_jax.runtime.errors import UserError
 
 INSTRUCTION = (
     "You compare two answers to a request. Judge whether they are helpful, right and clear; their "

@@ -12,10 +12,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.evaluate.questions import LETTERS, Question
 from qlora_jax.evaluate.score import Pair, encode_pair, score
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.text.tokenizer import Tokenizer
 
 Z95 = 1.959963984540054
 """The standard normal quantile at 0.975."""

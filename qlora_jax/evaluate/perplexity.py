@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.score import Pair, score
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import paths
 from qlora_jax.data import files, hub
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 
 LETTERS = string.ascii_uppercase
 FIELDS = ("question", "choices", "answer")

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import padded_size
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.tokenizer import Tokenizer
 
 POSITIONS = 32
 """Positions of every row whose logits exist at once."""

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qlora_jax import json_files
 from qlora_jax.config import QuantConfig
-from qlora_jax.errors import UserError
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import BLOCK_SIZES as HELD_BLOCKS
 from qlora_jax.quant.qtensor import GROUP
+from qlora_jax.runtime import json_files
+from qlora_jax.runtime.errors import UserError
 
 CODEBOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 """bitsandbytes' quant_type to the name of our codebook."""

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from qlora_jax.errors import UserError
 from qlora_jax.models.config import DecoderConfig, Rope, from_hugging_face
 from qlora_jax.models.families import FAMILIES
+from qlora_jax.runtime.errors import UserError
 
 CLASSES = {
     "gpt_neox": "GPTNeoX",

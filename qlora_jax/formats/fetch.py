@@ -11,9 +11,9 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qlora_jax import paths
-from qlora_jax.errors import UserError
-from qlora_jax.paths import cache_folder
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.paths import cache_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

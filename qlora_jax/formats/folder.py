@@ -10,15 +10,15 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
 import numpy as np
 
-from qlora_jax import json_files, paths
-from qlora_jax.atomic import atomic_folder
-from qlora_jax.data import tokenizer
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.formats import tensors as tensors_
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.config_json import to_hugging_face
 from qlora_jax.formats.huggingface import CONFIG, INDEX, WEIGHTS
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.atomic import atomic_folder
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text import tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"

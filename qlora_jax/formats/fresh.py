@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.config import PretrainConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats.names import expected_shapes
 from qlora_jax.models.config import DecoderConfig, Rope
+from qlora_jax.runtime.errors import UserError
 
 NAME = "from-scratch"
 """As `model.path` has it."""

@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType, dequantize
 
-from qlora_jax.errors import UserError
-from qlora_jax.formats.gguf_header import GgufHeader, GgufTensor, read_header
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, Rope, from_hugging_face
 from qlora_jax.models.families import FAMILIES, Family
 from qlora_jax.models.parts import norms
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.gguf_header import GgufHeader, GgufTensor, read_header
 
 
 class Architecture(NamedTuple):

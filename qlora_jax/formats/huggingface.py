@@ -12,12 +12,12 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qlora_jax import json_files, paths
-from qlora_jax.errors import UserError
 from qlora_jax.formats import bitsandbytes, tensors
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.quant import QTensor
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.errors import UserError
 
 FLOATS = ("F32", "F16", "BF16")
 ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}

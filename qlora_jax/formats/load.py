@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import compilation
 from qlora_jax.config import QuantConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.parts import linears
 from qlora_jax.quant import QTensor, dequantize, quantize
+from qlora_jax.runtime import compilation
+from qlora_jax.runtime.errors import UserError
 
 Stored = jax.Array | QTensor
 Split = Callable[[str, jax.Array, Callable[[jax.Array], Stored]], Stored]

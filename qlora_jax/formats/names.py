@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from qlora_jax.errors import UserError
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.parts import expected_shapes
+from qlora_jax.runtime.errors import UserError
 
 SHOWN = 4
 

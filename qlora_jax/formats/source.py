@@ -12,14 +12,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from qlora_jax import paths
 from qlora_jax.config import ModelConfig
-from qlora_jax.data import tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.fetch import BUILTIN, fetch
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import CONFIG, INDEX, open_folder
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text import tokenizer
 
 FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
 HUB_FILES = [CONFIG, INDEX, "model*.safetensors", *tokenizer.FILES]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from qlora_jax import digests, json_files
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import digests, json_files
+from qlora_jax.runtime.errors import UserError
 
 KEY = "qlora_jax.sha256"
 """The key in a file's metadata that holds the digests: a JSON object of names to digests."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax import paths
-from qlora_jax.errors import UserError
 from qlora_jax.formats import peft
 from qlora_jax.lora.update import Update, Updates
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 
 PLAIN = {"a", "b", "alpha", "rank"}
 """The fields of `peft.Adapter` that plain LoRA has."""

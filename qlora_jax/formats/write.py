@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import QuantConfig
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.formats import bitsandbytes
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.folder import write_folder
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.parts import linears
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.tokenizer import Tokenizer
 
 
 def write_model(

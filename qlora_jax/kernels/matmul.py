@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from qlora_jax.errors import UserError
 from qlora_jax.kernels import parts
-from qlora_jax.kernels.fused import FUSED, pick
+from qlora_jax.kernels.select import FUSED, pick
 from qlora_jax.quant import QTensor
+from qlora_jax.runtime.errors import UserError
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic")
 """Modules beside this one, each with `forward(x, q)` and `backward(g, q)`; imported when used."""
@@ -31,7 +31,7 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
       implementation: "xla" decodes the weight, then multiplies, on every device. "mosaic" (jax
         0.11; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
         the weight in floats is never in memory. None picks by device, dtype and rows, see
-        `fused.pick`.
+        `select.pick`.
 
     Returns:
       [..., N] in x's dtype.

@@ -130,7 +130,7 @@ FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {
 }
 """Implementation to compute capability (and those above, up to the next) to the rows of x for which
 it is no slower than decoding first: as measured where docs/results/gpu has a report of such a GPU
-(`memory/measured.py`), else as modelled (docs/gpu.md). `python experiments/gpu_table.py --rows`
+(`gpu/measured.py`), else as modelled (docs/gpu.md). `python experiments/gpu_table.py --rows`
 prints this table."""
 
 CPU_ROWS_FUSED = 8

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from qlora_jax.config import LoraConfig
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 T = TypeVar("T")
 

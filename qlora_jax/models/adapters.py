@@ -5,12 +5,12 @@ from typing import cast
 import jax
 from flax import nnx
 
-from qlora_jax.errors import UserError
 from qlora_jax.lora import Adapter
 from qlora_jax.lora.bank import Bank
 from qlora_jax.lora.update import Updates, rank
 from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.layers import Linear
+from qlora_jax.runtime.errors import UserError
 
 
 def attach_bank(model: Decoder, *, slots: int, rank: int, dtype: jax.typing.DTypeLike) -> None:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qlora_jax.errors import UserError
 from qlora_jax.models.families import FAMILIES, LLAMA, Names
+from qlora_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.errors import UserError
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.stored import Stored, stored
 from qlora_jax.quant import QTensor, dequantize
+from qlora_jax.runtime.errors import UserError
 
 ROWS = (0x9E3779B9, 0xBF58476D, 0x94D049BB, 0xD6E8FEB8)
 COLUMNS = (0x7F4A7C15, 0x1CE4E5B9, 0x133111EB, 0x6659FD93)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.errors import UserError
-from qlora_jax.kernels.fused import for_a_cpu
+from qlora_jax.kernels.select import for_a_cpu
 from qlora_jax.lora.bank import with_rows
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.layers import KVCache
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.qtensor import with_plain_scales
+from qlora_jax.runtime.errors import UserError
 
 SMALLEST = 64
 """Prompts and caches are padded to this times a power of two, so that few programs compile."""

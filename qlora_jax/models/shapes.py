@@ -11,8 +11,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlora_jax.errors import UserError
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
+from qlora_jax.runtime.errors import UserError
 
 
 class _Row(NamedTuple):

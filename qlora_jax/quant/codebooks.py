@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 NF4 = (
     -1.0,

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.errors import UserError
 from qlora_jax.quant.qtensor import QTensor, dequantize
+from qlora_jax.runtime.errors import UserError
 
 CODES = 16
 FEWEST, MOST = 3, 5000

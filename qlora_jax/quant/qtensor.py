@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.errors import UserError
 from qlora_jax.quant.codebooks import codebook as codebook_values
 from qlora_jax.quant.double_quant import dequantize_scales, quantize_scales
+from qlora_jax.runtime.errors import UserError
 
 GROUP = 64
 """Rows of W whose codes are packed together."""

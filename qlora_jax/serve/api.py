@@ -12,9 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
-from qlora_jax import json_files
-from qlora_jax.data.records import Message
+from qlora_jax.runtime import json_files
 from qlora_jax.serve.scheduler import Reason
+from qlora_jax.text.messages import Message
 
 IGNORED = (
     "metadata",

@@ -16,11 +16,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from qlora_jax import compilation
 from qlora_jax.data.prompts import ask
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.lora.update import Updates
+from qlora_jax.runtime import compilation
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve import api
 from qlora_jax.serve.api import Chat, Completion, Problem, Reply, event
 from qlora_jax.serve.door import HEALTH, Check, Door
@@ -30,6 +29,7 @@ from qlora_jax.serve.loading import read_regular
 from qlora_jax.serve.pool import Pool
 from qlora_jax.serve.scheduler import Job, Piece, Refused
 from qlora_jax.serve.worker import Worker
+from qlora_jax.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

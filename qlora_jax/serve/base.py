@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qlora_jax import paths
 from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.formats.updates import IN_RUN
 from qlora_jax.lora.update import Updates
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.loading import read_regular
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
 from qlora_jax.train.restore import from_config, restore
 

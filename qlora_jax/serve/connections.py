@@ -13,7 +13,7 @@ import h11
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.api import Problem
 from qlora_jax.serve.door import HEALTH, Check
 

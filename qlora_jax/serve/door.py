@@ -10,8 +10,8 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qlora_jax import paths
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.api import Problem
 
 Check = Callable[[Scope], Problem | None]

@@ -4,11 +4,11 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlora_jax import paths
-from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import CONFIG, WEIGHTS
 from qlora_jax.formats.updates import adapter_folder, read_updates
 from qlora_jax.lora.update import Updates
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 
 KINDS = {
     stat.S_IFIFO: "a FIFO",

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from qlora_jax.errors import UserError
 from qlora_jax.lora.update import Updates
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.answer import Answer
 from qlora_jax.serve.engine import Settings
 

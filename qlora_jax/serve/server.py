@@ -9,7 +9,7 @@ from typing import cast
 
 import uvicorn
 
-from qlora_jax.errors import RunFailed, Terminated, UserError
+from qlora_jax.runtime.errors import RunFailed, Terminated, UserError
 from qlora_jax.serve.app import Service, application
 from qlora_jax.serve.connections import MOST, SURPLUS, Connection, Crowd, not_surplus
 from qlora_jax.serve.signals import signals

@@ -6,7 +6,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-from qlora_jax.errors import Terminated
+from qlora_jax.runtime.errors import Terminated
 from qlora_jax.serve.pool import Pool
 
 T = TypeVar("T")

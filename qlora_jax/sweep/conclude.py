@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.atomic import atomic_write, write_text
-from qlora_jax.errors import RunFailed, UserError, first_line
+from qlora_jax.runtime.atomic import atomic_write, write_text
+from qlora_jax.runtime.errors import RunFailed, UserError, first_line
 from qlora_jax.sweep import table
 from qlora_jax.sweep.experiment import SEED, Analysis, Experiment, text
-from qlora_jax.sweep.results import DONE, Record, write_parquet
+from qlora_jax.sweep.record import DONE, Record
+from qlora_jax.sweep.results import write_parquet
 
 PAGE = "analysis.md"
 VERDICT = "verdict.json"

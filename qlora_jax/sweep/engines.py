@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.perform import Reply, Task, failed, perform
 
 POLL_SECONDS = 2.0

@@ -8,11 +8,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.sweep.table import Table
 
 if TYPE_CHECKING:
     from qlora_jax.sweep.statistics import Interval
-    from qlora_jax.sweep.table import Table
 
 SEED = "seed"
 """The axis that `Experiment.seeds` spans."""
@@ -146,7 +146,7 @@ class Experiment:
     cost: str
     axes: Mapping[str, Sequence[Any]]
     run: Callable[[Cell, Context], Rows]
-    analyse: "Callable[[Table], Analysis]"
+    analyse: Callable[[Table], Analysis]
     more: Sequence[Mapping[str, Any]] = ()
     seeds: Sequence[int] = (0, 1, 2)
     skip: Callable[[Cell], str | None] = _never

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax import json_files, paths
-from qlora_jax.errors import UserError, first_line
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.errors import UserError, first_line
 from qlora_jax.sweep.experiment import Cell, Experiment, text
 
 NAME = "EXPERIMENT"

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax.errors import first_line
+from qlora_jax.runtime.errors import first_line
+from qlora_jax.runtime.versions import versions
 from qlora_jax.sweep.experiment import Cell, Context, Experiment, Row, Rows
 from qlora_jax.sweep.find import load
-from qlora_jax.sweep.results import DONE, FAILED, RESERVED, plain
-from qlora_jax.versions import versions
+from qlora_jax.sweep.record import DONE, FAILED
+from qlora_jax.sweep.results import RESERVED, plain
 
 LOG = "log.txt"
 """In a cell's folder: what it printed, and the traceback of what failed it."""

@@ -9,9 +9,9 @@ import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from qlora_jax import json_files, manifest, paths
-from qlora_jax.atomic import write_text
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import json_files, manifest, paths
+from qlora_jax.runtime.atomic import write_text
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.conclude import PAGE, VERDICT
 from qlora_jax.sweep.results import NAME, PARQUET
 

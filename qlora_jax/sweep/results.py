@@ -13,14 +13,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from qlora_jax import json_files, paths
-from qlora_jax.atomic import atomic_write, storage_error
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.atomic import atomic_write, storage_error
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.experiment import Experiment
+from qlora_jax.sweep.record import Record
 
 NAME = "results.jsonl"
 PARQUET = "results.parquet"
@@ -28,35 +29,11 @@ LOCK = ".lock"
 FORMAT = 1
 """Of a line."""
 
-DONE, FAILED, SKIPPED = "done", "failed", "skipped"
-
 RESERVED = "id", "status", "error", "wall_s"
 """Columns of the table beside axes and figures."""
 
 LOCK_SECONDS = 5.0
 """How long a lock is waited for: the workers of a killed sweep hold it until they notice."""
-
-
-class Record(NamedTuple):
-    """One line.
-
-    Attributes:
-      id: the cell's.
-      values: axis to value.
-      status: done, failed or skipped.
-      error: why it failed or was skipped; empty where done.
-      rows: figure to value, each.
-      wall_s: that it took; its share where cells ran together.
-      versions: of Python and the packages that computed it.
-    """
-
-    id: str
-    values: Mapping[str, Any]
-    status: str
-    error: str
-    rows: list[dict[str, Any]]
-    wall_s: float
-    versions: Mapping[str, str | None]
 
 
 _RECORD = TypeAdapter(Record)

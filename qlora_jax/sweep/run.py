@@ -8,15 +8,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qlora_jax import manifest
-from qlora_jax.device import cpu_cores, cpu_name
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import manifest
+from qlora_jax.runtime.device import cpu_cores, cpu_name
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.versions import versions
 from qlora_jax.sweep.engines import ENGINES, Setup
 from qlora_jax.sweep.experiment import SEED, Cell, Experiment, Population
 from qlora_jax.sweep.perform import LOG, Reply, Task
-from qlora_jax.sweep.results import DONE, FAILED, SKIPPED, Record, Results
+from qlora_jax.sweep.record import DONE, FAILED, SKIPPED, Record
+from qlora_jax.sweep.results import Results
 from qlora_jax.train.display import Line, duration
-from qlora_jax.versions import versions
 
 WORK = "work"
 """Folder of the cells' own folders."""

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.errors import RunFailed
-from qlora_jax.sweep.results import DONE, Record
+from qlora_jax.runtime.errors import RunFailed
+from qlora_jax.sweep.record import DONE, Record
 
 
 class Table:

@@ -1,0 +1,1 @@
+"""Trains: the loss, the step, the optimizer, the loop, checkpoints, the report."""

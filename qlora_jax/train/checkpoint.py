@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from qlora_jax import digests, paths
-from qlora_jax.atomic import storage_error
-from qlora_jax.digests import Damaged
-from qlora_jax.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.models.trees import flatten
+from qlora_jax.runtime import digests, paths
+from qlora_jax.runtime.atomic import storage_error
+from qlora_jax.runtime.digests import Damaged
+from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.train import orbax_noise, units
 from qlora_jax.train.step import State
 

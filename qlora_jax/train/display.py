@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
-from qlora_jax.streams import printable
+from qlora_jax.runtime.streams import printable
 
 PLAIN_SECONDS = 10.0
 

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_jax.config import Config
-from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.formats import fresh, peft
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.formats.write import write_model
 from qlora_jax.lora import Values
-from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.init import STARTS
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.start import split_values
 
 FOLDER = "adapter"

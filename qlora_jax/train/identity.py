@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import Config
-from qlora_jax.errors import RunFailed
 from qlora_jax.lora import Adapter
-from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.init import STARTS
 from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.layers import Linear
+from qlora_jax.runtime.errors import RunFailed
 
 TOLERANCE = {"lora": 0.0, "dora": 1e-5}
 """How far a fresh adapter may move a product, in units of the product's largest number. DoRA

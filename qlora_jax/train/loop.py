@@ -11,9 +11,9 @@ import numpy as np
 
 from qlora_jax.config import Config
 from qlora_jax.data.loader import Loader
-from qlora_jax.errors import RunFailed
 from qlora_jax.models.trees import flatten
 from qlora_jax.quant import nbytes
+from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.display import TrainDisplay
 from qlora_jax.train.interrupt import Requests, Stopped

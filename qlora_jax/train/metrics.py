@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
-from qlora_jax import json_files, paths
-from qlora_jax.atomic import atomic_write, storage_error
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.atomic import atomic_write, storage_error
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.events import Event, RecordWriter, SessionLog, scalar
 
 NAME = "metrics.jsonl"

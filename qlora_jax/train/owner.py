@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora_jax.atomic import storage_error
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.atomic import storage_error
+from qlora_jax.runtime.errors import UserError
 
 LOCK = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)

@@ -19,12 +19,12 @@ from flax import nnx
 
 from qlora_jax.config import Config, changed
 from qlora_jax.data.loader import Loader, held_out_batches
-from qlora_jax.errors import UserError
 from qlora_jax.formats import peft
 from qlora_jax.lora import plan
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw, label

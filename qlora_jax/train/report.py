@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_jax.atomic import atomic_write, write_text
-from qlora_jax.streams import printable
+from qlora_jax.runtime.atomic import atomic_write, write_text
+from qlora_jax.runtime.streams import printable
 from qlora_jax.train.display import duration
 from qlora_jax.train.metrics import read_metrics
 

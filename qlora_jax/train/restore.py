@@ -6,12 +6,12 @@ from pathlib import Path
 
 from flax import nnx
 
-from qlora_jax import manifest
 from qlora_jax.config import Config
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.runtime import manifest
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints

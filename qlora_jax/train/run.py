@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax import manifest, paths
 from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.loader import Loader, held_out_batches
 from qlora_jax.data.prompts import Question
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.device import describe_devices
-from qlora_jax.errors import RunFailed
 from qlora_jax.formats import fresh, peft
 from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
 from qlora_jax.quant.codebooks import codebook
+from qlora_jax.runtime import manifest, paths
+from qlora_jax.runtime.device import describe_devices
+from qlora_jax.runtime.errors import RunFailed
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import export, metrics, rundir, start
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as configs
-from qlora_jax import json_files, paths
-from qlora_jax.atomic import atomic_write, storage_error
 from qlora_jax.config import Config
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.atomic import atomic_write, storage_error
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import owner
 from qlora_jax.train.owner import LOCK, Owner
 
@@ -171,7 +171,7 @@ def claim(
 
 def _begin(config: Config, manifest: Mapping[str, Any], folder: Path) -> None:
     """Makes an empty run directory, with what a run's begins with."""
-    from qlora_jax.manifest import write  # takes jax along, which --help does not wait for
+    from qlora_jax.runtime.manifest import write
 
     if holds_run(folder):
         _clear(folder)

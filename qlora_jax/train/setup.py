@@ -8,27 +8,28 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from qlora_jax import compilation
 from qlora_jax.config import Config, QuantConfig
-from qlora_jax.data import encode, sources, tokenizer
-from qlora_jax.data.bpe import train_bpe
+from qlora_jax.data import encode, sources
 from qlora_jax.data.encode import EncodeStats, Example
 from qlora_jax.data.prompts import Question, question
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.formats import fresh
 from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.check import agrees
-from qlora_jax.kernels.fused import FUSED, capability_of, picked, usable
+from qlora_jax.kernels.select import FUSED, capability_of, picked, usable
 from qlora_jax.lora import Values, plan, ranks_above_full
+from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import AdapterSpec
-from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
+from qlora_jax.runtime import compilation
+from qlora_jax.runtime.errors import RunFailed, UserError
+from qlora_jax.text import tokenizer
+from qlora_jax.text.bpe import train_bpe
+from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.display import progress
 from qlora_jax.train.start import Splitter, from_folder, linears_of
 

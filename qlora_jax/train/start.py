@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import Config, LoraConfig
-from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.formats import peft
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import Stored, read_linear, storing
 from qlora_jax.formats.overlay import Overlay
 from qlora_jax.lora import AdapterSpec, Values, plan
-from qlora_jax.lora.starts import STARTS
-from qlora_jax.lora.starts.split import Parts, Task, error
+from qlora_jax.lora.init import STARTS
+from qlora_jax.lora.init.split import Parts, Task, error
 from qlora_jax.models.parts import linears
+from qlora_jax.runtime.errors import RunFailed, UserError
 
 GIVEN = (
     "variant",

@@ -17,9 +17,9 @@ from jax.experimental import io_callback
 from qlora_jax.bench import cases, jax_timing, kernels, measure
 from qlora_jax.bench.cases import Case
 from qlora_jax.bench.options import Kernels, from_tree, to_tree
-from qlora_jax.errors import UserError
-from qlora_jax.memory.compile import NO_SPILLS, environment, has_plugin
+from qlora_jax.gpu.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.quant import QTensor, dequantize, nbytes, quantize
+from qlora_jax.runtime.errors import UserError
 
 TINY = Kernels(((128, 64),), (1, 3), ("float32",), samples=2)
 
@@ -220,7 +220,7 @@ def test_on_a_gpu_every_pass_is_computed(implementation: str | None) -> None:
 import functools, jax, jax.numpy as jnp
 from qlora_jax.bench import jax_timing, kernels
 from qlora_jax.bench.cases import Case
-from qlora_jax.memory.compile import compile_for
+from qlora_jax.gpu.compile import compile_for
 from qlora_jax.quant import quantize
 x = jax.ShapeDtypeStruct((16, 1024), jnp.bfloat16)
 w = jax.ShapeDtypeStruct((1024, 2048), jnp.float32)

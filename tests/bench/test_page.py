@@ -13,7 +13,7 @@ import pytest
 
 from qlora_jax.bench import tools
 from qlora_jax.bench.options import Load
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

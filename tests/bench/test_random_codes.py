@@ -12,12 +12,12 @@ import pytest
 from qlora_jax import config as configs
 from qlora_jax.bench import measure, random_codes
 from qlora_jax.config import Config
-from qlora_jax.errors import UserError
-from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.models import trees
 from qlora_jax.models.config import from_hugging_face
+from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.quant import QTensor, dequantize, quantize
 from qlora_jax.quant.codebooks import CODEBOOKS, codebook
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
 

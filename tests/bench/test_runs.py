@@ -10,11 +10,11 @@ import pytest
 from qlora_jax import config as configs
 from qlora_jax.bench import generate, load, random_models, step
 from qlora_jax.bench.options import Generate, Load, Step
-from qlora_jax.errors import UserError
-from qlora_jax.memory import accounts, fit
 from qlora_jax.models import shapes
 from qlora_jax.models.config import from_hugging_face
 from qlora_jax.models.generate import CHUNK
+from qlora_jax.plan import accounts, fit
+from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 
-from qlora_jax.data import builtin, package_docs, python_docs, python_source, sources
+from qlora_jax.data import builtin, sources
+from qlora_jax.data.builtin import package_docs, python_docs, python_source
 from qlora_jax.data.records import Text
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("name", builtin.SOURCES)

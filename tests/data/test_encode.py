@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.encode import encode, mark
 from qlora_jax.data.records import Chat, Prompt, Text
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "

@@ -5,7 +5,7 @@ import pytest
 from pyarrow import parquet
 
 from qlora_jax.data.files import read_rows, read_text
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 ROWS = [{"text": 'a, "quoted"\nline'}, {"text": "b\u2028c"}, {"text": "日本"}]
 

@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_jax.data.builtin.passages import passages
 from qlora_jax.data.holdout import hold_out
-from qlora_jax.data.passages import passages
 from qlora_jax.data.records import Text
 
 TEXTS = st.lists(st.text("ab \n", max_size=4), max_size=30)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.encode import Example
 from qlora_jax.data.loader import Loader, deal, held_out_batches
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 T = 16
 PACKING = pytest.mark.parametrize("packing", [True, False])

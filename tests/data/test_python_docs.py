@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qlora_jax.data import python_docs
+from qlora_jax.data.builtin import python_docs
 from qlora_jax.data.records import Chat, Prompt, Text
 
 

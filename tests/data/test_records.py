@@ -1,7 +1,7 @@
 import pytest
 
 from qlora_jax.data.records import Chat, Prompt, Text, parser
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 

@@ -6,7 +6,7 @@ import pytest
 from qlora_jax.data import hub as hub_module
 from qlora_jax.data import sources
 from qlora_jax.data.records import Chat, Prompt
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 
 @pytest.fixture

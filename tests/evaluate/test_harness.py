@@ -10,9 +10,9 @@ import pytest
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the harness extra")
 
-from qlora_jax.errors import UserError  # noqa: E402
 from qlora_jax.evaluate.harness import QloraJaxLM  # noqa: E402
 from qlora_jax.evaluate.score import Pair, score  # noqa: E402
+from qlora_jax.runtime.errors import UserError  # noqa: E402
 
 ROWS = [
     {"question": "What is hot?", "choices": ["ice", "the sun"], "answer": 1},

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from qlora_jax import config as configs
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.heldout import held_out_loss, split_name
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.restore import from_config
 from qlora_jax.train.setup import read_data
 

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.judges import by_endpoint, by_likelihood, verdict
+from qlora_jax.runtime.errors import UserError
 
 
 def test_the_likelier_answer_per_token_wins():

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from qlora_jax import manifest
 from qlora_jax.config import QuantConfig
 from qlora_jax.evaluate import merging
 from qlora_jax.evaluate.heldout import held_out_loss
@@ -20,6 +19,7 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.lora import Adapter, AdapterSpec
 from qlora_jax.models.layers import Linear
 from qlora_jax.quant import codebook, dequantize, quantize
+from qlora_jax.runtime import manifest
 from qlora_jax.train.restore import restore
 
 pytestmark = pytest.mark.slow

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.perplexity import text_loss
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
+from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.quick
 

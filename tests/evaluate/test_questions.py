@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.questions import Question, read, split_of, title
+from qlora_jax.runtime.errors import UserError
 
 ROW = {"question": "Which?", "choices": ["this", "that"], "answer": 1, "subject": "logic"}
 

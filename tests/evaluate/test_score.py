@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.evaluate.score import Pair, rolling, score
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
+from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.quick
 

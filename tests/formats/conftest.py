@@ -2,9 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from qlora_jax.errors import UserError
-from qlora_jax.formats.fetch import fetch
+from small_tokenizers import builtin_gguf as builtin_gguf
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 
@@ -23,12 +21,3 @@ def llama(tmp_path: Path) -> Path:
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(MODELS / "llama" / name, folder / name)
     return folder
-
-
-@pytest.fixture(scope="session")
-def builtin_gguf() -> Path:
-    """The built-in model's file, from the cache or downloaded."""
-    try:
-        return fetch("smollm2-135m-instruct")
-    except UserError as e:
-        pytest.skip(str(e))

@@ -14,13 +14,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats import bitsandbytes
 from qlora_jax.formats.bitsandbytes import Layout, decode, encode, read_layout
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.quant import QTensor, dequantize
 from qlora_jax.quant.dynamic8 import dynamic_map
+from qlora_jax.runtime.errors import UserError
 
 FILES = [
     np.load(Path(__file__).parents[1] / "golden" / name) for name in ("bnb.npz", "bnb_rows.npz")

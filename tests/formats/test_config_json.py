@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.config_json import to_hugging_face
 from qlora_jax.models.config import from_hugging_face
+from qlora_jax.runtime.errors import UserError
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 KINDS = sorted(p.parent.name for p in MODELS.glob("*/config.json"))

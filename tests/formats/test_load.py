@@ -13,12 +13,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import QuantConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.models.config import from_hugging_face
 from qlora_jax.models.parts import expected_shapes
 from qlora_jax.quant import QTensor, bits_per_parameter, quantize
+from qlora_jax.runtime.errors import UserError
 
 MIB = 2**20
 
@@ -138,7 +138,7 @@ import sys
 from pathlib import Path
 import jax
 import jax.numpy as jnp
-from qlora_jax import compilation
+from qlora_jax.runtime import compilation
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load

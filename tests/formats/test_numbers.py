@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.peft.read import read_adapter
+from qlora_jax.runtime.errors import UserError
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax import json_files
-from qlora_jax.errors import UserError
 from qlora_jax.formats.peft import Adapter, difference, factor, read_adapter, write_adapter
+from qlora_jax.runtime import json_files
+from qlora_jax.runtime.errors import UserError
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 UP1 = "model.layers.1.mlp.up_proj"

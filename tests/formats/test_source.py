@@ -8,11 +8,11 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from qlora_jax.config import ModelConfig
-from qlora_jax.data import tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.formats import source
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.source import open_checkpoint
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text import tokenizer
 
 
 @pytest.fixture

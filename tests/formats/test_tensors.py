@@ -11,10 +11,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats import tensors
 from qlora_jax.formats.peft import Adapter, read_adapter, write_adapter
 from qlora_jax.formats.peft.adapter import WEIGHTS
+from qlora_jax.runtime.errors import UserError
 
 FLIPS = 200
 

@@ -10,14 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import QuantConfig
-from qlora_jax.data import tokenizer
-from qlora_jax.errors import UserError
 from qlora_jax.formats import folder as folders
 from qlora_jax.formats.bitsandbytes import DTYPES, pack
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.formats.write import write_model
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text import tokenizer
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "bnb_rows.npz")
 CASES = sorted({k.rpartition("/")[0] for k in GOLDEN.files if k.count("/") == 2})

@@ -11,8 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlora_jax.kernels.mosaic import DeviceCode, Kernel
-from qlora_jax.kernels.operand import WARPS
+from qlora_jax.kernels.mosaic.kernel import DeviceCode, Kernel
+from qlora_jax.kernels.mosaic.operand import WARPS
 from qlora_jax.quant.double_quant import unfused
 from qlora_jax.quant.qtensor import block_scales
 

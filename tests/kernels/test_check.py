@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.kernels import check, fused, matmul, triton, tuning, xla
+from qlora_jax.kernels import check, matmul, select, triton, tuning, xla
 from qlora_jax.quant import quantize
 
 pytestmark = pytest.mark.quick
@@ -41,7 +41,7 @@ def test_a_right_kernel_passes(monkeypatch) -> None:
 
 
 def test_the_pick_follows_the_table(monkeypatch) -> None:
-    monkeypatch.setattr(fused, "usable", lambda capability, dtype: ["mosaic", "triton"])
+    monkeypatch.setattr(select, "usable", lambda capability, dtype: ["mosaic", "triton"])
     rows = {
         "mosaic": {A100: (range(65), range(512, 10**6)), (9, 0): (range(9),)},
         "triton": {A100: (range(129),)},
@@ -49,16 +49,16 @@ def test_the_pick_follows_the_table(monkeypatch) -> None:
     monkeypatch.setattr(tuning, "FUSED_ROWS", rows)
     expected = {1: "mosaic", 64: "mosaic", 65: "triton", 129: "xla", 600: "mosaic"}
     for capability in (A100, ADA):
-        with fused.compiling_for(capability):
-            assert {m: fused.pick(m, "bfloat16") for m in expected} == expected
-    with fused.compiling_for(LATER):
-        assert [fused.pick(m, "bfloat16") for m in (8, 9, 129)] == ["mosaic", "triton", "xla"]
-    with fused.compiling_for((7, 5)):
-        assert fused.pick(1, "float16") == "xla"
+        with select.compiling_for(capability):
+            assert {m: select.pick(m, "bfloat16") for m in expected} == expected
+    with select.compiling_for(LATER):
+        assert [select.pick(m, "bfloat16") for m in (8, 9, 129)] == ["mosaic", "triton", "xla"]
+    with select.compiling_for((7, 5)):
+        assert select.pick(1, "float16") == "xla"
 
 
 def test_on_a_cpu_the_pick_is_xla() -> None:
-    assert fused.pick(1, "bfloat16") == "xla"
+    assert select.pick(1, "bfloat16") == "xla"
     q = quantize(jnp.ones((64, 8)))
     x = jnp.ones((2, 64), jnp.bfloat16)
     assert (matmul(x, q) == matmul(x, q, "xla")).all()

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from qlora_jax.kernels import IMPLEMENTATIONS
-from qlora_jax.kernels.fused import FUSED, capability_of, usable
+from qlora_jax.kernels.select import FUSED, capability_of, usable
 
 
 class Device:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.kernels import matmul
 from qlora_jax.quant import dequantize, nbytes, quantize
+from qlora_jax.runtime.errors import UserError
 
 EPSILON = {
     jnp.dtype(jnp.float32): 2.0**-23,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.errors import UserError
 from qlora_jax.kernels import matmul
 from qlora_jax.quant import CODEBOOKS, quantize
+from qlora_jax.runtime.errors import UserError
 
 if jax.__version_info__ < (0, 11):
 
@@ -24,8 +24,9 @@ else:
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from plain_mosaic import device_code, rounded_weight
 
-    from qlora_jax.kernels import mosaic, operand
-    from qlora_jax.kernels.operand import Operand, Place
+    from qlora_jax.kernels.mosaic import kernel as mosaic
+    from qlora_jax.kernels.mosaic import operand
+    from qlora_jax.kernels.mosaic.operand import Operand, Place
     from qlora_jax.kernels.tuning import (
         MOSAIC_TILES,
         SPLIT_STEPS,

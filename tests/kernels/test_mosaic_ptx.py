@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.memory.compile import has_plugin
+from qlora_jax.gpu.compile import has_plugin
 from qlora_jax.quant import CODEBOOKS, QTensor, quantize
 
 if jax.__version_info__ < (0, 11):
@@ -23,7 +23,7 @@ if not has_plugin():
 import ptx_compile
 from plain_mosaic import rounded_weight
 
-from qlora_jax.kernels import mosaic
+from qlora_jax.kernels.mosaic import kernel as mosaic
 
 EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 CASES = [

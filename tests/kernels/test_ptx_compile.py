@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ptx_compile import kernels
 
-from qlora_jax.memory.compile import has_plugin
+from qlora_jax.gpu.compile import has_plugin
 
 pytestmark = [
     pytest.mark.skipif(not has_plugin(), reason="needs the compile-only packages: make gpu-check"),

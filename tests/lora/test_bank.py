@@ -10,7 +10,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import QuantConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.formats.updates import read_updates
@@ -18,6 +17,7 @@ from qlora_jax.lora import Adapter
 from qlora_jax.lora.bank import Bank, with_rows
 from qlora_jax.lora.update import Update
 from qlora_jax.models.adapters import attach_bank, put_adapter
+from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.quick
 

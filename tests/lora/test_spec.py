@@ -4,8 +4,8 @@ import math
 import pytest
 
 from qlora_jax.config import LoraConfig
-from qlora_jax.errors import UserError
 from qlora_jax.lora import AdapterSpec, plan, ranks_above_full
+from qlora_jax.runtime.errors import UserError
 
 SHAPES = {"q_proj": (64, 64), "k_proj": (64, 32), "v_proj": (64, 32), "o_proj": (64, 64)}
 MLP = {"gate_proj": (64, 128), "up_proj": (64, 128), "down_proj": (128, 64)}

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.lora.starts import STARTS
-from qlora_jax.lora.starts import split as splits
-from qlora_jax.lora.starts.split import Task, decoded, error, top
+from qlora_jax.lora.init import STARTS
+from qlora_jax.lora.init import split as splits
+from qlora_jax.lora.init.split import Task, decoded, error, top
 from qlora_jax.quant import quantize
 
 pytestmark = pytest.mark.quick

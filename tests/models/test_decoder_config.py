@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.models.config import FAMILIES, Rope, from_hugging_face
+from qlora_jax.runtime.errors import UserError
 
 SHAPE = {
     "vocab_size": 256,

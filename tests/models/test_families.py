@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraConfig, QuantConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats import peft
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.lora import AdapterSpec, plan
 from qlora_jax.models import trees
 from qlora_jax.models.config import FAMILIES, Rope, from_hugging_face
 from qlora_jax.models.decoder import attach
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.loss import token_loss
 
 pytestmark = pytest.mark.quick

@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraConfig, QuantConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats import load as loading
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
@@ -23,6 +22,7 @@ from qlora_jax.lora import plan
 from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.quant.dynamic8 import dynamic_map
+from qlora_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = "2:11c6db3ef37261cf27df2c5f5173ae9f13e7fa510a54c450d8237553d62132c7"

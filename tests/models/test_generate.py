@@ -8,7 +8,6 @@ from flax import nnx
 from scipy.stats import chisquare
 
 from qlora_jax.config import QuantConfig
-from qlora_jax.errors import UserError
 from qlora_jax.formats.updates import read_updates
 from qlora_jax.models.adapters import attach_bank, put_adapter
 from qlora_jax.models.decoder import empty_cache
@@ -23,6 +22,7 @@ from qlora_jax.models.generate import (
     prefill,
 )
 from qlora_jax.quant import nbytes
+from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.quick
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.names import expected_shapes
 from qlora_jax.models.shapes import HUB, SHAPES, find
+from qlora_jax.runtime.errors import UserError
 
 PARAMETERS = {
     "llama-7b": 6_738_415_616,

@@ -19,10 +19,10 @@ from pairs import (
 )
 
 from qlora_jax.config import LoraConfig, QuantConfig
-from qlora_jax.data.bpe import train_bpe
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.write import write_model
+from qlora_jax.text.bpe import train_bpe
 
 pytest.importorskip("bitsandbytes", reason=REASON)
 pytestmark = pytest.mark.parity

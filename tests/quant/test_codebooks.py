@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from qlora_jax.errors import UserError
 from qlora_jax.quant import CODEBOOKS, codebook, derive_nf4
+from qlora_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 
-from qlora_jax.errors import UserError
 from qlora_jax.quant import codebook, dequantize, quantize
 from qlora_jax.quant.error import (
     code_counts,
@@ -12,6 +11,7 @@ from qlora_jax.quant.error import (
     normality_rejected,
     quantization_error,
 )
+from qlora_jax.runtime.errors import UserError
 
 
 def exact(rows, columns, step=16):

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.errors import UserError
 from qlora_jax.quant import CODEBOOKS, bits_per_parameter, codebook, dequantize, nbytes, quantize
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import BLOCK_SIZES, _looked_up, _selected, block_scales, decode
+from qlora_jax.runtime.errors import UserError
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
 

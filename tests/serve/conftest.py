@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.data import tokenizer
+from qlora_jax.text import tokenizer
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"

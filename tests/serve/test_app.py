@@ -9,7 +9,7 @@ import openai
 import pytest
 from slow_service import Running, raw, served
 
-from qlora_jax.errors import RunFailed, Terminated
+from qlora_jax.runtime.errors import RunFailed, Terminated
 from qlora_jax.serve.server import serve
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 from slow_service import connect, heard, post, raw, say_much, served
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve import connections
 from qlora_jax.serve.connections import Crowd, most_connections
 

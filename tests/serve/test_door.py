@@ -10,7 +10,7 @@ import pytest
 from slow_service import served
 
 from qlora_jax.commands.serve import host_name, on_loopback
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.door import LOOPBACK, known_hosts, known_keys, read_keys
 from qlora_jax.serve.server import listen
 

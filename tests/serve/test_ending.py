@@ -11,7 +11,7 @@ import openai
 import pytest
 from slow_service import Running, connect, heard, post, raw, say_much
 
-from qlora_jax.errors import Terminated
+from qlora_jax.runtime.errors import Terminated
 from qlora_jax.serve.server import serve
 from qlora_jax.serve.signals import until_signal
 

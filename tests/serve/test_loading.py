@@ -13,7 +13,7 @@ import openai
 import pytest
 from slow_service import Running, served
 
-from qlora_jax.errors import Terminated, UserError
+from qlora_jax.runtime.errors import Terminated, UserError
 from qlora_jax.serve import app
 from qlora_jax.serve.loading import read_regular
 from qlora_jax.serve.server import serve

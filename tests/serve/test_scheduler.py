@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.engine import Settings
 from qlora_jax.serve.scheduler import BURST, Job, Piece, Refused, Scheduler
 

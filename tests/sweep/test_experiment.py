@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.errors import RunFailed, UserError
+from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.sweep import Analysis, Cell, Experiment, Population, Table, Verdict, markdown
 from qlora_jax.sweep.conclude import arranged
 from qlora_jax.sweep.find import with_axes
-from qlora_jax.sweep.results import DONE, SKIPPED, Record, plain, write_parquet
+from qlora_jax.sweep.record import DONE, SKIPPED, Record
+from qlora_jax.sweep.results import plain, write_parquet
 from qlora_jax.sweep.run import groups, left, unfinished
 
 AXES = {"rank": [8, 16], "targets": ["all-linear", ["q_proj", "v_proj"]], "rate": [1e-4]}

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.report import report
 
 PNG = base64.b64decode(

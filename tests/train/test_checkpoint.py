@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qlora_jax.config import OptimizerConfig
-from qlora_jax.errors import UserError
 from qlora_jax.models.trees import flatten
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import FOLDER, Checkpoints
 from qlora_jax.train.moments import ENCODERS
 from qlora_jax.train.optimizer import adamw

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_checkpoint import EXTRA, assert_same, make
 
-from qlora_jax import digests
-from qlora_jax.errors import UserError
+from qlora_jax.runtime import digests
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import FOLDER, Checkpoints
 
 # Other reads that orbax drops after an error complain when they are collected.

@@ -8,12 +8,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax import config as configs
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.formats.peft import factor, read_adapter
 from qlora_jax.lora import plan
 from qlora_jax.models.decoder import attach
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.export import adapters, export_adapter
 
 pytestmark = pytest.mark.quick

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax import config as configs
-from qlora_jax.errors import RunFailed
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.models import trees
+from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train import identity
 from qlora_jax.train.identity import check_identity, starts_as_base
 from qlora_jax.train.setup import load_model

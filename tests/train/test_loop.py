@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.errors import RunFailed
 from qlora_jax.models.trees import flatten, sha256
+from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.interrupt import Stopped
 from qlora_jax.train.loop import MOST_SKIPPED, Progress, evaluate, loop

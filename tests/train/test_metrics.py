@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.metrics import MetricsLog, read_metrics
 
 
@@ -167,7 +167,7 @@ def test_a_missing_run_directory_is_named(tmp_path):
 def test_a_disk_that_takes_no_more_ends_the_run_with_its_lines_kept(tmp_path):
     script = (
         "import resource, sys\n"
-        "from qlora_jax.errors import UserError\n"
+        "from qlora_jax.runtime.errors import UserError\n"
         "from qlora_jax.train.metrics import MetricsLog\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.owner import LOCK, check_free, own
 
 HOLDER = """

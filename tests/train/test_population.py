@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import Config, from_tree
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import export, population
 from qlora_jax.train import step as steps
 from qlora_jax.train.metrics import read_metrics

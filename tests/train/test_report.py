@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.report import (
     EVAL_COLOUR,
     TRAIN_COLOUR,

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from qlora_jax import config as configs
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.models import trees
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints

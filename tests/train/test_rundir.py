@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax import config as configs
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 BEGUN = [".lock", "config.yaml", "manifest.json"]

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax import config as configs
-from qlora_jax.errors import UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.models import trees
 from qlora_jax.quant import dequantize
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.setup import load_model, open_model, read_data
 
 pytestmark = pytest.mark.quick

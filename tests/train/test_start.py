@@ -14,11 +14,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax import config as configs
-from qlora_jax.errors import RunFailed, UserError
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.peft import factor, read_adapter
 from qlora_jax.models import trees
 from qlora_jax.quant import QTensor, dequantize
+from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.export import export_adapter
 from qlora_jax.train.setup import load_model, open_model
 from qlora_jax.train.start import Splitter, resolved

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from qlora_jax import startup
+from qlora_jax.runtime import startup
 
 
 def main() -> int:

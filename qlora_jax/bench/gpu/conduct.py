@@ -15,7 +15,7 @@ from qlora_jax.bench.gpu import record
 from qlora_jax.bench.gpu.lane import REHEARSAL, SLOWER
 from qlora_jax.bench.gpu.parts import Part
 from qlora_jax.bench.gpu.record import Recorder
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 LINES, LOG = "lines.jsonl", "log.txt"
 MODULE = "qlora_jax.bench.gpu.child"

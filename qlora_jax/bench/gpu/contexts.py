@@ -19,7 +19,7 @@ from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
 from qlora_jax.bench.gpu.programs import Outcome, Program, compile_all, compiled, usable
 from qlora_jax.kernels import matmul
-from qlora_jax.kernels.fused import FUSED
+from qlora_jax.kernels.select import FUSED
 from qlora_jax.quant import quantize
 
 CALLS = 3

@@ -19,11 +19,11 @@ from qlora_jax.bench.gpu.programs import Program
 from qlora_jax.bench.gpu.reference import FACTOR
 from qlora_jax.config import Config, from_tree
 from qlora_jax.data.packing import DTYPES
-from qlora_jax.kernels.fused import FUSED
-from qlora_jax.memory import accounts
-from qlora_jax.memory.abstract import abstract_model
+from qlora_jax.kernels.select import FUSED
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.models.shapes import find
+from qlora_jax.plan import accounts
+from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from qlora_jax.device import describe_devices
-from qlora_jax.kernels.fused import capability_of, usable
-from qlora_jax.manifest import git_state
-from qlora_jax.versions import versions
+from qlora_jax.kernels.select import capability_of, usable
+from qlora_jax.runtime.device import describe_devices
+from qlora_jax.runtime.manifest import git_state
+from qlora_jax.runtime.versions import versions
 
 MEMORY = "memory, bytes"
 GPU_PACKAGES = (

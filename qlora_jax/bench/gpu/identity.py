@@ -14,9 +14,9 @@ from qlora_jax.bench.gpu.curves import TINY
 from qlora_jax.bench.gpu.lane import HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.config import Config, from_tree
-from qlora_jax.memory.abstract import abstract_model
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.models.shapes import find
+from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.train.identity import TOLERANCE, first_changed, unchanged
 
 LAYERS = 4

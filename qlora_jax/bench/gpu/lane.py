@@ -10,8 +10,8 @@ from typing import Any
 
 from qlora_jax.bench.gpu import record
 from qlora_jax.bench.gpu.record import Recorder
-from qlora_jax.errors import FULL_MEMORY, OutOfTime, first_line
-from qlora_jax.kernels.fused import half_dtype
+from qlora_jax.kernels.select import half_dtype
+from qlora_jax.runtime.errors import FULL_MEMORY, OutOfTime, first_line
 
 FULL, REHEARSAL = "full", "rehearsal"
 """Scales: real shapes for a GPU, and tiny ones that a CPU runs."""

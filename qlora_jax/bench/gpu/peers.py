@@ -9,8 +9,8 @@ from qlora_jax.bench.gpu import steps, times
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program
 from qlora_jax.bench.options import Kernels, Step
-from qlora_jax.errors import UserError
 from qlora_jax.models.shapes import config_json
+from qlora_jax.runtime.errors import UserError
 
 PEER = "bitsandbytes"
 STEPS: dict[str, dict[str, Step]] = {

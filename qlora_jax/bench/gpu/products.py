@@ -15,8 +15,8 @@ from qlora_jax.bench.gpu import reference
 from qlora_jax.bench.gpu.cover import pairwise
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
-from qlora_jax.kernels import fused, matmul, triton
-from qlora_jax.kernels.fused import FUSED, capability_of
+from qlora_jax.kernels import matmul, select, triton
+from qlora_jax.kernels.select import FUSED, capability_of
 from qlora_jax.quant import CODEBOOKS, quantize
 
 MOST = 150
@@ -126,7 +126,7 @@ def excuse(implementation: str, scale: str, device: Any) -> str:
     """
     if implementation == PLAIN or (scale == REHEARSAL and implementation == "triton"):
         return ""
-    if implementation in fused.usable(capability_of(device), FUSED[implementation].dtypes[0]):
+    if implementation in select.usable(capability_of(device), FUSED[implementation].dtypes[0]):
         return ""
     return f"{implementation} needs {FUSED[implementation]}"
 

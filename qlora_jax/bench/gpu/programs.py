@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from qlora_jax.device import cpu_cores
-from qlora_jax.errors import OutOfTime
+from qlora_jax.runtime.device import cpu_cores
+from qlora_jax.runtime.errors import OutOfTime
 
 Outcome = jax.stages.Compiled | Exception
 

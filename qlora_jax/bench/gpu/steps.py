@@ -14,10 +14,10 @@ from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, as_options
 from qlora_jax.bench.options import Step
 from qlora_jax.config import Config
-from qlora_jax.memory import accounts
-from qlora_jax.memory.ledger import parameters
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.shapes import find
+from qlora_jax.plan import accounts
+from qlora_jax.plan.ledger import parameters
 
 KINDS = {
     "speed": ("tokens/s", "speed"),

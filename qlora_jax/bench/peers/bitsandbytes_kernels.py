@@ -12,7 +12,7 @@ from bitsandbytes import functional
 from qlora_jax.bench import measure
 from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases
 from qlora_jax.bench.options import Kernels, to_tree
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 QUEUED = 50
 """Calls in one timed stretch on a GPU."""

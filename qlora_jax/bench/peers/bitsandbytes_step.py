@@ -21,7 +21,7 @@ from qlora_jax.bench.peers.torch_model import (
     random_base,
     synchronize,
 )
-from qlora_jax.errors import UserError, first_line
+from qlora_jax.runtime.errors import UserError, first_line
 
 CHECKPOINTING = {"use_reentrant": False}
 

@@ -11,7 +11,7 @@ from qlora_jax.bench import measure
 from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases
 from qlora_jax.bench.jax_timing import Inputs, copies, drawn, seconds
 from qlora_jax.bench.options import Kernels, to_tree
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 NOTES = (
     "qwix has no double quantization: its products read scales in the product's dtype, ours in 8 "

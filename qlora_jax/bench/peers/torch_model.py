@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_jax.bench.measure import Figure, figure
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 # Python defers torch's and bitsandbytes' imports; a load must not be charged for them.
 import bitsandbytes  # noqa: F401  isort: skip

@@ -10,9 +10,9 @@ import regex
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from qlora_jax import json_files
-from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import Adapter, Replaced, Scaling
+from qlora_jax.runtime import json_files
+from qlora_jax.runtime.errors import UserError
 
 Rank = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Factor = Annotated[float, Field(allow_inf_nan=False, strict=True)]

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import AdapterSet, listed
+from qlora_jax.runtime.errors import UserError
 
 
 def check_fits(

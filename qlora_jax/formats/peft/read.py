@@ -12,8 +12,6 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qlora_jax import paths
-from qlora_jax.errors import UserError
 from qlora_jax.formats import tensors
 from qlora_jax.formats.peft.adapter import (
     CONFIG,
@@ -25,6 +23,8 @@ from qlora_jax.formats.peft.adapter import (
     listed,
 )
 from qlora_jax.formats.peft.config import by_pattern, read_config
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.errors import UserError
 
 PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))")
 BIAS = re.compile(re.escape(PREFIX) + r"(.+?)(?:\.base_layer)?\.bias")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax import paths
-from qlora_jax.atomic import atomic_folder
-from qlora_jax.errors import UserError
 from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Replaced, Scaling
 from qlora_jax.formats.peft.config import make_config
 from qlora_jax.formats.tensors import save
+from qlora_jax.runtime import paths
+from qlora_jax.runtime.atomic import atomic_folder
+from qlora_jax.runtime.errors import UserError
 
 NOTHING = Replaced()
 

@@ -14,7 +14,7 @@ from qlora_jax.bench.gpu import compile_check
 from qlora_jax.bench.gpu.compile_check import GPUS, LISTING, Outcome, Task, tasks
 from qlora_jax.bench.gpu.parts import PARTS
 from qlora_jax.bench.gpu.programs import Program, as_options
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 WITHOUT = {"peers"}
 """Parts that run no program of ours."""

@@ -11,7 +11,7 @@ import pytest
 from qlora_jax.bench.gpu import ceilings, conduct, parts, record, report
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.parts import PARTS, Part
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 
 HERE = Path(__file__).parent
 PART = Part("ceilings", 5, 1, "made up")

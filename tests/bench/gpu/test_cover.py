@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qlora_jax.bench.gpu import products
 from qlora_jax.bench.gpu.cover import pairwise
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL
-from qlora_jax.kernels.fused import FUSED
+from qlora_jax.kernels.select import FUSED
 
 FACTORS = st.dictionaries(
     st.sampled_from("abcdef"),

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora_jax import device
 from qlora_jax.bench.gpu.parts import PARTS
 from qlora_jax.bench.gpu.record import Recorder
+from qlora_jax.runtime import device
 
 
 def test_the_list(run_cli: Callable[..., Any]) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from qlora_jax.bench.gpu import page, record, report
 from qlora_jax.bench.gpu.record import Recorder
-from qlora_jax.memory import measured
-from qlora_jax.memory.roofline import Ceilings
+from qlora_jax.gpu import measured
+from qlora_jax.gpu.roofline import Ceilings
 
 
 def lines(tmp_path: Path) -> Path:

@@ -1,0 +1,240 @@
+"""Reads a config from YAML and `--a.b=c`, and writes one."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from qlora_jax.config.schema import all_settings, names, nearest, sections
+from qlora_jax.config.settings import Config
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.errors import UserError
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Stand for bytes of a name that are no UTF-8."""
+
+
+def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
+    """Reads a YAML file and lays dotted overrides over it.
+
+    Args:
+      path: the YAML file. A section given as one word fills its first field: `model: a.gguf`
+        means `model: {path: a.gguf}`, `data: my.jsonl` means `data: {source: my.jsonl}`.
+      overrides: dotted key to its value, e.g. `{"lora.rank": "8"}`: the text itself where the
+        setting is text, with null or nothing for none, else YAML. One that is for a section, such
+        as `{"model": "a.gguf"}`, keeps the section's other settings.
+
+    Raises:
+      UserError: missing or malformed file, unknown key (the nearest one is named), wrong type.
+    """
+    path = Path(path)
+    try:
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{path}: no such config file") from None
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; a config is YAML") from None
+    except MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else "?"
+        raise UserError(f"{path}:{line}: not valid YAML: {e.problem}") from None
+    except (YAMLError, ValueError) as e:
+        raise UserError(f"{path}: not valid YAML: {str(e).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping with the keys {', '.join(names(Config))}")
+    tree = _expand(tree)
+    for key, text in (overrides or {}).items():
+        _override(tree, key, text)
+    return from_tree(tree, str(path))
+
+
+def from_tree(tree: Mapping[str, Any], where: str) -> Config:
+    """Builds a Config from plain nested dicts.
+
+    Raises:
+      UserError: naming `where`, the key and what is wrong with its value.
+    """
+    try:
+        config = _ADAPTER.validate_python(dict(tree))
+    except ValidationError as e:
+        raise UserError(f"{where}: {_explain(e)}") from None
+    for key, value in _flatten(to_tree(config)):
+        if SURROGATES.search(json.dumps(value, ensure_ascii=False)):
+            raise UserError(
+                f"{where}: {key} {value!r} is no UTF-8 text, and so cannot be recorded; rename it"
+            )
+    return config
+
+
+def changed(config: Config, overrides: Mapping[str, str]) -> Config:
+    """The config with dotted overrides laid over it.
+
+    Raises:
+      UserError: an unknown key or a value of the wrong type.
+    """
+    tree = to_tree(config)
+    for key, text in overrides.items():
+        _override(tree, key, text)
+    return from_tree(tree, "the command line")
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Turns `["--lora.rank=8", "--train.steps", "50"]` into `{"lora.rank": "8", ...}`.
+
+    Raises:
+      UserError: an argument that is not of that form, or a value that is missing.
+    """
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(
+                f"unexpected argument {argument!r}; settings are given as --section.key=value"
+            )
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"--{key} has no value; write --{key}=VALUE")
+            value = rest.pop(0)
+        overrides[key] = value
+    return overrides
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The config as plain nested dicts, every default written out."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: Config, path: Path) -> None:
+    """Writes the config as YAML."""
+    with path.open("w", encoding="utf-8") as f:
+        writer = YAML()
+        writer.default_flow_style = False
+        writer.allow_unicode = False  # U+0085 would be written as it is and read back as a space
+        writer.dump(to_tree(config), f)
+
+
+def digest(config: Config) -> str:
+    """SHA-256 of the config's values, as hex."""
+    return json_files.digest(to_tree(config))
+
+
+def difference(a: Config, b: Config) -> list[str]:
+    """The settings in which two configs differ, as `key: value in a → value in b`."""
+    left, right = dict(_flatten(to_tree(a))), dict(_flatten(to_tree(b)))
+    return [
+        f"{k}: {left.get(k)} → {right.get(k)}"
+        for k in sorted(left.keys() | right.keys())
+        if left.get(k) != right.get(k)
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and f"{prefix}{key}" in sections():
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _expand(tree: dict[str, Any]) -> dict[str, Any]:
+    known = sections()
+    return {
+        key: {names(known[key])[0]: value} if key in known and isinstance(value, str) else value
+        for key, value in tree.items()
+    }
+
+
+def _override(tree: dict[str, Any], key: str, text: str) -> None:
+    kinds = {s.key: s.type for s in all_settings()}
+    if key in sections():
+        _override_section(tree, key, text, kinds)
+        return
+    *parents, last = _steps(key, kinds)
+    for name in parents:
+        node = tree.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--{key}: {name} is a single value, {node!r}, and has no keys")
+        tree = node
+    tree[last] = _value(text, kinds.get(key, ""))
+
+
+def _override_section(
+    tree: dict[str, Any], section: str, text: str, kinds: Mapping[str, str]
+) -> None:
+    value = _parse(text)
+    if not isinstance(value, dict):
+        first = f"{section}.{names(sections()[section])[0]}"
+        value = text if kinds[first] == "str" else value
+    value, before = _expand({section: value})[section], tree.get(section)
+    both = isinstance(value, dict) and isinstance(before, dict)
+    tree[section] = before | value if both else value
+
+
+def _steps(key: str, kinds: Mapping[str, str]) -> list[str]:
+    # The keys of a mapping are module paths, which have dots of their own.
+    for name, kind in kinds.items():
+        if kind.startswith("dict") and key.startswith(f"{name}."):
+            return [*name.split("."), key.removeprefix(f"{name}.")]
+    return key.split(".")
+
+
+def _value(text: str, kind: str) -> Any:
+    kinds = kind.split(" | ")
+    if "str" not in kinds:
+        return _parse(text)
+    if text in ("", "null") and "null" in kinds:
+        return None
+    if "list[str]" in kinds and isinstance(value := _parse(text), list):
+        return value
+    return text
+
+
+def _parse(text: str) -> Any:
+    try:
+        return _read_yaml(text)
+    except (YAMLError, ValueError):
+        return text
+
+
+def _read_yaml(text: str) -> Any:
+    """Parses YAML of plain values; raises YAMLError, or ValueError for the 45th of May."""
+    try:
+        return YAML(typ="safe").load(text)
+    except RecursionError:
+        raise YAMLError("nested too deeply") from None
+
+
+def _explain(error: ValidationError) -> str:
+    problems = error.errors()
+    unknown = [
+        p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    ]
+    problem = (unknown or problems)[0]
+    location = [str(x) for x in problem["loc"]]
+    key = ".".join(location)
+    if unknown:
+        return f"unknown key {key}; the nearest known one is {nearest(key)}"
+    if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key} is missing; add it to the file or give --{key}=..."
+    schema = {s.key: s for s in all_settings()}
+    key = next(
+        (
+            ".".join(location[:n])
+            for n in range(len(location), 0, -1)
+            if ".".join(location[:n]) in schema
+        ),
+        key,
+    )
+    expected = f" (expected: {schema[key].type})" if key in schema else ""
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {message}, not {problem['input']!r}{expected}"

@@ -1,0 +1,78 @@
+"""Describes every setting by key, type, default and documentation, and finds the nearest key."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from qlora_jax.config.settings import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One leaf of the schema: what `--help` prints about it."""
+
+    key: str
+    type: str
+    doc: str
+    default: str
+
+
+def all_settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
+    """Every leaf of the schema with its type, default and documentation."""
+    for name, info in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        if dataclasses.is_dataclass(info.annotation):
+            yield from all_settings(typing.cast(type, info.annotation), f"{prefix}{name}.")
+        else:
+            default = (
+                "required"
+                if info.is_required()
+                else str(info.get_default(call_default_factory=True))
+            )
+            doc = " ".join((info.description or "").split())
+            yield Setting(prefix + name, _type_name(info.annotation), doc, default)
+
+
+def is_known(key: str) -> bool:
+    """Whether a dotted key is a setting, a section, or an entry of a setting that is a mapping."""
+    schema = {s.key: s.type for s in all_settings()}
+    return (
+        key in schema
+        or key in sections()
+        or any(key.startswith(f"{k}.") for k, kind in schema.items() if kind.startswith("dict"))
+    )
+
+
+def nearest(key: str, more: Sequence[str] = ()) -> str:
+    """The setting, section or name in `more` that a mistyped key most resembles."""
+    known = [s.key for s in all_settings()] + list(sections()) + list(more)
+
+    def likeness(other: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, key, other).ratio()
+        last = difflib.SequenceMatcher(None, key.split(".")[-1], other.split(".")[-1]).ratio()
+        return max(whole, last), whole
+
+    return max(known, key=likeness)
+
+
+def sections() -> dict[str, type]:
+    return {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}  # type: ignore[misc]
+
+
+def names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is Literal:
+        return " | ".join(str(a) for a in args)
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in args)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(a) for a in args)}]"
+    return getattr(annotation, "__name__", str(annotation))

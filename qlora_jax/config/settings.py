@@ -1,0 +1,239 @@
+"""Lists all settings of a run: one frozen dataclass per section.
+
+The string under a field is its documentation, which `--help` prints.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def _number(value: Any) -> Any:
+    # pydantic would take true for 1
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+NonNegative = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+FloatType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """Which pretrained model, and in which dtypes it is held and computed."""
+
+    path: str
+    """A Hugging Face folder, a .gguf file, a built-in name (smollm2-135m-instruct), a hub id, or
+    from-scratch: random values in the shapes of the pretrain section."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    storage_dtype: FloatType = "bfloat16"
+    """Frozen weights that are not quantized: embeddings, head, norms; all of them for method lora.
+    Under method full every weight is held in lora.dtype."""
+    compute_dtype: FloatType = "bfloat16"
+    """Activations and matrix products; float16 switches dynamic loss scaling on."""
+    remat: Literal["none", "dots", "full", "host"] = "dots"
+    """What the backward pass recomputes: nothing, all but products with weights, or whole layers;
+    host: whole layers, whose inputs wait in pinned host memory. Attention scores always."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PretrainConfig:
+    """The llama that model.path from-scratch stands for; read with that alone. Embeddings are tied
+    and have vocab_size rows."""
+
+    tokenizer: str | None = None
+    """A Hugging Face folder or .gguf file to take the tokenizer of; null trains a byte-level BPE
+    of vocab_size ids on the training text."""
+    vocab_size: Positive = 4096
+    """Rows of the embedding."""
+    hidden_size: Positive = 256
+    """Width of the residual stream."""
+    intermediate_size: Positive = 640
+    """Width inside the MLP."""
+    layers: Positive = 4
+    """Number of decoder layers."""
+    heads: Positive = 4
+    """Attention heads; they divide hidden_size."""
+    kv_heads: Positive | None = None
+    """Heads of keys and values, which divide heads; null: as many."""
+    positions: Positive = 512
+    """Longest sequence."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class QuantConfig:
+    """4-bit storage of the frozen linears; read by method qlora only."""
+
+    codebook: str = "nf4"
+    """nf4, fp4_bnb, fp4_e2m1, fp4_e3m0, int4, af4 or lloyd."""
+    block_size: Positive = 64
+    """Weights that share one scale: a power of two from 32 to 4096."""
+    double_quant: bool = True
+    """Quantize the scales themselves to 8 bits."""
+    nested_block: Positive = 256
+    """Scales that share one scale of scales."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class KernelsConfig:
+    """How training multiplies by 4-bit weights; read by method qlora only."""
+
+    materialize: Literal["never", "auto"] = "auto"
+    """never: no 4-bit weight is ever decoded to memory, only within a GPU kernel; auto: where that
+    is quicker it is, one at a time."""
+    implementation: Literal["xla", "triton", "mosaic"] | None = None
+    """Always this one; null picks by device, dtype and rows."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraConfig:
+    """The adapters."""
+
+    variant: Literal["lora", "dora"] = "lora"
+    """lora: W + s·B·A; dora: that with a trained length for each of its columns."""
+    rank: Positive = 16
+    """r, the inner dimension of B·A."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the scaling; the factor itself when scaling is constant."""
+    scaling: Literal["alpha/r", "alpha/sqrt(r)", "constant"] = "alpha/r"
+    """How alpha becomes the factor on B·A."""
+    target_modules: str | list[str] = "all-linear"
+    """all-linear, a list of module names, or a regular expression on the whole module path."""
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Another rank for modules whose path ends in, or matches, the key."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Another alpha, likewise."""
+    dropout: Fraction = 0.0
+    """On the input of A, in training only."""
+    init: Literal["kaiming-uniform", "gaussian", "pissa", "loftq"] = "kaiming-uniform"
+    """Distribution of A, with B at zero; pissa: both from W's largest singular values, the base
+    keeps the rest; loftq: both from what quantizing loses."""
+    loftq_iterations: Positive = 5
+    """How often loftq alternates between quantizing and decomposing."""
+    freeze_a: bool = False
+    """LoRA-FA: A stays as it is, without gradient and moments."""
+    from_adapter: str | None = None
+    """Folder of an adapter in PEFT's format to go on from: it gives the values, and variant, rank,
+    alpha, scaling, target_modules and patterns, which are left at their defaults here."""
+    dtype: FloatType = "float32"
+    """Adapters; under method full, every weight."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Where examples come from and how they become token rows."""
+
+    source: str
+    """A .jsonl, .json, .csv, .parquet or .txt file, a hub id, or the built-in python-docs,
+    python-source or package-docs; several of those with a + between."""
+    name: str | None = None
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset that is trained on."""
+    eval_source: str | None = None
+    """Held-out examples; without it eval_fraction of the source is set aside, by text."""
+    eval_split: str | None = None
+    """Held-out split of a hub dataset."""
+    eval_fraction: Fraction = 0.05
+    """Share of the source held out."""
+    max_examples: NonNegative = 0
+    """Keep at most this many examples; 0 keeps all."""
+    format: Literal["auto", "chat", "prompt", "text"] = "auto"
+    """chat: messages; prompt: prompt and completion; text: text. auto decides by the fields."""
+    template: Literal["auto", "none"] = "auto"
+    """auto: prompt/completion examples go through the tokenizer's chat template, if it has one;
+    none: prompt and completion are joined as they are. Chat examples always use the template."""
+    system_prompt: str | None = None
+    """System turn put before prompt/completion and chat examples that have none."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Train on the assistant's turns alone, or on every token."""
+    sequence_length: Positive = 512
+    """Tokens per row."""
+    packing: bool = True
+    """Put several examples into a row, kept apart by segment ids; else one a row, padded."""
+    on_no_target: Literal["drop", "error"] = "drop"
+    """An example with no target left after truncation is dropped and counted, or refused."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: PositiveFloat = 2e-4
+    """Peak rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """What follows the warm-up; cosine and linear end at zero."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up from zero."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled, on matrices only."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    lora_plus_ratio: PositiveFloat = 1.0
+    """LoRA+: B's learning rate is this multiple of A's."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How both moments are kept; updates compute in float32. int8: bitsandbytes' 8 bits in blocks
+    of 256, arrays of fewer than 4096 elements in float32."""
+    offload: Literal["auto", "device", "host"] = "auto"
+    """Where moments live: host keeps them in pinned host memory and brings them to the device layer
+    by layer; auto: on the host where the plan says that the device is too small."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """The loop."""
+
+    steps: Positive = 200
+    """Optimizer steps."""
+    batch_size: Positive = 4
+    """Rows per micro-batch."""
+    gradient_accumulation: Positive = 1
+    """Micro-batches per step."""
+    eval_every: NonNegative = 50
+    """Steps between evaluations on the held-out split; 0 evaluates at the start and end only."""
+    eval_rows: Positive = 64
+    """Held-out token rows per evaluation, at most; always the same ones."""
+    save_every: NonNegative = 50
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: Positive = 2
+    """Checkpoints kept."""
+    samples: NonNegative = 3
+    """Held-out prompts answered before and after training."""
+    sample_tokens: Positive = 64
+    """Tokens per sample answer, at most."""
+    seed: NonNegative = 0
+    """Adapters' initial values, order of the data, dropout."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: str
+    """Run directory, made by the run."""
+    method: Literal["qlora", "lora", "full"] = "qlora"
+    """qlora: 4-bit base and adapters; lora: 16-bit base and adapters; full: every weight."""
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
+    quant: QuantConfig = Field(default_factory=QuantConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)

@@ -1,0 +1,224 @@
+"""Reports of `qlora-jax bench gpu`: the rates and times that were measured on a GPU.
+
+A report is DEVICE.json in a folder of reports, in the form `Report` describes.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.product import DECODE_FIRST, Case
+from qlora_jax.gpu.roofline import Ceilings
+from qlora_jax.kernels.select import FUSED, Capability
+from qlora_jax.kernels.tuning import EVERY, FUSED_ROWS
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.errors import UserError
+
+MATMUL = "matmul "
+"""What the field of a matrix product's rate begins with; the dtype follows."""
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+Count = Annotated[int, Field(gt=0, strict=True)]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The rate at which device memory is copied, bytes read and written together."""
+
+    field: Literal["copy"]
+    unit: Literal["GB/s"]
+    value: Rate
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """The rate of a large matrix product in 16-bit floats."""
+
+    field: Annotated[str, Field(pattern=f"^{MATMUL}")]
+    unit: Literal["TFLOP/s"]
+    value: Rate
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One product with a 4-bit weight, or with its 16-bit peer, and the time it took."""
+
+    field: Literal["time"]
+    unit: Literal["us"]
+    value: Rate
+    implementation: str
+    direction: Literal["forward", "backward"]
+    rows: Count
+    k: Count
+    n: Count
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a report says of itself; `figures` are checked by their kind."""
+
+    schema: Literal[1]
+    device: str
+    capability: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    figures: list[dict[str, Any]]
+
+
+class Report:
+    """One report.
+
+    Attributes:
+      path: its file.
+      device: NVIDIA's name of the GPU, as the driver gives it.
+      gpu: the target of that name in `GPUS`; None if there is none.
+      capability: compute capability.
+      times: seconds of each product; the case's `gpu` is the target, or else the device.
+    """
+
+    def __init__(self, path: Path):
+        """Reads a report.
+
+        Raises:
+          UserError: it cannot be read or is damaged; names the file and the key.
+        """
+        head: Head = _checked(path, "", Head, _json(path))
+        major, minor = map(int, head.capability.split("."))
+        self.path, self.device, self.capability = path, head.device, (major, minor)
+        self.gpu = target(head.device)
+        if self.gpu is not None and self.capability != (known := read_gpu(self.gpu).capability):
+            raise UserError(
+                f"{path}: capability: {head.capability}, but that of {head.device} is "
+                f"{'.'.join(map(str, known))}; measure again"
+            )
+        self.times: dict[Case, float] = {}
+        self._copy: float | None = None
+        self._matmul: dict[str, float] = {}
+        for i, figure in enumerate(head.figures):
+            self._take(f"figures.{i}", figure)
+
+    def ceilings(self, dtype: str) -> Ceilings | None:
+        """The measured rates for products in `dtype`; None without both of them."""
+        tensor = self._matmul.get(dtype)
+        return None if self._copy is None or tensor is None else Ceilings(self._copy, tensor)
+
+    def _take(self, key: str, figure: Mapping[str, Any]) -> None:
+        part, field = figure.get("part"), str(figure.get("field"))
+        if part == "ceilings" and field == "copy":
+            self._copy = 1e9 * _checked(self.path, key, Copy, figure).value
+        elif part == "ceilings" and field.startswith(MATMUL):
+            rate: Matmul = _checked(self.path, key, Matmul, figure)
+            self._matmul[field.removeprefix(MATMUL)] = 1e12 * rate.value
+        elif part == "times" and field == "time":
+            t: Timed = _checked(self.path, key, Timed, figure)
+            gpu = self.gpu or self.device
+            case = Case(gpu, t.implementation, t.rows, t.k, t.n, t.dtype, t.direction)
+            if case in self.times:
+                raise UserError(f"{self.path}: {key}: a second time of {case[1:]}; measure again")
+            self.times[case] = 1e-6 * t.value
+
+
+def reports(folder: Path) -> list[Report]:
+    """The reports in a folder, which need not be there, by file name.
+
+    Raises:
+      UserError: one is damaged, or two are of one device.
+    """
+    found: dict[str, Report] = {}
+    for path in sorted(folder.glob("*.json")):
+        report = Report(path)
+        if report.device in found:
+            raise UserError(
+                f"{path}: device: {report.device}, as in {found[report.device].path.name}; "
+                "keep one of the two"
+            )
+        found[report.device] = report
+    return list(found.values())
+
+
+def target(device: str) -> str | None:
+    """The name in `GPUS` of a device.
+
+    The names must be the same but for case: "NVIDIA H100 80GB HBM3" is h100, "NVIDIA H100 PCIe" and
+    "NVIDIA H200" have other rates and are not.
+    """
+    same = [gpu for gpu in GPUS if read_gpu(gpu).name.casefold() == device.strip().casefold()]
+    return same[0] if same else None
+
+
+def fused_rows(implementation: str, times: Mapping[Case, float]) -> tuple[range, ...]:
+    """The rows of x for which a fused implementation was measured to be no slower than xla.
+
+    At a measured number of rows it has to be so for every shape, direction and dtype that xla was
+    measured with and the implementation takes; one that it has no time for counts as slower. Other
+    numbers of rows go with the next lower measured one, those below the least with the least.
+
+    Returns:
+      Ranges as in `tuning.FUSED_ROWS`; () where nothing can be compared.
+    """
+    verdicts: dict[int, bool] = {}
+    for case, limit in times.items():
+        if case.implementation != DECODE_FIRST or case.dtype not in FUSED[implementation].dtypes:
+            continue
+        fused = times.get(case._replace(implementation=implementation))
+        better = fused is not None and fused <= limit
+        verdicts[case.rows] = verdicts.get(case.rows, True) and better
+    measured = sorted(verdicts)
+    found: list[range] = []
+    for start, stop in itertools.pairwise([0, *measured[1:], EVERY] if measured else []):
+        if not verdicts[start or measured[0]]:
+            continue
+        if found and found[-1].stop == start:
+            start = found.pop().start
+        found.append(range(start, stop))
+    return tuple(found)
+
+
+def table(known: Iterable[Report]) -> dict[str, dict[Capability, tuple[range, ...]]]:
+    """`tuning.FUSED_ROWS` with the rows of measured GPUs in place of modelled ones.
+
+    GPUs of one capability count as one, whose times are all of theirs. A capability that has the
+    ranges of the one before it is left out, as there.
+    """
+    times: dict[Capability, dict[Case, float]] = {}
+    for report in known:
+        if any(case.implementation == DECODE_FIRST for case in report.times):
+            times.setdefault(report.capability, {}).update(report.times)
+    every = sorted({read_gpu(gpu).capability for gpu in GPUS} | times.keys())
+    made: dict[str, dict[Capability, tuple[range, ...]]] = {}
+    for name, modelled in FUSED_ROWS.items():
+        rows: dict[Capability, tuple[range, ...]] = {}
+        last: tuple[range, ...] = ()
+        for capability in every:
+            if capability in times:
+                now = fused_rows(name, times[capability])
+            else:
+                before = [c for c in modelled if c <= capability]
+                now = modelled[max(before)] if before else ()
+            if now != last:
+                rows[capability] = last = now
+        made[name] = rows
+    return made
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json_files.parse(path.read_bytes())
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON: {e}; measure again") from None
+
+
+def _checked(path: Path, key: str, kind: type[Any], tree: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as e:
+        problem = e.errors()[0]
+        where = ".".join(filter(None, (key, *map(str, problem["loc"])))) or "the file"
+        message = problem["msg"][0].lower() + problem["msg"][1:]
+        raise UserError(f"{path}: {where}: {message}; measure again") from None

@@ -1,0 +1,211 @@
+"""A model of a kernel's time on a GPU that is not here: the slowest of bytes, tensor cores, issue.
+
+Assumptions, all of them in the kernel's favour: every byte of the HLO's operands and results moves
+once at the memory's full rate, the data sheet's or a measured one (what is read again comes from a
+cache for nothing); a multiprocessor's four schedulers each issue one instruction per clock and
+never wait for one another or for a latency; clocks are the boost clock; a launch takes no time. A
+multiprocessor takes whole blocks, so a grid that does not fill the GPU is charged for what it
+leaves idle.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from qlora_jax.gpu.compile import read_gpu
+from qlora_jax.gpu.sass import Instruction, Kernel, classify, mma_flop
+
+SCHEDULERS = 4
+"""Per multiprocessor, each with a quarter of its lanes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What one multiprocessor does per clock.
+
+    Attributes:
+      clock: boost clock, Hz.
+      tensor: dense 16-bit flop with float32 accumulation.
+      mma: share of it that `mma.sync` (HMMA) reaches.
+      float32: lanes for float32.
+      float16: lanes for pairs of float16.
+      bfloat16: lanes for pairs of bfloat16.
+      blocks: resident at one time, at most.
+    """
+
+    clock: float
+    tensor: int
+    mma: float
+    float32: int
+    float16: int
+    bfloat16: int
+    blocks: int
+
+
+RATES: Mapping[str, Rates] = {
+    "t4": Rates(1.59e9, 1024, 1.0, 64, 64, 0, 16),
+    "a100": Rates(1.41e9, 2048, 1.0, 64, 128, 64, 32),
+    "a6000": Rates(1.80e9, 1024, 1.0, 128, 64, 64, 16),
+    "rtx4090": Rates(2.52e9, 512, 1.0, 128, 64, 64, 24),
+    "h100": Rates(1.83e9, 4096, 0.63, 128, 128, 128, 32),
+    "b200": Rates(1.86e9, 8192, 0.315, 128, 128, 128, 32),
+}
+"""GPU to rates. `clock` and `tensor` give the data sheets' dense peaks: T4 65, A100 312, RTX A6000
+154.8 and RTX 4090 165.2 (GA102 and AD102 white papers, float32 accumulation), H100 SXM 989 and B200
+2250 TFLOPS (half of the figure with sparsity). Lanes: CUDA C++ Programming Guide, "Throughput of
+Native Arithmetic Instructions", halved where a lane holds a pair; blocks: its "Technical
+Specifications per Compute Capability". `mma` of the h100: arXiv 2402.13499, 63% of the peak, which
+wgmma alone reaches. These lanes and that share are quoted from memory and to be checked.
+**Assumed**, for want of a source: the b200's `mma` rate per multiprocessor
+and clock is the h100's (its peak needs tcgen05)."""
+
+INTEGER_LANES = 64
+CONVERT_LANES = 16
+WAVEFRONT = {"128": 4, "64": 2, "4": 4, "2": 2}
+"""Modifier of a load or store (bits, or matrices of LDSM) to passes through shared memory, which
+moves 128 bytes per clock; 1 without."""
+
+
+class Ceilings(NamedTuple):
+    """The two rates of a whole GPU that a benchmark can measure.
+
+    Attributes:
+      bandwidth: of the device memory, bytes per second.
+      tensor: dense 16-bit flop per second with float32 accumulation.
+    """
+
+    bandwidth: float
+    tensor: float
+
+
+def data_sheet(gpu: str) -> Ceilings:
+    """The ceilings of a GPU's data sheet; `gpu` is a name in `RATES`."""
+    limits, rates = read_gpu(gpu), RATES[gpu]
+    return Ceilings(limits.bandwidth, rates.tensor * rates.clock * limits.cores)
+
+
+class Time(NamedTuple):
+    """Seconds that a kernel takes by each measure alone; it takes the largest."""
+
+    bytes: float
+    tensor: float
+    issue: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        """Which of the three it is."""
+        return self._fields[self.index(max(self))]
+
+    def at(self, old: Ceilings, new: Ceilings) -> "Time":
+        """The same kernel under other ceilings.
+
+        What a tensor instruction reaches of the peak (`Rates.mma`) stays the same share; the rate
+        of issue is the clock's and no ceiling.
+        """
+        return Time(
+            self.bytes * old.bandwidth / new.bandwidth,
+            self.tensor * old.tensor / new.tensor,
+            self.issue,
+        )
+
+
+def occupancy(kernel: Kernel, gpu: str) -> int:
+    """Blocks of a kernel that one multiprocessor holds at one time.
+
+    A warp's registers come in steps of 256 from its scheduler's quarter; a block takes 1 KiB of
+    shared memory beside its own from sm_80 on (NVIDIA's cuda_occupancy.h).
+    """
+    assert kernel.launch is not None
+    limits, threads = read_gpu(gpu), kernel.launch.threads
+    registers = 256 * math.ceil(kernel.registers * 32 / 256)
+    warps = SCHEDULERS * (limits.registers_per_core // SCHEDULERS // registers)
+    reserved = 1024 if limits.capability >= (8, 0) else 0
+    return min(
+        RATES[gpu].blocks,
+        limits.threads_per_core // threads,
+        warps // math.ceil(threads / 32),
+        limits.shared_per_core // max(1, kernel.shared + reserved),
+    )
+
+
+def fused_time(kernel: Kernel, gpu: str, flop: float, moved: int) -> Time:
+    """A kernel whose main loop multiplies.
+
+    Args:
+      kernel: with a main loop of tensor instructions.
+      gpu: a name in `RATES`.
+      flop: of the whole grid, padding of the tiles included.
+      moved: bytes.
+    """
+    assert kernel.launch is not None
+    loop = kernel.main_loop()
+    warps = kernel.launch.threads / 32
+    per_turn = sum(mma_flop(i.name) for i in loop if classify(i.name) == "tensor") * warps
+    turns = flop / kernel.launch.blocks / per_turn
+    return _time(gpu, loop, kernel.launch.blocks, warps * turns, moved)
+
+
+def straight_time(kernel: Kernel, gpu: str, moved: int) -> Time:
+    """A kernel that runs each of its instructions once, such as an elementwise fusion."""
+    assert kernel.launch is not None
+    return _time(gpu, kernel.code, kernel.launch.blocks, kernel.launch.threads / 32, moved)
+
+
+def product_time(gpu: str, m: int, k: int, n: int, moved: int) -> Time:
+    """A matrix product by a library at the data sheet's peak, rows padded to 16."""
+    sheet = data_sheet(gpu)
+    flop = 2 * math.ceil(m / 16) * 16 * k * n
+    return Time(moved / sheet.bandwidth, flop / sheet.tensor, 0.0)
+
+
+def _time(gpu: str, code: Sequence[Instruction], blocks: int, repeats: float, moved: int) -> Time:
+    limits, rates = read_gpu(gpu), RATES[gpu]
+    clocks = pipe_clocks(code, rates)
+    tensor = clocks.pop("tensor")
+    # The fullest multiprocessor decides; its warps are spread over the schedulers.
+    each = math.ceil(blocks / limits.cores) * repeats / SCHEDULERS / rates.clock
+    return Time(moved / limits.bandwidth, tensor * each, max(clocks.values()) * each)
+
+
+def pipe_clocks(code: Sequence[Instruction], rates: Rates) -> dict[str, float]:
+    """Clocks for which one warp's pass through `code` occupies each unit of its scheduler.
+
+    Which unit takes what: Nsight Compute's documentation, "Pipelines". float32 and integer products
+    share one; where it has 128 lanes half of them take float32 alone.
+    """
+    clocks: dict[str, float] = collections.defaultdict(float)
+    for i in code:
+        kind = classify(i.name)
+        clocks["issue"] += 1
+        if kind == "tensor":
+            share = rates.mma if i.name.startswith("HMMA") else 1.0
+            clocks["tensor"] += mma_flop(i.name) / (rates.tensor * share / SCHEDULERS)
+        elif kind == "integer":
+            clocks["integer"] += _clocks(INTEGER_LANES)
+        elif kind == "convert":
+            clocks["convert"] += _clocks(CONVERT_LANES)
+        elif kind in ("float32", "multiply"):
+            clocks["float32"] += _clocks(rates.float32)
+            if kind == "multiply":
+                clocks["multiply"] += _clocks(INTEGER_LANES)
+        elif kind == "float16":
+            clocks["float16"] += _clocks(rates.bfloat16 if "BF16" in i.name else rates.float16)
+        elif kind in ("shared", "global", "local"):
+            clocks["memory"] += _passes(i.name) * SCHEDULERS
+    return {**clocks, "tensor": clocks["tensor"]}
+
+
+def _clocks(lanes: int) -> float:
+    return 32 / (lanes / SCHEDULERS)
+
+
+def _passes(name: str) -> int:
+    if name.startswith("U"):
+        return 0  # the engine that copies tiles
+    return max((WAVEFRONT.get(part, 1) for part in name.split(".")[1:]), default=1)

@@ -1,1 +1,0 @@
-"""What a program needs on a GPU, before one is there."""

@@ -1,0 +1,191 @@
+"""What the programs of a training step hold on the device, by the compiler's own assignment."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.config import Config
+from qlora_jax.data.packing import DTYPES
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.plan.abstract import abstract_model
+from qlora_jax.quant import nbytes
+from qlora_jax.train import step as steps
+from qlora_jax.train import units
+from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.setup import Hardware, choose_kernel
+
+Compile = Callable[..., jax.stages.Compiled]
+"""(function, *arguments, donate) to a compiled program; the arguments are abstract."""
+
+
+class Account(NamedTuple):
+    """One program's bytes on the device.
+
+    Attributes:
+      name: gradient, or update and what of.
+      arguments, outputs, alias, temp: the compiler's figures; `alias` is of outputs that take an
+        argument's place.
+      elsewhere: arrays of the training that live meanwhile and are no argument.
+      host: temporaries in pinned host memory, which `temp` leaves out.
+    """
+
+    name: str
+    arguments: int
+    outputs: int
+    alias: int
+    temp: int
+    elsewhere: int
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        return self.arguments + self.outputs - self.alias + self.temp + self.elsewhere
+
+
+class Step(NamedTuple):
+    """The functions of a step with the shapes they are called with.
+
+    Attributes:
+      program: its functions.
+      state: with the moments of every unit.
+      gradients: as the gradient program returns them.
+      frozen, batch, key: the gradient program's other arguments.
+    """
+
+    program: steps.Program
+    state: steps.State
+    gradients: Any
+    frozen: Any
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    key: jax.ShapeDtypeStruct | None
+
+
+def abstract_step(config: Config, decoder: DecoderConfig, hardware: Hardware) -> Step:
+    """The step of a run in shapes, with the kernel that it would take on this hardware.
+
+    Raises:
+      UserError: settings that do not go together, or with the hardware.
+    """
+    model = abstract_model(config, decoder, choose_kernel(config, hardware))
+    full = config.method == "full"
+    optimizer = adamw(config.optimizer, config.train.steps)
+    compute = jnp.dtype(config.model.compute_dtype)
+    program = steps.build(
+        model.graph,
+        optimizer,
+        compute_dtype=compute,
+        remat=config.model.remat,
+        clip_norm=config.optimizer.clip_norm,
+        train_head=full,
+    )
+    state = jax.eval_shape(
+        lambda trained: steps.init(trained, optimizer, compute == jnp.float16), model.trained
+    )
+    train = config.train
+    shape = (train.gradient_accumulation, train.batch_size, config.data.sequence_length)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
+    dropout = config.lora.dropout and not full
+    key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
+    gradients, _ = jax.eval_shape(program.gradient, state, model.frozen, batch, key)
+    return Step(program, state, gradients, model.frozen, batch, key)
+
+
+def gradient_account(step: Step, compile_: Compile) -> Account:
+    """Compiles the gradient program, without moments: `with_moments` adds them."""
+    state = step.state._replace(optimizer=())
+    compiled = compile_(step.program.gradient, state, step.frozen, step.batch, step.key)
+    return _account("gradient", compiled, 0)
+
+
+class Update(NamedTuple):
+    """The update of one unit of a group: what it is of, the function, and its abstract arguments.
+
+    The first and the fourth argument are donated.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def updates(step: Step) -> Iterator[Update]:
+    """Yields the update of a unit of each group."""
+    leaves, slopes = jax.tree.leaves(step.state.trained), jax.tree.leaves(step.gradients)
+    first = 0
+    for group in units.groups(step.state.trained):
+        own, grads = ([xs[p] for p in group.places] for xs in (leaves, slopes))
+        moments = step.state.optimizer[first]
+        index, finite = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.bool_))
+
+        def update(own: Any, grads: Any, i: Any, moments: Any, finite: Any, group=group) -> Any:
+            return step.program.unit(group, own, grads, i, moments, finite)
+
+        name = "update of a layer" if group.layers else "update of the rest"
+        yield Update(name, update, (own, grads, index, moments, finite))
+        first += group.units
+
+
+def update_accounts(step: Step, compile_: Compile) -> list[Account]:
+    """Compiles the update of a unit of each group, without the other units' moments."""
+    everything = nbytes((step.state.trained, step.gradients, step.frozen))
+    made = []
+    for name, update, arguments in updates(step):
+        compiled = compile_(update, *arguments, donate=(0, 3))
+        made.append(_account(name, compiled, everything - nbytes(arguments[:2])))
+    return made
+
+
+def held_moments(step: Step, on_host: bool, updating: bool) -> tuple[int, int]:
+    """(device, host) bytes of moments that are no argument of a program.
+
+    Args:
+      step: the step.
+      on_host: whether they live there.
+      updating: whether a unit's update runs, whose own moments are its argument; else a gradient.
+    """
+    sizes = [nbytes(unit) for unit in step.state.optimizer]
+    if on_host:
+        return (2 * max(sizes) if updating else 0), sum(sizes)
+    return sum(sizes) - (max(sizes) if updating else 0), 0
+
+
+def settle(
+    step: Step, asked: str, gradients: Sequence[Account], updates: Sequence[Account], limit: int
+) -> tuple[str, list[Account]]:
+    """Where moments live, and the accounts, gradients first, with those that are on the device.
+
+    Args:
+      step: the step.
+      asked: `optimizer.offload`; auto is the host where they do not fit on the device.
+      gradients, updates: accounts without moments.
+      limit: bytes that there are.
+    """
+    made: list[Account] = []
+    for offload in ("device", "host") if asked == "auto" else (asked,):
+        away = offload == "host"
+        made = [with_moments(step, away, account, False) for account in gradients]
+        made += [with_moments(step, away, account, True) for account in updates]
+        if max(account.device for account in made) <= limit:
+            break
+    return offload, made
+
+
+def with_moments(step: Step, on_host: bool, account: Account, updating: bool) -> Account:
+    """The account with the moments that are on the device and no argument of the program."""
+    device, _ = held_moments(step, on_host, updating)
+    return account._replace(elsewhere=account.elsewhere + device)
+
+
+def _account(name: str, compiled: jax.stages.Compiled, elsewhere: int) -> Account:
+    found: Any = compiled.memory_analysis()
+    return Account(
+        name,
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        elsewhere,
+        found.host_temp_size_in_bytes,
+    )

@@ -1,0 +1,58 @@
+"""What to change when a run does not fit, by the ledger, in the order in which it costs least."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from qlora_jax.config import Config
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.plan.ledger import ledger, total
+
+
+class Change(NamedTuple):
+    """A setting to change, and the device bytes that this saves after the changes before it."""
+
+    setting: str
+    saved: int
+
+
+def _half(least: int) -> Callable[[int], int]:
+    return lambda value: max(least, value // 2)
+
+
+CHANGES: Sequence[tuple[str, str, Callable[[Any], Any]]] = (
+    ("optimizer", "offload", lambda _: "host"),
+    ("model", "remat", lambda _: "full"),
+    ("train", "batch_size", lambda _: 1),
+    ("model", "remat", lambda _: "host"),
+    ("optimizer", "moments", lambda _: "int8"),
+    ("lora", "dtype", lambda _: "bfloat16"),
+    ("lora", "rank", _half(8)),
+    ("data", "sequence_length", _half(128)),
+)
+"""Section, key and new value. The first four leave the mathematics alone; a smaller batch goes
+with more gradient accumulation."""
+
+
+def changes(model: DecoderConfig, config: Config, missing: int) -> tuple[list[Change], int]:
+    """The first of `CHANGES` that save anything, until `missing` bytes are saved.
+
+    Returns:
+      The changes, and the bytes that are missing after all of them; 0 or less if none are.
+    """
+    made = []
+    now = total(ledger(model, config))
+    for section, key, new in CHANGES:
+        if missing <= 0:
+            break
+        part = getattr(config, section)
+        value = new(getattr(part, key))
+        changed = dataclasses.replace(
+            config, **{section: dataclasses.replace(part, **{key: value})}
+        )
+        after = total(ledger(model, changed))
+        if after < now:
+            made.append(Change(f"--{section}.{key}={value}", now - after))
+            missing -= now - after
+            config, now = changed, after
+    return made, missing

@@ -1,0 +1,306 @@
+"""Builds a tokenizer from a .gguf file's metadata, without torch.
+
+A GGUF file has no tokenizer.json: it holds the vocabulary, merges or scores, and the *name* of a
+pre-tokenizer. What each name means is data here.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from gguf import TokenType
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.quiet import loading_tokenizer, quiet_transformers
+from qlora_jax.text.gguf_header import read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PREFIX = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
+NO_ID = (-1, 2**32 - 1)
+REQUIRED = {"gpt2": ("tokens", "merges"), "llama": ("tokens", "scores")}
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+SPACE = "▁"
+
+
+def _different(tokens: list[str]) -> list[str]:
+    if len(set(tokens)) < len(tokens):
+        token, count = Counter(tokens).most_common(1)[0]
+        raise ValueError(f"{token!r:.80} is there {count} times")
+    return tokens
+
+
+def _id(value: Any) -> Any:
+    return None if value in NO_ID else value
+
+
+def _two(merge: str) -> str:
+    if " " not in merge:
+        raise ValueError("a merge is two tokens with a space between")
+    return merge
+
+
+Tokens = Annotated[list[str], Field(min_length=1), AfterValidator(_different)]
+Id = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_id)]
+Kind = Annotated[int, Field(ge=0, le=max(TokenType))]
+Merge = Annotated[str, AfterValidator(_two)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreTokenizer:
+    """How text is cut before the merges of a byte-level vocabulary apply.
+
+    `split` None stands for GPT-2's own rule. `ignore_merges` takes a whole piece that is in the
+    vocabulary as it is.
+    """
+
+    split: str | None = None
+    single_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_LLAMA3 = PreTokenizer(
+    split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ignore_merges=True,
+    add_bos=True,
+)
+_QWEN2 = PreTokenizer(
+    split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    nfc=True,
+)
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "gpt-2": PreTokenizer(),
+    "smollm": PreTokenizer(single_digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+"""Values of `tokenizer.ggml.pre`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+class Vocabulary:
+    """The metadata of a tokenizer, by its names under `tokenizer.ggml.`.
+
+    Ids are below the number of tokens; -1, which llama.cpp writes for none, is read as None.
+    """
+
+    model: Literal["gpt2", "llama"]
+    tokens: Tokens
+    pre: str | None = None
+    merges: list[Merge] | None = None
+    scores: list[float] | None = None
+    token_type: list[Kind] | None = None
+    bos_token_id: Id = None
+    eos_token_id: Id = None
+    unknown_token_id: Id = None
+    padding_token_id: Id = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool = False
+    add_space_prefix: bool = True
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Tokens to their ids."""
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    @property
+    def types(self) -> list[int]:
+        """A `gguf.TokenType` for each token."""
+        return self.token_type or [TokenType.NORMAL] * len(self.tokens)
+
+
+def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
+    """Checks the metadata of a tokenizer.
+
+    Raises:
+      UserError: naming `where` and what is missing, of another type or length, or out of range.
+    """
+    found = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+    kind = found.get("model")
+    if kind not in REQUIRED:
+        raise UserError(
+            f"{where}: tokenizer {kind!r} is not supported; supported: {', '.join(REQUIRED)}"
+        )
+    if absent := [key for key in REQUIRED[kind] if key not in found]:
+        raise UserError(f"{where}: metadata {PREFIX}{absent[0]} is missing; give another GGUF file")
+    names = {field.name for field in dataclasses.fields(Vocabulary)}
+    try:
+        vocabulary = Vocabulary(**{k: v for k, v in found.items() if k in names})
+    except ValidationError as e:
+        problem = e.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"{where}: metadata {PREFIX}{key} {problem['input']!r:.80}: {problem['msg']}; "
+            "download it again"
+        ) from None
+    size = len(vocabulary.tokens)
+    for key in ("scores", "token_type"):
+        if (values := getattr(vocabulary, key)) is not None and len(values) != size:
+            raise UserError(
+                f"{where}: metadata {PREFIX}{key} has {len(values)} entries for {size} tokens; "
+                "download it again"
+            )
+    for role in ROLES.values():
+        if (id := getattr(vocabulary, f"{role}_token_id")) is not None and id >= size:
+            raise UserError(
+                f"{where}: metadata {PREFIX}{role}_token_id is {id}, and there are {size} tokens; "
+                "download it again"
+            )
+    return vocabulary
+
+
+def load_fast_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a .gguf file, with its special tokens and chat template.
+
+    Raises:
+      UserError: a damaged file, or a tokenizer of another kind than those known here.
+    """
+    metadata = read_header(path).metadata
+    vocabulary = read_vocabulary(metadata, str(path))
+    template = metadata.get(TEMPLATE)
+    if not isinstance(template, str | None):
+        raise UserError(f"{path}: metadata {TEMPLATE} is no text; download it again")
+    roles = {role: getattr(vocabulary, f"{key}_token_id") for role, key in ROLES.items()}
+    with quiet_transformers():
+        from transformers import PreTrainedTokenizerFast
+
+    with loading_tokenizer(path, "download it again"):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=build(vocabulary, str(path)),
+            chat_template=template,
+            clean_up_tokenization_spaces=False,
+            **{f"{role}_token": vocabulary.tokens[i] for role, i in roles.items() if i is not None},
+        )
+
+
+def build(vocabulary: Vocabulary, where: str) -> Tokenizer:
+    """Builds a bare `tokenizers.Tokenizer`.
+
+    Raises:
+      UserError: naming `where` and what is not supported.
+    """
+    if vocabulary.model == "gpt2":
+        tokenizer, add_bos = _byte_level(vocabulary, where)
+    else:
+        tokenizer, add_bos = _sentencepiece(vocabulary), True
+    _add_tokens(tokenizer, vocabulary)
+    _add_ends(tokenizer, vocabulary, add_bos)
+    return tokenizer
+
+
+def _byte_level(vocabulary: Vocabulary, where: str) -> tuple[Tokenizer, bool]:
+    pre = PRE_TOKENIZERS.get(str(vocabulary.pre))
+    if pre is None:
+        raise UserError(
+            f"{where}: pre-tokenizer {vocabulary.pre!r} is not known; "
+            f"known: {', '.join(PRE_TOKENIZERS)}"
+        )
+    merges = [
+        (left, right) for left, _, right in (m.partition(" ") for m in vocabulary.merges or ())
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre.ignore_merges)
+    )
+    steps: list[Any] = [pre_tokenizers.Digits(True)] if pre.single_digits else []
+    if pre.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer, pre.add_bos
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
+    tokens, scores = vocabulary.tokens, vocabulary.scores or ()
+    pieces = {
+        token: score
+        for token, score, kind in zip(tokens, scores, vocabulary.types)
+        if kind == TokenType.NORMAL
+    }
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary.ids,
+            merges=merges_from_scores(pieces),
+            unk_token=tokens[vocabulary.unknown_token_id or 0],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefixed = vocabulary.add_space_prefix
+    # Not Metaspace, which adds no space to a text that starts with one; SentencePiece does.
+    prepend = [normalizers.Prepend(SPACE)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefixed:
+        steps.append(decoders.Strip(content=" ", left=1))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def merges_from_scores(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges that a SentencePiece BPE vocabulary stands for, best first.
+
+    SentencePiece joins the neighbours whose union has the highest score, so every way to cut a
+    piece in two known pieces is a merge with that piece's score.
+    """
+    ranked = sorted(pieces, key=lambda piece: -pieces[piece])  # stable: equal scores by id
+    return [
+        (piece[:i], piece[i:])
+        for piece in ranked
+        for i in range(1, len(piece))
+        if piece[:i] in pieces and piece[i:] in pieces
+    ]
+
+
+def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    added = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
+    marked = [
+        (token, added[TokenType(kind)])
+        for token, kind in zip(vocabulary.tokens, vocabulary.types)
+        if kind in added
+    ]
+    for special in (True, False):
+        chosen = [
+            AddedToken(t, normalized=False, special=special) for t, s in marked if s == special
+        ]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(chosen)
+
+
+def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, add_bos: bool) -> None:
+    if vocabulary.add_bos_token is not None:
+        add_bos = vocabulary.add_bos_token
+    bos = vocabulary.bos_token_id if add_bos else None
+    eos = vocabulary.eos_token_id if vocabulary.add_eos_token else None
+    if bos is None and eos is None:
+        return
+    before, after = ([] if id is None else [vocabulary.tokens[id]] for id in (bos, eos))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *before, "$B:1", *after],
+        special_tokens=[(vocabulary.tokens[id], id) for id in (bos, eos) if id is not None],
+    )

@@ -1,0 +1,291 @@
+"""One tokenizer type for everybody: plain ids and character offsets, and the chat template."""
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime.errors import UserError, first_line
+from qlora_jax.runtime.quiet import loading_tokenizer, quiet_transformers
+from qlora_jax.text import template_trial
+from qlora_jax.text.messages import Message
+
+FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Of these a folder has one at least."""
+END_FILES = ("generation_config.json", "config.json")
+"""Where eos_token_id is looked for, in this order."""
+FILES = (
+    *FOLDER_FILES,
+    *END_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template*",
+)
+"""Patterns of all that `load` may read in a folder, transformers included."""
+SAMPLING = ("dropout", "alpha", "nbest_size")
+"""Settings of a tokenizer's model, BPE or Unigram, that make its ids random."""
+
+PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
+TODAY = datetime.date(2024, 7, 26)
+"""What chat templates get for the date: a run must come out the same on another day."""
+PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "question"},
+    {"role": "assistant", "content": "answer"},
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Tokenizer:
+    """A transformers fast tokenizer with its special ids worked out.
+
+    Attributes:
+      fast: the transformers.PreTrainedTokenizerFast itself.
+      source: where it came from, for messages.
+      eos_id: ends a document.
+      pad_id: fills empty positions. It may equal another id: masks never depend on it.
+      bos_id: put before raw text, or None where the tokenizer adds none.
+      stop_ids: ids that end generation: eos and the chat template's end of turn.
+      template: the chat template, or None; dates in it are fixed.
+      vocab_size: every id is below this. A model's embedding may have more rows.
+    """
+
+    fast: Any
+    source: str
+    eos_id: int
+    pad_id: int
+    bos_id: int | None
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+    template: str | None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.template is not None
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The stop ids as they are written in rendered text."""
+        return tuple(self.fast.convert_ids_to_tokens(list(self.stop_ids)))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text as it is: nothing is added, special tokens written in it are honoured.
+
+        Raises:
+          UserError: the text holds halves of surrogate pairs.
+        """
+        return self._encodings([text])[0].ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids, and for each the characters it covers: i64[n, 2], start and end.
+
+        A token of spaces alone may be empty, its start moved up to its end.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """`encode_with_offsets` of many texts, in parallel."""
+        encodings = self._encodings(texts)
+        return [(e.ids, np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+
+    def _encodings(self, texts: Sequence[str]) -> Any:
+        backend = self.fast.backend_tokenizer
+        try:
+            return backend.encode_batch(list(texts), add_special_tokens=False)
+        except TypeError:
+            raise UserError("the text holds bytes that are no UTF-8, or half a character") from None
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return self.fast.backend_tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+        )
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The conversation through the chat template.
+
+        Raises:
+          UserError: there is no template, or it refuses the conversation.
+        """
+        return self.render_marked(messages, add_generation_prompt, marked=False)[0]
+
+    def render_marked(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, marked: bool = True
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """`render`, and the character spans inside the template's `{% generation %}` blocks."""
+        with quiet_transformers():
+            from transformers.utils.chat_template_utils import render_jinja_template
+        if self.template is None:
+            raise UserError(
+                f"{self.source}: the tokenizer has no chat template; use an instruct model, or "
+                "prompt/completion data (data.format: prompt)"
+            )
+        conversation: list[Any] = list(messages)
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[conversation],
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=marked,
+                **self.fast.special_tokens_map,
+            )
+        except Exception as e:  # a template is a program and raises what it likes
+            raise UserError(
+                f"the chat template of {self.source} refuses it: {first_line(e)}"
+            ) from None
+        texts, spans = rendered
+        return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []
+
+    @property
+    def template_marks_answers(self) -> bool:
+        """Whether the chat template says itself, by `{% generation %}`, what the model writes."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.template or "") is not None
+
+
+def load(path: str | Path, warn: Callable[[str], None] = lambda line: None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder or of a .gguf file.
+
+    Args:
+      path: the folder or file.
+      warn: called with a line for the user, if some of it is not used as it is.
+
+    Raises:
+      UserError: no tokenizer there, or one that cannot be used.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from qlora_jax.text.gguf_vocabulary import load_fast_tokenizer
+
+        return wrap(load_fast_tokenizer(path), str(path))
+    if not paths.is_dir(path):
+        raise UserError(f"{path}: no such folder; a tokenizer is a Hugging Face folder or a .gguf")
+    if not any(paths.is_file(path / name) for name in FOLDER_FILES):
+        raise UserError(f"{path}: no tokenizer.json in it; copy the tokenizer's files there")
+    with loading_tokenizer(path, "download it again, with its tokenizer.json"):
+        fast = _from_folder(path)
+    if not getattr(fast, "is_fast", False):
+        raise UserError(f"{path}: the tokenizer has no fast version; add its tokenizer.json")
+    if sampling := _stop_sampling(fast):
+        warn(
+            f"warning: {path}: {' and '.join(sampling)} of tokenizer.json would give other ids for "
+            "the same text each time; switched off"
+        )
+    return wrap(fast, str(path), _end_ids(path))
+
+
+def _from_folder(path: Path) -> Any:
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+    try:
+        # without trust_remote_code it would ask, and run what the folder brings after a yes
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
+            raise
+        raise UserError(
+            f"{path}: the tokenizer needs code that the folder brings (auto_map in "
+            "tokenizer_config.json), and such code is never run; if tokenizer.json is all "
+            "that it needs, remove auto_map"
+        ) from None
+
+
+def _stop_sampling(fast: Any) -> list[str]:
+    """Switches off what makes a tokenizer's ids random, and returns its names."""
+    model = fast.backend_tokenizer.model
+    found = [name for name in SAMPLING if getattr(model, name, None)]
+    for name in found:
+        setattr(model, name, None)
+    return found
+
+
+def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
+    """Works out the special ids of a transformers fast tokenizer.
+
+    Args:
+      fast: a transformers.PreTrainedTokenizerFast; its truncation and padding are switched off.
+      source: file or folder to name in messages.
+      end_ids: further ids that end generation, as a model's generation_config.json lists them;
+        the first stands in for an eos that the tokenizer does not name.
+
+    Raises:
+      UserError: no end-of-text token is known, or the chat template needs too much time or memory.
+    """
+    fast.backend_tokenizer.no_truncation()
+    fast.backend_tokenizer.no_padding()
+    vocabulary = fast.get_vocab()
+    if shared := len(vocabulary) - len(set(vocabulary.values())):
+        raise UserError(
+            f"{source}: {shared} of the tokenizer's {len(vocabulary)} tokens have the id of "
+            "another; download it again"
+        )
+    eos = fast.eos_token_id if fast.eos_token_id is not None else next(iter(end_ids), None)
+    if eos is None:
+        raise UserError(
+            f"{source}: the tokenizer names no end-of-text token; "
+            'set "eos_token" in its tokenizer_config.json'
+        )
+    pads = [fast.pad_token_id, *(vocabulary.get(name) for name in PADDING_TOKENS), eos]
+    tokenizer = Tokenizer(
+        fast=fast,
+        source=source,
+        eos_id=eos,
+        pad_id=next(i for i in pads if i is not None),
+        bos_id=_added_bos(fast),
+        stop_ids=tuple(dict.fromkeys([eos, *end_ids])),
+        vocab_size=max(vocabulary.values()) + 1,
+        template=_chat_template(fast),
+    )
+    if tokenizer.template is not None:
+        template_trial.check(tokenizer.template, source)
+    turn = _end_of_turn(tokenizer)
+    if turn is None or turn in tokenizer.stop_ids:
+        return tokenizer
+    return dataclasses.replace(tokenizer, stop_ids=(*tokenizer.stop_ids, turn))
+
+
+def _chat_template(fast: Any) -> str | None:
+    try:
+        template = fast.get_chat_template()
+    except ValueError:  # there is none, or several and none of them the default
+        return None
+    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    return re.sub(call, lambda found: repr(TODAY.strftime(found[2])), template)
+
+
+def _added_bos(fast: Any) -> int | None:
+    bos = fast.bos_token_id
+    ids = fast.backend_tokenizer.encode("a", add_special_tokens=True).ids
+    return bos if bos is not None and ids[:1] == [bos] else None
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The token of its own that the template writes right after an answer."""
+    if not tokenizer.has_chat_template:
+        return None
+    try:
+        text = tokenizer.render(PROBE, add_generation_prompt=False)
+    except UserError:
+        return None
+    tail = tokenizer.encode(text.rpartition("answer")[2].lstrip())
+    added = tokenizer.fast.added_tokens_decoder
+    return tail[0] if tail and tail[0] in added else None
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """eos_token_id of the first file that has one: a number, a list or absent."""
+    for name in END_FILES:
+        try:
+            value = json_files.read_object(folder / name, "").get("eos_token_id")
+        except UserError:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if all(isinstance(i, int) for i in ids):
+            return tuple(ids)
+    return ()

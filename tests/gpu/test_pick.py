@@ -1,0 +1,61 @@
+"""What `matmul` picks for a GPU, against the times measured on it, or else the modelled ones."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.gpu import measured
+from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.measured import Report
+from qlora_jax.gpu.product import Case
+from qlora_jax.kernels import select, tuning
+from qlora_jax.kernels.select import Capability
+from qlora_jax.kernels.tuning import EVERY
+
+DOCS = Path(__file__).parents[2] / "docs"
+RECORDS = json.loads((DOCS / "gpu.json").read_text("utf-8"))
+REPORTS = measured.reports(DOCS / "results" / "gpu")
+
+
+def slower(times: Mapping[Case, float], capability: Capability) -> list[Case]:
+    """The products for which something slower than decoding first is picked."""
+    found = []
+    for case, limit in times.items():
+        if case.implementation == "xla":
+            with select.compiling_for(capability):
+                picked = case._replace(implementation=select.pick(case.rows, case.dtype))
+            if times.get(picked, float("inf")) > limit:
+                found.append(picked)
+    return found
+
+
+@pytest.mark.parametrize("gpu", sorted(set(GPUS) - {report.gpu for report in REPORTS}))
+def test_nothing_is_picked_that_is_modelled_to_be_slower(gpu: str) -> None:
+    times = {
+        Case(*(record[field] for field in Case._fields)): record["seconds"]["total"]
+        for record in RECORDS
+        if record["gpu"] == gpu and record["error"] is None
+    }
+    assert sum(case.implementation == "xla" for case in times) == 20
+    assert slower(times, read_gpu(gpu).capability) == []
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.device)
+def test_nothing_is_picked_that_was_measured_to_be_slower(report: Report) -> None:
+    assert slower(report.times, report.capability) == []
+
+
+def test_the_rows_that_follow_from_a_report_pass(write_report, monkeypatch) -> None:
+    monkeypatch.setattr(select, "usable", lambda capability, dtype: ["mosaic"])
+    monkeypatch.setattr(tuning, "FUSED_ROWS", {"mosaic": {(8, 0): (range(EVERY),)}, "triton": {}})
+    took = {("xla", 1): 20, ("mosaic", 1): 21, ("xla", 16): 20, ("mosaic", 16): 7}
+    report = Report(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
+    assert {case.rows for case in slower(report.times, report.capability)} == {1, 512}
+    monkeypatch.setattr(tuning, "FUSED_ROWS", measured.table([report]))
+    assert slower(report.times, report.capability) == []
+    with select.compiling_for(report.capability):
+        assert [select.pick(m, "bfloat16") for m in (1, 16, 300, 512)] == [
+            *("xla", "mosaic", "mosaic", "xla")
+        ]

@@ -1,0 +1,58 @@
+"""The folders, the import contract and the table in docs/design.md are one order."""
+
+import ast
+import graphlib
+import re
+import tomllib
+from pathlib import Path
+
+import grimp
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qlora_jax"
+
+
+def folders() -> set[str]:
+    return {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+
+def layers() -> list[set[str]]:
+    """The contract's layers, the lowest first; those that do not know each other in one set."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
+    (contract,) = tools["importlinter"]["contracts"]
+    assert contract["exhaustive"]
+    return [set(layer.split(" | ")) for layer in reversed(contract["layers"])]
+
+
+def table() -> list[str]:
+    text = (ROOT / "docs" / "design.md").read_text("utf-8")
+    return re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)
+
+
+def test_the_root_holds_three_modules() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py"}
+
+
+def test_the_contract_names_every_folder() -> None:
+    named = set().union(*layers())
+    assert named == folders() | {"cli", "__main__"}
+    assert not [name for name in named if ":" in name]
+
+
+def test_the_table_of_the_design_has_the_contracts_order() -> None:
+    rank = {name: i for i, layer in enumerate(layers()) for name in layer}
+    rows = table()
+    assert set(rows) == folders()
+    assert len(rows) == len(set(rows))
+    assert [rank[name] for name in rows] == sorted(rank[name] for name in rows)
+
+
+def test_every_folder_says_what_it_is() -> None:
+    texts = {path: path.read_text("utf-8") for path in PACKAGE.rglob("__init__.py")}
+    assert not [path for path, text in texts.items() if not ast.get_docstring(ast.parse(text))]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = grimp.build_graph("qlora_jax")
+    found = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    graphlib.TopologicalSorter(found).prepare()  # raises CycleError with the circle
