@@ -16,8 +16,16 @@ Multiply = Callable[[jax.Array], jax.Array]
 """x [..., in] to x @ W [..., out] in x's dtype, W being one layer's pretrained weight."""
 
 
-class LoraParam(nnx.Param):
-    """A trainable part of an adapter."""
+class LoraParam(nnx.LoRAParam):
+    """A trained part of an adapter: A, or one of the kinds below."""
+
+
+class LoraB(LoraParam):
+    """B, which has a learning rate of its own under LoRA+."""
+
+
+class LoraVector(LoraParam):
+    """A trained vector of an adapter, such as DoRA's magnitude; it has no weight decay."""
 
 
 class LoraConstant(nnx.Variable):
@@ -86,7 +94,7 @@ class Adapter(nnx.Module):
         freeze_a: bool = False,
     ):
         self.a = LoraConstant(a) if freeze_a else LoraParam(a)
-        self.b = LoraParam(b)
+        self.b = LoraB(b)
         self.scale = LoraScale(scale)
         self.specs = tuple(specs)
         self.dropout = dropout

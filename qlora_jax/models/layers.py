@@ -48,6 +48,10 @@ class Weight(nnx.Param):
     """A pretrained weight: an array or a QTensor. Trained by method full only."""
 
 
+class Vector(Weight):
+    """A bias, or the weight of a norm; it has no weight decay."""
+
+
 class Linear(nnx.Module):
     """x @ W + bias, plus an adapter where one was attached.
 
@@ -60,7 +64,7 @@ class Linear(nnx.Module):
 
     def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):
         self.weight = Weight(weight)
-        self.bias = None if bias is None else Weight(bias)
+        self.bias = None if bias is None else Vector(bias)
         self.adapter: Adapter | None = None
         self.implementation: str | None = None
 
@@ -95,8 +99,8 @@ class Norm(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, weight: jax.Array, bias: jax.Array | None = None):
-        self.weight = Weight(weight)
-        self.bias = None if bias is None else Weight(bias)
+        self.weight = Vector(weight)
+        self.bias = None if bias is None else Vector(bias)
         self.kind = config.norm
         self.eps = config.norm_eps
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.kernels import kept
-from qlora_jax.lora.adapter import Adapter, LoraConstant, LoraParam, Multiply, Values
+from qlora_jax.lora.adapter import Adapter, LoraConstant, LoraVector, Multiply, Values
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.quant import QTensor, dequantize
 
@@ -42,7 +42,7 @@ class DoraAdapter(Adapter):
         norm: jax.Array,
     ):
         super().__init__(a, b, scale, specs, dropout, freeze_a)
-        self.magnitude = LoraParam(magnitude)
+        self.magnitude = LoraVector(magnitude)
         self.norm = LoraConstant(norm)
 
     def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
