@@ -14,7 +14,7 @@ MAKE = """
 import gc, pathlib, resource, sys
 import jax.numpy as jnp
 import numpy as np
-from qlora_jax.errors import UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.step import State
 a = lambda n: {k: jnp.asarray(np.random.default_rng(n).normal(size=(64, 64))) for k in "abcd"}
