@@ -59,7 +59,7 @@ def _base_bytes(model: Any) -> int:
     import jax
     from flax import nnx
 
-    from qlora_jax.models.layers import Weight
+    from qlora_jax.lora import Weight
 
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, Weight)))
 
@@ -72,17 +72,17 @@ def _switch_seconds(restored: Any, folder: Path) -> float:
     import jax
     from flax import nnx
 
-    from qlora_jax.formats.updates import read_updates
-    from qlora_jax.lora.update import rank
+    from qlora_jax.formats.peft.plain import read_plain
+    from qlora_jax.lora.weights import largest_rank
     from qlora_jax.models.adapters import attach_bank, put_adapter
     from qlora_jax.train.restore import from_config
 
     model = from_config(restored.config, print).model
-    attach_bank(model, slots=2, rank=rank(read_updates(folder)), dtype="float32")
+    attach_bank(model, slots=2, rank=largest_rank(read_plain(folder)), dtype="float32")
     seconds = []
     for i in range(6):
         began = time.perf_counter()
-        put_adapter(model, i % 2, read_updates(folder, model.linears()))
+        put_adapter(model, i % 2, read_plain(folder, model.linears()))
         jax.block_until_ready(nnx.state(model))
         seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))

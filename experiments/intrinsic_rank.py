@@ -128,7 +128,7 @@ def _update(old: Any, new: Any, layer: int) -> _Update:
     if new.adapter is None:
         moved = np.asarray(new.weight.get_value()[layer], np.float64)
         return _Update(weight, moved - weight)
-    start, own = old.adapter.layer(layer), new.adapter.layer(layer)
+    start, own = old.adapter.weights(layer), new.adapter.weights(layer)
     scale = float(new.adapter.scale.get_value()[layer])
     change = scale * own.a.astype(np.float64) @ own.b.astype(np.float64)
     return _Update(weight, change, start.a, own.a)

@@ -27,8 +27,7 @@ from qlora_jax.bench.measure import random_tokens
 from qlora_jax.config import ModelConfig, QuantConfig
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.lora import AdapterSpec
-from qlora_jax.lora.update import Update
+from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights
 from qlora_jax.models.adapters import attach_bank, put_adapter
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.models.generate import generate
@@ -53,17 +52,19 @@ class Setting:
     tokens: int
 
 
-def updates(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Update]:
+def updates(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, LoraWeights]:
     """A random adapter of every linear."""
     random = np.random.default_rng(seed)
     draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
     return {
-        path: Update(draw(k, rank) / np.float32(k**0.5), draw(rank, n) * 0.01, SCALE)
+        path: LoraWeights(
+            draw(k, rank) / np.float32(k**0.5), draw(rank, n) * 0.01, SCALE * rank, SCALE
+        )
         for path, (k, n) in linears.items()
     }
 
 
-def with_one(model: Decoder, adapter: Mapping[str, Update], setting: Setting) -> Decoder:
+def with_one(model: Decoder, adapter: LoraSet, setting: Setting) -> Decoder:
     """The model with an adapter of its own, as training leaves it."""
     spec = AdapterSpec(setting.rank, SCALE * setting.rank, SCALE)
     attach(model, dict.fromkeys(adapter, spec), jax.random.key(0), dtype=setting.dtype)
@@ -76,7 +77,7 @@ def with_one(model: Decoder, adapter: Mapping[str, Update], setting: Setting) ->
     return model
 
 
-def merged(model: Decoder, adapter: Mapping[str, Update]) -> Decoder:
+def merged(model: Decoder, adapter: LoraSet) -> Decoder:
     """The model with an adapter added into its weights, stored as they were."""
     for run in model.runs:
         for linear in run.linears().values():

@@ -51,43 +51,39 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if not options.adapter:
         raise UserError("--adapter is missing; give --adapter WEIGHT=DIR")
     from qlora_jax.formats import peft
-    from qlora_jax.formats.updates import adapter_folder, updates_of
+    from qlora_jax.formats.peft.plain import adapter_folder, plain
     from qlora_jax.lora.arithmetic import combine, truncate
-    from qlora_jax.lora.update import rank
+    from qlora_jax.lora.weights import largest_rank
 
     folders = [adapter_folder(path) for _, path in options.adapter]
     stored = [peft.read_adapter(folder) for folder in folders]
     terms = []
     shapes: dict[str, tuple[int, int]] = {}
-    for (weight, _), folder, adapters in zip(options.adapter, folders, stored):
-        updates = updates_of(folder, adapters)
-        for path, update in updates.items():
-            own = update.a.shape[0], update.b.shape[1]
-            if shapes.setdefault(path, own) != own:
+    for (weight, _), folder, read in zip(options.adapter, folders, stored):
+        adapters = plain(folder, read)
+        for path, own in adapters.items():
+            if shapes.setdefault(path, own.shape) != own.shape:
                 raise UserError(
-                    f"{folder}: {path} is {list(own)} (in, out), and {list(shapes[path])} in an "
-                    "adapter before it; only adapters of one model add up"
+                    f"{folder}: {path} is {list(own.shape)} (in, out), and {list(shapes[path])} in "
+                    "an adapter before it; only adapters of one model add up"
                 )
-        terms.append((weight, updates))
-    bases = list(dict.fromkeys(adapters.base_name for adapters in stored))
+        terms.append((weight, adapters))
+    bases = list(dict.fromkeys(read.base_name for read in stored))
     if len(bases) > 1:
         say(f"warning: the adapters name different base models: {', '.join(map(repr, bases))}")
     total, error = combine(terms), 0.0
     if options.rank is not None:
         shorter = truncate(total, options.rank)
-        total, error = shorter.updates, shorter.error
+        total, error = shorter.adapters, shorter.error
         where, most = shorter.worst
         say(f"truncated to rank {options.rank}: relative error {error:.3g}; {most:.3g} in {where}")
     peft.write_adapter(
         Path(options.out),
-        {
-            path: peft.Adapter(update.a, update.b, update.scale, update.a.shape[1])
-            for path, update in total.items()
-        },
+        total,
         base_name=bases[0],
         scaling="constant",
     )
     if options.json:
-        print(json.dumps({"folder": options.out, "rank": rank(total), "error": error}))
+        print(json.dumps({"folder": options.out, "rank": largest_rank(total), "error": error}))
         return
-    show(f"{options.out}: {len(total)} linears, rank {rank(total)}")
+    show(f"{options.out}: {len(total)} linears, rank {largest_rank(total)}")

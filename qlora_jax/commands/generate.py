@@ -73,25 +73,25 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     """Every prompt under every adapter."""
     start_jax()
-    from qlora_jax.formats.updates import check_fit
-    from qlora_jax.lora.update import rank
+    from qlora_jax.formats.peft.fit import check_linears
+    from qlora_jax.lora.weights import largest_rank
     from qlora_jax.models.adapters import attach_bank, put_adapter
     from qlora_jax.serve.base import open_base, read_named
 
-    updates = read_named(adapters)
+    given = read_named(adapters)
     base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
     linears = base.model.linears()
-    for name, own in updates.items():
-        check_fit(f"--adapter {name}", own, linears)
+    for name, own in given.items():
+        check_linears(f"--adapter {name}", own, linears)
     attach_bank(
         base.model,
-        slots=len(updates),
-        rank=max(map(rank, updates.values())),
+        slots=len(given),
+        rank=max(map(largest_rank, given.values())),
         dtype=base.config.model.compute_dtype,
     )
-    for slot, own in enumerate(updates.values()):
+    for slot, own in enumerate(given.values()):
         put_adapter(base.model, slot, own)
-    names = [*updates, *([None] if options.base else [])]
+    names = [*given, *([None] if options.base else [])]
     answers = iter(_answers(options, base.model, base.tokenizer, base.config, range(len(names))))
     rows = [
         {"prompt": prompt, "adapter": name, "answer": next(answers)}

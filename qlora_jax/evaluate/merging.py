@@ -17,8 +17,7 @@ from qlora_jax.evaluate.divergence import divergence
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.merged import MergedCheckpoint
-from qlora_jax.lora.merge import wide
-from qlora_jax.quant import dequantize, quantize
+from qlora_jax.quant import dequantize, quantize, to_float32
 from qlora_jax.quant.qtensor import block_scales
 from qlora_jax.train.restore import Restored
 from qlora_jax.train.setup import describe_quantization, read_data
@@ -121,13 +120,12 @@ def shares(model: Any, quant: QuantConfig) -> list[Share]:
     """The change of every adapted linear, in layer order."""
     found = []
     for path, linear, i in model.walk():
-        if linear.adapter is None or linear.adapter.specs[i] is None:
+        if linear.adapter is None or linear.adapter.spec(i) is None:
             continue
-        weight = jax.tree.map(lambda x, i=i: x[i], linear.weight.get_value())
-        plain = wide(weight)
+        plain = to_float32(linear.weight.get_value()[i])
         values = _share(
             plain,
-            linear.adapter.change(i, plain),
+            linear.adapter.change(plain, i),
             quant.codebook,
             quant.block_size,
             quant.double_quant,

@@ -5,16 +5,14 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.unload import parameter
-from qlora_jax.lora.merge import merged
+from qlora_jax.lora.linear import LoraLinear, merged
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.layers import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +57,14 @@ class MergedCheckpoint:
         linear, i = self._linears.get(name.removesuffix(".weight"), (None, 0))
         if linear is None:
             return self._source(name) if self.original else parameter(self.model, name)
-        weight = jax.tree.map(lambda x: x[i], linear.weight.get_value())
         if self.original:
             weight = jnp.asarray(self._source(name)).T
-        return np.asarray(merged(weight, linear.adapter, i, jnp.float32).T)
+            return np.asarray(merged(weight, linear.adapter, i).T)
+        return np.asarray(linear.merge(i).T)
 
     def _source(self, name: str) -> np.ndarray:
         return np.asarray(self.source.read(name))
 
     @functools.cached_property
-    def _linears(self) -> Mapping[str, tuple[Linear, int]]:
+    def _linears(self) -> Mapping[str, tuple[LoraLinear, int]]:
         return {path: (linear, i) for path, linear, i in self.model.walk()}

@@ -1,12 +1,10 @@
 """From a model back to parameters under their Hugging Face names: the inverse of `load`."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.stored import stored
-from qlora_jax.quant import QTensor, dequantize
+from qlora_jax.quant import QTensor
 
 
 def parameter(model: Decoder, name: str) -> np.ndarray:
@@ -27,7 +25,7 @@ def parameter(model: Decoder, name: str) -> np.ndarray:
         raise KeyError(name)
     value, layer = found.value, found.names.index(name)
     if found.stacked:
-        value = jax.tree.map(lambda x: x[layer], value)
+        value = value[layer]
     if isinstance(value, QTensor):
-        value = dequantize(value, jnp.float32)
+        value = value.dequantize()
     return np.asarray(value).T if found.transposed else np.asarray(value)

@@ -1,12 +1,12 @@
-"""Low-rank adapters."""
+"""Low-rank adapters: `linear` shows what one is, `spec` which linears get one."""
 
 from qlora_jax.lora.adapter import Adapter as Adapter
-from qlora_jax.lora.adapter import LoraB as LoraB
-from qlora_jax.lora.adapter import LoraParam as LoraParam
-from qlora_jax.lora.adapter import LoraVector as LoraVector
-from qlora_jax.lora.adapter import Values as Values
-from qlora_jax.lora.adapter import filled as filled
-from qlora_jax.lora.adapter import init_adapter as init_adapter
+from qlora_jax.lora.init.fresh import init_adapter as init_adapter
+from qlora_jax.lora.linear import LoraLinear as LoraLinear
 from qlora_jax.lora.spec import AdapterSpec as AdapterSpec
 from qlora_jax.lora.spec import plan as plan
 from qlora_jax.lora.spec import ranks_above_full as ranks_above_full
+from qlora_jax.lora.variables import LoraParam as LoraParam
+from qlora_jax.lora.variables import Weight as Weight
+from qlora_jax.lora.weights import LoraSet as LoraSet
+from qlora_jax.lora.weights import LoraWeights as LoraWeights

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.lora.adapter import Multiply
-from qlora_jax.lora.update import Update
+from qlora_jax.lora.weights import LoraWeights
 
 
 class BankMatrix(nnx.Variable):
@@ -66,21 +66,20 @@ class Bank(nnx.Module):
         """x times each row's adapted weight, [..., out] in x's dtype; one layer of the stack."""
         return multiply(x) + self(x, key)
 
-    def put(self, slot: int, updates: Sequence[Update | None]) -> None:
+    def put(self, slot: int, adapters: Sequence[LoraWeights | None]) -> None:
         """Writes an adapter into a slot, in place; what the slot held is gone.
 
         Args:
           slot: from 0.
-          updates: one per layer, of at most the bank's rank; None where the adapter has none.
+          adapters: one per layer, of at most the bank's rank; None where a layer has none.
         """
         layers, _, k, rank = self.a.get_value().shape
         a = np.zeros((layers, k, rank), np.float32)
         b = np.zeros((layers, rank, self.b.get_value().shape[-1]), np.float32)
         scale = np.zeros(layers, np.float32)
-        for i, update in enumerate(updates):
-            if update is not None:
-                own = update.a.shape[1]
-                a[i, :, :own], b[i, :own], scale[i] = update
+        for i, own in enumerate(adapters):
+            if own is not None:
+                a[i, :, : own.rank], b[i, : own.rank], scale[i] = own.a, own.b, own.scale
         for variable, value in ((self.a, a), (self.b, b), (self.scale, scale)):
             variable.set_value(_written(variable.get_value(), value, slot))
 

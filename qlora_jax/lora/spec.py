@@ -4,12 +4,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Literal
 
 from qlora_jax.config import LoraConfig
+from qlora_jax.lora.patterns import BadPattern, ends_in, first_match, named
 from qlora_jax.runtime.errors import UserError
 
-T = TypeVar("T")
+Scaling = Literal["alpha/r", "alpha/sqrt(r)", "constant"]
 
 SCALINGS: Mapping[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
@@ -56,16 +57,12 @@ def plan(config: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> dict[str
         )
     if isinstance(config.target_modules, list):
         for name in config.target_modules:
-            _require_match("lora.target_modules", name, linears, _named)
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field):
-            _require_match(f"lora.{field}", key, linears, _ends_in)
-    specs = {}
-    for path in targets:
-        rank = _lookup(config.rank_pattern, path, config.rank)
-        alpha = _lookup(config.alpha_pattern, path, config.alpha)
-        specs[path] = AdapterSpec(rank, alpha, SCALINGS[config.scaling](alpha, rank))
-    return specs
+            _require_match("lora.target_modules", name, linears, named)
+    for key in config.rank_pattern:
+        _require_match("lora.rank_pattern", key, linears, ends_in)
+    for key in config.alpha_pattern:
+        _require_match("lora.alpha_pattern", key, linears, ends_in)
+    return {path: _spec(config, path) for path in targets}
 
 
 def ranks_above_full(
@@ -75,29 +72,23 @@ def ranks_above_full(
     return [path for path, spec in specs.items() if spec.rank > min(linears[path])]
 
 
+def _spec(config: LoraConfig, path: str) -> AdapterSpec:
+    rank = first_match(config.rank_pattern, path, config.rank)
+    alpha = first_match(config.alpha_pattern, path, config.alpha)
+    return AdapterSpec(rank, alpha, SCALINGS[config.scaling](alpha, rank))
+
+
 def _targeted(targets: str | list[str], path: str) -> bool:
     if targets == "all-linear":
         return True
     if isinstance(targets, list):
-        return any(_named(path, name) for name in targets)
+        return any(named(path, name) for name in targets)
     try:
         return re.fullmatch(targets, path) is not None
     except re.error as e:
         raise UserError(
             f"lora.target_modules {targets!r} is not a regular expression: {e}"
         ) from None
-
-
-def _named(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _ends_in(path: str, key: str) -> bool:
-    return _named(path, key) or re.fullmatch(rf"(.*\.)?({key})", path) is not None
-
-
-def _lookup(pattern: Mapping[str, T], path: str, default: T) -> T:
-    return next((value for key, value in pattern.items() if _ends_in(path, key)), default)
 
 
 def _require_match(
@@ -109,7 +100,7 @@ def _require_match(
     try:
         if any(matches(path, key) for path in linears):
             return
-    except re.error as e:
-        raise UserError(f"{field}: {key!r} is not a regular expression: {e}") from None
+    except BadPattern as e:
+        raise UserError(f"{field}: {e}") from None
     names = sorted({path.rpartition(".")[2] for path in linears})
     raise UserError(f"{field}: {key!r} matches no linear; there are: {', '.join(names)}")

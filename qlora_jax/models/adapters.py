@@ -5,11 +5,10 @@ from typing import cast
 import jax
 from flax import nnx
 
-from qlora_jax.lora import Adapter
+from qlora_jax.lora import Adapter, LoraLinear, LoraSet
 from qlora_jax.lora.bank import Bank
-from qlora_jax.lora.update import Updates, rank
+from qlora_jax.lora.weights import largest_rank
 from qlora_jax.models.decoder import Decoder, run_length
-from qlora_jax.models.layers import Linear
 from qlora_jax.runtime.errors import UserError
 
 
@@ -29,34 +28,32 @@ def attach_bank(model: Decoder, *, slots: int, rank: int, dtype: jax.typing.DTyp
             linear.adapter = nnx.data(cast(Adapter, bank))  # a linear calls it as it does one
 
 
-def put_adapter(model: Decoder, slot: int, updates: Updates) -> None:
+def put_adapter(model: Decoder, slot: int, adapters: LoraSet) -> None:
     """Writes an adapter into a slot, in place. No shape changes, so no program compiles anew.
 
     Args:
       model: with banks.
       slot: from 0.
-      updates: of paths and shapes that are the model's.
+      adapters: of paths and shapes that are the model's.
 
     Raises:
       UserError: the adapter's rank is above the banks'.
     """
     first = next(iter(model.runs[0].linears().values()))
     room = _bank(first).a.get_value().shape[-1]
-    if rank(updates) > room:
-        raise UserError(
-            f"the adapter's rank {rank(updates)} is above the largest there is room for, {room}"
-        )
+    if (rank := largest_rank(adapters)) > room:
+        raise UserError(f"the adapter's rank {rank} is above the largest there is room for, {room}")
     start = 0
     for run in model.runs:
         layers = range(start, start + run_length(run))
         for path, linear in run.linears().items():
             prefix = model.config.names.layers
-            own = [updates.get(f"{prefix}.{i}.{path}") for i in layers]
+            own = [adapters.get(f"{prefix}.{i}.{path}") for i in layers]
             _bank(linear).put(slot, own)
         start = layers.stop
 
 
-def _bank(linear: Linear) -> Bank:
+def _bank(linear: LoraLinear) -> Bank:
     bank = cast(object, linear.adapter)
     assert isinstance(bank, Bank), "attach_bank comes first"
     return bank

@@ -12,11 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.kernels import KEPT
 from qlora_jax.kernels.dense import product
-from qlora_jax.lora import AdapterSpec, Values, filled, init_adapter
+from qlora_jax.lora import AdapterSpec, LoraLinear, LoraSet, Weight, init_adapter
 from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.layers import KVCache, Layer, Linear, Norm, Slots, Weight
+from qlora_jax.models.layers import KVCache, Layer, Norm, Slots
 from qlora_jax.models.rope import by_layer, rotation, turns
 from qlora_jax.quant import QTensor
 
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
         """Every layer's linears: Hugging Face module path to (in_features, out_features)."""
         return {path: linear.weight.get_value().shape[-2:] for path, linear, _ in self.walk()}
 
-    def walk(self) -> Iterator[tuple[str, Linear, int]]:
+    def walk(self) -> Iterator[tuple[str, LoraLinear, int]]:
         """Every layer's linears: Hugging Face module path, the stack it is in, its index there."""
         for run, start in zip(self.runs, self._starts()):
             for i in range(run_length(run)):
@@ -211,7 +211,7 @@ def attach(
     dtype: jax.typing.DTypeLike = jnp.float32,
     variant: str = "lora",
     freeze_a: bool = False,
-    values: Mapping[str, Values] | None = None,
+    values: LoraSet | None = None,
 ) -> None:
     """Gives every linear named in `specs` an adapter, in place.
 
@@ -219,7 +219,7 @@ def attach(
       model: without adapters.
       specs: by Hugging Face module path.
       key: of the fresh values.
-      init: a key of `lora.adapter.INITS`.
+      init: a key of `lora.init.fresh.INITS`.
       dropout: rate on the input of A, in training.
       dtype: of A and B.
       variant: a key of `VARIANTS`.
@@ -239,7 +239,7 @@ def attach(
             k, n = weight.shape[-2:]
             adapter = init_adapter(own, layers, k, n, init, dropout, dtype, freeze_a)
             if any(given):
-                adapter = filled(adapter, given)
+                adapter.fill(given)
             adapter = VARIANTS[variant](adapter, weight)
             if any(given):
                 adapter.fill_own(given)

@@ -34,7 +34,7 @@ import numpy as np
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.stored import Stored, stored
-from qlora_jax.quant import QTensor, dequantize
+from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.runtime.errors import UserError
 
 ROWS = (0x9E3779B9, 0xBF58476D, 0x94D049BB, 0xD6E8FEB8)
@@ -159,7 +159,7 @@ def _sums(
     """
     if layer is not None:
         value = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), value)
-    number = dequantize(value) if isinstance(value, QTensor) else value.astype(jnp.float32)
+    number = to_float32(value)
     bits = jax.lax.bitcast_convert_type(jnp.atleast_2d(number), jnp.uint32)
     bits = jnp.where(bits & 0x7F800000 == 0, jnp.uint32(0), bits)
     down, across = (columns, rows) if transposed else (rows, columns)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.kernels import dense, kept, matmul
-from qlora_jax.lora import Adapter
+from qlora_jax.kernels import kept
+from qlora_jax.lora.linear import LoraLinear
+from qlora_jax.lora.variables import Vector
 from qlora_jax.models.attention import attend
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.parts import linears, norms
@@ -42,51 +43,6 @@ class Slots(NamedTuple):
         """The layer's cache with keys and values [B, T, kv_heads, head_dim] in their slots."""
         rows = jnp.arange(new.k.shape[0])[:, None]
         return jax.tree.map(lambda all, x: all.at[rows, self.positions].set(x), self.cache, new)
-
-
-class Weight(nnx.Param):
-    """A pretrained weight: an array or a QTensor. Trained by method full only."""
-
-
-class Vector(Weight):
-    """A bias, or the weight of a norm; it has no weight decay."""
-
-
-class Linear(nnx.Module):
-    """x @ W + bias, plus an adapter where one was attached.
-
-    Attributes:
-      weight: [..., in, out], an array or a QTensor.
-      bias: [..., out] or None.
-      adapter: None until `attach` sets it.
-      implementation: of `matmul`; None until `use_kernel` sets it.
-    """
-
-    def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):
-        self.weight = Weight(weight)
-        self.bias = None if bias is None else Vector(bias)
-        self.adapter: Adapter | None = None
-        self.implementation: str | None = None
-
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        multiply = self.multiply
-        y = multiply(x) if self.adapter is None else self.adapter.product(x, multiply, key)
-        if self.bias is not None:
-            y = y + self.bias.get_value().astype(x.dtype)
-        return kept(y)
-
-    def multiply(self, x: jax.Array) -> jax.Array:
-        """x @ W, [..., out] in x's dtype, without bias and adapter; one layer of the stack."""
-        return project(x, self.weight.get_value(), self.implementation)
-
-
-def project(
-    x: jax.Array, weight: jax.Array | QTensor, implementation: str | None = None
-) -> jax.Array:
-    """x @ weight in x's dtype, accumulated in float32; `implementation` is `matmul`'s."""
-    if isinstance(weight, QTensor):
-        return matmul(x, weight, implementation)
-    return dense(x, weight)
 
 
 class Norm(nnx.Module):
@@ -134,13 +90,13 @@ class Layer(nnx.Module):
         self.config = config
         for path in linears(config):
             bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
-            setattr(self, _attribute(path), Linear(weights[f"{path}.weight"], bias))
+            setattr(self, _attribute(path), LoraLinear(weights[f"{path}.weight"], bias))
         for path in norms(config):
             weight = cast(jax.Array, weights[f"{path}.weight"])
             bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
             setattr(self, _attribute(path), Norm(config, weight, bias))
 
-    def linears(self) -> dict[str, Linear]:
+    def linears(self) -> dict[str, LoraLinear]:
         """The linears by their path below the layer, such as self_attn.q_proj."""
         return {path: getattr(self, _attribute(path)) for path in linears(self.config)}
 

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qlora_jax.lora import LoraParam
+from qlora_jax.lora import LoraParam, Weight
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.layers import Weight
 from qlora_jax.quant import QTensor, nbytes
 
 TRAINED = {"qlora": LoraParam, "lora": LoraParam, "full": Weight}

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from qlora_jax.quant.codebooks import codebook as codebook_values
-from qlora_jax.quant.double_quant import dequantize_scales, quantize_scales
+from qlora_jax.quant.scales import DOUBLE, PLAIN, SCALES, Stored
 from qlora_jax.runtime.errors import UserError
 
 GROUP = 64
@@ -19,6 +20,7 @@ GROUP = 64
 BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 
 
+@nnx.register_data_type
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "nested", "offset", "codebook"],
@@ -34,8 +36,9 @@ class QTensor:
       * Byte row g*32 + i of `codes` holds element g*64 + i in its low nibble and element
         g*64 + 32 + i in its high nibble. Rows beyond K hold the code of zero.
       * `codebook` is non-decreasing within [-1, 1]; a code is an index into it.
-      * Without double quantization `scales` are the blocks' absmax. With it they are indices into
-        the 8-bit dynamic map: scale = map[scales] * nested[(n*nb + b) // nested_block] + offset.
+      * The dtype of `scales` names how they are stored (`scales.SCALES`). In float32 they are the
+        blocks' absmax. In uint8 (double quantization) they are indices into the 8-bit dynamic map:
+        scale = map[scales] * nested[(n*nb + b) // nested_block] + offset.
       * Leading axes (layers) are the same on every leaf. They are never static, so that a stack
         can be scanned or vmapped over.
 
@@ -76,6 +79,26 @@ class QTensor:
     @property
     def double_quant(self) -> bool:
         return self.nested is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves: codes, scales and codebooks."""
+        return nbytes(self)
+
+    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> "QTensor":
+        """Takes a part of the stack, by its leading axes alone; `q[()]` is `q`.
+
+        Raises:
+          IndexError: the index has more axes than the stack.
+        """
+        axes = len(index) if isinstance(index, tuple) else 1
+        if axes > self.ndim - 2:
+            raise IndexError(f"a stack of {self.ndim - 2} axes was indexed with {axes}")
+        return jax.tree.map(lambda x: x[index], self)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """Returns the weight as floats, dtype[..., K, N]: `dequantize(self, dtype)`."""
+        return dequantize(self, dtype)
 
 
 def quantize(
@@ -141,9 +164,13 @@ def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Arr
 
 def block_scales(q: QTensor) -> jax.Array:
     """The absmax of every block, float32[..., nb, N]."""
-    if q.nested is None or q.offset is None:
-        return q.scales
-    return dequantize_scales(q.scales, q.nested, q.offset, q.nested_block)
+    stored = Stored(q.scales, q.nested, q.offset)
+    return SCALES[q.scales.dtype.name].decode(stored, q.nested_block)
+
+
+def to_float32(weight: jax.Array | QTensor) -> jax.Array:
+    """Returns a weight in float32, decoded if it is in 4 bits."""
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
 
 
 def with_plain_scales(x: Any) -> Any:
@@ -255,11 +282,9 @@ def _quantize(
     )
     pairs = index.reshape(*lead, -1, 2, GROUP // 2, n)
     codes = (pairs[..., 0, :, :] | pairs[..., 1, :, :] << 4).reshape(*lead, -1, n)
-    scales, nested, offset = absmax, None, None
-    if double_quant:
-        scales, nested, offset = quantize_scales(absmax, nested_block)
+    stored = SCALES[DOUBLE if double_quant else PLAIN].encode(absmax, nested_block)
     books = jnp.broadcast_to(codebook, (*lead, 16))
-    q = QTensor(codes, scales, nested, offset, books, k, block_size, nested_block)
+    q = QTensor(codes, *stored, books, k, block_size, nested_block)
     # not by absmax: XLA:CPU's max may leave NaN out
     return q, jnp.isfinite(w).all()
 

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from qlora_jax.data.prompts import ask
-from qlora_jax.lora.update import Updates
+from qlora_jax.lora.weights import LoraSet
 from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve import api
@@ -114,8 +114,8 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
     async def load(request: Request) -> Response:
         _check_loading(service)
         asked = await _parsed(service, request, api.LoadAdapter)
-        updates = await _read(service, asked.lora_path)
-        await _ask(service, lambda scheduler: scheduler.load(asked.lora_name, updates))
+        adapter = await _read(service, asked.lora_path)
+        await _ask(service, lambda scheduler: scheduler.load(asked.lora_name, adapter))
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def unload(request: Request) -> Response:
@@ -218,7 +218,7 @@ def _parse_large(kind: type[api.R], body: bytearray) -> api.R:
     return api.parse(kind, body)
 
 
-async def _read(service: Service, path: str) -> Updates:
+async def _read(service: Service, path: str) -> LoraSet:
     try:
         async with asyncio.timeout(service.load_timeout):
             return await service.readers.run(read_regular, path, service.linears)

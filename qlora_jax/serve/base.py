@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
-from qlora_jax.formats.updates import IN_RUN
-from qlora_jax.lora.update import Updates
+from qlora_jax.formats.peft.plain import IN_RUN
+from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
@@ -76,13 +76,13 @@ def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], N
     return Base(path, restored.model, restored.tokenizer, config)
 
 
-def read_named(adapters: Mapping[str, str]) -> dict[str, Updates]:
+def read_named(adapters: Mapping[str, str]) -> dict[str, LoraSet]:
     """Reads the adapters of a command line, name to folder.
 
     Raises:
       UserError: one cannot be read; its name is given.
     """
-    found: dict[str, Updates] = {}
+    found: dict[str, LoraSet] = {}
     for name, folder in adapters.items():
         try:
             found[name] = read_regular(folder)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.lora.bank import with_rows
-from qlora_jax.lora.update import Updates
+from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.adapters import put_adapter
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.generate import (
@@ -93,9 +93,9 @@ class Engine:
         self.advance(1)
         self.leave(0)
 
-    def put_adapter(self, slot: int, updates: Updates) -> None:
+    def put_adapter(self, slot: int, adapter: LoraSet) -> None:
         """Writes an adapter into a slot of the banks, which no open row may use."""
-        put_adapter(self._model, slot, updates)
+        put_adapter(self._model, slot, adapter)
         self._structure, self._weights = nnx.split(self._model)
         self._set_rows()
 

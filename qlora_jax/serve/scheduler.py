@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from qlora_jax.lora.update import Updates
+from qlora_jax.lora.weights import LoraSet
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.answer import Answer
 from qlora_jax.serve.engine import Settings
@@ -72,7 +72,7 @@ class Rows(Protocol):
     vocabulary: int
     stop_ids: frozenset[int]
 
-    def put_adapter(self, slot: int, updates: Updates) -> None: ...
+    def put_adapter(self, slot: int, adapter: LoraSet) -> None: ...
     def enter(self, row: int, prompt: Sequence[int], adapter: int, settings: Settings) -> int: ...
     def advance(self, steps: int) -> np.ndarray: ...
     def leave(self, row: int) -> None: ...
@@ -130,7 +130,7 @@ class Scheduler:
         """The base's name, then the adapters'."""
         return [self._base, *self._names]
 
-    def load(self, name: str, updates: Updates) -> None:
+    def load(self, name: str, adapter: LoraSet) -> None:
         """Takes an adapter in; it is there for jobs that come after.
 
         Raises:
@@ -144,7 +144,7 @@ class Scheduler:
             raise UserError(
                 f"no room for {name!r}: all {self._slots} slots for adapters are in use; unload one"
             )
-        self._engine.put_adapter(slot, updates)
+        self._engine.put_adapter(slot, adapter)
         self._names[name] = slot
 
     def unload(self, name: str) -> None:

@@ -1,6 +1,5 @@
 """What a run trained as files for other tools: adapters, or a whole model."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_jax.config import Config
@@ -8,7 +7,8 @@ from qlora_jax.formats import fresh, peft
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.formats.write import write_model
-from qlora_jax.lora import Values
+from qlora_jax.lora import LoraSet
+from qlora_jax.lora.arithmetic import difference
 from qlora_jax.lora.init import STARTS
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.text.tokenizer import Tokenizer
@@ -18,14 +18,13 @@ FOLDER = "adapter"
 MODEL = "model"
 
 
-def adapters(model: Decoder) -> Mapping[str, peft.Adapter]:
-    """Every layer's adapter by its Hugging Face module path."""
-    found = {}
-    for path, linear, i in model.walk():
-        values = linear.adapter.layer(i) if linear.adapter else None
-        if linear.adapter and values and (spec := linear.adapter.specs[i]):
-            found[path] = _adapter(values, spec.alpha)
-    return found
+def adapters(model: Decoder) -> LoraSet:
+    """Returns every layer's adapter by its Hugging Face module path."""
+    return {
+        path: weights
+        for path, linear, i in model.walk()
+        if linear.adapter and (weights := linear.adapter.weights(i))
+    }
 
 
 def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
@@ -42,10 +41,7 @@ def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
     found, lora = adapters(model), config.lora
     if lora.init in STARTS:
         start = split_values(config, open_checkpoint(config.model))
-        found = {
-            path: peft.difference(now, _adapter(start[path], now.alpha), lora.scaling)
-            for path, now in found.items()
-        }
+        found = {path: difference(now, start[path], lora.scaling) for path, now in found.items()}
     replaced = peft.Replaced()
     if lora.from_adapter is not None:
         replaced = peft.read_adapter(Path(lora.from_adapter)).replaced
@@ -68,7 +64,3 @@ def export_model(config: Config, model: Decoder, text: Tokenizer, folder: Path) 
     """
     source = MergedCheckpoint(model, fresh.FreshCheckpoint(model.config, config.train.seed))
     write_model(source, folder, None, config.model.storage_dtype, text=text, replace=True)
-
-
-def _adapter(values: Values, alpha: float) -> peft.Adapter:
-    return peft.Adapter(values.a, values.b, alpha, values.a.shape[1], values.magnitude)

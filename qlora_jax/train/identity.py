@@ -10,10 +10,9 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import Config
-from qlora_jax.lora import Adapter
+from qlora_jax.lora import Adapter, LoraLinear
 from qlora_jax.lora.init import STARTS
 from qlora_jax.models.decoder import Decoder, run_length
-from qlora_jax.models.layers import Linear
 from qlora_jax.runtime.errors import RunFailed
 
 TOLERANCE = {"lora": 0.0, "dora": 1e-5}
@@ -101,7 +100,7 @@ def unchanged(
     ]
 
 
-def _unchanged(linear: Linear, dtype: jnp.dtype, tolerance: float) -> jax.Array:
+def _unchanged(linear: LoraLinear, dtype: jnp.dtype, tolerance: float) -> jax.Array:
     graph, stacks = nnx.split(linear)
     x = jax.random.normal(jax.random.key(0), (ROWS, linear.weight.get_value().shape[-2]), dtype)
 

@@ -19,8 +19,7 @@ from flax import nnx
 
 from qlora_jax.config import Config, changed
 from qlora_jax.data.loader import Loader, held_out_batches
-from qlora_jax.formats import peft
-from qlora_jax.lora import plan
+from qlora_jax.lora import LoraSet, LoraWeights, plan
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
@@ -60,7 +59,7 @@ class MemberResult:
       losses: mean loss over target tokens, a step each.
       norms: the gradient's norm before clipping, a step each.
       held_out: step to held-out loss; step 0 is before training.
-      adapters: module path to A, B, alpha and rank, as `formats.peft.write_adapter` takes them.
+      adapters: by module path, as `formats.peft.write_adapter` takes them.
       diverged: the first step whose loss or gradient was not finite, which changed nothing, as
         those after it; None where there is none.
     """
@@ -69,7 +68,7 @@ class MemberResult:
     losses: list[float]
     norms: list[float]
     held_out: dict[int, float]
-    adapters: Mapping[str, peft.Adapter]
+    adapters: LoraSet
     diverged: int | None
 
 
@@ -353,12 +352,12 @@ def build(config: Config, adapters: Adapters) -> Program:
     return Program(jax.jit(jax.vmap(moments)), step, evaluate)
 
 
-def extract(adapters: Adapters, trained: Any, k: int) -> Mapping[str, peft.Adapter]:
+def extract(adapters: Adapters, trained: Any, k: int) -> LoraSet:
     """One member's adapters, padding cut off, by module path."""
     tree = jax.tree.map(lambda x: x[k], trained)
     model: Decoder = nnx.merge(adapters.graph, tree, adapters.frozen)
     return {
-        path: peft.Adapter(found.a[:, : spec.rank], found.b[: spec.rank], spec.alpha, spec.rank)
+        path: LoraWeights(found.a[:, : spec.rank], found.b[: spec.rank], spec.alpha, spec.scale)
         for path, found in export.adapters(model).items()
         if (spec := adapters.specs[k].get(path))
     }

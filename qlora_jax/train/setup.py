@@ -1,7 +1,7 @@
 """From a config to the pieces of a run: checkpoint, tokenizer, data and model."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.check import agrees
 from qlora_jax.kernels.select import FUSED, capability_of, picked, usable
-from qlora_jax.lora import Values, plan, ranks_above_full
+from qlora_jax.lora import LoraSet, plan, ranks_above_full
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
@@ -251,7 +251,7 @@ def load_model(
     if checkpoint.quantization:
         for line in describe_stored(config, checkpoint.quantization):
             warn(line)
-    values: Mapping[str, Values] = {}
+    values: LoraSet = {}
     specs: dict[str, AdapterSpec] = {}
     splitter = None
     if not full:

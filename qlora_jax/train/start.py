@@ -15,9 +15,9 @@ from qlora_jax.formats import peft
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import Stored, read_linear, storing
 from qlora_jax.formats.overlay import Overlay
-from qlora_jax.lora import AdapterSpec, Values, plan
+from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights, plan
 from qlora_jax.lora.init import STARTS
-from qlora_jax.lora.init.split import Parts, Task, error
+from qlora_jax.lora.init.split import Task, error
 from qlora_jax.models.parts import linears
 from qlora_jax.runtime.errors import RunFailed, UserError
 
@@ -76,7 +76,7 @@ def _decided(adapters: peft.AdapterSet) -> dict[str, Any]:
 
 def from_folder(
     config: Config, checkpoint: Checkpoint, warn: Callable[[str], None]
-) -> tuple[Checkpoint, Mapping[str, Values]]:
+) -> tuple[Checkpoint, LoraSet]:
     """The checkpoint with the adapter's own tensors laid over it, and the adapter's values.
 
     Raises:
@@ -91,10 +91,9 @@ def from_folder(
     peft.check_fits(found, linears_of(checkpoint), shapes, tied, folder)
     if peft.without_effect(found.adapters):
         warn(f"warning: {folder}: every B is zero, so the adapter changes nothing")
-    values = {path: Values(a.a, a.b, a.magnitude) for path, a in found.adapters.items()}
     if found.replaced.tensors:
         checkpoint = Overlay(checkpoint, found.replaced.tensors)
-    return checkpoint, values
+    return checkpoint, found.adapters
 
 
 def linears_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
@@ -119,7 +118,7 @@ class Splitter:
     def __init__(self, lora: LoraConfig, specs: Mapping[str, AdapterSpec]):
         self.lora = lora
         self.specs = specs
-        self.values: dict[str, Values] = {}
+        self.values: dict[str, LoraWeights] = {}
         self.errors: dict[str, tuple[float, float]] = {}
 
     def task(self, path: str, w: jax.Array, store: Callable[[jax.Array], Stored]) -> Task | None:
@@ -128,17 +127,16 @@ class Splitter:
         if spec is None:
             return None
         dtype = jnp.dtype(self.lora.dtype)
-        return Task(w, spec.rank, spec.scale, dtype, store, self.lora.loftq_iterations)
+        return Task(w, spec, dtype, store, self.lora.loftq_iterations)
 
     def __call__(self, path: str, w: jax.Array, store: Callable[[jax.Array], Stored]) -> Stored:
         task = self.task(path, w, store)
         if task is None:
             return store(w)
-        parts = STARTS[self.lora.init](task)
-        self.values[path] = _values(parts)
-        alone = Parts(store(w), jnp.zeros_like(parts.a), parts.b)
-        self.errors[path] = error(task, parts), error(task, alone)
-        return parts.stored
+        stored, adapter = STARTS[self.lora.init](task)
+        self.values[path] = _on_host(adapter)
+        self.errors[path] = error(w, stored, adapter), error(w, store(w), None)
+        return stored
 
     def report(self, say: Callable[[str], None]) -> None:
         """Tells how near the start is to the pretrained weights.
@@ -165,7 +163,7 @@ class Splitter:
         )
 
 
-def split_values(config: Config, checkpoint: Checkpoint) -> Mapping[str, Values]:
+def split_values(config: Config, checkpoint: Checkpoint) -> LoraSet:
     """What the adapters of a run started with, taken from the weights once more.
 
     One weight at a time is read; the model is not.
@@ -181,9 +179,10 @@ def split_values(config: Config, checkpoint: Checkpoint) -> Mapping[str, Values]
             jnp.dtype(config.model.storage_dtype),
         )
         if task := splitter.task(path, read_linear(checkpoint, name), store):
-            values[path] = _values(STARTS[config.lora.init](task))
+            _, adapter = STARTS[config.lora.init](task)
+            values[path] = _on_host(adapter)
     return values
 
 
-def _values(parts: Parts) -> Values:
-    return Values(np.asarray(parts.a), np.asarray(parts.b))
+def _on_host(adapter: LoraWeights) -> LoraWeights:
+    return adapter._replace(a=np.asarray(adapter.a), b=np.asarray(adapter.b))

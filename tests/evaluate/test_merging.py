@@ -16,8 +16,7 @@ from qlora_jax.evaluate import merging
 from qlora_jax.evaluate.heldout import held_out_loss
 from qlora_jax.evaluate.merging import shares
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.lora import Adapter, AdapterSpec
-from qlora_jax.models.layers import Linear
+from qlora_jax.lora import Adapter, AdapterSpec, LoraLinear
 from qlora_jax.quant import codebook, dequantize, quantize
 from qlora_jax.runtime import manifest
 from qlora_jax.train.restore import restore
@@ -169,7 +168,7 @@ class OneLinear:
 def test_a_share_is_what_numpy_says():
     random = np.random.default_rng(3)
     q = quantize(random.normal(size=(1, 128, 24)).astype(np.float32), double_quant=False)
-    linear = Linear(q)
+    linear = LoraLinear(q)
     a, b = (random.normal(size=s).astype(np.float32) * 0.2 for s in ((1, 128, 2), (1, 2, 24)))
     spec = AdapterSpec(2, 4.0, 2.0)
     linear.adapter = nnx.data(Adapter(jnp.asarray(a), jnp.asarray(b), jnp.array([2.0]), [spec]))

@@ -101,8 +101,8 @@ def test_layers_that_cannot_be_are_refused_at_once(
     ("pattern", "says"),
     [
         (r"(.|[a-z])*\d\d", "takes over 1 s to match"),
-        ("(", "is no regular expression"),
-        ("(?P<n>a)(?P<n", "is no regular expression"),
+        ("(", "is not a regular expression"),
+        ("(?P<n>a)(?P<n", "is not a regular expression"),
     ],
 )
 def test_a_pattern_that_never_ends_is_named(

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from qlora_jax.formats import tensors
-from qlora_jax.formats.peft import Adapter, read_adapter, write_adapter
+from qlora_jax.formats.peft import read_adapter, write_adapter
 from qlora_jax.formats.peft.adapter import WEIGHTS
+from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.runtime.errors import UserError
 
 FLIPS = 200
@@ -30,7 +31,7 @@ def adapter(tmp_path: Path) -> Path:
     a, b = (random_.normal(size=shape).astype(np.float32) for shape in ((16, 4), (4, 8)))
     folder = tmp_path / "adapter"
     name = "model.layers.0.self_attn.q_proj"
-    write_adapter(folder, {name: Adapter(a, b, 8.0, 4, None)}, base_name="base")
+    write_adapter(folder, {name: LoraWeights(a, b, 8.0, 2.0)}, base_name="base")
     return folder
 
 

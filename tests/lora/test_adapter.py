@@ -11,7 +11,7 @@ from scipy.stats import kstest, norm, uniform
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
-from qlora_jax.formats.peft import factor, read_adapter
+from qlora_jax.formats.peft import read_adapter
 from qlora_jax.lora import Adapter, AdapterSpec, LoraParam, init_adapter, plan
 from qlora_jax.models.decoder import attach
 
@@ -164,10 +164,7 @@ def test_the_adapted_model_starts_as_the_base(models, tokens):
 
 def attach_from_peft(model, folder):
     adapters = read_adapter(folder)
-    specs = {
-        path: AdapterSpec(a.rank, a.alpha, factor(a, adapters.scaling))
-        for path, a in adapters.adapters.items()
-    }
+    specs = {path: AdapterSpec(a.rank, a.alpha, a.scale) for path, a in adapters.adapters.items()}
     attach(model, specs, jax.random.key(0))
     for path, linear, i in model.walk():
         if path in specs:

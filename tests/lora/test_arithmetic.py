@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.lora.arithmetic import combine, truncate
-from qlora_jax.lora.update import Update
+from qlora_jax.lora.weights import LoraWeights
 
 PATHS = ["p", "q"]
 
@@ -17,7 +17,7 @@ def effect(update):
 def adapter(seed, rank, scale, paths=PATHS, k=20, n=14):
     random = np.random.default_rng(seed)
     draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    return {path: Update(draw(k, rank), draw(rank, n), scale) for path in paths}
+    return {path: LoraWeights(draw(k, rank), draw(rank, n), 1.0, scale) for path in paths}
 
 
 def close(found, expected):
@@ -49,7 +49,7 @@ def test_an_adapter_minus_itself_is_nothing():
     zero = combine([(1.0, one), (-1.0, one)])
     for path in PATHS:
         close(effect(zero[path]), np.zeros((20, 14)))
-    assert truncate(zero, 3).updates["p"].a.shape == (20, 3)
+    assert truncate(zero, 3).adapters["p"].a.shape == (20, 3)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -61,8 +61,8 @@ def test_truncation_is_the_best_of_its_rank(rank):
     for path, update in exact.items():
         u, s, vt = np.linalg.svd(effect(update))
         best = (u[:, :rank] * s[:rank]) @ vt[:rank]
-        close(effect(short.updates[path]), best)
-        assert short.updates[path].a.shape[1] == rank
+        close(effect(short.adapters[path]), best)
+        assert short.adapters[path].a.shape[1] == rank
         errors.append((s[rank:] ** 2).sum())
         totals.append((s**2).sum())
     assert short.error == pytest.approx(np.sqrt(sum(errors) / sum(totals)), rel=1e-5)
@@ -75,11 +75,11 @@ def test_a_sum_with_itself_keeps_its_rank_without_loss():
     short = truncate(combine([(1.0, one), (0.5, one)]), 4)
     assert short.error < 1e-6
     for path in PATHS:
-        close(effect(short.updates[path]), 1.5 * effect(one[path]))
+        close(effect(short.adapters[path]), 1.5 * effect(one[path]))
 
 
 def test_what_fits_already_stays_as_it_is():
     one = adapter(3, 4, 2.0)
     short = truncate(one, 4)
-    assert short.updates["p"] is one["p"]
+    assert short.adapters["p"] is one["p"]
     assert short.error == short.worst[1] == 0

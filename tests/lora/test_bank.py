@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
-from qlora_jax.formats.updates import read_updates
+from qlora_jax.formats.peft.plain import read_plain
 from qlora_jax.lora import Adapter
 from qlora_jax.lora.bank import Bank, with_rows
-from qlora_jax.lora.update import Update
+from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.models.adapters import attach_bank, put_adapter
 from qlora_jax.runtime.errors import UserError
 
@@ -48,7 +48,7 @@ def banked(models, quant=None, dtype=jnp.float32):
 @pytest.fixture(scope="module")
 def adapters(models):
     linears = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32).linears()
-    return [read_updates(models / "llama" / name, linears) for name in NAMES]
+    return [read_plain(models / "llama" / name, linears) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,9 @@ def test_it_rounds_where_a_single_adapter_does(dtype):
     random = np.random.default_rng(0)
     bank = Bank(1, 40, 24, 2, 8, dtype)
     for slot, r in enumerate((8, 3)):
-        bank.put(slot, [Update(random.normal(size=(40, r)), random.normal(size=(r, 24)), 0.3)])
+        bank.put(
+            slot, [LoraWeights(random.normal(size=(40, r)), random.normal(size=(r, 24)), 1.0, 0.3)]
+        )
     x = jnp.asarray(random.normal(size=(3, 5, 40)), dtype)
     structure, weights = nnx.split(bank)
     layer = jax.tree.map(lambda v: v[0], with_rows(weights, [1, 2, 0]))
@@ -185,14 +187,14 @@ LINEARS = {"model.layers.0.self_attn.q_proj": (64, 64)}
 )
 def test_an_adapter_of_another_model_is_refused(folder, linears, message):
     with pytest.raises(UserError, match=message):
-        read_updates(folder, linears)
+        read_plain(folder, linears)
 
 
 def test_dora_is_refused(folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(UserError, match="peft_lora") as refused:
-        read_updates(folder)
+        read_plain(folder)
     assert "dora" in str(refused.value).lower()
     assert "\n" not in str(refused.value)
 
@@ -204,11 +206,11 @@ def test_values_that_are_not_finite_are_refused(folder):
     tensors[name] = np.full_like(tensors[name], np.nan)
     save_file(tensors, file)
     with pytest.raises(UserError, match="holds NaN or Inf; export the adapter again"):
-        read_updates(folder)
+        read_plain(folder)
 
 
 def test_a_run_directorys_adapter_is_found(folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     shutil.move(folder, run / "adapter")
-    assert read_updates(run).keys() == read_updates(run / "adapter").keys()
+    assert read_plain(run).keys() == read_plain(run / "adapter").keys()

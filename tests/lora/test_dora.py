@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.lora import AdapterSpec, LoraParam, Values, filled, init_adapter
+from qlora_jax.lora import AdapterSpec, LoraLinear, LoraParam, LoraWeights, init_adapter
 from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.lora.variants.dora import merged_weight
-from qlora_jax.models.layers import Linear
 from qlora_jax.quant import dequantize, quantize
 
 pytestmark = pytest.mark.quick
@@ -21,7 +20,10 @@ K, N = 64, 24
 def values(seed=0):
     random = np.random.default_rng(seed)
     draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    return [s and Values(0.3 * draw(K, s.rank), 0.3 * draw(s.rank, N)) for s in SPECS]
+    return [
+        s and LoraWeights(0.3 * draw(K, s.rank), 0.3 * draw(s.rank, N), s.alpha, s.scale)
+        for s in SPECS
+    ]
 
 
 def weights(kind):
@@ -35,10 +37,11 @@ def weights(kind):
 def make(kind, dropout=0.0, freeze_a=False, start=None):
     """A stack of linears with DoRA whose magnitudes are not the norms, and W in float64."""
     weight, exact = weights(kind)
-    linear = Linear(weight)
+    linear = LoraLinear(weight)
     key = jax.random.key(0)
     adapter = init_adapter(key, SPECS, K, N, "gaussian", dropout, jnp.float32, freeze_a)
-    adapter = VARIANTS["dora"](filled(adapter, values() if start is None else start), weight)
+    adapter.fill(values() if start is None else start)
+    adapter = VARIANTS["dora"](adapter, weight)
     linear.adapter = nnx.data(adapter)
     return linear, exact
 
@@ -86,14 +89,14 @@ def test_the_product_is_the_definitions(kind):
     np.testing.assert_allclose(apply(linear, x), moved, rtol=1e-5, atol=1e-4)
     assert np.abs(moved - plain).max() > 1
     for i in (0, 2):
-        v = linear.adapter.layer(i)
+        v = linear.adapter.weights(i)
         merged = merged_weight(jnp.asarray(w[i], "float32"), v.a, v.b, SPECS[i].scale, v.magnitude)
         np.testing.assert_allclose(x[i] @ np.asarray(merged), moved[i], rtol=1e-4, atol=1e-4)
 
 
 def test_a_column_of_zeros_stays_zero():
     weight = jnp.asarray(weights("float32")[0]).at[:, :, 3].set(0)
-    linear = Linear(weight)
+    linear = LoraLinear(weight)
     fresh = init_adapter(jax.random.key(0), SPECS, K, N, "gaussian", 0.0, jnp.float32)
     linear.adapter = nnx.data(VARIANTS["dora"](fresh, weight))
     y = np.asarray(apply(linear, jnp.ones((3, 2, K))))
@@ -126,7 +129,7 @@ def test_gradients_take_the_norms_as_constants():
         return np.sum((y - target[i]) ** 2) / 2
 
     for i in (0, 2):
-        v = linear.adapter.layer(i)
+        v = linear.adapter.weights(i)
         point = [np.asarray(p, np.float64) for p in (v.a, v.b, v.magnitude)]
         for name, place in (("a", 0), ("b", 1), ("magnitude", 2)):
             slope = np.asarray(found["adapter"][name].get_value()[i])

@@ -7,8 +7,9 @@ import pytest
 
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.init import split as splits
-from qlora_jax.lora.init.split import Task, decoded, error, top
-from qlora_jax.quant import quantize
+from qlora_jax.lora.init.split import Task, error, top
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.quant import quantize, to_float32
 
 pytestmark = pytest.mark.quick
 
@@ -53,23 +54,24 @@ def test_loftq_alternates_as_in_the_paper(codebook, turns):
     def store(x):
         return quantize(x, codebook, 64, False)
 
-    parts = STARTS["loftq"](Task(jnp.asarray(w), rank, scale, jnp.dtype("float32"), store, turns))
+    spec = AdapterSpec(rank, scale * rank, scale)
+    task = Task(jnp.asarray(w), spec, jnp.dtype("float32"), store, turns)
+    stored, adapter = STARTS["loftq"](task)
     low = np.zeros_like(w)
     for _ in range(turns):
-        q = np.asarray(jax.jit(decoded)(store(jnp.asarray(w - low))))
+        q = np.asarray(jax.jit(to_float32)(store(jnp.asarray(w - low))))
         u, s, vt = np.linalg.svd(w - q, full_matrices=False)
         low = ((u[:, :rank] * s[:rank]) @ vt[:rank]).astype(np.float32)
-    found = np.asarray(jax.jit(decoded)(parts.stored))
+    found = np.asarray(jax.jit(to_float32)(stored))
     # a weight within rounding of the middle between two codes may fall either way
     assert (np.abs(found - q) > 1e-5).mean() < 2e-3
     loss = np.linalg.norm(w - q - low) / np.linalg.norm(w)
-    task = Task(jnp.asarray(w), rank, scale, jnp.dtype("float32"), store, turns)
-    assert error(task, parts) == pytest.approx(loss, rel=1e-3)
+    assert error(task.weight, stored, adapter) == pytest.approx(loss, rel=1e-3)
 
 
 def test_narrow_adapters_leave_their_rounding_to_the_base():
     w = jnp.asarray(matrix(64, 64), "float32")
-    task = Task(w, 4, 2.0, jnp.dtype("bfloat16"), lambda x: x, 1)
-    parts = STARTS["pissa"](task)
-    assert parts.a.dtype == jnp.bfloat16
-    assert error(task, parts) < 1e-6
+    task = Task(w, AdapterSpec(4, 8.0, 2.0), jnp.dtype("bfloat16"), lambda x: x, 1)
+    stored, adapter = STARTS["pissa"](task)
+    assert adapter.a.dtype == jnp.bfloat16
+    assert error(w, stored, adapter) < 1e-6

@@ -8,7 +8,7 @@ from flax import nnx
 from scipy.stats import chisquare
 
 from qlora_jax.config import QuantConfig
-from qlora_jax.formats.updates import read_updates
+from qlora_jax.formats.peft.plain import read_plain
 from qlora_jax.models.adapters import attach_bank, put_adapter
 from qlora_jax.models.decoder import empty_cache
 from qlora_jax.models.generate import (
@@ -248,7 +248,7 @@ def test_rows_under_adapters_write_what_each_writes_alone(open_model, models, te
     together = open_model("llama")
     attach_bank(together, slots=3, rank=8, dtype=jnp.float32)
     for slot, name in enumerate(names):
-        put_adapter(together, slot, read_updates(models / "llama" / name))
+        put_adapter(together, slot, read_plain(models / "llama" / name))
     base = 3
     prompt, other = PROMPTS[0], PROMPTS[1]
     texts = write(
@@ -262,7 +262,7 @@ def test_rows_under_adapters_write_what_each_writes_alone(open_model, models, te
         alone = open_model("llama")
         if slot != base:
             attach_bank(alone, slots=1, rank=8, dtype=jnp.float32)
-            put_adapter(alone, 0, read_updates(models / "llama" / names[slot]))
+            put_adapter(alone, 0, read_plain(models / "llama" / names[slot]))
         slots = None if slot == base else [0]
         assert write(alone, [asked], adapters=slots, temperature=temperature, seed=3) == [
             texts[row]

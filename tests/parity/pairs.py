@@ -156,10 +156,7 @@ def adapt(model: Decoder, config: LoraConfig, seed: int, *, zero_b: bool = False
 def read_adapter(model: Decoder, folder: Path) -> None:
     """Attaches the adapters of a folder in PEFT's format, in place."""
     read = peft_format.read_adapter(folder)
-    specs = {
-        path: AdapterSpec(a.rank, a.alpha, peft_format.factor(a, read.scaling))
-        for path, a in read.adapters.items()
-    }
+    specs = {path: AdapterSpec(a.rank, a.alpha, a.scale) for path, a in read.adapters.items()}
     assert specs.keys() <= model.linears().keys()
     attach(model, specs, jax.random.key(0))
     for path, adapter, i, spec in adapters(model):

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -172,3 +173,28 @@ def test_every_way_to_decode_gives_the_codebooks_own_values(lead: tuple[int, ...
     expected = np.take_along_axis(books, flat, axis=-1).reshape(indices.shape)
     for way in (decode, _selected, _looked_up):
         np.testing.assert_array_equal(way(jnp.asarray(indices), jnp.asarray(books)), expected)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_stack_is_taken_apart_by_index(double_quant):
+    w = np.random.default_rng(0).normal(size=(3, 96, 40)).astype(np.float32)
+    q = quantize(w, double_quant=double_quant)
+    assert q[()].shape == q.shape == (3, 96, 40)
+    assert q[1].shape == (96, 40)
+    assert q[1:].shape == (2, 96, 40)
+    np.testing.assert_array_equal(q[1].dequantize(), q.dequantize()[1])
+    assert q.nbytes == 3 * q[0].nbytes == sum(x.nbytes for x in jax.tree.leaves(q))
+    with pytest.raises(IndexError):
+        q[0, 0]
+    with pytest.raises(IndexError):
+        q[0][0]
+
+
+def test_a_module_holds_a_qtensor_as_data():
+    class Holder(nnx.Module):
+        def __init__(self, q):
+            self.q = q
+
+    q = quantize(np.ones((64, 32), np.float32))
+    assert nnx.is_data(q)
+    assert len(jax.tree.leaves(Holder(q))) == len(jax.tree.leaves(q))

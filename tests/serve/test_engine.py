@@ -5,7 +5,7 @@ import pytest
 
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
-from qlora_jax.formats.updates import read_updates
+from qlora_jax.formats.peft.plain import read_plain
 from qlora_jax.models import generate as generation
 from qlora_jax.models.adapters import attach_bank
 from qlora_jax.models.generate import generate
@@ -57,7 +57,7 @@ def said(pieces):
 
 @pytest.fixture(scope="module")
 def adapters(adapters):
-    return {name: read_updates(folder) for name, folder in adapters.items()}
+    return {name: read_plain(folder) for name, folder in adapters.items()}
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from flax import nnx
 from qlora_jax.config import OptimizerConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
+from qlora_jax.lora import Weight
 from qlora_jax.models import trees
-from qlora_jax.models.layers import Weight
 from qlora_jax.train.optimizer import adamw, label, labels, schedule
 
 pytestmark = pytest.mark.quick

@@ -1,12 +1,8 @@
 """Adapters in PEFT's format: adapter_config.json beside adapter_model.safetensors."""
 
 from qlora_jax.formats.peft.adapter import CONFIG as CONFIG
-from qlora_jax.formats.peft.adapter import Adapter as Adapter
 from qlora_jax.formats.peft.adapter import AdapterSet as AdapterSet
 from qlora_jax.formats.peft.adapter import Replaced as Replaced
-from qlora_jax.formats.peft.adapter import Scaling as Scaling
-from qlora_jax.formats.peft.adapter import difference as difference
-from qlora_jax.formats.peft.adapter import factor as factor
 from qlora_jax.formats.peft.adapter import without_effect as without_effect
 from qlora_jax.formats.peft.fit import check_fits as check_fits
 from qlora_jax.formats.peft.read import read_adapter as read_adapter

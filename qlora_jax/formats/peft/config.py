@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-import regex
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from qlora_jax.formats.peft.adapter import Adapter, Replaced, Scaling
+from qlora_jax.formats.peft.adapter import Replaced
+from qlora_jax.lora.patterns import BadPattern, first_match
+from qlora_jax.lora.spec import Scaling
+from qlora_jax.lora.weights import LoraSet
 from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import UserError
 
@@ -55,9 +57,6 @@ OTHER_FUNCTIONS = (
 )
 """Settings of PEFT that, when set, make an adapter compute something that is not LoRA or DoRA."""
 
-MATCHING = 1
-"""Seconds that a pattern may take; the `re` module has no such limit."""
-
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base weights as they are."""
 
@@ -101,7 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, where: object) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the path's end.
+    """Returns what `lora.patterns.first_match` does, for a file's patterns.
 
     Args:
       patterns: keys and their values.
@@ -110,23 +109,16 @@ def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, wher
       where: the file and key that the patterns are from, for messages.
 
     Raises:
-      UserError: a key is no regular expression, or takes longer than `MATCHING` seconds.
+      UserError: a key is not a regular expression, or takes too long.
     """
-    for key, value in (patterns or {}).items():
-        try:
-            if regex.match(rf"(.*\.)?({key})$", path, timeout=MATCHING):
-                return value
-        except TimeoutError:
-            raise UserError(
-                f"{where}: pattern {key!r:.80} takes over {MATCHING} s to match {path}; simplify it"
-            ) from None
-        except regex.error as e:
-            raise UserError(f"{where}: {key!r:.80} is no regular expression: {e}") from None
-    return default
+    try:
+        return first_match(patterns or {}, path, default)
+    except BadPattern as e:
+        raise UserError(f"{where}: {e}") from None
 
 
 def make_config(
-    adapters: Mapping[str, Adapter],
+    adapters: LoraSet,
     *,
     base_name: str,
     revision: str | None,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from qlora_jax.formats.peft.adapter import AdapterSet, listed
+from qlora_jax.lora.weights import LoraSet, misfits
 from qlora_jax.runtime.errors import UserError
 
 
@@ -22,13 +23,12 @@ def check_fits(
       tied: whether its head is its embedding.
       where: the adapter's folder, for the message.
     """
-    problems = []
-    for path, adapter in adapters.adapters.items():
-        size = adapter.a.shape[0], adapter.b.shape[1]
-        if path not in linears:
-            problems.append(f"{path} (the model has none)")
-        elif size != tuple(linears[path]):
-            problems.append(f"{path} (adapter {list(size)}, model {list(linears[path])})")
+    problems = [
+        f"{path} (the model has none)"
+        if model is None
+        else f"{path} (adapter {list(own)}, model {list(model)})"
+        for path, own, model in misfits(adapters.adapters, linears)
+    ]
     for name, array in adapters.replaced.tensors.items():
         if name not in shapes:
             problems.append(f"{name} (the model has none)")
@@ -44,4 +44,23 @@ def check_fits(
         raise UserError(
             f"{where}: replaces the embedding of a model whose head is the embedding, and leaves "
             "the head as it was, which needs two matrices; train it with ensure_weight_tying"
+        )
+
+
+def check_linears(where: object, adapters: LoraSet, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Raises UserError, naming the first that does not fit, unless a model has these linears.
+
+    Args:
+      where: what to name in the message.
+      adapters: plain LoRA, by path.
+      linears: the model's, by path: (in, out).
+    """
+    for path, own, model in misfits(adapters, linears):
+        if model is None:
+            raise UserError(
+                f"{where}: the model has no linear {path}; the adapter is another model's"
+            )
+        raise UserError(
+            f"{where}: {path} is {list(own)} (in, out) in the adapter and {list(model)} in the "
+            "model; the adapter is another model's"
         )

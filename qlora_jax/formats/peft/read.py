@@ -17,12 +17,13 @@ from qlora_jax.formats.peft.adapter import (
     CONFIG,
     PREFIX,
     WEIGHTS,
-    Adapter,
     AdapterSet,
     Replaced,
     listed,
 )
 from qlora_jax.formats.peft.config import by_pattern, read_config
+from qlora_jax.lora.spec import SCALINGS, Scaling
+from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
@@ -62,9 +63,10 @@ def read_adapter(folder: Path) -> AdapterSet:
     missing = _missing(config, parts, replaced, saved)
     if missing or not parts:
         raise UserError(f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}")
+    scaling: Scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     return AdapterSet(
-        adapters={path: _adapter(path, found, config, folder) for path, found in parts.items()},
-        scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        {path: _weights(path, found, config, scaling, folder) for path, found in parts.items()},
+        scaling,
         base_name=config.get("base_model_name_or_path") or "",
         dropout=float(config.get("lora_dropout") or 0.0),
         replaced=Replaced(replaced, saved, bias, bool(config.get("ensure_weight_tying"))),
@@ -117,9 +119,13 @@ def _missing(
     return missing
 
 
-def _adapter(
-    path: str, found: Mapping[str, np.ndarray], config: Mapping[str, Any], folder: Path
-) -> Adapter:
+def _weights(
+    path: str,
+    found: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    scaling: Scaling,
+    folder: Path,
+) -> LoraWeights:
     a, b, magnitude = found["A"], found["B"], found.get("magnitude")
     where = f"{folder / CONFIG}: rank_pattern"
     rank = by_pattern(config.get("rank_pattern"), path, config["r"], where)
@@ -140,7 +146,8 @@ def _adapter(
         )
     where = f"{folder / CONFIG}: alpha_pattern"
     alpha = by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"], where)
-    return Adapter(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), alpha, rank, magnitude)
+    a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+    return LoraWeights(a, b, alpha, SCALINGS[scaling](alpha, rank), magnitude)
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -1,14 +1,15 @@
 """Arrays into an adapter folder, whole or not at all."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, Replaced, Scaling
+from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Replaced
 from qlora_jax.formats.peft.config import make_config
 from qlora_jax.formats.tensors import save
+from qlora_jax.lora.spec import Scaling
+from qlora_jax.lora.weights import LoraSet
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.atomic import atomic_folder
 from qlora_jax.runtime.errors import UserError
@@ -18,7 +19,7 @@ NOTHING = Replaced()
 
 def write_adapter(
     folder: Path,
-    adapters: Mapping[str, Adapter],
+    adapters: LoraSet,
     *,
     base_name: str,
     revision: str | None = None,
@@ -50,12 +51,11 @@ def write_adapter(
     _check_replaceable(folder)
     tensors = {}
     for path, adapter in present.items():
-        a, b = adapter.a[:, : adapter.rank], adapter.b[: adapter.rank]
         # save_file takes the memory as it lies, so a transposed view would be scrambled.
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a.T)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b.T)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(adapter.a.T)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(adapter.b.T)
         if adapter.magnitude is not None:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = adapter.magnitude
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = np.asarray(adapter.magnitude)
     for name, array in replaced.tensors.items():
         tensors[_key(name, present)] = np.ascontiguousarray(array)
     config = make_config(
@@ -71,7 +71,7 @@ def write_adapter(
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _key(name: str, adapted: Mapping[str, Adapter]) -> str:
+def _key(name: str, adapted: LoraSet) -> str:
     # PEFT wraps an adapted linear, whose own bias then lies one level deeper.
     module, _, kind = name.rpartition(".")
     return f"{PREFIX}{module}.base_layer.{kind}" if module in adapted else f"{PREFIX}{name}"

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 
 from qlora_jax.lora.init.loftq import loftq
 from qlora_jax.lora.init.pissa import pissa
-from qlora_jax.lora.init.split import Parts, Task
+from qlora_jax.lora.init.split import Stored, Task
+from qlora_jax.lora.weights import LoraWeights
 
-STARTS: Mapping[str, Callable[[Task], Parts]] = {"pissa": pissa, "loftq": loftq}
+Start = Callable[[Task], tuple[Stored, LoraWeights]]
+
+STARTS: Mapping[str, Start] = {"pissa": pissa, "loftq": loftq}
 """Name to what splits a weight into what is stored and an adapter."""

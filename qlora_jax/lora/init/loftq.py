@@ -3,14 +3,16 @@
 Quantizing W − s·a·b and taking the top of what that leaves of W alternate, with any codebook.
 """
 
-from qlora_jax.lora.init.split import Parts, Task, decoded, remainder, top
+from qlora_jax.lora.init.split import Stored, Task, remainder, top
+from qlora_jax.lora.weights import LoraWeights
+from qlora_jax.quant import to_float32
 
 
-def loftq(task: Task) -> Parts:
-    """The last of `iterations` quantized weights, with the best a and b for what it leaves."""
-    rest = task.weight
+def loftq(task: Task) -> tuple[Stored, LoraWeights]:
+    """Returns the last of `iterations` quantized weights, with the best a and b for its error."""
+    rest, spec = task.weight, task.spec
     for _ in range(task.iterations):
         stored = task.store(rest)
-        a, b = top(task.weight - decoded(stored), task.rank, task.scale, task.dtype)
-        rest = remainder(task.weight, a, b, task.scale)
-    return Parts(stored, a, b)
+        a, b = top(task.weight - to_float32(stored), spec.rank, spec.scale, task.dtype)
+        rest = remainder(task.weight, a, b, spec.scale)
+    return stored, task.weights(a, b)

@@ -3,10 +3,11 @@
 In 4 bits the rest is quantized (QPiSSA, section 4): it is what is left after the large values.
 """
 
-from qlora_jax.lora.init.split import Parts, Task, remainder, top
+from qlora_jax.lora.init.split import Stored, Task, remainder, top
+from qlora_jax.lora.weights import LoraWeights
 
 
-def pissa(task: Task) -> Parts:
-    """a and b from the top of W's decomposition, and W − scale · a @ b stored."""
-    a, b = top(task.weight, task.rank, task.scale, task.dtype)
-    return Parts(task.store(remainder(task.weight, a, b, task.scale)), a, b)
+def pissa(task: Task) -> tuple[Stored, LoraWeights]:
+    """Returns W − scale · a @ b as it is stored, with a and b from the top of W's decomposition."""
+    a, b = top(task.weight, task.spec.rank, task.spec.scale, task.dtype)
+    return task.store(remainder(task.weight, a, b, task.spec.scale)), task.weights(a, b)

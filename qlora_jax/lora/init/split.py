@@ -7,7 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.quant import QTensor, dequantize
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.weights import LoraWeights
+from qlora_jax.quant import QTensor, to_float32
 
 EXACT = 1024
 """Side up to which the decomposition is exact; above it, subspace iteration takes a small share of
@@ -23,38 +25,36 @@ class Task(NamedTuple):
 
     Attributes:
       weight: W, float32[in, out].
-      rank: of the adapter.
-      scale: the factor on a @ b.
+      spec: rank, alpha and scale of the adapter.
       dtype: in which the adapter is held.
       store: what is kept of a float32[in, out]: rounded to a dtype, or quantized.
       iterations: how often to alternate, where a start does.
     """
 
     weight: jax.Array
-    rank: int
-    scale: float
+    spec: AdapterSpec
     dtype: jnp.dtype
     store: Callable[[jax.Array], Stored]
     iterations: int
 
-
-class Parts(NamedTuple):
-    """W ≈ stored + scale · a @ b, with a [in, rank] and b [rank, out] in the adapter's dtype."""
-
-    stored: Stored
-    a: jax.Array
-    b: jax.Array
+    def weights(self, a: jax.Array, b: jax.Array) -> LoraWeights:
+        """Returns a and b as an adapter of this rank, alpha and scale."""
+        return LoraWeights(a, b, self.spec.alpha, self.spec.scale)
 
 
-def decoded(stored: Stored) -> jax.Array:
-    """What is stored, as float32[in, out]."""
-    return dequantize(stored) if isinstance(stored, QTensor) else stored.astype(jnp.float32)
+def error(weight: jax.Array, stored: Stored, adapter: LoraWeights | None) -> float:
+    """Returns ‖W − stored − scale · a @ b‖ / ‖W‖, in the Frobenius norm.
 
-
-def error(task: Task, parts: Parts) -> float:
-    """‖W − stored − scale · a @ b‖ / ‖W‖, in the Frobenius norm."""
-    rest = remainder(task.weight, parts.a, parts.b, task.scale) - decoded(parts.stored)
-    return float(jnp.linalg.norm(rest) / jnp.maximum(jnp.linalg.norm(task.weight), 1e-30))
+    Args:
+      weight: W, float32[in, out].
+      stored: what is kept of it.
+      adapter: a, b and scale; None for what is stored alone.
+    """
+    rest = weight
+    if adapter is not None:
+        rest = remainder(weight, adapter.a, adapter.b, adapter.scale)
+    norm = jnp.maximum(jnp.linalg.norm(weight), 1e-30)
+    return float(jnp.linalg.norm(rest - to_float32(stored)) / norm)
 
 
 @jax.jit

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.kernels import kept
-from qlora_jax.lora.adapter import Adapter, LoraConstant, LoraVector, Multiply, Values
+from qlora_jax.lora.adapter import Adapter, Multiply
 from qlora_jax.lora.spec import AdapterSpec
-from qlora_jax.quant import QTensor, dequantize
+from qlora_jax.lora.variables import LoraConstant, LoraVector
+from qlora_jax.lora.weights import LoraWeights
+from qlora_jax.quant import QTensor, to_float32
 
 
 class DoraAdapter(Adapter):
@@ -61,17 +63,18 @@ class DoraAdapter(Adapter):
         own = self.norm.get_value().shape[-1] * sum(spec is not None for spec in self.specs)
         return trained + own, total + own
 
-    def layer(self, i: int) -> Values | None:
-        values = super().layer(i)
-        return values and values._replace(magnitude=np.asarray(self.magnitude.get_value()[i]))
+    def weights(self, *layer: int) -> LoraWeights | None:
+        weights = super().weights(*layer)
+        magnitude = np.asarray(self.magnitude.get_value()[layer])
+        return weights and weights._replace(magnitude=magnitude)
 
-    def change(self, i: int, weight: jax.Array) -> jax.Array:
-        if self.specs[i] is None:
+    def change(self, weight: jax.Array, *layer: int) -> jax.Array:
+        if self.spec(*layer) is None:
             return jnp.zeros_like(weight)
-        parts = (v.get_value()[i] for v in (self.a, self.b, self.scale, self.magnitude))
+        parts = (v.get_value()[layer] for v in (self.a, self.b, self.scale, self.magnitude))
         return merged_weight(weight, *parts) - weight
 
-    def fill_own(self, values: Sequence[Values | None]) -> None:
+    def fill_own(self, values: Sequence[LoraWeights | None]) -> None:
         magnitude = np.array(self.magnitude.get_value())
         for i, value in enumerate(values):
             if value is not None and value.magnitude is not None:
@@ -103,7 +106,7 @@ def _measure(
         layer: tuple[jax.Array | QTensor, jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         stored, a, b, scale = layer
-        w = dequantize(stored) if isinstance(stored, QTensor) else stored.astype(jnp.float32)
+        w = to_float32(stored)
         norm = jnp.sqrt(jnp.sum(w**2, axis=0))
         cross = _dot(a.astype(jnp.float32).T, w)
         return norm, adapted_norms(norm, cross, a, b, scale)

@@ -1,0 +1,68 @@
+"""Fresh adapters: A drawn from a named distribution, B zero."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.lora.adapter import Adapter
+from qlora_jax.lora.spec import AdapterSpec
+
+
+def kaiming_uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Draws from U(±1/√in), which is PEFT's kaiming_uniform_(a=√5)."""
+    bound = 1 / math.sqrt(shape[0])
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def gaussian(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Draws from N(0, 1/r²), which is PEFT's init_lora_weights="gaussian"."""
+    return jax.random.normal(key, shape) / shape[1]
+
+
+def absent(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns zeros: the values come with the weights and are filled in later."""
+    return jnp.zeros(shape)
+
+
+INITS: Mapping[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
+    "kaiming-uniform": kaiming_uniform,
+    "gaussian": gaussian,
+    "pissa": absent,
+    "loftq": absent,
+}
+"""Distribution of A[in, r]; B starts at zero, so the adapted model starts as the base."""
+
+
+def init_adapter(
+    key: jax.Array,
+    specs: Sequence[AdapterSpec | None],
+    in_features: int,
+    out_features: int,
+    init: str,
+    dropout: float,
+    dtype: jax.typing.DTypeLike,
+    freeze_a: bool = False,
+) -> Adapter:
+    """Makes fresh adapters for a stack of layers.
+
+    Args:
+      key: of the random numbers.
+      specs: one for each layer; None stands for a layer without an adapter.
+      in_features: of each layer.
+      out_features: of each layer.
+      init: a key of `INITS`.
+      dropout: rate on the input of A.
+      dtype: of A and B.
+      freeze_a: leave A out of what is trained.
+    """
+    top = max(spec.rank for spec in specs if spec is not None)
+    keys = jax.random.split(key, len(specs))
+    a = jnp.zeros((len(specs), in_features, top), jnp.float32)
+    for i, spec in enumerate(specs):
+        if spec is not None:
+            a = a.at[i, :, : spec.rank].set(INITS[init](keys[i], (in_features, spec.rank)))
+    b = jnp.zeros((len(specs), top, out_features), dtype)
+    scale = jnp.array([spec.scale if spec else 0.0 for spec in specs], jnp.float32)
+    return Adapter(a.astype(dtype), b, scale, specs, dropout, freeze_a)

@@ -1,0 +1,124 @@
+"""A linear with a frozen weight and a trained low-rank update.
+
+    y = x @ W + scale * (x @ A) @ B + bias              (LoRA, section 4.1)
+
+W [in, out] is the pretrained weight, as floats or in 4 bits (`QTensor`; QLoRA, section 3). It is
+frozen. A [in, r] and B [r, out] are trained; scale is alpha / r. B starts at zero, so y starts as
+x @ W + bias. In 4 bits W is decoded for the product and again for the gradient, never kept.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax.kernels import dense, kept, matmul
+from qlora_jax.lora.adapter import Adapter
+from qlora_jax.lora.init.fresh import init_adapter
+from qlora_jax.lora.spec import SCALINGS, AdapterSpec
+from qlora_jax.lora.variables import Vector, Weight
+from qlora_jax.quant import QTensor, to_float32
+
+
+class LoraLinear(nnx.Module):
+    """x @ W + bias, plus what an adapter adds where there is one.
+
+    All arrays may have a leading axis, that of a stack of layers: `jax.lax.scan` or `jax.vmap`
+    takes it away before a product.
+
+    Attributes:
+      weight: W [in, out] or [L, in, out], an array or a QTensor.
+      bias: [out] or [L, out]; or None.
+      adapter: A, B and scale; None for the plain linear.
+      implementation: of `matmul` with 4-bit weights; None picks by device and rows.
+    """
+
+    def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):
+        self.weight = Weight(weight)
+        self.bias = None if bias is None else Vector(bias)
+        self.adapter: Adapter | None = None
+        self.implementation: str | None = None
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: jax.Array | QTensor,
+        bias: jax.Array | None = None,
+        *,
+        key: jax.Array,
+        rank: int = 16,
+        alpha: float = 32.0,
+        scaling: str = "alpha/r",
+        init: str = "kaiming-uniform",
+        dropout: float = 0.0,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> "LoraLinear":
+        """Puts a fresh adapter on a pretrained weight.
+
+        Args:
+          weight: W [in, out] or [L, in, out], an array or a QTensor.
+          bias: [out] or [L, out]; or None.
+          key: of A's random numbers.
+          rank: r.
+          alpha: numerator of the scale.
+          scaling: a key of `spec.SCALINGS`.
+          init: distribution of A, a key of `init.fresh.INITS`.
+          dropout: rate on the input of A, in training.
+          dtype: of A and B.
+        """
+        *stack, k, n = weight.shape
+        spec = AdapterSpec(rank, alpha, SCALINGS[scaling](alpha, rank))
+        layers = [spec] * (stack[0] if stack else 1)
+        adapter = init_adapter(key, layers, k, n, init, dropout, dtype)
+        if not stack:
+            for variable in (adapter.a, adapter.b, adapter.scale):
+                variable.set_value(variable.get_value()[0])
+        linear = cls(weight, bias)
+        linear.adapter = nnx.data(adapter)
+        return linear
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Returns y [..., out] in x's dtype, for x [..., in]; one layer. Dropout needs a key."""
+        multiply = self.multiply
+        y = multiply(x) if self.adapter is None else self.adapter.product(x, multiply, key)
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(x.dtype)
+        return kept(y)
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """Returns x @ W, [..., out] in x's dtype, without bias and adapter; one layer."""
+        weight = self.weight.get_value()
+        if isinstance(weight, QTensor):
+            return matmul(x, weight, self.implementation)
+        return dense(x, weight)
+
+    def merge(self, *layer: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """Returns one layer's weight with what its adapter adds: dtype[in, out].
+
+        With it one product takes the place of three (LoRA, section 4.1).
+
+        Args:
+          layer: index in the stack; nothing where there is no stack.
+          dtype: of the result.
+        """
+        return merged(self.weight.get_value()[layer], self.adapter, *layer, dtype=dtype)
+
+
+def merged(
+    weight: jax.Array | QTensor,
+    adapter: Adapter | None,
+    *layer: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Adds what an adapter adds to a layer's weight, in float32 and rounded once.
+
+    Args:
+      weight: [in, out], floats or 4 bits.
+      adapter: of the layer, or of its stack; None adds nothing.
+      layer: index in the stack; nothing where there is no stack.
+      dtype: of the result.
+
+    Returns:
+      dtype[in, out].
+    """
+    plain = to_float32(weight)
+    return (plain if adapter is None else plain + adapter.change(plain, *layer)).astype(dtype)

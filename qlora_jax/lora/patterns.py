@@ -1,0 +1,45 @@
+"""Patterns of module paths, matched as PEFT matches them."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import regex
+
+T = TypeVar("T")
+
+MATCHING = 1
+"""Seconds that a pattern may take; the `re` module has no such limit."""
+
+
+class BadPattern(ValueError):
+    """A pattern cannot be used; the text says which one and why."""
+
+
+def named(path: str, name: str) -> bool:
+    """Whether a path is the name, or ends in it after a dot."""
+    return path == name or path.endswith(f".{name}")
+
+
+def ends_in(path: str, pattern: str) -> bool:
+    """Whether a regular expression matches the whole path, or its end after a dot.
+
+    Raises:
+      BadPattern: it is not a regular expression, or takes longer than `MATCHING` seconds.
+    """
+    try:
+        return regex.fullmatch(rf"(.*\.)?({pattern})", path, timeout=MATCHING) is not None
+    except TimeoutError:
+        raise BadPattern(
+            f"pattern {pattern!r:.80} takes over {MATCHING} s to match {path}; simplify it"
+        ) from None
+    except regex.error as e:
+        raise BadPattern(f"{pattern!r:.80} is not a regular expression: {e}") from None
+
+
+def first_match(patterns: Mapping[str, T], path: str, default: T) -> T:
+    """Returns the value of the first pattern that the path ends in; else the default.
+
+    Raises:
+      BadPattern: as `ends_in`.
+    """
+    return next((value for pattern, value in patterns.items() if ends_in(path, pattern)), default)
