@@ -1,0 +1,88 @@
+"""A .gguf file as a checkpoint."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from qlora_jax.formats.gguf.architectures import ARCHITECTURES, hugging_face_name
+from qlora_jax.formats.gguf.config import ROPE_TABLE, config_of
+from qlora_jax.formats.gguf.tensors import (
+    Layout,
+    check_dequantizable,
+    describe,
+    layouts,
+    read_tensor,
+)
+from qlora_jax.formats.names import check_shapes
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.families import FAMILIES
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.gguf_header import GgufTensor, read_header
+
+LONGROPE_TABLE = "rope_factors_long.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufCheckpoint:
+    """A `Checkpoint` in a .gguf file. `layouts` hold what makes a tensor Hugging Face's."""
+
+    path: Path
+    config: DecoderConfig
+    description: str
+    tensors: dict[str, GgufTensor]
+    layouts: dict[str, Layout]
+    quantization: None = None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def read(self, name: str) -> np.ndarray:
+        weight = read_tensor(self.path, self.tensors[name])
+        return self.layouts[name](weight) if name in self.layouts else weight
+
+
+def open_gguf(path: Path) -> GgufCheckpoint:
+    """Opens a .gguf file of one of `ARCHITECTURES`.
+
+    Raises:
+      UserError: not a whole GGUF file, an architecture, rope scaling or tensor that is not
+        supported, or tensors that do not agree with the metadata.
+    """
+    header = read_header(path)
+    architecture = str(header.metadata.get("general.architecture"))
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: architecture {architecture!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    if LONGROPE_TABLE in header.tensors:
+        raise UserError(
+            f"{path}: rope scaling 'longrope' ({LONGROPE_TABLE}) is not supported; "
+            "supported: none, linear, llama3"
+        )
+    kind = ARCHITECTURES[architecture]
+    found = {
+        hugging_face_name(n, FAMILIES[kind.family], path): t
+        for n, t in header.tensors.items()
+        if n != ROPE_TABLE
+    }
+    config = config_of(header, found, path)
+    expected = check_shapes({name: t.shape for name, t in found.items()}, config, path)
+    tensors = {name: found[name] for name in expected}
+    for name, tensor in tensors.items():
+        check_dequantizable(name, tensor, path)
+    return GgufCheckpoint(
+        path=path,
+        config=config,
+        description=describe(tensors),
+        tensors=tensors,
+        layouts=layouts(kind, config, tensors),
+    )
