@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.runtime import json_files
+from qlora_jax.runtime import format_version, json_files
 from qlora_jax.runtime.atomic import write_text
 from qlora_jax.runtime.device import cpu_cores, cpu_name, describe_devices
 from qlora_jax.runtime.versions import versions
@@ -35,6 +35,7 @@ def build(config: Any, command: str, extra: Mapping[str, Any] | None = None) -> 
     """
     devices, tree = describe_devices(), dataclasses.asdict(config)
     entries = {
+        format_version.KEY: format_version.NEWEST,
         "started": now(),
         "finished": None,
         "command": command,
@@ -95,13 +96,16 @@ def read(run_dir: str | Path) -> dict[str, Any]:
     """The manifest of a run.
 
     Raises:
-      UserError: it is missing, or not JSON.
+      UserError: it is missing, not JSON, or of a newer format.
     """
-    return json_files.read_object(
-        Path(run_dir) / NAME,
+    path = Path(run_dir) / NAME
+    found = json_files.read_object(
+        path,
         "restore it, or delete it to go on",
         f"no such file; is {run_dir} a run directory?",
     )
+    format_version.check(found, path)
+    return found
 
 
 def base_hash(manifest: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.models.trees import flatten
-from qlora_jax.runtime import digests, paths
+from qlora_jax.runtime import digests, format_version, paths
 from qlora_jax.runtime.atomic import storage_error
 from qlora_jax.runtime.digests import Damaged
 from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
@@ -99,7 +99,9 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(flat),
-                    extra=ocp.args.JsonSave(digests.seal(extra, flat)),
+                    extra=ocp.args.JsonSave(
+                        digests.seal({**extra, format_version.KEY: format_version.NEWEST}, flat)
+                    ),
                 ),
             )
             self._manager.wait_until_finished()
@@ -154,12 +156,14 @@ class Checkpoints:
 
         Raises:
           Damaged: its files are not what was saved.
-          UserError: it holds another state, or its files may not be read.
+          UserError: it holds another state, is of a newer format, or may not be read.
         """
         with self._guarded():
             args = ocp.args.Composite(extra=ocp.args.JsonRestore())
             stored = self._manager.restore(step, args=args).extra
         extra, saved = digests.unseal(stored)
+        format_version.check(extra, f"{self.folder}/{step}")
+        extra.pop(format_version.KEY, None)
         if saved is None:
             with self._guarded():
                 tree = self._manager.item_metadata(step).state.tree

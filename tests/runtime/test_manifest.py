@@ -125,3 +125,11 @@ def test_no_git_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert manifest.git_state() is None
     assert manifest.build(CONFIG, "")["git"] is None
+
+
+def test_a_manifest_of_a_newer_format_is_refused(tmp_path):
+    built = manifest.build(CONFIG, "")
+    assert built["format"] == 1
+    manifest.write(tmp_path, built | {"format": 2})
+    with pytest.raises(UserError, match=r"manifest.json: of format 2, and this program reads up"):
+        manifest.read(tmp_path)

@@ -18,6 +18,7 @@ import pytest
 
 from qlora_jax.config import OptimizerConfig
 from qlora_jax.models.trees import flatten
+from qlora_jax.runtime import format_version
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import FOLDER, Checkpoints
 from qlora_jax.train.moments import ENCODERS
@@ -309,3 +310,12 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=f"^{tmp_path / 'file' / FOLDER}: not a folder"):
         Checkpoints(tmp_path / "file", 2)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_kept(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(format_version, "NEWEST", 2)
+    saved.save(make(5), EXTRA)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"checkpoints/5: of format 2, and this program reads up"):
+        Checkpoints(tmp_path, 2).restore(make(0))
+    assert steps(tmp_path) == [3, 5]
