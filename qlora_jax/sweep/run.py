@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from qlora_jax.runtime import manifest
@@ -163,12 +162,7 @@ class _Display:
             self._line.start("")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._total:
             self._line.stop()
 

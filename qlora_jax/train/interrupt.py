@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM as a request to stop at the next safe point."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 
 class Stopped(Exception):
@@ -23,12 +23,7 @@ class Requests:
         self._previous = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
