@@ -177,7 +177,7 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help=f"default {','.join(OPERATIONS)}",
     )
-    _samples(parser, 10, "timed calls of each case")
+    _add_count(parser, "samples", 10, "timed calls of each case")
     parser.set_defaults(device="")
 
 
@@ -188,19 +188,10 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remat", choices=REMAT, default="dots", help="default dots; peers know none and full"
     )
-    for name, default, text in (
-        ("batch", 2, "rows"),
-        ("seq", 256, "tokens a row"),
-        ("rank", 16, "of the adapters"),
-        ("steps", 6, "timed steps"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=_count,
-            default=default,
-            metavar="N",
-            help=f"{text}; default {default}",
-        )
+    _add_count(parser, "batch", 2, "rows")
+    _add_count(parser, "seq", 256, "tokens a row")
+    _add_count(parser, "rank", 16, "of the adapters")
+    _add_count(parser, "steps", 6, "timed steps")
     parser.add_argument(
         "--alpha", type=_positive, metavar="X", help="of the adapters; default twice the rank"
     )
@@ -234,20 +225,11 @@ def _load(parser: argparse.ArgumentParser) -> None:
 def _generate(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     _compute(parser)
-    for name, default, text in (
-        ("prompt", 34, "tokens to read"),
-        ("tokens", 64, "tokens to write"),
-        ("rows", 1, "answers at one time"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=_count,
-            default=default,
-            metavar="N",
-            help=f"{text}; default {default}",
-        )
+    _add_count(parser, "prompt", 34, "tokens to read")
+    _add_count(parser, "tokens", 64, "tokens to write")
+    _add_count(parser, "rows", 1, "answers at one time")
     _kernel(parser)
-    _samples(parser, 5, "timed answers")
+    _add_count(parser, "samples", 5, "timed answers")
     parser.set_defaults(seed=0)
 
 
@@ -277,10 +259,9 @@ def _kernel(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _samples(parser: argparse.ArgumentParser, default: int, text: str) -> None:
-    parser.add_argument(
-        "--samples", type=_count, default=default, metavar="N", help=f"{text}; default {default}"
-    )
+def _add_count(parser: argparse.ArgumentParser, name: str, default: int, text: str) -> None:
+    help = f"{text}; default {default}"
+    parser.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=help)
 
 
 def _positive(text: str) -> float:
