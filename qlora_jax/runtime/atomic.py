@@ -43,9 +43,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir():
             raise UserError(f"{path}: is a folder, but a file is to be written there; move it away")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except Exception as e:
         elsewhere = isinstance(e, OSError) and e.filename not in (None, str(temporary), temporary)
         problem = None if elsewhere else storage_error(path.parent, e)
@@ -109,7 +109,8 @@ def storage_error(folder: str | Path, error: BaseException) -> UserError | None:
     return UserError(f"{folder}: {remedy}") if remedy else None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from qlora_jax.runtime import json_files, paths
-from qlora_jax.runtime.atomic import atomic_write, storage_error
+from qlora_jax.runtime.atomic import atomic_write, storage_error, sync
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.experiment import Experiment
 from qlora_jax.sweep.record import Record
@@ -63,7 +63,7 @@ class Results:
                 self._file = opened.enter_context(self.path.open("ab", buffering=0))
                 if self._file.tell() > size:
                     self._file.truncate(size)
-                _sync_folder(folder)
+                sync(folder)
             except OSError as e:
                 raise storage_error(folder, e) or e from e
             self._opened = opened.pop_all()
@@ -209,11 +209,3 @@ def _lock(folder: Path) -> int:
                     f"{folder}: another sweep is writing there; wait for it, or give another --out"
                 ) from None
             time.sleep(0.05)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qlora_jax.bench import generate, tools
+from qlora_jax.bench import generate
 from qlora_jax.bench.gpu.facts import MEMORY
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, as_options
-from qlora_jax.bench.gpu.steps import too_large
+from qlora_jax.bench.gpu.steps import measured, too_large
 from qlora_jax.bench.options import Generate
 
 UNFUSED = "--xla_gpu_enable_dynamic_slice_fusion=false"
@@ -71,9 +71,5 @@ def run(lane: Lane) -> None:
 
 
 def _one(lane: Lane, case: Case) -> None:
-    kernel = case.options.kernel or lane.kernel()
-    options = dataclasses.replace(case.options, dtype=lane.dtype(), kernel=kernel)
-    report = tools.measured(
-        tools.ours(), "generate", options, print, timeout=lane.left(), flags=case.flags
-    )
+    report = measured(lane, "generate", case.options, case.flags)
     lane.figures(report, case.name, KINDS, rows=case.options.rows)

@@ -12,7 +12,7 @@ from qlora_jax.bench import step, tools
 from qlora_jax.bench.gpu.facts import MEMORY
 from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, as_options
-from qlora_jax.bench.options import Step
+from qlora_jax.bench.options import Generate, Step
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.shapes import find
@@ -168,12 +168,22 @@ def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
             _one(lane, case)
 
 
+def measured(lane: Lane, benchmark: str, options: Step | Generate, flags: str) -> Mapping[str, Any]:
+    """Runs a benchmark in a process of its own, with the lane's dtype and kernel.
+
+    Args:
+      lane: the lane.
+      benchmark: step or generate.
+      options: of it.
+      flags: for XLA.
+    """
+    kernel = options.kernel or lane.kernel()
+    options = dataclasses.replace(options, dtype=lane.dtype(), kernel=kernel)
+    return tools.measured(tools.ours(), benchmark, options, print, timeout=lane.left(), flags=flags)
+
+
 def _one(lane: Lane, case: Case) -> None:
-    kernel = case.options.kernel or lane.kernel()
-    options = dataclasses.replace(case.options, dtype=lane.dtype(), kernel=kernel)
-    report = tools.measured(
-        tools.ours(), "step", options, print, timeout=lane.left(), flags=case.flags
-    )
+    report = measured(lane, "step", case.options, case.flags)
     lane.figures(report, case.name, KINDS)
     finite = all(math.isfinite(loss) for loss in report["losses"])
     lane.record.check(f"{case.name}: {FINITE}", finite, losses=report["losses"])
