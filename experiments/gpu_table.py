@@ -10,7 +10,7 @@ Cost: about 10 minutes per implementation on 2 CPU cores; no GPU. Needs the extr
 GPUs that `qlora-jax bench gpu` has a report of get a second table of times, at measured rates.
   That compiles nothing; --only without a name, with --json, compiles nothing at all.
 Command: python experiments/gpu_table.py --write docs/gpu.md --json docs/gpu.json
-  --rows prints the table FUSED_ROWS of qlora_jax/kernels/tuning.py, from the reports' times.
+  --rows prints the table FUSED_ROWS of qlora_jax/kernels/select.py, from the reports' times.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from qlora_jax.gpu import measured
 from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
 from qlora_jax.gpu.product import DECODE_FIRST, DIRECTIONS, Case, compile_all, seconds_at, tile
-from qlora_jax.kernels.select import FUSED, half_dtype, usable
-from qlora_jax.kernels.tuning import EVERY
+from qlora_jax.kernels.select import EVERY, FUSED, usable
+from qlora_jax.kernels.target import half_dtype
 from qlora_jax.runtime.errors import UserError
 
 ROWS = (1, 16, 512, 2048, 8192)

@@ -1,6 +1,6 @@
 """Times the tiles of the Mosaic kernels on the GPU at hand.
 
-Question: which tiles belong into MOSAIC_TILES of qlora_jax/kernels/tuning.py, and up to how many
+Question: which tiles belong into TILES of qlora_jax/kernels/mosaic/tiles.py, and up to how many
   rows is a kernel quicker than decoding the weight first?
 Expected: with few rows blocks share the contraction, since there are fewer tiles than
   multiprocessors; with many rows tiles are large, since each tile decodes its part of the weight.
@@ -11,7 +11,6 @@ Command: python experiments/benchmarks/tiles.py --out docs/results/tiles-nvidia-
 
 import argparse
 import functools
-import importlib
 import itertools
 import json
 import statistics
@@ -28,8 +27,9 @@ from qlora_jax.bench import jax_timing
 from qlora_jax.bench.gpu.facts import facts
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.gpu.product import DIRECTIONS, Case
-from qlora_jax.kernels import tuning
-from qlora_jax.kernels.tuning import MosaicTile
+from qlora_jax.kernels.mosaic import tiles
+from qlora_jax.kernels.mosaic.tiles import Tile
+from qlora_jax.kernels.select import module_of
 from qlora_jax.quant import quantize
 from qlora_jax.runtime.atomic import write_text
 from qlora_jax.runtime.errors import UserError
@@ -40,25 +40,25 @@ L2 = 130_000_000
 """Bytes of codes that take turns, more than a level 2 cache holds."""
 
 FEW = tuple(
-    MosaicTile(16, o, 256, stages, "split", blocks=blocks)
+    Tile(16, o, 256, stages, "split", blocks=blocks)
     for o, (stages, blocks) in itertools.product(
         (64, 32), ((3, 264), (3, 0), (3, 528), (2, 264), (5, 264))
     )
 )
 SOME = tuple(
-    MosaicTile(64, o, c, stages, "wgmma", blocks=blocks)
+    Tile(64, o, c, stages, "wgmma", blocks=blocks)
     for o, c, stages in ((128, 64, 3), (128, 64, 5), (128, 128, 2), (64, 64, 4), (64, 128, 3))
     for blocks in (0, 264, 528)
 )
 MANY = tuple(
-    MosaicTile(m, o, c, stages, "wgmma", blocks=blocks)
+    Tile(m, o, c, stages, "wgmma", blocks=blocks)
     for m, o, c, stages in (
         *((256, 64, 64, 2), (256, 64, 64, 3), (128, 128, 64, 2), (128, 128, 64, 3)),
         *((128, 128, 64, 4), (128, 128, 128, 2), (128, 64, 64, 4)),
     )
     for blocks in (0, 264)
 )
-CANDIDATES: Mapping[int, Sequence[MosaicTile]] = {
+CANDIDATES: Mapping[int, Sequence[Tile]] = {
     **dict.fromkeys((1, 4, 16), FEW),
     **dict.fromkeys((32, 64, 128), SOME),
     **dict.fromkeys((256, 512, 1024, 2048, 8192), MANY),
@@ -70,7 +70,7 @@ FIELDS = ("rows", "k", "n", "direction")
 
 def measured(product: Case, sets: Sequence[Any]) -> list[dict[str, Any]]:
     """Times decoding first and every candidate, in microseconds, and compares their results."""
-    names: list[tuple[str, MosaicTile | None]] = [("xla", None)]
+    names: list[tuple[str, Tile | None]] = [("xla", None)]
     names += [("mosaic", tile) for tile in CANDIDATES[product.rows] if fits(tile, product)]
     rows: list[dict[str, Any]] = []
     expected = None
@@ -91,12 +91,12 @@ def measured(product: Case, sets: Sequence[Any]) -> list[dict[str, Any]]:
             continue
         expected = last if expected is None else expected
         apart = float(jnp.linalg.norm(last - expected) / jnp.linalg.norm(expected))
-        splits = tile and tuning.mosaic_splits(tile, product.rows, product.inner, product.outer)
+        splits = tile and tiles.split_count(tile, product.rows, product.inner, product.outer)
         rows.append({**row, "splits": splits, "us": 1e6 * seconds, "apart": apart})
     return rows
 
 
-def fits(tile: MosaicTile, product: Case) -> bool:
+def fits(tile: Tile, product: Case) -> bool:
     """Whether a tile divides a product; backward, a byte of codes holds rows that are 32 apart."""
     return (
         product.inner % tile.c == 0
@@ -106,15 +106,14 @@ def fits(tile: MosaicTile, product: Case) -> bool:
 
 
 def programs(
-    product: Case, names: Sequence[tuple[str, MosaicTile | None]], sets: Sequence[Any]
+    product: Case, names: Sequence[tuple[str, Tile | None]], sets: Sequence[Any]
 ) -> Iterator[Program]:
     """Yields a timed program for each implementation and tile; it is traced before the next."""
     for name, tile in names:
         if tile is not None:
-            tuning.MOSAIC_TILES = dict.fromkeys(tuning.MOSAIC_TILES, (tile,))
-        module = importlib.import_module(f"qlora_jax.kernels.{name}")
+            tiles.TILES = dict.fromkeys(tiles.TILES, (tile,))
         # a function of its own for each tile: jax keeps what it has traced of a function
-        call = jax.jit(functools.partial(getattr(module, product.direction)))
+        call = jax.jit(functools.partial(getattr(module_of(name), product.direction)))
         over = functools.partial(jax_timing.over_all, call)
         yield Program(name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
 

@@ -18,6 +18,7 @@ from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, from_tree
 from qlora_jax.formats.source import open_checkpoint
+from qlora_jax.kernels.select import choose_kernel
 from qlora_jax.models import shapes, trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
@@ -30,7 +31,7 @@ from qlora_jax.runtime.manifest import git_state
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.placement import PLACEMENTS
-from qlora_jax.train.setup import choose_kernel, load_model
+from qlora_jax.train.setup import load_model
 
 UPDATES = 3
 """Updates that are timed alone, at most."""

@@ -145,7 +145,7 @@ def shapes(config: Config) -> DecoderConfig:
 
 def suited(config: Config, capability: tuple[int, int]) -> Config:
     """With float16 where a GPU has no bfloat16 units (before compute capability 8.0)."""
-    from qlora_jax.kernels.select import half_dtype
+    from qlora_jax.kernels.target import half_dtype
 
     if half_dtype(capability) == "bfloat16":
         return config

@@ -20,7 +20,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from qlora_jax.kernels.select import compiling_for
+from qlora_jax.kernels.target import compiling_for
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 

@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.product import DECODE_FIRST, Case
 from qlora_jax.gpu.roofline import Ceilings
-from qlora_jax.kernels.select import FUSED, Capability
-from qlora_jax.kernels.tuning import EVERY, FUSED_ROWS
+from qlora_jax.kernels.select import EVERY, FUSED, FUSED_ROWS
+from qlora_jax.kernels.target import Capability
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
@@ -158,7 +158,7 @@ def fused_rows(implementation: str, times: Mapping[Case, float]) -> tuple[range,
     numbers of rows go with the next lower measured one, those below the least with the least.
 
     Returns:
-      Ranges as in `tuning.FUSED_ROWS`; () where nothing can be compared.
+      Ranges as in `select.FUSED_ROWS`; () where nothing can be compared.
     """
     verdicts: dict[int, bool] = {}
     for case, limit in times.items():
@@ -179,7 +179,7 @@ def fused_rows(implementation: str, times: Mapping[Case, float]) -> tuple[range,
 
 
 def table(known: Iterable[Report]) -> dict[str, dict[Capability, tuple[range, ...]]]:
-    """`tuning.FUSED_ROWS` with the rows of measured GPUs in place of modelled ones.
+    """`select.FUSED_ROWS` with the rows of measured GPUs in place of modelled ones.
 
     GPUs of one capability count as one, whose times are all of theirs. A capability that has the
     ranges of the one before it is left out, as there.

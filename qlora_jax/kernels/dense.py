@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qlora_jax.kernels import tuning
-
 KEPT = "product"
 """The name of what `kept` marks, for policies of `jax.checkpoint`."""
+
+SLICES = 12
+"""Slices of a 16-bit weight that `_one_row` adds up in one expression, at most. With 16, XLA of jax
+0.10 converts the weight to float32 outside of it."""
 
 
 @jax.custom_vjp
@@ -57,7 +59,7 @@ def _one_row(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
     """
     # Held to x, so that no loop around this converts w to float32 beforehand and keeps that.
     x, w = jax.lax.optimization_barrier((x, w))
-    part = tuning.cpu_part(w.shape[contracted])
+    part = _slice_length(w.shape[contracted])
     parts = range(w.shape[contracted] // part)
     wide = x.reshape(-1, part).astype(jnp.float32)
     if contracted:
@@ -68,6 +70,13 @@ def _one_row(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
         terms = [slices[i] * wide[i, :, None] for i in parts]
     total = functools.reduce(jnp.add, terms)
     return _dot(jnp.ones((*x.shape[:-1], part), jnp.float32), total, contracted)
+
+
+def _slice_length(features: int) -> int:
+    """Returns how long a slice is: it divides `features`, and is a multiple of 16 if one does."""
+    least = -(-features // SLICES)
+    parts = [p for p in range(least, features + 1) if features % p == 0]
+    return next((p for p in parts if p % 16 == 0), features)
 
 
 def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

@@ -1,7 +1,6 @@
 """The one entry point for x @ W with W in 4 bits."""
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +10,9 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from qlora_jax.kernels import parts
-from qlora_jax.kernels.select import FUSED, pick
+from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, module_of, pick
 from qlora_jax.quant import QTensor
 from qlora_jax.runtime.errors import UserError
-
-IMPLEMENTATIONS = ("xla", "triton", "mosaic")
-"""Modules beside this one, each with `forward(x, q)` and `backward(g, q)`; imported when used."""
 
 
 def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.Array:
@@ -66,8 +62,7 @@ _matmul.defvjp(_forward, _backward)
 
 @functools.cache
 def _product(implementation: str, direction: str) -> Callable[[jax.Array, QTensor], jax.Array]:
-    module = importlib.import_module(f"qlora_jax.kernels.{implementation}")
-    function = getattr(module, direction)
+    function = getattr(module_of(implementation), direction)
     fused = implementation in FUSED
     if fused:
         function = parts.divided(function)

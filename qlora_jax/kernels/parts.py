@@ -15,7 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.kernels.tuning import MOSAIC_TILES, TRITON_TILES
+from qlora_jax.kernels import triton_tiles
+from qlora_jax.kernels.mosaic import tiles as mosaic_tiles
 from qlora_jax.quant.qtensor import QTensor
 
 Product = Callable[[jax.Array, QTensor], jax.Array]
@@ -24,8 +25,8 @@ LIMIT = 2**31
 """Bytes that an operand or a result of one kernel stays below."""
 
 TILE = max(
-    *(tile.m for tiles in TRITON_TILES.values() for tile in tiles),
-    *(tile.m for tiles in MOSAIC_TILES.values() for tile in tiles),
+    *(tile.m for tiles in triton_tiles.TILES.values() for tile in tiles),
+    *(tile.m for tiles in mosaic_tiles.TILES.values() for tile in tiles),
 )
 """Rows of the tallest tile; those of all others divide it."""
 

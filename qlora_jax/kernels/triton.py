@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from qlora_jax.kernels import tuning
-from qlora_jax.kernels.tuning import Tile
+from qlora_jax.kernels.triton_tiles import Tile, tile_for
 from qlora_jax.quant.double_quant import unfused
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import GROUP, QTensor
@@ -29,7 +28,7 @@ INTERPRET = False
 def forward(x: jax.Array, q: QTensor) -> jax.Array:
     """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
     rows = x.reshape(math.prod(x.shape[:-1]), q.in_features)
-    tile = tuning.triton_tile(rows.shape[0], rows.dtype)
+    tile = tile_for(rows.shape[0], rows.dtype)
     grid = (pl.cdiv(rows.shape[0], tile.m), pl.cdiv(q.shape[-1], tile.n))
     y = _call(functools.partial(_forward_kernel, tile), grid, tile, rows, q, q.shape[-1])
     return y.reshape(*x.shape[:-1], q.shape[-1])
@@ -38,7 +37,7 @@ def forward(x: jax.Array, q: QTensor) -> jax.Array:
 def backward(g: jax.Array, q: QTensor) -> jax.Array:
     """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
     rows = g.reshape(math.prod(g.shape[:-1]), q.shape[-1])
-    tile = tuning.triton_tile(rows.shape[0], rows.dtype)
+    tile = tile_for(rows.shape[0], rows.dtype)
     grid = (pl.cdiv(rows.shape[0], tile.m), pl.cdiv(q.in_features, GROUP))
     dx = _call(functools.partial(_backward_kernel, tile), grid, tile, rows, q, q.in_features)
     return dx.reshape(*g.shape[:-1], q.in_features)

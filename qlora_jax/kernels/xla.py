@@ -6,12 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.kernels import tuning
 from qlora_jax.kernels.dense import product
 from qlora_jax.quant import QTensor, dequantize
 from qlora_jax.quant.qtensor import GROUP, block_scales, decode, group_scales
 
 HALF = GROUP // 2
+ROWS_FUSED = 8
+"""Rows of each half of a group in one expression, in a product with one row of x on a CPU; divides
+HALF. With fewer, XLA of jax 0.10 leaves the loop scalar (7x slower); with more, compiling takes
+longer and the product no less."""
 
 
 def forward(x: jax.Array, q: QTensor) -> jax.Array:
@@ -33,20 +36,19 @@ def _decoded(x: jax.Array, q: QTensor) -> jax.Array:
 def _one_row(x: jax.Array, q: QTensor) -> jax.Array:
     """x @ W for a single row of x; the decoded weight is never in memory, nor rounded.
 
-    One elementwise expression over [group, row, n] sums `CPU_ROWS_FUSED` rows of each half and
+    One elementwise expression over [group, row, n] sums `ROWS_FUSED` rows of each half and
     scales the sum; XLA:CPU vectorizes it along n and divides it among threads. What is left to
     add up is a product with ones, which unlike a sum is not fused into it and kept scalar.
     """
-    fused = tuning.CPU_ROWS_FUSED
     n = q.codes.shape[-1]
     flat = jnp.pad(x.reshape(-1), (0, 2 * q.codes.shape[0] - q.in_features)).astype(jnp.float32)
-    rows = flat.reshape(-1, 2, fused, HALF // fused, 1)
-    codes = q.codes.reshape(-1, fused, HALF // fused, n)
+    rows = flat.reshape(-1, 2, ROWS_FUSED, HALF // ROWS_FUSED, 1)
+    codes = q.codes.reshape(-1, ROWS_FUSED, HALF // ROWS_FUSED, n)
     scales = group_scales(block_scales(q), q)
     total = jnp.float32(0)
     for half in range(2):
         nibbles = codes >> 4 if half else codes & 15
-        terms = [decode(nibbles[:, i], q.codebook) * rows[:, half, i] for i in range(fused)]
+        terms = [decode(nibbles[:, i], q.codebook) * rows[:, half, i] for i in range(ROWS_FUSED)]
         total += functools.reduce(jnp.add, terms) * scales[:, half % scales.shape[1]]
     total = total.reshape(-1, n)
     y = product(jnp.ones((1, total.shape[0]), jnp.float32), total, 0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.kernels.select import for_a_cpu
+from qlora_jax.kernels.target import for_a_cpu
 from qlora_jax.lora.bank import with_rows
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.layers import KVCache

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from qlora_jax.config import Config
 from qlora_jax.data.packing import DTYPES
+from qlora_jax.kernels.select import choose_kernel
+from qlora_jax.kernels.target import Hardware
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.quant import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
 from qlora_jax.train.optimizer import adamw
-from qlora_jax.train.setup import Hardware, choose_kernel
 
 Compile = Callable[..., jax.stages.Compiled]
 """(function, *arguments, donate) to a compiled program; the arguments are abstract."""

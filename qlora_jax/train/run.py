@@ -18,6 +18,7 @@ from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.loader import Loader, held_out_batches
 from qlora_jax.data.prompts import Question
 from qlora_jax.formats import fresh, peft
+from qlora_jax.kernels.select import choose_kernel
 from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
@@ -39,7 +40,6 @@ from qlora_jax.train.placement import ON_DEVICE, Placement
 from qlora_jax.train.report import Sample, Summary, write_report
 from qlora_jax.train.setup import (
     Data,
-    choose_kernel,
     describe_quantization,
     held_quantization,
     load_model,

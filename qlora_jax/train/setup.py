@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,7 @@ from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.kernels.check import agrees
-from qlora_jax.kernels.select import FUSED, capability_of, picked, usable
+from qlora_jax.kernels.select import trusted_kernel
 from qlora_jax.lora import LoraSet, plan, ranks_above_full
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import AdapterSpec
@@ -26,7 +24,7 @@ from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
 from qlora_jax.runtime import compilation
-from qlora_jax.runtime.errors import RunFailed, UserError
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tokenizer
 from qlora_jax.text.bpe import train_bpe
 from qlora_jax.text.tokenizer import Tokenizer
@@ -110,63 +108,6 @@ def _own_tokenizer(config: Config) -> Tokenizer:
         return tokenizer.load(Path(pretrain.tokenizer).expanduser())
     texts = (record.key for record in sources.read(config.data).train)
     return train_bpe(texts, pretrain.vocab_size, fresh.NAME)
-
-
-class Hardware(Protocol):
-    """A jax device, or the description of one; an NVIDIA GPU's has `compute_capability` too."""
-
-    @property
-    def device_kind(self) -> str: ...
-
-
-def choose_kernel(config: Config, device: Hardware) -> str | None:
-    """The implementation of products with 4-bit weights; None leaves it to `matmul`.
-
-    Raises:
-      UserError: what the config asks for does not run on the device.
-    """
-    asked, never = config.kernels.implementation, config.kernels.materialize == "never"
-    if config.method != "qlora" or (asked is None and not never):
-        return None
-    if asked == "xla":
-        if never:
-            raise UserError(
-                "kernels.implementation xla decodes whole weights, which kernels.materialize never "
-                "forbids; give another implementation, or set materialize to auto"
-            )
-        return asked
-    dtype = config.model.compute_dtype
-    able = usable(capability_of(device), dtype)
-    if asked in able or (asked is None and able):
-        return asked or able[0]
-    setting = f"implementation {asked}" if asked else "materialize never"
-    remedy = "remove it" if asked else "set it to auto"
-    known = ", ".join(f"{name}: {fused}" for name, fused in FUSED.items())
-    raise UserError(
-        f"kernels.{setting}: no such kernel runs on {device.device_kind} in {dtype} ({known}); "
-        f"{remedy}, or change the device or model.compute_dtype"
-    )
-
-
-def trusted_kernel(config: Config, device: jax.Device, warn: Callable[[str], None]) -> str | None:
-    """`choose_kernel`, after the kernels it may take have been tried on the device.
-
-    Raises:
-      UserError: as `choose_kernel`.
-      RunFailed: the config asks for a kernel whose products are wrong here.
-    """
-    chosen, dtype = choose_kernel(config, device), config.model.compute_dtype
-    if config.method != "qlora" or chosen == "xla":
-        return chosen
-    for name in [chosen] if chosen else picked(capability_of(device), dtype):
-        if agrees(name, dtype):
-            continue
-        problem = f"kernel {name} gives wrong products on {device.device_kind} in {dtype}"
-        if chosen:
-            raise RunFailed(f"{problem}: set kernels.implementation to xla, and please report it")
-        warn(f"warning: {problem}, so weights are decoded first; please report it")
-        return "xla"
-    return chosen
 
 
 def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qlora_jax.gpu.measured import Report, table
-from qlora_jax.kernels.tuning import EVERY
+from qlora_jax.kernels.select import EVERY
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "gpu_table.py"
 FUSED = {

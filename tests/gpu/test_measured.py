@@ -11,7 +11,7 @@ from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report, fused_rows, reports, target
 from qlora_jax.gpu.product import Case, seconds_at, tile
 from qlora_jax.gpu.roofline import RATES, Ceilings, Time
-from qlora_jax.kernels.tuning import EVERY, FUSED_ROWS
+from qlora_jax.kernels.select import EVERY, FUSED_ROWS
 from qlora_jax.runtime.errors import UserError
 
 RECORDS = json.loads((Path(__file__).parents[2] / "docs" / "gpu.json").read_text("utf-8"))

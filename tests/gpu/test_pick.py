@@ -10,9 +10,9 @@ from qlora_jax.gpu import measured
 from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
 from qlora_jax.gpu.product import Case
-from qlora_jax.kernels import select, tuning
-from qlora_jax.kernels.select import Capability
-from qlora_jax.kernels.tuning import EVERY
+from qlora_jax.kernels import select
+from qlora_jax.kernels.select import EVERY
+from qlora_jax.kernels.target import Capability, compiling_for
 
 DOCS = Path(__file__).parents[2] / "docs"
 RECORDS = json.loads((DOCS / "gpu.json").read_text("utf-8"))
@@ -24,7 +24,7 @@ def slower(times: Mapping[Case, float], capability: Capability) -> list[Case]:
     found = []
     for case, limit in times.items():
         if case.implementation == "xla":
-            with select.compiling_for(capability):
+            with compiling_for(capability):
                 picked = case._replace(implementation=select.pick(case.rows, case.dtype))
             if times.get(picked, float("inf")) > limit:
                 found.append(picked)
@@ -49,13 +49,13 @@ def test_nothing_is_picked_that_was_measured_to_be_slower(report: Report) -> Non
 
 def test_the_rows_that_follow_from_a_report_pass(write_report, monkeypatch) -> None:
     monkeypatch.setattr(select, "usable", lambda capability, dtype: ["mosaic"])
-    monkeypatch.setattr(tuning, "FUSED_ROWS", {"mosaic": {(8, 0): (range(EVERY),)}, "triton": {}})
+    monkeypatch.setattr(select, "FUSED_ROWS", {"mosaic": {(8, 0): (range(EVERY),)}, "triton": {}})
     took = {("xla", 1): 20, ("mosaic", 1): 21, ("xla", 16): 20, ("mosaic", 16): 7}
     report = Report(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
     assert {case.rows for case in slower(report.times, report.capability)} == {1, 512}
-    monkeypatch.setattr(tuning, "FUSED_ROWS", measured.table([report]))
+    monkeypatch.setattr(select, "FUSED_ROWS", measured.table([report]))
     assert slower(report.times, report.capability) == []
-    with select.compiling_for(report.capability):
+    with compiling_for(report.capability):
         assert [select.pick(m, "bfloat16") for m in (1, 16, 300, 512)] == [
             *("xla", "mosaic", "mosaic", "xla")
         ]

@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from qlora_jax.kernels import IMPLEMENTATIONS
-from qlora_jax.kernels.select import FUSED, capability_of, usable
+from qlora_jax.kernels.select import FUSED, usable
+from qlora_jax.kernels.target import capability_of
 
 
 class Device:

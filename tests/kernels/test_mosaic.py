@@ -27,13 +27,7 @@ else:
     from qlora_jax.kernels.mosaic import kernel as mosaic
     from qlora_jax.kernels.mosaic import operand
     from qlora_jax.kernels.mosaic.operand import Operand, Place
-    from qlora_jax.kernels.tuning import (
-        MOSAIC_TILES,
-        SPLIT_STEPS,
-        MosaicTile,
-        mosaic_splits,
-        mosaic_tile,
-    )
+    from qlora_jax.kernels.mosaic.tiles import SPLIT_STEPS, TILES, Tile, split_count, tile_for
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11 (Python 3.12)"
@@ -103,8 +97,8 @@ def test_blocks_share_a_long_contraction(interpreted, m: int, inner: int, direct
     random = np.random.default_rng(0)
     shape = (inner, 128) if direction == "forward" else (128, inner)
     q = quantize(random.normal(size=shape).astype(np.float32))
-    tile = mosaic_tile(m, inner, 128, (9, 0))
-    assert mosaic_splits(tile, m, inner, 128) > 1
+    tile = tile_for(m, inner, 128, (9, 0))
+    assert split_count(tile, m, inner, 128) > 1
     x = jnp.asarray(random.normal(size=(m, inner)), jnp.bfloat16)
     w = rounded_weight(q, ml_dtypes.bfloat16)
     y = jax.jit(getattr(mosaic, direction))(x, q)
@@ -116,8 +110,8 @@ def test_blocks_share_a_long_contraction(interpreted, m: int, inner: int, direct
 def test_a_contraction_is_divided_while_there_are_few_blocks(
     m: int, steps: int, tiles: int
 ) -> None:
-    tile = MosaicTile(64, 128, 64, 3, blocks=264)
-    splits = mosaic_splits(tile, m, 64 * steps, 128 * tiles)
+    tile = Tile(64, 128, 64, 3, blocks=264)
+    splits = split_count(tile, m, 64 * steps, 128 * tiles)
     assert splits == 1 or splits * -(-m // 64) * tiles <= tile.blocks
     assert splits == 1 or steps // splits >= SPLIT_STEPS
     assert (splits - 1) * -(-steps // splits) < steps  # no part is empty
@@ -158,7 +152,7 @@ def test_float32_is_refused_with_a_remedy() -> None:
 
 
 def operands() -> list["Operand"]:
-    tiles = {(t.c, t.o, t.form) for tiles in MOSAIC_TILES.values() for t in tiles}
+    tiles = {(t.c, t.o, t.form) for tiles in TILES.values() for t in tiles}
     return [
         Operand(c, o, transposed, block_size, form)
         for c, o, form in sorted(tiles)
@@ -237,7 +231,7 @@ def test_wgmma_takes_and_gives_what_the_ptx_manual_says() -> None:
 @pytest.mark.parametrize("outer", [64, 192, 4096])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_a_tile_divides_the_features_and_is_for_the_rows(inner, outer, capability) -> None:
-    tiles = [mosaic_tile(m, inner, outer, capability) for m in (1, 16, 17, 64, 65, 5000)]
+    tiles = [tile_for(m, inner, outer, capability) for m in (1, 16, 17, 64, 65, 5000)]
     assert all(inner % tile.c == outer % tile.o == 0 for tile in tiles)
     assert [tile.m for tile in tiles] == sorted(tile.m for tile in tiles)
     few = 64 if capability == (9, 0) else 32

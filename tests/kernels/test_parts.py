@@ -137,7 +137,7 @@ def test_parts_are_equal_whole_tiles_below_the_bound(rows, k, n, itemsize) -> No
 
 
 def test_all_tiles_divide_the_tallest() -> None:
-    for table in (parts.MOSAIC_TILES, parts.TRITON_TILES):
+    for table in (parts.mosaic_tiles.TILES, parts.triton_tiles.TILES):
         assert all(parts.TILE % tile.m == 0 for tiles in table.values() for tile in tiles)
 
 

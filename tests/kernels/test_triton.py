@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.kernels import matmul, triton
-from qlora_jax.kernels.tuning import TRITON_TILES, triton_tile
+from qlora_jax.kernels.triton_tiles import TILES, tile_for
 from qlora_jax.quant import CODEBOOKS, dequantize, quantize
 
 pytestmark = pytest.mark.quick
@@ -118,7 +118,7 @@ def test_a_batch_over_one_weight_is_more_rows_of_one_kernel() -> None:
     for function in (lambda x: matmul(x, q, "triton"), gradient):
         grids = kernels(jax.make_jaxpr(jax.vmap(function))(xs).jaxpr)
         assert grids
-        assert all(grid[0] == 64 // triton_tile(64, xs.dtype).m for grid in grids)
+        assert all(grid[0] == 64 // tile_for(64, xs.dtype).m for grid in grids)
         assert all(len(grid) == 2 for grid in grids)
         single = [function(x) for x in xs]
         np.testing.assert_allclose(
@@ -135,10 +135,10 @@ def test_a_batch_of_weights() -> None:
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("itemsize", TRITON_TILES)
+@pytest.mark.parametrize("itemsize", TILES)
 def test_tiles_grow_with_m(itemsize: int) -> None:
     dtype = {2: "bfloat16", 4: "float32"}[itemsize]
-    picked = [triton_tile(m, dtype) for m in (1, 16, 17, 64, 5000)]
+    picked = [tile_for(m, dtype) for m in (1, 16, 17, 64, 5000)]
     assert picked == sorted(picked)
     assert picked[0].m == 16
-    assert picked[-1] == TRITON_TILES[itemsize][-1]
+    assert picked[-1] == TILES[itemsize][-1]

@@ -22,16 +22,14 @@ from qlora_jax.config import Config, LoraConfig, from_tree
 from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment, has_plugin
 from qlora_jax.gpu.hlo import weight_shaped
 from qlora_jax.kernels import select, triton
-from qlora_jax.kernels.select import FUSED
+from qlora_jax.kernels.select import FUSED, choose_kernel, trusted_kernel
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig, Rope
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.quant import quantize
 from qlora_jax.runtime.errors import RunFailed, UserError
-from qlora_jax.train import setup
 from qlora_jax.train import step as steps
-from qlora_jax.train.setup import choose_kernel, trusted_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -220,13 +218,13 @@ def test_what_cannot_be(device: Any, kernels: dict[str, str], expected: str) -> 
 def test_a_kernel_that_is_wrong_on_the_device_is_not_used(monkeypatch) -> None:
     tried, said = [], []
     monkeypatch.setattr(select, "usable", lambda capability, dtype: ["mosaic", "triton"])
-    monkeypatch.setattr(setup, "agrees", lambda name, dtype: tried.append(name))
+    monkeypatch.setattr(select, "agrees", lambda name, dtype: tried.append(name))
     assert trusted_kernel(config(), Gpu, said.append) == "xla"  # type: ignore[arg-type]
     (line,) = said
     assert line.startswith("warning: kernel mosaic gives wrong products on NVIDIA A10")
     with pytest.raises(RunFailed, match="to xla, and please report"):
         trusted_kernel(config(implementation="triton"), Gpu, said.append)  # type: ignore[arg-type]
-    monkeypatch.setattr(setup, "agrees", lambda name, dtype: True)
+    monkeypatch.setattr(select, "agrees", lambda name, dtype: True)
     assert trusted_kernel(config(), Gpu, said.append) is None  # type: ignore[arg-type]
     assert said == [line]
 
@@ -234,13 +232,13 @@ def test_a_kernel_that_is_wrong_on_the_device_is_not_used(monkeypatch) -> None:
 def test_a_kernel_that_is_never_picked_is_not_tried(monkeypatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(select, "usable", lambda capability, dtype: ["mosaic", "triton"])
-    monkeypatch.setattr(setup, "agrees", lambda name, dtype: tried.append(name) or True)
+    monkeypatch.setattr(select, "agrees", lambda name, dtype: tried.append(name) or True)
     assert trusted_kernel(config(), Gpu, print) is None  # type: ignore[arg-type]
     assert tried == ["mosaic"]
 
 
 def test_nothing_is_tried_where_no_kernel_runs(monkeypatch) -> None:
-    monkeypatch.setattr(setup, "agrees", None)
+    monkeypatch.setattr(select, "agrees", None)
     assert trusted_kernel(config(), CPU, print) is None
     assert trusted_kernel(config(implementation="xla"), Gpu, print) == "xla"  # type: ignore[arg-type]
     assert trusted_kernel(config(method="lora"), Gpu, print) is None  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, compiled
-from qlora_jax.kernels.select import capability_of, half_dtype
+from qlora_jax.kernels.target import capability_of, half_dtype
 
 COPY = "copy"
 TO_HOST, FROM_HOST, DISPATCH = "to pinned host memory", "from pinned host memory", "dispatch"

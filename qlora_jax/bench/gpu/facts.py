@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from qlora_jax.kernels.select import capability_of, usable
+from qlora_jax.kernels.select import usable
+from qlora_jax.kernels.target import capability_of
 from qlora_jax.runtime.device import describe_devices
 from qlora_jax.runtime.manifest import git_state
 from qlora_jax.runtime.versions import versions

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_jax.bench.gpu import record
 from qlora_jax.bench.gpu.record import Recorder
-from qlora_jax.kernels.select import half_dtype
+from qlora_jax.kernels.target import half_dtype
 from qlora_jax.runtime.errors import FULL_MEMORY, OutOfTime, first_line
 
 FULL, REHEARSAL = "full", "rehearsal"

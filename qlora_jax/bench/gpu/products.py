@@ -16,7 +16,8 @@ from qlora_jax.bench.gpu.cover import pairwise
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.kernels import matmul, select, triton
-from qlora_jax.kernels.select import FUSED, capability_of
+from qlora_jax.kernels.select import FUSED
+from qlora_jax.kernels.target import capability_of
 from qlora_jax.quant import CODEBOOKS, quantize
 
 MOST = 150

@@ -112,7 +112,7 @@ def step_programs(
       name: the beginning of the programs' names.
       config: the run's settings.
       decoder: the shapes of its model.
-      device: `train.setup.Hardware`, or a GPU that is compiled for.
+      device: `kernels.target.Hardware`, or a GPU that is compiled for.
       flags: for XLA.
     """
     made, options = accounts.abstract_step(config, decoder, device), as_options(flags)

@@ -17,7 +17,7 @@ from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
 from qlora_jax.bench.kernels import operation
-from qlora_jax.kernels.select import capability_of, half_dtype
+from qlora_jax.kernels.target import capability_of, half_dtype
 from qlora_jax.quant import quantize
 
 GEMM = "gemm"

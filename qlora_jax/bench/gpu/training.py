@@ -24,7 +24,7 @@ from qlora_jax.bench.gpu.programs import Program
 from qlora_jax.bench.gpu.steps import step_programs
 from qlora_jax.config import from_tree
 from qlora_jax.formats.fetch import cached
-from qlora_jax.kernels.select import capability_of, half_dtype
+from qlora_jax.kernels.target import capability_of, half_dtype
 from qlora_jax.models.shapes import find
 from qlora_jax.runtime.errors import OutOfTime, RunFailed
 from qlora_jax.train import checkpoint

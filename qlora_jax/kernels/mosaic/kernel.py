@@ -28,10 +28,9 @@ if jax.__version_info__ < (0, 11):
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlora_jax.kernels import tuning
 from qlora_jax.kernels.mosaic import fragments
 from qlora_jax.kernels.mosaic.operand import Operand
-from qlora_jax.kernels.tuning import MosaicTile
+from qlora_jax.kernels.mosaic.tiles import Tile, split_count, tile_for
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import QTensor
 
@@ -66,13 +65,13 @@ def _product(left: jax.Array, q: QTensor, transposed: bool) -> jax.Array:
     k, n = 2 * q.codes.shape[0], _up(q.shape[1], EDGE)
     codes, scales = (_pad(leaf, leaf.shape[0], n) for leaf in (q.codes, q.scales))
     inner, outer = (n, k) if transposed else (k, n)
-    tile = tuning.mosaic_tile(rows.shape[0], inner, outer, utils._infer_arch())
+    tile = tile_for(rows.shape[0], inner, outer, utils._infer_arch())
     padded = _pad(rows, _up(rows.shape[0], tile.m), inner)
     operand = Operand(tile.c, tile.o, transposed, q.block_size, tile.form)
     nested: tuple[jax.Array, ...] = ()
     if q.nested is not None and q.offset is not None:
         nested = (q.nested, q.offset[None], jnp.asarray(dynamic_map()))
-    splits = tuning.mosaic_splits(tile, rows.shape[0], inner, outer)
+    splits = split_count(tile, rows.shape[0], inner, outer)
     kernel = Kernel(tile, operand, left.dtype, inner // tile.c, q.nested_block, splits)
     y = kernel(padded, codes, q.codebook, (scales, *nested), outer)
     y = y.sum(0).astype(left.dtype) if splits > 1 else y[0]
@@ -92,7 +91,7 @@ class Kernel:
       splits: into how many parts the contraction is divided, each a block's (split-K).
     """
 
-    tile: MosaicTile
+    tile: Tile
     operand: Operand
     dtype: Any
     steps: int

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.kernels import check, matmul, select, triton, tuning, xla
+from qlora_jax.kernels import matmul, select, triton, xla
+from qlora_jax.kernels.target import compiling_for
 from qlora_jax.quant import quantize
 
 pytestmark = pytest.mark.quick
@@ -25,19 +26,19 @@ def broken(request, monkeypatch):
 
 
 def test_a_wrong_kernel_is_seen(broken) -> None:
-    assert not check.agrees("triton", "bfloat16")
-    assert check.agrees("xla", "bfloat16")
+    assert not select.agrees("triton", "bfloat16")
+    assert select.agrees("xla", "bfloat16")
 
 
 def test_not_a_number_is_wrong(monkeypatch, broken) -> None:
     monkeypatch.setattr(triton, "forward", lambda x, q: xla.forward(x, q) * jnp.nan)
     __import__("qlora_jax.kernels.matmul", fromlist=["_product"])._product.cache_clear()
-    assert not check.agrees("triton", "float16")
+    assert not select.agrees("triton", "float16")
 
 
 def test_a_right_kernel_passes(monkeypatch) -> None:
     monkeypatch.setattr(triton, "INTERPRET", True)
-    assert check.agrees("triton", "bfloat16")
+    assert select.agrees("triton", "bfloat16")
 
 
 def test_the_pick_follows_the_table(monkeypatch) -> None:
@@ -46,14 +47,14 @@ def test_the_pick_follows_the_table(monkeypatch) -> None:
         "mosaic": {A100: (range(65), range(512, 10**6)), (9, 0): (range(9),)},
         "triton": {A100: (range(129),)},
     }
-    monkeypatch.setattr(tuning, "FUSED_ROWS", rows)
+    monkeypatch.setattr(select, "FUSED_ROWS", rows)
     expected = {1: "mosaic", 64: "mosaic", 65: "triton", 129: "xla", 600: "mosaic"}
     for capability in (A100, ADA):
-        with select.compiling_for(capability):
+        with compiling_for(capability):
             assert {m: select.pick(m, "bfloat16") for m in expected} == expected
-    with select.compiling_for(LATER):
+    with compiling_for(LATER):
         assert [select.pick(m, "bfloat16") for m in (8, 9, 129)] == ["mosaic", "triton", "xla"]
-    with select.compiling_for((7, 5)):
+    with compiling_for((7, 5)):
         assert select.pick(1, "float16") == "xla"
 
 

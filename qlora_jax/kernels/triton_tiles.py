@@ -1,0 +1,46 @@
+"""The tiles of the Triton kernels, as data."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qlora_jax.kernels.target import Capability
+from qlora_jax.quant.qtensor import GROUP
+
+
+class Tile(NamedTuple):
+    """One program's share of a kernel.
+
+    Attributes:
+      m: rows of x; 16 is the least that tensor cores take.
+      n: columns of W.
+      warps: of 32 threads.
+      stages: of the compiler's software pipeline.
+    """
+
+    m: int
+    n: int
+    warps: int = 4
+    stages: int = 2
+
+
+TILES = {
+    2: (Tile(16, 32), Tile(32, 64), Tile(64, 64)),
+    4: (Tile(16, 32),),
+}
+"""Bytes of x's dtype to tiles by m. Larger ones spill registers on an sm_80."""
+
+
+def tile_for(m: int, dtype: DTypeLike) -> Tile:
+    """Returns the smallest tile that holds m rows, or the largest there is."""
+    tiles = TILES[jnp.dtype(dtype).itemsize]
+    return next((tile for tile in tiles if m <= tile.m), tiles[-1])
+
+
+def block(
+    m: int, dtype: DTypeLike, inner: int, outer: int, direction: str, capability: Capability
+) -> tuple[int, int]:
+    """Returns the rows and columns of the result that one program computes; see `select.Fused`."""
+    tile = tile_for(m, dtype)
+    return tile.m, tile.n if direction == "forward" else GROUP
