@@ -28,8 +28,9 @@ if jax.__version_info__ < (0, 11):
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlora_jax.kernels.mosaic import fragments
+from qlora_jax.kernels.mosaic import fragments, results
 from qlora_jax.kernels.mosaic.operand import Operand
+from qlora_jax.kernels.mosaic.scales import Scales, aside_shape
 from qlora_jax.kernels.mosaic.tiles import Tile, split_count, tile_for
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import QTensor
@@ -40,6 +41,8 @@ PREFETCH = 8
 less time."""
 EDGE = 64
 """Columns of W come in multiples of this; others are padded, which copies the codes."""
+REF, SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+"""Types of device code's arguments."""
 
 
 def forward(x: jax.Array, q: QTensor) -> jax.Array:
@@ -121,7 +124,7 @@ class Kernel:
             scratch_types=[
                 plgpu.SMEM(fragments.TABLE, jnp.int32),
                 plgpu.SMEM((2, *pairs), self.dtype if self.operand.transposed else jnp.int32),
-                plgpu.SMEM(fragments.aside(self.operand, len(scales)), jnp.int32),
+                plgpu.SMEM(aside_shape(self.operand, len(scales)), jnp.int32),
             ],
         )
         y = call(left, codes, codebook, *scales)
@@ -210,79 +213,78 @@ class DeviceCode(NamedTuple):
 
 
 def device_code(kernel: Kernel, count: int) -> DeviceCode:
-    """The device code of a kernel whose QTensor has `count` arrays of scales.
+    """Returns the device code of a kernel whose QTensor has `count` arrays of scales.
 
     A scale takes three loads, one after another, and the first comes from device memory. So that no
     step waits for them, they are made in three different steps: PREFETCH steps ahead its code is
     brought to the level 2 cache, two steps ahead to the block, and one step ahead it is decoded.
     """
-    operand, ref, scalar = kernel.operand, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
-    pointers = (ref,) * count
+    return DeviceCode(_prepare(kernel, count), _multiply(kernel, count), _finish(kernel))
 
-    def described(scales: Any) -> fragments.Scales:
-        blocks, nested, offset, levels = (*scales, None, None, None)[:4]
-        return fragments.Scales(blocks, nested, offset, levels, kernel.nested_block)
 
-    @plgpu.inline_mgpu(arg_types=(ref, ref, ref, ref, pointers, scalar, scalar))
-    def prepare(_, codebook, table, slot, aside, scales, o, first):
-        element, tile = utils.dtype_to_ir_type(kernel.dtype), o.registers.item()
-        found = described(scales)
-
-        def ahead(steps: int) -> Any:
-            return fragments.at_most(first.registers.item(), steps, kernel.steps - 1)
-
-        now, later = (found.fetch(operand, tile, ahead(step)) for step in range(2))
-        for step in range(2, PREFETCH):
-            found.prefetch(operand, tile, ahead(step))
+def _prepare(kernel: Kernel, count: int) -> Callable[..., None]:
+    @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR))
+    def prepare(_, codebook, table, slot, aside, references, o, first):
+        element = utils.dtype_to_ir_type(kernel.dtype)
+        tile, step = o.registers.item(), first.registers.item()
+        scales = _scales(kernel, references)
+        now, later = (scales.fetch(tile, step, ahead) for ahead in range(2))
+        for ahead in range(2, PREFETCH):
+            scales.prefetch(tile, step, ahead)
         fragments.fill_table(table, codebook, element)
-        fragments.store_scales(found.values(now), operand, slot, element)
-        fragments.put_aside(later, aside)
+        scales.store(scales.values(now), slot, element)
+        scales.put_aside(later, aside)
         utils.warpgroup_barrier()
         return ()
 
+    return prepare
+
+
+def _multiply(kernel: Kernel, count: int) -> Callable[..., jax.Array]:
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(kernel.left_tiling),
             plgpu.RefType(kernel.code_tiling),
-            *(ref, ref, ref, ref, pointers, scalar, scalar),
+            *(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR),
             kernel.accumulator.layout,
         ),
         return_type=kernel.accumulator,
     )
-    def multiply(_, left, codes, table, now, later, aside, scales, o, i, total):
-        element, tile = utils.dtype_to_ir_type(kernel.dtype), o.registers.item()
-        found = described(scales)
-
-        def ahead(steps: int) -> Any:
-            return fragments.at_most(i.registers.item(), steps, kernel.steps - 1)
-
-        found.prefetch(operand, tile, ahead(PREFETCH))
-        second = found.fetch(operand, tile, ahead(2))
-        first = fragments.fetched(operand, found.words, aside)
+    def multiply(_, left, codes, table, now, later, aside, references, o, i, total):
+        element = utils.dtype_to_ir_type(kernel.dtype)
+        tile, step = o.registers.item(), i.registers.item()
+        scales = _scales(kernel, references)
+        scales.prefetch(tile, step, PREFETCH)
+        second = scales.fetch(tile, step, 2)
+        first = scales.take_back(aside)
 
         def scales_of_next() -> None:
-            fragments.store_scales(found.values(first), operand, later, element)
-            fragments.put_aside(second, aside)
+            scales.store(scales.values(first), later, element)
+            scales.put_aside(second, aside)
 
-        right = fragments.weights(operand, codes, table, now, element)
-        total = fragments.product(operand, total, left, right, scales_of_next)
+        right = fragments.weights(kernel.operand, codes, table, now, element)
+        total = fragments.product(kernel.operand, total, left, right, scales_of_next)
         # the next step reads these scales, and its copies may overwrite this step's tiles
         utils.warpgroup_barrier()
         return total
 
-    @plgpu.inline_mgpu(arg_types=(kernel.accumulator.layout, ref, ref, scalar, scalar))
-    def write(_, total, scratch, out, m, o):
+    return multiply
+
+
+def _finish(kernel: Kernel) -> Callable[..., None]:
+    @plgpu.inline_mgpu(arg_types=(kernel.accumulator.layout, REF, REF, SCALAR, SCALAR))
+    def finish(_, total, scratch, out, m, o):
         element = utils.dtype_to_ir_type(kernel.out_dtype)
-        place = m.registers.item(), o.registers.item()
-        if operand.split:
-            fragments.sum_warps(operand, total, scratch, out, *place, element)
-        elif operand.form == "wgmma":
-            fragments.store_transposed(operand, total, out, *place, element)
-        else:
-            fragments.store(total, out, *place, element)
+        tile = m.registers.item(), o.registers.item()
+        results.store(kernel.operand, total, scratch, out, *tile, element)
         return ()
 
-    return DeviceCode(prepare, multiply, write)
+    return finish
+
+
+def _scales(kernel: Kernel, references: Any) -> Scales:
+    blocks, nested, offset, levels = (*references, None, None, None)[:4]
+    return Scales(kernel.operand, kernel.steps, blocks, nested, offset, levels, kernel.nested_block)
 
 
 def _spec(shape: tuple[int, int], index_map: Callable, transforms: Any) -> plgpu.BlockSpec:

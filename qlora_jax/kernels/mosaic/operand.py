@@ -233,9 +233,13 @@ class Found:
 
 @functools.cache
 def plan(operand: Operand, layout: fa.TiledLayout) -> dict[Register, Found]:
+    """Returns where every register of the operand in this layout comes from.
+
+    Raises:
+      AssertionError: threads would have to look in different places.
+    """
     k, n = operand.elements(layout)
     rows, columns = operand.codes_shape
-    """Where every register of the operand in this layout comes from."""
     codes = locate(
         (k // GROUP * HALF + k % HALF) * columns + n,
         ownership(code_layout(operand), (rows, columns)),

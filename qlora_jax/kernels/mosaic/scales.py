@@ -1,0 +1,147 @@
+"""Device code of the Mosaic GPU kernels: block scales, from device memory to shared memory.
+
+With double quantization a scale is map[code] * nested + offset. Where the steps of this are done,
+see README.md. A tile's scales are divided among the threads of the warpgroup: thread i has those
+at i, i + 128, ...; of fewer than 128, some are made twice, with the same value.
+"""
+
+import dataclasses
+import math
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from qlora_jax.kernels.mosaic.instructions import (
+    THREADS,
+    add,
+    address,
+    constant,
+    f32,
+    i32,
+    integer,
+    load_f32,
+    mul,
+    prefetch,
+    thread_id,
+)
+from qlora_jax.kernels.mosaic.operand import Operand
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Where a kernel finds a QTensor's block scales, as references to device memory.
+
+    Attributes:
+      operand: of a step.
+      steps: along the contraction; beyond the last, the scales of the last are taken.
+      blocks: float32 or uint8[nb, N].
+      nested, offset, dynamic_map: float32, or None without double quantization.
+      nested_block: scales per nested scale.
+    """
+
+    operand: Operand
+    steps: int
+    blocks: ir.Value
+    nested: ir.Value | None
+    offset: ir.Value | None
+    dynamic_map: ir.Value | None
+    nested_block: int
+
+    def prefetch(self, o: ir.Value, step: ir.Value, ahead: int) -> None:
+        """Asks for what `fetch` reads to be brought from device memory to the level 2 cache."""
+        for pointers in self._pointers(o, step, ahead):
+            for pointer in pointers:
+                prefetch(pointer)
+
+    def fetch(self, o: ir.Value, step: ir.Value, ahead: int) -> list[ir.Value]:
+        """Loads what this thread's scales of output tile `o`, `ahead` steps after `step`, are of.
+
+        Returns:
+          For each scale its float32, or with double quantization its code and its nested scale;
+          32 bits each.
+        """
+        found = []
+        for block, *nested in self._pointers(o, step, ahead):
+            if nested:
+                found.append(arith.extui(i32(), llvm.load(integer(8), block)))
+                found.append(llvm.load(i32(), nested[0]))
+            else:
+                found.append(llvm.load(i32(), block))
+        return found
+
+    def put_aside(self, fetched: list[ir.Value], aside: ir.Value) -> None:
+        """Writes what `fetch` loaded to shared memory, for this thread alone; no barrier."""
+        for i, word in enumerate(fetched):
+            llvm.store(word, _own(aside, i))
+
+    def take_back(self, aside: ir.Value) -> list[ir.Value]:
+        """Reads what this thread has put aside."""
+        words = 1 if self.nested is None else 2
+        count = len(_entries(self.operand)) * words
+        return [llvm.load(i32(), _own(aside, i)) for i in range(count)]
+
+    def values(self, fetched: list[ir.Value]) -> list[ir.Value]:
+        """Returns the scales, float32, of what `fetch` loaded."""
+        if self.nested is None:
+            return [utils.bitcast(word, f32()) for word in fetched]
+        found = []
+        for code, nested in zip(fetched[::2], fetched[1::2]):
+            level = load_f32(self.dynamic_map, code)
+            product = arith.mulf(level, utils.bitcast(nested, f32()))
+            found.append(arith.addf(product, load_f32(self.offset, 0)))
+        return found
+
+    def store(self, values: list[ir.Value], slot: ir.Value, dtype: ir.Type) -> None:
+        """Rounds this thread's scales to `dtype` and writes them to shared memory; no barrier."""
+        base = utils.memref_ptr(slot)
+        for entry, value in zip(_entries(self.operand), values):
+            rounded = arith.truncf(dtype, value)
+            if self.operand.transposed:
+                llvm.store(rounded, address(base, entry, dtype))
+            else:
+                pair = vector.broadcast(ir.VectorType.get((2,), dtype), rounded)
+                llvm.store(utils.bitcast(pair, i32()), address(base, entry, i32()))
+
+    def _pointers(self, o: ir.Value, step: ir.Value, ahead: int) -> list[list[ir.Value]]:
+        """Where this thread's scales are, and with double quantization their nested scales."""
+        operand, step = self.operand, arith.minui(add(step, ahead), constant(self.steps - 1))
+        block, column = (o, step) if operand.transposed else (step, o)
+        k, n = (operand.o, operand.c) if operand.transposed else (operand.c, operand.o)
+        block = arith.divui(mul(block, k), constant(operand.block_size))
+        column = mul(column, n)
+        nb, columns = ir.MemRefType(self.blocks.type).shape
+        kind = f32() if self.nested is None else integer(8)
+        width = operand.scale_shape[1]
+        found = []
+        for entry in _entries(operand):
+            b = add(block, arith.divui(entry, constant(width)))
+            b = arith.minui(b, constant(nb - 1))  # rows beyond K
+            c = add(column, arith.remui(entry, constant(width)))
+            place = add(mul(b, columns), c)
+            pointers = [address(utils.memref_ptr(self.blocks), place, kind)]
+            if self.nested is not None:
+                index = arith.divui(add(mul(c, nb), b), constant(self.nested_block))
+                last = ir.MemRefType(self.nested.type).shape[0] - 1
+                index = arith.minui(index, constant(last))  # padded columns
+                pointers.append(address(utils.memref_ptr(self.nested), index, i32()))
+            found.append(pointers)
+        return found
+
+
+def aside_shape(operand: Operand, count: int) -> tuple[int, int]:
+    """Shape of the 32-bit words that the threads put aside; `count` arrays hold the scales."""
+    each = max(1, math.prod(operand.scale_shape) // THREADS)
+    return each * (1 if count == 1 else 2), THREADS
+
+
+def _own(aside: ir.Value, i: int) -> ir.Value:
+    return address(utils.memref_ptr(aside), add(thread_id(), i * THREADS), i32())
+
+
+def _entries(operand: Operand) -> list[ir.Value]:
+    """The running thread's indices into a tile of scales of `operand.scale_shape`, flattened."""
+    count, thread = math.prod(operand.scale_shape), thread_id()
+    if count < THREADS:
+        return [arith.remui(thread, constant(count))]
+    return [add(thread, i * THREADS) for i in range(count // THREADS)]
