@@ -5,8 +5,8 @@ differ in what is in `trained` and in `frozen`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +54,25 @@ class Figures(NamedTuple):
     tokens: jax.Array
     norm: jax.Array
     finite: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the gradient and the evaluation are compiled for.
+
+    Attributes:
+      graph: the model's structure, from `trees.split`.
+      compute_dtype: of activations.
+      remat: a key of `decoder.REMAT`.
+      clip_norm: largest global gradient norm; 0 does not clip.
+      train_head: whether the head (or the embedding tied to it) is trained.
+    """
+
+    graph: nnx.GraphDef
+    compute_dtype: jnp.dtype
+    remat: str
+    clip_norm: float
+    train_head: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,125 +142,182 @@ def build(
       train_head: whether the head (or the embedding tied to it) is trained.
       moments: where the optimizer's state lives.
     """
+    dtype = jnp.dtype(compute_dtype)
+    recipe = Recipe(graph, dtype, remat, clip_norm, train_head)
+    # each program gets a function of its own, so that jax counts what is compiled for it alone
+    unit = jax.jit(partial(update_unit, optimizer), static_argnums=0, donate_argnums=(1, 4))
+    counted = jax.jit(partial(count, dtype == jnp.float16), donate_argnums=0)
+    return Program(
+        gradient=jax.jit(partial(gradient, recipe)),
+        update=partial(update, unit, counted, moments),
+        unit=unit,
+        evaluate=jax.jit(partial(evaluate, recipe)),
+    )
 
-    def loss_sum(
-        trained: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array | None, remat: str
-    ) -> tuple[jax.Array, jax.Array]:
-        model: Decoder = nnx.merge(graph, trained, frozen)
-        hidden = model.hidden(
-            batch["tokens"],
-            batch["segments"],
-            batch["positions"],
-            dtype=compute_dtype,
-            remat=remat,
-            key=key,
+
+def loss_sum(
+    recipe: Recipe,
+    trained: Any,
+    frozen: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+    remat: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the summed loss of a batch [B, T] and the number of its target tokens."""
+    model: Decoder = nnx.merge(recipe.graph, trained, frozen)
+    hidden = model.hidden(
+        batch["tokens"],
+        batch["segments"],
+        batch["positions"],
+        dtype=recipe.compute_dtype,
+        remat=remat,
+        key=key,
+    )
+    head, axis = model.stored_head()
+    return token_loss(
+        hidden,
+        head,
+        batch["targets"],
+        batch["mask"],
+        vocab_axis=axis,
+        train_head=recipe.train_head,
+        softcap=model.config.final_softcap,
+    )
+
+
+def evaluate(
+    recipe: Recipe, trained: Any, frozen: Any, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """`Program.evaluate`."""
+    return loss_sum(recipe, trained, frozen, batch, None, "none")
+
+
+def gradient(
+    recipe: Recipe,
+    state: State,
+    frozen: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+) -> tuple[Any, Figures]:
+    """`Program.gradient`.
+
+    The frozen tree takes no gradient because the loss is differentiated with respect to the
+    trained tree alone.
+    """
+    # The count of the whole batch is known before any loss, so every micro-batch divides by
+    # it once and k of them add up to one large batch.
+    count = batch["mask"].sum().astype(jnp.float32)
+    factor = state.scale / jnp.maximum(count, 1)
+    micro = partial(_micro_gradient, recipe, frozen, factor)
+    k = batch["mask"].shape[0]
+    keys = None if key is None else jax.random.split(key, k)
+    if k == 1:
+        grads, total = micro(state.trained, *jax.tree.map(lambda x: x[0], (dict(batch), keys)))
+    else:
+        grads, total = _accumulated(micro, state.trained, dict(batch), keys)
+    norm = optax.tree.norm(jax.tree.map(wide, grads)) / state.scale
+    loss = total / jnp.maximum(count, 1)
+    clip = recipe.clip_norm
+    shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
+    grads = jax.tree.map(
+        lambda g: (wide(g) * (shrink / state.scale)).astype(gradient_dtype(g.dtype)), grads
+    )
+    return grads, Figures(loss, count, norm, jnp.isfinite(loss) & jnp.isfinite(norm))
+
+
+def _micro_gradient(
+    recipe: Recipe,
+    frozen: Any,
+    factor: jax.Array,
+    trained: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+) -> tuple[Any, jax.Array]:
+    """Returns the gradient of `factor` times the summed loss of a batch [B, T], and that sum."""
+
+    def scaled(trained: Any) -> tuple[jax.Array, jax.Array]:
+        total, _ = loss_sum(recipe, trained, frozen, batch, key, recipe.remat)
+        return total * factor, total
+
+    (_, total), grads = jax.value_and_grad(scaled, has_aux=True)(trained)
+    return grads, total
+
+
+def _accumulated(
+    micro: Callable[..., tuple[Any, jax.Array]],
+    trained: Any,
+    batch: Mapping[str, jax.Array],
+    keys: jax.Array | None,
+) -> tuple[Any, jax.Array]:
+    """Returns the sums over micro-batches [k, B, T] of what `micro` gives, in float32."""
+
+    def add(carry: Any, xs: Any) -> tuple[Any, None]:
+        grads, total = micro(trained, *xs)
+        return jax.tree.map(jnp.add, carry, (jax.tree.map(wide, grads), total)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+    return jax.lax.scan(add, (zeros, jnp.float32(0)), (batch, keys))[0]
+
+
+def update_unit(
+    optimizer: optax.GradientTransformation,
+    group: units.Group,
+    leaves: Sequence[jax.Array],
+    grads: Sequence[jax.Array],
+    index: jax.Array,
+    moments: Any,
+    finite: jax.Array,
+) -> tuple[Sequence[jax.Array], Any]:
+    """`Program.unit`."""
+    params = units.unit(group, leaves, index)
+    updates, new = optimizer.update(units.unit(group, grads, index), moments, params)
+    moved = optax.apply_updates(params, updates)
+    moved, new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, new), (params, moments))
+    return units.put(group, leaves, index, moved), new
+
+
+def count(dynamic_scale: bool, counters: Any, finite: jax.Array) -> Any:
+    """Returns a State's step, scale and finite_steps after a step."""
+    step, scale, finite_steps = counters
+    if dynamic_scale:
+        finite_steps = jnp.where(finite, finite_steps + 1, 0)
+        grown = finite_steps >= GROWTH_INTERVAL
+        scale = jnp.where(finite, jnp.where(grown, scale * 2, scale), jnp.maximum(scale / 2, 1))
+        finite_steps = jnp.where(grown, 0, finite_steps)
+    return step + 1, scale, finite_steps
+
+
+def update(
+    unit: Callable[..., tuple[Sequence[jax.Array], Any]],
+    count: Callable[..., Any],
+    moments: Placement,
+    state: State,
+    grads: Any,
+    finite: jax.Array,
+) -> State:
+    """`Program.update`: the compiled `update_unit` on each unit, then the compiled `count`."""
+    leaves, structure = jax.tree.flatten(state.trained)
+    slopes = jax.tree.leaves(grads)
+    states = list(state.optimizer)
+    order = [(group, i) for group in units.groups(state.trained) for i in range(group.units)]
+    ahead = moments.fetch(states[0])
+    for place, (group, index) in enumerate(order):
+        own, ahead = ahead, None
+        if place + 1 < len(order):
+            ahead = moments.fetch(states[place + 1])
+        new, own = unit(
+            group,
+            [leaves[p] for p in group.places],
+            [slopes[p] for p in group.places],
+            index,
+            own,
+            finite,
         )
-        head, axis = model.stored_head()
-        return token_loss(
-            hidden,
-            head,
-            batch["targets"],
-            batch["mask"],
-            vocab_axis=axis,
-            train_head=train_head,
-            softcap=model.config.final_softcap,
-        )
-
-    @jax.jit
-    def gradient(
-        state: State, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array | None
-    ) -> tuple[Any, Figures]:
-        # The count of the whole batch is known before any loss, so every micro-batch divides by
-        # it once and k of them add up to one large batch.
-        count = batch["mask"].sum().astype(jnp.float32)
-        factor = state.scale / jnp.maximum(count, 1)
-
-        def micro(trained: Any, micro_batch: Any, micro_key: jax.Array | None) -> Any:
-            def scaled(trained: Any) -> tuple[jax.Array, jax.Array]:
-                total, _ = loss_sum(trained, frozen, micro_batch, micro_key, remat)
-                return total * factor, total
-
-            (_, total), grads = jax.value_and_grad(scaled, has_aux=True)(trained)
-            return grads, total
-
-        k = batch["mask"].shape[0]
-        keys = None if key is None else jax.random.split(key, k)
-        if k == 1:
-            grads, total = micro(state.trained, *jax.tree.map(lambda x: x[0], (dict(batch), keys)))
-        else:
-
-            def add(carry: Any, xs: Any) -> tuple[Any, None]:
-                grads, total = micro(state.trained, *xs)
-                return jax.tree.map(jnp.add, carry, (jax.tree.map(wide, grads), total)), None
-
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trained)
-            (grads, total), _ = jax.lax.scan(add, (zeros, jnp.float32(0)), (dict(batch), keys))
-        norm = optax.tree.norm(jax.tree.map(wide, grads)) / state.scale
-        loss = total / jnp.maximum(count, 1)
-        shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
-        grads = jax.tree.map(
-            lambda g: (wide(g) * (shrink / state.scale)).astype(gradient_dtype(g.dtype)), grads
-        )
-        return grads, Figures(loss, count, norm, jnp.isfinite(loss) & jnp.isfinite(norm))
-
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 4))
-    def update_unit(
-        group: units.Group,
-        leaves: Sequence[jax.Array],
-        grads: Sequence[jax.Array],
-        index: jax.Array,
-        moments: Any,
-        finite: jax.Array,
-    ) -> tuple[Sequence[jax.Array], Any]:
-        params = units.unit(group, leaves, index)
-        updates, new = optimizer.update(units.unit(group, grads, index), moments, params)
-        moved = optax.apply_updates(params, updates)
-        moved, new = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b), (moved, new), (params, moments)
-        )
-        return units.put(group, leaves, index, moved), new
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def count(counters: Any, finite: jax.Array) -> Any:
-        step, scale, finite_steps = counters
-        if compute_dtype == jnp.float16:
-            finite_steps = jnp.where(finite, finite_steps + 1, 0)
-            grown = finite_steps >= GROWTH_INTERVAL
-            scale = jnp.where(finite, jnp.where(grown, scale * 2, scale), jnp.maximum(scale / 2, 1))
-            finite_steps = jnp.where(grown, 0, finite_steps)
-        return step + 1, scale, finite_steps
-
-    def update(state: State, grads: Any, finite: jax.Array) -> State:
-        leaves, structure = jax.tree.flatten(state.trained)
-        slopes = jax.tree.leaves(grads)
-        states = list(state.optimizer)
-        order = [(group, i) for group in units.groups(state.trained) for i in range(group.units)]
-        ahead = moments.fetch(states[0])
-        for place, (group, index) in enumerate(order):
-            own, ahead = ahead, None
-            if place + 1 < len(order):
-                ahead = moments.fetch(states[place + 1])
-            new, own = update_unit(
-                group,
-                [leaves[p] for p in group.places],
-                [slopes[p] for p in group.places],
-                index,
-                own,
-                finite,
-            )
-            for p, leaf in zip(group.places, new):
-                leaves[p] = leaf
-            states[place] = moments.store(own)
-            if place:
-                moments.wait(states[place - 1])
-        trained = jax.tree.unflatten(structure, leaves)
-        counters = count((state.step, state.scale, state.finite_steps), finite)
-        return State(trained, tuple(states), *counters)
-
-    @jax.jit
-    def evaluate(
-        trained: Any, frozen: Any, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        return loss_sum(trained, frozen, batch, None, "none")
-
-    return Program(gradient, update, update_unit, evaluate)
+        for p, leaf in zip(group.places, new):
+            leaves[p] = leaf
+        states[place] = moments.store(own)
+        if place:
+            moments.wait(states[place - 1])
+    trained = jax.tree.unflatten(structure, leaves)
+    counters = count((state.step, state.scale, state.finite_steps), finite)
+    return State(trained, tuple(states), *counters)
