@@ -29,8 +29,8 @@ from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
 from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.runtime.manifest import git_state
 from qlora_jax.train import step as steps
+from qlora_jax.train.offload import PLACEMENTS
 from qlora_jax.train.optimizer import adamw
-from qlora_jax.train.placement import PLACEMENTS
 from qlora_jax.train.setup import load_model
 
 UPDATES = 3

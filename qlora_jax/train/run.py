@@ -35,8 +35,8 @@ from qlora_jax.train.display import progress
 from qlora_jax.train.identity import check_identity, starts_as_base
 from qlora_jax.train.loop import Progress, evaluate, loop
 from qlora_jax.train.metrics import MetricsLog, read_metrics
+from qlora_jax.train.offload import ON_DEVICE, Placement
 from qlora_jax.train.optimizer import adamw, schedule
-from qlora_jax.train.placement import ON_DEVICE, Placement
 from qlora_jax.train.report import Sample, Summary, write_report
 from qlora_jax.train.setup import (
     Data,

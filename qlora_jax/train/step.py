@@ -17,7 +17,7 @@ from flax import nnx
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.train import units
 from qlora_jax.train.loss import token_loss
-from qlora_jax.train.placement import ON_DEVICE, Placement
+from qlora_jax.train.offload import ON_DEVICE, Placement
 
 GROWTH_INTERVAL = 2000
 """Finite steps after which the loss scale doubles; it halves at every overflow."""

@@ -22,8 +22,8 @@ from qlora_jax.runtime import format_version
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import FOLDER, Checkpoints
 from qlora_jax.train.moments import ENCODERS
+from qlora_jax.train.offload import ON_HOST
 from qlora_jax.train.optimizer import adamw
-from qlora_jax.train.placement import ON_HOST
 from qlora_jax.train.step import State, init
 
 EXTRA = {

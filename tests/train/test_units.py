@@ -14,7 +14,7 @@ from qlora_jax.models.trees import flatten
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
 from qlora_jax.train.checkpoint import Checkpoints
-from qlora_jax.train.placement import ON_DEVICE, ON_HOST, Placement
+from qlora_jax.train.offload import ON_DEVICE, ON_HOST, Placement
 
 METHODS = ("qlora", "full")
 

@@ -1,4 +1,9 @@
-"""Where the optimizer's state lives between steps, and how it gets to the device and back."""
+"""Stands in for paged optimizers (QLoRA, section 3): moments on the host visit the device in turn.
+
+A driver moves the pages of a paged optimizer between the memories when the device is full. Here the
+program moves the moments itself, a unit of the trained tree (`units`) at a time: a unit's come to
+the device for its update and go back, while the next unit's are on their way.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
