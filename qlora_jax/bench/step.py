@@ -6,7 +6,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -29,8 +28,8 @@ from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
 from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.runtime.manifest import git_state
 from qlora_jax.train import step as steps
+from qlora_jax.train.assemble import assemble
 from qlora_jax.train.offload import PLACEMENTS
-from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.setup import load_model
 
 UPDATES = 3
@@ -139,19 +138,10 @@ def prepare(options: Step) -> Prepared:
     config = config_of(options)
     model = _model(config, options)
     counts = trees.parameter_counts(model, config.method)
-    graph, trained, frozen = trees.split(model, config.method)
-    optimizer, moments = adamw(config.optimizer, config.train.steps), PLACEMENTS[options.offload]
-    program = steps.build(
-        graph,
-        optimizer,
-        compute_dtype=jnp.dtype(options.dtype),
-        remat=options.remat,
-        clip_norm=config.optimizer.clip_norm,
-        train_head=config.method == "full",
-        moments=moments,
-    )
-    state = steps.init(trained, optimizer, options.dtype == "float16", moments)
-    return Prepared(program, state, frozen, _batch(options, model.config.vocab_size), *counts)
+    parts = trees.split(model, config.method)
+    training = assemble(config, *parts, PLACEMENTS[options.offload])
+    batch = _batch(options, model.config.vocab_size)
+    return Prepared(training.program, training.state, training.frozen, batch, *counts)
 
 
 def planned_bytes(prepared: Prepared, gradient: jax.stages.Compiled, offload: str) -> int | None:
@@ -164,13 +154,11 @@ def planned_bytes(prepared: Prepared, gradient: jax.stages.Compiled, offload: st
     """
     if gradient.memory_analysis() is None:
         return None
-    program = prepared.program
     # without the place that the moments have: a unit's are on the device when it is updated
     state, frozen, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prepared[1:4]
     )
-    gradients, _ = jax.eval_shape(program.gradient, state, frozen, batch, None)
-    step = accounts.Step(program, state, gradients, frozen, batch, None)
+    step = accounts.step_of(prepared.program, state, frozen, batch, None)
     account = accounts.gradient_account(step, lambda *_: gradient)
     updates = accounts.update_accounts(step, fit.compiled)
     _, programs = accounts.settle(step, offload, [account], updates, 0)

@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from qlora_jax.data.loader import held_out_batches
 from qlora_jax.models import trees
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.train import step as steps
+from qlora_jax.train.assemble import program_of
 from qlora_jax.train.display import progress
 from qlora_jax.train.loop import evaluate
 from qlora_jax.train.restore import Restored
@@ -38,14 +36,6 @@ def held_out_loss(restored: Restored) -> HeldOut:
     if not data.held_out:
         raise UserError("data.eval_fraction: no held-out data; give it, or data.eval_source")
     graph, trained, frozen = trees.split(restored.model, config.method)
-    program = steps.build(
-        graph,
-        optax.identity(),
-        compute_dtype=jnp.dtype(config.model.compute_dtype),
-        remat="none",
-        clip_norm=0.0,
-        train_head=False,
-    )
     batches = held_out_batches(
         data.held_out,
         config.data,
@@ -54,7 +44,7 @@ def held_out_loss(restored: Restored) -> HeldOut:
         restored.tokenizer.pad_id,
     )
     with progress("evaluating", None):
-        loss, tokens = evaluate(program, trained, frozen, batches)
+        loss, tokens = evaluate(program_of(config, graph), trained, frozen, batches)
     return HeldOut(split_name(restored), restored.step, loss, float(np.exp(loss)), tokens)
 
 

@@ -15,7 +15,7 @@ from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.quant import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
-from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.assemble import assemble, drops_out
 
 Compile = Callable[..., jax.stages.Compiled]
 """(function, *arguments, donate) to a compiled program; the arguments are abstract."""
@@ -70,27 +70,28 @@ def abstract_step(config: Config, decoder: DecoderConfig, hardware: Hardware) ->
       UserError: settings that do not go together, or with the hardware.
     """
     model = abstract_model(config, decoder, choose_kernel(config, hardware))
-    full = config.method == "full"
-    optimizer = adamw(config.optimizer, config.train.steps)
-    compute = jnp.dtype(config.model.compute_dtype)
-    program = steps.build(
-        model.graph,
-        optimizer,
-        compute_dtype=compute,
-        remat=config.model.remat,
-        clip_norm=config.optimizer.clip_norm,
-        train_head=full,
-    )
-    state = jax.eval_shape(
-        lambda trained: steps.init(trained, optimizer, compute == jnp.float16), model.trained
-    )
-    train = config.train
+    training, train = assemble(config, *model), config.train
     shape = (train.gradient_accumulation, train.batch_size, config.data.sequence_length)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
-    dropout = config.lora.dropout and not full
-    key = jax.eval_shape(lambda: jax.random.key(0)) if dropout else None
-    gradients, _ = jax.eval_shape(program.gradient, state, model.frozen, batch, key)
-    return Step(program, state, gradients, model.frozen, batch, key)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if drops_out(config) else None
+    return step_of(training.program, training.state, training.frozen, batch, key)
+
+
+def step_of(
+    program: steps.Program,
+    state: steps.State,
+    frozen: Any,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    key: jax.ShapeDtypeStruct | None,
+) -> Step:
+    """Returns the step of a program, with the shapes of its gradients.
+
+    Args:
+      program: the functions.
+      state, frozen, batch, key: in shapes, what `program.gradient` is called with.
+    """
+    gradients, _ = jax.eval_shape(program.gradient, state, frozen, batch, key)
+    return Step(program, state, gradients, frozen, batch, key)
 
 
 def gradient_account(step: Step, compile_: Compile) -> Account:

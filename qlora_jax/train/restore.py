@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from flax import nnx
-
 from qlora_jax.config import Config
 from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.decoder import Decoder
@@ -13,9 +11,8 @@ from qlora_jax.runtime import manifest
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
-from qlora_jax.train import step as steps
+from qlora_jax.train.assemble import assemble
 from qlora_jax.train.checkpoint import Checkpoints
-from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.setup import load_model, open_model
 from qlora_jax.train.start import resolved
 
@@ -74,13 +71,8 @@ def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -
     model, _ = load_model(config, checkpoint, warn)
     if folder is None:
         return Restored(config, text, model, 0)
-    graph, trained, frozen = trees.split(model, config.method)
-    like = steps.init(
-        trained,
-        adamw(config.optimizer, config.train.steps),
-        config.model.compute_dtype == "float16",
-    )
+    training = assemble(config, *trees.split(model, config.method))
     checkpoints = Checkpoints(folder)
-    state, _ = checkpoints.restore(like, say=warn)
+    state, _ = checkpoints.restore(training.state, say=warn)
     checkpoints.close()
-    return Restored(config, text, nnx.merge(graph, state.trained, frozen), int(state.step))
+    return Restored(config, text, training._replace(state=state).model(), int(state.step))

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.bench import random_codes
@@ -24,8 +23,7 @@ from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.models.shapes import find
 from qlora_jax.plan import accounts
 from qlora_jax.plan.abstract import abstract_model
-from qlora_jax.train import step as steps
-from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.assemble import assemble
 
 FLOOR = 0.005
 """Nats that a curve may be away in any case: bfloat16 may happen to be very near to float32."""
@@ -103,11 +101,10 @@ def losses(scale: str, implementation: str, dtype: str) -> list[float]:
     """Returns the loss of each step, on the same weights and data at each call."""
     size, config = SIZES[scale], _config(scale, dtype)
     model = random_codes.random_model(config, size.decoder, implementation)
-    program, optimizer = _program(config, model.graph)
-    state = steps.init(model.trained, optimizer, False)
+    program, state, frozen = assemble(config, *model)[1:]
     found, rows = [], batch(scale)
     for _ in range(size.steps):
-        grads, figures = program.gradient(state, model.frozen, rows, None)
+        grads, figures = program.gradient(state, frozen, rows, None)
         state = program.update(state, grads, figures.finite)
         found.append(figures.loss)
     return [float(loss) for loss in found]
@@ -144,27 +141,11 @@ def _config(scale: str, dtype: str) -> Config:
     )
 
 
-def _program(config: Config, graph: Any) -> tuple[steps.Program, Any]:
-    optimizer = adamw(config.optimizer, config.train.steps)
-    program = steps.build(
-        graph,
-        optimizer,
-        compute_dtype=jnp.dtype(config.model.compute_dtype),
-        remat=config.model.remat,
-        clip_norm=config.optimizer.clip_norm,
-        train_head=False,
-    )
-    return program, optimizer
-
-
 def _step(scale: str, implementation: str, dtype: str) -> accounts.Step:
     config = _config(scale, dtype)
     model = abstract_model(config, SIZES[scale].decoder, implementation)
-    program, optimizer = _program(config, model.graph)
-    state = jax.eval_shape(lambda trained: steps.init(trained, optimizer, False), model.trained)
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(scale).items()}
-    grads, _ = jax.eval_shape(program.gradient, state, model.frozen, rows, None)
-    return accounts.Step(program, state, grads, model.frozen, rows, None)
+    return accounts.step_of(*assemble(config, *model)[1:], rows, None)
 
 
 def _gradient(name: str, step: accounts.Step, precision: str | None = None) -> Program:
