@@ -171,7 +171,7 @@ def answers(restored: Any, count: int, tokens: int = 48) -> list[tuple[Any, str]
     import jax.numpy as jnp
 
     from qlora_jax.models.generate import generate
-    from qlora_jax.train.setup import read_data
+    from qlora_jax.train.examples import read_data
 
     config, text = restored.config, restored.tokenizer
     asking = configs.changed(config, {"train.samples": str(count)})

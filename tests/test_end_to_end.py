@@ -19,7 +19,6 @@ from qlora_jax.config import digest
 from qlora_jax.formats import peft
 from qlora_jax.models import fingerprint
 from qlora_jax.runtime import manifest
-from qlora_jax.train import run as runs
 from qlora_jax.train import rundir
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.restore import restore
@@ -235,7 +234,7 @@ def test_a_base_that_changes_in_training_is_our_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hashes = iter(["before", "after"])
-    monkeypatch.setattr(runs.fingerprint, "base_hash", lambda model, method: next(hashes))
+    monkeypatch.setattr(fingerprint, "base_hash", lambda model, method: next(hashes))
     ended = run_cli("train", write_config(tmp_path, train__steps=1))
     assert ended.code == 1
     assert "the frozen base changed" in ended.message

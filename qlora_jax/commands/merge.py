@@ -51,8 +51,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.formats.source import open_checkpoint
     from qlora_jax.formats.write import write_model
     from qlora_jax.train.display import progress
+    from qlora_jax.train.quantization import held_quantization
     from qlora_jax.train.restore import check_base, restore
-    from qlora_jax.train.setup import held_quantization
 
     out, quantized = Path(options.out), options.to == "nf4"
     check_new(out)

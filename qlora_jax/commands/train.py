@@ -50,10 +50,11 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
     from qlora_jax.models.config import DecoderConfig
     from qlora_jax.plan.fit import Fit, fit
+    from qlora_jax.train.examples import describe_data, read_data
     from qlora_jax.train.offload import PLACEMENTS, Placement
     from qlora_jax.train.report import print_samples
-    from qlora_jax.train.run import describe_data, train
-    from qlora_jax.train.setup import open_model, read_data
+    from qlora_jax.train.run import train
+    from qlora_jax.train.setup import open_model
     from qlora_jax.train.start import resolved
 
     config = resolved(config)

@@ -4,14 +4,13 @@ import dataclasses
 
 import numpy as np
 
-from qlora_jax.data.loader import held_out_batches
 from qlora_jax.models import trees
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.assemble import program_of
 from qlora_jax.train.display import progress
+from qlora_jax.train.examples import held_out, read_data
 from qlora_jax.train.loop import evaluate
 from qlora_jax.train.restore import Restored
-from qlora_jax.train.setup import read_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +35,7 @@ def held_out_loss(restored: Restored) -> HeldOut:
     if not data.held_out:
         raise UserError("data.eval_fraction: no held-out data; give it, or data.eval_source")
     graph, trained, frozen = trees.split(restored.model, config.method)
-    batches = held_out_batches(
-        data.held_out,
-        config.data,
-        config.train.batch_size,
-        config.train.eval_rows,
-        restored.tokenizer.pad_id,
-    )
+    batches = held_out(config, data, restored.tokenizer.pad_id)
     with progress("evaluating", None):
         loss, tokens = evaluate(program_of(config, graph), trained, frozen, batches)
     return HeldOut(split_name(restored), restored.step, loss, float(np.exp(loss)), tokens)

@@ -19,8 +19,9 @@ from qlora_jax.formats.load import load
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.quant import dequantize, quantize, to_float32
 from qlora_jax.quant.qtensor import block_scales
+from qlora_jax.train.examples import read_data
+from qlora_jax.train.quantization import describe_quantization
 from qlora_jax.train.restore import Restored
-from qlora_jax.train.setup import describe_quantization, read_data
 
 NAME = "merge_report"
 ROUTES = {

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from qlora_jax.data.loader import Loader
 from qlora_jax.models.trees import flatten
 from qlora_jax.quant import nbytes
 from qlora_jax.runtime.errors import RunFailed
+from qlora_jax.train.assemble import drops_out, scales_loss
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.display import TrainDisplay
 from qlora_jax.train.interrupt import Requests, Stopped
@@ -80,72 +81,100 @@ def loop(
       Stopped: a signal arrived; the state is saved.
       RunFailed: the loss or gradient is not finite; the checkpoints before stay.
     """
-    train = config.train
-    key = (
-        jax.random.key(train.seed + 1) if config.lora.dropout and config.method != "full" else None
+    train, step = config.train, int(state.step)
+    key = jax.random.key(train.seed + 1) if drops_out(config) else None
+    around = _Around(
+        config, program, frozen, loader, checkpoints, counters, learning_rate, moves, key
     )
-    step = int(state.step)
-
-    def save() -> None:
-        extra = {
-            "loader": loader.state(),
-            "seed": train.seed,
-            "progress": dataclasses.asdict(counters),
-        }
-        checkpoints.save(state, extra)
-
     with Requests() as requests, TrainDisplay(train.steps, start=step) as display:
         while step < train.steps:
-            start = time.perf_counter()
-            batch = next(loader)
-            step_key = None if key is None else jax.random.fold_in(key, step)
-            grads, figures = program.gradient(state, frozen, batch, step_key)
-            scale = float(state.scale)
-            if moves:
-                jax.block_until_ready(figures)  # else the update's time would hold the gradient's
-            updating = time.perf_counter()
-            # asked for while a GPU is busy with the gradient: it is a program for each layer
-            state = program.update(state, grads, figures.finite)
-            figures = jax.device_get(figures)
-            jax.block_until_ready(state)
             step += 1
-            now = time.perf_counter()
-            tokens, seconds = int((batch["segments"] > 0).sum()), now - start
-            counters.tokens += tokens
-            counters.seconds += seconds
-            # the optimizer counts the steps that it took
-            rate = learning_rate(step - 1 - counters.skipped)
-            _check(config, figures, scale, grads, step, counters, checkpoints)
-            del grads  # else they would stand beside the next step's
-            values = {
-                "train/loss": figures.loss,
-                "train/seconds": seconds,
-                "train/tokens_per_s": tokens / seconds,
-                "train/grad_norm": figures.norm,
-                "train/learning_rate": rate,
-                "train/epoch": loader.epoch,
-                "train/target_tokens": figures.tokens,
-            }
-            if config.model.compute_dtype == "float16":
-                values |= {"train/loss_scale": scale, "train/skipped_steps": counters.skipped}
-            if moves:
-                values |= {
-                    "train/update_ms": 1e3 * (now - updating),
-                    "train/moments_moved_mb": 2 * nbytes(state.optimizer) / 1e6,
-                }
+            state, values = _step(around, state, step)
             log.write(step, values)
-            display.update(step, loss=float(figures.loss), tokens_per_s=tokens / seconds)
+            display.update(
+                step, loss=values["train/loss"], tokens_per_s=values["train/tokens_per_s"]
+            )
             due = train.eval_every and step % train.eval_every == 0
             if held_out and due and step < train.steps:
                 loss, _ = evaluate(program, state.trained, frozen, held_out)
                 log.write(step, {"eval/loss": loss, "eval/perplexity": np.exp(loss)})
                 display.note(f"step {step}: held-out loss {loss:.4f}")
             if step == train.steps or (train.save_every and step % train.save_every == 0):
-                save()
+                _save(around, state)
             if requests.signal is not None:
-                save()
+                _save(around, state)
                 raise Stopped(requests.signal, step)
     return state
+
+
+class _Around(NamedTuple):
+    """What all steps of a loop share: `loop`'s arguments, and the key of dropout or None."""
+
+    config: Config
+    program: Program
+    frozen: Any
+    loader: Loader
+    checkpoints: Checkpoints
+    counters: Progress
+    learning_rate: Callable[[int], Any]
+    moves: bool
+    key: jax.Array | None
+
+
+def _step(around: _Around, state: State, step: int) -> tuple[State, dict[str, float]]:
+    """Takes a step, the first being 1; returns the state and what is logged.
+
+    The gradients are let go here: else they would stand beside the next step's.
+
+    Raises:
+      RunFailed: the loss or gradient is not finite.
+    """
+    config, program, counters = around.config, around.program, around.counters
+    start = time.perf_counter()
+    batch = next(around.loader)
+    key = None if around.key is None else jax.random.fold_in(around.key, step - 1)
+    grads, figures = program.gradient(state, around.frozen, batch, key)
+    scale = float(state.scale)
+    if around.moves:
+        jax.block_until_ready(figures)  # else the update's time would hold the gradient's
+    updating = time.perf_counter()
+    # asked for while a GPU is busy with the gradient: it is a program for each layer
+    state = program.update(state, grads, figures.finite)
+    figures = jax.device_get(figures)
+    jax.block_until_ready(state)
+    now = time.perf_counter()
+    tokens, seconds = int((batch["segments"] > 0).sum()), now - start
+    counters.tokens += tokens
+    counters.seconds += seconds
+    # the optimizer counts the steps that it took
+    rate = around.learning_rate(step - 1 - counters.skipped)
+    _check(config, figures, scale, grads, step, counters, around.checkpoints)
+    values = {
+        "train/loss": figures.loss,
+        "train/seconds": seconds,
+        "train/tokens_per_s": tokens / seconds,
+        "train/grad_norm": figures.norm,
+        "train/learning_rate": rate,
+        "train/epoch": around.loader.epoch,
+        "train/target_tokens": figures.tokens,
+    }
+    if scales_loss(config):
+        values |= {"train/loss_scale": scale, "train/skipped_steps": counters.skipped}
+    if around.moves:
+        values |= {
+            "train/update_ms": 1e3 * (now - updating),
+            "train/moments_moved_mb": 2 * nbytes(state.optimizer) / 1e6,
+        }
+    return state, {name: float(value) for name, value in values.items()}
+
+
+def _save(around: _Around, state: State) -> None:
+    extra = {
+        "loader": around.loader.state(),
+        "seed": around.config.train.seed,
+        "progress": dataclasses.asdict(around.counters),
+    }
+    around.checkpoints.save(state, extra)
 
 
 def _check(
@@ -162,7 +191,7 @@ def _check(
         return
     counters.skipped += 1
     counters.skipped_in_a_row += 1
-    overflow = config.model.compute_dtype == "float16" and scale > 1
+    overflow = scales_loss(config) and scale > 1
     if overflow and counters.skipped_in_a_row < MOST_SKIPPED:
         return
     bad = next(

@@ -7,18 +7,18 @@ the members as more rows (`kernels/matmul.py`), so that a weight is decoded once
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from qlora_jax.config import Config, changed
-from qlora_jax.data.loader import Loader, held_out_batches
 from qlora_jax.lora import LoraSet, LoraWeights, plan
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models import trees
@@ -26,8 +26,10 @@ from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
-from qlora_jax.train.optimizer import adamw, label
-from qlora_jax.train.setup import Data, load_model, open_model, read_data
+from qlora_jax.train.assemble import optimizer_of, program_of
+from qlora_jax.train.examples import Data, held_out, loader, read_data
+from qlora_jax.train.optimizer import label
+from qlora_jax.train.setup import load_model, open_model
 
 VARIED = (
     "lora.rank",
@@ -152,12 +154,7 @@ def train_population(
     checkpoint, text = open_model(config, say)
     data = read_data(config, text, checkpoint.config.max_positions)
     model, _ = load_model(config, checkpoint, say)
-    rows, size = config.train.eval_rows, config.train.batch_size
-    held_out = (
-        held_out_batches(data.held_out, config.data, size, rows, text.pad_id)
-        if data.held_out
-        else []
-    )
+    evaluated = held_out(config, data, text.pad_id)
     common, size = union(model, configs), largest or len(configs)
     found: list[MemberResult] = []
     program = None
@@ -168,7 +165,7 @@ def train_population(
         adapters = assemble(model, filled, common)
         program = program or build(config, adapters)
         batches = _batches(filled, data, text.pad_id, data_seed)
-        found += run(filled, adapters, batches, held_out, program, progress)[: len(part)]
+        found += run(filled, adapters, batches, evaluated, program, progress)[: len(part)]
     return found
 
 
@@ -186,19 +183,19 @@ def run(
     rest = adapters.own, adapters.frozen
     evaluations: dict[int, np.ndarray] = {}
 
-    def evaluate(step: int) -> None:
+    def look(step: int) -> None:
         if held_out:
             sums = [program.evaluate(trained, *rest, batch) for batch in held_out]
             loss, count = (sum(np.asarray(x, np.float64) for x in xs) for xs in zip(*sums))
             evaluations[step] = loss / np.maximum(count, 1)
 
-    evaluate(0)
+    look(0)
     figures = []
     for step in range(1, train.steps + 1):
         trained, moments, found = program.step(trained, moments, *rest, next(batches))
         figures.append(jax.device_get(found))
         if step == train.steps or (train.eval_every and step % train.eval_every == 0):
-            evaluate(step)
+            look(step)
         progress(step)
     losses, norms, finite = (
         np.stack([getattr(f, name) for f in figures], 1) for name in ("loss", "norm", "finite")
@@ -300,56 +297,80 @@ def build(config: Config, adapters: Adapters) -> Program:
     """Compiles lazily, for any members over these linears; see `Program`."""
     # A rate is a factor on AdamW's update, decay included: all members share one of rate 1.
     shared = dataclasses.replace(config.optimizer, learning_rate=1.0, lora_plus_ratio=1.0)
-    optimizer = adamw(shared, config.train.steps)
-    single = steps.build(
-        adapters.graph,
-        optimizer,
-        compute_dtype=jnp.dtype(config.model.compute_dtype),
-        remat=config.model.remat,
-        clip_norm=config.optimizer.clip_norm,
-        train_head=False,
+    config = dataclasses.replace(config, optimizer=shared)
+    optimizer, single = optimizer_of(config), program_of(config, adapters.graph)
+    return Program(
+        init=jax.jit(jax.vmap(partial(first_moments, optimizer))),
+        step=jax.jit(partial(take_step, single, optimizer), donate_argnums=(0, 1)),
+        evaluate=jax.jit(partial(evaluate, single)),
     )
-    places = [i for i, path in enumerate(trees.flatten(adapters.frozen)) if path.endswith(SCALE)]
 
-    def scaled(frozen: Any, own: Own) -> Any:
-        leaves = jax.tree.leaves(frozen)
-        for place, scale in zip(places, own.scales):
-            leaves[place] = scale
-        return jax.tree.unflatten(jax.tree.structure(frozen), leaves)
 
-    def moments(trained: Any) -> list[Any]:
-        return [jax.vmap(optimizer.init)(stack) for _, stack in _stacks(trained)]
+def first_moments(optimizer: optax.GradientTransformation, trained: Any) -> list[Any]:
+    """Returns one member's moments before the first step, for each stack of layers."""
+    return [jax.vmap(optimizer.init)(stack) for _, stack in _stacks(trained)]
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained: Any, moments: Any, own: Own, frozen: Any, batch: Any) -> Any:
-        def member(trained: Any, moments: Any, own: Own, batch: Any) -> Any:
-            state = steps.State(trained, (), jnp.int32(0), jnp.float32(1), jnp.int32(0))
-            grads, figures = single.gradient(state, scaled(frozen, own), batch, None)
-            leaves, slopes, after = jax.tree.leaves(trained), jax.tree.leaves(grads), []
-            for (group, params), before in zip(_stacks(trained), moments):
-                along = {path: slopes[place] for place, path in zip(group.places, group.paths)}
-                # a layer at a time, as `units` does: what is stored in blocks is a layer's own
-                updates, new = jax.vmap(optimizer.update)(along, before, params)
-                for place, path in zip(group.places, group.paths):
-                    rate = own.rate_of_b if label(path) == "b" else own.rate
-                    moved = (params[path] + updates[path] * rate).astype(params[path].dtype)
-                    leaves[place] = jnp.where(figures.finite, moved, params[path])
-                after.append(
-                    jax.tree.map(lambda a, b: jnp.where(figures.finite, a, b), new, before)
-                )
-            return jax.tree.unflatten(jax.tree.structure(trained), leaves), after, figures
 
-        axes = (0, 0, 0, 0 if batch["mask"].ndim == 4 else None)
-        return jax.vmap(member, in_axes=axes)(trained, moments, own, batch)
+def take_step(
+    single: steps.Program,
+    optimizer: optax.GradientTransformation,
+    trained: Any,
+    moments: Any,
+    own: Own,
+    frozen: Any,
+    batch: Any,
+) -> tuple[Any, Any, steps.Figures]:
+    """`Program.step`: that of one member, mapped over all; the base is not mapped."""
 
-    @jax.jit
-    def evaluate(trained: Any, own: Own, frozen: Any, batch: Any) -> Any:
-        def member(trained: Any, own: Own) -> Any:
-            return single.evaluate(trained, scaled(frozen, own), batch)
+    def member(trained: Any, moments: Any, own: Own, batch: Any) -> Any:
+        state = steps.State(trained, (), jnp.int32(0), jnp.float32(1), jnp.int32(0))
+        grads, figures = single.gradient(state, _scaled(frozen, own), batch, None)
+        return *_moved(optimizer, trained, grads, moments, own, figures.finite), figures
 
-        return jax.vmap(member)(trained, own)
+    axes = (0, 0, 0, 0 if batch["mask"].ndim == 4 else None)
+    return jax.vmap(member, in_axes=axes)(trained, moments, own, batch)
 
-    return Program(jax.jit(jax.vmap(moments)), step, evaluate)
+
+def evaluate(
+    single: steps.Program, trained: Any, own: Own, frozen: Any, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`Program.evaluate`: that of one member, mapped over all; the base is not mapped."""
+
+    def member(trained: Any, own: Own) -> tuple[jax.Array, jax.Array]:
+        return single.evaluate(trained, _scaled(frozen, own), batch)
+
+    return jax.vmap(member)(trained, own)
+
+
+def _moved(
+    optimizer: optax.GradientTransformation,
+    trained: Any,
+    grads: Any,
+    moments: Sequence[Any],
+    own: Own,
+    finite: jax.Array,
+) -> tuple[Any, list[Any]]:
+    """One member's trained tree and moments after an update; the same ones if not finite."""
+    leaves, slopes, after = jax.tree.leaves(trained), jax.tree.leaves(grads), []
+    for (group, params), before in zip(_stacks(trained), moments):
+        along = {path: slopes[place] for place, path in zip(group.places, group.paths)}
+        # a layer at a time, as `units` does: what is stored in blocks is a layer's own
+        updates, new = jax.vmap(optimizer.update)(along, before, params)
+        for place, path in zip(group.places, group.paths):
+            rate = own.rate_of_b if label(path) == "b" else own.rate
+            moved = (params[path] + updates[path] * rate).astype(params[path].dtype)
+            leaves[place] = jnp.where(finite, moved, params[path])
+        after.append(jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, before))
+    return jax.tree.unflatten(jax.tree.structure(trained), leaves), after
+
+
+def _scaled(frozen: Any, own: Own) -> Any:
+    """The frozen tree with one member's scales."""
+    places = [i for i, path in enumerate(trees.flatten(frozen)) if path.endswith(SCALE)]
+    leaves = jax.tree.leaves(frozen)
+    for place, scale in zip(places, own.scales):
+        leaves[place] = scale
+    return jax.tree.unflatten(jax.tree.structure(frozen), leaves)
 
 
 def extract(adapters: Adapters, trained: Any, k: int) -> LoraSet:
@@ -397,20 +418,9 @@ def _batches(
     configs: Sequence[Config], data: Data, pad_id: int, data_seed: int | None
 ) -> Iterator[Mapping[str, np.ndarray]]:
     seeds = [c.train.seed if data_seed is None else data_seed for c in configs]
-    common = configs[0]
-    loaders = {
-        seed: Loader(
-            data.train,
-            common.data,
-            batch_size=common.train.batch_size,
-            gradient_accumulation=common.train.gradient_accumulation,
-            seed=seed,
-            pad_id=pad_id,
-        )
-        for seed in dict.fromkeys(seeds)
-    }
+    loaders = {seed: loader(configs[0], data, pad_id, seed) for seed in dict.fromkeys(seeds)}
     while True:
-        batches = {seed: next(loader) for seed, loader in loaders.items()}
+        batches = {seed: next(own) for seed, own in loaders.items()}
         if len(batches) == 1:
             yield batches[seeds[0]]
         else:

@@ -1,18 +1,14 @@
-"""From a config to the pieces of a run: checkpoint, tokenizer, data and model."""
+"""From a config to its model: opened with its tokenizer, then loaded."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.config import Config, QuantConfig
-from qlora_jax.data import encode, sources
-from qlora_jax.data.encode import EncodeStats, Example
-from qlora_jax.data.prompts import Question, question
+from qlora_jax.config import Config
+from qlora_jax.data import sources
 from qlora_jax.formats import fresh
-from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
@@ -29,18 +25,8 @@ from qlora_jax.text import tokenizer
 from qlora_jax.text.bpe import train_bpe
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.display import progress
+from qlora_jax.train.quantization import describe_stored
 from qlora_jax.train.start import Splitter, from_folder, linears_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Encoded examples of a run. `questions` are held-out prompts to answer as samples."""
-
-    train: list[Example]
-    held_out: list[Example]
-    questions: list[Question]
-    stats: EncodeStats
-    dropped: dict[str, int]
 
 
 def open_model(
@@ -55,6 +41,21 @@ def open_model(
     Raises:
       UserError: a setting, the checkpoint or the tokenizer cannot be used.
     """
+    _check_settings(config)
+    scratch = config.model.path == fresh.NAME
+    checkpoint = _fresh(config) if scratch else open_checkpoint(config.model)
+    _check_checkpoint(config, checkpoint)
+    text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path, warn)
+    if text.vocab_size > checkpoint.config.vocab_size:
+        raise UserError(
+            f"{text.source}: the tokenizer has ids up to {text.vocab_size - 1} but the model only "
+            f"{checkpoint.config.vocab_size} embeddings; they do not belong together"
+        )
+    return checkpoint, text
+
+
+def _check_settings(config: Config) -> None:
+    """Raises `open_model`'s errors that show in the config alone."""
     if config.method == "qlora":
         check_block_size(config.quant.block_size)
         codebook(config.quant.codebook, config.quant.block_size)
@@ -63,8 +64,10 @@ def open_model(
             "lora.init loftq starts from what quantizing loses, and method lora does not quantize; "
             "give method qlora, or another init"
         )
-    scratch = config.model.path == fresh.NAME
-    checkpoint = _fresh(config) if scratch else open_checkpoint(config.model)
+
+
+def _check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises `open_model`'s errors that show in the config and the checkpoint's shapes."""
     if checkpoint.quantization and config.method != "qlora":
         raise UserError(
             f"method {config.method}: {config.model.path} holds 4-bit weights "
@@ -84,13 +87,6 @@ def open_model(
         )
     if config.method != "full":
         plan(config.lora, linears_of(checkpoint))
-    text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path, warn)
-    if text.vocab_size > checkpoint.config.vocab_size:
-        raise UserError(
-            f"{text.source}: the tokenizer has ids up to {text.vocab_size - 1} but the model only "
-            f"{checkpoint.config.vocab_size} embeddings; they do not belong together"
-        )
-    return checkpoint, text
 
 
 def _fresh(config: Config) -> Checkpoint:
@@ -108,69 +104,6 @@ def _own_tokenizer(config: Config) -> Tokenizer:
         return tokenizer.load(Path(pretrain.tokenizer).expanduser())
     texts = (record.key for record in sources.read(config.data).train)
     return train_bpe(texts, pretrain.vocab_size, fresh.NAME)
-
-
-def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
-    """Reads, splits and encodes the examples.
-
-    A held-out prompt is a question when it and `train.sample_tokens` fit in `max_positions`.
-
-    Raises:
-      UserError: the data cannot be used.
-    """
-    split = sources.read(config.data)
-    train, stats = encode.encode(split.train, text, config.data)
-    if not train:
-        raise UserError(
-            f"none of the {len(split.train)} examples has an answer within data.sequence_length "
-            f"{config.data.sequence_length}; raise it, or check data.format"
-        )
-    held_out: list[Example] = []
-    without_target = stats.dropped
-    if split.held_out:
-        held_out, held_out_stats = encode.encode(split.held_out, text, config.data)
-        without_target += held_out_stats.dropped
-    questions: list[Question] = []
-    for record in split.held_out:
-        if len(questions) == config.train.samples:
-            break
-        asked = question(record, text, config.data)
-        room = min(config.data.sequence_length, max_positions - config.train.sample_tokens)
-        if asked is not None and 0 < len(asked.ids) <= room:
-            questions.append(asked)
-    dropped = dict(split.dropped)
-    if without_target:
-        dropped["no target"] = without_target
-    return Data(train, held_out, questions, stats, dropped)
-
-
-def held_quantization(config: Config, checkpoint: Checkpoint) -> QuantConfig | None:
-    """How the linears are held: as they are stored in 4 bits, else as the config says."""
-    if config.method != "qlora":
-        return None
-    return checkpoint.quantization.config if checkpoint.quantization else config.quant
-
-
-def describe_stored(config: Config, stored: Quantization) -> list[str]:
-    """Lines on the 4-bit weights of a checkpoint, for the user."""
-    line = f"4-bit weights as they are stored: {describe_quantization(stored.config)}"
-    if stored.config != config.quant:
-        line += f"; the config's quant ({describe_quantization(config.quant)}) is not used"
-    if not (floats := stored.dequantized):
-        return [line]
-    return [
-        line,
-        f"warning: {len(floats)} weights whose in_features is no multiple of 32 cannot be held in "
-        f"4 bits and take 16 or 32, first {floats[0]}",
-    ]
-
-
-def describe_quantization(quant: QuantConfig | None) -> str:
-    """The base's storage in words; empty when it is not quantized."""
-    if quant is None:
-        return ""
-    double = ", double quantization" if quant.double_quant else ""
-    return f"{quant.codebook}, block {quant.block_size}{double}"
 
 
 def load_model(

@@ -11,8 +11,8 @@ from flax import nnx
 from qlora_jax import config as configs
 from qlora_jax.evaluate.heldout import held_out_loss, split_name
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.train.examples import read_data
 from qlora_jax.train.restore import from_config
-from qlora_jax.train.setup import read_data
 
 pytestmark = pytest.mark.quick
 

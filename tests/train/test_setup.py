@@ -14,7 +14,8 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.models import trees
 from qlora_jax.quant import dequantize
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.train.setup import load_model, open_model, read_data
+from qlora_jax.train.examples import read_data
+from qlora_jax.train.setup import load_model, open_model
 
 pytestmark = pytest.mark.quick
 

@@ -1,0 +1,108 @@
+"""The end of a run: what was trained as files for other tools, and the report."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from qlora_jax.formats import fresh
+from qlora_jax.models import fingerprint
+from qlora_jax.runtime import manifest
+from qlora_jax.runtime.errors import RunFailed
+from qlora_jax.train import export, metrics
+from qlora_jax.train.fit import Begun, Fitted
+from qlora_jax.train.metrics import read_metrics
+from qlora_jax.train.prepare import Opened, Request
+from qlora_jax.train.quantization import describe_quantization
+from qlora_jax.train.report import Sample, Summary, write_report
+from qlora_jax.train.samples import answer
+
+
+def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summary:
+    """Exports what was trained, answers the samples again and writes the report.
+
+    Raises:
+      UserError: the directory cannot be written to.
+      RunFailed: the frozen base changed.
+    """
+    begun.owned.check()  # what follows would make a deleted folder anew
+    _export(asked, opened, begun, fitted)
+    after = answer(
+        asked.config,
+        fitted.training.model(),
+        opened.text,
+        opened.data.questions,
+        "answering samples after training",
+    )
+    summary = _summary(asked, opened, begun, fitted, after)
+    write_report(summary)
+    results = {k: v for k, v in dataclasses.asdict(summary).items() if k != "samples"}
+    manifest.finish(begun.owned.folder, {"results": results})
+    return summary
+
+
+def _export(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> None:
+    """Writes the adapter, or the model that was trained from scratch.
+
+    Raises:
+      UserError: the directory cannot be written to.
+      RunFailed: the frozen base changed.
+    """
+    config, folder, facts = asked.config, begun.owned.folder, begun.built.facts
+    model = fitted.training.model()
+    if facts.adapted:
+        if fingerprint.base_hash(model, config.method) != facts.base_hash:
+            raise RunFailed("the frozen base changed in training; this is a bug, please report it")
+        asked.say(f"base unchanged: hash {facts.base_hash} before and after")
+        export.export_adapter(config, model, folder / export.FOLDER)
+    if config.model.path == fresh.NAME:
+        export.export_model(config, model, opened.text, folder / export.MODEL)
+
+
+def _summary(
+    asked: Request, opened: Opened, begun: Begun, fitted: Fitted, answers: Sequence[str]
+) -> Summary:
+    config, facts, counters = asked.config, begun.built.facts, begun.counters
+    return Summary(
+        model=config.model.path,
+        method=config.method,
+        quantization=describe_quantization(facts.quantization),
+        rank=config.lora.rank if facts.adapted else None,
+        trainable=facts.trained,
+        total=facts.total,
+        device=opened.device,
+        base_hash=facts.base_hash if facts.adapted else "",
+        steps=int(fitted.training.state.step),
+        skipped=counters.skipped,
+        wall_s=begun.earlier_s + time.perf_counter() - asked.started,
+        tokens=counters.tokens,
+        tokens_per_s=_median_rate(begun.owned.folder),
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_device_bytes=_peak_device_bytes(),
+        eval_before=counters.eval_before,
+        eval_after=fitted.eval_after,
+        eval_tokens=fitted.eval_tokens,
+        samples=[
+            Sample(q.prompt, q.answer, before, after)
+            for q, before, after in zip(opened.data.questions, counters.answers_before, answers)
+        ],
+        command=asked.command,
+        run_dir=str(begun.owned.folder),
+    )
+
+
+def _median_rate(folder: Path) -> float:
+    """Tokens per second, the median over steps."""
+    name = "train/tokens_per_s"
+    return float(
+        np.median([row[name] for row in read_metrics(folder / metrics.NAME) if name in row])
+    )
+
+
+def _peak_device_bytes() -> int | None:
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None

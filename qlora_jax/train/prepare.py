@@ -1,0 +1,214 @@
+"""The first half of a run: all that the input can be at fault for. Nothing is written here."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qlora_jax.config import Config, QuantConfig
+from qlora_jax.data.loader import Batch, Loader
+from qlora_jax.formats import peft
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.kernels.select import choose_kernel
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.models import fingerprint, trees
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.quant.codebooks import codebook
+from qlora_jax.runtime import manifest, paths
+from qlora_jax.runtime.device import describe_devices
+from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.train import examples, rundir
+from qlora_jax.train.assemble import Training, assemble
+from qlora_jax.train.examples import Data
+from qlora_jax.train.identity import check_identity, starts_as_base
+from qlora_jax.train.offload import Placement
+from qlora_jax.train.quantization import held_quantization
+from qlora_jax.train.setup import load_model, open_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+      config: of the run, with what an adapter to go on from decides filled in.
+      say: called with lines for the user.
+      command: what reproduces the run, for the report and the manifest.
+      resume: go on where the directory's run stopped.
+      overwrite: delete the run that the directory holds.
+      started: when it was asked for, by `time.perf_counter`.
+    """
+
+    config: Config
+    say: Callable[[str], None]
+    command: str
+    resume: bool
+    overwrite: bool
+    started: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What is known before any weight is read.
+
+    Attributes:
+      checkpoint: the model, open.
+      text: its tokenizer.
+      data: the examples.
+      moments: where the optimizer's state lives.
+      device: in words.
+    """
+
+    checkpoint: Checkpoint
+    text: Tokenizer
+    data: Data
+    moments: Placement
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a run's manifest and report say of its model.
+
+    Attributes:
+      adapted: whether adapters are trained on a frozen base; else every weight is.
+      trained: parameters that are trained.
+      total: all parameters.
+      base_hash: of the pretrained weights before the first step (`models.fingerprint`).
+      quantization: how the linears are held; None where in 16 or 32 bits.
+    """
+
+    adapted: bool
+    trained: int
+    total: int
+    base_hash: str
+    quantization: QuantConfig | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What trains, before it has a run directory.
+
+    Attributes:
+      training: the model and the functions of a step.
+      loader: the batches to train on.
+      held_out: the batches to evaluate on.
+      facts: about the model.
+      changed: a warning where a run to be resumed began with other weights.
+    """
+
+    training: Training
+    loader: Loader
+    held_out: Sequence[Batch]
+    facts: Facts
+    changed: str | None
+
+
+def open_inputs(asked: Request, place: Callable[[DecoderConfig], Placement]) -> Opened:
+    """Opens the model and reads the data, once it is sure that the run may write its directory.
+
+    Args:
+      asked: the run.
+      place: where the optimizer's state lives, given the model's shapes; it may refuse the run.
+
+    Raises:
+      UserError: the input is at fault.
+    """
+    config, say = asked.config, asked.say
+    rundir.check(config, resume=asked.resume, overwrite=asked.overwrite)
+    choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
+    checkpoint, text = open_model(config, say)
+    moments = place(checkpoint.config)
+    data = examples.read_data(config, text, checkpoint.config.max_positions)
+    device = str(describe_devices())
+    say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
+    say(examples.describe_data(data))
+    return Opened(checkpoint, text, data, moments, device)
+
+
+def build(asked: Request, opened: Opened) -> Built:
+    """Loads the model and builds what trains it.
+
+    Raises:
+      UserError: the input is at fault.
+      RunFailed: fresh adapters change the model's output, or a kernel is wrong on this device.
+    """
+    config, data, pad_id = asked.config, opened.data, opened.text.pad_id
+    model, specs = load_model(config, opened.checkpoint, asked.say)
+    counts = trees.parameter_counts(model, config.method)
+    for line in describe_model(config, model, specs, counts):
+        asked.say(line)
+    base_hash = fingerprint.base_hash(model, config.method)
+    changed = _base_changed(model, config) if asked.resume else None
+    parts = trees.split(model, config.method)
+    if specs and starts_as_base(config):
+        check_identity(*parts, config)
+    return Built(
+        assemble(config, *parts, opened.moments),
+        examples.loader(config, data, pad_id, config.train.seed),
+        examples.held_out(config, data, pad_id),
+        Facts(bool(specs), *counts, base_hash, held_quantization(config, opened.checkpoint)),
+        changed,
+    )
+
+
+def describe_model(
+    config: Config, model: Decoder, specs: Mapping[str, AdapterSpec], counts: tuple[int, int]
+) -> list[str]:
+    """Returns lines on what is trained and how the rest is held.
+
+    Args:
+      config: of the run.
+      model: loaded, with its adapters.
+      specs: module path to adapter.
+      counts: (trained, all) parameters.
+    """
+    trained, total = counts
+    lines = [f"trainable: {trained:,} of {total:,} ({trained / total:.3%})"]
+    if config.method == "qlora":
+        bits, size = trees.quantized_size(model)
+        lines.append(f"quantized linears: {bits:.3f} bits per parameter, {size / 2**20:.1f} MiB")
+    if scales := sorted({round(spec.scale, 6) for spec in specs.values()}):
+        lines.append(f"adapter scale ({config.lora.scaling}): {', '.join(map(str, scales))}")
+    return lines
+
+
+def entries(config: Config, facts: Facts) -> dict[str, Any]:
+    """Returns what the manifest says of the model.
+
+    Raises:
+      UserError: an adapter to go on from cannot be read.
+    """
+    quant = facts.quantization
+    found: dict[str, Any] = {
+        "base_hash": facts.base_hash,
+        "codebook_sha256": _codebook_hash(quant) if quant else None,
+        "quantization": dataclasses.asdict(quant) if quant else None,
+    }
+    if config.lora.from_adapter is not None and facts.adapted:
+        found["from_adapter_sha256"] = peft.sha256(Path(config.lora.from_adapter))
+    return found
+
+
+def _base_changed(model: Decoder, config: Config) -> str | None:
+    """A warning where the run to be resumed began with other weights."""
+    folder = Path(config.output)
+    if not paths.exists(folder / manifest.NAME):
+        return None
+    before = manifest.base_hash(manifest.read(folder))
+    found = fingerprint.like(before, model, config.method)
+    if found == before:
+        return None
+    return (
+        f"warning: the model's weights are not those the run began with (hash {found}, "
+        f"then {before}): the files, the device or a version changed"
+    )
+
+
+def _codebook_hash(quant: QuantConfig) -> str:
+    values = codebook(quant.codebook, quant.block_size)
+    return hashlib.sha256(values.tobytes()).hexdigest()

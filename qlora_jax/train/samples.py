@@ -1,0 +1,35 @@
+"""Answers to held-out prompts, before and after training."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from qlora_jax.config import Config
+from qlora_jax.data.prompts import Question
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.generate import generate
+from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.train.display import progress
+
+
+def answer(
+    config: Config,
+    model: Decoder,
+    text: Tokenizer,
+    questions: Sequence[Question],
+    description: str,
+) -> list[str]:
+    """The model's greedy answers, decoded."""
+    if not questions:
+        return []
+    with progress(description, len(questions)) as advance:
+        rows = generate(
+            model,
+            [q.ids for q in questions],
+            max_new_tokens=config.train.sample_tokens,
+            stop_ids=text.stop_ids,
+            pad_id=text.pad_id,
+            dtype=jnp.dtype(config.model.compute_dtype),
+        )
+        advance(len(questions))
+    return [text.decode(row) for row in rows]
