@@ -3,10 +3,10 @@
 What was read in jax 0.10.2, 0.11.2 and 0.12.0. Offsets count elements. Pallas Triton
 (`_compute_offsets_from_indices`) computes them in 32 bits, and in 64 where an array has more than
 2^32 bytes. Mosaic GPU computes the start of a tile in 64 bits (`index`, in both of its copies and
-in `memref_ptr`) and places within the tile in 32. `fragments.py`, which writes the results of the
-forms "split" and "wgmma", computes the whole offset in 32 signed bits: 2^31 elements are too many
-for it. The bound here counts bytes: an array of 16 bits is divided at half of what would still be
-right, and padding of the features needs no reckoning. A product of 2 GiB loses nothing by it.
+in `memref_ptr`) and places within the tile in 32. `mosaic/results.py`, for the forms "split" and
+"wgmma", computes the whole offset in 32 signed bits: 2^31 elements are too many for it. The bound
+here counts bytes: an array of 16 bits is divided at half of what would still be right, and padding
+of the features needs no reckoning. A product of 2 GiB loses nothing by it.
 """
 
 import math
