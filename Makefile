@@ -90,12 +90,12 @@ gpu-check:
 .PHONY: run-gpu-check
 run-gpu-check: install
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_mosaic_ptx.py tests/kernels/test_ptx_compile.py tests/gpu tests/plan tests/bench/gpu/test_compile_check.py tests/train/test_materialize.py -k 'not every_kernel'
-	JAX_PLATFORMS=cpu $(BIN)/python experiments/gpu_check.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.tools.gpu_check
 
 # On a machine with a GPU, after make install EXTRA=cuda13. The page is written even if a part failed.
 gpu-report: install
 	@code=0; $(BIN)/qlora-jax bench gpu --output docs/results/gpu || code=$$?; \
-	$(BIN)/python experiments/gpu_page.py --write docs/gpu.md && exit $$code
+	$(BIN)/python -m experiments.tools.gpu_page --write docs/gpu.md && exit $$code
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

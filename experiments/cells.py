@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-import inputs
+from experiments import inputs
 from qlora_jax import config as configs
 from qlora_jax.config import Config, DataConfig, ModelConfig
 from qlora_jax.sweep import Context, Rows

@@ -8,9 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-import cells
-import inputs
-from datatypes import CODEBOOKS, FLOATS
+from experiments import cells, inputs
+from experiments.datatypes import CODEBOOKS, FLOATS
 from qlora_jax.sweep import (
     Analysis,
     Cell,

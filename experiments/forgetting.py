@@ -6,9 +6,8 @@ qlora-jax sweep forgetting
 import numpy as np
 from matplotlib.figure import Figure
 
-import cells
-import inputs
-from parity import ARMS, CLAIMED, REFERENCE
+from experiments import cells, inputs
+from experiments.parity import ARMS, CLAIMED, REFERENCE
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import difference, mean, within

@@ -3,14 +3,16 @@
 qlora-jax sweep instruction_tuning
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-import cells
-import inputs
+from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import Interval, within
+
+if TYPE_CHECKING:
+    from qlora_jax.evaluate.tournament import Judge, Match
 
 PLAYERS: dict[str, dict[str, Any]] = {
     "untuned": {"train.steps": 1, "optimizer.learning_rate": 1e-9},
@@ -67,23 +69,9 @@ def told(prompt: str, answer: str) -> str:
 
 
 def analyse(table: Table) -> Analysis:
-    from qlora_jax.evaluate.judges import by_endpoint, by_likelihood
-    from qlora_jax.evaluate.tournament import elo, first_place_bias, play
+    from qlora_jax.evaluate.tournament import elo, first_place_bias
 
-    games = []
-    for own in table.groups("seed").values():
-        answers: dict[str, list[str]] = {}
-        known: dict[tuple[str, str], tuple[float, int]] = {}
-        for (player,), rows in own.groups("player").items():
-            answers[player] = rows.column("answer")
-            for row in rows.rows:
-                known[row["asked"], row["answer"]] = row["log_likelihood"], row["tokens"]
-        asked = next(iter(own.groups("player").values())).column("asked")
-        judge = by_likelihood(lambda p, a, known=known: known[p, a])
-        if inputs.ENDPOINT is not None:
-            judge = by_endpoint(*inputs.ENDPOINT)
-        offset = len(asked) * len(games)
-        games += [m._replace(prompt=m.prompt + offset) for m in play(asked, answers, judge)]
+    games = _games(table)
     ratings = elo(games, orderings=ORDERINGS)
     by_player = {r.player: r for r in ratings}
     gap = by_player[TUNED].elo - by_player[UNTUNED].elo
@@ -113,6 +101,33 @@ def analyse(table: Table) -> Analysis:
         {f"Elo over {ORDERINGS:,} orderings": markdown(rows), "One question": markdown(samples)},
         {"tournament": _picture(ratings)},
     )
+
+
+def _games(table: Table) -> "list[Match]":
+    """Every pair of players on every prompt, in both orders; a prompt counts once for each seed."""
+    from qlora_jax.evaluate.tournament import play
+
+    games: list[Match] = []
+    for own in table.groups("seed").values():
+        by_player = {player: rows for (player,), rows in own.groups("player").items()}
+        answers = {player: rows.column("answer") for player, rows in by_player.items()}
+        asked = next(iter(by_player.values())).column("asked")
+        offset = len(asked) * len(games)
+        played = play(asked, answers, _judge(own))
+        games += [match._replace(prompt=match.prompt + offset) for match in played]
+    return games
+
+
+def _judge(own: Table) -> "Judge":
+    """The endpoint where there is one, else what the reference model said in the cells."""
+    from qlora_jax.evaluate.judges import by_endpoint, by_likelihood
+
+    if inputs.ENDPOINT is not None:
+        return by_endpoint(*inputs.ENDPOINT)
+    said = {
+        (row["asked"], row["answer"]): (row["log_likelihood"], row["tokens"]) for row in own.rows
+    }
+    return by_likelihood(lambda prompt, answer: said[prompt, answer])
 
 
 def _line(text: str) -> str:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-import cells
-import inputs
+from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import difference, mean, within
 

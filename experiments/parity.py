@@ -7,8 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-import cells
-import inputs
+from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-import cells
-import inputs
+from experiments import cells, inputs
 from qlora_jax.sweep import (
     Analysis,
     Cell,
@@ -24,7 +23,7 @@ from qlora_jax.sweep import (
 from qlora_jax.sweep.statistics import difference, mean, within
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-TARGETS = {
+TARGETS: dict[str, str | list[str]] = {
     "q, v": ["q_proj", "v_proj"],
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],

@@ -1,7 +1,7 @@
 """experiments/faults: what it counts as a fault, and that it finds one."""
 
-import importlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -9,22 +9,10 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "experiments" / "faults"
-MODULES = ("common", "mutate", "formats", "fuzz")
+from experiments.faults import common, formats, fuzz, mutate
 
-
-@pytest.fixture(scope="module")
-def faults():
-    """The campaign's modules by name; they are imported as its program imports them."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in MODULES:
-            sys.modules.pop(name, None)
-
-
+ROOT = Path(__file__).parents[1]
+PROGRAM = [sys.executable, "-m", "experiments.faults"]
 TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1\nKeyError: 3\n'
 
 
@@ -43,13 +31,12 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1\nKeyError
         (2, "noise\n" * 12 + "qlora-jax: a\n", "13 lines on stderr around: qlora-jax: a"),
     ],
 )
-def test_what_counts_as_a_fault(faults, code, err, fault):
-    ended = faults["common"].Ended(code=code, out="", err=err, seconds=3.2, computed=1.0, peak=0)
+def test_what_counts_as_a_fault(code, err, fault):
+    ended = common.Ended(code=code, out="", err=err, seconds=3.2, computed=1.0, peak=0)
     assert ended.fault(0, 2) == fault
 
 
-def test_damage_follows_from_the_seed_and_changes_the_file(faults):
-    mutate = faults["mutate"]
+def test_damage_follows_from_the_seed_and_changes_the_file():
     text = json.dumps({"a": [1, 2, {"b": None}], "c": "d"}).encode()
     for mutation in {*mutate.BY_SUFFIX.values(), *mutate.BYTES}:
         made = [mutation(text * 20, random.Random(i)) for i in range(40)]
@@ -57,8 +44,7 @@ def test_damage_follows_from_the_seed_and_changes_the_file(faults):
         assert len(set(made)) > 20 or mutation is mutate.garbage
 
 
-def test_a_reader_that_breaks_is_found(faults, tmp_path, monkeypatch):
-    fuzz, formats = faults["fuzz"], faults["formats"]
+def test_a_reader_that_breaks_is_found(tmp_path, monkeypatch):
     (tmp_path / "seeds" / "data_csv").mkdir(parents=True)
     (tmp_path / "seeds" / "data_csv" / "x.csv").write_text("prompt,completion\na,b\n")
 
@@ -77,8 +63,9 @@ def test_a_reader_that_breaks_is_found(faults, tmp_path, monkeypatch):
 def test_a_short_campaign_finds_nothing(tmp_path):
     parts, out = ("fuzz", "commands", "disks"), tmp_path / "rows.json"
     done = subprocess.run(
-        [sys.executable, FOLDER, f"--parts={','.join(parts)}", "--scale=0.02", f"--out={out}"],
+        [*PROGRAM, f"--parts={','.join(parts)}", "--scale=0.02", f"--out={out}"],
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=900,

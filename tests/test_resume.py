@@ -1,11 +1,9 @@
 """A run that is stopped, killed and resumed ends as one that was left alone, bit for bit."""
 
-import importlib.util
 import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from experiments.tools import kill_resume
 from qlora_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -27,14 +26,8 @@ LEFT_OUT = ("train/seconds", "train/tokens_per_s")
 
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    """experiments/kill_resume.py, which does the same with any config."""
-    path = ROOT / "experiments" / "kill_resume.py"
-    spec = importlib.util.spec_from_file_location("kill_resume", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["kill_resume"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """experiments/tools/kill_resume.py, which does the same with any config."""
+    return kill_resume
 
 
 class Runs(NamedTuple):

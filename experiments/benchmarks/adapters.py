@@ -6,7 +6,7 @@ Expected: one adapter costs a few percent at rank 16; merged costs nothing; eigh
   adapters in one batch are about as quick as eight rows under one, and so some times as quick as
   four runs of two rows, since the base is read once for all.
 Cost: about a minute on 2 CPU cores with the small random model, which is made once (0.3 GB).
-Command: python experiments/benchmarks/adapters.py [--model MODEL] [--bits 16] [--out FILE.json]
+Command: python -m experiments.benchmarks.adapters [--model MODEL] [--bits 16] [--out FILE.json]
 """
 
 import argparse
@@ -55,7 +55,10 @@ class Setting:
 def updates(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, LoraWeights]:
     """A random adapter of every linear."""
     random = np.random.default_rng(seed)
-    draw = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def draw(*shape: int) -> np.ndarray:
+        return np.asarray(random.normal(size=shape), np.float32)
+
     return {
         path: LoraWeights(
             draw(k, rank) / np.float32(k**0.5), draw(rank, n) * 0.01, SCALE * rank, SCALE

@@ -6,7 +6,7 @@ Expected: the targets that docs/benchmarks.md names.
 Cost: about half an hour on 2 CPU cores with 3 rounds, 5 GB of memory. Each round is saved as it
   ends: a run that was stopped, or that --minutes cut, goes on with the same command. Rounds that
   other code or other versions measured are measured anew.
-Command: python experiments/benchmarks/compare.py all --peer PYTHON [--peer PYTHON]
+Command: python -m experiments.benchmarks.compare all --peer PYTHON [--peer PYTHON]
     --out docs/results/benchmarks-cpu-jax012.json [--page docs/benchmarks.md]
   OUT.png is drawn beside it; the tables replace what stands in the page between
   `<!-- begin NAME -->` and `<!-- end NAME -->`, NAME being OUT's without its ending.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import qlora_jax
+from experiments.tools import pages
 from qlora_jax.bench import plot, tools
 from qlora_jax.bench.compare import round_of, summarize
 from qlora_jax.bench.options import Generate, Kernels, Load, Options, Step, to_tree
@@ -120,11 +121,10 @@ def _round(section: Section, sides: Sequence[Tool]) -> list[dict[str, Any]]:
         label, other = section.against
         other = with_model(other, False, _say)
         reports.append(tools.measured(sides[0], section.what, other, _say) | {"label": label})
+    named = getattr(section.options, "model", None)
     for report in reports:
-        # the name, and not where this machine keeps it
-        report["options"] |= (
-            {"model": section.options.model} if "model" in report["options"] else {}
-        )
+        if "model" in report["options"]:
+            report["options"]["model"] = named  # and not where this machine keeps it
     return reports
 
 
@@ -175,12 +175,18 @@ def _show(results: Mapping[str, Any], out: Path, page: Path | None) -> None:
 
 
 def replaced(page: str, name: str, text: str) -> str:
-    """The page with what stands between the marks of `name` replaced."""
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise UserError(f"--page: it needs one line {begin} and after it one {end}")
-    head, _, rest = page.partition(begin)
-    return f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    """Returns the page with what stands between the marks of `name` replaced.
+
+    Raises:
+      UserError: the page lacks them.
+    """
+    marks = pages.Marks(f"<!-- begin {name} -->", f"<!-- end {name} -->")
+    try:
+        return pages.replaced(page, marks, text)
+    except ValueError:
+        raise UserError(
+            f"--page: it needs one line {marks.begin} and after it one {marks.end}"
+        ) from None
 
 
 def _say(line: str) -> None:

@@ -5,7 +5,7 @@ Question: what does training K adapters in one program save of the time that K r
 Expected: at K = 8 at most two thirds of the time of 8 runs of ours; four ranks at once in at most
   40% of four runs of PEFT.
 Cost: at SmolLM2-135M's shape, 1 x 128 tokens and 10 steps, about 15 minutes on 2 CPU cores.
-Command: python experiments/benchmarks/population.py [--members 2,4,8] [--peer PYTHON] [--rounds 3]
+Command: python -m experiments.benchmarks.population [--members 2,4,8] [--peer PYTHON] [--rounds 3]
     [--model random-smollm2-135m] [--json FILE]
   --many 1000 trains that many adapters on a random model of 1M parameters, --at-a-time 50.
 
@@ -32,6 +32,9 @@ from qlora_jax.bench.options import Step
 from qlora_jax.commands.bench import with_model
 from qlora_jax.runtime.atomic import write_text
 from qlora_jax.sweep import markdown
+
+MODULE = "experiments.benchmarks.population"
+"""This one, as a worker's process is given it."""
 
 RANKS = (4, 8, 16, 32)
 FIGURES = ("wall_s", "compile_s", "peak_mib", "share")
@@ -77,7 +80,9 @@ def population(options: argparse.Namespace, count: int) -> dict[str, Any]:
     own |= {"count": count, "at_a_time": options.at_a_time or count}
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, __file__, "--worker", json.dumps(own)], stdout=subprocess.PIPE, check=True
+        [sys.executable, "-m", MODULE, "--worker", json.dumps(own)],
+        stdout=subprocess.PIPE,
+        check=True,
     )
     report = json.loads(done.stdout.splitlines()[-1])
     return {
@@ -100,11 +105,12 @@ def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: 
     from qlora_jax.train import population
     from qlora_jax.train.setup import load_model
 
-    memory, compiled = measure.PeakMemory(), []
+    memory = measure.PeakMemory()
+    compiled: list[float] = []
 
-    def note(event: str, seconds: float, **_: Any) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event == compilation.COMPILED:
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     config = from_tree(
@@ -152,7 +158,8 @@ def _batches(vocabulary: int, batch: int, seq: int) -> Iterator[dict[str, np.nda
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every side in turn, each population with its share of the time of as many runs."""
     model = with_model(Step(options.model), bool(options.peer), _say)
-    options.model = model.model  # type: ignore[union-attr]
+    assert isinstance(model, Step)
+    options.model = model.model
     rows = []
     for count in options.members:
         alone, together = runs(tools.ours(), options, count), population(options, count)

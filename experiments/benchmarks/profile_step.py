@@ -1,6 +1,6 @@
 """The ten operations that take most of a training step, from XLA's own trace.
 
-Command: python experiments/benchmarks/profile_step.py MODEL [--dtype bfloat16 --remat dots ...]
+Command: python -m experiments.benchmarks.profile_step MODEL [--dtype bfloat16 --remat dots ...]
 Expected: matrix products first; decoding the weights behind them.
 Cost: a minute at SmolLM2-135M's shape on 2 CPU cores.
 """
@@ -12,7 +12,9 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, cast
 
+from qlora_jax.bench.options import Step
 from qlora_jax.commands.bench import options_of, step_arguments, with_model
 from qlora_jax.runtime import compilation, hugepages
 
@@ -35,9 +37,11 @@ def main() -> None:
 
     from qlora_jax.bench.step import prepare
 
-    program, state, frozen, batch = prepare(step)[:4]  # type: ignore[arg-type]
-    gradient = program.gradient.lower(state, frozen, batch, None).compile()
-    made = origins(gradient.as_text())
+    assert isinstance(step, Step)
+    program, state, frozen, batch = prepare(step)[:4]
+    jitted = cast(jax.stages.Wrapped, program.gradient)
+    gradient = jitted.lower(state, frozen, batch, None).compile()
+    made = origins(gradient.as_text() or "")
     jax.block_until_ready(gradient(state, frozen, batch, None))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -78,9 +82,9 @@ def origins(program: str) -> dict[str, tuple[str, str]]:
     return made
 
 
-def durations(profile, names: set[str]) -> collections.Counter:
+def durations(profile: Any, names: set[str]) -> collections.Counter[str]:
     """Milliseconds per operation, summed over threads."""
-    spent: collections.Counter = collections.Counter()
+    spent: collections.Counter[str] = collections.Counter()
     for plane in profile.planes:
         for line in plane.lines:
             for event in line.events:

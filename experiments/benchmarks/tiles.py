@@ -5,11 +5,10 @@ Question: which tiles belong into TILES of qlora_jax/kernels/mosaic/tiles.py, an
 Expected: with few rows blocks share the contraction, since there are fewer tiles than
   multiprocessors; with many rows tiles are large, since each tile decodes its part of the weight.
 Cost: not measured in this form. On an H200, 224 products took 66 s, compiled by 20 processes.
-Command: python experiments/benchmarks/tiles.py --out docs/results/tiles-nvidia-h200.json
+Command: python -m experiments.benchmarks.tiles --out docs/results/tiles-nvidia-h200.json
   --rows and --shapes choose products. Every product is compared with that of `xla`.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.tools import program
 from qlora_jax.bench import jax_timing
 from qlora_jax.bench.gpu.facts import facts
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
@@ -140,9 +140,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", choices=CANDIDATES, default=[16, 64, 512])
     parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES])
     parser.add_argument("--out", type=Path, help="JSON of all times")
@@ -166,8 +164,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    program.run(main)

@@ -3,7 +3,7 @@
 Question: does any fault end in a traceback, a hang, too much memory, or a wrong result in silence?
 Expected: none; every fault ends in the result of a whole run, or in one line that names the cause.
 Cost: hours on 2 CPU cores for all parts; of them, fuzz takes 4 minutes and clients 25.
-Command: python experiments/faults [--parts fuzz,kills] [--seed 0] [--scale 1] [--out OUT.json]
+Command: python -m experiments.faults [--parts fuzz,kills] [--seed 0] [--scale 1] [--out OUT.json]
   Prints each fault as it is found, and a table at the end; exit code 1 if there was a fault.
 """
 
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import Campaign, Row, make_seeds, share_compiled, table
+from experiments.faults.common import Campaign, Row, make_seeds, share_compiled, table
 
 PARTS = ("fuzz", "commands", "damage", "kills", "disks", "signals", "environments", "clients")
 """Modules of this folder; each has `run(campaign)`, which yields rows."""
@@ -28,7 +28,7 @@ SHOWN = 20
 def main() -> int:
     """Runs the parts and prints the table."""
     parser = argparse.ArgumentParser(
-        prog="python experiments/faults",
+        prog="python -m experiments.faults",
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
     )
@@ -55,7 +55,7 @@ def main() -> int:
         share_compiled(campaign)
         make_seeds(campaign)
         for part in parts:
-            for row in importlib.import_module(part).run(campaign):
+            for row in importlib.import_module(f"experiments.faults.{part}").run(campaign):
                 rows.append(row)
                 say(f"{row.part}: {row.what}: {row.tried} tried, {len(row.faults)} faults")
                 for fault in row.faults[:SHOWN]:

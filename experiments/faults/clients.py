@@ -26,9 +26,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hostile
-from common import MIB, Campaign, Row, command, resident
-from hostile import ASKED, CHAT, GROUPS, KINDS, OPEN, PATIENCE, STREAM, WHOLE, Found, request
+from experiments.faults import hostile
+from experiments.faults.common import MIB, ROOT, Campaign, Row, command, resident
+from experiments.faults.hostile import (
+    ASKED,
+    CHAT,
+    GROUPS,
+    KINDS,
+    OPEN,
+    PATIENCE,
+    STREAM,
+    WHOLE,
+    Found,
+    request,
+)
 
 RATE, LOAD_RATE = 16.0, 4.0
 """New hostile connections a second in the attack and in the load."""
@@ -41,13 +52,13 @@ LINE = functools.partial(Row, part="clients")
 class Server:
     """A server of the campaign's model and an adapter named one, in a process of its own."""
 
-    def __init__(self, campaign: Campaign, folder: Path):
-        self.log, root = folder / "log", Path(__file__).parents[2]
+    def __init__(self, campaign: Campaign, folder: Path) -> None:
+        self.log = folder / "log"
         options = ["--name=tiny", f"--adapter=one={folder / 'run'}", "--port=0", f"--grace={GRACE}"]
         with self.log.open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "qlora_jax", "serve", str(campaign.model), *options],
-                env={**os.environ, "PYTHONPATH": str(root)},
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
             )
@@ -82,7 +93,7 @@ class Honest:
       folder: with an adapter named run, which is loaded and unloaded.
     """
 
-    def __init__(self, server: Server, folder: Path):
+    def __init__(self, server: Server, folder: Path) -> None:
         adapter = {"lora_name": "two", "lora_path": str(folder / "run")}
         self._ask = server.ask
         self.short = [
@@ -155,7 +166,8 @@ def _under_attack(honest: Honest, quiet: tuple[float, float, int], attack: Any) 
 def _memory(honest: Honest, pid: int, seconds: float) -> Row:
     """Asks all kinds of requests in turn, and looks at the server's memory every second."""
     honest.faults.clear()
-    samples, asked, began = [], 0, time.monotonic()
+    samples: list[float] = []
+    asked, began = 0, time.monotonic()
     while (now := time.monotonic() - began) < seconds:
         if now >= len(samples):
             samples.append(resident(pid) / MIB)

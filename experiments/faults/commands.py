@@ -4,9 +4,8 @@ import collections
 import shutil
 from collections.abc import Iterator
 
-import formats
-import fuzz
-from common import HANGS_AFTER, HUGE, MIB, Campaign, Row, command
+from experiments.faults import formats, fuzz
+from experiments.faults.common import HANGS_AFTER, HUGE, MIB, Campaign, Row, command
 
 INPUTS = 300
 START_SECONDS = 10.0

@@ -16,6 +16,8 @@ from typing import Any
 
 from qlora_jax.runtime import compilation
 
+ROOT = Path(__file__).parents[2]
+"""The checkout, whose code all processes of the campaign run."""
 MIB = 2**20
 HANGS_AFTER = 10.0
 """Seconds of one input after which it counts as a fault."""
@@ -186,7 +188,7 @@ def command(
       hit: called in a thread with the running process, to send it signals.
       prepare: called in the new process before the command starts.
     """
-    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     for name, value in (environment or {}).items():
         if value is None:
             variables.pop(name, None)

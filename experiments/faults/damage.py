@@ -20,10 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Campaign, Ended, Row, command
-from kills import figures
-
-from kill_resume import Moment, Trial, adapter_hash
+from experiments.faults.common import ROOT, Campaign, Ended, Row, command
+from experiments.faults.kills import figures
+from experiments.tools.kill_resume import Moment, Trial, adapter_hash
 
 STEPS = 12
 WORKERS = 2
@@ -72,10 +71,14 @@ OF_FILES: Mapping[str, tuple[int, Change]] = {
     "a folder in its place": (1, to_folder),
 }
 """Damage to how often each file gets it, and what does it."""
+
 OF_FOLDERS: Mapping[str, tuple[int, Change]] = {
     "a folder removed": (1, remove),
     "a file in a folder's place": (1, to_file),
 }
+"""The same of each folder."""
+
+ALL = {**OF_FILES, **OF_FOLDERS}
 
 
 class Case(NamedTuple):
@@ -118,24 +121,24 @@ def run(campaign: Campaign) -> Iterator[Row]:
     starts = make_starts(campaign)
     context = multiprocessing.get_context("spawn")
     with context.Pool(WORKERS, initializer=begin_worker) as pool:
-        for how in [*OF_FILES, *OF_FOLDERS]:
+        for how in ALL:
             cases = make_cases(campaign, starts, how)
             waiting = [(case, pool.apply_async(resume, (case,))) for case in cases]
             yield row(how, [(case, outcome(result)) for case, result in waiting])
         for what, (folder, arguments) in make_weights(campaign, starts).items():
             rng = campaign.rng("damage", what)
             seeds = [rng.randrange(2**32) for _ in range(campaign.times(60))]
-            waiting = [
+            reading = [
                 (seed, pool.apply_async(read_flipped, (folder, arguments, seed))) for seed in seeds
             ]
-            yield row(f"{what}: one bit of a tensor", [(s, outcome(r)) for s, r in waiting])
+            yield row(f"{what}: one bit of a tensor", [(s, outcome(r)) for s, r in reading])
 
 
 def make_starts(campaign: Campaign) -> Sequence[Path]:
     """Makes a whole run, and one that was killed between two checkpoints."""
     folder = campaign.folder / "damage"
     config = campaign.config(folder / "config.yaml", train__steps=STEPS, train__eval_every=4)
-    trial = Trial(config, environment=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    trial = Trial(config, environment=os.environ | {"PYTHONPATH": str(ROOT)})
     whole, midway = folder / "whole", folder / "midway"
     trial.finish(whole)
     trial.hit(midway, Moment(step=8))
@@ -145,7 +148,7 @@ def make_starts(campaign: Campaign) -> Sequence[Path]:
 def make_cases(campaign: Campaign, starts: Sequence[Path], how: str) -> list[Case]:
     """Every file, or folder, of the runs and of their newest checkpoints, in random order."""
     rng = campaign.rng("damage", how)
-    times = (OF_FILES | OF_FOLDERS)[how][0]
+    times = ALL[how][0]
     cases = []
     for start in starts:
         newest = max((start / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -195,7 +198,7 @@ def resume(case: Case) -> Outcome:
     with tempfile.TemporaryDirectory(dir=case.start.parent) as folder:
         copy = Path(shutil.copytree(case.start, Path(folder) / "run"))
         damaged = copy / case.name
-        (OF_FILES | OF_FOLDERS)[case.how][1](damaged, random.Random(f"{case.name} {case.seed}"))
+        ALL[case.how][1](damaged, random.Random(f"{case.name} {case.seed}"))
         before = contents(copy)
         config = str(case.start.parent / "config.yaml")
         ended = run_here("train", config, f"--output={copy}", "--resume")

@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from common import LINES, MIB, SWEEP, Campaign, Ended, Row, command
-from kills import figures, records
-
-from kill_resume import Moment, Trial, adapter_hash, saved_steps
+from experiments.faults.common import LINES, MIB, ROOT, SWEEP, Campaign, Ended, Row, command
+from experiments.faults.kills import figures, records
+from experiments.tools.kill_resume import Moment, Trial, adapter_hash, saved_steps
 
 STEPS = 12
 PAGE = 4096
@@ -48,8 +47,9 @@ def run(campaign: Campaign) -> Iterator[Row]:
         yield Row(part="disks", what="full disks", tried=0, note="no tmpfs can be mounted here")
         return
     values = {"folder": str(campaign.folder), "seed": campaign.seed, "scale": campaign.scale}
-    words = [*namespace, sys.executable, __file__, json.dumps(values)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    words = [*namespace, sys.executable, "-m", __name__, json.dumps(values)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             yield Row(**json.loads(line))
@@ -158,7 +158,7 @@ def train(campaign: Campaign, folder: Path, config: Path) -> Iterator[Row]:
 def alone(campaign: Campaign, folder: Path, config: Path, usual: int) -> Iterator[Row]:
     """Goes on with a run of which one folder is on a full disk of its own."""
     whole, midway = folder / "whole", folder / "midway"
-    Trial(config, environment=os.environ | {"PYTHONPATH": PYTHONPATH}).hit(midway, Moment(step=8))
+    Trial(config, environment=os.environ | {"PYTHONPATH": str(ROOT)}).hit(midway, Moment(step=8))
     for name, room in {"tensorboard": 1, "checkpoints": 60}.items():
         tally = Tally(f"train, {name}/ alone on a disk", usual)
         for pages in sizes(campaign, name, room, 6):
@@ -272,9 +272,6 @@ def sweep(campaign: Campaign, folder: Path) -> Iterator[Row]:
             grow()
             tally.with_room(command(*words), size, lambda: records(out) == right)
     yield tally.row()
-
-
-PYTHONPATH = str(Path(__file__).parents[2])
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import formats
-from common import LINES, MIB, Campaign, Ended, Row, command
+from experiments.faults import formats
+from experiments.faults.common import LINES, MIB, Campaign, Ended, Row, command
 
 Prepare = Callable[[], object]
 

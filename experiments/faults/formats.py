@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import SWEEP, Campaign, command
+from experiments.faults.common import SWEEP, Campaign, command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,12 @@ def read_tokenizer(folder: Path) -> None:
     text.decode(text.encode("What does zip do? \u00e9\u4f60 1234"))
     if text.has_chat_template:
         text.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
+
+
+def read_gguf(folder: Path) -> None:
+    """Reads the model and the tokenizer of a .gguf file."""
+    read_model(folder)
+    read_tokenizer(folder)
 
 
 def read_adapter(folder: Path) -> None:
@@ -133,7 +139,7 @@ FORMATS = (
     Format(
         name="gguf",
         files=("model.gguf",),
-        read=lambda folder: (read_model(folder), read_tokenizer(folder)),
+        read=read_gguf,
         arguments=("quantize", "{}/model.gguf", "{}.out"),
     ),
     Format(
@@ -227,7 +233,7 @@ def _shard(folder: Path) -> None:
 
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
         file = f"model-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names}, folder / file)

@@ -1,7 +1,7 @@
 """Reads 10,000 damaged files of every format, in processes that are watched.
 
 An input is right if it is read, or refused by a `UserError` of one line, within ten seconds and one
-GiB. Input NUMBER is made again by `python experiments/faults/fuzz.py FOLDER SEED NUMBER` from the
+GiB. Input NUMBER is made again by `python -m experiments.faults.fuzz FOLDER SEED NUMBER` from the
 folder of examples that `formats.make` makes.
 """
 
@@ -19,9 +19,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import formats
-import mutate
-from common import HANGS_AFTER, HUGE, MIB, Campaign, Row, resident
+from experiments.faults import formats, mutate
+from experiments.faults.common import HANGS_AFTER, HUGE, MIB, Campaign, Row, resident
 
 INPUTS = 10_000
 WORKERS = 2

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import MIB
+from experiments.faults.common import MIB
 
 OPEN = 64
 """Hostile connections, most at a time."""
@@ -65,8 +65,9 @@ FIELDS = [*ASKED, "messages", "max_completion_tokens", "top_p", "seed", "stop", 
 FIELDS += ["stream_options", "best_of", "frequency_penalty", "presence_penalty", "logit_bias"]
 FIELDS += ["logprobs", "response_format", "tool_choice", "tools", "metadata", "user", "echo"]
 NUMBERS = ("max_tokens", "temperature", "top_p", "seed", "n", "best_of", "presence_penalty")
-WRONG = (None, True, -1, 0, 1.5, 2**31, 2**63, 2**200, -(2**70), 1e308, "x", "", "\0", [], [[]], {})
-WRONG += ([None], [1, "a"], {"a": {"b": []}}, [{"role": "user"}], [{"type": "text"}], "é" * 300)
+WRONG: list[object] = [None, True, -1, 0, 1.5, 2**31, 2**63, 2**200, -(2**70), 1e308, "x", "", "\0"]
+WRONG += [[], [[]], {}, [None], [1, "a"], {"a": {"b": []}}, [{"role": "user"}], [{"type": "text"}]]
+WRONG += ["é" * 300]
 
 
 def _wrong_type(rng: random.Random) -> dict[str, Any]:

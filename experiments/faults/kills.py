@@ -8,17 +8,14 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from common import Campaign, Row, command
-
-sys.path.append(str(Path(__file__).parents[1]))
-from kill_resume import (
+from experiments.faults.common import ROOT, Campaign, Row, command
+from experiments.tools.kill_resume import (
     POLL_SECONDS,
     Hit,
     Moment,
@@ -102,7 +99,7 @@ def train(campaign: Campaign, name: str, read_state: Callable[[Path], Any]) -> R
     folder = campaign.folder / "kills" / name
     shape = {"train__steps": STEPS, "train__save_every": 2}
     config = campaign.config(folder / "config.yaml", **(shape | dict(settings)))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     trial = Trial(config, environment=environment)
     whole, killed = folder / "whole", folder / "killed"
     rng = campaign.rng("kills", name)

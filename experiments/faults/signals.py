@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from time import sleep
 
-import formats
-from common import Campaign, Ended, Row, command
+from experiments.faults import formats
+from experiments.faults.common import Campaign, Ended, Row, command
 
 TIMES = 60
 """Signals of each kind in the whole campaign."""

@@ -92,8 +92,8 @@ FUSED_ROWS: Mapping[str, Mapping[Capability, tuple[range, ...]]] = {
 }
 """Implementation to compute capability (and those above, up to the next) to the rows of x for which
 it is no slower than decoding first: as measured where docs/results/gpu has a report of such a GPU
-(`gpu/measured.py`), else as modelled (docs/gpu.md). `python experiments/gpu_table.py --rows`
-prints this table."""
+(`gpu/measured.py`), else as modelled (docs/gpu.md). This table is printed by `python -m
+experiments.tools.gpu_table --rows`."""
 
 
 def module_of(implementation: str) -> ModuleType:

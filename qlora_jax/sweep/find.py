@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qlora_jax.runtime import json_files, paths
@@ -41,21 +42,18 @@ def find(name: str, folders: Iterable[Path] = FOLDERS) -> Path:
 
 
 def load(path: Path) -> Experiment:
-    """The experiment that a file declares; modules beside the file can be imported by it.
+    """The experiment that a file declares.
+
+    A file in a package is loaded as a module of it: it imports the package's other modules as
+    usual, `from experiments import cells`, from wherever the program is started. Any other file
+    can import the modules beside it by their names.
 
     Raises:
       UserError: the file cannot be run, or declares none.
     """
-    # a name of its own: two folders may have files of one name
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        package = _package(path.parent.resolve())
+        module = _run(f"{package}.{path.stem}" if package else _own_name(path), path)
     except UserError:
         raise
     except Exception as e:
@@ -64,6 +62,49 @@ def load(path: Path) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path}: declares no {NAME} = Experiment(...)")
     return experiment
+
+
+def _package(folder: Path) -> str:
+    """Imports the package that a folder is, after those it lies in, and returns its dotted name.
+
+    Returns:
+      An empty string for a folder that is no package.
+
+    Raises:
+      UserError: a package of this name was imported from another folder.
+    """
+    init = folder / "__init__.py"
+    if not init.is_file():
+        return ""
+    outer = _package(folder.parent)
+    name = f"{outer}.{folder.name}" if outer else folder.name
+    known = getattr(sys.modules.get(name) or _run(name, init), "__file__", None)
+    if known is None or not init.samefile(known):
+        raise UserError(f"{folder}: another package {name} is imported already; rename the folder")
+    return name
+
+
+def _own_name(path: Path) -> str:
+    """Returns a module name for a file in no package, and lets it import what lies beside it."""
+    # As Python does for a script, but last: the file's neighbours hide no installed package.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    # two folders may have files of one name
+    return f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _run(name: str, path: Path) -> ModuleType:
+    """Runs a file as the module of this name, which others can import from then on."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def with_axes(experiment: Experiment, settings: Sequence[str]) -> Experiment:

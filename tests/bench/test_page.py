@@ -1,6 +1,5 @@
 """experiments/benchmarks/compare.py: what is kept of earlier rounds, and the page it fills in."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -11,11 +10,10 @@ from typing import Any
 
 import pytest
 
+from experiments.benchmarks import compare as compare_script
 from qlora_jax.bench import tools
 from qlora_jax.bench.options import Load
 from qlora_jax.runtime.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -23,19 +21,12 @@ def compare(
     make_peer: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> ModuleType:
     """The script with one section, and ours an interpreter that answers at once."""
-    spec = importlib.util.spec_from_file_location(
-        "compare_script", ROOT / "experiments" / "benchmarks" / "compare.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     figures = {"load": {"unit": "s", "value": 1}}
     ours = make_peer("ours", [], figures, device="a device", variants={})
     monkeypatch.setattr(tools, "ours", lambda: tools.Tool("qlora-jax", str(ours)))
-    section = module.Section("Loading", "load", Load(str(tiny_model)))
-    monkeypatch.setattr(module, "SECTIONS", {"load": section})
-    return module
+    section = compare_script.Section("Loading", "load", Load(str(tiny_model)))
+    monkeypatch.setattr(compare_script, "SECTIONS", {"load": section})
+    return compare_script
 
 
 def test_rounds_go_on_and_other_code_starts_anew(
@@ -83,13 +74,6 @@ def test_a_page_without_its_place(compare: ModuleType) -> None:
 def test_every_section_names_a_benchmark_with_its_options() -> None:
     from qlora_jax.bench.options import BENCHMARKS
 
-    spec = importlib.util.spec_from_file_location(
-        "compare_sections", ROOT / "experiments" / "benchmarks" / "compare.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for section in module.SECTIONS.values():
+    for section in compare_script.SECTIONS.values():
         assert type(section.options) is BENCHMARKS[section.what]
         assert section.against is None or type(section.against[1]) is type(section.options)

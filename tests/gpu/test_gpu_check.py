@@ -1,6 +1,5 @@
 """make gpu-check: what it compiles, what it says and when it fails."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -13,24 +12,20 @@ from typing import Any
 import jax
 import pytest
 
+from experiments.tools import gpu_check
 from qlora_jax.bench.gpu.compile_check import Outcome
 from qlora_jax.gpu.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.gpu.product import Case, compile_all
 from qlora_jax.kernels.select import FUSED
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "gpu_check.py"
+ROOT = Path(__file__).parents[2]
 WITHOUT = "compile-only GPU packages absent: make gpu-check"
 FIVE = {"a100", "a6000", "b200", "h100", "rtx4090"}
 
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return gpu_check
 
 
 @pytest.fixture
@@ -134,8 +129,8 @@ def test_a_check_without_programs_fails(script: ModuleType, monkeypatch: Any, ca
 @pytest.mark.skipif(has_plugin(), reason="the compile-only GPU packages are here")
 def test_without_the_compiler_the_remedy_is_named() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env=environment(NO_SPILLS) | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        [sys.executable, "-m", gpu_check.__name__],
+        env=environment(NO_SPILLS) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -147,8 +142,8 @@ def test_without_the_compiler_the_remedy_is_named() -> None:
 @pytest.mark.skipif(not has_plugin(), reason=WITHOUT)
 def test_every_kernel_compiles_for_every_gpu_without_spilling() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", "--only", "kernels"],
-        env=environment(NO_SPILLS) | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        [sys.executable, "-m", gpu_check.__name__, "--json", "--only", "kernels"],
+        env=environment(NO_SPILLS) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_jax.gpu.measured import Report, table
 from qlora_jax.kernels.select import EVERY
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "gpu_table.py"
+ROOT = Path(__file__).parents[2]
 FUSED = {
     "gpu": "a100",
     "implementation": "triton",
@@ -41,8 +41,8 @@ FIRST = FUSED | {
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(SCRIPT), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "experiments.tools.gpu_table", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

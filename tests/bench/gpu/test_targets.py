@@ -11,7 +11,7 @@ import pytest
 
 from qlora_jax.bench.gpu import targets
 
-SCRIPT = Path(__file__).parents[3] / "experiments" / "gpu_page.py"
+ROOT = Path(__file__).parents[3]
 
 
 def timed(implementation: str, rows: int, us: float, **changes: Any) -> list[dict[str, Any]]:
@@ -75,8 +75,8 @@ def test_nothing_measured_meets_nothing() -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(SCRIPT), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "experiments.tools.gpu_page", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

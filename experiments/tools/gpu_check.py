@@ -8,18 +8,17 @@ Cost: half an hour on 2 CPU cores; no GPU, no driver. Needs the extra `gpu-check
 Command: make gpu-check
 """
 
-import argparse
 import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.tools import program
 from qlora_jax.bench.gpu import compile_check
 from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.product import DECODE_FIRST, DIRECTIONS, Case, compile_all
 from qlora_jax.kernels.select import FUSED, usable
-from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.display import counted
 
 PRODUCTS = ((1, 4096, 4096), (32, 4096, 4096), (512, 4096, 4096), (512, 4096, 11008))
@@ -89,9 +88,7 @@ CHECKS = {"kernels": check_kernels, "programs": check_programs}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print records, not lines")
     parser.add_argument("--only", choices=CHECKS, help="check these alone")
     options = parser.parse_args()
@@ -104,8 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    program.run(main)

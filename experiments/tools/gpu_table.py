@@ -9,11 +9,10 @@ Cost: about 10 minutes per implementation on 2 CPU cores; no GPU. Needs the extr
   With --only or --gpu, what the file of --json holds of all others is kept.
 GPUs that `qlora-jax bench gpu` has a report of get a second table of times, at measured rates.
   That compiles nothing; --only without a name, with --json, compiles nothing at all.
-Command: python experiments/gpu_table.py --write docs/gpu.md --json docs/gpu.json
+Command: python -m experiments.tools.gpu_table --write docs/gpu.md --json docs/gpu.json
   --rows prints the table FUSED_ROWS of qlora_jax/kernels/select.py, from the reports' times.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -25,24 +24,24 @@ from typing import Any
 import jax
 import jaxlib
 
+from experiments.tools import pages, program
 from qlora_jax.gpu import measured
 from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
 from qlora_jax.gpu.product import DECODE_FIRST, DIRECTIONS, Case, compile_all, seconds_at, tile
 from qlora_jax.kernels.select import EVERY, FUSED, usable
 from qlora_jax.kernels.target import half_dtype
-from qlora_jax.runtime.errors import UserError
 
 ROWS = (1, 16, 512, 2048, 8192)
 SHAPES = ((4096, 4096), (4096, 11008))
 SHOWN = (1, 16, 512)
 """Rows in the table of kernels; beyond, tiles stay the same."""
 
-BEGIN, END = "<!-- gpu_table.py begins -->", "<!-- gpu_table.py ends -->"
+MARKS = pages.Marks("<!-- gpu_table.py begins -->", "<!-- gpu_table.py ends -->")
 HMMA = 2 * 16 * 8 * 16
 """Flop of the usual tensor instruction, by which others are counted."""
 
-REPORTS = Path(__file__).parents[1] / "docs" / "results" / "gpu"
+REPORTS = Path(__file__).parents[2] / "docs" / "results" / "gpu"
 
 Record = Mapping[str, Any]
 
@@ -78,7 +77,7 @@ def tables(records: Sequence[Record], reports: Sequence[Report] = ()) -> str:
 
 def at_measured_rates(records: Sequence[Record], report: Report) -> list[Record]:
     """The records of a report's GPU: `seconds` at its rates, `measured` seconds or None."""
-    found = []
+    found: list[Record] = []
     for r in records:
         rates = report.ceilings(r["dtype"])
         if r["gpu"] == report.gpu and rates is not None and not r["error"]:
@@ -177,23 +176,8 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def write(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Puts the tables between the two markers of a page.
-
-    Raises:
-      UserError: the page has no markers.
-    """
-    page = path.read_text("utf-8")
-    if begin not in page or end not in page:
-        raise UserError(f"{path}: add the lines {begin} and {end} where the tables belong")
-    before, after = page.partition(begin)[0], page.partition(end)[2]
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=GPUS)
     parser.add_argument("--only", nargs="*", choices=(DECODE_FIRST, *FUSED), help="implementations")
     parser.add_argument("--write", type=Path, help="page with the two markers; else printed")
@@ -215,8 +199,8 @@ def main() -> int:
         for case in everything
         if case.gpu in options.gpu and (options.only is None or case.implementation in options.only)
     ]
-    for i, record in enumerate(compile_all(asked) if asked else ()):
-        known[asked[i]] = record
+    for i, compiled in enumerate(compile_all(asked) if asked else ()):
+        known[asked[i]] = compiled
         if options.json:  # at once: an hour's figures outlive an interrupt
             kept = [known[case] for case in everything if case in known]
             options.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
@@ -227,15 +211,11 @@ def main() -> int:
             print(f"{list(record.values())[:7]}: {record['error']}", file=sys.stderr)
     text = tables(records, reports)
     if options.write:
-        write(options.write, text)
+        pages.write(options.write, MARKS, text)
     else:
         print(text)
     return 1 if any(record["error"] for record in records) else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    program.run(main)

@@ -3,19 +3,18 @@
 Question: do 7B fit into a T4 and 65B under 48 GB, and what is it that takes the memory?
 Expected: every case of the table in docs/memory.md fits, below its target.
 Cost: about 6 minutes on 2 CPU cores and 2 GB of RAM; no GPU. Needs the extra `gpu-check`.
-Command: python experiments/memory_table.py [--write docs/memory.md] [--json docs/memory.json]
+Command: python -m experiments.tools.memory_table [--write docs/memory.md] [--json docs/memory.json]
   The table replaces what stands in the page between the two comments named plans.
 """
 
-import argparse
 import json
-import re
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.tools import pages, program
 from qlora_jax.commands import plan as command
 from qlora_jax.gpu.compile import read_gpu
 from qlora_jax.models.shapes import find
@@ -23,10 +22,9 @@ from qlora_jax.plan import contrast
 from qlora_jax.plan.plan import planned
 from qlora_jax.runtime import gpu_memory
 from qlora_jax.runtime.atomic import write_text
-from qlora_jax.runtime.errors import UserError
 
 GIB = 2**30
-MARKS = "<!-- begin plans -->", "<!-- end plans -->"
+MARKS = pages.Marks("<!-- begin plans -->", "<!-- end plans -->")
 
 
 class Case(NamedTuple):
@@ -98,9 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -113,17 +109,9 @@ def main() -> int:
     if options.json:
         write_text(options.json, json.dumps(rows, indent=1) + "\n")
     if options.write:
-        page = options.write.read_text("utf-8")
-        begin, end = MARKS
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        body = f"{begin}\n\n{table(rows)}\n\n{end}"
-        write_text(options.write, pattern.sub(lambda _: body, page))
+        pages.write(options.write, MARKS, table(rows))
     return 0 if all(row["device_gib"] <= row["target"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    program.run(main)

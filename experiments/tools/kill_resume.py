@@ -3,7 +3,7 @@
 Expected: yes, whatever the moment: importing, loading, compiling, between steps, while saving or
   after the last step.
 Cost: two runs of the config, and the start of one more for each kill.
-Command: python experiments/kill_resume.py configs/quickstart.yaml --kills 5 --seed 0
+Command: python -m experiments.tools.kill_resume configs/quickstart.yaml --kills 5 --seed 0
   Further arguments are settings for both runs, such as --train.steps=20.
 """
 

@@ -6,11 +6,10 @@ Expected: on a T4, a 7B model's step of 4096 tokens passes through a peak that i
   the moments, 1.2 GiB; not a bit of the result depends on where they live.
 Cost: about 5 minutes on 2 CPU cores. The plan needs the extra `gpu-check`; without it, that part is
   left out.
-Command: python experiments/paged_optimizer.py [--out docs/results/paged_optimizer]
+Command: python -m experiments.tools.paged_optimizer [--out docs/results/paged_optimizer]
   writes OUT.json and OUT.png
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.tools import program
 from qlora_jax.runtime import compilation, hugepages
 from qlora_jax.runtime.atomic import write_text
-from qlora_jax.runtime.errors import UserError
 
 LENGTHS = (256, 256, 256, 1024, 256, 256, 256, 256)
 """Tokens of the steps on this machine; those on the GPU are four times as long."""
@@ -72,11 +71,11 @@ def here(home: str, steps: int) -> dict[str, Any]:
     from qlora_jax.quant import nbytes
     from qlora_jax.train import step as train
 
-    chosen = Step(MODEL, rank=64, batch=1, remat="full", offload=home)
-    prepared = bench.prepare(with_model(chosen, False, print))  # type: ignore[arg-type]
-    program, state, frozen = prepared[:3]
+    chosen = with_model(Step(MODEL, rank=64, batch=1, remat="full", offload=home), False, print)
+    assert isinstance(chosen, Step)
+    program, state, frozen = bench.prepare(chosen)[:3]
     memory, random = PeakMemory(), np.random.default_rng(0)
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, float | None]] = []
     for i in range(steps):
         length = LENGTHS[i % len(LENGTHS)]
         tokens = random.integers(0, 49152, (1, 1, length + 1)).astype(np.int32)
@@ -136,9 +135,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("paged_optimizer"))
     options = parser.parse_args()
@@ -170,8 +167,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    program.run(main)

@@ -3,21 +3,18 @@
 Expected: a section for each docs/results/gpu/DEVICE.json, in the order of the names, with its
   targets; without a report, the targets as not measured.
 Cost: none.
-Command: make gpu-report (on a GPU), or python experiments/gpu_page.py --write docs/gpu.md
+Command: make gpu-report (on a GPU), or python -m experiments.tools.gpu_page --write docs/gpu.md
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
-from gpu_table import write
+from experiments.tools import pages, program
 from qlora_jax.bench.gpu import page
 from qlora_jax.bench.gpu.report import Report
-from qlora_jax.runtime.errors import UserError
 
 REPORTS = Path("docs/results/gpu")
-BEGIN, END = "<!-- gpu_page.py begins -->", "<!-- gpu_page.py ends -->"
+MARKS = pages.Marks("<!-- gpu_page.py begins -->", "<!-- gpu_page.py ends -->")
 NOTHING: Report = {"checks": [], "figures": []}
 
 
@@ -30,23 +27,17 @@ def section(reports: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("--write", type=Path, help="page with the two markers; else printed")
     parser.add_argument("--reports", type=Path, default=REPORTS, help=f"default {REPORTS}")
     options = parser.parse_args()
     text = section(options.reports)
     if options.write:
-        write(options.write, text, BEGIN, END)
+        pages.write(options.write, MARKS, text)
     else:
         print(text)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        print(e, file=sys.stderr)
-        sys.exit(2)
+    program.run(main)

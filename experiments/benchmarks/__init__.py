@@ -1,0 +1,1 @@
+"""Programs that measure speed and memory, beside installed peers where there are some."""

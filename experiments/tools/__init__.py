@@ -1,0 +1,1 @@
+"""Programs that make the documentation's tables, and that check what takes a test too long."""

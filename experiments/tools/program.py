@@ -1,0 +1,22 @@
+"""How the programs of this folder read their arguments and end."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from qlora_jax.runtime.errors import UserError
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Returns a parser whose help shows a module's docstring, `text`, line by line."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawTextHelpFormatter)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the exit code of `main`; a `UserError` is one line and exit code 2."""
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
