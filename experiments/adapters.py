@@ -3,15 +3,18 @@
 qlora-jax sweep adapters
 """
 
+import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Column, Metric, columns, line, measured
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -28,20 +31,14 @@ def run(cell: Cell, context: Context) -> Rows:
     cells.finetuned(cell["config"], context.folder, settings)
     run = context.folder / cells.RUN
     restored = cells.trained(run)
-    sizes = {
-        "adapter_bytes": _size(run / "adapter"),
-        "base_bytes": _base_bytes(restored.model),
-        "switch_s": _switch_seconds(restored, run / "adapter"),
-    }
+    costs = measured(METRICS, _Tuned(run / "adapter", restored))
     return [
-        {"scored_on": task, "task_loss": _loss(restored, data), **sizes}
+        {"scored_on": task, "task_loss": _loss(restored, data), **costs}
         for task, data in TASKS.items()
     ]
 
 
 def _loss(restored: Any, data: dict[str, Any]) -> float:
-    import dataclasses
-
     from qlora_jax import config as configs
     from qlora_jax.evaluate.heldout import held_out_loss
 
@@ -50,20 +47,29 @@ def _loss(restored: Any, data: dict[str, Any]) -> float:
     return held_out_loss(dataclasses.replace(restored, config=config)).loss
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+class _Tuned(NamedTuple):
+    """A finished run: its adapter's folder, and its model with what goes with it."""
+
+    adapter: Path
+    restored: Any
 
 
-def _base_bytes(model: Any) -> int:
+def adapter_bytes(tuned: _Tuned) -> int:
+    """Bytes of the adapter's files."""
+    return sum(file.stat().st_size for file in tuned.adapter.iterdir())
+
+
+def base_bytes(tuned: _Tuned) -> int:
+    """Bytes of the pretrained weights in memory."""
     import jax
     from flax import nnx
 
     from qlora_jax.lora import Weight
 
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, Weight)))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(tuned.restored.model, Weight)))
 
 
-def _switch_seconds(restored: Any, folder: Path) -> float:
+def switch_seconds(tuned: _Tuned) -> float:
     """Reading an adapter's folder and putting it into a loaded model, in which it is used at once.
 
     The median of five after a first one, which compiles the writing of a slot.
@@ -76,15 +82,43 @@ def _switch_seconds(restored: Any, folder: Path) -> float:
     from qlora_jax.models.adapters import attach_bank, put_adapter
     from qlora_jax.train.restore import from_config
 
-    model = from_config(restored.config, print).model
-    attach_bank(model, slots=2, rank=largest_rank(read_plain(folder)), dtype="float32")
+    model = from_config(tuned.restored.config, print).model
+    attach_bank(model, slots=2, rank=largest_rank(read_plain(tuned.adapter)), dtype="float32")
     seconds = []
     for i in range(6):
         began = time.perf_counter()
-        put_adapter(model, i % 2, read_plain(folder, model.linears()))
+        put_adapter(model, i % 2, read_plain(tuned.adapter, model.linears()))
         jax.block_until_ready(nnx.state(model))
         seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))
+
+
+def _of_runs(figure: str) -> Column:
+    """A column of a figure's mean over runs, each of which has a row for every task."""
+    return lambda rows: str(_mean_of_runs(rows, figure))
+
+
+def _mean_of_runs(rows: Table, figure: str) -> Interval:
+    return mean([own.rows[0][figure] for own in rows.groups("task", "seed").values()])
+
+
+METRICS: Mapping[str, Metric[_Tuned]] = {
+    "adapter_bytes": Metric(adapter_bytes),
+    "base_bytes": Metric(base_bytes),
+    "switch_s": Metric(
+        switch_seconds, "seconds to switch (read a folder, fill a slot)", show=_of_runs
+    ),
+}
+"""What an adapter costs. All rows of a run have the same figure: `_of_runs` counts it once."""
+
+COSTS: Mapping[str, Column] = {
+    "bytes of an adapter": lambda rows: f"{rows.rows[0]['adapter_bytes']:,}",
+    "bytes of the base, shared": lambda rows: f"{rows.rows[0]['base_bytes']:,}",
+    "N tasks as N models, per task": lambda rows: (
+        f"{rows.rows[0]['base_bytes'] / rows.rows[0]['adapter_bytes']:.0f} adapters"
+    ),
+    **columns(METRICS),
+}
 
 
 def analyse(table: Table) -> Analysis:
@@ -93,7 +127,7 @@ def analyse(table: Table) -> Analysis:
     least = min(gaps, key=lambda interval: interval.low)
     first = table.rows[0]
     adapter, base = first["adapter_bytes"], first["base_bytes"]
-    switch = mean([own.rows[0]["switch_s"] for own in table.groups("task", "seed").values()])
+    switch = _mean_of_runs(table, "switch_s")
     matrix = [
         {
             "adapter of": task,
@@ -104,12 +138,7 @@ def analyse(table: Table) -> Analysis:
         }
         for task in tasks
     ]
-    costs = [
-        {"what": "bytes of an adapter", "value": f"{adapter:,}"},
-        {"what": "bytes of the base, shared", "value": f"{base:,}"},
-        {"what": "N tasks as N models, per task", "value": f"{base / adapter:.0f} adapters"},
-        {"what": "seconds to switch (read a folder, fill a slot)", "value": str(switch)},
-    ]
+    costs = [{"what": what, "value": value} for what, value in line(table, COSTS).items()]
     return Analysis(
         Verdict(
             f"each task is best served by its own adapter, by at least {least} nats per token; an "

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from experiments import inputs
 from qlora_jax import config as configs
 from qlora_jax.config import Config, DataConfig, ModelConfig
 from qlora_jax.sweep import Context, Rows
+from qlora_jax.sweep.metrics import Metric, measured
 
 RUN = "run"
 """A cell's run directory, in its folder."""
@@ -143,20 +144,34 @@ def population(
     )
     checkpoint = opened(config.model.path)
     base = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    rows: list[Rows] = []
-    for result in found:
-        own = sum(a.a.size + a.b.size for a in result.adapters.values())
-        rows.append(
-            {
-                "loss": result.held_out[max(result.held_out)],
-                "loss_before": result.held_out[0],
-                "last_losses": result.losses[-10:],
-                "trainable": own,
-                "share": own / (own + base),
-                "diverged": result.diverged,
-            }
-        )
-    return rows
+    return [measured(MEMBER, Member(result, base)) for result in found]
+
+
+class Member(NamedTuple):
+    """One member of a population.
+
+    Attributes:
+      result: what became of it, a `train.population.MemberResult`.
+      base: parameters of the base.
+    """
+
+    result: Any
+    base: int
+
+    @property
+    def trainable(self) -> int:
+        return sum(a.a.size + a.b.size for a in self.result.adapters.values())
+
+
+MEMBER: Mapping[str, Metric[Member]] = {
+    "loss": Metric(lambda member: member.result.held_out[max(member.result.held_out)]),
+    "loss_before": Metric(lambda member: member.result.held_out[0]),
+    "last_losses": Metric(lambda member: member.result.losses[-10:]),
+    "trainable": Metric(lambda member: member.trainable),
+    "share": Metric(lambda member: member.trainable / (member.trainable + member.base)),
+    "diverged": Metric(lambda member: member.result.diverged),
+}
+"""Figures of a population's member. Experiments show those with a title beside their own."""
 
 
 def trained(run: Path) -> Any:

@@ -3,12 +3,14 @@
 qlora-jax sweep datatypes
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Metric, average, columns, line, measured
 from qlora_jax.sweep.statistics import (
     AGREES,
     CONTRADICTS,
@@ -27,6 +29,24 @@ CODEBOOKS = ["int4", "fp4_e2m1", "fp4_e3m0", "fp4_bnb", "nf4", "af4", "lloyd"]
 FLOATS = ["fp4_e2m1", "fp4_e3m0", "fp4_bnb"]
 
 
+class _Quantized(NamedTuple):
+    """A model's open checkpoint, and how it was quantized; None where it was not."""
+
+    checkpoint: Any
+    quant: Any
+
+
+def weight_error(quantized: _Quantized) -> float:
+    """Relative error of the quantized weights."""
+    return cells.relative_error(*quantized) if quantized.quant else 0.0
+
+
+METRICS: Mapping[str, Metric[_Quantized]] = {
+    "weight_error": Metric(weight_error, "relative error of weights", average)
+}
+"""Figures of a quantized model, beside its loss on each text."""
+
+
 def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
 
@@ -42,9 +62,9 @@ def run(cell: Cell, context: Context) -> Rows:
         )
     checkpoint = cells.opened(cell["model"])
     model = load(checkpoint, quant=quant, dtype=jnp.float32)
-    error = cells.relative_error(checkpoint, quant) if quant else 0.0
+    figures = measured(METRICS, _Quantized(checkpoint, quant))
     return [
-        {"text": text, "loss": loss, "weight_error": error}
+        {"text": text, "loss": loss, **figures}
         for text, loss in cells.losses(model, checkpoint).items()
     ]
 
@@ -115,12 +135,11 @@ def _by_model(usual: Table, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _summary(usual: Table, name: str) -> dict[str, Any]:
-    own = usual.where(codebook=name)
+    shown = {**columns(METRICS), "increase, nats": average("increase")}
     gap = "" if name == "nf4" else str(_gap(usual, name))
     return {
         "codebook": name,
-        "relative error of weights": mean(own.column("weight_error")).mean,
-        "increase, nats": mean(own.column("increase")).mean,
+        **line(usual.where(codebook=name), shown),
         "more than nf4 [95%]": gap,
         "paper's perplexity (other models)": PAPER.get(name),
     }

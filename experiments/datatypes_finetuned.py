@@ -21,9 +21,17 @@ from qlora_jax.sweep import (
     Verdict,
     markdown,
 )
+from qlora_jax.sweep.metrics import average, columns, interval, line
 from qlora_jax.sweep.statistics import difference, mean, within
 
 PLAIN = "16 bits"
+
+SHOWN = {
+    "loss before": average("loss_before"),
+    "loss after [95%]": interval("loss"),
+    **columns(cells.MEMBER),
+}
+"""Columns of the figures of a population's members."""
 
 
 def together(group: Sequence[Cell], context: Context) -> list[Rows]:
@@ -49,17 +57,14 @@ def analyse(table: Table) -> Analysis:
         for name in FLOATS
     }
     least = min(gaps.values(), key=lambda interval: interval.low)
-    rows = []
-    for (codebook, dq), own in table.groups("codebook", "double_quant").items():
-        before, after = mean(own.column("loss_before")), mean(own.column("loss"))
-        rows.append(
-            {
-                "codebook": codebook,
-                "double quantization": "" if codebook == PLAIN else dq,
-                "loss before": before.mean,
-                "loss after [95%]": str(after),
-            }
-        )
+    rows = [
+        {
+            "codebook": codebook,
+            "double quantization": "" if codebook == PLAIN else double_quant,
+            **line(own, SHOWN),
+        }
+        for (codebook, double_quant), own in table.groups("codebook", "double_quant").items()
+    ]
     ours = ", ".join(f"{name} - nf4: {gap}" for name, gap in gaps.items())
     return Analysis(
         Verdict(f"held-out loss above nf4's after fine-tuning: {ours}", least, within(least, 0.0)),

@@ -3,13 +3,15 @@
 qlora-jax sweep double_quantization
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
-from qlora_jax.sweep.statistics import difference, mean, within
+from qlora_jax.sweep.metrics import Metric, columns, first, interval, line, measured
+from qlora_jax.sweep.statistics import difference, within
 
 SAVED = 0.373
 """Bits per parameter at block 64 (QLoRA, section 3): 32/64 - 8/64 - 32/(64 * 256)."""
@@ -18,12 +20,22 @@ LOST = 0.01
 """Nats per token: what "without degrading performance" is taken to mean here, 1% of perplexity."""
 
 
+def bits(model: Any) -> float:
+    """Bits per parameter that is quantized, those of the scales included."""
+    from qlora_jax.models.trees import quantized_size
+
+    return quantized_size(model)[0]
+
+
+METRICS: Mapping[str, Metric[Any]] = {"bits": Metric(bits, "bits per parameter", first)}
+"""Figures of a quantized model, beside its loss on each text."""
+
+
 def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
 
     from qlora_jax.config import QuantConfig
     from qlora_jax.formats.load import load
-    from qlora_jax.models.trees import quantized_size
 
     double = cell["double_quant"]
     if cell["stage"] == "fine-tuned":
@@ -32,9 +44,9 @@ def run(cell: Cell, context: Context) -> Rows:
         return {"text": "held out", "loss": found["loss"]}
     checkpoint = cells.opened(cell["model"])
     model = load(checkpoint, quant=QuantConfig(double_quant=double), dtype=jnp.float32)
-    bits, _ = quantized_size(model)
+    figures = measured(METRICS, model)
     return [
-        {"text": text, "loss": loss, "bits": bits}
+        {"text": text, "loss": loss, **figures}
         for text, loss in cells.losses(model, checkpoint).items()
     ]
 
@@ -56,14 +68,9 @@ def analyse(table: Table) -> Analysis:
     saved = difference(*sides)
     worst = max(costs.values(), key=lambda interval: interval.high)
     loss = "; ".join(f"{stage}: {cost}" for stage, cost in costs.items())
+    shown = {**columns(METRICS), "loss": interval("loss")}
     rows = [
-        {
-            "stage": stage,
-            "model": model,
-            "double quantization": double,
-            "bits per parameter": own.rows[0].get("bits"),
-            "loss": str(mean(own.column("loss"))),
-        }
+        {"stage": stage, "model": model, "double quantization": double, **line(own, shown)}
         for (stage, model, double), own in table.groups("stage", "model", "double_quant").items()
     ]
     return Analysis(

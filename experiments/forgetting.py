@@ -3,6 +3,9 @@
 qlora-jax sweep forgetting
 """
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -10,11 +13,27 @@ from experiments import cells, inputs
 from experiments.parity import ARMS, CLAIMED, REFERENCE
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Metric, average, columns, lines, measured
 from qlora_jax.sweep.statistics import difference, mean, within
 
 USED = ("full", REFERENCE, CLAIMED)
 OLD = "python-source"
 """The text that the base was trained on and that may be forgotten."""
+
+
+class _Tuned(NamedTuple):
+    """A run's model and what goes with it, and its loss on the old text after and before."""
+
+    restored: Any
+    old: float
+    base: float
+
+
+METRICS: Mapping[str, Metric[_Tuned]] = {
+    "old_loss": Metric(lambda tuned: tuned.old),
+    "forgotten": Metric(lambda tuned: tuned.old - tuned.base, "forgotten, nats", average),
+}
+"""Figures of a run, beside those of `cells.finetuned`."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
@@ -34,7 +53,7 @@ def run(cell: Cell, context: Context) -> Rows:
     ids = cells.text_ids(checkpoint.tokenizer_path, OLD, inputs.TOKENS)
     old = text_loss(restored.model, ids, window=inputs.WINDOW, dtype=jnp.float32).loss
     base = cells.base_loss(restored.config.model.path, OLD)
-    return {**found, "old_loss": old, "forgotten": old - base}
+    return {**found, **measured(METRICS, _Tuned(restored, old, base))}
 
 
 def analyse(table: Table) -> Analysis:
@@ -53,15 +72,7 @@ def analyse(table: Table) -> Analysis:
         }
         for arm, values in at.items()
     ]
-    steps = [
-        {
-            "arm": arm,
-            "steps": n,
-            "loss on the new task": mean(own.column("loss")).mean,
-            "forgotten, nats": mean(own.column("forgotten")).mean,
-        }
-        for (arm, n), own in table.groups("arm", "steps").items()
-    ]
+    shown = {"loss on the new task": average("loss"), **columns(METRICS)}
     return Analysis(
         Verdict(
             f"at equal loss on the new task full fine-tuning forgets more than {CLAIMED} by "
@@ -71,7 +82,7 @@ def analyse(table: Table) -> Analysis:
         ),
         {
             "What the old text loses at equal loss on the new task": markdown(rows),
-            "By training steps": markdown(steps),
+            "By training steps": markdown(lines(table, ["arm", "steps"], shown)),
         },
         {"forgetting": _picture(table, level)},
     )

@@ -3,12 +3,14 @@
 qlora-jax sweep instruction_tuning
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Metric, columns, first, line, measured
 from qlora_jax.sweep.statistics import Interval, within
 
 if TYPE_CHECKING:
@@ -23,6 +25,22 @@ PLAYERS: dict[str, dict[str, Any]] = {
 TUNED, UNTUNED = "qlora nf4", "untuned"
 PROMPTS = 20
 ORDERINGS = 10_000
+
+
+class _Judged(NamedTuple):
+    """What the judge said of one answer, and the figures of the player's run."""
+
+    score: Any
+    pair: Any
+    run: Mapping[str, Any]
+
+
+METRICS: Mapping[str, Metric[_Judged]] = {
+    "log_likelihood": Metric(lambda judged: judged.score.log_likelihood),
+    "tokens": Metric(lambda judged: len(judged.pair.continuation)),
+    "loss": Metric(lambda judged: judged.run["loss"], "held-out loss", first),
+}
+"""Figures of one answer; those with a title are columns of the table of players."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
@@ -43,7 +61,7 @@ def run(cell: Cell, context: Context) -> Rows:
         encode_pair(text, told(question.prompt, answer), f" {question.answer.strip()}")
         for question, answer in answered
     ]
-    scores = score(
+    scored = score(
         judge, pairs, dtype=jnp.float32, pad_id=text.pad_id, batch_size=4, max_length=768
     )
     return [
@@ -51,11 +69,9 @@ def run(cell: Cell, context: Context) -> Rows:
             "prompt": i,
             "asked": question.prompt,
             "answer": answer,
-            "log_likelihood": s.log_likelihood,
-            "tokens": len(pair.continuation),
-            "loss": found["loss"],
+            **measured(METRICS, _Judged(score, pair, found)),
         }
-        for i, ((question, answer), pair, s) in enumerate(zip(answered, pairs, scores))
+        for i, ((question, answer), pair, score) in enumerate(zip(answered, pairs, scored))
     ]
 
 
@@ -83,7 +99,7 @@ def analyse(table: Table) -> Analysis:
             "player": r.player,
             "Elo": f"{r.elo:.0f}",
             "95% of bootstraps": f"{r.low:.0f} to {r.high:.0f}",
-            "held-out loss": table.where(player=r.player).column("loss")[0],
+            **line(table.where(player=r.player), columns(METRICS)),
         }
         for r in ratings
     ]

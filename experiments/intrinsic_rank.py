@@ -3,6 +3,7 @@
 qlora-jax sweep intrinsic_rank
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Column, Metric, average, columns, lines, measured
 from qlora_jax.sweep.statistics import difference, mean, within
 
 SMALL, LARGE = 8, 64
@@ -25,57 +27,21 @@ PUBLISHED = 0.5
 
 def run(cell: Cell, context: Context) -> Rows:
     seed = cell["seed"]
-    full = _updates(
-        cell, context, {"method": "full", "optimizer.learning_rate": inputs.FULL_RATE}, seed
-    )
     runs = {
-        name: _updates(cell, context, _lora(rank), own)
-        for name, rank, own in (
-            ("small", SMALL, seed),
-            ("large", LARGE, seed),
-            ("again", LARGE, seed + 1000),
-        )
-    }
-    return [
-        {"module": module, **_figures(full[module], {k: r[module] for k, r in runs.items()}, seed)}
-        for module in MODULES
-    ]
-
-
-def _figures(full: "_Update", runs: "dict[str, _Update]", seed: int) -> dict[str, Any]:
-    """What one linear says, trained whole and by adapters of two ranks and two seeds."""
-    from qlora_jax.lora.analysis import amplification, rank_of_energy, singular_values
-
-    large = runs["large"]
-    values = singular_values(full.change)
-    random = np.random.default_rng(seed)
-    noise = [random.normal(size=large.a.shape) for _ in range(2)]
-    amplified = amplification(full.base, large.change, TOP, seed)
-    return {
-        "singular_values": values.round(4).tolist(),
-        "weight_values": singular_values(full.base).round(4).tolist(),
-        "rank_of_90": rank_of_energy(values, 0.9),
-        "sides": min(full.change.shape),
-        "small_large": _grid(runs["small"].a, large.a),
-        "seeds": _grid(large.a, runs["again"].a),
-        "random": _grid(*noise),
-        "change": _grid(runs["small"].change, large.change, (SMALL, LARGE)),
-        "change_seeds": _grid(large.change, runs["again"].change, (1, 1)),
-        "start": _grid(large.start, large.a, (1, 1)),
-        "within_update": amplified.within_update,
-        "within_weight": amplified.within_weight,
-        "within_random": amplified.within_random,
-        "weight": amplified.weight,
-        "update": amplified.update,
-        "factor": amplified.factor,
+        "full": _updates(cell, context, _FULL, seed),
+        "small": _updates(cell, context, _lora(SMALL), seed),
+        "large": _updates(cell, context, _lora(LARGE), seed),
+        "again": _updates(cell, context, _lora(LARGE), seed + 1000),
     }
 
+    def figures(module: str) -> dict[str, Any]:
+        updates = {name: by_module[module] for name, by_module in runs.items()}
+        return measured(METRICS, _trained(seed, **updates))
 
-def _grid(a: np.ndarray, b: np.ndarray, size: tuple[int, int] = (LARGE, LARGE)) -> list[Any]:
-    """φ of the first directions of two matrices; of ΔW: what training moved, without A's start."""
-    from qlora_jax.lora.analysis import subspace_similarity
+    return [{"module": module, **figures(module)} for module in MODULES]
 
-    return subspace_similarity(a, b)[: size[0], : size[1]].round(4).tolist()
+
+_FULL = {"method": "full", "optimizer.learning_rate": inputs.FULL_RATE}
 
 
 def _lora(rank: int) -> dict[str, Any]:
@@ -102,6 +68,89 @@ class _Update(NamedTuple):
     change: np.ndarray
     start: Any = None
     a: Any = None
+
+
+class _Trained(NamedTuple):
+    """One linear, trained whole and by adapters of two ranks and two seeds.
+
+    Attributes:
+      full: trained whole.
+      small: by an adapter of rank `SMALL`.
+      large: by one of rank `LARGE`.
+      again: by one of rank `LARGE` from another seed.
+      noise: two random matrices of the shape of A at rank `LARGE`.
+      spectrum: singular values of what training it whole added.
+      amplified: how what `large` added relates to W.
+    """
+
+    full: _Update
+    small: _Update
+    large: _Update
+    again: _Update
+    noise: tuple[np.ndarray, np.ndarray]
+    spectrum: np.ndarray
+    amplified: Any
+
+
+def _trained(seed: int, full: _Update, small: _Update, large: _Update, again: _Update) -> _Trained:
+    from qlora_jax.lora.analysis import amplification, singular_values
+
+    random = np.random.default_rng(seed)
+    first, second = (random.normal(size=large.a.shape) for _ in range(2))
+    return _Trained(
+        full,
+        small,
+        large,
+        again,
+        noise=(first, second),
+        spectrum=singular_values(full.change),
+        amplified=amplification(full.base, large.change, TOP, seed),
+    )
+
+
+def weight_values(trained: _Trained) -> list[float]:
+    """Singular values of W."""
+    from qlora_jax.lora.analysis import singular_values
+
+    return singular_values(trained.full.base).round(4).tolist()
+
+
+def rank_of_90(trained: _Trained) -> int:
+    """Directions that hold 90% of what training the whole linear added."""
+    from qlora_jax.lora.analysis import rank_of_energy
+
+    return rank_of_energy(trained.spectrum, 0.9)
+
+
+def _grid(a: np.ndarray, b: np.ndarray, size: tuple[int, int] = (LARGE, LARGE)) -> list[Any]:
+    """φ of the first directions of two matrices; of ΔW: what training moved, without A's start."""
+    from qlora_jax.lora.analysis import subspace_similarity
+
+    return subspace_similarity(a, b)[: size[0], : size[1]].round(4).tolist()
+
+
+METRICS: Mapping[str, Metric[_Trained]] = {
+    "singular_values": Metric(lambda x: x.spectrum.round(4).tolist()),
+    "weight_values": Metric(weight_values),
+    "rank_of_90": Metric(rank_of_90),
+    "sides": Metric(lambda x: min(x.full.change.shape)),
+    "small_large": Metric(lambda x: _grid(x.small.a, x.large.a)),
+    "seeds": Metric(lambda x: _grid(x.large.a, x.again.a)),
+    "random": Metric(lambda x: _grid(*x.noise)),
+    "change": Metric(lambda x: _grid(x.small.change, x.large.change, (SMALL, LARGE))),
+    "change_seeds": Metric(lambda x: _grid(x.large.change, x.again.change, (1, 1))),
+    "start": Metric(lambda x: _grid(x.large.start, x.large.a, (1, 1))),
+    "within_update": Metric(lambda x: x.amplified.within_update, "‖UᵀWVᵀ‖ of ΔW", average),
+    "within_weight": Metric(lambda x: x.amplified.within_weight, "of W", average),
+    "within_random": Metric(lambda x: x.amplified.within_random, "of random", average),
+    "weight": Metric(lambda x: x.amplified.weight, "‖W‖", average),
+    "update": Metric(lambda x: x.amplified.update, "‖ΔW‖", average),
+    "factor": Metric(lambda x: x.amplified.factor, "amplification", average),
+}
+"""Figures of a linear; those with a title are columns of how ΔW relates to W."""
+
+LEADING = ("weight", "update")
+"""Metrics whose columns come before the others'."""
 
 
 def _updates(
@@ -133,38 +182,33 @@ def _update(old: Any, new: Any, layer: int) -> _Update:
     return _Update(weight, change, start.a, own.a)
 
 
+def _phi(figure: str, i: int = 1) -> Column:
+    """A column of the mean of φ(i, i)."""
+    return lambda rows: mean([row[figure][i - 1][i - 1] for row in rows.rows]).mean
+
+
+def _directions(rows: Table) -> str:
+    return f"{mean(rows.column('rank_of_90')).mean:.0f} of {rows.rows[0]['sides']}"
+
+
+DIRECTIONS: Mapping[str, Column] = {
+    "directions that hold 90% of a full fine-tune's ΔW": _directions,
+    f"φ(1,1), r {SMALL} in r {LARGE}": _phi("small_large"),
+    f"φ({SMALL},{SMALL})": _phi("small_large", SMALL),
+    "two seeds φ(1,1)": _phi("seeds"),
+    "A before and after φ(1,1)": _phi("start"),
+    "random φ(1,1)": _phi("random"),
+    f"ΔW φ(1,1), r {SMALL} in r {LARGE}": _phi("change"),
+    "ΔW of two seeds φ(1,1)": _phi("change_seeds"),
+}
+"""Columns of the directions that recur."""
+
+
 def analyse(table: Table) -> Analysis:
     top = [row["small_large"][0][0] for row in table.rows]
     chance = [row["random"][0][0] for row in table.rows]
     first, above = mean(top), difference(top, chance)
-    rows = [
-        {
-            "module": module,
-            "directions that hold 90% of a full fine-tune's ΔW": (
-                f"{mean(own.column('rank_of_90')).mean:.0f} of {own.rows[0]['sides']}"
-            ),
-            f"φ(1,1), r {SMALL} in r {LARGE}": _phi(own, "small_large"),
-            f"φ({SMALL},{SMALL})": _phi(own, "small_large", SMALL),
-            "two seeds φ(1,1)": _phi(own, "seeds"),
-            "A before and after φ(1,1)": _phi(own, "start"),
-            "random φ(1,1)": _phi(own, "random"),
-            f"ΔW φ(1,1), r {SMALL} in r {LARGE}": _phi(own, "change"),
-            "ΔW of two seeds φ(1,1)": _phi(own, "change_seeds"),
-        }
-        for (module,), own in table.groups("module").items()
-    ]
-    amplified = [
-        {
-            "module": module,
-            "‖W‖": mean(own.column("weight")).mean,
-            "‖ΔW‖": mean(own.column("update")).mean,
-            "‖UᵀWVᵀ‖ of ΔW": mean(own.column("within_update")).mean,
-            "of W": mean(own.column("within_weight")).mean,
-            "of random": mean(own.column("within_random")).mean,
-            "amplification": mean(own.column("factor")).mean,
-        }
-        for (module,), own in table.groups("module").items()
-    ]
+    amplified = columns(METRICS, LEADING)
     return Analysis(
         Verdict(
             f"the first direction of A at r {SMALL} lies within that at r {LARGE} by φ(1,1) = "
@@ -173,16 +217,12 @@ def analyse(table: Table) -> Analysis:
             within(first, low=PUBLISHED),
         ),
         {
-            "Directions": markdown(rows),
+            "Directions": markdown(lines(table, ["module"], DIRECTIONS)),
             f"How ΔW relates to W (first {TOP} directions, r {LARGE}; LoRA Table 7: 21.5 at r 4, "
-            "1.9 at r 64)": markdown(amplified),
+            "1.9 at r 64)": markdown(lines(table, ["module"], amplified)),
         },
         {"subspaces": _heat(table), "singular_values": _spectrum(table)},
     )
-
-
-def _phi(own: Table, name: str, i: int = 1) -> float:
-    return mean([row[name][i - 1][i - 1] for row in own.rows]).mean
 
 
 def _heat(table: Table) -> Figure:

@@ -3,11 +3,13 @@
 qlora-jax sweep memory_claims
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Column, Metric, columns, first, line, measured
 from qlora_jax.sweep.statistics import Interval, within
 
 GIB = 2**30
@@ -39,6 +41,32 @@ CLAIMS = {
 }
 
 
+class _Planned(NamedTuple):
+    """A claim and the plan of its run, as `plan.describe` gives it."""
+
+    claim: Claim
+    plan: Mapping[str, Any]
+
+
+def _by(figure: str) -> Column:
+    """A column of what the figures come from."""
+    return lambda rows: (
+        f"the compiler for {CLAIMS[rows.rows[0]['claim']].gpu}"
+        if rows.rows[0][figure]
+        else "formula"
+    )
+
+
+METRICS: Mapping[str, Metric[_Planned]] = {
+    "said": Metric(lambda planned: planned.claim.said, "said", first),
+    "limit_gb": Metric(lambda planned: planned.claim.limit),
+    "gb": Metric(lambda planned: planned.plan["device_gib"] * GIB / 1e9, "ours, GB", first),
+    "compiled": Metric(lambda planned: planned.plan["compiled"], "by", _by),
+    "components": Metric(lambda planned: planned.plan["components"]),
+}
+"""Figures of a claim's run; those with a title are columns of the table of runs."""
+
+
 def run(cell: Cell, context: Context) -> Rows:
     from qlora_jax.commands import plan
     from qlora_jax.gpu.compile import has_plugin, read_gpu
@@ -56,15 +84,8 @@ def run(cell: Cell, context: Context) -> Rows:
     config = plan.suited(config, read_gpu(claim.gpu).capability)
     model = find(claim.model)
     made = planned(config, model, claim.gpu, print, False) if has_plugin() else None
-    row = plan.describe(model, config, claim.gpu, made)
-    return {
-        "line": cell["claim"],
-        "said": claim.said,
-        "limit_gb": claim.limit,
-        "gb": row["device_gib"] * GIB / 1e9,
-        "compiled": row["compiled"],
-        "components": row["components"],
-    }
+    found = plan.describe(model, config, claim.gpu, made)
+    return {"line": cell["claim"], **measured(METRICS, _Planned(claim, found))}
 
 
 def analyse(table: Table) -> Analysis:
@@ -72,15 +93,8 @@ def analyse(table: Table) -> Analysis:
     sums = [row for row in table.rows if "gb" not in row]
     over = max(runs.rows, key=lambda row: row["gb"] / row["limit_gb"])
     share = over["gb"] / over["limit_gb"]
-    lines = [
-        {
-            "run": row["line"],
-            "said": row["said"],
-            "ours, GB": row["gb"],
-            "by": f"the compiler for {CLAIMS[row['claim']].gpu}" if row["compiled"] else "formula",
-        }
-        for row in runs.rows
-    ]
+    shown = columns(METRICS)
+    rows = [{"run": row["line"], **line(Table([row]), shown)} for row in runs.rows]
     parts = [
         {"run": row["line"], **{k: f"{v / 1e9:.2f}" for k, v in _flat(row["components"]).items()}}
         for row in runs.rows
@@ -98,7 +112,7 @@ def analyse(table: Table) -> Analysis:
             within(exact, high=1.0),
         ),
         {
-            "Runs": markdown(lines),
+            "Runs": markdown(rows),
             "Their parts, GB": markdown(parts),
             "The papers' sums": markdown(
                 [

@@ -3,13 +3,16 @@
 qlora-jax sweep normality
 """
 
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Metric, average, columns, lines, measured
 from qlora_jax.sweep.statistics import mean, within
 
 ROWS = 96
@@ -18,8 +21,72 @@ ROWS = 96
 PAPER = 0.075
 """Share of a 7B LLaMA's units that a Shapiro-Wilk test at 5% rejects (QLoRA, appendix F)."""
 
+CODEBOOKS = ("nf4", "fp4_bnb", "int4")
+
 CLAIM = 0.15
 """Up to which share of units "mostly normal" is judged: twice the paper's, as 5% are chance."""
+
+
+class _Matrix(NamedTuple):
+    """One linear's weight, and the same quantized.
+
+    Attributes:
+      w: [in, out], float32.
+      quantized: codebook to QTensor.
+    """
+
+    w: np.ndarray
+    quantized: Mapping[str, Any]
+
+
+def rejected(matrix: _Matrix) -> float:
+    """Share of `ROWS` units that are not normal at 5%."""
+    from qlora_jax.quant.error import normality_rejected
+
+    units = matrix.w.shape[1]
+    some = np.linspace(0, units - 1, min(ROWS, units)).astype(int)
+    return normality_rejected(matrix.w[:, some])
+
+
+def kurtosis(matrix: _Matrix) -> float:
+    """Kurtosis above that of a normal distribution."""
+    return float(np.mean((matrix.w / matrix.w.std()) ** 4) - 3)
+
+
+def outliers(matrix: _Matrix) -> float:
+    """Share of weights beyond six standard deviations."""
+    return float(np.mean(np.abs(matrix.w) > 6 * matrix.w.std()))
+
+
+def entropy(codebook: str, matrix: _Matrix) -> float:
+    """Bits that a code carries."""
+    from qlora_jax.quant.error import code_counts, entropy
+
+    return entropy(code_counts(matrix.quantized[codebook]))
+
+
+def error(codebook: str, matrix: _Matrix) -> float:
+    """Relative error of the weights."""
+    from qlora_jax.quant.error import quantization_error
+
+    return quantization_error(matrix.w, matrix.quantized[codebook]).relative_mse ** 0.5
+
+
+METRICS: Mapping[str, Metric[_Matrix]] = {
+    "rejected": Metric(rejected, "rejected", average),
+    "kurtosis": Metric(kurtosis, "kurtosis", average),
+    "outliers": Metric(outliers, "outliers", average),
+    "entropy nf4": Metric(partial(entropy, "nf4"), "entropy nf4", average),
+    "error nf4": Metric(partial(error, "nf4"), "error nf4", average),
+    "entropy fp4_bnb": Metric(partial(entropy, "fp4_bnb"), "entropy fp4_bnb", average),
+    "error fp4_bnb": Metric(partial(error, "fp4_bnb"), "error fp4_bnb", average),
+    "entropy int4": Metric(partial(entropy, "int4")),
+    "error int4": Metric(partial(error, "int4"), "error int4", average),
+}
+"""Figures of a linear; those with a title are columns of the table."""
+
+LEADING = ("rejected", "kurtosis", "outliers", "entropy nf4", "entropy fp4_bnb")
+"""Metrics whose columns come before the others'."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
@@ -27,12 +94,6 @@ def run(cell: Cell, context: Context) -> Rows:
 
     from qlora_jax.models.parts import linears
     from qlora_jax.quant import quantize
-    from qlora_jax.quant.error import (
-        code_counts,
-        entropy,
-        normality_rejected,
-        quantization_error,
-    )
 
     checkpoint = cells.opened(cell["model"])
     config = checkpoint.config
@@ -41,34 +102,16 @@ def run(cell: Cell, context: Context) -> Rows:
         for path in linears(config):
             w = np.asarray(checkpoint.read(f"{config.names.layers}.{layer}.{path}.weight"))
             w = w.astype(np.float32).T
-            some = np.linspace(0, w.shape[1] - 1, min(ROWS, w.shape[1])).astype(int)
-            found = {}
-            for codebook in ("nf4", "fp4_bnb", "int4"):
-                q = quantize(jnp.asarray(w), codebook)
-                found[f"entropy {codebook}"] = entropy(code_counts(q))
-                error = quantization_error(w, q)
-                found[f"error {codebook}"] = error.relative_mse**0.5
-            rows.append(
-                {
-                    "layer": layer,
-                    "linear": path.rpartition(".")[2],
-                    "rejected": normality_rejected(w[:, some]),
-                    "kurtosis": float(np.mean((w / w.std()) ** 4) - 3),
-                    "outliers": float(np.mean(np.abs(w) > 6 * w.std())),
-                    **found,
-                }
-            )
+            quantized = {name: quantize(jnp.asarray(w), name) for name in CODEBOOKS}
+            figures = measured(METRICS, _Matrix(w, quantized))
+            rows.append({"layer": layer, "linear": path.rpartition(".")[2], **figures})
         context.progress(f"layer {layer + 1}/{config.num_layers}")
     return rows
 
 
 def analyse(table: Table) -> Analysis:
-    rows = []
-    for (model, linear), own in table.groups("model", "linear").items():
-        names = ("rejected", "kurtosis", "outliers", "entropy nf4", "entropy fp4_bnb")
-        errors = ("error nf4", "error fp4_bnb", "error int4")
-        means = {name: mean(own.column(name)).mean for name in (*names, *errors)}
-        rows.append({"model": model, "linear": linear, **means})
+    shown = columns(METRICS, LEADING)
+    rows = lines(table, ["model", "linear"], shown)
     by_model = {
         model: mean(own.column("rejected"), method="bootstrap")
         for (model,), own in table.groups("model").items()

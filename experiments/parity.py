@@ -3,12 +3,15 @@
 qlora-jax sweep parity
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from experiments import cells, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
+from qlora_jax.sweep.metrics import Column, Metric, columns, interval, lines, measured
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
 
 RATES = [0.5, 1.0, 2.0, 4.0]
@@ -36,30 +39,31 @@ ALIKE = 0.03
 
 ANSWERS = 24
 
+METRICS: Mapping[str, Metric[Path]] = {
+    "rouge_l": Metric(lambda run: cells.rouge_of(run, ANSWERS), "ROUGE-L of answers [95%]"),
+}
+"""Figures of a finished run, by its folder, beside those of `cells.finetuned`."""
+
 
 def run(cell: Cell, context: Context) -> Rows:
     arm = ARMS[cell["arm"]]
     rate = arm["optimizer.learning_rate"] * cell["rate"]
     settings = {**arm, "optimizer.learning_rate": rate, "train.seed": cell["seed"]}
     found = cells.finetuned(cell["config"], context.folder, settings)
-    return {**found, "rouge_l": cells.rouge_of(context.folder / cells.RUN, ANSWERS)}
+    return {**found, **measured(METRICS, context.folder / cells.RUN)}
 
 
 def analyse(table: Table) -> Analysis:
     tuned = Table([row for arm in ARMS for row in _best(table.where(arm=arm)).rows])
     gaps = {arm: _gap(tuned, "loss", arm, REFERENCE) for arm in ARMS if arm != REFERENCE}
     claimed = gaps[CLAIMED]
-    rows = [
-        {
-            "arm": arm,
-            "rate": _rate(own.rows[0]["rate"], table.values("rate")),
-            "trained share": f"{own.rows[0]['share']:.2%}",
-            "held-out loss [95%]": str(mean(own.column("loss"))),
-            f"above {REFERENCE} [95%]": str(gaps.get(arm, "")),
-            "ROUGE-L of answers [95%]": str(mean(own.column("rouge_l"))),
-        }
-        for (arm,), own in tuned.groups("arm").items()
-    ]
+    shown: dict[str, Column] = {
+        "rate": lambda own: _rate(own.rows[0]["rate"], table.values("rate")),
+        "trained share": lambda own: f"{own.rows[0]['share']:.2%}",
+        "held-out loss [95%]": interval("loss"),
+        f"above {REFERENCE} [95%]": lambda own: str(gaps.get(own.rows[0]["arm"], "")),
+        **columns(METRICS),
+    }
     full = _gap(tuned, "loss", CLAIMED, "full")
     return Analysis(
         Verdict(
@@ -69,12 +73,9 @@ def analyse(table: Table) -> Analysis:
             within(claimed, high=ALIKE),
         ),
         {
-            "At each arm's best learning rate": markdown(rows),
+            "At each arm's best learning rate": markdown(lines(tuned, ["arm"], shown)),
             "All rates: held-out loss": markdown(
-                [
-                    {"arm": arm, "rate": rate, "loss": str(mean(own.column("loss")))}
-                    for (arm, rate), own in table.groups("arm", "rate").items()
-                ]
+                lines(table, ["arm", "rate"], {"loss": interval("loss")})
             ),
         },
         {"parity": _picture(tuned)},

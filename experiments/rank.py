@@ -3,7 +3,7 @@
 qlora-jax sweep rank
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ from qlora_jax.sweep import (
     Verdict,
     markdown,
 )
+from qlora_jax.sweep.metrics import Column, columns
 from qlora_jax.sweep.statistics import difference, mean, within
 
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -98,18 +99,35 @@ def analyse(table: Table) -> Analysis:
             spread,
             within(spread, -ALIKE, ALIKE),
         ),
-        {f"Held-out loss, {policy}": _grid(table.where(alpha=policy)) for policy in policies},
+        {
+            f"{title}, {policy}": _grid(table.where(alpha=policy), column)
+            for title, column in SHOWN.items()
+            for policy in policies
+        },
         {"rank": _picture(table, policies)},
     )
 
 
-def _grid(table: Table) -> str:
+def _spread(figure: str) -> Column:
+    """A column of a figure's mean and half its interval."""
+
+    def shown(rows: Table) -> str:
+        found = mean(rows.column(figure))
+        return f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
+
+    return shown
+
+
+SHOWN: Mapping[str, Column] = {"Held-out loss": _spread("loss"), **columns(cells.MEMBER)}
+"""Tables, each of one figure of the members, by rank and targets."""
+
+
+def _grid(table: Table, column: Column) -> str:
     rows = []
     for (targets,), own in table.groups("targets").items():
         found: dict[str, Any] = {"targets": targets}
         for (rank,), part in own.groups("rank").items():
-            interval = mean(part.column("loss"))
-            found[f"r {rank}"] = f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}"
+            found[f"r {rank}"] = column(part)
         found["trainable at r 8"] = f"{own.where(rank=8).rows[0]['share']:.2%}"
         rows.append(found)
     return markdown(rows)
