@@ -105,8 +105,8 @@ def _picture(tuned: Table) -> Figure:
     ):
         for i, arm in enumerate(ARMS):
             values = tuned.where(arm=arm).column(name)
-            interval = mean(values)
-            ax.errorbar(i, interval.mean, interval.high - interval.mean, fmt="s", capsize=4)
+            found = mean(values)
+            ax.errorbar(i, found.mean, found.high - found.mean, fmt="s", capsize=4)
             ax.plot([i] * len(values), values, "k.", alpha=0.5)
         ax.set_xticks(range(len(ARMS)), [a.replace(" ", "\n", 1) for a in ARMS])
         ax.set_title(title)
@@ -121,6 +121,7 @@ EXPERIMENT = Experiment(
     expected="nf4 with double quantization within noise of 16-bit LoRA; fp4 a little behind",
     cost="about 25 minutes on 2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG], "arm": list(ARMS), "rate": RATES},
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
 )

@@ -52,12 +52,25 @@ def measured(metrics: Mapping[str, Metric[Made]], made: Made) -> dict[str, Any]:
 def columns(metrics: Mapping[str, Metric[Any]], leading: Sequence[str] = ()) -> dict[str, Column]:
     """Returns the columns of the metrics that have a title, by title.
 
+    Rows from before a metric was added are left out of its column.
+
     Args:
       metrics: by name of the figure.
       leading: names whose columns come first.
     """
-    names = dict.fromkeys([*leading, *metrics])
-    return {metrics[name].title: metrics[name].show(name) for name in names if metrics[name].title}
+    found = {}
+    for name in dict.fromkeys([*leading, *metrics]):
+        if title := metrics[name].title:
+            found[title] = _of_those_with(name, metrics[name].show(name))
+    return found
+
+
+def _of_those_with(figure: str, column: Column) -> Column:
+    def entry(rows: Table) -> Any:
+        own = Table(row for row in rows.rows if figure in row)
+        return column(own) if len(own) else None
+
+    return entry
 
 
 def line(rows: Table, columns: Mapping[str, Column]) -> dict[str, Any]:
