@@ -200,6 +200,7 @@ EXPERIMENT = Experiment(
     expected="the diagonal of the matrix is best; an adapter is a few percent of the base",
     cost="about 8 minutes on 2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG], "task": list(TASKS)},
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
 )

@@ -22,7 +22,7 @@ RUN = "run"
 def config_of(path: str, settings: Mapping[str, Any]) -> Config:
     """The config of a YAML file with settings laid over it, given as Python values."""
     text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
-    return configs.load(path, text)
+    return configs.load(inputs.in_checkout(path), text)
 
 
 def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,6 +71,16 @@ def opened(model: str) -> Any:
     return open_checkpoint(ModelConfig(path=model))
 
 
+def described(model: str) -> Any:
+    """A model's open checkpoint, or one of its shapes where the model is still to be made."""
+    from qlora_jax.formats.fresh import FreshCheckpoint, shapes
+
+    if model in inputs.PRETRAINED and not Path(model).exists():
+        pretrain = config_of(inputs.PRETRAINED[model], {}).pretrain
+        return FreshCheckpoint(shapes(pretrain), seed=0)
+    return opened(model)
+
+
 def losses(model: Any, checkpoint: Any) -> dict[str, Any]:
     """A model's loss on every text of `inputs.TEXTS`, in nats per token."""
     import jax.numpy as jnp
@@ -115,7 +125,7 @@ def linears(path: str, targets: str | list[str]) -> dict[str, tuple[int, int]]:
     from qlora_jax.train.start import linears_of
 
     config = config_of(path, {"lora.target_modules": targets})
-    shapes = linears_of(opened(config.model.path))
+    shapes = linears_of(described(config.model.path))
     return {name: shapes[name] for name in plan(config.lora, shapes)}
 
 

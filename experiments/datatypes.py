@@ -209,6 +209,7 @@ EXPERIMENT = Experiment(
         for m in inputs.MODELS
     ],
     seeds=(),
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
 )

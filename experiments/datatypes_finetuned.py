@@ -100,6 +100,7 @@ EXPERIMENT = Experiment(
     axes={"config": [inputs.CONFIG], "codebook": CODEBOOKS, "double_quant": [True, False]},
     more=[{"config": inputs.CONFIG, "codebook": PLAIN, "double_quant": False}],
     seeds=(0, 1, 2),
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
     population=Population(

@@ -113,6 +113,7 @@ EXPERIMENT = Experiment(
     cost="about 8 minutes on 2 CPU cores, 2 GiB",
     axes={"stage": ["fine-tuned"], "model": [inputs.CONFIG], "double_quant": [True, False]},
     more=[point for model in inputs.MODELS for point in _grid("quantized", model)],
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
     skip=skip,

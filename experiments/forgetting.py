@@ -126,6 +126,7 @@ EXPERIMENT = Experiment(
     expected="full fine-tuning moves the old text's loss most",
     cost="about 15 minutes on 2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG], "arm": list(USED), "steps": [10, 30, 60]},
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
 )

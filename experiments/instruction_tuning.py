@@ -174,6 +174,7 @@ EXPERIMENT = Experiment(
     axes={"config": [inputs.CHAT], "player": list(PLAYERS)},
     seeds=(0,),
     version=2,
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
 )

@@ -272,6 +272,7 @@ EXPERIMENT = Experiment(
     cost="about 4 minutes on 2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG]},
     version=2,
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
 )

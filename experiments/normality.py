@@ -156,6 +156,7 @@ EXPERIMENT = Experiment(
     cost="about 4 minutes on 2 CPU cores, 1 GiB",
     axes={"model": inputs.MODELS},
     seeds=(),
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
 )

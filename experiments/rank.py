@@ -3,6 +3,7 @@
 qlora-jax sweep rank
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,11 +64,15 @@ def run(cell: Cell, context: Context) -> Rows:
 
 
 def skip(cell: Cell) -> str | None:
-    shapes = cells.linears(cell["config"], TARGETS[cell["targets"]])
-    least = min(min(shape) for shape in shapes.values())
+    least = _smallest_side(cell["config"], cell["targets"])
     if cell["rank"] > least:
         return f"rank {cell['rank']} is above the smallest side of a targeted matrix, {least}"
     return None
+
+
+@functools.cache
+def _smallest_side(config: str, targets: str) -> int:
+    return min(min(shape) for shape in cells.linears(config, TARGETS[targets]).values())
 
 
 def key(cell: Cell) -> tuple[Any, ...]:
@@ -167,6 +172,7 @@ EXPERIMENT = Experiment(
         "targets": list(TARGETS),
         "alpha": list(POLICIES),
     },
+    inputs=inputs.made,
     run=run,
     analyse=analyse,
     skip=skip,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import inputs
+from qlora_jax import config as configs
 from qlora_jax.sweep import table
 from qlora_jax.sweep.conclude import VERDICT, arranged
 from qlora_jax.sweep.find import NAME, load
@@ -25,6 +27,31 @@ def test_an_experiment_says_what_it_is_and_how_to_run_it(path):
     if experiment.population is not None:
         keys = {experiment.population.key(cell) for cell in experiment.cells()}
         assert len(keys) < len(ids)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES])
+def test_a_dry_run_needs_nothing(name, tmp_path, monkeypatch, run_cli):
+    monkeypatch.chdir(tmp_path)
+    ended = run_cli("sweep", name, "--dry-run", "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["to_run"] > 0
+    for wanted in told.get("inputs", ()):
+        assert wanted["path"] in inputs.PRETRAINED
+        assert wanted["command"].startswith("qlora-jax pretrain ")
+        assert "minutes on 2 CPU cores" in wanted["cost"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_told_to_be_made_is_what_the_cells_read():
+    small, whole = (load(ROOT / "experiments" / f"{name}.py") for name in ("rank", "datatypes"))
+    assert {one.path for cell in small.cells() for one in small.inputs(cell)} == {
+        Path("runs/pretrain_1m/model")
+    }
+    read = {str(one.path) for cell in whole.cells() for one in whole.inputs(cell)}
+    assert read == set(inputs.PRETRAINED)
+    for model, config in inputs.PRETRAINED.items():
+        assert f"{configs.load(ROOT / config).output}/model" == model
 
 
 def test_there_are_those_of_the_papers():

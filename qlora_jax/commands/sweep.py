@@ -5,13 +5,14 @@ import collections
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from qlora_jax.commands.common import count
+from qlora_jax.commands.common import count, say
 from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.sweep.experiment import Cell, Experiment
 from qlora_jax.sweep.find import find, load, where, with_axes
+from qlora_jax.sweep.inputs import make, missing
 
 TEXT = "Run an experiment's grid of cells, and say what it means for the paper's claim."
 FOLDER = Path("runs") / "sweeps"
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
     Raises:
       UserError: the experiment, a condition or the folder cannot be used.
-      RunFailed: cells failed, or the analysis.
+      RunFailed: cells failed, the analysis, or what makes an input.
     """
     path = find(options.experiment)
     experiment = with_axes(load(path), options.set)
@@ -88,6 +89,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if options.dry_run:
         _show_plan(experiment, cells, out, options)
         return
+    if not options.analyse_only:
+        _make_inputs(experiment, cells, out, options.retry_failed)
     from qlora_jax.sweep.conclude import conclude
     from qlora_jax.sweep.record import FAILED
     from qlora_jax.sweep.results import read
@@ -121,21 +124,55 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         )
 
 
-def _show_plan(
-    experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
-) -> None:
+class _Plan(NamedTuple):
+    """What a folder's records say of the cells that are asked for.
+
+    Attributes:
+      records: by cell.
+      reasons: why cells cannot run, by cell.
+      todo: the cells that are to run.
+    """
+
+    records: Mapping[str, Any]
+    reasons: Mapping[str, str]
+    todo: Sequence[Cell]
+
+
+def _plan(experiment: Experiment, cells: Sequence[Cell], out: Path, retry_failed: bool) -> _Plan:
     from qlora_jax.sweep.results import NAME, read
     from qlora_jax.sweep.run import left
 
     records = read(out, experiment) if (out / NAME).exists() else {}
     reasons = {cell.id: reason for cell in cells if (reason := experiment.skip(cell))}
-    todo = [c for c in left(cells, records, options.retry_failed) if c.id not in reasons]
+    todo = [c for c in left(cells, records, retry_failed) if c.id not in reasons]
+    return _Plan(records, reasons, todo)
+
+
+def _make_inputs(
+    experiment: Experiment, cells: Sequence[Cell], out: Path, retry_failed: bool
+) -> None:
+    """Makes what the cells that are to run read and is not there; tells what, and its cost."""
+    if missing(experiment, cells):
+        for wanted in missing(experiment, _plan(experiment, cells, out, retry_failed).todo):
+            say(str(wanted))
+            make(wanted)
+
+
+def _show_plan(
+    experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
+) -> None:
+    records, reasons, todo = _plan(experiment, cells, out, options.retry_failed)
+    absent = missing(experiment, todo)
     estimates = [experiment.estimate(cell) for cell in todo] if experiment.estimate else []
     seconds = sum(e.seconds for e in estimates) / (options.jobs or 1)
     memory = max((e.memory_bytes for e in estimates), default=0) * (options.jobs or 1)
     if options.json:
         plan = [{"id": c.id, **c.values, "state": _state(c, records, reasons)} for c in cells]
-        more = {"seconds": seconds, "memory_bytes": memory} if estimates else {}
+        more: dict[str, Any] = {"seconds": seconds, "memory_bytes": memory} if estimates else {}
+        if absent:
+            more["inputs"] = [
+                {"path": str(one.path), "command": one.command, "cost": one.cost} for one in absent
+            ]
         print(json.dumps({"cells": plan, "to_run": len(todo), "cost": experiment.cost, **more}))
         return
     for cell in cells:
@@ -143,6 +180,8 @@ def _show_plan(
     print(f"{len(cells)} cells, {len(todo)} to run; {experiment.cost}")
     if estimates:
         print(f"estimate: {seconds / 60:.0f} min, {memory / 2**30:.1f} GiB at a time")
+    for one in absent:
+        print(one)
 
 
 def _state(cell: Cell, records: Mapping[str, Any], reasons: Mapping[str, str]) -> str:

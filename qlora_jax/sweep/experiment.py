@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,6 +69,27 @@ class Estimate(NamedTuple):
     memory_bytes: int
 
 
+class Input(NamedTuple):
+    """A file or folder that cells read and that a command of `qlora-jax` can make.
+
+    Attributes:
+      path: where cells look for it; it is there once it is whole.
+      arguments: of the command. Given again, it goes on where it was stopped.
+      cost: of making it, in words.
+    """
+
+    path: Path
+    arguments: tuple[str, ...]
+    cost: str
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["qlora-jax", *self.arguments])
+
+    def __str__(self) -> str:
+        return f"{self.path} is not there and is made first: {self.command} ({self.cost})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Population:
     """How cells run together, in one program.
@@ -118,6 +140,10 @@ def _never(cell: Cell) -> None:
     return None
 
 
+def _nothing(cell: Cell) -> Sequence[Input]:
+    return ()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One question put to a grid of cells; `EXPERIMENT` in a file experiments/NAME.py.
@@ -134,6 +160,7 @@ class Experiment:
       more: cells that the product lacks, each a mapping over the same axes; given every seed.
       seeds: values of the axis `seed`; none where nothing is random.
       skip: why a cell cannot run, such as a rank above the matrix; None where it can.
+      inputs: what a cell reads that a command can make. What is not there is made first.
       estimate: what a cell will take, for --dry-run.
       population: how cells run together; None runs each by itself.
       version: to raise when results made before no longer count.
@@ -150,6 +177,7 @@ class Experiment:
     more: Sequence[Mapping[str, Any]] = ()
     seeds: Sequence[int] = (0, 1, 2)
     skip: Callable[[Cell], str | None] = _never
+    inputs: Callable[[Cell], Sequence[Input]] = _nothing
     estimate: Callable[[Cell], Estimate] | None = None
     population: Population | None = None
     version: int = 1
