@@ -1,24 +1,60 @@
-"""AdamW over the trained tree, one transformation per group of leaves."""
+"""AdamW over the trained tree, one transformation per group of variables.
 
+There is no mask for the frozen base here, and none is needed: the loss is differentiated with
+respect to the trained tree alone (A and B, or every weight for method full), so nothing else has a
+gradient, moments or an update (`train/step.py`). `lora/masks.py` has the same as an optax mask.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from qlora_jax.config import OptimizerConfig
-from qlora_jax.models.trees import flatten
+from qlora_jax.lora.masks import is_variable
+from qlora_jax.lora.variables import LoraB, LoraParam, LoraVector, Vector, Weight
 from qlora_jax.train.moments import stored
 
-VECTORS = ("bias", "norm.weight", "layernorm.weight", "adapter.magnitude")
-"""Ends of the paths of leaves that are not matrices (stacked, they have two axes all the same)."""
+GROUPS: Mapping[type[nnx.Variable], str] = {
+    LoraParam: "matrix",
+    LoraB: "b",
+    LoraVector: "vector",
+    Weight: "matrix",
+    Vector: "vector",
+}
+"""Kind of a trained variable to its group: `b` (an adapter's B), `vector` or `matrix`. Stacked, a
+vector has two axes like a matrix, so shapes do not tell them apart."""
 
 
-def label(path: str) -> str:
-    """The group of a leaf by its path: `b` (an adapter's B), `vector` or `matrix`."""
-    if path.endswith("adapter.b"):
-        return "b"
-    return "vector" if path.endswith(VECTORS) else "matrix"
+def label(variable: Any) -> str:
+    """The group of a trained variable, by its kind alone.
+
+    Raises:
+      TypeError: no group is for it, which is a bug: a new kind must be named in `GROUPS`.
+    """
+    if type(variable) not in GROUPS:
+        raise TypeError(f"{type(variable).__name__}: no group of the optimizer is for this kind")
+    return GROUPS[type(variable)]
+
+
+def labels(tree: Any) -> Any:
+    """The tree with every leaf replaced by its group.
+
+    Args:
+      tree: any pytree whose leaves are in variables, such as an `nnx.State`.
+
+    Raises:
+      TypeError: a leaf is in no variable, or in one of another kind.
+    """
+
+    def each(variable: Any) -> Any:
+        group = label(variable)
+        return jax.tree.map(lambda _: group, variable)
+
+    return jax.tree.map(each, tree, is_leaf=is_variable)
 
 
 def schedule(config: OptimizerConfig, steps: int, ratio: float = 1.0) -> optax.Schedule:
@@ -67,9 +103,3 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return inner.update(wide(grads), state, wide(params))
 
     return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
-
-
-def labels(tree: Any) -> Any:
-    """The tree with every leaf replaced by its group."""
-    structure = jax.tree.structure(tree)
-    return jax.tree.unflatten(structure, [label(path) for path in flatten(tree)])

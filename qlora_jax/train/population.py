@@ -20,7 +20,9 @@ from flax import nnx
 
 from qlora_jax.config import Config, changed
 from qlora_jax.lora import LoraSet, LoraWeights, plan
+from qlora_jax.lora.masks import is_variable
 from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.variables import LoraScale
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.runtime.errors import UserError
@@ -28,7 +30,7 @@ from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
 from qlora_jax.train.examples import Data, held_out, loader, read_data
-from qlora_jax.train.optimizer import label
+from qlora_jax.train.optimizer import labels
 from qlora_jax.train.setup import load_model, open_model
 
 VARIED = (
@@ -47,9 +49,6 @@ VARIED = (
 
 Overrides = Mapping[str, str]
 """Dotted setting to its text, as on the command line."""
-
-SCALE = "adapter.scale"
-"""End of the path of what is frozen and yet a member's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +307,11 @@ def build(config: Config, adapters: Adapters) -> Program:
 
 def first_moments(optimizer: optax.GradientTransformation, trained: Any) -> list[Any]:
     """Returns one member's moments before the first step, for each stack of layers."""
-    return [jax.vmap(optimizer.init)(stack) for _, stack in _stacks(trained)]
+    leaves = jax.tree.leaves(trained)
+    return [
+        jax.vmap(optimizer.init)(units.stack(group, [leaves[place] for place in group.places]))
+        for group in units.groups(trained)
+    ]
 
 
 def take_step(
@@ -352,25 +355,34 @@ def _moved(
 ) -> tuple[Any, list[Any]]:
     """One member's trained tree and moments after an update; the same ones if not finite."""
     leaves, slopes, after = jax.tree.leaves(trained), jax.tree.leaves(grads), []
-    for (group, params), before in zip(_stacks(trained), moments):
-        along = {path: slopes[place] for place, path in zip(group.places, group.paths)}
+
+    def moved(x: jax.Array, update: jax.Array, group: str) -> jax.Array:
+        rate = own.rate_of_b if group == "b" else own.rate
+        return jnp.where(finite, (x + update * rate).astype(x.dtype), x)
+
+    for group, before in zip(units.groups(trained), moments):
+        params, along = (
+            units.stack(group, [xs[place] for place in group.places]) for xs in (leaves, slopes)
+        )
         # a layer at a time, as `units` does: what is stored in blocks is a layer's own
         updates, new = jax.vmap(optimizer.update)(along, before, params)
-        for place, path in zip(group.places, group.paths):
-            rate = own.rate_of_b if label(path) == "b" else own.rate
-            moved = (params[path] + updates[path] * rate).astype(params[path].dtype)
-            leaves[place] = jnp.where(finite, moved, params[path])
+        params = jax.tree.map(moved, params, updates, labels(params))
+        for place, leaf in zip(group.places, units.arrays(group, params)):
+            leaves[place] = leaf
         after.append(jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, before))
     return jax.tree.unflatten(jax.tree.structure(trained), leaves), after
 
 
 def _scaled(frozen: Any, own: Own) -> Any:
     """The frozen tree with one member's scales."""
-    places = [i for i, path in enumerate(trees.flatten(frozen)) if path.endswith(SCALE)]
-    leaves = jax.tree.leaves(frozen)
-    for place, scale in zip(places, own.scales):
-        leaves[place] = scale
-    return jax.tree.unflatten(jax.tree.structure(frozen), leaves)
+    scales = iter(own.scales)
+
+    def scaled(variable: Any) -> Any:
+        if not isinstance(variable, LoraScale):
+            return variable
+        return jax.tree.map(lambda _: next(scales), variable)
+
+    return jax.tree.map(scaled, frozen, is_leaf=is_variable)
 
 
 def extract(adapters: Adapters, trained: Any, k: int) -> LoraSet:
@@ -393,7 +405,8 @@ def _attach(model: Decoder, specs: Mapping[str, AdapterSpec], config: Config) ->
 
 
 def _scales(frozen: Any) -> dict[str, jax.Array]:
-    return {path: x for path, x in trees.flatten(frozen).items() if path.endswith(SCALE)}
+    found = trees.flatten(frozen, is_variable)
+    return {path: x.get_value() for path, x in found.items() if isinstance(x, LoraScale)}
 
 
 def _stacked(members: Sequence[jax.Array | None], like: jax.Array) -> jax.Array:
@@ -404,14 +417,6 @@ def _stacked(members: Sequence[jax.Array | None], like: jax.Array) -> jax.Array:
         if x is not None:
             place[tuple(slice(size) for size in x.shape)] = x
     return jnp.array(whole)
-
-
-def _stacks(trained: Any) -> list[tuple[units.Group, dict[str, jax.Array]]]:
-    leaves = jax.tree.leaves(trained)
-    return [
-        (group, {path: leaves[place] for place, path in zip(group.places, group.paths)})
-        for group in units.groups(trained)
-    ]
 
 
 def _batches(

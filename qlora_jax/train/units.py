@@ -4,16 +4,17 @@ Moments exist per unit, so that they can live elsewhere and come to the device a
 (QLoRA, section 3: paged optimizers).
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from qlora_jax.lora.masks import is_variable
 from qlora_jax.models.trees import flatten
 
-STACK = re.compile(r"runs\.\d+\.")
+STACKS = "runs"
+"""The part of a trained tree whose parts are stacks of layers."""
 
 
 class Group(NamedTuple):
@@ -22,11 +23,13 @@ class Group(NamedTuple):
     Attributes:
       places: of its leaves in the flattened trained tree.
       paths: their dotted paths.
+      variables: the structure of the variable around each leaf, whose kind the optimizer goes by.
       layers: length of the stack; None outside the layers.
     """
 
     places: tuple[int, ...]
     paths: tuple[str, ...]
+    variables: tuple[jax.tree_util.PyTreeDef, ...]
     layers: int | None
 
     @property
@@ -35,40 +38,66 @@ class Group(NamedTuple):
 
 
 def groups(trained: Any) -> list[Group]:
-    """The groups of a trained tree of arrays or abstract shapes, runs of layers by their order."""
-    found: dict[str, list[tuple[int, str, int | None]]] = {}
-    for place, (path, leaf) in enumerate(flatten(trained).items()):
-        run = STACK.match(path)
-        found.setdefault(run[0] if run else "", []).append(
-            (place, path, leaf.shape[0] if run else None)
-        )
+    """The groups of a trained tree, in its own order.
+
+    Args:
+      trained: an `nnx.State` or another mapping, of arrays or abstract shapes.
+
+    Raises:
+      KeyError: the tree has no `STACKS`, so that its layers are not to be found.
+    """
+    leaves, structure = jax.tree.flatten(trained)
+    numbered = jax.tree.unflatten(structure, range(len(leaves)))
+    outside = {name: part for name, part in numbered.items() if name != STACKS}
+    parts = [(outside, False), *((stack, True) for stack in numbered[STACKS].values())]
+    paths = list(flatten(trained))
+    variables = [jax.tree.structure(x) for x in jax.tree.leaves(trained, is_leaf=is_variable)]
     return [
-        Group(tuple(p for p, _, _ in rows), tuple(n for _, n, _ in rows), rows[0][2])
-        for rows in found.values()
+        Group(
+            tuple(places),
+            tuple(paths[p] for p in places),
+            tuple(variables[p] for p in places),
+            leaves[places[0]].shape[0] if stacked else None,
+        )
+        for places, stacked in sorted((jax.tree.leaves(part), stacked) for part, stacked in parts)
+        if places
     ]
 
 
-def unit(group: Group, leaves: Sequence[jax.Array], index: int | jax.Array) -> dict[str, jax.Array]:
-    """One unit of a group's leaves by path."""
+def stack(group: Group, leaves: Sequence[jax.Array]) -> dict[str, Any]:
+    """A group's leaves by path, each in a variable of its kind."""
+    return {
+        path: jax.tree.unflatten(variable, [leaf])
+        for path, variable, leaf in zip(group.paths, group.variables, leaves)
+    }
+
+
+def arrays(group: Group, stack: Mapping[str, Any]) -> list[jax.Array]:
+    """The leaves that `stack` was made of."""
+    return [jax.tree.leaves(stack[path])[0] for path in group.paths]
+
+
+def unit(group: Group, leaves: Sequence[jax.Array], index: int | jax.Array) -> dict[str, Any]:
+    """One unit of a group's leaves by path, each in a variable of its kind."""
     if group.layers is None:
-        return dict(zip(group.paths, leaves))
+        return stack(group, leaves)
     taken = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]
-    return dict(zip(group.paths, taken))
+    return stack(group, taken)
 
 
 def put(
-    group: Group, leaves: Sequence[jax.Array], index: int | jax.Array, new: Mapping[str, jax.Array]
+    group: Group, leaves: Sequence[jax.Array], index: int | jax.Array, new: Mapping[str, Any]
 ) -> list[jax.Array]:
     """The group's leaves with one unit replaced."""
     if group.layers is None:
-        return [new[path] for path in group.paths]
+        return arrays(group, new)
     return [
-        jax.lax.dynamic_update_index_in_dim(leaf, new[path], index, 0)
-        for path, leaf in zip(group.paths, leaves)
+        jax.lax.dynamic_update_index_in_dim(leaf, x, index, 0)
+        for leaf, x in zip(leaves, arrays(group, new))
     ]
 
 
-def init(trained: Any, one: Callable[[dict[str, jax.Array]], Any]) -> tuple[Any, ...]:
+def init(trained: Any, one: Callable[[dict[str, Any]], Any]) -> tuple[Any, ...]:
     """`one(unit)` for every unit of the tree, in order."""
     leaves = jax.tree.leaves(trained)
     return tuple(

@@ -12,6 +12,7 @@ import pytest
 from pairs import REASON, torch
 
 from qlora_jax.config import OptimizerConfig
+from qlora_jax.lora.variables import Weight
 from qlora_jax.train.optimizer import adamw
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason=REASON)
@@ -59,14 +60,15 @@ def theirs(start: np.ndarray, decades: float):
 
 def ours(start: np.ndarray, decades: float):
     optimizer = adamw(CONFIG, STEPS)
-    params = {"weight": jnp.asarray(start)}
+    params = {"weight": Weight(jnp.asarray(start))}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for step in range(STEPS):
-        updates, state = update({"weight": jnp.asarray(gradient(step, decades))}, state, params)
+        grads = {"weight": Weight(jnp.asarray(gradient(step, decades)))}
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         adam = state.inner_states["matrix"].inner_state[0]
-        moments = adam.mu["weight"], adam.nu["weight"]
-        yield params["weight"], *((np.asarray(q.codes), q.absmax) for q in moments)
+        moments = adam.mu["weight"].get_value(), adam.nu["weight"].get_value()
+        yield params["weight"].get_value(), *((np.asarray(q.codes), q.absmax) for q in moments)
 
 
 def both(decades: float):

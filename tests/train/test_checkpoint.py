@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qlora_jax.config import OptimizerConfig
+from qlora_jax.lora.variables import Vector, Weight
 from qlora_jax.models.trees import flatten
 from qlora_jax.runtime import format_version
 from qlora_jax.runtime.errors import UserError
@@ -139,8 +140,8 @@ def test_an_empty_folder_has_none(tmp_path):
     [
         make(0, columns=5),
         make(0, d=jnp.zeros(3)),
-        make(0)._replace(trained={"a": jnp.zeros((3, 4))}),
-        make(0)._replace(trained=OrderedDict(x=jnp.zeros((3, 4)))),
+        make(0)._replace(trained={"a": jnp.zeros((3, 4)), "runs": {}}),
+        make(0)._replace(trained=OrderedDict(x=jnp.zeros((3, 4)), runs={})),
     ],
     ids=["shape", "more", "fewer", "names"],
 )
@@ -155,14 +156,16 @@ def train(moments, steps, state=None):
     """Some updates of a weight of 4160 elements, enough for 8 bits, and of a bias, which is not."""
     optimizer = adamw(OptimizerConfig(moments=moments), 10)
     if state is None:
-        trained = {"weight": jnp.ones((65, 64)), "bias": jnp.ones(64)}
+        trained = {"weight": Weight(jnp.ones((65, 64))), "bias": Vector(jnp.ones(64)), "runs": {}}
         state = init(trained, optimizer, False)
     update = jax.jit(optimizer.update)
     for step in range(int(state.step), steps):
         keys = jax.random.split(jax.random.key(step), 2)
-        grads = {"weight": jax.random.normal(keys[0], (65, 64)), "bias": jnp.full(64, 0.1)}
-        updates, kept = update(grads, state.optimizer[0], state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        weight = Weight(jax.random.normal(keys[0], (65, 64)))
+        grads = {"weight": weight, "bias": Vector(jnp.full(64, 0.1))}
+        trained = {name: state.trained[name] for name in grads}
+        updates, kept = update(grads, state.optimizer[0], trained)
+        trained = optax.apply_updates(trained, updates) | {"runs": {}}
         state = state._replace(trained=trained, optimizer=(kept,), step=state.step + 1)
     return state
 
@@ -219,7 +222,7 @@ import os, pathlib, signal, sys
 import jax.numpy as jnp
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.step import State
-a = lambda n: {"a": jnp.full((4, 4), 1.0 * n)}
+a = lambda n: {"a": jnp.full((4, 4), 1.0 * n), "runs": {}}
 make = lambda n: State(a(n), ({},), jnp.int32(n), jnp.float32(1), jnp.int32(0))
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), 2)
 checkpoints.save(make(1), {"n": 1})
@@ -238,7 +241,9 @@ def test_a_process_killed_while_saving_leaves_the_last_good_one(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path / FOLDER)) == 2
-    like = State({"a": jnp.zeros((4, 4))}, ({},), jnp.int32(0), jnp.float32(0), jnp.int32(0))
+    like = State(
+        {"a": jnp.zeros((4, 4)), "runs": {}}, ({},), jnp.int32(0), jnp.float32(0), jnp.int32(0)
+    )
     again = Checkpoints(tmp_path, 2)
     state, extra = again.restore(like)
     assert (int(state.step), extra) == (1, {"n": 1})

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from qlora_jax.config import OptimizerConfig
+from qlora_jax.lora.variables import Vector, Weight
 from qlora_jax.models.trees import flatten, sha256
 from qlora_jax.quant import nbytes
 from qlora_jax.quant.dynamic8 import BLOCK, Dynamic8
@@ -29,7 +30,8 @@ def gradients(shape: tuple[int, ...], step: int) -> np.ndarray:
 
 def tree(seed: int) -> dict:
     random = np.random.default_rng(seed)
-    shapes = {"embed": (70, 64), "proj": {"weight": (3, 45, 40)}, "norm": {"weight": (64,)}}
+    matrices = {"embed": Weight((70, 64)), "proj": {"weight": Weight((3, 45, 40))}}
+    shapes = matrices | {"norm": {"weight": Vector((64,))}}
     return jax.tree.map(
         lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32),
         shapes,
@@ -60,12 +62,12 @@ def test_8_bit_adamw_against_numpy() -> None:
     )
     shape = (3, 45, 40)  # the last of its 22 blocks is short
     optimizer = adamw(config, 10)
-    params = {"weight": jnp.asarray(gradients(shape, 99))}
+    params = {"weight": Weight(jnp.asarray(gradients(shape, 99)))}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
 
     def moments() -> tuple[Dynamic8, Dynamic8]:
         adam = state.inner_states["matrix"].inner_state[0]
-        return adam.mu["weight"], adam.nu["weight"]
+        return adam.mu["weight"].get_value(), adam.nu["weight"].get_value()
 
     def values(kind: str, q: Dynamic8) -> np.ndarray:
         scales = np.repeat(np.asarray(q.absmax), BLOCK)[: q.codes.size].reshape(shape)
@@ -80,7 +82,7 @@ def test_8_bit_adamw_against_numpy() -> None:
         hat = mu / (1 - 0.8 ** (step + 1)), nu / (1 - 0.95 ** (step + 1))
         expected = -0.02 * (hat[0] / (np.sqrt(hat[1]) + 1e-6) + 0.3 * p)
 
-        updates, state = update({"weight": jnp.asarray(g)}, state, params)
+        updates, state = update({"weight": Weight(jnp.asarray(g))}, state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(updates["weight"], expected, rtol=2e-5, atol=1e-7)
         for found, theirs in zip(moments(), (Numpy8("signed", mu), Numpy8("unsigned", nu))):

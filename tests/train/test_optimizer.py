@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +15,23 @@ from flax import nnx
 from qlora_jax.config import OptimizerConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
-from qlora_jax.lora import Weight
+from qlora_jax.lora.variables import LoraB, LoraParam, LoraScale, LoraVector, Vector, Weight
 from qlora_jax.models import trees
-from qlora_jax.train.optimizer import adamw, label, labels, schedule
+from qlora_jax.train.optimizer import adamw, labels, schedule
 
 pytestmark = pytest.mark.quick
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 TREE = {
-    "embed": (6, 4),
+    "embed": Weight((6, 4)),
     "runs": {
         "0": {
-            "q_proj": {"weight": (2, 4, 4), "bias": (2, 4)},
-            "up_proj": {"adapter": {"a": (2, 4, 3), "b": (2, 3, 5)}},
-            "input_layernorm": {"weight": (2, 4)},
+            "q_proj": {"weight": Weight((2, 4, 4)), "bias": Vector((2, 4))},
+            "up_proj": {"adapter": {"a": LoraParam((2, 4, 3)), "b": LoraB((2, 3, 5))}},
+            "input_layernorm": {"weight": Vector((2, 4))},
         }
     },
-    "norm": {"weight": (4,)},
+    "norm": {"weight": Vector((4,))},
 }
 
 
@@ -114,8 +115,9 @@ def test_against_adamw_in_numpy() -> None:
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_lora_plus_moves_b_by_a_multiple(ratio: float) -> None:
     config = OptimizerConfig(learning_rate=0.01, lora_plus_ratio=ratio)
-    tree = {"adapter": {"a": jnp.full((4, 4), 0.5), "b": jnp.full((4, 4), 0.5)}}
-    grads = {"adapter": dict.fromkeys("ab", jnp.full((4, 4), -0.25))}
+    half = jnp.full((4, 4), 0.5)
+    tree = {"adapter": {"a": LoraParam(half), "b": LoraB(half)}}
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, -0.25), tree)
     optimizer = adamw(config, 10)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tree), tree)
     # Adam's first step has the size of the rate.
@@ -137,7 +139,8 @@ def test_without_a_gradient_only_matrices_decay() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bit_leaves_have_float32_moments_and_keep_their_dtype(dtype: str) -> None:
-    tree = {"adapter": {"a": jnp.ones((4, 4), dtype), "b": jnp.ones((4, 4), dtype)}}
+    ones = jnp.ones((4, 4), dtype)
+    tree = {"adapter": {"a": LoraParam(ones), "b": LoraB(ones)}}
     optimizer = adamw(OptimizerConfig(learning_rate=0.125, beta2=0.999), 10)
     state = optimizer.init(tree)
     types = jax.tree.map(lambda x: x.dtype, (tree, state))
@@ -156,12 +159,13 @@ def test_16_bit_leaves_have_float32_moments_and_keep_their_dtype(dtype: str) -> 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_groups_of_every_weight_of_a_model(name: str) -> None:
     model = load(open_folder(MODELS / name), quant=None, dtype=jnp.float32)
-    weights = trees.flatten(nnx.state(model, Weight))
+    state = nnx.state(model, Weight)
+    weights, found = trees.flatten(state), trees.flatten(labels(state))
     assert len(weights) == {"llama": 12, "qwen2": 14}[name]
     for path, weight in weights.items():
         # the layers' leaves are stacked
         axes = weight.ndim - path.startswith("runs.")
-        assert label(path) == {1: "vector", 2: "matrix"}[axes], path
+        assert found[path] == {1: "vector", 2: "matrix"}[axes], path
 
 
 def test_groups_of_every_adapter_leaf(trainer) -> None:
@@ -182,3 +186,27 @@ def test_every_leaf_is_in_a_group_that_is_updated() -> None:
     updates, _ = jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)
     for path, update in trees.flatten(updates).items():
         np.testing.assert_allclose(np.abs(update), 0.1, rtol=1e-4, err_msg=path)
+
+
+def test_groups_go_by_kind_whatever_a_path_says() -> None:
+    tree = {
+        "adapter": {"b": LoraParam(0), "a": LoraB(0), "magnitude": LoraVector(0)},
+        "x": Vector(0),
+    }
+    found = trees.flatten(labels(tree))
+    assert found == {
+        "adapter.a": "b",
+        "adapter.b": "matrix",
+        "adapter.magnitude": "vector",
+        "x": "vector",
+    }
+
+
+class NewKind(LoraParam):
+    """A kind that no group names, although it is one of a kind that a group names."""
+
+
+@pytest.mark.parametrize("leaf", [NewKind(0), LoraScale(0), jnp.zeros(2)])
+def test_a_leaf_of_an_unknown_kind_is_refused(leaf: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{type(leaf).__name__}: no group of the optimizer"):
+        labels({"a": LoraParam(0), "adapter": {"b": leaf}})

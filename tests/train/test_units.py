@@ -64,6 +64,13 @@ def test_groups_are_the_layers_and_the_rest(trainer) -> None:
     assert places == list(range(len(jax.tree.leaves(trainer("full").trained))))
 
 
+def test_stacks_without_a_name_are_no_single_group(trainer) -> None:
+    tree = dict(trainer("full").trained)
+    tree["stacks"] = tree.pop("runs")
+    with pytest.raises(KeyError, match="runs"):
+        units.groups(tree)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.quick
 def test_layer_by_layer_is_all_at_once(trainer, program, make_batch, method) -> None:
