@@ -1,6 +1,7 @@
 """experiments/: what each declares, and the committed results as its analysis reads them today."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,23 @@ def test_what_is_told_to_be_made_is_what_the_cells_read():
     assert read == set(inputs.PRETRAINED)
     for model, config in inputs.PRETRAINED.items():
         assert f"{configs.load(ROOT / config).output}/model" == model
+
+
+def test_no_program_reaches_into_the_path_of_imports():
+    files = (ROOT / "experiments").rglob("*.py")
+    assert [file for file in files if "sys.path" in file.read_text("utf-8")] == []
+
+
+def test_the_commands_of_the_documentation_are_there():
+    places = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]
+    places += [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "qlora_jax").rglob("*.py")]
+    text = "\n".join(file.read_text("utf-8") for file in places)
+    assert not re.search(r"python +experiments/", text)
+    named = set(re.findall(r"python +-m (experiments(?:\.[a-z_]+)+)", text))
+    assert len(named) > 10
+    for name in named:
+        path = ROOT.joinpath(*name.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
 
 
 def test_there_are_those_of_the_papers():

@@ -188,12 +188,6 @@ def command(
       hit: called in a thread with the running process, to send it signals.
       prepare: called in the new process before the command starts.
     """
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for name, value in (environment or {}).items():
-        if value is None:
-            variables.pop(name, None)
-        else:
-            variables[name] = value
 
     def begin() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
@@ -203,7 +197,7 @@ def command(
     began, before = time.monotonic(), _computed()
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_jax", *map(str, arguments)],
-        env=variables,
+        env=_environment(environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -229,6 +223,11 @@ def command(
         computed=_computed() - before,
         peak=peak.stop(),
     )
+
+
+def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    laid = {**os.environ, "PYTHONPATH": str(ROOT), **changes}
+    return {name: value for name, value in laid.items() if value is not None}
 
 
 def _computed() -> float:

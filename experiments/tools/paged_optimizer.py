@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.tools import program
 from qlora_jax.runtime import compilation, hugepages
 from qlora_jax.runtime.atomic import write_text
@@ -61,7 +63,6 @@ def here(home: str, steps: int) -> dict[str, Any]:
       steps: this many, over `LENGTHS` again and again.
     """
     import jax
-    import numpy as np
 
     from qlora_jax.bench import step as bench
     from qlora_jax.bench.measure import PeakMemory
@@ -78,15 +79,7 @@ def here(home: str, steps: int) -> dict[str, Any]:
     rows: list[dict[str, float | None]] = []
     for i in range(steps):
         length = LENGTHS[i % len(LENGTHS)]
-        tokens = random.integers(0, 49152, (1, 1, length + 1)).astype(np.int32)
-        ones = np.ones((1, 1, length), np.int32)
-        batch = {
-            "tokens": tokens[..., :-1],
-            "targets": tokens[..., 1:],
-            "mask": ones > 0,
-            "segments": ones,
-            "positions": np.arange(length, dtype=np.int32)[None, None],
-        }
+        batch = _batch(random, length)
         memory.restart()
         start = time.perf_counter()
         grads, figures = program.gradient(state, frozen, batch, None)
@@ -108,6 +101,19 @@ def here(home: str, steps: int) -> dict[str, Any]:
         digest.update(path.encode() + np.ascontiguousarray(leaf).tobytes())
     moved = 2 * nbytes(state.optimizer) / 2**20 if home == "host" else 0
     return {"steps": rows, "moved_mib_per_step": moved, "sha256": digest.hexdigest()}
+
+
+def _batch(random: np.random.Generator, length: int) -> dict[str, np.ndarray]:
+    """One micro-batch of one row of random tokens."""
+    tokens = random.integers(0, 49152, (1, 1, length + 1)).astype(np.int32)
+    ones = np.ones((1, 1, length), np.int32)
+    return {
+        "tokens": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "mask": ones > 0,
+        "segments": ones,
+        "positions": np.arange(length, dtype=np.int32)[None, None],
+    }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
