@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import SCALINGS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.trees import flatten
+from qlora_jax.models.trees import Split, flatten
 from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.codebooks import codebook
@@ -41,15 +41,7 @@ NESTED = 0.1, 0.3
 """Range of the scales of scales, in units of the offset."""
 
 
-class Made(NamedTuple):
-    """What `trees.split` gives for a model, on the device."""
-
-    graph: nnx.GraphDef
-    trained: Any
-    frozen: Any
-
-
-def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Made:
+def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Split:
     """The model that a run of this config would train, with random weights and fresh adapters.
 
     Args:
@@ -65,7 +57,7 @@ def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> 
     if config.method != "full":
         _check_adapters(nnx.merge(*abstract), config.lora)
     trained, frozen = (fill(tree, config, config.train.seed) for tree in abstract[1:])
-    return Made(abstract.graph, trained, frozen)
+    return Split(abstract.graph, trained, frozen)
 
 
 def fill(tree: Any, config: Config, seed: int) -> Any:

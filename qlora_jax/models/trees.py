@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +17,24 @@ TRAINED = {"qlora": LoraParam, "lora": LoraParam, "full": Weight}
 """Method to the kind of variable that is differentiated and updated; the rest is frozen."""
 
 
-def split(model: Decoder, method: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Takes a model apart into its structure, its trained tree and its frozen tree.
+class Split(NamedTuple):
+    """A model taken apart, of arrays or of shapes.
 
-    `nnx.merge(structure, trained, frozen)` puts it together again, inside jit as well.
+    Attributes:
+      graph: its structure.
+      trained: the trained tree.
+      frozen: the rest.
     """
-    structure, *states = nnx.split(model, TRAINED[method], ...)
-    return structure, states[0], states[1]
+
+    graph: nnx.GraphDef
+    trained: nnx.State
+    frozen: nnx.State
+
+
+def split(model: Decoder, method: str) -> Split:
+    """Takes a model apart; `nnx.merge(*parts)` puts it together again, inside jit as well."""
+    graph, *states = nnx.split(model, TRAINED[method], ...)
+    return Split(graph, states[0], states[1])
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

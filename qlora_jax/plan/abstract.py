@@ -1,85 +1,87 @@
-"""A model of shapes alone: what a run would hold, before any weight is read."""
+"""Builds the model of a run in shapes alone, before any weight is read."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.config import Config
+from qlora_jax.config import Config, LoraConfig, QuantConfig
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.models.parts import expected_shapes, linears
-from qlora_jax.quant import quantize
+from qlora_jax.models.trees import Split
+from qlora_jax.quant import QTensor, quantize
 
 
-class Abstract(NamedTuple):
-    """What `trees.split` gives for a model, with `jax.ShapeDtypeStruct` for arrays."""
-
-    graph: nnx.GraphDef
-    trained: Any
-    frozen: Any
-
-
-def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Abstract:
-    """The model that a run of this config would train.
+def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Split:
+    """Returns the model that a run of this config would train, with shapes in place of arrays.
 
     Args:
       config: of the run; its model's files are not opened.
       decoder: shapes of the model.
       kernel: implementation of products with 4-bit weights; None picks.
 
+    Returns:
+      Trees of `jax.ShapeDtypeStruct`.
+
     Raises:
       UserError: settings that do not fit the shapes.
     """
-    full, quant = config.method == "full", config.quant
-    dtype = jnp.dtype(config.lora.dtype if full else config.model.storage_dtype)
-    shapes, names = expected_shapes(decoder), decoder.names
-    first = f"{names.layers}.0."
-    graph: list[nnx.GraphDef] = []
 
-    def stack(name: str) -> Any:
-        shape, linear = shapes[first + name], name.removesuffix(".weight") in linears(decoder)
-        weight = jnp.zeros((decoder.num_layers, *reversed(shape)), dtype)
-        if not linear or config.method != "qlora":
-            return weight
-        return quantize(
-            weight, quant.codebook, quant.block_size, quant.double_quant, quant.nested_block
-        )
-
-    def zeros(name: str) -> jax.Array | None:
-        return jnp.zeros(shapes[name], dtype) if name in shapes else None
-
-    def build() -> tuple[Any, Any]:
-        layer = [name.removeprefix(first) for name in shapes if name.startswith(first)]
-        head = zeros(f"{names.head}.weight")
-        model = Decoder(
-            decoder,
-            jnp.zeros(shapes[f"{names.embed}.weight"], dtype),
-            [{name: stack(name) for name in layer}],
-            jnp.zeros(shapes[f"{names.norm}.weight"], dtype),
-            None if head is None else head.T,
-            zeros(f"{names.norm}.bias"),
-            zeros(f"{names.positions}.weight"),
-        )
-        if not full:
-            lora = config.lora
+    def build() -> Decoder:
+        model = _of_zeros(config, decoder)
+        if config.method != "full":
             use_kernel(model, kernel)
-            attach(
-                model,
-                plan(lora, model.linears()),
-                jax.random.key(0),
-                init=lora.init,
-                dropout=lora.dropout,
-                dtype=jnp.dtype(lora.dtype),
-                variant=lora.variant,
-                freeze_a=lora.freeze_a,
-            )
-        structure, trained, frozen = trees.split(model, config.method)
-        graph.append(structure)
-        return trained, frozen
+            _adapt(model, config.lora)
+        return model
 
-    trained, frozen = jax.eval_shape(build)
-    return Abstract(graph[0], trained, frozen)
+    return trees.split(nnx.eval_shape(build), config.method)
+
+
+def _of_zeros(config: Config, decoder: DecoderConfig) -> Decoder:
+    """Returns the pretrained model in the dtypes of a run, every weight zero."""
+    names, shapes = decoder.names, expected_shapes(decoder)
+    dtype = jnp.dtype(config.lora.dtype if config.method == "full" else config.model.storage_dtype)
+    layers, first = f"{names.layers}.", f"{names.layers}.0."
+    outer = {n: jnp.zeros(s, dtype) for n, s in shapes.items() if not n.startswith(layers)}
+    layer = {n.removeprefix(first): s for n, s in shapes.items() if n.startswith(first)}
+    stacks: dict[str, jax.Array | QTensor] = {
+        name: jnp.zeros((decoder.num_layers, *reversed(shape)), dtype)
+        for name, shape in layer.items()
+    }
+    if config.method == "qlora":
+        for path in linears(decoder):
+            stacks[f"{path}.weight"] = _quantized(stacks[f"{path}.weight"], config.quant)
+    head = outer.get(f"{names.head}.weight")
+    return Decoder(
+        decoder,
+        embed=outer[f"{names.embed}.weight"],
+        runs=[stacks],
+        norm=outer[f"{names.norm}.weight"],
+        head=None if head is None else head.T,
+        norm_bias=outer.get(f"{names.norm}.bias"),
+        positions=outer.get(f"{names.positions}.weight"),
+    )
+
+
+def _quantized(weight: Any, quant: QuantConfig) -> QTensor:
+    return quantize(
+        weight, quant.codebook, quant.block_size, quant.double_quant, quant.nested_block
+    )
+
+
+def _adapt(model: Decoder, lora: LoraConfig) -> None:
+    """Gives the model the adapters of a run, in place."""
+    attach(
+        model,
+        plan(lora, model.linears()),
+        jax.random.key(0),
+        init=lora.init,
+        dropout=lora.dropout,
+        dtype=jnp.dtype(lora.dtype),
+        variant=lora.variant,
+        freeze_a=lora.freeze_a,
+    )
