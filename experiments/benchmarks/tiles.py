@@ -26,7 +26,7 @@ from experiments.tools import program
 from qlora_jax.bench import jax_timing
 from qlora_jax.bench.gpu.facts import facts
 from qlora_jax.bench.gpu.programs import Program, compile_all, usable
-from qlora_jax.gpu.product import DIRECTIONS, Case
+from qlora_jax.gpu.case import DIRECTIONS, Case
 from qlora_jax.kernels.mosaic import tiles
 from qlora_jax.kernels.mosaic.tiles import Tile
 from qlora_jax.kernels.select import module_of

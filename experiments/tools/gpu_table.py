@@ -25,10 +25,12 @@ import jax
 import jaxlib
 
 from experiments.tools import pages, program
-from qlora_jax.gpu import measured
+from qlora_jax.gpu import measured, picks
+from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, Case, tile
 from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
-from qlora_jax.gpu.product import DECODE_FIRST, DIRECTIONS, Case, compile_all, seconds_at, tile
+from qlora_jax.gpu.product import compile_all
+from qlora_jax.gpu.times import seconds_at
 from qlora_jax.kernels.select import EVERY, FUSED, usable
 from qlora_jax.kernels.target import half_dtype
 
@@ -89,7 +91,7 @@ def at_measured_rates(records: Sequence[Record], report: Report) -> list[Record]
 def rows_table(reports: Sequence[Report]) -> str:
     """`FUSED_ROWS` as Python, from the times of the reports."""
     lines = ["FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {"]
-    for name, by_capability in measured.table(reports).items():
+    for name, by_capability in picks.table(reports).items():
         lines.append(f'    "{name}": {{' + ("" if by_capability else "},"))
         for capability, rows in by_capability.items():
             texts = ", ".join(map(_range, rows)) + ("," if len(rows) == 1 else "")

@@ -1,4 +1,4 @@
-"""What a compiled program holds and runs, read from its text (`compiled.as_text()`)."""
+"""Reads what a compiled program holds and runs from its text (`compiled.as_text()`)."""
 
 import math
 import re
@@ -25,7 +25,7 @@ class Line(NamedTuple):
     rest: str
 
     def called(self) -> str:
-        """The computation that it applies, or nothing."""
+        """Returns the computation that it applies, or nothing."""
         match = re.search(r"\b(?:calls|to_apply)=%?([\w.-]+)", self.rest)
         return match[1] if match else ""
 
@@ -50,7 +50,7 @@ _HEADING = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
 def lines(hlo: str) -> Iterator[Line]:
-    """All instructions; those of the entry have `ENTRY` for their computation."""
+    """Yields all instructions; those of the entry have `ENTRY` for their computation."""
     computation = ""
     for text in hlo.splitlines():
         if heading := _HEADING.match(text):
@@ -62,7 +62,7 @@ def lines(hlo: str) -> Iterator[Line]:
 
 
 def operations(hlo: str) -> list[Operation]:
-    """What the entry of a program runs, with the bytes of its operands and results.
+    """Returns what the entry of a program runs, with the bytes of its operands and results.
 
     Args:
       hlo: of a program without loops or branches.
@@ -83,7 +83,7 @@ def operations(hlo: str) -> list[Operation]:
 
 
 def weight_shaped(hlo: str, shapes: Iterable[tuple[int, int]], layers: int = 1) -> list[str]:
-    """The buffers that have as many floats as one of the weights, or as a stack of it.
+    """Returns the buffers that have as many floats as one of the weights, or as a stack of it.
 
     By number and not by shape, so that a transposed, flattened or blocked weight is found as well;
     other arrays of the program must not have these numbers. What a fusion computes on its way is
@@ -110,7 +110,7 @@ def weight_shaped(hlo: str, shapes: Iterable[tuple[int, int]], layers: int = 1) 
 
 
 def products_of(hlo: str, dtype: str) -> list[str]:
-    """The matrix products, fused ones and the libraries' included, with an operand of a dtype.
+    """Returns the matrix products, fused and the libraries', with an operand of a dtype.
 
     Args:
       hlo: of any program.

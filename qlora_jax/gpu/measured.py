@@ -1,21 +1,18 @@
-"""Reports of `qlora-jax bench gpu`: the rates and times that were measured on a GPU.
+"""Reads reports of `qlora-jax bench gpu`: the rates and times that were measured on a GPU.
 
 A report is DEVICE.json in a folder of reports, in the form `Report` describes.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from qlora_jax.gpu.case import Case
 from qlora_jax.gpu.compile import GPUS, read_gpu
-from qlora_jax.gpu.product import DECODE_FIRST, Case
 from qlora_jax.gpu.roofline import Ceilings
-from qlora_jax.kernels.select import EVERY, FUSED, FUSED_ROWS
-from qlora_jax.kernels.target import Capability
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
@@ -102,7 +99,7 @@ class Report:
             self._take(f"figures.{i}", figure)
 
     def ceilings(self, dtype: str) -> Ceilings | None:
-        """The measured rates for products in `dtype`; None without both of them."""
+        """Returns the measured rates for products in `dtype`; None without both of them."""
         tensor = self._matmul.get(dtype)
         return None if self._copy is None or tensor is None else Ceilings(self._copy, tensor)
 
@@ -123,7 +120,7 @@ class Report:
 
 
 def reports(folder: Path) -> list[Report]:
-    """The reports in a folder, which need not be there, by file name.
+    """Reads the reports in a folder, which need not be there, by file name.
 
     Raises:
       UserError: one is damaged, or two are of one device.
@@ -141,68 +138,13 @@ def reports(folder: Path) -> list[Report]:
 
 
 def target(device: str) -> str | None:
-    """The name in `GPUS` of a device.
+    """Returns the name in `GPUS` of a device.
 
     The names must be the same but for case: "NVIDIA H100 80GB HBM3" is h100, "NVIDIA H100 PCIe" and
     "NVIDIA H200" have other rates and are not.
     """
     same = [gpu for gpu in GPUS if read_gpu(gpu).name.casefold() == device.strip().casefold()]
     return same[0] if same else None
-
-
-def fused_rows(implementation: str, times: Mapping[Case, float]) -> tuple[range, ...]:
-    """The rows of x for which a fused implementation was measured to be no slower than xla.
-
-    At a measured number of rows it has to be so for every shape, direction and dtype that xla was
-    measured with and the implementation takes; one that it has no time for counts as slower. Other
-    numbers of rows go with the next lower measured one, those below the least with the least.
-
-    Returns:
-      Ranges as in `select.FUSED_ROWS`; () where nothing can be compared.
-    """
-    verdicts: dict[int, bool] = {}
-    for case, limit in times.items():
-        if case.implementation != DECODE_FIRST or case.dtype not in FUSED[implementation].dtypes:
-            continue
-        fused = times.get(case._replace(implementation=implementation))
-        better = fused is not None and fused <= limit
-        verdicts[case.rows] = verdicts.get(case.rows, True) and better
-    measured = sorted(verdicts)
-    found: list[range] = []
-    for start, stop in itertools.pairwise([0, *measured[1:], EVERY] if measured else []):
-        if not verdicts[start or measured[0]]:
-            continue
-        if found and found[-1].stop == start:
-            start = found.pop().start
-        found.append(range(start, stop))
-    return tuple(found)
-
-
-def table(known: Iterable[Report]) -> dict[str, dict[Capability, tuple[range, ...]]]:
-    """`select.FUSED_ROWS` with the rows of measured GPUs in place of modelled ones.
-
-    GPUs of one capability count as one, whose times are all of theirs. A capability that has the
-    ranges of the one before it is left out, as there.
-    """
-    times: dict[Capability, dict[Case, float]] = {}
-    for report in known:
-        if any(case.implementation == DECODE_FIRST for case in report.times):
-            times.setdefault(report.capability, {}).update(report.times)
-    every = sorted({read_gpu(gpu).capability for gpu in GPUS} | times.keys())
-    made: dict[str, dict[Capability, tuple[range, ...]]] = {}
-    for name, modelled in FUSED_ROWS.items():
-        rows: dict[Capability, tuple[range, ...]] = {}
-        last: tuple[range, ...] = ()
-        for capability in every:
-            if capability in times:
-                now = fused_rows(name, times[capability])
-            else:
-                before = [c for c in modelled if c <= capability]
-                now = modelled[max(before)] if before else ()
-            if now != last:
-                rows[capability] = last = now
-        made[name] = rows
-    return made
 
 
 def _json(path: Path) -> Any:

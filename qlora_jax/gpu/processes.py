@@ -1,4 +1,4 @@
-"""Answers from a process that a compiler may end: each ending costs one answer, not the rest."""
+"""Gets answers from a process that a compiler may end: an ending costs one answer, not the rest."""
 
 import subprocess
 import tempfile
@@ -57,6 +57,6 @@ def _of_one_process(
 
 
 def _reason(text: str) -> str:
-    """The line of a failed assertion, which a stack trace follows, or else the last line."""
+    """Returns the line of a failed assertion, ahead of a stack trace, or else the last line."""
     lines = text.strip().splitlines() or ["nothing on standard error"]
     return next((line for line in lines if ASSERTION in line), lines[-1])

@@ -1,4 +1,4 @@
-"""A model of a kernel's time on a GPU that is not here: the slowest of bytes, tensor cores, issue.
+"""Models a kernel's time on a GPU that is not here: the slowest of bytes, tensor cores, issue.
 
 Assumptions, all of them in the kernel's favour: every byte of the HLO's operands and results moves
 once at the memory's full rate, the data sheet's or a measured one (what is read again comes from a
@@ -81,7 +81,7 @@ class Ceilings(NamedTuple):
 
 
 def data_sheet(gpu: str) -> Ceilings:
-    """The ceilings of a GPU's data sheet; `gpu` is a name in `RATES`."""
+    """Returns the ceilings of a GPU's data sheet; `gpu` is a name in `RATES`."""
     limits, rates = read_gpu(gpu), RATES[gpu]
     return Ceilings(limits.bandwidth, rates.tensor * rates.clock * limits.cores)
 
@@ -99,11 +99,11 @@ class Time(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Which of the three it is."""
+        """Tells which of the three it is."""
         return self._fields[self.index(max(self))]
 
     def at(self, old: Ceilings, new: Ceilings) -> "Time":
-        """The same kernel under other ceilings.
+        """Returns the time of the same kernel under other ceilings.
 
         What a tensor instruction reaches of the peak (`Rates.mma`) stays the same share; the rate
         of issue is the clock's and no ceiling.
@@ -116,7 +116,7 @@ class Time(NamedTuple):
 
 
 def occupancy(kernel: Kernel, gpu: str) -> int:
-    """Blocks of a kernel that one multiprocessor holds at one time.
+    """Returns how many blocks of a kernel one multiprocessor holds at one time.
 
     A warp's registers come in steps of 256 from its scheduler's quarter; a block takes 1 KiB of
     shared memory beside its own from sm_80 on (NVIDIA's cuda_occupancy.h).
@@ -135,7 +135,7 @@ def occupancy(kernel: Kernel, gpu: str) -> int:
 
 
 def fused_time(kernel: Kernel, gpu: str, flop: float, moved: int) -> Time:
-    """A kernel whose main loop multiplies.
+    """Models a kernel whose main loop multiplies.
 
     Args:
       kernel: with a main loop of tensor instructions.
@@ -152,13 +152,13 @@ def fused_time(kernel: Kernel, gpu: str, flop: float, moved: int) -> Time:
 
 
 def straight_time(kernel: Kernel, gpu: str, moved: int) -> Time:
-    """A kernel that runs each of its instructions once, such as an elementwise fusion."""
+    """Models a kernel that runs each of its instructions once, such as an elementwise fusion."""
     assert kernel.launch is not None
     return _time(gpu, kernel.code, kernel.launch.blocks, kernel.launch.threads / 32, moved)
 
 
 def product_time(gpu: str, m: int, k: int, n: int, moved: int) -> Time:
-    """A matrix product by a library at the data sheet's peak, rows padded to 16."""
+    """Models a matrix product by a library at the data sheet's peak, rows padded to 16."""
     sheet = data_sheet(gpu)
     flop = 2 * math.ceil(m / 16) * 16 * k * n
     return Time(moved / sheet.bandwidth, flop / sheet.tensor, 0.0)
@@ -174,7 +174,7 @@ def _time(gpu: str, code: Sequence[Instruction], blocks: int, repeats: float, mo
 
 
 def pipe_clocks(code: Sequence[Instruction], rates: Rates) -> dict[str, float]:
-    """Clocks for which one warp's pass through `code` occupies each unit of its scheduler.
+    """Returns for how many clocks a warp's pass through `code` takes each unit of its scheduler.
 
     Which unit takes what: Nsight Compute's documentation, "Pipelines". float32 and integer products
     share one; where it has 128 lanes half of them take float32 alone.

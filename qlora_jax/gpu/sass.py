@@ -1,24 +1,11 @@
-"""The machine code of kernels compiled for a GPU that is not here: registers, spills, main loop.
-
-XLA and Mosaic GPU leave their PTX in a folder (`dump_flags`, `dumping`); `ptxas` and `nvdisasm` of
-the CUDA compiler turn it into what the GPU would run. Nothing here runs on a GPU.
-"""
+"""Reads machine code (SASS): what its instructions do, its loops, and a kernel's main loop."""
 
 import collections
-import contextlib
 import dataclasses
 import math
-import os
 import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from qlora_jax.runtime.errors import UserError
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "tensor": (r"[A-Z]*MMA",),
@@ -110,7 +97,7 @@ class Kernel:
         return self.static_shared + (self.launch.shared if self.launch else 0)
 
     def main_loop(self) -> tuple[Instruction, ...]:
-        """The instructions of the innermost loop that multiplies, the most of such if several.
+        """Returns the innermost loop that multiplies, the most of such if several.
 
         Products are tensor instructions, else float32 or float16 ones; without any it is (). A
         loop inside that waits counts once.
@@ -124,19 +111,36 @@ class Kernel:
         return ()
 
 
+def parse(sass: str) -> tuple[Instruction, ...]:
+    """Reads the instructions of one function, as nvdisasm prints it."""
+    code, labels = [], []
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.\w+):", line):
+            labels.append(label[1])
+        elif match := _INSTRUCTION.match(line):
+            code.append(Instruction(match[2], match[3], bool(match[1]), tuple(labels)))
+            labels = []
+    return tuple(code)
+
+
+def launched(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Returns the kernels whose launch the compiler told."""
+    return [kernel for kernel in kernels if kernel.launch is not None]
+
+
 def classify(name: str) -> str:
-    """The class of a mnemonic: a key of `CLASSES`, or "integer"."""
+    """Returns the class of a mnemonic: a key of `CLASSES`, or "integer"."""
     head = name.partition(".")[0]
     return next((kind for kind, heads in _MATCHERS if heads.fullmatch(head)), INTEGER)
 
 
 def histogram(code: Sequence[Instruction]) -> collections.Counter[str]:
-    """Instructions by class."""
+    """Counts instructions by class."""
     return collections.Counter(classify(i.name) for i in code)
 
 
 def loops(code: Sequence[Instruction]) -> list[tuple[int, ...]]:
-    """The natural loops, each as the positions of its instructions in order.
+    """Returns the natural loops, each as the positions of its instructions in order.
 
     A loop is a jump to an instruction that every way to the jump leads through, with all that lies
     on a way from there to the jump; jumps to one instruction are one loop. (A jump back alone is
@@ -173,7 +177,7 @@ def _successors(code: Sequence[Instruction]) -> list[tuple[int, ...]]:
 
 
 def _reach(start: int, edges: Any, without: int | None = None) -> set[int]:
-    """What can be reached from `start` along `edges`, never through `without`."""
+    """Returns what can be reached from `start` along `edges`, never through `without`."""
     seen: set[int] = set()
     rest = [] if start == without else [start]
     while rest:
@@ -185,7 +189,7 @@ def _reach(start: int, edges: Any, without: int | None = None) -> set[int]:
 
 
 def mma_flop(name: str) -> int:
-    """Floating-point operations that one tensor instruction does per warp.
+    """Returns the floating-point operations that one tensor instruction does per warp.
 
     Source: the shape in the mnemonic, m n k: HMMA.16816 is a warp's 16 x 8 x 16; HGMMA.64x128x16 is
     shared by the four warps of a warpgroup. tcgen05 (UTCHMMA) has its shape in a descriptor: 0.
@@ -203,136 +207,10 @@ def mma_flop(name: str) -> int:
 
 
 def multiplies(code: Sequence[Instruction]) -> bool:
-    """Whether tensor instructions are among them."""
+    """Tells whether tensor instructions are among them."""
     return any(classify(i.name) == "tensor" for i in code)
 
 
 def tensor_flop(code: Sequence[Instruction]) -> int:
-    """Floating-point operations of the tensor instructions, per warp."""
+    """Adds up the floating-point operations of the tensor instructions, per warp."""
     return sum(mma_flop(i.name) for i in code if classify(i.name) == "tensor")
-
-
-@contextlib.contextmanager
-def dumping(folder: Path) -> Iterator[dict[str, str | bool]]:
-    """Compilations within leave PTX and launches in `folder`; yields XLA's options for that."""
-    # Mosaic GPU reads the environment whenever it compiles; with a folder it dumps all it has.
-    before = os.environ.get("MOSAIC_GPU_DUMP_TO")
-    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
-    try:
-        yield {"xla_dump_to": str(folder), "xla_dump_emitter_re": ".*"}
-    finally:
-        del os.environ["MOSAIC_GPU_DUMP_TO"]
-        if before is not None:
-            os.environ["MOSAIC_GPU_DUMP_TO"] = before
-
-
-def kernels(folder: Path) -> list[Kernel]:
-    """All kernels whose PTX is in `folder`, assembled and disassembled.
-
-    Raises:
-      UserError: the CUDA compiler's programs are not installed.
-      subprocess.CalledProcessError: ptxas or nvdisasm refuse the code.
-    """
-    launches = _launches(folder)
-    found = []
-    for ptx in sorted(folder.glob("*.ptx")):
-        text = ptx.read_text("utf-8")
-        if ".entry" in text:
-            found += _assemble(ptx, text, launches)
-    return found
-
-
-def program(name: str) -> str:
-    """Path of one of the CUDA compiler's programs: pip's, else the system's.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    spec = find_spec("nvidia")
-    for root in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(root).glob(f"cu*/bin/{name}"), reverse=True):
-            return str(path)
-    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-    if found is None:
-        raise UserError(f"{name} is not installed: make gpu-check")
-    return found
-
-
-def _assemble(ptx: Path, text: str, launches: Mapping[str, Launch]) -> list[Kernel]:
-    target = re.search(r"^\.target (\w+)", text, re.M)[1]  # type: ignore[index]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        log = _run("ptxas", "-v", f"-arch={target}", str(ptx), "-o", str(cubin))
-        sass = _run("nvdisasm", "-c", str(cubin))
-    reports = _by_name(log, r"Compiling entry function '([^']+)'")
-    codes = _by_name(sass, r"^\.text\.(\S+):")
-
-    def figure(report: str, pattern: str) -> int:
-        return sum(map(int, re.findall(pattern, report)))
-
-    return [
-        Kernel(
-            name=name,
-            target=target,
-            registers=figure(report, r"Used (\d+) registers"),
-            spill_bytes=figure(report, r"(\d+) bytes spill"),
-            static_shared=figure(report, r"(\d+) bytes smem"),
-            launch=launches.get(name),
-            code=parse(codes[name]),
-        )
-        for name, report in reports.items()
-    ]
-
-
-def parse(sass: str) -> tuple[Instruction, ...]:
-    """The instructions of one function, as nvdisasm prints it."""
-    code, labels = [], []
-    for line in sass.splitlines():
-        if label := re.match(r"^(\.\w+):", line):
-            labels.append(label[1])
-        elif match := _INSTRUCTION.match(line):
-            code.append(Instruction(match[2], match[3], bool(match[1]), tuple(labels)))
-            labels = []
-    return tuple(code)
-
-
-def _by_name(text: str, heading: str) -> dict[str, str]:
-    parts = re.split(heading, text, flags=re.M)
-    return dict(zip(parts[1::2], parts[2::2]))
-
-
-def _run(name: str, *arguments: str) -> str:
-    done = subprocess.run([program(name), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-def _launches(folder: Path) -> dict[str, Launch]:
-    found = {}
-    for path in folder.glob("*.thunk_sequence.txt"):
-        pattern = r"(\S+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]\s+shared_memory: (\d+)"
-        for name, grid, threads, shared in re.findall(pattern, path.read_text("utf-8")):
-            found[name] = Launch(_product(grid), _product(threads), int(shared))
-    for path in folder.glob("*.mlir-passes.log"):
-        ptx = path.with_name(path.name.removesuffix(".mlir-passes.log") + ".ptx")
-        launch = _mosaic_launch(path)
-        if launch is not None and ptx.exists():
-            for name in re.findall(r"\.entry (\w+)", ptx.read_text("utf-8")):
-                found[name] = launch
-    return found
-
-
-def _mosaic_launch(log: Path) -> Launch | None:
-    # A constant's name holds its value once the module has been canonicalized: %c128, %c32768_i32.
-    size = r"%c(\d+)(?:_\w+)?"
-    sizes = rf"in \(%\w+ = {size}, %\w+ = {size}, %\w+ = {size}\)"
-    pattern = rf"gpu\.launch .*? {sizes} .*? {sizes} dynamic_shared_memory_size {size}"
-    with log.open(encoding="utf-8") as lines:
-        for line in lines:
-            if "gpu.launch " in line and (match := re.search(pattern, line)):
-                numbers = list(map(int, match.groups()))
-                return Launch(math.prod(numbers[:3]), math.prod(numbers[3:6]), numbers[6])
-    return None
-
-
-def _product(numbers: str) -> int:
-    return math.prod(map(int, numbers.split(",")))

@@ -14,8 +14,9 @@ import pytest
 
 from experiments.tools import gpu_check
 from qlora_jax.bench.gpu.compile_check import Outcome
+from qlora_jax.gpu.case import Case
 from qlora_jax.gpu.compile import NO_SPILLS, environment, has_plugin
-from qlora_jax.gpu.product import Case, compile_all
+from qlora_jax.gpu.product import compile_all
 from qlora_jax.kernels.select import FUSED
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qlora_jax.gpu.measured import Report, table
+from qlora_jax.gpu.measured import Report
+from qlora_jax.gpu.picks import table
 from qlora_jax.kernels.select import EVERY
 
 ROOT = Path(__file__).parents[2]

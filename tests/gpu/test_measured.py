@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.gpu import measured, roofline
+from qlora_jax.gpu import picks, roofline
+from qlora_jax.gpu.case import Case, tile
 from qlora_jax.gpu.compile import GPUS, read_gpu
-from qlora_jax.gpu.measured import Report, fused_rows, reports, target
-from qlora_jax.gpu.product import Case, seconds_at, tile
+from qlora_jax.gpu.measured import Report, reports, target
+from qlora_jax.gpu.picks import fused_rows
 from qlora_jax.gpu.roofline import RATES, Ceilings, Time
+from qlora_jax.gpu.times import seconds_at
 from qlora_jax.kernels.select import EVERY, FUSED_ROWS
 from qlora_jax.runtime.errors import UserError
 
@@ -186,13 +188,13 @@ def test_one_slower_product_decides() -> None:
 
 
 def test_the_table_keeps_what_was_not_measured(write_report) -> None:
-    assert measured.table([]) == FUSED_ROWS
-    assert measured.table([Report(write_report())]) == FUSED_ROWS
+    assert picks.table([]) == FUSED_ROWS
+    assert picks.table([Report(write_report())]) == FUSED_ROWS
     path = write_report(TIMES)
-    made = measured.table([Report(path)])
+    made = picks.table([Report(path)])
     assert made["mosaic"] == {**FUSED_ROWS["mosaic"], (9, 0): (range(512),)}
     assert made["triton"] == {}
     # two GPUs of one capability count as one
     slow = {**TIMES, ("mosaic", 1): 21, ("mosaic", 512): 1}
     both = [Report(path), Report(write_report(slow, device="NVIDIA H200"))]
-    assert measured.table(both)["mosaic"][9, 0] == ()
+    assert picks.table(both)["mosaic"][9, 0] == ()

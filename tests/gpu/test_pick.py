@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.gpu import measured
+from qlora_jax.gpu import measured, picks
+from qlora_jax.gpu.case import Case
 from qlora_jax.gpu.compile import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
-from qlora_jax.gpu.product import Case
 from qlora_jax.kernels import select
 from qlora_jax.kernels.select import EVERY
 from qlora_jax.kernels.target import Capability, compiling_for
@@ -53,7 +53,7 @@ def test_the_rows_that_follow_from_a_report_pass(write_report, monkeypatch) -> N
     took = {("xla", 1): 20, ("mosaic", 1): 21, ("xla", 16): 20, ("mosaic", 16): 7}
     report = Report(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
     assert {case.rows for case in slower(report.times, report.capability)} == {1, 512}
-    monkeypatch.setattr(select, "FUSED_ROWS", measured.table([report]))
+    monkeypatch.setattr(select, "FUSED_ROWS", picks.table([report]))
     assert slower(report.times, report.capability) == []
     with compiling_for(report.capability):
         assert [select.pick(m, "bfloat16") for m in (1, 16, 300, 512)] == [

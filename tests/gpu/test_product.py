@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from qlora_jax.gpu import product
-from qlora_jax.gpu.product import Case, broken_rule, compile_all
+from qlora_jax.gpu.case import Case
+from qlora_jax.gpu.product import broken_rule, compile_all
 from qlora_jax.gpu.sass import Kernel, Launch
 from qlora_jax.runtime.errors import UserError
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qlora_jax.gpu import sass
+from qlora_jax.gpu import assemble, sass
 from qlora_jax.gpu.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.gpu.sass import Instruction, Kernel, classify, histogram, loops, mma_flop, parse
 
@@ -103,14 +103,14 @@ COMPILED = """
 import json, pathlib, sys, tempfile
 import jax, jax.numpy as jnp
 from qlora_jax.kernels import triton
-from qlora_jax.gpu import sass
+from qlora_jax.gpu import assemble, sass
 from qlora_jax.gpu.compile import compile_for
 from qlora_jax.quant import quantize
 q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((256, 128), jnp.float32))
 x = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)
-with tempfile.TemporaryDirectory() as folder, sass.dumping(pathlib.Path(folder)) as options:
+with tempfile.TemporaryDirectory() as folder, assemble.dumping(pathlib.Path(folder)) as options:
     compile_for("a100", triton.forward, x, q, options=options)
-    (kernel,) = sass.kernels(pathlib.Path(folder))
+    (kernel,) = assemble.kernels(pathlib.Path(folder))
 loop = kernel.main_loop()
 print(json.dumps({
     "target": kernel.target, "registers": kernel.registers, "spill": kernel.spill_bytes,
@@ -139,10 +139,10 @@ def test_a_kernel_for_an_a100() -> None:
 
 
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sass, "find_spec", lambda name: None)
-    monkeypatch.setattr(sass.shutil, "which", lambda name, path=None: None)
-    with pytest.raises(sass.UserError, match="ptxas is not installed: make gpu-check"):
-        sass.program("ptxas")
+    monkeypatch.setattr(assemble, "find_spec", lambda name: None)
+    monkeypatch.setattr(assemble.shutil, "which", lambda name, path=None: None)
+    with pytest.raises(assemble.UserError, match="ptxas is not installed: make gpu-check"):
+        assemble.program("ptxas")
 
 
 def test_an_instruction_whose_shape_is_in_a_descriptor_is_not_counted() -> None:

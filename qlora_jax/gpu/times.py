@@ -1,0 +1,81 @@
+"""Models the seconds that a compiled product takes, from its kernels, and at other rates."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from qlora_jax.gpu import hlo, roofline, sass
+from qlora_jax.gpu.case import DECODE_FIRST, Case, tile
+from qlora_jax.gpu.roofline import Ceilings, Time
+from qlora_jax.gpu.sass import Kernel
+
+
+def fused(case: Case, moved: int, kernels: Sequence[Kernel]) -> dict[str, float]:
+    """Models a program whose kernel decodes, by the one that multiplies; what else it runs is in
+    `moved` alone."""
+    m, o = tile(case)
+    flop = 2.0 * -(-case.rows // m) * m * -(-case.outer // o) * o * case.inner
+    for kernel in sass.launched(kernels):
+        if sass.tensor_flop(kernel.main_loop()):
+            time = roofline.fused_time(kernel, case.gpu, flop, moved)
+            return {**time._asdict(), "total": time.seconds}
+    return {}
+
+
+def decode_first(
+    case: Case, operations: Sequence[hlo.Operation], kernels: Sequence[Kernel]
+) -> dict[str, float]:
+    """Models the decoding kernels as they were compiled, then the product as a library does it."""
+    by_name = {kernel.name: kernel for kernel in sass.launched(kernels)}
+    total: dict[str, float] = collections.defaultdict(float)
+    for operation in operations:
+        kernel = by_name.get(operation.name.replace(".", "_"))
+        multiplies = operation.multiplies or (kernel is not None and sass.multiplies(kernel.code))
+        if multiplies or kernel is None:
+            rows = case.rows if multiplies else 0
+            time = roofline.product_time(case.gpu, rows, case.k, case.n, operation.bytes)
+        else:
+            time = roofline.straight_time(kernel, case.gpu, operation.bytes)
+        part = "product" if multiplies else "decode"
+        for name, seconds in {**time._asdict(), part: time.seconds, "total": time.seconds}.items():
+            total[name] += seconds
+    return dict(total)
+
+
+def seconds_at(record: Mapping[str, Any], new: Ceilings) -> dict[str, float]:
+    """Returns the `seconds` of a record, which are at the data sheet's rates, at other rates.
+
+    Nothing is compiled. Of a program that decodes first a record holds sums over its kernels. The
+    bytes of its product are what decides the product's time, or what the decoding kernels leave
+    where bytes decide theirs, or else operands and result once. What a sum over several kernels
+    has more than the largest of its three measures is taken to stay.
+
+    Args:
+      record: of `product.describe`, without an error.
+      new: the other rates; at those of the data sheet the result is `record["seconds"]`.
+    """
+    case = Case(*(record[field] for field in Case._fields))
+    old, seconds = roofline.data_sheet(case.gpu), record["seconds"]
+    whole = Time(*(seconds[measure] for measure in Time._fields))
+    if case.implementation != DECODE_FIRST:
+        time = whole.at(old, new)
+        return {**time._asdict(), "total": time.seconds}
+    decode, product = seconds["decode"], seconds["product"]
+    if product > whole.tensor:
+        moved = product
+    elif decode > whole.issue:
+        moved = whole.bytes - decode
+    else:
+        elements = case.rows * (case.k + case.n) + case.k * case.n
+        moved = elements * jnp.dtype(case.dtype).itemsize / old.bandwidth
+    parts = {
+        "decode": (decode, Time(whole.bytes - moved, 0.0, whole.issue)),
+        "product": (product, Time(moved, whole.tensor, 0.0)),
+    }
+    changed = {
+        name: total - time.seconds + time.at(old, new).seconds
+        for name, (total, time) in parts.items()
+    }
+    return {**whole.at(old, new)._asdict(), **changed, "total": sum(changed.values())}
