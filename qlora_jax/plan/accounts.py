@@ -1,4 +1,4 @@
-"""What the programs of a training step hold on the device, by the compiler's own assignment."""
+"""Adds up what the programs of a step hold on the device, by the compiler's own assignment."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

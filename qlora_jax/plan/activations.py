@@ -1,4 +1,4 @@
-"""Estimates of what XLA allocates within a training step's gradient.
+"""Estimates what XLA allocates within a training step's gradient.
 
 What is kept of every layer follows from the code and is what JAX saves; that XLA keeps just that,
 and what it needs for a moment, was compared with its buffer assignment for GPUs (`compile`).
@@ -56,7 +56,7 @@ class _Step(NamedTuple):
 
 
 def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by part.
+    """Estimates bytes by part.
 
     Args:
       model: shapes of the decoder.
@@ -100,19 +100,19 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
 
 
 def _angles(model: DecoderConfig) -> int:
-    """Pairs of channels that a head rotates."""
+    """Returns how many pairs of channels a head rotates."""
     return 0 if model.rope is None else int(model.head_dim * model.rope.fraction) // 2
 
 
 def _normalized(model: DecoderConfig) -> int:
-    """Elements that a layer's norms read per token, and means they take."""
+    """Counts the elements that a layer's norms read per token, and the means they take."""
     heads = {model.names.q_norm: model.num_heads, model.names.k_norm: model.num_kv_heads}
     each = heads if model.qk_norm == "head" else {}
     return sum(each.get(path, 1) * (width + 1) for path, width in norms(model).items())
 
 
 def _residuals(activation: str) -> int:
-    """Arrays that the gradient of one of `layers.ACTIVATIONS` keeps, which is up to jax."""
+    """Counts the arrays that the gradient of an activation function keeps, which is up to jax."""
     x = jax.ShapeDtypeStruct((2,), jnp.bfloat16)
     saved = jax.eval_shape(lambda x: jax.tree.leaves(jax.vjp(ACTIVATIONS[activation], x)[1]), x)
     return sum(s.shape == x.shape and s.dtype == x.dtype for s in saved)

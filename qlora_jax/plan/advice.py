@@ -1,4 +1,4 @@
-"""What to change when a run does not fit, by the ledger, in the order in which it costs least."""
+"""Says what to change when a run does not fit, by the ledger, in the order that costs least."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ with more gradient accumulation."""
 
 
 def changes(model: DecoderConfig, config: Config, missing: int) -> tuple[list[Change], int]:
-    """The first of `CHANGES` that save anything, until `missing` bytes are saved.
+    """Returns the first of `CHANGES` that save anything, until `missing` bytes are saved.
 
     Returns:
       The changes, and the bytes that are missing after all of them; 0 or less if none are.

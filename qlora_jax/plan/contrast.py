@@ -1,4 +1,4 @@
-"""What the papers say that adapters save, next to the same figures by formula.
+"""Sets what the papers say that adapters save beside the same figures by formula.
 
 The formulas hold weights, gradients and moments only; the papers' figures for training are readings
 that hold activations and whatever else was allocated.
@@ -38,12 +38,12 @@ class Line(NamedTuple):
 
 
 def full_fine_tuning(parameters: int) -> int:
-    """Bytes of 16-bit weights and gradients and 32-bit moments."""
+    """Returns the bytes of 16-bit weights and gradients and 32-bit moments."""
     return FULL * parameters
 
 
 def gpt3_parameters() -> int:
-    """Parameters of GPT-3 175B, which is no Llama-like decoder.
+    """Returns the parameters of GPT-3 175B, which is no Llama-like decoder.
 
     A layer has four attention matrices, two of the MLP at four times the width, their biases and
     two layer norms; the head is the embedding.
@@ -54,12 +54,12 @@ def gpt3_parameters() -> int:
 
 
 def gpt3_adapters(rank: int) -> int:
-    """Parameters of adapters on GPT-3's query and value projections."""
+    """Returns the parameters of adapters on GPT-3's query and value projections."""
     return GPT3_LAYERS * 2 * rank * 2 * GPT3_WIDTH
 
 
 def lines() -> list[Line]:
-    """The papers' figures: QLoRA (section 1), LoRA (section 4.2, table 4)."""
+    """Returns the papers' figures: QLoRA (section 1), LoRA (section 4.2, table 4)."""
     llama, gpt3 = full_fine_tuning(parameters(find("llama-65b"))), gpt3_parameters()
     adam, gradients = 3 * WEIGHT_16 * gpt3, GRADIENT_16 * gpt3
     return [

@@ -1,4 +1,4 @@
-"""Whether a run fits on the device that is here, before a weight is read."""
+"""Decides whether a run fits on the device that is here, before a weight is read."""
 
 from typing import Any, NamedTuple
 
@@ -58,5 +58,5 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
 
 
 def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
-    """An `accounts.Compile` for the default device."""
+    """Compiles for the default device: an `accounts.Compile`."""
     return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()

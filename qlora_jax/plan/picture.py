@@ -1,4 +1,4 @@
-"""Plans as stacked bars, a GPU each, with the line that they must stay under."""
+"""Draws plans as stacked bars, a GPU each, with the line that they must stay under."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The largest temporaries of a compiled program and the lines of source they come from.
+"""Reads the largest temporaries of a compiled program and the lines of source they come from.
 
-Read from what XLA leaves in a folder (`xla_dump_to`): its buffer assignment, and the program, whose
+XLA leaves them in a folder (`xla_dump_to`): in its buffer assignment, and in the program, whose
 instructions name their source.
 """
 
@@ -32,7 +32,7 @@ class Temporary(NamedTuple):
 
 
 def temporaries(folder: Path, count: int) -> list[Temporary]:
-    """The `count` largest, each place once, of the program that was dumped last.
+    """Returns the `count` largest, each place once, of the program that was dumped last.
 
     Args:
       folder: of `xla_dump_to`.
@@ -68,7 +68,7 @@ def _values(text: str) -> Iterator[tuple[str, int, int, str]]:
 
 
 def _origins(program: str) -> dict[str, tuple[str, str]]:
-    """Instruction to (operation, source)."""
+    """Maps an instruction to (operation, source)."""
     frames = _frames(program)
     found = {}
     for match in _MADE.finditer(program):
@@ -84,7 +84,7 @@ def _origins(program: str) -> dict[str, tuple[str, str]]:
 
 
 def _frames(program: str) -> dict[int, str]:
-    """Stack frame to the innermost line of this package in it."""
+    """Maps a stack frame to the innermost line of this package in it."""
     files = {i: _short(text) for i, text in _table(program, "FileNames").items()}
     lines: dict[int, str] = {}
     for i, text in _table(program, "FileLocations").items():

@@ -17,9 +17,10 @@ from qlora_jax.lora import plan as adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import accounts, fit, plan
+from qlora_jax.plan import accounts, fit, plan, search
 from qlora_jax.plan.accounts import Account
 from qlora_jax.plan.advice import changes
+from qlora_jax.plan.compiled import Plan
 from qlora_jax.plan.ledger import ledger, total
 from qlora_jax.plan.temporaries import Temporary, temporaries
 from qlora_jax.quant import nbytes
@@ -128,7 +129,7 @@ def test_the_search_finds_the_largest_that_fits(limit: int, unit: int, most: int
     values = range(first, most + 1, unit)
     expected = max((v for v in values if needs(v) <= limit), default=first)
     tried.clear()
-    assert plan.largest(needs, limit, (first, needs(first)), unit, most) == expected
+    assert search.largest(needs, limit, (first, needs(first)), unit, most) == expected
     assert len(tried) <= 12
 
 
@@ -225,7 +226,7 @@ def test_changes_stop_when_enough_is_saved() -> None:
 
 def test_a_plan_fits_by_its_largest_program() -> None:
     programs = [Account("a", 5, 2, 1, 3, 0), Account("b", 1, 1, 0, 1, 7)]
-    made = plan.Plan("t4", "device", 9, 0, programs, [])
+    made = Plan("t4", "device", 9, 0, programs, [])
     assert made.device == 10
     assert not made.fits
     assert dataclasses.replace(made, limit=10).fits
