@@ -1,1 +1,1 @@
-"""What a run needs: bytes in closed form (`ledger`), bytes of the compiled step (`accounts`)."""
+"""Says what a run needs: by counting shapes (`ledger`), or by compiling its step (`accounts`)."""

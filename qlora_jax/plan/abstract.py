@@ -1,4 +1,4 @@
-"""Builds the model of a run in shapes alone, before any weight is read."""
+"""Builds what a step takes in shapes alone: the model of a run, its rows and its key."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import Config, LoraConfig, QuantConfig
+from qlora_jax.data.packing import DTYPES
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
@@ -14,6 +15,7 @@ from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.models.parts import expected_shapes, linears
 from qlora_jax.models.trees import Split
 from qlora_jax.quant import QTensor, quantize
+from qlora_jax.train.assemble import drops_out
 
 
 def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Split:
@@ -39,6 +41,18 @@ def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -
         return model
 
     return trees.split(nnx.eval_shape(build), config.method)
+
+
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the arrays of one step's rows, [micro-batches, rows, tokens], as shapes."""
+    train = config.train
+    shape = (train.gradient_accumulation, train.batch_size, config.data.sequence_length)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
+
+
+def abstract_key(config: Config) -> jax.ShapeDtypeStruct | None:
+    """Returns the key of one step's dropout as a shape; None where nothing is dropped."""
+    return jax.eval_shape(lambda: jax.random.key(0)) if drops_out(config) else None
 
 
 def _of_zeros(config: Config, decoder: DecoderConfig) -> Decoder:

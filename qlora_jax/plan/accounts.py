@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.config import Config
-from qlora_jax.data.packing import DTYPES
 from qlora_jax.kernels.select import choose_kernel
 from qlora_jax.kernels.target import Hardware
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.plan.abstract import abstract_model
+from qlora_jax.plan.abstract import abstract_batch, abstract_key, abstract_model
 from qlora_jax.quant import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
-from qlora_jax.train.assemble import assemble, drops_out
+from qlora_jax.train.assemble import assemble
 
 Compile = Callable[..., jax.stages.Compiled]
 """(function, *arguments, donate) to a compiled program; the arguments are abstract."""
@@ -64,16 +63,14 @@ class Step(NamedTuple):
 
 
 def abstract_step(config: Config, decoder: DecoderConfig, hardware: Hardware) -> Step:
-    """The step of a run in shapes, with the kernel that it would take on this hardware.
+    """Returns the step of a run in shapes, with the kernel that it would take on this hardware.
 
     Raises:
       UserError: settings that do not go together, or with the hardware.
     """
     model = abstract_model(config, decoder, choose_kernel(config, hardware))
-    training, train = assemble(config, *model), config.train
-    shape = (train.gradient_accumulation, train.batch_size, config.data.sequence_length)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0)) if drops_out(config) else None
+    training = assemble(config, *model)
+    batch, key = abstract_batch(config), abstract_key(config)
     return step_of(training.program, training.state, training.frozen, batch, key)
 
 

@@ -16,13 +16,13 @@ from qlora_jax.config import Config, from_tree
 from qlora_jax.data.packing import fill
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
-from qlora_jax.lora import plan
+from qlora_jax.lora import LoraParam, Weight, plan
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import ledger as ledgers
 from qlora_jax.plan.abstract import abstract_model
-from qlora_jax.plan.ledger import Leaf, ledger, moment_bytes, parameters, text, total
+from qlora_jax.plan.exact import by_part, optimizer_bytes
+from qlora_jax.plan.ledger import ledger, parameters, text, total
 from qlora_jax.quant import nbytes, quantize
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import step as steps
@@ -236,19 +236,16 @@ def test_gradients_are_what_the_program_gives() -> None:
 )
 @settings(max_examples=30, deadline=None)
 def test_a_quantized_stack(k, n, layers, block, nested, double) -> None:
-    run = config(
-        quant__block_size=block, quant__nested_block=nested, quant__double_quant=double
-    ).quant
     weight = jax.ShapeDtypeStruct((layers, k, n), jnp.float32)
     real = jax.eval_shape(lambda w: quantize(w, "nf4", block, double, nested), weight)
-    leaves = [
-        x
-        for x in (real.codes, real.scales, real.nested, real.offset, real.codebook)
-        if x is not None
-    ]
-    found = list(ledgers.quantized(layers, k, n, run))
-    assert [leaf.shape for leaf in found] == [x.shape for x in leaves]
-    assert [leaf.dtype for leaf in found] == [x.dtype.name for x in leaves]
+    blocks, groups = -(-k // block), -(-k // 64)
+    more = -(-blocks * n // nested) + 1 if double else 0
+    found = by_part(nnx.State({"weight": Weight(real)}))
+    assert {part: size for part, size in found.items() if size} == {
+        "codes": layers * groups * 32 * n,
+        "scales": layers * blocks * n * (1 if double else 4),
+        "nested scales and codebooks": layers * 4 * (more + 16),
+    }
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -289,18 +286,17 @@ def test_activations_are_what_jax_saves(name: str, changes: dict[str, Any], rema
 
 
 def test_moments_in_fewer_bits() -> None:
-    leaf = Leaf("adapters", (3, 1000, 5), "float32", True, 3)
-    small = Leaf("adapters", (3, 819, 5), "float32", True, 3)
+    def moments(rows: int, **changes: str) -> int:
+        stack = LoraParam(jax.ShapeDtypeStruct((3, rows, 5), jnp.float32))
+        trained = nnx.State({"runs": {0: {"q_proj": {"adapter": {"a": stack}}}}})
+        return optimizer_bytes(trained, config(**changes))[0]
 
-    class Moments:
-        def __init__(self, dtype: str):
-            self.optimizer = self
-            self.moments = dtype
-
-    sizes = {dtype: moment_bytes(leaf, Moments(dtype)) for dtype in ("float32", "bfloat16", "int8")}
-    assert sizes == {"float32": 60000, "bfloat16": 30000, "int8": 3 * (5000 + 4 * 20)}
-    assert moment_bytes(small, Moments("int8")) == 3 * 4 * 4095
-    assert moment_bytes(leaf, config()) == 60000
+    dtypes = ("float32", "bfloat16", "int8")
+    sizes = {dtype: moments(1000, optimizer__moments=dtype) for dtype in dtypes}
+    once = {"float32": 60000, "bfloat16": 30000, "int8": 3 * (5000 + 4 * 20)}
+    assert sizes == {dtype: 2 * size for dtype, size in once.items()}
+    assert moments(819, optimizer__moments="int8") == 2 * 3 * 4 * 4095
+    assert moments(1000) == 2 * 60000
 
 
 def test_estimates_follow_what_they_depend_on() -> None:
