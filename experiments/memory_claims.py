@@ -69,7 +69,8 @@ METRICS: Mapping[str, Metric[_Planned]] = {
 
 def run(cell: Cell, context: Context) -> Rows:
     from qlora_jax.commands import plan
-    from qlora_jax.gpu.compile import has_plugin, read_gpu
+    from qlora_jax.gpu.compile import has_plugin
+    from qlora_jax.gpu.described import read_gpu
     from qlora_jax.models.shapes import find
     from qlora_jax.plan import contrast
     from qlora_jax.plan.plan import planned

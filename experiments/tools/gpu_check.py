@@ -17,7 +17,7 @@ from typing import Any
 from experiments.tools import program
 from qlora_jax.bench.gpu import compile_check
 from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, Case
-from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.product import compile_all
 from qlora_jax.kernels.select import FUSED, usable
 from qlora_jax.train.display import counted

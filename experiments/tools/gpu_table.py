@@ -27,7 +27,7 @@ import jaxlib
 from experiments.tools import pages, program
 from qlora_jax.gpu import measured, picks
 from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, Case, tile
-from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
 from qlora_jax.gpu.product import compile_all
 from qlora_jax.gpu.times import seconds_at

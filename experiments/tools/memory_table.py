@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from experiments.tools import pages, program
 from qlora_jax.commands import plan as command
-from qlora_jax.gpu.compile import read_gpu
+from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.shapes import find
 from qlora_jax.plan import contrast
 from qlora_jax.plan.plan import planned

@@ -35,7 +35,8 @@ GIB = 2**30
 def on_the_gpu() -> dict[str, list[float]] | None:
     """GiB on the device, step by step, for each home of the moments; None without the compiler."""
     from qlora_jax.commands import plan as command
-    from qlora_jax.gpu.compile import has_plugin, read_gpu
+    from qlora_jax.gpu.compile import has_plugin
+    from qlora_jax.gpu.described import read_gpu
     from qlora_jax.models.shapes import find
     from qlora_jax.plan.plan import planned
 

@@ -90,7 +90,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         config = of_model(options.model, given)
     else:
         config = configs.changed(config_of(options.config, []), given)
-    from qlora_jax.gpu.compile import GPUS, has_plugin, read_gpu
+    from qlora_jax.gpu.compile import has_plugin
+    from qlora_jax.gpu.described import GPUS, read_gpu
     from qlora_jax.models.shapes import find
     from qlora_jax.plan.plan import planned
     from qlora_jax.train.start import resolved
@@ -164,7 +165,7 @@ def describe(
       gpu: name.
       answer: of `plan.planned`; None leaves the ledger alone.
     """
-    from qlora_jax.gpu.compile import read_gpu
+    from qlora_jax.gpu.described import read_gpu
     from qlora_jax.plan.advice import changes
     from qlora_jax.plan.ledger import ledger, total
 

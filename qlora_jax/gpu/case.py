@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from qlora_jax.gpu.compile import read_gpu
+from qlora_jax.gpu.described import read_gpu
 from qlora_jax.kernels.select import FUSED
 
 DIRECTIONS = ("forward", "backward")

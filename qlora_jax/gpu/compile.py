@@ -1,33 +1,24 @@
-"""Compiling for an NVIDIA GPU that is not here: XLA's own compiler, for a described device.
+"""Compiles for an NVIDIA GPU that is not here, with XLA's own compiler, by its description.
 
-The descriptions in `targets/` are XLA's own for a100 and h100; t4, a6000, rtx4090 and b200 follow
-NVIDIA's data sheets. Needs the packages of `PLUGIN`, which need no GPU and no driver.
+Needs the packages of `PLUGIN`, which need no GPU and no driver.
 """
 
 import contextlib
-import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from qlora_jax.gpu.described import Gpu, description, read_gpu
 from qlora_jax.kernels.target import compiling_for
-from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
-TARGETS = Path(__file__).parent / "targets"
-SUFFIX = ".txtpb"
-GPUS = tuple(sorted(path.stem for path in TARGETS.glob(f"*{SUFFIX}")))
-TARGET_FILE = "a target file is XLA's GpuTargetConfigProto as text, like those in gpu/targets"
 PLUGIN, PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-plugin"
 FLAGS = ("--xla_gpu_autotune_level=0",)
 """Autotuning needs a GPU."""
@@ -46,45 +37,8 @@ STAND_INS = {"NVIDIA RTX A6000": "NVIDIA A10"}
 """Names that Pallas' table of GPUs lacks, to one in it of the same compute capability."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """A described GPU.
-
-    Attributes:
-      name: NVIDIA's name.
-      capability: compute capability, (8, 0) for sm_80.
-      cores: streaming multiprocessors.
-      memory: device memory in bytes.
-      shared: shared memory that a block may ask for, in bytes.
-      shared_per_core: shared memory of one multiprocessor, in bytes.
-      registers_per_core: 32-bit registers of one multiprocessor.
-      threads_per_core: threads that one multiprocessor holds.
-      bandwidth: of the device memory, bytes per second.
-      l2: bytes of the level 2 cache.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    cores: int
-    memory: int
-    shared: int
-    shared_per_core: int
-    registers_per_core: int
-    threads_per_core: int
-    bandwidth: int
-    l2: int
-
-    @property
-    def device_kind(self) -> str:
-        return self.name
-
-    @property
-    def compute_capability(self) -> str:
-        return ".".join(map(str, self.capability))
-
-
 def environment(*more: str) -> dict[str, str]:
-    """What a process that compiles for absent GPUs sets before it imports jax.
+    """Returns what a process that compiles for absent GPUs sets before it imports jax.
 
     Args:
       more: flags for XLA, such as `NO_SPILLS`.
@@ -102,67 +56,10 @@ def environment(*more: str) -> dict[str, str]:
 
 
 def has_plugin() -> bool:
-    """Whether the compile-only packages are installed."""
+    """Tells whether the compile-only packages are installed."""
     return (
         importlib.util.find_spec("jax_plugins") is not None
         and importlib.util.find_spec(PLUGIN) is not None
-    )
-
-
-def description(gpu: str) -> str:
-    """XLA's target description of a GPU.
-
-    Args:
-      gpu: a name in `GPUS`, or a file of XLA's `GpuTargetConfigProto` as text, NAME.txtpb.
-
-    Raises:
-      UserError: neither, or a file that cannot be read.
-    """
-    own = gpu.endswith(SUFFIX)
-    if not own and gpu not in GPUS:
-        raise UserError(
-            f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}, or a target file *{SUFFIX}"
-        )
-    path = Path(gpu) if own else TARGETS / f"{gpu}{SUFFIX}"
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{gpu}: no such file") from None
-    except OSError as e:
-        raise paths.unreadable(path, e) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{gpu}: not text; {TARGET_FILE}") from None
-
-
-@functools.cache
-def read_gpu(gpu: str) -> Gpu:
-    """The figures of a description that decide what fits.
-
-    Raises:
-      UserError: no description, or one that lacks a figure.
-    """
-    text = description(gpu)
-
-    def field(pattern: str, key: str) -> str:
-        match = re.search(rf"\b{key}: {pattern}", text)
-        if match is None:
-            raise UserError(f"{gpu}: has no {key}; {TARGET_FILE}")
-        return match[1]
-
-    def number(key: str) -> int:
-        return int(field(r"(\d+)", key))
-
-    return Gpu(
-        name=field(r'"([^"]+)"', "name"),
-        capability=(number("major"), number("minor")),
-        cores=number("core_count"),
-        memory=number("device_memory_size"),
-        shared=number("shared_memory_per_block_optin"),
-        shared_per_core=number("shared_memory_per_core"),
-        registers_per_core=number("registers_per_core_limit"),
-        threads_per_core=number("threads_per_core_limit"),
-        bandwidth=number("memory_bandwidth"),
-        l2=number("l2_cache_size"),
     )
 
 
@@ -173,7 +70,7 @@ def compile_for(
     donate: tuple[int, ...] = (),
     options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-    """`function` compiled for a GPU.
+    """Compiles `function` for a GPU.
 
     Args:
       gpu: a name in `GPUS`.
@@ -191,7 +88,7 @@ def compile_for(
 def lower_for(
     gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Lowered:
-    """Returns `function` traced for a GPU and lowered; see `compile_for`."""
+    """Traces `function` for a GPU and lowers it; see `compile_for`."""
     text = description(gpu)
     if not has_plugin():
         raise UserError(
@@ -215,7 +112,7 @@ def lower_for(
 def compile_lowered(
     lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """Returns what `lower_for` made, compiled with these options; see `compile_for`."""
+    """Compiles what `lower_for` made with these options; see `compile_for`."""
     chosen = dict(options or {})
     try:
         return lowered.compile(chosen or None)

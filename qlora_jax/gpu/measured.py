@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from qlora_jax.gpu.case import Case
-from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.roofline import Ceilings
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from qlora_jax.gpu.case import DECODE_FIRST, Case
-from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
 from qlora_jax.kernels.select import EVERY, FUSED, FUSED_ROWS
 from qlora_jax.kernels.target import Capability

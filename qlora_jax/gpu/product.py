@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from qlora_jax.gpu import assemble, hlo, roofline, sass, times
 from qlora_jax.gpu.case import DECODE_FIRST, Case
-from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment, has_plugin, read_gpu
+from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment, has_plugin
+from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.processes import Died, answers
 from qlora_jax.gpu.sass import Kernel
 from qlora_jax.kernels.select import FUSED

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from qlora_jax.gpu.compile import read_gpu
+from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.sass import Instruction, Kernel, classify, mma_flop
 
 SCHEDULERS = 4

@@ -93,7 +93,7 @@ class Kernel:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory per block."""
+        """Returns the bytes of shared memory per block."""
         return self.static_shared + (self.launch.shared if self.launch else 0)
 
     def main_loop(self) -> tuple[Instruction, ...]:

@@ -137,7 +137,7 @@ def update_accounts(step: Step, compile_: Compile) -> list[Account]:
 
 
 def held_moments(step: Step, on_host: bool, updating: bool) -> tuple[int, int]:
-    """(device, host) bytes of moments that are no argument of a program.
+    """Returns the (device, host) bytes of moments that are no argument of a program.
 
     Args:
       step: the step.
@@ -153,7 +153,7 @@ def held_moments(step: Step, on_host: bool, updating: bool) -> tuple[int, int]:
 def settle(
     step: Step, asked: str, gradients: Sequence[Account], updates: Sequence[Account], limit: int
 ) -> tuple[str, list[Account]]:
-    """Where moments live, and the accounts, gradients first, with those that are on the device.
+    """Decides where moments live, and adds those on the device to the accounts, gradients first.
 
     Args:
       step: the step.
@@ -172,7 +172,7 @@ def settle(
 
 
 def with_moments(step: Step, on_host: bool, account: Account, updating: bool) -> Account:
-    """The account with the moments that are on the device and no argument of the program."""
+    """Adds to an account the moments that are on the device and no argument of the program."""
     device, _ = held_moments(step, on_host, updating)
     return account._replace(elsewhere=account.elsewhere + device)
 

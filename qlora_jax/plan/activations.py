@@ -144,16 +144,16 @@ adapters, a little less is kept.
 
 
 def _working_set(model: DecoderConfig, step: _Step) -> int:
-    """Of a layer's backward pass: what its second forward pass gives, some queries' scores twice in
-    float32 and twice in the compute dtype, and the MLP's two gradients."""
+    """Estimates a layer's backward pass: all that its second forward pass gives, the scores of some
+    queries twice in float32 and twice in the compute dtype, and the MLP's two gradients."""
     scores = step.rows * model.num_heads * min(attention.ROWS, step.length) * step.length
     gradients = 2 * step.tokens * step.inner * step.width
     return step.tokens * _everything(step) + 2 * scores * (FLOAT32 + step.width) + gradients
 
 
 def _decoded(run: Config, step: _Step, elements: int) -> int:
-    """A layer's weights in the compute dtype, where they are not stored in it: nothing keeps XLA
-    from decoding all of them before it multiplies by the first."""
+    """Estimates a layer's weights in the compute dtype, where they are not stored in it: nothing
+    keeps XLA from decoding all of them before it multiplies by the first."""
     if run.method == "qlora":
         return 0 if run.kernels.materialize == "never" else step.width * elements
     stored = run.lora.dtype if run.method == "full" else run.model.storage_dtype
@@ -161,8 +161,8 @@ def _decoded(run: Config, step: _Step, elements: int) -> int:
 
 
 def _loss(model: DecoderConfig, run: Config, step: _Step) -> int:
-    """A block of logits, of their exponentials and of the head, its part of the mean, the gradient
-    of all positions, and of a trained head in float32."""
+    """Adds up a block of logits, of their exponentials and of the head, its part of the mean, and
+    the gradients of all positions and of a trained head, in float32."""
     rows, columns = min(ROWS, step.tokens), min(COLUMNS, model.vocab_size)
     block = rows * columns * (2 * FLOAT32 + step.width) + columns * step.hidden * step.width
     positions = (2 * rows + step.tokens) * step.hidden * FLOAT32

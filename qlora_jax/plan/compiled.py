@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.config import Config
-from qlora_jax.gpu.compile import compile_for, read_gpu
+from qlora_jax.gpu.compile import compile_for
+from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan import accounts
 from qlora_jax.plan.accounts import Account, Step
@@ -33,7 +34,7 @@ class Plan:
     """What one run needs on one GPU, in bytes.
 
     Attributes:
-      gpu: name in `compile.GPUS`.
+      gpu: name in `described.GPUS`.
       offload: where moments live: device or host; decided here for `auto`.
       limit: what the run may use of the GPU (`gpu_memory.usable`).
       host: pinned host memory.

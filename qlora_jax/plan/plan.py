@@ -36,7 +36,7 @@ def planned(
     Args:
       config: of the run.
       decoder: the model's shapes.
-      gpu: name in `compile.GPUS`.
+      gpu: name in `described.GPUS`.
       say: told progress.
       search: also find the largest batch and sequence that fit.
 

@@ -13,7 +13,7 @@ import jax
 
 from qlora_jax import config as configs
 from qlora_jax.config import Config
-from qlora_jax.gpu.compile import read_gpu
+from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan import accounts
 from qlora_jax.plan.compiled import GEMMS, Plan, gradient, make

@@ -9,7 +9,7 @@ import pytest
 from qlora_jax.commands.plan import shapes
 from qlora_jax.config import Config, load
 from qlora_jax.formats.names import expected_shapes
-from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.models.shapes import find
 from qlora_jax.plan.ledger import ledger, total
 from qlora_jax.runtime.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.gpu import picks, roofline
 from qlora_jax.gpu.case import Case, tile
-from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report, reports, target
 from qlora_jax.gpu.picks import fused_rows
 from qlora_jax.gpu.roofline import RATES, Ceilings, Time

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.gpu import measured, picks
 from qlora_jax.gpu.case import Case
-from qlora_jax.gpu.compile import GPUS, read_gpu
+from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.measured import Report
 from qlora_jax.kernels import select
 from qlora_jax.kernels.select import EVERY

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_jax.gpu import roofline
-from qlora_jax.gpu.compile import GPUS, description, read_gpu
+from qlora_jax.gpu.described import GPUS, description, read_gpu
 from qlora_jax.gpu.roofline import RATES, Time, pipe_clocks
 from qlora_jax.gpu.sass import Instruction, Kernel, Launch
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from ptx import emulate
 
-from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment, read_gpu
+from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment
+from qlora_jax.gpu.described import read_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def kernels(function: Callable[..., Any], *arguments: Any, gpu: str = "a100") ->
       function: importable by name, for it is compiled in a process of its own; so are the
         functions in a `functools.partial`.
       arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
-      gpu: a name in `qlora_jax.gpu.compile.GPUS`.
+      gpu: a name in `qlora_jax.gpu.described.GPUS`.
 
     Raises:
       RuntimeError: it does not compile, has no Mosaic kernel, or two of one name.

@@ -12,7 +12,8 @@ from qlora_jax.commands import plan as command
 from qlora_jax.config import Config, changed, from_tree
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
-from qlora_jax.gpu.compile import GPUS, compile_for, description, has_plugin
+from qlora_jax.gpu.compile import compile_for, has_plugin
+from qlora_jax.gpu.described import GPUS, description
 from qlora_jax.lora import plan as adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach

@@ -18,7 +18,8 @@ import jax
 from qlora_jax.bench.gpu.lane import FULL
 from qlora_jax.bench.gpu.parts import PARTS, Part
 from qlora_jax.bench.gpu.programs import Program
-from qlora_jax.gpu.compile import compile_lowered, environment, has_plugin, lower_for, read_gpu
+from qlora_jax.gpu.compile import compile_lowered, environment, has_plugin, lower_for
+from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.processes import Died, answers
 from qlora_jax.runtime.errors import UserError, first_line
 
@@ -35,7 +36,7 @@ class Task(NamedTuple):
     """The programs of one part for one GPU.
 
     Attributes:
-      gpu: a name in `gpu.compile.GPUS`.
+      gpu: a name in `gpu.described.GPUS`.
       part: the part that runs the programs.
       names: the programs' names.
       error: why there are none; None if there may be some.
