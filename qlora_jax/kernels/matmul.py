@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +9,10 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from qlora_jax.kernels import parts
-from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, module_of, pick
+from qlora_jax.kernels.parts import Product
+from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, Fused, module_of, pick
 from qlora_jax.quant import QTensor
+from qlora_jax.quant.qtensor import with_plain_scales
 from qlora_jax.runtime.errors import UserError
 
 
@@ -60,12 +61,22 @@ def _backward(implementation: str, q: QTensor, g: jax.Array) -> tuple[jax.Array,
 _matmul.defvjp(_forward, _backward)
 
 
+def _with_scales_for(kernel: Fused, function: Product) -> Product:
+    """Returns the function for any format of scales: those it does not read are decoded before."""
+
+    def product(x: jax.Array, q: QTensor) -> jax.Array:
+        known = q.scales.dtype.name in kernel.scales
+        return function(x, q if known else with_plain_scales(q))
+
+    return product
+
+
 @functools.cache
-def _product(implementation: str, direction: str) -> Callable[[jax.Array, QTensor], jax.Array]:
+def _product(implementation: str, direction: str) -> Product:
     function = getattr(module_of(implementation), direction)
     fused = implementation in FUSED
     if fused:
-        function = parts.divided(function)
+        function = parts.divided(_with_scales_for(FUSED[implementation], function))
     product = custom_vmap(function)
 
     @product.def_vmap

@@ -25,6 +25,7 @@ from qlora_jax.kernels import triton_tiles
 from qlora_jax.kernels.mosaic import tiles as mosaic_tiles
 from qlora_jax.kernels.target import Capability, Hardware, capability_of, compiled_for
 from qlora_jax.quant import quantize
+from qlora_jax.quant.scales import DOUBLE, PLAIN
 from qlora_jax.runtime.errors import RunFailed, UserError
 
 IMPLEMENTATIONS: Mapping[str, str] = {
@@ -42,6 +43,8 @@ class Fused(NamedTuple):
       capability: the least compute capability of an NVIDIA GPU.
       jax: the least version of jax.
       dtypes: of x.
+      scales: formats of block scales (`quant.scales.SCALES`) that it decodes; others are decoded to
+        float32 before it.
       target: how the target of its custom call begins, in a compiled program.
       tile: (rows, dtype of x, contracted features, resulting features, direction, the GPU's
         compute capability) to the rows and columns of the result that one block computes.
@@ -50,6 +53,7 @@ class Fused(NamedTuple):
     capability: Capability
     jax: tuple[int, int]
     dtypes: tuple[str, ...]
+    scales: tuple[str, ...]
     target: str
     tile: Callable[[int, DTypeLike, int, int, str, Capability], tuple[int, int]]
 
@@ -65,6 +69,7 @@ FUSED: Mapping[str, Fused] = {
         capability=(8, 0),
         jax=(0, 11),
         dtypes=("bfloat16", "float16"),
+        scales=(PLAIN, DOUBLE),
         target="mosaic_gpu",
         tile=mosaic_tiles.block,
     ),
@@ -72,6 +77,7 @@ FUSED: Mapping[str, Fused] = {
         capability=(8, 0),
         jax=(0, 10),
         dtypes=("bfloat16", "float16", "float32"),
+        scales=(PLAIN, DOUBLE),
         target="__gpu$xla.gpu.triton",
         tile=triton_tiles.block,
     ),

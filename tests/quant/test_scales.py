@@ -1,0 +1,62 @@
+"""The table of scale formats: an entry is all that a new format takes."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.kernels import matmul, triton
+from qlora_jax.quant import dequantize, nbytes, quantize
+from qlora_jax.quant import qtensor as qtensors
+from qlora_jax.quant.qtensor import block_scales
+from qlora_jax.quant.scales import DOUBLE, PLAIN, SCALES, ScaleFormat, Stored
+
+pytestmark = pytest.mark.quick
+
+
+def power_of_two(absmax: jax.Array, nested_block: int) -> Stored:
+    """The exponent of the next power of two, in 8 bits: absmax is at most the scale."""
+    exponent = jnp.ceil(jnp.log2(jnp.maximum(absmax, 2.0**-126)))
+    return Stored(exponent.astype(jnp.int8))
+
+
+def from_power(stored: Stored, nested_block: int) -> jax.Array:
+    return jnp.exp2(stored.scales.astype(jnp.float32))
+
+
+@pytest.fixture
+def one_more(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A format that is not in the table, used where double quantization is asked for."""
+    monkeypatch.setitem(SCALES, "int8", ScaleFormat(power_of_two, from_power))
+    monkeypatch.setattr(qtensors, "DOUBLE", "int8")
+    jax.clear_caches()
+    yield "int8"
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", [PLAIN, DOUBLE])
+def test_the_dtype_of_the_scales_names_the_format(name: str) -> None:
+    w = np.random.default_rng(0).normal(size=(128, 32)).astype(np.float32)
+    q = quantize(w, double_quant=name == DOUBLE)
+    assert q.scales.dtype.name == name
+    absmax = np.abs(w.reshape(2, 64, 32)).max(1)
+    decoded = SCALES[name].decode(Stored(q.scales, q.nested, q.offset), q.nested_block)
+    np.testing.assert_allclose(decoded, absmax, rtol=0.05)
+
+
+def test_a_new_format_is_one_entry(one_more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    w = np.random.default_rng(0).normal(size=(128, 48)).astype(np.float32)
+    q = quantize(w)
+    assert q.scales.dtype.name == one_more
+    assert nbytes(q) == 128 * 48 // 2 + 2 * 48 + 4 * 16
+    powers = np.exp2(np.ceil(np.log2(np.abs(w.reshape(2, 64, 48)).max(1))))
+    np.testing.assert_array_equal(block_scales(q), powers)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 128)), jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
+    for implementation in ("xla", "triton"):
+        y, pull = jax.vjp(lambda x, name=implementation: matmul(x, q, name), x)
+        np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
+        assert pull(jnp.ones_like(y))[0].shape == x.shape
