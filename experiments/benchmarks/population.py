@@ -102,7 +102,7 @@ def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: 
 
     from qlora_jax.config import from_tree
     from qlora_jax.formats.source import open_checkpoint
-    from qlora_jax.train import population
+    from qlora_jax.train import mapped, population
     from qlora_jax.train.setup import load_model
 
     memory = measure.PeakMemory()
@@ -130,13 +130,13 @@ def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: 
     configs = population.member_configs(config, members)
     checkpoint = open_checkpoint(config.model)
     loaded, _ = load_model(config, checkpoint, _say)
-    common = population.union(loaded, configs)
+    common = mapped.union(loaded, configs)
     rows = _batches(checkpoint.config.vocab_size, batch, seq)
     program, losses = None, []
     for start in range(0, count, at_a_time):
         part = configs[start : start + at_a_time]
-        adapters = population.assemble(loaded, part, common)
-        program = program or population.build(config, adapters)
+        adapters = mapped.draw(loaded, part, common)
+        program = program or mapped.build(config, adapters)
         found = population.run(part, adapters, rows, [], program)
         losses += [result.losses[-1] for result in found]
     print(json.dumps({"compile_s": sum(compiled), "peak_mib": memory.process(), "losses": losses}))

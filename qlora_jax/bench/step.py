@@ -139,7 +139,7 @@ def prepare(options: Step) -> Prepared:
     model = _model(config, options)
     counts = trees.parameter_counts(model, config.method)
     parts = trees.split(model, config.method)
-    training = assemble(config, *parts, PLACEMENTS[options.offload])
+    training = assemble(config, parts, PLACEMENTS[options.offload])
     batch = _batch(options, model.config.vocab_size)
     return Prepared(training.program, training.state, training.frozen, batch, *counts)
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from qlora_jax.config import Config
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.trees import Split
 from qlora_jax.train import step as steps
 from qlora_jax.train.offload import ON_DEVICE, Placement
 from qlora_jax.train.optimizer import adamw
@@ -35,20 +36,12 @@ class Training(NamedTuple):
         return nnx.merge(self.graph, self.state.trained, self.frozen)
 
 
-def assemble(
-    config: Config,
-    graph: nnx.GraphDef,
-    trained: Any,
-    frozen: Any,
-    moments: Placement = ON_DEVICE,
-) -> Training:
+def assemble(config: Config, parts: Split, moments: Placement = ON_DEVICE) -> Training:
     """Builds the step that a config asks for, and the state before the first one.
 
     Args:
       config: of the run.
-      graph: the model's structure, from `trees.split`.
-      trained: its trained tree, of arrays or of `jax.ShapeDtypeStruct`; the state is of the same.
-      frozen: its frozen tree.
+      parts: the model, of arrays or of `jax.ShapeDtypeStruct`; the state is of the same.
       moments: where the optimizer's state lives.
     """
     first = partial(
@@ -57,9 +50,9 @@ def assemble(
         dynamic_scale=scales_loss(config),
         moments=moments,
     )
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trained))
-    state = jax.eval_shape(first, trained) if abstract else first(trained)
-    return Training(graph, program_of(config, graph, moments), state, frozen)
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.trained))
+    state = jax.eval_shape(first, parts.trained) if abstract else first(parts.trained)
+    return Training(parts.graph, program_of(config, parts.graph, moments), state, parts.frozen)
 
 
 def program_of(

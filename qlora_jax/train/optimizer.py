@@ -30,7 +30,7 @@ vector has two axes like a matrix, so shapes do not tell them apart."""
 
 
 def label(variable: Any) -> str:
-    """The group of a trained variable, by its kind alone.
+    """Returns the group of a trained variable, by its kind alone.
 
     Raises:
       TypeError: no group is for it, which is a bug: a new kind must be named in `GROUPS`.
@@ -41,7 +41,7 @@ def label(variable: Any) -> str:
 
 
 def labels(tree: Any) -> Any:
-    """The tree with every leaf replaced by its group.
+    """Returns the tree with every leaf replaced by its group.
 
     Args:
       tree: any pytree whose leaves are in variables, such as an `nnx.State`.

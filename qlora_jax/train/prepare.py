@@ -148,7 +148,7 @@ def build(asked: Request, opened: Opened) -> Built:
     if specs and starts_as_base(config):
         check_identity(*parts, config)
     return Built(
-        assemble(config, *parts, opened.moments),
+        assemble(config, parts, opened.moments),
         examples.loader(config, data, pad_id, config.train.seed),
         examples.held_out(config, data, pad_id),
         Facts(bool(specs), *counts, base_hash, held_quantization(config, opened.checkpoint)),

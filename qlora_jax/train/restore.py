@@ -71,7 +71,7 @@ def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -
     model, _ = load_model(config, checkpoint, warn)
     if folder is None:
         return Restored(config, text, model, 0)
-    training = assemble(config, *trees.split(model, config.method))
+    training = assemble(config, trees.split(model, config.method))
     checkpoints = Checkpoints(folder)
     state, _ = checkpoints.restore(training.state, say=warn)
     checkpoints.close()

@@ -19,7 +19,7 @@ def answer(
     questions: Sequence[Question],
     description: str,
 ) -> list[str]:
-    """The model's greedy answers, decoded."""
+    """Returns the model's greedy answers, decoded."""
     if not questions:
         return []
     with progress(description, len(questions)) as advance:

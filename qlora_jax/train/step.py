@@ -188,7 +188,7 @@ def loss_sum(
 def evaluate(
     recipe: Recipe, trained: Any, frozen: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """`Program.evaluate`."""
+    """Returns the loss sum and the token count of a batch: `Program.evaluate`."""
     return loss_sum(recipe, trained, frozen, batch, None, "none")
 
 
@@ -199,7 +199,7 @@ def gradient(
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
 ) -> tuple[Any, Figures]:
-    """`Program.gradient`.
+    """Returns the gradients of the trained tree, and figures: `Program.gradient`.
 
     The frozen tree takes no gradient because the loss is differentiated with respect to the
     trained tree alone.
@@ -268,7 +268,7 @@ def update_unit(
     moments: Any,
     finite: jax.Array,
 ) -> tuple[Sequence[jax.Array], Any]:
-    """`Program.unit`."""
+    """Updates one unit of a group, unless the gradient is not finite: `Program.unit`."""
     params = units.unit(group, leaves, index)
     updates, new = optimizer.update(units.unit(group, grads, index), moments, params)
     moved = optax.apply_updates(params, updates)
@@ -295,7 +295,16 @@ def update(
     grads: Any,
     finite: jax.Array,
 ) -> State:
-    """`Program.update`: the compiled `update_unit` on each unit, then the compiled `count`."""
+    """Updates every unit, one after another, and counts the step: `Program.update`.
+
+    Args:
+      unit: the compiled `update_unit`.
+      count: the compiled `count`.
+      moments: where the optimizer's state lives; a unit's comes while the one before is updated.
+      state: donated.
+      grads: of the trained tree.
+      finite: bool scalar; without it trained and optimizer stay as they are.
+    """
     leaves, structure = jax.tree.flatten(state.trained)
     slopes = jax.tree.leaves(grads)
     states = list(state.optimizer)

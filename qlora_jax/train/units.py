@@ -38,7 +38,7 @@ class Group(NamedTuple):
 
 
 def groups(trained: Any) -> list[Group]:
-    """The groups of a trained tree, in its own order.
+    """Returns the groups of a trained tree, in its own order.
 
     Args:
       trained: an `nnx.State` or another mapping, of arrays or abstract shapes.
@@ -65,7 +65,7 @@ def groups(trained: Any) -> list[Group]:
 
 
 def stack(group: Group, leaves: Sequence[jax.Array]) -> dict[str, Any]:
-    """A group's leaves by path, each in a variable of its kind."""
+    """Returns a group's leaves by path, each in a variable of its kind."""
     return {
         path: jax.tree.unflatten(variable, [leaf])
         for path, variable, leaf in zip(group.paths, group.variables, leaves)
@@ -73,12 +73,12 @@ def stack(group: Group, leaves: Sequence[jax.Array]) -> dict[str, Any]:
 
 
 def arrays(group: Group, stack: Mapping[str, Any]) -> list[jax.Array]:
-    """The leaves that `stack` was made of."""
+    """Returns the leaves that `stack` was given."""
     return [jax.tree.leaves(stack[path])[0] for path in group.paths]
 
 
 def unit(group: Group, leaves: Sequence[jax.Array], index: int | jax.Array) -> dict[str, Any]:
-    """One unit of a group's leaves by path, each in a variable of its kind."""
+    """Returns one unit of a group's leaves by path, each in a variable of its kind."""
     if group.layers is None:
         return stack(group, leaves)
     taken = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]

@@ -19,7 +19,7 @@ from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.train import export, population
+from qlora_jax.train import export, mapped, population
 from qlora_jax.train import step as steps
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.optimizer import adamw
@@ -104,10 +104,10 @@ class Made(NamedTuple):
     """A population of the members above, one that diverges and a plain one, and its program."""
 
     configs: list[Config]
-    adapters: population.Adapters
-    program: population.Program
+    adapters: mapped.Adapters
+    program: mapped.Program
 
-    def fresh(self) -> population.Adapters:
+    def fresh(self) -> mapped.Adapters:
         """The adapters with buffers of their own, which a step may take."""
         return self.adapters._replace(trained=jax.tree.map(jnp.copy, self.adapters.trained))
 
@@ -116,8 +116,8 @@ class Made(NamedTuple):
 def made() -> Made:
     configs = population.member_configs(common(), [*MEMBERS, DIVERGING, {}])
     model = model_of(common())
-    adapters = population.assemble(model, configs, population.union(model, configs))
-    return Made(configs, adapters, population.build(common(), adapters))
+    adapters = mapped.draw(model, configs, mapped.union(model, configs))
+    return Made(configs, adapters, mapped.build(common(), adapters))
 
 
 def first(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

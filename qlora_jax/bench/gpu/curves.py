@@ -101,7 +101,7 @@ def losses(scale: str, implementation: str, dtype: str) -> list[float]:
     """Returns the loss of each step, on the same weights and data at each call."""
     size, config = SIZES[scale], _config(scale, dtype)
     model = random_codes.random_model(config, size.decoder, implementation)
-    program, state, frozen = assemble(config, *model)[1:]
+    program, state, frozen = assemble(config, model)[1:]
     found, rows = [], batch(scale)
     for _ in range(size.steps):
         grads, figures = program.gradient(state, frozen, rows, None)
@@ -145,7 +145,7 @@ def _step(scale: str, implementation: str, dtype: str) -> accounts.Step:
     config = _config(scale, dtype)
     model = abstract_model(config, SIZES[scale].decoder, implementation)
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(scale).items()}
-    return accounts.step_of(*assemble(config, *model)[1:], rows, None)
+    return accounts.step_of(*assemble(config, model)[1:], rows, None)
 
 
 def _gradient(name: str, step: accounts.Step, precision: str | None = None) -> Program:
