@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.benchmarks import compare as compare_script
+from experiments.tools import pages
 from qlora_jax.bench import tools
 from qlora_jax.bench.options import Load
 from qlora_jax.runtime.errors import UserError
@@ -69,6 +70,18 @@ def test_rounds_go_on_and_other_code_starts_anew(
 def test_a_page_without_its_place(compare: ModuleType) -> None:
     with pytest.raises(UserError, match="it needs one line <!-- begin x -->"):
         compare.replaced("text", "x", "new")
+
+
+@pytest.mark.parametrize("page", ["text", "<a>", "</a><a>", "<a><a></a>", "<a></a></a>"])
+def test_a_page_has_each_mark_once_and_in_order(page: str, tmp_path: Path) -> None:
+    marks = pages.Marks("<a>", "</a>")
+    with pytest.raises(ValueError, match="not one <a> and after it one </a>"):
+        pages.replaced(page, marks, "new")
+    path = tmp_path / "page.md"
+    path.write_text(page)
+    with pytest.raises(UserError, match="add the lines <a> and </a> where the tables belong"):
+        pages.write(path, marks, "new")
+    assert path.read_text() == page
 
 
 def test_every_section_names_a_benchmark_with_its_options() -> None:
