@@ -56,3 +56,13 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = grimp.build_graph("qlora_jax")
     found = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     graphlib.TopologicalSorter(found).prepare()  # raises CycleError with the circle
+
+
+def test_every_stop_of_the_walks_is_there() -> None:
+    text = (ROOT / "docs" / "design.md").read_text("utf-8")
+    walks = text.partition("## Three walks")[2].partition("## Decisions")[0]
+    stops = re.findall(r"`([\w/]+\.py):(\w+)`", walks)
+    assert len(stops) > 30
+    for file, name in stops:
+        body = ast.parse((PACKAGE / file).read_text("utf-8")).body
+        assert name in {getattr(node, "name", "") for node in body}, f"{file}:{name}"
