@@ -23,7 +23,8 @@ from qlora_jax.config import QuantConfig
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import BLOCK_SIZES as HELD_BLOCKS
-from qlora_jax.quant.qtensor import GROUP
+from qlora_jax.quant.qtensor import GROUP, with_plain_scales
+from qlora_jax.quant.scales import DOUBLE, PLAIN
 from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import UserError
 
@@ -32,6 +33,8 @@ CODEBOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 """The block sizes that bitsandbytes writes and computes with."""
 NESTED_BLOCK = 256
+SCALE_FORMATS = (PLAIN, DOUBLE)
+"""The formats of block scales that bitsandbytes has (`quant.scales`)."""
 STATE = re.compile(r"(.+\.weight)\.quant_state\.bitsandbytes__(\w+)")
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 DTYPES: Mapping[str, Any] = {
@@ -243,12 +246,15 @@ def encode(q: QTensor, layout: Layout) -> dict[str, np.ndarray]:
     """A QTensor as bitsandbytes' tensors, by what follows the name of the weight.
 
     The inverse of `decode` where `layout.held_block` is the QTensor's. A weight whose blocks cross
-    the ends of rows may come as one column of all elements in bitsandbytes' order.
+    the ends of rows may come as one column of all elements in bitsandbytes' order. Scales of a
+    format that bitsandbytes lacks are written as absmax in float32.
 
     Args:
       q: W[in, out], or [in * out, 1].
       layout: how to store it.
     """
+    if q.scales.dtype.name not in SCALE_FORMATS:
+        q = with_plain_scales(q)
     order, every = _ORDER[layout.kind], layout.block // q.block_size
     values = np.empty(16, np.float32)
     values[order] = np.asarray(q.codebook) + 0.0  # no zero with a sign

@@ -3,6 +3,7 @@
 from qlora_jax.lora.adapter import Adapter as Adapter
 from qlora_jax.lora.init.fresh import init_adapter as init_adapter
 from qlora_jax.lora.linear import LoraLinear as LoraLinear
+from qlora_jax.lora.masks import trainable_mask as trainable_mask
 from qlora_jax.lora.spec import AdapterSpec as AdapterSpec
 from qlora_jax.lora.spec import plan as plan
 from qlora_jax.lora.spec import ranks_above_full as ranks_above_full

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.formats.bitsandbytes import Layout, encode
 from qlora_jax.kernels import matmul, triton
 from qlora_jax.quant import dequantize, nbytes, quantize
 from qlora_jax.quant import qtensor as qtensors
@@ -60,3 +61,11 @@ def test_a_new_format_is_one_entry(one_more: str, monkeypatch: pytest.MonkeyPatc
         y, pull = jax.vjp(lambda x, name=implementation: matmul(x, q, name), x)
         np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
         assert pull(jnp.ones_like(y))[0].shape == x.shape
+
+
+def test_bitsandbytes_gets_a_format_that_it_knows(one_more: str) -> None:
+    q = quantize(np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32))
+    layout = Layout("nf4", 64, "float32", (64, 128), None)
+    stored = encode(q, layout)
+    assert stored[".absmax"].dtype == np.float32
+    np.testing.assert_array_equal(stored[".absmax"], np.asarray(block_scales(q)).T.reshape(-1))
