@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "docs" / "examples" / "ranks.py"
+EXAMPLE = ROOT / "examples" / "ranks.py"
 FIRST_LINE = "METRICS: Mapping[str, Metric[Any]] = {\n"
 
 

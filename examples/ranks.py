@@ -1,6 +1,6 @@
 """Does the rank matter when every linear has an adapter?
 
-qlora-jax sweep docs/examples/ranks.py
+qlora-jax sweep examples/ranks.py
 """
 
 from collections.abc import Mapping, Sequence
