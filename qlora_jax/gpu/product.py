@@ -4,7 +4,6 @@
 Mosaic GPU keeps the architecture of the first compilation in a process.
 """
 
-import importlib
 import itertools
 import json
 import re
@@ -23,7 +22,7 @@ from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment, has_plugi
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.processes import Died, answers
 from qlora_jax.gpu.sass import Kernel
-from qlora_jax.kernels.select import FUSED
+from qlora_jax.kernels.select import FUSED, module_of
 from qlora_jax.quant import quantize
 from qlora_jax.runtime.errors import UserError
 
@@ -41,7 +40,7 @@ def describe(case: Case) -> dict[str, Any]:
     record: dict[str, Any] = {**case._asdict(), "error": None, "kernels": []}
     q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((case.k, case.n), jnp.float32))
     x = jax.ShapeDtypeStruct((case.rows, case.inner), case.dtype)
-    module = importlib.import_module(f"qlora_jax.kernels.{case.implementation}")
+    module = module_of(case.implementation)
     with tempfile.TemporaryDirectory() as name, assemble.dumping(folder := Path(name)) as options:
         try:
             function = getattr(module, case.direction)

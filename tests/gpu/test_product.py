@@ -2,12 +2,14 @@
 
 import sys
 
+import jax
 import pytest
 
 from qlora_jax.gpu import product
-from qlora_jax.gpu.case import Case
+from qlora_jax.gpu.case import DIRECTIONS, Case
 from qlora_jax.gpu.product import broken_rule, compile_all
 from qlora_jax.gpu.sass import Kernel, Launch
+from qlora_jax.kernels.select import module_of
 from qlora_jax.runtime.errors import UserError
 
 CASE = Case("a6000", "triton", 16, 128, 128, "bfloat16", "forward")
@@ -39,6 +41,25 @@ def test_without_the_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(product, "has_plugin", lambda: False)
     with pytest.raises(UserError, match="not installed: make gpu-check"):
         next(compile_all([CASE]))
+
+
+@pytest.mark.parametrize("name", ["xla", "triton", "mosaic"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_case_is_compiled_from_the_module_of_its_implementation(
+    monkeypatch: pytest.MonkeyPatch, name: str, direction: str
+) -> None:
+    if name == "mosaic" and jax.__version_info__ < (0, 11):
+        pytest.skip("mosaic needs jax 0.11")
+    asked = []
+
+    def compile_for(gpu: str, function: object, *arguments: object, options: object) -> None:
+        asked.append(function)
+        raise RuntimeError("that is enough")
+
+    monkeypatch.setattr(product, "compile_for", compile_for)
+    record = product.describe(CASE._replace(implementation=name, direction=direction))
+    assert record["error"] == "RuntimeError: that is enough"
+    assert asked == [getattr(module_of(name), direction)]
 
 
 def kernel(spill: int = 0, shared: int = 1000, launch: bool = True) -> Kernel:
