@@ -1,6 +1,6 @@
 """From a config to its model: opened with its tokenizer, then loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -121,7 +121,7 @@ def load_model(
     """
     # here, since every program that follows is compiled beside the model
     compilation.give_memory_back()
-    full, quantized, lora = config.method == "full", config.method == "qlora", config.lora
+    full, lora = config.method == "full", config.lora
     if checkpoint.quantization:
         for line in describe_stored(config, checkpoint.quantization):
             warn(line)
@@ -132,24 +132,12 @@ def load_model(
         checkpoint, values = from_folder(config, checkpoint, warn)
         specs = plan(lora, linears_of(checkpoint))
         splitter = Splitter(lora, specs) if lora.init in STARTS else None
-    names = checkpoint.names()
-    with progress(f"loading {config.model.path}", len(names)) as advance:
-        model = load(
-            checkpoint,
-            quant=config.quant if quantized else None,
-            dtype=jnp.dtype(lora.dtype if full else config.model.storage_dtype),
-            progress=advance,
-            split=splitter,
-        )
+    model = _load(config, checkpoint, splitter)
     if full:
         return model, {}
     use_kernel(model, trusted_kernel(config, jax.devices()[0], warn))
     if above := ranks_above_full(specs, model.linears()):
-        kinds = ", ".join(sorted({path.rpartition(".")[2] for path in above}))
-        warn(
-            f"warning: the rank is above min(in, out) of {len(above)} linears ({kinds}), "
-            f"first {above[0]}"
-        )
+        warn(_describe_ranks(above))
     if splitter is not None:
         splitter.report(warn)
         values = splitter.values
@@ -165,3 +153,25 @@ def load_model(
         values=values,
     )
     return model, specs
+
+
+def _load(config: Config, checkpoint: Checkpoint, splitter: Splitter | None) -> Decoder:
+    """Reads the weights, and shows how far it is."""
+    full, quantized = config.method == "full", config.method == "qlora"
+    with progress(f"loading {config.model.path}", len(checkpoint.names())) as advance:
+        return load(
+            checkpoint,
+            quant=config.quant if quantized else None,
+            dtype=jnp.dtype(config.lora.dtype if full else config.model.storage_dtype),
+            progress=advance,
+            split=splitter,
+        )
+
+
+def _describe_ranks(above: Sequence[str]) -> str:
+    """Returns a warning of linears whose rank is above min(in, out)."""
+    kinds = ", ".join(sorted({path.rpartition(".")[2] for path in above}))
+    return (
+        f"warning: the rank is above min(in, out) of {len(above)} linears ({kinds}), "
+        f"first {above[0]}"
+    )
