@@ -32,9 +32,9 @@ def one_more(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A format that is not in the table, used where double quantization is asked for."""
     monkeypatch.setitem(SCALES, "int8", ScaleFormat(power_of_two, from_power))
     monkeypatch.setattr(qtensors, "DOUBLE", "int8")
-    jax.clear_caches()
+    qtensors._quantize.clear_cache()
     yield "int8"
-    jax.clear_caches()
+    qtensors._quantize.clear_cache()
 
 
 @pytest.mark.parametrize("name", [PLAIN, DOUBLE])
