@@ -109,7 +109,8 @@ METRICS: Mapping[str, Metric[_Tuned]] = {
         switch_seconds, "seconds to switch (read a folder, fill a slot)", show=_of_runs
     ),
 }
-"""What an adapter costs. All rows of a run have the same figure: `_of_runs` counts it once."""
+"""Costs of an adapter. Each is measured once for a run and repeated in its rows, so the column of
+`_of_runs` counts it once."""
 
 COSTS: Mapping[str, Column] = {
     "bytes of an adapter": lambda rows: f"{rows.rows[0]['adapter_bytes']:,}",

@@ -161,7 +161,7 @@ class Member(NamedTuple):
     """One member of a population.
 
     Attributes:
-      result: what became of it, a `train.population.MemberResult`.
+      result: its losses, norms and adapters, a `train.population.MemberResult`.
       base: parameters of the base.
     """
 

@@ -57,7 +57,7 @@ def in_checkout(path: str) -> str:
 
 
 def made(cell: Cell) -> Sequence[Input]:
-    """What of `PRETRAINED` a cell reads: its value `model`, or the model of its value `config`."""
+    """Returns the models of `PRETRAINED` that a cell reads: by its axis `model` or its config's."""
     values = [cell.values.get(axis) for axis in ("model", "config")]
     models = [_model(value) for value in values if isinstance(value, str)]
     return [_input(model) for model in models if model in PRETRAINED]

@@ -28,7 +28,7 @@ ORDERINGS = 10_000
 
 
 class _Judged(NamedTuple):
-    """What the judge said of one answer, and the figures of the player's run."""
+    """One answer with the judge's score, and the figures of the run that wrote it."""
 
     score: Any
     pair: Any

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,6 @@ FORMATS = (
         arguments=("sweep", "{}/experiment.py", "--out={}", "--analyse-only"),
     ),
 )
-BY_NAME: Mapping[str, Format] = {each.name: each for each in FORMATS}
 
 
 def make(campaign: Campaign) -> Path:

@@ -68,7 +68,7 @@ def fill(tree: Any, config: Config, seed: int) -> Any:
     gives it, B is 0.
 
     Args:
-      tree: of `jax.ShapeDtypeStruct`, as `plan.abstract.abstract_model` returns it.
+      tree: leaves are `jax.ShapeDtypeStruct`, as in the trees of `plan.abstract.abstract_model`.
       config: of the run; `quant` and `lora` are read.
       seed: the same seed gives the same values on every device.
     """

@@ -190,7 +190,7 @@ def _service(
     from qlora_jax.serve.scheduler import Scheduler
     from qlora_jax.serve.worker import Worker
 
-    read = read_named(own_adapter(options.path) | adapters)
+    given = read_named(own_adapter(options.path) | adapters)
     base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
     config = base.model.config
     length = options.max_length or min(DEFAULT_LENGTH, config.max_positions)
@@ -199,10 +199,10 @@ def _service(
             f"--max-length {length}: the model has {config.max_positions} positions; give less"
         )
     linears = base.model.linears()
-    for name, own in read.items():
+    for name, own in given.items():
         check_linears(f"--adapter {name}", own, linears)
-    slots = max(4, len(read)) if options.max_adapters is None else options.max_adapters
-    most = options.max_rank or max(16, *map(largest_rank, read.values()), 1)
+    slots = max(4, len(given)) if options.max_adapters is None else options.max_adapters
+    most = options.max_rank or max(16, *map(largest_rank, given.values()), 1)
     dtype = base.config.model.compute_dtype
     attach_bank(base.model, slots=slots, rank=most, dtype=dtype)
     text = base.tokenizer
@@ -217,7 +217,7 @@ def _service(
     scheduler = Scheduler(
         engine, text.decode, base=options.name or base.name, slots=slots, waiting=options.queue
     )
-    for name, own in read.items():
+    for name, own in given.items():
         scheduler.load(name, own)
     engine.warm_up()
     return Service(

@@ -125,7 +125,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 
 class _Plan(NamedTuple):
-    """What a folder's records say of the cells that are asked for.
+    """The cells that are asked for, with their records and which are still to run.
 
     Attributes:
       records: by cell.

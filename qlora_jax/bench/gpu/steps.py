@@ -174,8 +174,8 @@ def measured(lane: Lane, benchmark: str, options: Step | Generate, flags: str) -
     Args:
       lane: the lane.
       benchmark: step or generate.
-      options: of it.
-      flags: for XLA.
+      options: the benchmark's options; its dtype is replaced, and its kernel if it has none.
+      flags: flags for XLA.
     """
     kernel = options.kernel or lane.kernel()
     options = dataclasses.replace(options, dtype=lane.dtype(), kernel=kernel)
