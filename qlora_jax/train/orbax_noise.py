@@ -4,19 +4,24 @@ import functools
 import logging
 import sys
 import traceback
+import warnings
 from typing import Any
 
 NAMES = ("orbax", "tensorstore", "ocdbt")
 """An error of theirs has one of these in its text or its traceback; OCDBT is a file format."""
+COROUTINES = r"coroutine '[\w.<>]*(serialize|ocdbt|metadata|async_save|_read_)"
+"""How the warning about one of orbax's coroutines begins that never ran."""
 
 
 @functools.cache
 def silence() -> None:
     """Drops for good what their threads and tasks report, which may come long after the error.
 
-    orbax logs by `absl`, and asyncio what became of its other reads. tensorstore wakes event loops
-    that its caller has closed, which Python reports as an error that nobody can catch.
+    orbax logs by `absl`, and asyncio what became of its other reads. Python warns of its other
+    writes, which never began. tensorstore wakes event loops that its caller has closed, which
+    Python reports as an error that nobody can catch.
     """
+    warnings.filterwarnings("ignore", COROUTINES, RuntimeWarning)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").addFilter(_is_others)
     report = sys.unraisablehook
@@ -30,7 +35,9 @@ def silence() -> None:
 
 
 def _is_others(record: logging.LogRecord) -> bool:
-    return not _is_theirs(record.exc_info[1] if record.exc_info else None)
+    """False for an error of theirs, and for a line that shows a task of theirs."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (_is_theirs(error) or _names_them(record.getMessage()))
 
 
 def _is_closed_loop(error: BaseException | None) -> bool:
@@ -39,5 +46,8 @@ def _is_closed_loop(error: BaseException | None) -> bool:
 
 def _is_theirs(error: BaseException | None) -> bool:
     """Whether an error is from their code, or about it."""
-    text = "".join(traceback.format_exception(error)).lower() if error else ""
-    return any(name in text for name in NAMES)
+    return bool(error) and _names_them("".join(traceback.format_exception(error)))
+
+
+def _names_them(text: str) -> bool:
+    return any(name in text.lower() for name in NAMES)

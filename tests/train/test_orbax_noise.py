@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,23 @@ def test_a_read_that_nobody_waits_for_is_theirs_by_what_it_says(caplog, error, l
     orbax_noise.silence()
     logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
     assert len(caplog.records) == lines
+
+
+@pytest.mark.parametrize(("file", "lines"), [("orbax/serialization.py", 0), ("app.py", 1)])
+def test_a_task_that_nobody_ends_is_theirs_by_its_file(caplog, file, lines):
+    orbax_noise.silence()
+    line = "Task was destroyed but it is pending!\ntask: <Task pending coro=<f() running at /%s:1>>"
+    logging.getLogger("asyncio").error(line, file)
+    assert len(caplog.records) == lines
+
+
+@pytest.mark.parametrize(
+    ("coroutine", "told"),
+    [("async_serialize_from_host.<locals>.write_fragment", 0), ("main", 1)],
+)
+def test_a_write_that_never_began_is_theirs_by_its_name(coroutine, told):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        orbax_noise.silence.__wrapped__()
+        warnings.warn(f"coroutine '{coroutine}' was never awaited", RuntimeWarning, stacklevel=1)
+    assert len(seen) == told
