@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,10 @@ if compilation.FOLDER not in os.environ:
     os.environ[compilation.FOLDER] = tempfile.mkdtemp()
     os.environ |= compilation.SETTINGS
     atexit.register(shutil.rmtree, os.environ[compilation.FOLDER], ignore_errors=True)
+
+# A shell starts what it puts into the background with SIGINT ignored; so are its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where a first example compiles, or the machine is busy, an example's time says nothing.
 hypothesis.settings.register_profile("untimed", deadline=None)
