@@ -31,7 +31,7 @@ class Gpu:
       shared_per_core: shared memory of one multiprocessor, in bytes.
       registers_per_core: 32-bit registers of one multiprocessor.
       threads_per_core: threads that one multiprocessor holds.
-      bandwidth: of the device memory, bytes per second.
+      bandwidth: bandwidth of the device memory, bytes per second.
       l2: bytes of the level 2 cache.
     """
 

@@ -72,7 +72,7 @@ class Ceilings(NamedTuple):
     """The two rates of a whole GPU that a benchmark can measure.
 
     Attributes:
-      bandwidth: of the device memory, bytes per second.
+      bandwidth: bandwidth of the device memory, bytes per second.
       tensor: dense 16-bit flop per second with float32 accumulation.
     """
 

@@ -53,7 +53,7 @@ def seconds_at(record: Mapping[str, Any], new: Ceilings) -> dict[str, float]:
     has more than the largest of its three measures is taken to stay.
 
     Args:
-      record: of `product.describe`, without an error.
+      record: a record that `product.describe` returns, without an error.
       new: the other rates; at those of the data sheet the result is `record["seconds"]`.
     """
     case = Case(*(record[field] for field in Case._fields))

@@ -182,7 +182,7 @@ def trusted_kernel(config: Config, device: jax.Device, warn: Callable[[str], Non
     If one that `pick` may take is wrong, the run takes xla.
 
     Args:
-      config: of the run.
+      config: the run's config.
       device: to try them on.
       warn: called with a line for the user.
 

@@ -15,8 +15,8 @@ class Tile(NamedTuple):
     Attributes:
       m: rows of x; 16 is the least that tensor cores take.
       n: columns of W.
-      warps: of 32 threads.
-      stages: of the compiler's software pipeline.
+      warps: the number of warps, of 32 threads each.
+      stages: the depth of the compiler's software pipeline.
     """
 
     m: int

@@ -14,7 +14,7 @@ class Truncated(NamedTuple):
     """An adapter of a smaller rank, and what it lacks.
 
     Attributes:
-      adapters: of the smaller rank.
+      adapters: the weights of the smaller rank, by path.
       error: |exact - truncated| / |exact| over all linears, Frobenius norm; 0 where exact is 0.
       worst: the linear with the largest such error of its own, and that error.
     """
@@ -56,7 +56,7 @@ def difference(now: LoraWeights, start: LoraWeights, scaling: str) -> LoraWeight
 
     Args:
       now: the adapter; its magnitude stays.
-      start: of the same rank and alpha.
+      start: the adapter to subtract, of the same rank and alpha.
       scaling: a key of `SCALINGS`, by which both have their scale.
 
     Raises:

@@ -29,7 +29,7 @@ class LoraLinear(nnx.Module):
       weight: W [in, out] or [L, in, out], an array or a QTensor.
       bias: [out] or [L, out]; or None.
       adapter: A, B and scale; None for the plain linear.
-      implementation: of `matmul` with 4-bit weights; None picks by device and rows.
+      implementation: the kernel of `matmul` for a 4-bit weight; None picks by device and rows.
     """
 
     def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):
@@ -57,13 +57,13 @@ class LoraLinear(nnx.Module):
         Args:
           weight: W [in, out] or [L, in, out], an array or a QTensor.
           bias: [out] or [L, out]; or None.
-          key: of A's random numbers.
+          key: the key of A's random numbers.
           rank: r.
           alpha: numerator of the scale.
           scaling: a key of `spec.SCALINGS`.
           init: distribution of A, a key of `init.fresh.INITS`.
           dropout: rate on the input of A, in training.
-          dtype: of A and B.
+          dtype: dtype of A and B.
         """
         *stack, k, n = weight.shape
         spec = AdapterSpec(rank, alpha, SCALINGS[scaling](alpha, rank))
@@ -98,7 +98,7 @@ class LoraLinear(nnx.Module):
 
         Args:
           layer: index in the stack; nothing where there is no stack.
-          dtype: of the result.
+          dtype: dtype of the result.
         """
         return merged(self.weight.get_value()[layer], self.adapter, *layer, dtype=dtype)
 
@@ -113,9 +113,9 @@ def merged(
 
     Args:
       weight: [in, out], floats or 4 bits.
-      adapter: of the layer, or of its stack; None adds nothing.
+      adapter: the adapter of the layer or of its stack; None adds nothing.
       layer: index in the stack; nothing where there is no stack.
-      dtype: of the result.
+      dtype: dtype of the result.
 
     Returns:
       dtype[in, out].

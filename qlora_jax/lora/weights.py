@@ -15,7 +15,7 @@ class LoraWeights(NamedTuple):
     Attributes:
       a: [in, r].
       b: [r, out].
-      alpha: what `scale` is computed from.
+      alpha: the alpha from which `scale` is computed.
       scale: the factor, a function of alpha and r (`spec.SCALINGS`).
       magnitude: DoRA's m [out], or None.
     """
@@ -44,7 +44,7 @@ class Misfit(NamedTuple):
     """A linear that an adapter has and a model lacks, or has in another shape.
 
     Attributes:
-      path: of the linear.
+      path: the path of the linear.
       adapter: (in, out) in the adapter.
       model: (in, out) in the model; None where the model lacks the linear.
     """

@@ -34,7 +34,7 @@ def put_adapter(model: Decoder, slot: int, adapters: LoraSet) -> None:
     Args:
       model: with banks.
       slot: from 0.
-      adapters: of paths and shapes that are the model's.
+      adapters: LoRA weights by path; the model has each path, with these shapes.
 
     Raises:
       UserError: the adapter's rank is above the banks'.

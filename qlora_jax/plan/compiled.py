@@ -36,10 +36,10 @@ class Plan:
     Attributes:
       gpu: name in `described.GPUS`.
       offload: where moments live: device or host; decided here for `auto`.
-      limit: what the run may use of the GPU (`gpu_memory.usable`).
+      limit: bytes of the GPU that the run may use (`gpu_memory.usable`).
       host: pinned host memory.
       programs: the step's: the gradient by each of `GEMMS`, then updates.
-      temporaries: of the largest gradient program.
+      temporaries: bytes of temporaries of the largest gradient program.
     """
 
     gpu: str

@@ -68,10 +68,10 @@ class Exact(NamedTuple):
     """Bytes of a run's trees.
 
     Attributes:
-      model: of the trained and the frozen tree, by part, in `ORDER`.
-      trained: of the trained tree.
+      model: bytes of the trained and the frozen tree, by part, in `ORDER`.
+      trained: bytes of the trained tree.
       gradients: as the gradient program returns them.
-      moments: of the optimizer, of all units.
+      moments: bytes of the optimizer's moments, of all units.
       counters: counts of steps, the loss scale, and with dropout the key.
       ranks: rank of each of a layer's adapters, by the linear's path below the layer; a stack is
         as wide as its widest layer.

@@ -74,8 +74,8 @@ class Input(NamedTuple):
 
     Attributes:
       path: where cells look for it; it is there once it is whole.
-      arguments: of the command. Given again, it goes on where it was stopped.
-      cost: of making it, in words.
+      arguments: arguments of the command. Run again, the command goes on where it was stopped.
+      cost: what making it takes, in words.
     """
 
     path: Path
@@ -160,7 +160,7 @@ class Experiment:
       more: cells that the product lacks, each a mapping over the same axes; given every seed.
       seeds: values of the axis `seed`; none where nothing is random.
       skip: why a cell cannot run, such as a rank above the matrix; None where it can.
-      inputs: what a cell reads that a command can make. What is not there is made first.
+      inputs: files that a cell reads and a command can make. Missing ones are made first.
       estimate: what a cell will take, for --dry-run.
       population: how cells run together; None runs each by itself.
       version: to raise when results made before no longer count.

@@ -35,7 +35,7 @@ class Metric(Generic[Made]):
 
     Attributes:
       measure: the figure of what a cell made.
-      title: of its column; empty for a figure that is kept and not shown.
+      title: the title of its column; empty for a figure that is kept and not shown.
       show: makes the column from the figure's name.
     """
 

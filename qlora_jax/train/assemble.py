@@ -22,7 +22,7 @@ class Training(NamedTuple):
     Attributes:
       graph: the model's structure.
       program: the functions of a step.
-      state: what a step changes, such as the trained tree.
+      state: everything that a step changes, such as the trained tree.
       frozen: the tree that no step changes.
     """
 
@@ -40,7 +40,7 @@ def assemble(config: Config, parts: Split, moments: Placement = ON_DEVICE) -> Tr
     """Builds the step that a config asks for, and the state before the first one.
 
     Args:
-      config: of the run.
+      config: the run's config.
       parts: the model, of arrays or of `jax.ShapeDtypeStruct`; the state is of the same.
       moments: where the optimizer's state lives.
     """
@@ -61,7 +61,7 @@ def program_of(
     """Builds the functions of the step that a config asks for, without a state.
 
     Args:
-      config: of the run.
+      config: the run's config.
       graph: the model's structure, from `trees.split`.
       moments: where the optimizer's state lives.
     """

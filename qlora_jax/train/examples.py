@@ -74,10 +74,10 @@ def loader(config: Config, data: Data, pad_id: int, seed: int) -> Loader:
     """Returns the batches to train on, in the order that the seed gives.
 
     Args:
-      config: of the run.
+      config: the run's config.
       data: its examples.
       pad_id: token of what fills a row.
-      seed: of the order.
+      seed: the seed of the order.
     """
     return Loader(
         data.train,

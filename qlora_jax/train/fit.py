@@ -27,13 +27,14 @@ class Begun:
     """A run with its directory, at its first step or where it goes on.
 
     Attributes:
-      built: what trains, with the state of the newest checkpoint if the run goes on from one.
+      built: the training, with the state of the newest checkpoint if the run goes on from one.
       owned: the directory, which is this run's alone.
       checkpoints: those in it.
       counters: those of the checkpoint, or zeros; they go on.
       earlier_s: seconds of the sessions before this one.
       resumed: whether the run goes on from a checkpoint.
-      manifest: of this session, to be joined to those of the sessions before; None for a new run.
+      manifest: the manifest of this session, to be joined to those of earlier sessions; None for
+        a new run.
     """
 
     built: Built
@@ -67,7 +68,7 @@ def begin(asked: Request, built: Built, held: contextlib.ExitStack) -> Begun:
 
     Args:
       asked: the run.
-      built: what trains.
+      built: the training.
       held: keeps the directory this run's until it is closed.
 
     Raises:
@@ -133,7 +134,7 @@ def describe_lost(log: MetricsLog, start_step: int) -> str:
 
     Args:
       log: with at least one.
-      start_step: of the checkpoint that the run goes on from.
+      start_step: the step of the checkpoint that the run goes on from.
     """
     return (
         f"warning: {log.path}: damaged: {len(log.lost)} of the {start_step} steps resumed from "

@@ -33,9 +33,9 @@ class Own(NamedTuple):
     """What is fixed for each member.
 
     Attributes:
-      scales: of each stack of adapters, float32[K, L].
+      scales: the scale of each stack of adapters, float32[K, L].
       rate: peak learning rate, float32[K].
-      rate_of_b: of B, float32[K].
+      rate_of_b: peak learning rate of B, float32[K].
     """
 
     scales: Sequence[jax.Array]
@@ -49,7 +49,7 @@ class Adapters(NamedTuple):
     Attributes:
       graph: the model's structure, with an adapter on every linear that a member targets.
       trained: A and B, [K, ...] each.
-      own: what is fixed for each.
+      own: the settings that are fixed for each member.
       frozen: the base, and placeholders for the scales.
       specs: module path to adapter, for each member.
     """
@@ -96,8 +96,8 @@ def draw(model: Decoder, configs: Sequence[Config], common: Mapping[str, Adapter
 
     Args:
       model: loaded; its adapters are replaced by placeholders.
-      configs: of the members.
-      common: what all are padded to, of `union`.
+      configs: the members' configs.
+      common: the adapter specs to which all are padded, from `union`.
     """
     specs = [plan(config.lora, model.linears()) for config in configs]
     drawn = []

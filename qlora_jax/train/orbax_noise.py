@@ -1,4 +1,4 @@
-"""What orbax and tensorstore print of errors that they also raise."""
+"""Drops what orbax and tensorstore print about errors that they also raise."""
 
 import functools
 import logging
@@ -10,16 +10,16 @@ from typing import Any
 NAMES = ("orbax", "tensorstore", "ocdbt")
 """An error of theirs has one of these in its text or its traceback; OCDBT is a file format."""
 COROUTINES = r"coroutine '[\w.<>]*(serialize|ocdbt|metadata|async_save|_read_)"
-"""How the warning about one of orbax's coroutines begins that never ran."""
+"""Matches the start of Python's warning about a coroutine of orbax that never ran."""
 
 
 @functools.cache
 def silence() -> None:
-    """Drops for good what their threads and tasks report, which may come long after the error.
+    """Drops, until the process ends, what their threads and tasks report after an error.
 
-    orbax logs by `absl`, and asyncio what became of its other reads. Python warns of its other
-    writes, which never began. tensorstore wakes event loops that its caller has closed, which
-    Python reports as an error that nobody can catch.
+    There are four reports, which may come long after the error: orbax's own log (`absl`), asyncio's
+    log of reads that failed as well, Python's warning about writes that never began, and Python's
+    report of an event loop that tensorstore wakes after orbax closed it.
     """
     warnings.filterwarnings("ignore", COROUTINES, RuntimeWarning)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -35,7 +35,7 @@ def silence() -> None:
 
 
 def _is_others(record: logging.LogRecord) -> bool:
-    """False for an error of theirs, and for a line that shows a task of theirs."""
+    """Returns False for a record with an error of theirs, or about a task of theirs."""
     error = record.exc_info[1] if record.exc_info else None
     return not (_is_theirs(error) or _names_them(record.getMessage()))
 
@@ -45,7 +45,7 @@ def _is_closed_loop(error: BaseException | None) -> bool:
 
 
 def _is_theirs(error: BaseException | None) -> bool:
-    """Whether an error is from their code, or about it."""
+    """Returns whether an error comes from their code, or names it."""
     return bool(error) and _names_them("".join(traceback.format_exception(error)))
 
 

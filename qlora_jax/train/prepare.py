@@ -35,9 +35,9 @@ class Request:
     """What is asked for.
 
     Attributes:
-      config: of the run, with what an adapter to go on from decides filled in.
+      config: the run's config; settings that the adapter it goes on from decides are filled in.
       say: called with lines for the user.
-      command: what reproduces the run, for the report and the manifest.
+      command: the command that reproduces the run, for the report and the manifest.
       resume: go on where the directory's run stopped.
       overwrite: delete the run that the directory holds.
       started: when it was asked for, by `time.perf_counter`.
@@ -78,8 +78,8 @@ class Facts:
       adapted: whether adapters are trained on a frozen base; else every weight is.
       trained: parameters that are trained.
       total: all parameters.
-      base_hash: of the pretrained weights before the first step (`models.fingerprint`).
-      quantization: how the linears are held; None where in 16 or 32 bits.
+      base_hash: the hash of the pretrained weights before the first step (`models.fingerprint`).
+      quantization: the format of the linears; None where they are in 16 or 32 bits.
     """
 
     adapted: bool
@@ -162,7 +162,7 @@ def describe_model(
     """Returns lines on what is trained and how the rest is held.
 
     Args:
-      config: of the run.
+      config: the run's config.
       model: loaded, with its adapters.
       specs: module path to adapter.
       counts: (trained, all) parameters.

@@ -62,7 +62,7 @@ class Recipe:
 
     Attributes:
       graph: the model's structure, from `trees.split`.
-      compute_dtype: of activations.
+      compute_dtype: dtype of activations.
       remat: a key of `decoder.REMAT`.
       clip_norm: largest global gradient norm; 0 does not clip.
       train_head: whether the head (or the embedding tied to it) is trained.
@@ -136,7 +136,7 @@ def build(
     Args:
       graph: the model's structure, from `trees.split`.
       optimizer: leaf-wise transformation.
-      compute_dtype: of activations; float16 switches dynamic loss scaling on.
+      compute_dtype: dtype of activations; float16 switches dynamic loss scaling on.
       remat: a key of `decoder.REMAT`.
       clip_norm: largest global gradient norm; 0 does not clip.
       train_head: whether the head (or the embedding tied to it) is trained.
@@ -302,7 +302,7 @@ def update(
       count: the compiled `count`.
       moments: where the optimizer's state lives; a unit's comes while the one before is updated.
       state: donated.
-      grads: of the trained tree.
+      grads: gradients of the trained tree.
       finite: bool scalar; without it trained and optimizer stay as they are.
     """
     leaves, structure = jax.tree.flatten(state.trained)

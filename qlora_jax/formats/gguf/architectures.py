@@ -10,7 +10,7 @@ from qlora_jax.runtime.errors import UserError
 
 
 class Architecture(NamedTuple):
-    """What llama.cpp's converter makes of a family.
+    """How llama.cpp's converter stores a family.
 
     Attributes:
       family: the `model_type`.

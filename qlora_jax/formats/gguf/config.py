@@ -17,7 +17,7 @@ from qlora_jax.text.gguf_header import GgufHeader, GgufTensor
 
 ROPE_TABLE = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What every Llama 3.1 to 3.3 has; a GGUF file holds only the table that follows from it."""
+"""The rope settings of Llama 3.1 to 3.3; a GGUF file holds only the table computed from them."""
 
 OPTIONS = {
     "attention.sliding_window": "sliding_window",
@@ -32,10 +32,10 @@ OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What a file says of its model.
+    """The metadata of a file about its model.
 
     Attributes:
-      path: of the file, for messages.
+      path: the file, for messages.
       architecture: `general.architecture`.
       values: key without the architecture's name to value.
     """
@@ -62,7 +62,7 @@ class Metadata:
         """Returns a positive number.
 
         Raises:
-          UserError: the value is none.
+          UserError: the value is not a positive number.
         """
         value = self.values.get(key, default)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -77,9 +77,9 @@ def config_of(header: GgufHeader, found: Mapping[str, GgufTensor], path: Path) -
     """Returns the config of a file's model.
 
     Args:
-      header: of the file, whose architecture is one of `ARCHITECTURES`.
+      header: the file's header; its architecture is one of `ARCHITECTURES`.
       found: Hugging Face's names to tensors.
-      path: of the file.
+      path: the file.
 
     Raises:
       UserError: metadata that is missing, malformed or not supported.

@@ -55,7 +55,7 @@ def layouts(kind: Architecture, config: DecoderConfig, tensors: Iterable[str]) -
 
     Args:
       kind: architecture of the file.
-      config: of the model.
+      config: the model's config.
       tensors: Hugging Face's names of all tensors.
     """
     names, inside = config.names, dict[str, Layout]()
@@ -85,18 +85,18 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
     Args:
       weight: [heads · head_dim, ...], a weight or a bias.
-      heads: how many heads share the rows.
+      heads: the number of heads that share the rows.
     """
     rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q, k and v head by head, as GPT-NeoX has them, of all of q, then k, then v.
+    """Reorders rows from all of q, then k, then v to q, k and v of each head (GPT-NeoX).
 
     Args:
       weight: [3 · heads · head_dim, ...], a weight or a bias.
-      heads: of each.
+      heads: the number of heads of q, of k and of v.
     """
     rows = weight.reshape(3, heads, weight.shape[0] // heads // 3, *weight.shape[1:])
     return np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(weight.shape)

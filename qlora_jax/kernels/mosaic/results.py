@@ -39,12 +39,12 @@ def store(
     """Writes tile (m, o) of `out`, rounded to `dtype`.
 
     Args:
-      operand: of the product.
+      operand: the product's quantized operand.
       total: the sums, as `fragments.product` returns them.
       scratch: shared memory of at least WARPS * SPLIT_M * (operand.o + 8) words.
       out: the result in device memory.
       m, o: the tile's place.
-      dtype: of the result.
+      dtype: the result's dtype.
     """
     if operand.split:
         _sum_warps(operand, total, scratch, out, m, o, dtype)

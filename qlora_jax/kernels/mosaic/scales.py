@@ -33,7 +33,7 @@ class Scales:
     """Where a kernel finds a QTensor's block scales, as references to device memory.
 
     Attributes:
-      operand: of a step.
+      operand: the quantized operand of one step.
       steps: along the contraction; beyond the last, the scales of the last are taken.
       blocks: float32 or uint8[nb, N].
       nested, offset, dynamic_map: float32, or None without double quantization.

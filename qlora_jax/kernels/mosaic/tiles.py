@@ -17,7 +17,7 @@ class Tile(NamedTuple):
       o: output features.
       c: contraction indices of a step.
       stages: steps in flight.
-      form: how the decoded operand meets the tensor cores, of `operand.Operand`.
+      form: the way the decoded operand reaches the tensor cores; see `operand.Operand`.
       rows: the most rows of x that it is taken for.
       blocks: the most blocks that share the contraction of a small result (split-K).
     """
@@ -59,7 +59,7 @@ def tile_for(m: int, inner: int, outer: int, capability: Capability) -> Tile:
     Args:
       m: rows.
       inner, outer: contraction and output features, multiples of 64.
-      capability: of the GPU, (8, 0) for sm_80.
+      capability: the GPU's compute capability, (8, 0) for sm_80.
     """
     tiles = TILES[max(c for c in TILES if c <= capability)]
     return next(t for t in tiles if m <= t.rows and inner % t.c == 0 and outer % t.o == 0)
@@ -85,7 +85,7 @@ def split_count(tile: Tile, m: int, inner: int, outer: int) -> int:
     The parts of the sum, in float32, take less memory than a byte for each weight.
 
     Args:
-      tile: of `tile_for`.
+      tile: the tile that `tile_for` returns.
       m, inner, outer: likewise.
     """
     tiles = -(-m // tile.m)

@@ -48,13 +48,13 @@ def init_adapter(
     """Makes fresh adapters for a stack of layers.
 
     Args:
-      key: of the random numbers.
+      key: the key of the random numbers.
       specs: one for each layer; None stands for a layer without an adapter.
-      in_features: of each layer.
-      out_features: of each layer.
+      in_features: input features of each layer.
+      out_features: output features of each layer.
       init: a key of `INITS`.
       dropout: rate on the input of A.
-      dtype: of A and B.
+      dtype: dtype of A and B.
       freeze_a: leave A out of what is trained.
     """
     top = max(spec.rank for spec in specs if spec is not None)
