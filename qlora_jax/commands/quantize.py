@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands.common import count, show, start_jax
+from qlora_jax.commands.common import say, count, show, start_jax
 from qlora_jax.config import ModelConfig, QuantConfig
 
 TEXT = "Write a model in bitsandbytes' 4 bits, as a folder that transformers loads."
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
     out = Path(options.out)
     check_new(out)
-    checkpoint = open_checkpoint(ModelConfig(path=options.model))
+    checkpoint = open_checkpoint(ModelConfig(path=options.model), say)
     with progress(f"quantizing {options.model}", len(checkpoint.names())) as advance:
         size = write_model(checkpoint, out, quant, options.compute_dtype, advance)
     if options.json:

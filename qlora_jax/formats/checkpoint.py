@@ -15,7 +15,8 @@ class Checkpoint(Protocol):
     """Pretrained weights under Hugging Face names, read one tensor at a time.
 
     Opening one has checked that every tensor `config` asks for is there with the right shape, and
-    has read no weights. A reader keeps no tensor and no memory map alive between reads.
+    has read no weights, but for rows of head and embedding, which are compared. A reader keeps no
+    tensor and no memory map alive between reads.
     """
 
     @property
@@ -37,6 +38,10 @@ class Checkpoint(Protocol):
     @property
     def quantization(self) -> Quantization | None:
         """The weights that `read` gives as they are held; None where all are floats."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user, on what of the files is not taken at its word."""
 
     def names(self) -> list[str]:
         """Parameter names such as `model.layers.0.self_attn.q_proj.weight`, in layer order."""

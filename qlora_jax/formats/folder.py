@@ -13,7 +13,8 @@ import numpy as np
 from qlora_jax.formats import tensors as tensors_
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.config_json import to_hugging_face
-from qlora_jax.formats.huggingface import CONFIG, INDEX, WEIGHTS
+from qlora_jax.formats.huggingface import CONFIG
+from qlora_jax.formats.shards import INDEX, WEIGHTS
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.atomic import atomic_folder
 from qlora_jax.runtime.errors import UserError

@@ -68,6 +68,7 @@ class FreshCheckpoint:
     path: Path = Path(NAME)
     description: str = "random values"
     quantization: None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer_path(self) -> Path:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from qlora_jax.formats import bitsandbytes, tensors
-from qlora_jax.formats.names import check_shapes
+from qlora_jax.formats import bitsandbytes, contents, tying
+from qlora_jax.formats.names import by_decoder_name, check_shapes, is_ignored
+from qlora_jax.formats.shards import StoredTensor, find_tensors
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.quant import QTensor
 from qlora_jax.runtime import json_files, paths
@@ -21,23 +21,31 @@ from qlora_jax.runtime.errors import UserError
 
 FLOATS = ("F32", "F16", "BF16")
 ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
-"""Of the dtypes in which bitsandbytes lets packed codes lie."""
-EMBEDDING = "model.embed_tokens.weight"
+"""The dtypes in which bitsandbytes lets packed codes lie, and their bytes."""
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceCheckpoint:
-    """A `Checkpoint` in a Hugging Face folder. `files` says which file holds which tensor."""
+    """A `Checkpoint` in a Hugging Face folder.
+
+    Attributes:
+      path: the folder.
+      config: shapes and switches of the decoder.
+      description: how the weights are stored.
+      stored: the decoder's names to the tensors of the files, bitsandbytes' parts included.
+      shapes: the decoder's parameters and their shapes.
+      quantization: the 4-bit weights; None where all are floats.
+      notes: lines for the user, on what of the folder is not taken at its word.
+    """
 
     path: Path
     config: DecoderConfig
     description: str
-    files: dict[str, Path]
+    stored: dict[str, StoredTensor]
     shapes: dict[str, tuple[int, ...]]
     quantization: bitsandbytes.Quantization | None
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer_path(self) -> Path:
@@ -50,182 +58,146 @@ class HuggingFaceCheckpoint:
         return self.shapes[name]
 
     def read(self, name: str) -> np.ndarray | jax.Array | QTensor:
-        stored = self.quantization.layouts.get(name) if self.quantization else None
-        if stored is None:
-            return _tensor(self.files[name], name)
+        layout = self.quantization.layouts.get(name) if self.quantization else None
+        if layout is None:
+            return self.stored[name].read()
         names = {p: f"{name}.{p}" for p in bitsandbytes.PARTS}
-        parts = {p: _tensor(self.files[n], n) for p, n in names.items() if n in self.files}
-        state = f"{name}.quant_state.bitsandbytes__{stored.kind}"
-        return bitsandbytes.decode(
-            name,
-            stored,
-            _tensor(self.files[name], name),
-            parts,
-            _tensor(self.files[state], state).tobytes(),
-        )
-
-
-def _tensor(path: Path, name: str) -> np.ndarray:
-    # A memory map's pages count as resident until it is closed: pread holds the tensor alone.
-    with safe_open(path, framework="numpy", backend="pread") as file:
-        return tensors.read(file, name, path)
+        parts = {p: self.stored[n].read() for p, n in names.items() if n in self.stored}
+        state = self.stored[f"{name}.quant_state.bitsandbytes__{layout.kind}"].read().tobytes()
+        return bitsandbytes.decode(name, layout, self.stored[name].read(), parts, state)
 
 
 def open_folder(folder: Path) -> HuggingFaceCheckpoint:
     """Opens a folder with config.json and safetensors weights, in one file or in shards.
 
-    Layers' linears may be stored in bitsandbytes' 4 bits.
+    Layers' linears may be stored in bitsandbytes' 4 bits. The tensors decide what the weights are
+    and whether head and embedding are tied; where config.json says otherwise, `notes` tell it.
 
     Raises:
       UserError: a file is missing or damaged, the weights are of another format or quantized in
         another way, or they do not agree with config.json.
     """
-    config = _config(folder)
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    places = _places(folder)
-    for path in _weight_files(folder, places):
-        for name, (shape, dtype) in _header(path).items():
-            place = places.get(name) or files.get(name, path).name
-            if place != path.name:
-                raise UserError(
-                    f"{path}: holds {name}, which belongs in {place}; download both again"
-                )
-            files[name], shapes[name], dtypes[name] = path, shape, dtype
-    if absent := sorted(set(places or ()) - set(files)):
-        raise UserError(
-            f"{folder / INDEX}: places {absent[0]} in {places[absent[0]]}, which does not hold it; "
-            "download both again"
-        )
-    layouts = _layouts(files, shapes, dtypes)
-    if EMBEDDING in layouts:
-        raise UserError(f"{folder}: {EMBEDDING} is in 4 bits, which is not supported")
-    quantization = bitsandbytes.quantization(layouts)
-    weights = {n: s for n, s in shapes.items() if n.rpartition(".")[0] not in layouts}
-    weights = {n: s for n, s in weights.items() if not bitsandbytes.STATE.fullmatch(n)}
-    expected = check_shapes(weights | {n: x.shape for n, x in layouts.items()}, config, folder)
+    raw = _config(folder)
+    config = from_hugging_face(raw, str(folder / CONFIG))
+    stored = by_decoder_name(find_tensors(folder), config.names)
+    layouts = _layouts(stored)
+    settings = raw.get("quantization_config")
+    if settings is not None and not layouts:
+        _check_floats(settings, stored, config, folder)
+    tie = _tie(config, stored)
+    config = tie.config
+    embed, head = tying.matrices(config)
+    if tie.stored != embed:
+        stored[embed] = stored.pop(tie.stored)
+    if embed in layouts:
+        raise UserError(f"{folder}: {embed} is in 4 bits, which is not supported")
+    expected = check_shapes(_shapes(stored, layouts), config, folder)
     plain = [name for name in expected if name not in layouts]
-    if other := [name for name in plain if dtypes[name] not in FLOATS]:
+    if other := [name for name in plain if stored[name].dtype not in FLOATS]:
         raise UserError(
-            f"{files[other[0]]}: {other[0]} is stored as {dtypes[other[0]]}; "
+            f"{stored[other[0]].file}: {other[0]} is stored as {stored[other[0]].dtype}; "
             f"supported: {', '.join(FLOATS)}. Give the 16-bit checkpoint"
         )
-    kinds = sorted({dtypes[name] for name in plain if len(expected[name]) == 2})
+    kinds = sorted({stored[name].dtype for name in plain if len(expected[name]) == 2})
     kinds += sorted({f"bitsandbytes {layout.kind}" for layout in layouts.values()})
+    notes = [f"{folder / CONFIG}: {tie.note}"] if tie.note else []
+    if settings is not None and _method(settings) != (BNB_4BIT if layouts else None):
+        weights = "in bitsandbytes' 4 bits" if layouts else "floats"
+        notes.append(
+            f"{folder / CONFIG}: quantization_config ({_method(settings)}) is ignored: the weights "
+            f"are {weights}"
+        )
     return HuggingFaceCheckpoint(
         path=folder,
         config=config,
         description=f"safetensors {'/'.join(kinds)}",
-        files=files,
+        stored=stored,
         shapes=expected,
-        quantization=quantization,
+        quantization=bitsandbytes.quantization(layouts),
+        notes=tuple(notes),
     )
 
 
-def _layouts(
-    files: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
-) -> dict[str, bitsandbytes.Layout]:
-    """Every weight that is stored in 4 bits; the tensors beside it have been checked."""
-    by_file: dict[Path, list[tuple[str, str, str]]] = defaultdict(list)
-    for name in files:
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not paths.is_file(path):
+        raise contents.not_a_model(folder, CONFIG)
+    return json_files.read_object(path, "download it again")
+
+
+def _tie(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> tying.Tie:
+    def equal() -> bool:
+        embed, head = (stored[name] for name in tying.matrices(config))
+        floats = embed.dtype in FLOATS and head.dtype in FLOATS
+        alike = floats and embed.shape == head.shape and len(embed.shape) == 2
+        return alike and tying.equal_rows(embed.shape[0], embed.rows, head.rows)
+
+    return tying.settle(config, stored, equal)
+
+
+def _shapes(
+    stored: Mapping[str, StoredTensor], layouts: Mapping[str, bitsandbytes.Layout]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights; the tensors beside a 4-bit weight are left out."""
+    shapes = {
+        name: tensor.shape
+        for name, tensor in stored.items()
+        if name.rpartition(".")[0] not in layouts and not bitsandbytes.STATE.fullmatch(name)
+    }
+    return shapes | {name: layout.shape for name, layout in layouts.items()}
+
+
+def _layouts(stored: Mapping[str, StoredTensor]) -> dict[str, bitsandbytes.Layout]:
+    """Returns every weight that is stored in 4 bits; the tensors beside it have been checked."""
+    by_file: dict[Path, list[tuple[StoredTensor, str, str]]] = defaultdict(list)
+    for name, tensor in stored.items():
         if found := bitsandbytes.STATE.fullmatch(name):
-            by_file[files[name]].append((name, found[1], found[2]))
+            by_file[tensor.file].append((tensor, found[1], found[2]))
     layouts = {}
     for path, states in by_file.items():
         with safe_open(path, framework="numpy", backend="pread") as file:
             for state, weight, kind in states:
-                where, nested = f"{path}: {weight}", f"{weight}.nested_quant_map"
-                here = files.get(nested) == path
-                table = file.get_tensor(nested) if here else None
-                if nested in files and not here:
-                    table = _tensor(files[nested], nested)
-                text = file.get_tensor(state).tobytes()
-                layout = bitsandbytes.read_layout(where, kind, text, table)
+                where, table = f"{path}: {weight}", stored.get(f"{weight}.nested_quant_map")
+                values = None
+                if table is not None:
+                    values = file.get_tensor(table.name) if table.file == path else table.read()
+                text = file.get_tensor(state.name).tobytes()
+                layout = bitsandbytes.read_layout(where, kind, text, values)
                 parts = {"weight": weight} | {p: f"{weight}.{p}" for p in bitsandbytes.PARTS}
-                found_parts = {
-                    part: (
-                        shapes[n],
-                        dtypes[n],
-                        math.prod(shapes[n]) * ITEM_BYTES.get(dtypes[n], 0),
-                    )
-                    for part, n in parts.items()
-                    if n in files
-                }
+                found_parts = {part: _part(stored[n]) for part, n in parts.items() if n in stored}
                 bitsandbytes.check_parts(where, layout, found_parts)
                 layouts[weight] = layout
     return layouts
 
 
-def _config(folder: Path) -> DecoderConfig:
-    path = folder / CONFIG
-    if not paths.is_file(path):
-        if paths.is_file(folder / "adapter_config.json"):
-            raise UserError(
-                f"{folder}: an adapter and not a model; give the model it was trained on"
-            )
-        raise UserError(f"{folder}: no config.json in it; give a Hugging Face model folder")
-    raw = _json(path)
-    if quantized := raw.get("quantization_config"):
-        _check_quantization(quantized, path)
-    return from_hugging_face(raw, str(path))
+def _part(tensor: StoredTensor) -> tuple[tuple[int, ...], str, int]:
+    """Returns shape, dtype and bytes."""
+    size = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 0)
+    return tensor.shape, tensor.dtype, size
 
 
-def _check_quantization(quantized: Any, path: Path) -> None:
-    settings = quantized if isinstance(quantized, dict) else {}
-    method = settings.get("quant_method", "?")
-    eight = settings.get("load_in_8bit") or settings.get("_load_in_8bit")
-    if method == "bitsandbytes" and not eight:
-        return
-    what = f"{method} in 8 bits" if method == "bitsandbytes" else method
-    raise UserError(
-        f"{path}: quantization_config ({what}): of checkpoints that are already quantized only "
-        "bitsandbytes' in 4 bits are supported; give that or the 16-bit checkpoint"
-    )
+BNB_4BIT = "bitsandbytes in 4 bits"
 
 
-def _places(folder: Path) -> dict[str, str]:
-    """Returns each tensor's shard by the index; nothing where the weights are in one file."""
-    index = folder / INDEX
-    if paths.is_file(folder / WEIGHTS) or not paths.is_file(index):
-        return {}
-    places = _json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise UserError(f"{index}: no weight_map in it; download it again")
-    for file in places.values():
-        if Path(file).name != file:
-            raise UserError(f"{index}: {file!r} is no name of a file in the folder")
-    return places
-
-
-def _weight_files(folder: Path, places: Mapping[str, str]) -> list[Path]:
-    single = folder / WEIGHTS
-    if paths.is_file(single):
-        return [single]
-    if places:
-        shards = [folder / name for name in sorted(set(places.values()))]
-        if absent := [shard.name for shard in shards if not paths.is_file(shard)]:
-            raise UserError(
-                f"{folder}: {absent[0]} is missing, {len(absent)} of {len(shards)} shards are; "
-                "download them"
-            )
-        return shards
-    if other := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
+def _check_floats(
+    settings: Any, stored: Mapping[str, StoredTensor], config: DecoderConfig, folder: Path
+) -> None:
+    """Raises UserError if weights are quantized, in another way than bitsandbytes' 4 bits."""
+    weights = (t for name, t in stored.items() if not is_ignored(name, config))
+    if any(tensor.dtype not in FLOATS for tensor in weights):
         raise UserError(
-            f"{folder}: the weights are PyTorch pickles ({other[0].name}); convert them to "
-            f"{WEIGHTS} with save_pretrained(..., safe_serialization=True)"
+            f"{folder / CONFIG}: quantization_config ({_method(settings)}): of checkpoints that "
+            "are already quantized only bitsandbytes' in 4 bits are supported; give that or the "
+            "16-bit checkpoint"
         )
-    raise UserError(f"{folder}: no {WEIGHTS} in it; download the weights")
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    try:
-        with safe_open(path, framework="numpy", backend="pread") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: truncated or damaged ({e}); download it again") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json_files.read_object(path, "download it again")
+def _method(settings: Any) -> str:
+    """Returns the name of what a quantization_config describes; bitsandbytes may leave it out."""
+    given = settings if isinstance(settings, dict) else {}
+    eight = given.get("load_in_8bit") or given.get("_load_in_8bit")
+    four = given.get("load_in_4bit") or given.get("_load_in_4bit")
+    method = given.get("quant_method", "bitsandbytes" if eight or four else "?")
+    if method != "bitsandbytes":
+        return str(method)
+    return "bitsandbytes in 8 bits" if eight else BNB_4BIT

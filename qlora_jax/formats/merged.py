@@ -30,6 +30,7 @@ class MergedCheckpoint:
     source: Checkpoint
     original: bool = False
     quantization: None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> DecoderConfig:

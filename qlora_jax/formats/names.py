@@ -1,12 +1,39 @@
-"""The check of a file's tensors against those that the decoder has."""
+"""The names of a file's tensors, and the check of them against those that the decoder has."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.families import Names
 from qlora_jax.models.parts import expected_shapes
 from qlora_jax.runtime.errors import UserError
 
 SHOWN = 4
+T = TypeVar("T")
+
+
+def by_decoder_name(found: Mapping[str, T], names: Names) -> dict[str, T]:
+    """Returns a file's tensors under the decoder's names.
+
+    A model that transformers saved without its head has the names of what is inside it: layers.0
+    in place of model.layers.0. They get that prefix, if no tensor has it.
+
+    Args:
+      found: the stored names to anything.
+      names: the decoder's.
+    """
+    prefix = f"{names.layers.partition('.')[0]}."
+    if any(name.startswith(prefix) for name in found):
+        return dict(found)
+    head = f"{names.head}."
+    return {
+        name if name.startswith(head) else prefix + name: tensor for name, tensor in found.items()
+    }
+
+
+def is_ignored(name: str, config: DecoderConfig) -> bool:
+    """Whether a tensor of old files is no weight, such as a table of rotary frequencies."""
+    return name.endswith(config.names.ignored)
 
 
 def check_shapes(
@@ -15,7 +42,8 @@ def check_shapes(
     """Compares the tensors of a file with those the decoder has; returns the expected ones.
 
     A tensor the decoder has no place for is refused, because leaving it out would compute another
-    function. Harmless and allowed: a head beside tied embeddings, and old files' rotary tables.
+    function. Allowed are a head beside tied embeddings, which has been compared with them
+    (`tying.settle`), and tensors that are no weights (`is_ignored`).
 
     Args:
       found: name to shape of everything in the file.
@@ -37,7 +65,7 @@ def check_shapes(
     ]
     if wrong:
         raise UserError(f"{where}: shapes do not agree with the model's config: {_some(wrong)}")
-    unknown = [name for name in found if name not in expected and not _harmless(name, config)]
+    unknown = [name for name in found if name not in expected and not _allowed(name, config)]
     if unknown:
         raise UserError(
             f"{where}: tensors that a {config.family} decoder with this config has no place for: "
@@ -46,8 +74,8 @@ def check_shapes(
     return expected
 
 
-def _harmless(name: str, config: DecoderConfig) -> bool:
-    return name == f"{config.names.head}.weight" or name.endswith(config.names.ignored)
+def _allowed(name: str, config: DecoderConfig) -> bool:
+    return name == f"{config.names.head}.weight" or is_ignored(name, config)
 
 
 def _some(items: list[str]) -> str:

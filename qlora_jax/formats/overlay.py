@@ -7,22 +7,27 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qlora_jax.formats import tying
 from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.parts import expected_shapes
 from qlora_jax.quant import QTensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlay:
-    """The checkpoint `below`, with `replaced` tensors of the same names and shapes."""
+    """The checkpoint `below` with other values for some of its tensors.
+
+    Attributes:
+      below: the checkpoint.
+      replaced: names to the other values, each of the shape that the tensor has below.
+      config: the config of `below`, or the same with embedding and head untied.
+    """
 
     below: Checkpoint
     replaced: Mapping[str, np.ndarray]
-
-    @property
-    def config(self) -> DecoderConfig:
-        return self.below.config
+    config: DecoderConfig
 
     @property
     def path(self) -> Path:
@@ -40,11 +45,52 @@ class Overlay:
     def quantization(self) -> Quantization | None:
         return self.below.quantization
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.below.notes
+
     def names(self) -> list[str]:
-        return self.below.names()
+        return list(expected_shapes(self.config))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.below.shape(name)
+        return expected_shapes(self.config)[name]
 
     def read(self, name: str) -> np.ndarray | jax.Array | QTensor:
-        return self.replaced[name] if name in self.replaced else self.below.read(name)
+        if name in self.replaced:
+            return self.replaced[name]
+        embed, head = tying.matrices(self.config)
+        untied = name == head and self.below.config.tie_embeddings
+        return self.below.read(embed if untied else name)
+
+
+def overlay(
+    below: Checkpoint, replaced: Mapping[str, np.ndarray], *, tied: bool = False
+) -> Checkpoint:
+    """Returns a checkpoint with some of its tensors replaced.
+
+    Where embedding and head are tied and one of them is replaced, the other one keeps its values,
+    so that they are untied; two equal replacements stay tied.
+
+    Args:
+      below: the checkpoint.
+      replaced: names to the other values, of the shapes that the tensors have. The head may be
+        among them where it is tied.
+      tied: whether a replaced embedding is the head as well.
+    """
+    if not replaced:
+        return below
+    config, (embed, head) = below.config, tying.matrices(below.config)
+    if not config.tie_embeddings or not replaced.keys() & {embed, head}:
+        return Overlay(below, replaced, config)
+    values = {n: replaced[n] if n in replaced else _array(below, embed) for n in (embed, head)}
+    if tied and head not in replaced:
+        values[head] = values[embed]
+    first, second = (lambda start, stop, v=v: v[start:stop] for v in values.values())
+    if tying.equal_rows(len(values[embed]), first, second):
+        rest = {name: value for name, value in replaced.items() if name != head}
+        return Overlay(below, rest | {embed: values[embed]}, config)
+    return Overlay(below, replaced, dataclasses.replace(config, tie_embeddings=False))
+
+
+def _array(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return np.asarray(checkpoint.read(name))

@@ -1,5 +1,6 @@
 """Turns the `model` section of a config into an open checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -16,7 +17,8 @@ from qlora_jax.config import ModelConfig
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.fetch import BUILTIN, fetch
 from qlora_jax.formats.gguf import open_gguf
-from qlora_jax.formats.huggingface import CONFIG, INDEX, open_folder
+from qlora_jax.formats.huggingface import CONFIG, open_folder
+from qlora_jax.formats.shards import INDEX
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tokenizer
@@ -25,14 +27,27 @@ FILE_SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")
 HUB_FILES = [CONFIG, INDEX, "model*.safetensors", *tokenizer.FILES]
 
 
-def open_checkpoint(model: ModelConfig) -> Checkpoint:
+def open_checkpoint(
+    model: ModelConfig, warn: Callable[[str], None] = lambda line: None
+) -> Checkpoint:
     """Opens the model that `model.path` names: a built-in, a folder, a .gguf file or a hub id.
 
     A built-in or a hub id is downloaded into its cache first; HF_HUB_OFFLINE is honoured.
 
+    Args:
+      model: the section of the config.
+      warn: called with a line for each of the checkpoint's notes.
+
     Raises:
       UserError: nothing by that name, or what is there cannot be used.
     """
+    checkpoint = _open(model)
+    for note in checkpoint.notes:
+        warn(f"warning: {note}")
+    return checkpoint
+
+
+def _open(model: ModelConfig) -> Checkpoint:
     path = Path(model.path).expanduser()
     local = model.path in BUILTIN or paths.exists(path) or _looks_local(model.path)
     if local and model.revision is not None:

@@ -37,8 +37,17 @@ SCALARS = {
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: `shape` has the contiguous axis last, `offset` counts from the file's start."""
+    """One tensor.
 
+    Attributes:
+      file: the file that holds it.
+      shape: its shape, the contiguous axis last.
+      type: how its values are stored.
+      offset: its first byte, counted from the file's start.
+      nbytes: its size in the file.
+    """
+
+    file: Path
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
@@ -158,4 +167,4 @@ def _tensor(name: str, shape: tuple[int, ...], number: int, offset: int, path: P
     block, width = GGML_QUANT_SIZES[kind]
     if shape and shape[-1] % block:
         raise ValueError(f"{name} has rows of {shape[-1]} values, in blocks of {block}")
-    return GgufTensor(shape, kind, offset, math.prod(shape) // block * width)
+    return GgufTensor(path, shape, kind, offset, math.prod(shape) // block * width)

@@ -310,18 +310,20 @@ def test_scales_that_are_not_finite_are_refused(nf4):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "note"),
     [
-        ({"quant_method": "awq"}, r"quantization_config \(awq\)"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes in 8 bits"),
-        ("yes", r"quantization_config \(\?\)"),
+        ({"load_in_4bit": True}, None),
+        ({"quant_method": "awq"}, r"quantization_config (awq) is ignored"),
+        ({"load_in_8bit": True}, r"(bitsandbytes in 8 bits) is ignored"),
+        ("yes", r"quantization_config (?) is ignored"),
     ],
 )
-def test_other_quantizations_are_refused(nf4, settings, says):
+def test_the_weights_decide_and_not_the_quantization_config(nf4, settings, note):
     config = json.loads((nf4 / "config.json").read_text()) | {"quantization_config": settings}
     (nf4 / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"{says}.*give that or the 16-bit checkpoint"):
-        open_folder(nf4)
+    checkpoint = open_folder(nf4)
+    assert checkpoint.quantization.config.codebook == "nf4"
+    assert [note is not None and note in line for line in checkpoint.notes] == [True] * bool(note)
 
 
 def test_a_config_of_transformers_4_and_one_without_quantization_config_are_read(nf4):

@@ -66,7 +66,7 @@ def write(
     **metadata: object,
 ) -> dict[str, np.ndarray]:
     """Writes a file as llama.cpp's converter does; returns what reading it should give."""
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=metadata.pop("part", 0))
     writer.add_context_length(512)
     writer.add_embedding_length(64)
     writer.add_block_count(3)
@@ -111,6 +111,64 @@ def write(
 @pytest.fixture
 def weights(models: Path) -> dict[str, np.ndarray]:
     return load_file(models / "llama" / "model.safetensors")
+
+
+@pytest.fixture
+def parts(tmp_path: Path, weights) -> list[Path]:
+    """A model in parts of 12 tensors, as llama-gguf-split and the `gguf` package write them."""
+    write(tmp_path / "m.gguf", weights, part=12)
+    return sorted(tmp_path.glob("m-*-of-*.gguf"))
+
+
+def test_all_parts_of_a_split_file_are_read(tmp_path: Path, weights, parts) -> None:
+    assert [part.name for part in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    checkpoint = open_gguf(parts[0])
+    assert set(checkpoint.names()) == set(weights)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), weight)
+
+
+def second_given(parts: list[Path]) -> Path:
+    return parts[1]
+
+
+def one_missing(parts: list[Path]) -> Path:
+    parts[2].unlink()
+    return parts[0]
+
+
+def one_twice(parts: list[Path]) -> Path:
+    parts[2].write_bytes(parts[1].read_bytes())
+    return parts[0]
+
+
+def renamed(parts: list[Path]) -> Path:
+    return parts[0].rename(parts[0].with_name("model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (second_given, r"m-00002-of-00003.gguf: part 2 of 3; give the first: .*m-00001-of-00003"),
+        (one_missing, r"m-00003-of-00003.gguf is missing beside it, 1 of 3 parts are; download"),
+        (one_twice, r"m-00003-of-00003.gguf: its metadata says part 1 of 3, counted from 0"),
+        (renamed, r"model.gguf: one of 3 parts.*NAME-00001-of-00003.gguf"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(parts, damage, says: str) -> None:
+    with pytest.raises(UserError, match=says) as e:
+        open_gguf(damage(parts))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("change", "tied"), [(0, True), (1, False)])
+def test_two_equal_matrices_are_tied(tmp_path: Path, weights, change: int, tied: bool) -> None:
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    weights["lm_head.weight"][-1, -1] += change
+    write(tmp_path / "m.gguf", weights)
+    checkpoint = open_gguf(tmp_path / "m.gguf")
+    assert checkpoint.config.tie_embeddings == tied
+    assert ("lm_head.weight" in checkpoint.names()) != tied
 
 
 @pytest.mark.parametrize(

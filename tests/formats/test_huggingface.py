@@ -104,9 +104,71 @@ def test_an_array_outlives_its_file(llama: Path) -> None:
     np.testing.assert_array_equal(weight, before)
 
 
-def test_a_head_beside_tied_embeddings_is_left_out(llama: Path) -> None:
-    edit_config(llama, tie_word_embeddings=True)
-    assert "lm_head.weight" not in open_folder(llama).names()
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize(
+    ("stored", "tied"),
+    [("embed", True), ("head", True), ("equal", True), ("wider", True), ("different", False)],
+)
+def test_the_tensors_decide_whether_head_and_embedding_are_tied(
+    llama: Path, said: bool, stored: str, tied: bool
+) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights[EMBED] = weights[EMBED].astype(ml_dtypes.bfloat16)
+    matrix = weights[EMBED]
+    heads = {"equal": matrix, "wider": matrix.astype(np.float32), "head": matrix}
+    weights[HEAD] = heads.get(stored, weights[HEAD])
+    if stored in ("embed", "head"):
+        del weights[HEAD if stored == "embed" else EMBED]
+    save_file(weights, llama / "model.safetensors")
+    edit_config(llama, tie_word_embeddings=said)
+    checkpoint = open_folder(llama)
+    assert checkpoint.config.tie_embeddings == tied
+    assert (HEAD in checkpoint.names()) != tied
+    np.testing.assert_array_equal(checkpoint.read(EMBED), matrix)
+    if not tied:
+        np.testing.assert_array_equal(checkpoint.read(HEAD), weights[HEAD])
+    assert len(checkpoint.notes) == (said != tied)
+    assert (
+        not checkpoint.notes
+        or f"tie_word_embeddings is {str(said).lower()}, but" in (checkpoint.notes[0])
+    )
+
+
+def test_a_difference_in_the_last_row_unties(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights[HEAD] = weights[EMBED].copy()
+    weights[HEAD][-1, -1] += 1
+    save_file(weights, llama / "model.safetensors")
+    assert not open_folder(llama).config.tie_embeddings
+
+
+def test_names_without_the_models_prefix_are_read(models: Path, llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    stripped = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(stripped, llama / "model.safetensors")
+    checkpoint = open_folder(llama)
+    assert set(checkpoint.names()) == set(weights)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name), weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"load_in_4bit": True},
+        "yes",
+    ],
+)
+def test_a_stale_quantization_config_over_floats_is_ignored(llama: Path, settings) -> None:
+    edit_config(llama, quantization_config=settings)
+    checkpoint = open_folder(llama)
+    assert checkpoint.quantization is None
+    assert "is ignored: the weights are floats" in checkpoint.notes[0]
 
 
 def no_config(folder: Path) -> None:
@@ -122,7 +184,38 @@ def broken_config(folder: Path) -> None:
 
 
 def quantized(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    del weights[f"{name}.weight"]
+    weights[f"{name}.qweight"] = np.zeros((8, 128), np.int32)
+    save_file(weights, folder / "model.safetensors")
     edit_config(folder, quantization_config={"quant_method": "gptq"})
+
+
+def eight_bits(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    weights[f"{name}.SCB"] = np.ones(128, np.float32)
+    weights[f"{name}.weight"] = np.zeros((128, 64), np.int8)
+    save_file(weights, folder / "model.safetensors")
+    edit_config(folder, quantization_config={"load_in_8bit": True})
+
+
+def gguf_inside(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "m-Q4_0.gguf").touch()
+
+
+def run_directory(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").touch()
+
+
+def nested(folder: Path) -> None:
+    (folder / "final").mkdir()
+    for file in [file for file in folder.iterdir() if file.is_file()]:
+        file.rename(folder / "final" / file.name)
 
 
 def no_weights(folder: Path) -> None:
@@ -227,6 +320,10 @@ def absolute(folder: Path) -> None:
         (adapter, "give the model it was trained on"),
         (broken_config, "config.json: not valid JSON"),
         (quantized, r"config.json: quantization_config \(gptq\).*16-bit checkpoint"),
+        (eight_bits, r"config.json: quantization_config \(bitsandbytes in 8 bits\).*16-bit"),
+        (gguf_inside, r"it holds a GGUF file; give that: .*m-Q4_0.gguf"),
+        (run_directory, "it is a run directory; merge it"),
+        (nested, r"it holds a model folder; give that: .*final$"),
         (no_weights, "no model.safetensors"),
         (pickles, r"pytorch_model.bin.*convert"),
         (truncated, r"model.safetensors: truncated or damaged.*download it again"),

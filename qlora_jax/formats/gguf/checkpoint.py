@@ -1,12 +1,14 @@
 """A .gguf file as a checkpoint."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 
 from qlora_jax.formats.gguf.architectures import ARCHITECTURES, hugging_face_name
 from qlora_jax.formats.gguf.config import ROPE_TABLE, config_of
+from qlora_jax.formats.gguf.parts import read_parts
 from qlora_jax.formats.gguf.tensors import (
     Layout,
     check_dequantizable,
@@ -14,11 +16,12 @@ from qlora_jax.formats.gguf.tensors import (
     layouts,
     read_tensor,
 )
+from qlora_jax.formats import tying
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import FAMILIES
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text.gguf_header import GgufTensor, read_header
+from qlora_jax.text.gguf_header import GgufTensor
 
 LONGROPE_TABLE = "rope_factors_long.weight"
 
@@ -33,6 +36,7 @@ class GgufCheckpoint:
     tensors: dict[str, GgufTensor]
     layouts: dict[str, Layout]
     quantization: None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenizer_path(self) -> Path:
@@ -45,7 +49,7 @@ class GgufCheckpoint:
         return self.tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        weight = read_tensor(self.path, self.tensors[name])
+        weight = read_tensor(self.tensors[name])
         return self.layouts[name](weight) if name in self.layouts else weight
 
 
@@ -56,7 +60,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
       UserError: not a whole GGUF file, an architecture, rope scaling or tensor that is not
         supported, or tensors that do not agree with the metadata.
     """
-    header = read_header(path)
+    header = read_parts(path)
     architecture = str(header.metadata.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         raise UserError(
@@ -75,6 +79,8 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         if n != ROPE_TABLE
     }
     config = config_of(header, found, path)
+    tie = tying.settle(config, found, lambda: _equal(*(found[n] for n in tying.matrices(config))))
+    config = tie.config
     expected = check_shapes({name: t.shape for name, t in found.items()}, config, path)
     tensors = {name: found[name] for name in expected}
     for name, tensor in tensors.items():
@@ -85,4 +91,19 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         description=describe(tensors),
         tensors=tensors,
         layouts=layouts(kind, config, tensors),
+        notes=(f"{path}: {tie.note}",) if tie.note else (),
     )
+
+
+def _equal(first: GgufTensor, second: GgufTensor) -> bool:
+    """Whether two matrices are stored as the same bytes."""
+    if (first.shape, first.type) != (second.shape, second.type):
+        return False
+    rows = [functools.partial(_rows, tensor) for tensor in (first, second)]
+    return tying.equal_rows(first.shape[0], *rows)
+
+
+def _rows(tensor: GgufTensor, start: int, stop: int) -> np.ndarray:
+    size = tensor.nbytes // tensor.shape[0]
+    offset = tensor.offset + start * size
+    return np.fromfile(tensor.file, np.uint8, (stop - start) * size, offset=offset)

@@ -136,9 +136,7 @@ def _keys(
     number, names = metadata.number, family.names
     embedding = found.get(f"{names.embed}.weight")
     if embedding is None:
-        raise UserError(
-            f"{metadata.path}: no token_embd.weight in it; a split file is not supported"
-        )
+        raise UserError(f"{metadata.path}: no token_embd.weight in it; download it again")
     heads, hidden = number("attention.head_count"), number("embedding_length")
     layers = number("block_count")
     query = hidden // heads if layers == metadata.kind.wide_scale else head_dim
@@ -170,7 +168,7 @@ def _rope(metadata: Metadata, header: GgufHeader, head_dim: int) -> Rope:
     defaults, path = FAMILIES[metadata.kind.family].defaults, metadata.path
     theta = float(metadata.number("rope.freq_base", defaults.get("rope_theta", 10000.0)))
     if ROPE_TABLE in header.tensors:
-        return _llama3_rope(theta, read_tensor(path, header.tensors[ROPE_TABLE]), head_dim, path)
+        return _llama3_rope(theta, read_tensor(header.tensors[ROPE_TABLE]), head_dim, path)
     kind = metadata.values.get("rope.scaling.type", "none")
     if kind == "none":
         return Rope(theta=theta)

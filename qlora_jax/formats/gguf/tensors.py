@@ -27,10 +27,10 @@ FLOATS: dict[GGMLQuantizationType, Any] = {
 }
 
 
-def read_tensor(path: Path, tensor: GgufTensor) -> np.ndarray:
+def read_tensor(tensor: GgufTensor) -> np.ndarray:
     """Reads one tensor as floats, in float32 if it was quantized."""
     # Not a memory map: its pages would stay resident beside the dequantized copy.
-    data = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
+    data = np.fromfile(tensor.file, np.uint8, tensor.nbytes, offset=tensor.offset)
     if tensor.type in FLOATS:
         return data.view(FLOATS[tensor.type]).reshape(tensor.shape)
     return dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.type)

@@ -1,0 +1,70 @@
+"""Tells what a folder holds that is not what was asked for, and what to do with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_jax.runtime.errors import UserError
+
+CONVERT = "convert it with save_pretrained(..., safe_serialization=True)"
+
+
+class Content(NamedTuple):
+    """Something that a folder may hold.
+
+    Attributes:
+      pattern: a glob of its files.
+      words: what such a file is, and the remedy; {} stands for its path.
+    """
+
+    pattern: str
+    words: str
+
+
+IN_PLACE_OF_A_MODEL = (
+    Content(
+        "adapter_config.json", "it is an adapter and not a model; give the model it was trained on"
+    ),
+    Content("adapter/adapter_config.json", "it is a run directory; merge it into a model first"),
+    Content("*.gguf", "it holds a GGUF file; give that: {}"),
+    Content("*.bin", "its weights are a PyTorch pickle, {}, which can hold code; " + CONVERT),
+    Content("*.pth", "its weights are a PyTorch pickle, {}, which can hold code; " + CONVERT),
+    Content("*.pt", "its weights are a PyTorch pickle, {}, which can hold code; " + CONVERT),
+    Content("*.msgpack", "its weights are in Flax's format, {}; " + CONVERT),
+    Content("*.h5", "its weights are in TensorFlow's format, {}; " + CONVERT),
+    Content("*.safetensors", "it holds {} alone; download the whole folder"),
+    Content("*/config.json", "it holds a model folder; give that: {}"),
+)
+IN_PLACE_OF_AN_ADAPTER = (
+    Content("*/adapter_config.json", "it holds an adapter folder; give that: {}"),
+    Content("*.gguf", "it holds a GGUF file, {}; give an adapter in PEFT's format"),
+    Content("config.json", "it is a model and no adapter; give it as model.path"),
+)
+
+
+def not_a_model(folder: Path, lacks: str) -> UserError:
+    """Returns the error for a folder that is no model.
+
+    Args:
+      folder: the folder.
+      lacks: the file that it should hold.
+    """
+    return _error(folder, lacks, IN_PLACE_OF_A_MODEL, "give a Hugging Face model folder")
+
+
+def not_an_adapter(folder: Path, lacks: str) -> UserError:
+    """Returns the error for a folder that is no adapter.
+
+    Args:
+      folder: the folder.
+      lacks: the file that it should hold.
+    """
+    return _error(folder, lacks, IN_PLACE_OF_AN_ADAPTER, "give a folder in PEFT's format")
+
+
+def _error(folder: Path, lacks: str, known: Sequence[Content], otherwise: str) -> UserError:
+    for content in known:
+        if files := sorted(folder.glob(content.pattern)):
+            given = files[0].parent if content.pattern.startswith("*/") else files[0]
+            return UserError(f"{folder}: no {lacks} in it; {content.words.format(given)}")
+    return UserError(f"{folder}: no {lacks} in it; {otherwise}")
