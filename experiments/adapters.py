@@ -87,7 +87,7 @@ def switch_seconds(tuned: _Tuned) -> float:
     seconds = []
     for i in range(6):
         began = time.perf_counter()
-        put_adapter(model, i % 2, read_plain(tuned.adapter, model.linears()))
+        put_adapter(model, i % 2, read_plain(tuned.adapter, model))
         jax.block_until_ready(nnx.state(model))
         seconds.append(time.perf_counter() - began)
     return float(np.median(seconds[1:]))

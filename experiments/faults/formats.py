@@ -61,12 +61,10 @@ def read_adapter(folder: Path) -> None:
     from qlora_jax.config import ModelConfig
     from qlora_jax.formats import peft
     from qlora_jax.formats.source import open_checkpoint
-    from qlora_jax.train.start import linears_of
 
     found = peft.read_adapter(folder)
     base = open_checkpoint(ModelConfig(path=str(folder.parent / "base")))
-    shapes = {name: base.shape(name) for name in base.names()}
-    peft.check_fits(found, linears_of(base), shapes, base.config.tie_embeddings, folder)
+    peft.check_fits(found, base.config, folder)
 
 
 def read_data(folder: Path) -> None:

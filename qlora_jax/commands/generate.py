@@ -1,6 +1,7 @@
 """`qlora-jax generate`."""
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -73,16 +74,23 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     """Every prompt under every adapter."""
     start_jax()
-    from qlora_jax.formats.peft.fit import check_linears
     from qlora_jax.lora.weights import largest_rank
     from qlora_jax.models.adapters import attach_bank, put_adapter
-    from qlora_jax.serve.base import open_base, read_named
+    from qlora_jax.serve.base import is_run, open_base, read_named
 
-    given = read_named(adapters)
-    base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
-    linears = base.model.linears()
-    for name, own in given.items():
-        check_linears(f"--adapter {name}", own, linears)
+    named = read_named(adapters)
+    first = named[0]
+    open_one = functools.partial(
+        open_base, options.path, bits=options.bits, dtype=options.dtype, warn=say
+    )
+    alone = len(named) == 1 and not options.base and not is_run(options.path)
+    if alone and first.stored.beyond_lora:
+        base = open_one(adapter=first.folder)
+        answers = _answers(options, base.model, base.tokenizer, base.config)
+        _show_answers(options, [first.name], answers)
+        return
+    base = open_one()
+    given = {own.name: own.on(base.model) for own in named}
     attach_bank(
         base.model,
         slots=len(given),
@@ -92,9 +100,17 @@ def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     for slot, own in enumerate(given.values()):
         put_adapter(base.model, slot, own)
     names = [*given, *([None] if options.base else [])]
-    answers = iter(_answers(options, base.model, base.tokenizer, base.config, range(len(names))))
+    answers = _answers(options, base.model, base.tokenizer, base.config, range(len(names)))
+    _show_answers(options, names, answers)
+
+
+def _show_answers(
+    options: argparse.Namespace, names: Sequence[str | None], answers: Sequence[str]
+) -> None:
+    """Shows the answers, prompt by prompt and in each by the names of the adapters."""
+    rest = iter(answers)
     rows = [
-        {"prompt": prompt, "adapter": name, "answer": next(answers)}
+        {"prompt": prompt, "adapter": name, "answer": next(rest)}
         for prompt in options.prompt
         for name in names
     ]

@@ -48,7 +48,6 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.evaluate import merging
     from qlora_jax.formats.folder import check_new
     from qlora_jax.formats.merged import MergedCheckpoint
-    from qlora_jax.formats.source import open_checkpoint
     from qlora_jax.formats.write import write_model
     from qlora_jax.train.display import progress
     from qlora_jax.train.quantization import held_quantization
@@ -56,9 +55,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
     out, quantized = Path(options.out), options.to == "nf4"
     check_new(out)
-    checkpoint = open_checkpoint(config.model)
-    _check_original(options.base, config.method, checkpoint.quantization is not None)
     restored = restore(options.path, base=False, warn=say)
+    checkpoint = restored.checkpoint
+    _check_original(options.base, config.method, checkpoint.quantization is not None)
     check_base(options.path, restored)
     dtype = config.model.compute_dtype if quantized else options.to
     held = held_quantization(config, checkpoint) or config.quant

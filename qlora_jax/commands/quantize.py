@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands.common import say, count, show, start_jax
+from qlora_jax.commands.common import count, say, show, start_jax
 from qlora_jax.config import ModelConfig, QuantConfig
 
 TEXT = "Write a model in bitsandbytes' 4 bits, as a folder that transformers loads."

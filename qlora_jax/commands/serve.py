@@ -176,12 +176,11 @@ def _checks(options: argparse.Namespace, keys: list[str] | None, loopback: bool)
 
 def _service(
     options: argparse.Namespace,
-    adapters: dict[str, str],
+    folders: dict[str, str],
     checks: "Sequence[Check]",
     loading: bool,
 ) -> "Service":
     """The model with its adapters, ready to answer: everything is compiled but longer prompts."""
-    from qlora_jax.formats.peft.fit import check_linears
     from qlora_jax.lora.weights import largest_rank
     from qlora_jax.models.adapters import attach_bank
     from qlora_jax.serve.app import Service
@@ -190,7 +189,7 @@ def _service(
     from qlora_jax.serve.scheduler import Scheduler
     from qlora_jax.serve.worker import Worker
 
-    given = read_named(own_adapter(options.path) | adapters)
+    given = read_named(own_adapter(options.path) | folders)
     base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
     config = base.model.config
     length = options.max_length or min(DEFAULT_LENGTH, config.max_positions)
@@ -198,11 +197,9 @@ def _service(
         raise UserError(
             f"--max-length {length}: the model has {config.max_positions} positions; give less"
         )
-    linears = base.model.linears()
-    for name, own in given.items():
-        check_linears(f"--adapter {name}", own, linears)
+    adapters = {named.name: named.on(base.model) for named in given}
     slots = max(4, len(given)) if options.max_adapters is None else options.max_adapters
-    most = options.max_rank or max(16, *map(largest_rank, given.values()), 1)
+    most = options.max_rank or max(16, *map(largest_rank, adapters.values()), 1)
     dtype = base.config.model.compute_dtype
     attach_bank(base.model, slots=slots, rank=most, dtype=dtype)
     text = base.tokenizer
@@ -217,13 +214,13 @@ def _service(
     scheduler = Scheduler(
         engine, text.decode, base=options.name or base.name, slots=slots, waiting=options.queue
     )
-    for name, own in given.items():
+    for name, own in adapters.items():
         scheduler.load(name, own)
     engine.warm_up()
     return Service(
         worker=Worker(scheduler),
         tokenizer=text,
-        linears=linears,
+        model=base.model,
         vocabulary=config.vocab_size,
         length=length,
         timeout=options.timeout,

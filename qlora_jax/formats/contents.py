@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
 CONVERT = "convert it with save_pretrained(..., safe_serialization=True)"
@@ -22,9 +23,7 @@ class Content(NamedTuple):
 
 
 IN_PLACE_OF_A_MODEL = (
-    Content(
-        "adapter_config.json", "it is an adapter and not a model; give the model it was trained on"
-    ),
+    Content("adapter_config.json", "it is an adapter; give the model it was trained on"),
     Content("adapter/adapter_config.json", "it is a run directory; merge it into a model first"),
     Content("*.gguf", "it holds a GGUF file; give that: {}"),
     Content("*.bin", "its weights are a PyTorch pickle, {}, which can hold code; " + CONVERT),
@@ -63,6 +62,8 @@ def not_an_adapter(folder: Path, lacks: str) -> UserError:
 
 
 def _error(folder: Path, lacks: str, known: Sequence[Content], otherwise: str) -> UserError:
+    if not paths.is_dir(folder):
+        return UserError(f"{folder}: no such folder; {otherwise}")
     for content in known:
         if files := sorted(folder.glob(content.pattern)):
             given = files[0].parent if content.pattern.startswith("*/") else files[0]

@@ -83,7 +83,8 @@ def _config(source: Checkpoint, text: Tokenizer | None, dtype: str) -> dict[str,
         ids = {"bos": text.bos_id, "eos": text.eos_id, "pad": text.pad_id}
         raw |= {f"{name}_token_id": value for name, value in ids.items()}
     old = "torch_dtype" in raw and "dtype" not in raw  # as transformers 4 wrote it
-    return raw | {"torch_dtype" if old else "dtype": dtype}
+    tied = {"tie_word_embeddings": source.config.tie_embeddings}
+    return raw | tied | {"torch_dtype" if old else "dtype": dtype}
 
 
 def _write_tokenizer(source: Checkpoint, text: Tokenizer | None, folder: Path) -> None:

@@ -86,7 +86,7 @@ def open_folder(folder: Path) -> HuggingFaceCheckpoint:
         _check_floats(settings, stored, config, folder)
     tie = _tie(config, stored)
     config = tie.config
-    embed, head = tying.matrices(config)
+    embed = tying.matrices(config)[0]
     if tie.stored != embed:
         stored[embed] = stored.pop(tie.stored)
     if embed in layouts:

@@ -24,10 +24,24 @@ def ends_in(path: str, pattern: str) -> bool:
     """Whether a regular expression matches the whole path, or its end after a dot.
 
     Raises:
-      BadPattern: it is not a regular expression, or takes longer than `MATCHING` seconds.
+      BadPattern: as `match`.
+    """
+    return match(path, pattern, around=r"(.*\.)?({})") is not None
+
+
+def match(path: str, pattern: str, around: str = "{}") -> regex.Match[str] | None:
+    """Matches a regular expression with the whole path.
+
+    Args:
+      path: the path.
+      pattern: the expression.
+      around: an expression in which {} stands for the pattern.
+
+    Raises:
+      BadPattern: the pattern is no regular expression, or takes longer than `MATCHING` seconds.
     """
     try:
-        return regex.fullmatch(rf"(.*\.)?({pattern})", path, timeout=MATCHING) is not None
+        return regex.fullmatch(around.replace("{}", pattern), path, timeout=MATCHING)
     except TimeoutError:
         raise BadPattern(
             f"pattern {pattern!r:.80} takes over {MATCHING} s to match {path}; simplify it"

@@ -85,6 +85,23 @@ class DecoderConfig:
 
 ROPE_KINDS = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+ALIASES = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"
+)
+"""transformers' other names of these functions."""
+
+WINDOWED: Mapping[str, Callable[[int, Mapping[str, Any]], bool]] = {
+    "all": lambda layer, values: True,
+    "late": lambda layer, values: layer >= int(values.get("max_window_layers") or 0),
+    "patterned": lambda layer, values: (layer + 1) % int(values["sliding_window_pattern"]) != 0,
+    "unrotated": lambda layer, values: (
+        bool(values["use_sliding_window"]) and layer in values["unrotated"]
+    ),
+}
+"""`Family.windows` to whether a layer has the window, given its index and the config's values.
+
+`layer_types` decides in its place where a file has it, but for "all".
+"""
 
 
 MOST_LAYERS = 4096
@@ -115,6 +132,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     own = {usual: values[key] for usual, key in family.keys.items() if key in values}
     values = {k: v for k, v in values.items() if k not in family.keys} | own
     activation = values.setdefault("hidden_act", "silu")
+    activation = values["hidden_act"] = ALIASES.get(str(activation), activation)
     _require(where, family.keys.get("hidden_act", "hidden_act"), activation, ACTIVATIONS)
     try:
         return DecoderConfig(**{**_fields(kind, values, where), **family.fixed})
@@ -139,6 +157,11 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     layers = int(raw["num_hidden_layers"])
     if not 1 <= layers <= MOST_LAYERS:
         raise UserError(f"{where}: num_hidden_layers {layers} is not from 1 to {MOST_LAYERS}")
+    kv_heads = int(raw.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"{where}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"
+        )
     attention_bias = bool(raw.get("attention_bias", False))
 
     def listed(key: str) -> Any:
@@ -146,6 +169,7 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         return raw.get(key) if family.keys.get(key, key) in family.defaults else None
 
     scale = listed("query_pre_attn_scalar")
+    unrotated = _unrotated(listed, layers)
     rope, local_rope = _ropes(raw, listed, where)
     return {
         "family": kind,
@@ -155,18 +179,18 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         "intermediate_size": int(raw["intermediate_size"]),
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
+        "num_kv_heads": kv_heads,
         "head_dim": int(raw.get("head_dim") or hidden // heads),
         "max_positions": int(raw.get("max_position_embeddings", 2048)),
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "rope": rope,
         "local_rope": local_rope,
-        "unrotated": _unrotated(listed, layers),
+        "unrotated": unrotated,
         "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
         "mlp_bias": bool(raw.get("mlp_bias", False)),
-        "windows": _windows(raw, listed, layers),
+        "windows": _windows(raw, listed, family.windows, unrotated, layers),
         "activation": raw["hidden_act"],
         "attention_scale": None if scale is None else float(scale) ** -0.5,
         "attention_softcap": _float(listed("attn_logit_softcapping")),
@@ -180,19 +204,24 @@ def _float(value: Any) -> float | None:
 
 
 def _windows(
-    raw: Mapping[str, Any], listed: Callable[[str], Any], layers: int
+    raw: Mapping[str, Any],
+    listed: Callable[[str], Any],
+    rule: str | None,
+    unrotated: tuple[int, ...],
+    layers: int,
 ) -> tuple[int | None, ...]:
     window = listed("sliding_window")
-    if not window or not listed("use_sliding_window"):
+    if rule is None or not window or (rule == "late" and not listed("use_sliding_window")):
         return (None,) * layers
-    if kinds := raw.get("layer_types"):
-        if len(kinds) != layers:
-            raise ValueError(f"{len(kinds)} layer_types for {layers} layers")
-        return tuple(int(window) if k == "sliding_attention" else None for k in kinds)
-    # Qwen2: the layers below the first use full attention; Gemma: every n-th layer does.
-    first, every = int(listed("max_window_layers") or 0), listed("sliding_window_pattern")
-    whole = [i < first or (every and not (i + 1) % int(every)) for i in range(layers)]
-    return tuple(None if w else int(window) for w in whole)
+    kinds = raw.get("layer_types")
+    if not kinds or rule == "all":
+        values = {**raw, "unrotated": unrotated}
+        has = [WINDOWED[rule](layer, values) for layer in range(layers)]
+    elif len(kinds) == layers:
+        has = [kind == "sliding_attention" for kind in kinds]
+    else:
+        raise ValueError(f"{len(kinds)} layer_types for {layers} layers")
+    return tuple(int(window) if windowed else None for windowed in has)
 
 
 def _unrotated(listed: Callable[[str], Any], layers: int) -> tuple[int, ...]:

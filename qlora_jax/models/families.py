@@ -54,6 +54,7 @@ class Family:
       keys: what its config.json calls the usual key, where it has another name for it.
       defaults: values of keys that a file may leave out. Keys that most families do not have
         (soft caps, windows, rotated fractions) are read only if they are listed here.
+      windows: which layers have the sliding window: a key of `config.WINDOWED`; None: no layer has.
       fixed: fields of `DecoderConfig` that no key decides.
       only: keys of which the decoder has some values alone.
     """
@@ -62,6 +63,7 @@ class Family:
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    windows: str | None = None
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -73,37 +75,49 @@ SANDWICH = Names(mlp_norm="pre_feedforward_layernorm")
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
     "mistral": Family(
-        defaults={"sliding_window": 4096, "use_sliding_window": True},
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        windows="all",
         fixed={"qkv_bias": False, "output_bias": False},
     ),
     "qwen2": Family(
-        defaults={"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
+        defaults={
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+        },
+        windows="late",
         fixed={"qkv_bias": True, "output_bias": False},
     ),
     "qwen3": Family(
         defaults={
             "head_dim": 128,
+            "num_key_value_heads": 32,
             "sliding_window": 4096,
             "use_sliding_window": False,
             "max_window_layers": 28,
         },
+        windows="late",
         fixed={"qk_norm": "head"},
     ),
     "smollm3": Family(
         defaults={
             "rope_theta": 2e6,
             "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
             "no_rope_layers": None,
             "no_rope_layer_interval": 4,
+            "sliding_window": None,
+            "use_sliding_window": False,
         },
-        only={"use_sliding_window": (None, False)},
+        windows="unrotated",
     ),
     "olmo2": Family(
         defaults={"rms_norm_eps": 1e-5},
         fixed={"norm": "rms_float32", "qk_norm": "all", "pre_norms": False, "post_norms": True},
     ),
     "gemma": Family(
-        defaults={"head_dim": 256, "tie_word_embeddings": True},
+        defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
         fixed={**GEMMA, "activation": "gelu_pytorch_tanh"},
         # files of the first release say gelu and mean this
         only={
@@ -122,10 +136,11 @@ FAMILIES: Mapping[str, Family] = {
             "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
+            "num_key_value_heads": 4,
             "sliding_window": 4096,
-            "use_sliding_window": True,
             "sliding_window_pattern": 2,
         },
+        windows="patterned",
         fixed={**GEMMA, "post_norms": True},
         only=CAUSAL,
     ),
@@ -138,12 +153,13 @@ FAMILIES: Mapping[str, Family] = {
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 256,
             "final_logit_softcapping": None,
+            "num_key_value_heads": 4,
             "sliding_window": 4096,
-            "use_sliding_window": True,
             "sliding_window_pattern": 6,
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
         },
+        windows="patterned",
         fixed={**GEMMA, "post_norms": True, "qk_norm": "head"},
         only={**CAUSAL, "attn_logit_softcapping": (None,)},
     ),
@@ -152,8 +168,8 @@ FAMILIES: Mapping[str, Family] = {
             "rms_norm_eps": 1e-5,
             "partial_rotary_factor": 1.0,
             "sliding_window": None,
-            "use_sliding_window": True,
         },
+        windows="all",
         fixed={
             "fused_qkv": "concatenated",
             "fused_gate_up": True,

@@ -35,6 +35,23 @@ def linears(config: DecoderConfig) -> dict[str, LinearShape]:
     return attention | mlp
 
 
+def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Returns the linears of all layers: Hugging Face module path to (in_features, out_features).
+
+    The head is not among them.
+    """
+    return {
+        f"{config.names.layers}.{i}.{path}": (linear.inputs, linear.outputs)
+        for i in range(config.num_layers)
+        for path, linear in linears(config).items()
+    }
+
+
+def adaptable(config: DecoderConfig) -> list[str]:
+    """Returns the paths of all modules that LoRA can adapt: the linears, embedding and head."""
+    return [*linear_shapes(config), config.names.embed, config.names.head]
+
+
 def norms(config: DecoderConfig) -> dict[str, int]:
     """A layer's norms by their path below it, and how many features each has."""
     names, hidden = config.names, config.hidden_size

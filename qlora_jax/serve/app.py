@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from qlora_jax.data.prompts import ask
 from qlora_jax.lora.weights import LoraSet
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve import api
@@ -48,7 +49,7 @@ class Service:
     Attributes:
       worker: answers.
       tokenizer: of the model.
-      linears: the model's, which adapters must fit.
+      model: the model that adapters must fit; None compares them with none.
       vocabulary: ids are below this.
       length: most tokens of prompt and answer.
       timeout: seconds a request may take, waiting included.
@@ -62,7 +63,7 @@ class Service:
 
     worker: Worker
     tokenizer: Tokenizer
-    linears: Mapping[str, tuple[int, int]]
+    model: Decoder | None
     vocabulary: int
     length: int
     timeout: float
@@ -221,7 +222,7 @@ def _parse_large(kind: type[api.R], body: bytearray) -> api.R:
 async def _read(service: Service, path: str) -> LoraSet:
     try:
         async with asyncio.timeout(service.load_timeout):
-            return await service.readers.run(read_regular, path, service.linears)
+            return await service.readers.run(read_regular, path, service.model)
     except TimeoutError:
         raise Problem(
             HTTPStatus.GATEWAY_TIMEOUT,

@@ -1,16 +1,19 @@
 """A model to put adapters on, from a run directory or from what a config's `model` may name."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
-from qlora_jax.formats.peft.plain import IN_RUN
+from qlora_jax.formats.peft import AdapterSet, read_adapter
+from qlora_jax.formats.peft.plain import IN_RUN, plain
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.serve.loading import read_regular
+from qlora_jax.serve.loading import regular_folder
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
 from qlora_jax.train.restore import from_config, restore
@@ -48,8 +51,15 @@ def own_adapter(path: str) -> dict[str, str]:
     return {Path(path).resolve().name: str(Path(path) / IN_RUN)}
 
 
-def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], None]) -> Base:
-    """Loads it.
+def open_base(
+    path: str,
+    *,
+    bits: int,
+    dtype: FloatType,
+    warn: Callable[[str], None],
+    adapter: Path | None = None,
+) -> Base:
+    """Loads a model.
 
     Args:
       path: a run directory, whose own settings hold; or a folder, a .gguf file, a built-in or a
@@ -57,6 +67,7 @@ def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], N
       bits: 4 holds the linears in NF4, 16 as they are; not for a run.
       dtype: of computation; not for a run.
       warn: called with lines for the user.
+      adapter: a folder in PEFT's format whose adapters the model gets, of any kind; not for a run.
 
     Raises:
       UserError: it cannot be loaded.
@@ -68,7 +79,8 @@ def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], N
     config = Config(
         model=ModelConfig(path=path, compute_dtype=dtype, storage_dtype=dtype),
         method="qlora" if bits == 4 else "lora",
-        lora=LoraConfig(rank=1),  # the bank replaces it
+        # without an adapter's folder a bank takes their place
+        lora=LoraConfig(rank=1) if adapter is None else LoraConfig(from_adapter=str(adapter)),
         data=DataConfig(source="", sequence_length=1),
         output="",
     )
@@ -76,16 +88,49 @@ def open_base(path: str, *, bits: int, dtype: FloatType, warn: Callable[[str], N
     return Base(path, restored.model, restored.tokenizer, config)
 
 
-def read_named(adapters: Mapping[str, str]) -> dict[str, LoraSet]:
-    """Reads the adapters of a command line, name to folder.
+class Named(NamedTuple):
+    """An adapter of a command line.
+
+    Attributes:
+      name: the name that it was given there.
+      folder: its folder in PEFT's format.
+      stored: what the folder holds.
+    """
+
+    name: str
+    folder: Path
+    stored: AdapterSet
+
+    def on(self, model: Decoder) -> LoraSet:
+        """Returns its weights, if it is plain LoRA that fits the model.
+
+        Raises:
+          UserError: as `plain`; the name is given.
+        """
+        with _naming(self.name):
+            return plain(self.folder, self.stored, model)
+
+
+def read_named(adapters: Mapping[str, str]) -> list[Named]:
+    """Reads the adapters of a command line.
+
+    Args:
+      adapters: names to folders.
 
     Raises:
       UserError: one cannot be read; its name is given.
     """
-    found: dict[str, LoraSet] = {}
-    for name, folder in adapters.items():
-        try:
-            found[name] = read_regular(folder)
-        except UserError as e:
-            raise UserError(f"--adapter {name}: {e}") from None
+    found = []
+    for name, path in adapters.items():
+        with _naming(name):
+            folder = regular_folder(path)
+            found.append(Named(name, folder, read_adapter(folder)))
     return found
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"--adapter {name}: {e}") from None

@@ -1,12 +1,12 @@
 """Adapters read from folders that somebody else names."""
 
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_jax.formats.peft.adapter import CONFIG, WEIGHTS
 from qlora_jax.formats.peft.plain import adapter_folder, read_plain
 from qlora_jax.lora.weights import LoraSet
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
@@ -20,14 +20,23 @@ KINDS = {
 """What a path may be instead of a regular file."""
 
 
-def read_regular(path: str, linears: Mapping[str, tuple[int, int]] | None = None) -> LoraSet:
+def read_regular(path: str, model: Decoder | None = None) -> LoraSet:
     """Reads an adapter as `read_plain` does, from regular files only.
+
+    Raises:
+      UserError: as `read_plain`; or a file is not regular.
+    """
+    return read_plain(regular_folder(path), model)
+
+
+def regular_folder(path: str) -> Path:
+    """Returns the PEFT folder that a path names, once its files are known to be regular ones.
 
     A FIFO or a device may give no byte, or bytes without end. So the files are looked at before
     they are opened.
 
     Raises:
-      UserError: as `read_plain`; or a file is not regular.
+      UserError: a file is not regular.
     """
     try:
         folder = adapter_folder(path)
@@ -35,7 +44,7 @@ def read_regular(path: str, linears: Mapping[str, tuple[int, int]] | None = None
         raise UserError(f"{path}: no such user here; give the folder's whole path") from None
     for name in (CONFIG, WEIGHTS):
         _check_regular(folder / name)
-    return read_plain(folder, linears)
+    return folder
 
 
 def _check_regular(path: Path) -> None:

@@ -11,6 +11,7 @@ from qlora_jax.lora import LoraSet
 from qlora_jax.lora.arithmetic import difference
 from qlora_jax.lora.init import STARTS
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.parts import adaptable
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.start import split_values
 
@@ -53,6 +54,7 @@ def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
         scaling=lora.scaling,
         dropout=lora.dropout,
         replaced=replaced,
+        modules=adaptable(model.config),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_jax.config import Config
+from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import manifest
@@ -19,9 +20,18 @@ from qlora_jax.train.start import resolved
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run's config, tokenizer and model; `step` is 0 for the model before training."""
+    """A run's model.
+
+    Attributes:
+      config: the run's config.
+      checkpoint: the pretrained weights, open.
+      tokenizer: the tokenizer.
+      model: the model.
+      step: the step that the model is of; 0 before training.
+    """
 
     config: Config
+    checkpoint: Checkpoint
     tokenizer: Tokenizer
     model: Decoder
     step: int
@@ -70,9 +80,11 @@ def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -
     checkpoint, text = open_model(config, warn)
     model, _ = load_model(config, checkpoint, warn)
     if folder is None:
-        return Restored(config, text, model, 0)
+        return Restored(config, checkpoint, text, model, 0)
     training = assemble(config, trees.split(model, config.method))
     checkpoints = Checkpoints(folder)
     state, _ = checkpoints.restore(training.state, say=warn)
     checkpoints.close()
-    return Restored(config, text, training._replace(state=state).model(), int(state.step))
+    return Restored(
+        config, checkpoint, text, training._replace(state=state).model(), int(state.step)
+    )

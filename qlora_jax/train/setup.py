@@ -26,13 +26,15 @@ from qlora_jax.text.bpe import train_bpe
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.display import progress
 from qlora_jax.train.quantization import describe_stored
-from qlora_jax.train.start import Splitter, from_folder, linears_of
+from qlora_jax.train.start import Splitter, given_values, linears_of, with_replaced
 
 
 def open_model(
     config: Config, warn: Callable[[str], None] = lambda line: None
 ) -> tuple[Checkpoint, Tokenizer]:
     """Opens the model and its tokenizer, after all that can be checked before.
+
+    Where the config names an adapter to go on from, the tensors that it replaces are replaced.
 
     Args:
       config: of the run.
@@ -43,7 +45,8 @@ def open_model(
     """
     _check_settings(config)
     scratch = config.model.path == fresh.NAME
-    checkpoint = _fresh(config) if scratch else open_checkpoint(config.model)
+    checkpoint = _fresh(config) if scratch else open_checkpoint(config.model, warn)
+    checkpoint = with_replaced(config, checkpoint)
     _check_checkpoint(config, checkpoint)
     text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path, warn)
     if text.vocab_size > checkpoint.config.vocab_size:
@@ -129,7 +132,7 @@ def load_model(
     specs: dict[str, AdapterSpec] = {}
     splitter = None
     if not full:
-        checkpoint, values = from_folder(config, checkpoint, warn)
+        values = given_values(config, warn)
         specs = plan(lora, linears_of(checkpoint))
         splitter = Splitter(lora, specs) if lora.init in STARTS else None
     model = _load(config, checkpoint, splitter)

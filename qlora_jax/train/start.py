@@ -14,11 +14,11 @@ from qlora_jax.config import Config, LoraConfig
 from qlora_jax.formats import peft
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import Stored, read_linear, storing
-from qlora_jax.formats.overlay import Overlay
+from qlora_jax.formats.overlay import overlay
 from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights, plan
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.init.split import Task, error
-from qlora_jax.models.parts import linears
+from qlora_jax.models.parts import linear_shapes
 from qlora_jax.runtime.errors import RunFailed, UserError
 
 GIVEN = (
@@ -74,36 +74,38 @@ def _decided(adapters: peft.AdapterSet) -> dict[str, Any]:
     return {name: values[name] for name in GIVEN}
 
 
-def from_folder(
-    config: Config, checkpoint: Checkpoint, warn: Callable[[str], None]
-) -> tuple[Checkpoint, LoraSet]:
-    """The checkpoint with the adapter's own tensors laid over it, and the adapter's values.
+def with_replaced(config: Config, checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint with the tensors that `lora.from_adapter` replaces.
 
     Raises:
       UserError: the adapter cannot be read or is for another model.
     """
-    if config.lora.from_adapter is None:
-        return checkpoint, {}
+    if config.method == "full" or config.lora.from_adapter is None:
+        return checkpoint
     folder = Path(config.lora.from_adapter)
     found = peft.read_adapter(folder)
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-    tied = checkpoint.config.tie_embeddings
-    peft.check_fits(found, linears_of(checkpoint), shapes, tied, folder)
+    peft.check_fits(found, checkpoint.config, folder)
+    return overlay(checkpoint, found.replaced.tensors, tied=found.replaced.ties)
+
+
+def given_values(config: Config, warn: Callable[[str], None]) -> LoraSet:
+    """Returns the adapters of `lora.from_adapter` by module path; none where it is not set.
+
+    Raises:
+      UserError: the adapter cannot be read.
+    """
+    if config.lora.from_adapter is None:
+        return {}
+    folder = Path(config.lora.from_adapter)
+    found = peft.read_adapter(folder)
     if peft.without_effect(found.adapters):
         warn(f"warning: {folder}: every B is zero, so the adapter changes nothing")
-    if found.replaced.tensors:
-        checkpoint = Overlay(checkpoint, found.replaced.tensors)
-    return checkpoint, found.adapters
+    return found.adapters
 
 
 def linears_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """The layers' linears by module path: (in, out)."""
-    config = checkpoint.config
-    return {
-        f"{config.names.layers}.{i}.{path}": (linear.inputs, linear.outputs)
-        for i in range(config.num_layers)
-        for path, linear in linears(config).items()
-    }
+    """Returns the layers' linears: module path to (in, out)."""
+    return linear_shapes(checkpoint.config)
 
 
 class Splitter:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.formats.peft import read_adapter, write_adapter
+from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.formats.peft import check_fits, read_adapter, write_adapter
 from qlora_jax.lora.arithmetic import difference
 from qlora_jax.lora.spec import SCALINGS
 from qlora_jax.lora.weights import LoraWeights
+from qlora_jax.models.parts import adaptable
 from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import UserError
 
@@ -58,7 +60,13 @@ def test_what_peft_wrote_survives_reading_and_writing(
     assert len(adapter.adapters) == 21
     assert {(a.rank, a.alpha) for a in adapter.adapters.values()} == {(8, 16)}
     assert adapter.adapters["model.layers.0.mlp.down_proj"].a.shape == (128, 8)
-    write_adapter(tmp_path / "out", adapter.adapters, base_name="llama", scaling=adapter.scaling)
+    write_adapter(
+        tmp_path / "out",
+        adapter.adapters,
+        base_name="llama",
+        scaling=adapter.scaling,
+        modules=adaptable(open_folder(models / "llama").config),
+    )
     before = load_file(original / "adapter_model.safetensors")
     after = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert before.keys() == after.keys()
@@ -120,17 +128,25 @@ def test_factors() -> None:
     assert factor(adapter, "constant") == 32
 
 
+UP0 = "model.layers.0.mlp.up_proj"
+
+
 @pytest.mark.parametrize(
-    ("paths", "targets"),
+    ("modules", "paths", "targets"),
     [
-        ([Q0, Q1], ["q_proj"]),
-        ([Q0, Q1, "lm_head"], ["lm_head", "q_proj"]),
-        ([Q1], [Q1]),
-        ([Q0, Q1, UP1], [UP1, Q0, Q1]),
+        ([Q0, Q1, UP0, UP1, "lm_head"], [Q0, Q1], ["q_proj"]),
+        ([Q0, Q1, UP0, UP1, "lm_head"], [Q0, Q1, "lm_head"], ["lm_head", "q_proj"]),
+        ([Q0, Q1, UP0, UP1], [Q0], [Q0]),
+        ([Q0, Q1, UP0, UP1], [Q1], [Q1]),
+        ([Q0, Q1, UP0, UP1], [Q0, Q1, UP1], [UP1, Q0, Q1]),
+        (None, [Q0, Q1], [Q0, Q1]),
     ],
 )
-def test_short_target_names_only_where_they_claim_no_more(tmp_path, paths, targets) -> None:
-    write_adapter(tmp_path / "a", {path: make(4, 8) for path in paths}, base_name="m")
+def test_short_target_names_only_where_they_claim_no_more(
+    tmp_path, modules, paths, targets
+) -> None:
+    adapters = {path: make(4, 8) for path in paths}
+    write_adapter(tmp_path / "a", adapters, base_name="m", modules=modules)
     assert sorted(config(tmp_path / "a")["target_modules"]) == sorted(targets)
 
 
@@ -219,8 +235,7 @@ def truncate(folder: Path) -> None:
     ("damage", "says"),
     [
         (without(f"{Q0}.lora_A"), rf"missing: base_model.model.{Q0}.lora_A.weight"),
-        (without("q_proj"), "missing: any module q_proj"),
-        (without("lora"), "missing: any module"),
+        (without("lora"), "missing: every tensor"),
         (
             without("nothing", (f"base_model.model.{Q0}.lora_magnitude_vector", np.ones(64))),
             "unexpected tensors: .*lora_magnitude_vector",
@@ -228,17 +243,44 @@ def truncate(folder: Path) -> None:
         (truncate, "truncated or damaged"),
         (
             lambda f: (f / "adapter_model.safetensors").unlink(),
-            "adapter_model.safetensors: no such",
+            "reference: no adapter_model.safetensors in it; give a folder in PEFT's format",
         ),
-        (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json: no such"),
+        (
+            lambda f: (f / "adapter_config.json").unlink(),
+            "reference: no adapter_config.json in it; give a folder in PEFT's format",
+        ),
+        (
+            lambda f: (f / "adapter_config.json").rename(f / "config.json"),
+            "no adapter_config.json in it; it is a model and no adapter; give it as model.path",
+        ),
         (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
         (setting(r=4), r"has A \[8, 128\] and B \[64, 8\], but adapter_config.json says rank 4"),
         (setting(peft_type="IA3"), "peft_type 'IA3' is not supported"),
         (setting(use_dora=True), f"missing: .*{Q0}.lora_magnitude_vector"),
         (setting(use_qalora=True), "use_qalora is set"),
-        (setting(modules_to_save=["lm_head"]), "missing: module lm_head, which modules_to_save"),
-        (setting(bias="some"), "bias 'some' is not supported"),
+        (setting(bias="some"), "bias 'some': Input should be 'none', 'all' or 'lora_only'"),
+        (setting(lora_alpha=None), "lora_alpha None: Input should be a valid number"),
+        (setting(lora_alpha="8"), "lora_alpha '8': Input should be a valid number"),
+        (setting(lora_alpha=True), "lora_alpha True: Input should be a valid number"),
+        (setting(lora_alpha=float("nan")), "lora_alpha nan: Input should be a finite number"),
+        (setting(r=8.5), "r 8.5: Input should be a valid integer"),
+        (setting(target_modules=None), "target_modules.* None"),
+        (setting(target_modules=[]), "target_modules.*at least 1 item"),
+        (setting(target_modules=[1]), "target_modules.* 1: Input should be a valid string"),
+        (setting(exclude_modules=3), "exclude_modules.* 3: Input should be a valid"),
+        (setting(layers_to_transform="1"), "layers_to_transform.* '1'"),
+        (setting(layers_to_transform=[-1]), "layers_to_transform.* -1"),
+        (setting(rank_pattern=["q_proj"]), r"rank_pattern.*\['q_proj'\]"),
+        (setting(alpha_pattern={"q_proj": "2"}), "alpha_pattern.q_proj '2'"),
+        (setting(modules_to_save="lm_head"), "modules_to_save 'lm_head'"),
+        (setting(use_dora="yes"), "use_dora 'yes': Input should be a valid boolean"),
+        (setting(lora_dropout="0.1"), "lora_dropout '0.1'"),
+        (setting(ensure_weight_tying=1), "ensure_weight_tying 1"),
+        (setting(base_model_name_or_path=7), "base_model_name_or_path 7"),
+        (setting(init_lora_weights=[]), r"init_lora_weights \[\] changes the base"),
+        (setting(use_something_new=True), "use_something_new True is not known, and may change"),
+        (setting(new_config={"a": 1}), r"new_config \{'a': 1\} is not known"),
         (
             without("nothing", ("base_model.model.model.embed_tokens.lora_embedding_A", ROW)),
             "adapters of embeddings are not supported",
@@ -270,6 +312,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch, erro
         raise error
 
     monkeypatch.setattr(json_files, "_bytes", refused)
+    (tmp_path / "adapter_config.json").touch()
     with pytest.raises(UserError, match=f"^{tmp_path}/adapter_config.json: {says}"):
         read_adapter(tmp_path)
 
@@ -327,3 +370,53 @@ def test_a_difference_is_the_update_less_the_first_one(scaling) -> None:
     assert (made.rank, made.a.shape, made.b.shape) == (8, (64, 8), (8, 32))
     with pytest.raises(ValueError, match="unlike rank"):
         difference(now, make(2, 8), scaling)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "c_attn", "query_key_value"], "drop": ("q_proj",)},
+        {"target_modules": "all-linear", "drop": ("_proj",)},
+        {"target_modules": "ALL-linear", "exclude_modules": ["up_proj"], "drop": ("_proj",)},
+        {"modules_to_save": ["score"]},
+        {"rank_pattern": None, "alpha_pattern": None, "fan_in_fan_out": True},
+        {"some_number_of_a_later_version": 3, "some_flag": False, "some_config": {}},
+    ],
+)
+def test_settings_that_match_nothing_in_the_model_are_no_fault(models, reference, changes) -> None:
+    """PEFT 0.21 loads each of them."""
+    kept = changes.pop("drop", None)
+    excluded = changes.get("exclude_modules", [])
+    if kept:
+        path = reference / "adapter_model.safetensors"
+        tensors = {
+            name: tensor
+            for name, tensor in load_file(path).items()
+            if any(part in name for part in kept) and not any(part in name for part in excluded)
+        }
+        save_file(tensors, path)
+    edit_config(reference, **changes)
+    check_fits(read_adapter(reference), open_folder(models / "llama").config, reference)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (without("layers.2."), r"not whole: .*file has no tensors .*model.layers.2.mlp.down_proj"),
+        (without(f"{UP1}.lora"), f"not whole: .*file has no tensors for them: {UP1}; export"),
+        (setting(target_modules=["q_proj"]), "modules that adapter_config.json does not cover: "),
+        (setting(exclude_modules="model.*up_proj"), f"does not cover: {UP0}, "),
+        (setting(layers_to_transform=[0, 1]), "does not cover: model.layers.2."),
+        (setting(layers_to_transform=1), "does not cover: model.layers.0."),
+        (setting(layers_to_transform=1, layers_pattern="h"), "does not cover: model.layers.0."),
+        (setting(modules_to_save=["lm_head"]), "file lacks them: lm_head.weight; export"),
+        (setting(modules_to_save=["mlp"]), r"file lacks them: model.layers.0.mlp.down_proj.weight"),
+        (setting(target_modules="(a"), "target_modules: .*is not a regular expression"),
+    ],
+)
+def test_what_the_settings_cover_is_compared_with_the_file(models, reference, damage, says) -> None:
+    damage(reference)
+    with pytest.raises(UserError, match=says) as e:
+        check_fits(read_adapter(reference), open_folder(models / "llama").config, reference)
+    assert str(reference) in str(e.value)
+    assert "\n" not in str(e.value)

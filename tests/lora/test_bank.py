@@ -47,8 +47,8 @@ def banked(models, quant=None, dtype=jnp.float32):
 
 @pytest.fixture(scope="module")
 def adapters(models):
-    linears = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32).linears()
-    return [read_plain(models / "llama" / name, linears) for name in NAMES]
+    model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+    return [read_plain(models / "llama" / name, model) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -171,23 +171,25 @@ def folder(models, tmp_path):
     return shutil.copytree(models / "llama" / "peft_lora", tmp_path / "peft_lora")
 
 
-LINEARS = {"model.layers.0.self_attn.q_proj": (64, 64)}
+def test_an_adapter_of_another_model_is_refused(models, folder):
+    other = load(open_folder(models / "llama_rope_llama3"), quant=None, dtype=jnp.float32)
+    with pytest.raises(UserError, match="peft_lora: belongs to another model") as refused:
+        read_plain(folder, other)
+    assert "q_proj (adapter [64, 64], model [32, 32])" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("linears", "message"),
-    [
-        (LINEARS, "peft_lora: the model has no linear model.layers.0.mlp.down_proj; the adapter"),
-        (
-            {"model.layers.0.mlp.down_proj": (96, 64)},
-            r"peft_lora: model.layers.0.mlp.down_proj is \[\d+, 64\] \(in, out\) in the adapter "
-            r"and \[96, 64\] in the model",
-        ),
-    ],
-)
-def test_an_adapter_of_another_model_is_refused(folder, linears, message):
-    with pytest.raises(UserError, match=message):
-        read_plain(folder, linears)
+def test_an_embedding_that_was_saved_as_it_was_is_no_hindrance(models, folder):
+    base = open_folder(models / "llama")
+    model = load(base, quant=None, dtype=jnp.bfloat16)
+    file = folder / "adapter_model.safetensors"
+    tensors, key = load_file(file), "base_model.model.model.embed_tokens.weight"
+    tensors[key] = base.read("model.embed_tokens.weight")
+    save_file(tensors, file)
+    assert read_plain(folder, model).keys() == model.linears().keys()
+    tensors[key][3, 5] += 1
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight was trained beside the adapters"):
+        read_plain(folder, model)
 
 
 def test_dora_is_refused(folder):

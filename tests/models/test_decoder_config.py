@@ -21,7 +21,8 @@ LLAMA3 = {
 
 
 def read(model_type="llama", **settings):
-    return from_hugging_face({"model_type": model_type} | SHAPE | settings, "config.json")
+    heads = {} if model_type == "llama" else {"num_key_value_heads": 4}
+    return from_hugging_face({"model_type": model_type} | SHAPE | heads | settings, "config.json")
 
 
 def test_what_a_file_leaves_out():
@@ -160,7 +161,7 @@ def test_errors(settings, message):
     ],
 )
 def test_a_value_without_sense_is_an_error(settings):
-    raw = {"model_type": "qwen2"} | SHAPE | settings
+    raw = {"model_type": "qwen2", "num_key_value_heads": 4} | SHAPE | settings
     with pytest.raises(UserError, match=r"config.json: a value cannot be used: "):
         from_hugging_face(raw, "config.json")
 
@@ -178,3 +179,58 @@ def test_a_missing_key_is_named(key):
     del raw[key]
     with pytest.raises(UserError, match=f"config.json: key {key} is missing"):
         from_hugging_face(raw, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("family", "heads"),
+    [("mistral", 8), ("qwen2", 32), ("qwen3", 32), ("smollm3", 4), ("gemma", 16), ("gemma2", 4)],
+)
+def test_key_value_heads_that_a_file_leaves_out_are_those_of_the_familys_class(family, heads):
+    raw = {"model_type": family} | SHAPE | {"num_attention_heads": 32}
+    assert from_hugging_face(raw, "config.json").num_kv_heads == heads
+    assert from_hugging_face(raw | {"num_key_value_heads": None}, "c").num_kv_heads == 32
+
+
+def test_key_value_heads_that_do_not_divide_the_heads_are_refused():
+    with pytest.raises(UserError, match="num_key_value_heads 3 does not divide num_attention_head"):
+        read(num_key_value_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("swish", "silu"),
+        ("gelu_python", "gelu"),
+        ("gelu_new", "gelu_pytorch_tanh"),
+        ("gelu_fast", "gelu_pytorch_tanh"),
+    ],
+)
+def test_activations_have_other_names(name, same):
+    assert read(hidden_act=name) == read(hidden_act=same)
+    with pytest.raises(UserError, match="hidden_act 'quick_gelu' is not supported"):
+        read(hidden_act="quick_gelu")
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "windows"),
+    [
+        ("mistral", {"use_sliding_window": False}, (9, 9, 9, 9)),
+        ("mistral", {"layer_types": [FULL] * 4}, (9, 9, 9, 9)),
+        ("phi3", {}, (9, 9, 9, 9)),
+        ("qwen2", {"layer_types": [SLIDING] * 4}, (None,) * 4),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, (None, None, None, 9)),
+        ("gemma2", {"use_sliding_window": False}, (9, None, 9, None)),
+        ("gemma3_text", {"layer_types": [FULL, SLIDING, FULL, SLIDING]}, (None, 9, None, 9)),
+        ("smollm3", {}, (None,) * 4),
+        ("smollm3", {"layer_types": [SLIDING, FULL, FULL, SLIDING]}, (9, None, None, 9)),
+        ("smollm3", {"use_sliding_window": True}, (None, None, None, 9)),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": None}, (None,) * 4),
+        ("llama", {"layer_types": [SLIDING] * 4}, (None,) * 4),
+    ],
+)
+def test_windows_are_those_of_transformers(family, settings, windows):
+    """As transformers 5.24 masks the layers of each family."""
+    assert read(family, **{"sliding_window": 9} | settings).windows == windows

@@ -58,7 +58,7 @@ class Running:
         self.service = Service(
             worker=Worker(self.scheduler),
             tokenizer=text,
-            linears={},
+            model=None,
             vocabulary=246,
             length=LENGTH,
             timeout=timeout,

@@ -71,7 +71,7 @@ def stuck(monkeypatch):
     """Reading an adapter as from a disk that does not answer; the event ends it."""
     answers = threading.Event()
 
-    def read(path, linears):
+    def read(path, model):
         answers.wait(120)
         raise UserError("read after all")
 

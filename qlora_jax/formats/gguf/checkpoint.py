@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_jax.formats import tying
 from qlora_jax.formats.gguf.architectures import ARCHITECTURES, hugging_face_name
 from qlora_jax.formats.gguf.config import ROPE_TABLE, config_of
 from qlora_jax.formats.gguf.parts import read_parts
@@ -16,7 +17,6 @@ from qlora_jax.formats.gguf.tensors import (
     layouts,
     read_tensor,
 )
-from qlora_jax.formats import tying
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import FAMILIES

@@ -96,7 +96,7 @@ def config_of(header: GgufHeader, found: Mapping[str, GgufTensor], path: Path) -
     head_dim, rotated = _head_sizes(metadata, family)
     raw = _keys(metadata, family, found, head_dim)
     config = from_hugging_face({family.keys.get(k, k): v for k, v in raw.items()}, str(path))
-    if metadata.window and not family.defaults.get("use_sliding_window"):
+    if metadata.window and family.windows not in ("all", "patterned"):
         raise UserError(
             f"{path}: metadata {architecture}.attention.sliding_window is {metadata.window}; "
             f"sliding windows of architecture {architecture} are not supported"

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from qlora_jax.formats.peft.targets import Targets
 from qlora_jax.lora.spec import Scaling
 from qlora_jax.lora.weights import LoraSet, LoraWeights
 
@@ -21,7 +22,8 @@ class Replaced:
 
     Attributes:
       tensors: by Hugging Face name, in Hugging Face's layout.
-      modules: names of the modules that were trained whole (`modules_to_save`).
+      modules: names of the modules that were trained whole (`modules_to_save`); a tensor of no
+        such module is an embedding or a head that was saved as it was.
       bias: whose biases were trained.
       ties: whether a replaced embedding is the head's as well, where the base ties them.
     """
@@ -34,18 +36,33 @@ class Replaced:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSet:
-    """What an adapter folder holds. `scaling` is alpha/r or alpha/sqrt(r)."""
+    """What an adapter folder holds.
+
+    Attributes:
+      adapters: module paths to adapters.
+      scaling: how alpha becomes the factor: alpha/r or alpha/sqrt(r).
+      base_name: the name or path of the model that it was trained on, or nothing.
+      dropout: the rate of dropout that it was trained with.
+      targets: the settings that chose its modules.
+      replaced: parameters of the base that were trained beside the adapters.
+    """
 
     adapters: dict[str, LoraWeights]
     scaling: Scaling
     base_name: str
     dropout: float
+    targets: Targets
     replaced: Replaced = Replaced()
 
     @property
     def dora(self) -> bool:
         """Whether the adapters have magnitudes; all or none have."""
         return any(adapter.magnitude is not None for adapter in self.adapters.values())
+
+    @property
+    def beyond_lora(self) -> bool:
+        """Whether it holds more than plain LoRA, so that it cannot be one of several adapters."""
+        return self.dora or bool(self.replaced.tensors)
 
 
 def without_effect(adapters: LoraSet) -> bool:

@@ -1,24 +1,28 @@
 """adapter_config.json: what of it is understood, and what is refused because it is not."""
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from qlora_jax.formats import contents
 from qlora_jax.formats.peft.adapter import Replaced
+from qlora_jax.formats.peft.targets import Targets, short_names
 from qlora_jax.lora.patterns import BadPattern, first_match
 from qlora_jax.lora.spec import Scaling
 from qlora_jax.lora.weights import LoraSet
-from qlora_jax.runtime import json_files
+from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
 Rank = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Factor = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Flag = Annotated[bool, Field(strict=True)] | None
+Text = Annotated[str, Field(strict=True)]
+Texts = list[Text] | Text | None
+Index = Annotated[int, Field(ge=0, strict=True)]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -27,15 +31,18 @@ class Settings(TypedDict):
 
     r: Rank
     lora_alpha: Factor
-    target_modules: list[str] | str | None
-    rank_pattern: NotRequired[dict[str, Rank] | None]
-    alpha_pattern: NotRequired[dict[str, Factor] | None]
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Text
+    exclude_modules: NotRequired[Texts]
+    layers_to_transform: NotRequired[list[Index] | Index | None]
+    layers_pattern: NotRequired[Texts]
+    rank_pattern: NotRequired[dict[Text, Rank] | None]
+    alpha_pattern: NotRequired[dict[Text, Factor] | None]
     use_rslora: NotRequired[Flag]
     use_dora: NotRequired[Flag]
     lora_dropout: NotRequired[Annotated[float, Field(ge=0, le=1, strict=True)] | None]
-    modules_to_save: NotRequired[list[str] | None]
-    bias: NotRequired[str]
-    base_model_name_or_path: NotRequired[str | None]
+    modules_to_save: NotRequired[list[Text] | None]
+    bias: NotRequired[Literal["none", "all", "lora_only"]]
+    base_model_name_or_path: NotRequired[Text | None]
     ensure_weight_tying: NotRequired[Flag]
 
 
@@ -45,7 +52,6 @@ OTHER_FUNCTIONS = (
     "use_qalora",
     "use_bdlora",
     "lora_bias",
-    "fan_in_fan_out",
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
@@ -54,36 +60,53 @@ OTHER_FUNCTIONS = (
     "kasa_config",
     "monteclora_config",
     "velora_config",
+    "megatron_config",
 )
 """Settings of PEFT that, when set, make an adapter compute something that is not LoRA or DoRA."""
+
+NO_EFFECT = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "inference_mode",
+    "fan_in_fan_out",  # PEFT sets it to false for a linear
+    "init_lora_weights",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "unsloth_fixed",
+)
+"""Settings that do not change what a stored adapter computes; `init_lora_weights` is checked."""
 
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base weights as they are."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of an adapter.
+    """Reads the settings of an adapter.
 
     Raises:
-      UserError: missing or damaged, or it asks for something that is not LoRA or DoRA.
+      UserError: the file is missing or damaged, a value is of a wrong type, or a setting asks for
+        something that is not LoRA or DoRA.
     """
-    config = json_files.read_object(
-        path, "export the adapter again", "no such file; an adapter in PEFT's format has one"
-    )
+    if not paths.is_file(path):
+        raise contents.not_an_adapter(path.parent, path.name)
+    config = json_files.read_object(path, "export the adapter again")
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported: LORA"
         )
-    if absent := [key for key in ("r", "lora_alpha", "target_modules") if key not in config]:
-        raise UserError(f"{path}: key {absent[0]} is missing")
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise UserError(
-            f"{path}: bias {config['bias']!r} is not supported; supported: none, all, lora_only"
-        )
     for key in OTHER_FUNCTIONS:
         if config.get(key):
             raise UserError(f"{path}: {key} is set, and only LoRA and DoRA adapters are supported")
-    if (init := config.get("init_lora_weights")) not in PLAIN_INITS:
+    init = config.get("init_lora_weights")
+    if not isinstance(init, bool | str | None) or init not in PLAIN_INITS:
         raise UserError(
             f"{path}: init_lora_weights {init!r} changes the base weights; convert it to a plain "
             "LoRA adapter with PEFT's path_initial_model_for_weight_conversion"
@@ -92,11 +115,46 @@ def read_config(path: Path) -> dict[str, Any]:
         checked: Any = _SETTINGS.validate_python(config)
     except ValidationError as e:
         problem = e.errors()[0]
+        if problem["type"] == "missing":
+            raise UserError(f"{path}: key {problem['loc'][0]} is missing") from None
         key = ".".join(map(str, problem["loc"]))
         raise UserError(
             f"{path}: {key} {problem['input']!r:.80}: {problem['msg']}; export the adapter again"
         ) from None
+    _check_unknown(config, path)
     return checked
+
+
+def _check_unknown(config: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError for a setting that is not known and is switched on.
+
+    A number alone switches nothing on.
+    """
+    known = {*Settings.__annotations__, *OTHER_FUNCTIONS, *NO_EFFECT}
+    for key, value in config.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in known and value and not number:
+            raise UserError(
+                f"{path}: {key} {value!r:.80} is not known, and may change what the adapter "
+                "computes; remove it if it does not"
+            )
+
+
+def targets_of(config: Mapping[str, Any]) -> Targets:
+    """Returns the settings that choose the modules, out of those that `read_config` checked."""
+
+    def listed(key: str) -> Any:
+        value = config.get(key)
+        return () if value is None else (value,) if isinstance(value, int | str) else value
+
+    excluded = config.get("exclude_modules")
+    return Targets(
+        target_modules=config["target_modules"],
+        exclude_modules=excluded if isinstance(excluded, str) else listed("exclude_modules"),
+        layers_to_transform=listed("layers_to_transform"),
+        layers_pattern=listed("layers_pattern"),
+        modules_to_save=listed("modules_to_save"),
+    )
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, where: object) -> Any:
@@ -125,8 +183,20 @@ def make_config(
     scaling: Scaling,
     dropout: float,
     replaced: Replaced,
+    modules: Collection[str] | None,
 ) -> dict[str, Any]:
-    """The settings with which PEFT loads these adapters; none has rank 0."""
+    """Returns the settings with which PEFT loads these adapters; none has rank 0.
+
+    Args:
+      adapters: module paths to adapters.
+      base_name: the model's name or path.
+      revision: the model's revision, where it is a hub's.
+      scaling: how alpha becomes the factor.
+      dropout: the rate, for whoever trains on.
+      replaced: the parameters of the base that belong to the adapters.
+      modules: paths of all modules of the model that PEFT can adapt; None where they are not
+        known, so that every adapted path is written out.
+    """
     ranks = {path: adapter.rank for path, adapter in adapters.items()}
     alphas = {
         path: _number(adapter.alpha * (adapter.rank if scaling == "constant" else 1))
@@ -146,7 +216,7 @@ def make_config(
         "alpha_pattern": alpha_pattern,
         "use_rslora": scaling == "alpha/sqrt(r)",
         "use_dora": any(adapter.magnitude is not None for adapter in adapters.values()),
-        "target_modules": _targets(adapters),
+        "target_modules": short_names(adapters, modules) if modules else sorted(adapters),
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": list(replaced.modules) or None,
@@ -165,19 +235,3 @@ def _number(value: float) -> int | float:
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {path: value for path, value in values.items() if value != common}
-
-
-def _targets(paths: Iterable[str]) -> list[str]:
-    """Short names if every layer up to the last has all of them, else whole paths.
-
-    PEFT adapts whatever ends in a short name, so these would claim too much in the other case.
-    """
-    layers: dict[str, set[int]] = defaultdict(set)
-    paths = sorted(paths)
-    for path in paths:
-        found = re.search(r"\.(\d+)\.", path)
-        kind = re.sub(r"\.\d+\.", ".*.", path, count=1)
-        layers[kind].update([int(found[1])] if found else [])
-    last = max((max(indices) for indices in layers.values() if indices), default=-1)
-    whole = all(len(indices) in (0, last + 1) for indices in layers.values())
-    return sorted({path.rpartition(".")[2] for path in paths}) if whole else paths

@@ -1,66 +1,83 @@
-"""Whether an adapter belongs to a model."""
+"""Whether an adapter belongs to a model, and whether it is whole."""
 
-from collections.abc import Mapping
-
-from qlora_jax.formats.peft.adapter import AdapterSet, listed
-from qlora_jax.lora.weights import LoraSet, misfits
+from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet, listed
+from qlora_jax.formats.peft.read import within
+from qlora_jax.formats.tying import matrices
+from qlora_jax.lora.weights import misfits
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.parts import expected_shapes, linear_shapes
 from qlora_jax.runtime.errors import UserError
 
 
-def check_fits(
-    adapters: AdapterSet,
-    linears: Mapping[str, tuple[int, int]],
-    shapes: Mapping[str, tuple[int, ...]],
-    tied: bool,
-    where: object,
-) -> None:
-    """Raises UserError, listing what does not fit, unless the adapters are for this model.
+def check_fits(adapters: AdapterSet, config: DecoderConfig, where: object) -> None:
+    """Raises UserError, listing what does not fit, unless the adapters are all of this model's.
+
+    The modules that the adapter's settings cover in this model are compared with those that its
+    file has, both ways. Settings that match nothing in this model are no fault, as in PEFT.
 
     Args:
-      adapters: as read.
-      linears: the model's, by path: (in, out).
-      shapes: of all its parameters, by Hugging Face name.
-      tied: whether its head is its embedding.
+      adapters: the adapters.
+      config: the model's config.
       where: the adapter's folder, for the message.
     """
+    if problems := _strangers(adapters, config):
+        raise UserError(
+            f"{where}: belongs to another model ({adapters.base_name or 'not named'}); what does "
+            f"not fit: {listed(problems)}"
+        )
+    names = config.names
+    covered = adapters.targets.covered(
+        linear_shapes(config).keys(), (names.head, names.embed), f"{where}/{CONFIG}"
+    )
+    if absent := [path for path in covered if path not in adapters.adapters]:
+        raise UserError(
+            f"{where}: not whole: {CONFIG} covers these modules, and the file has no tensors for "
+            f"them: {listed(absent)}; export it again"
+        )
+    if absent := _not_replaced(adapters, config, covered):
+        raise UserError(
+            f"{where}: not whole: {CONFIG} says that these were trained, and the file lacks them: "
+            f"{listed(absent)}; export it again"
+        )
+    if extra := sorted(adapters.adapters.keys() - set(covered)):
+        raise UserError(
+            f"{where}: the file has tensors for modules that {CONFIG} does not cover: "
+            f"{listed(extra)}; add them to target_modules, or export it again"
+        )
+
+
+def _strangers(adapters: AdapterSet, config: DecoderConfig) -> list[str]:
+    """Returns what the model lacks or has in another shape."""
+    shapes, (embed, head) = expected_shapes(config), matrices(config)
+    shapes.setdefault(head, shapes[embed])
     problems = [
         f"{path} (the model has none)"
         if model is None
         else f"{path} (adapter {list(own)}, model {list(model)})"
-        for path, own, model in misfits(adapters.adapters, linears)
+        for path, own, model in misfits(adapters.adapters, linear_shapes(config))
     ]
     for name, array in adapters.replaced.tensors.items():
         if name not in shapes:
             problems.append(f"{name} (the model has none)")
         elif array.shape != tuple(shapes[name]):
             problems.append(f"{name} (adapter {list(array.shape)}, model {list(shapes[name])})")
-    if problems:
-        raise UserError(
-            f"{where}: belongs to another model ({adapters.base_name or 'not named'}); what does "
-            f"not fit: {listed(problems)}"
-        )
+    return problems
+
+
+def _not_replaced(adapters: AdapterSet, config: DecoderConfig, covered: list[str]) -> list[str]:
+    """Returns the parameters that the settings say were trained whole, and the file lacks."""
     replaced = adapters.replaced
-    if tied and not replaced.ties and "model.embed_tokens.weight" in replaced.tensors:
-        raise UserError(
-            f"{where}: replaces the embedding of a model whose head is the embedding, and leaves "
-            "the head as it was, which needs two matrices; train it with ensure_weight_tying"
+    biases = {
+        "none": lambda path: False,
+        "all": lambda path: True,
+        "lora_only": lambda path: path in covered,
+    }[replaced.bias]
+    return [
+        name
+        for name in expected_shapes(config)
+        if name not in replaced.tensors
+        and (
+            any(within(name, module) for module in replaced.modules)
+            or (name.endswith(".bias") and biases(name.removesuffix(".bias")))
         )
-
-
-def check_linears(where: object, adapters: LoraSet, linears: Mapping[str, tuple[int, int]]) -> None:
-    """Raises UserError, naming the first that does not fit, unless a model has these linears.
-
-    Args:
-      where: what to name in the message.
-      adapters: plain LoRA, by path.
-      linears: the model's, by path: (in, out).
-    """
-    for path, own, model in misfits(adapters, linears):
-        if model is None:
-            raise UserError(
-                f"{where}: the model has no linear {path}; the adapter is another model's"
-            )
-        raise UserError(
-            f"{where}: {path} is {list(own)} (in, out) in the adapter and {list(model)} in the "
-            "model; the adapter is another model's"
-        )
+    ]

@@ -1,14 +1,16 @@
 """Adapters that may be one of several over a base: plain LoRA, from a folder or a run directory."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet
-from qlora_jax.formats.peft.fit import check_linears
+from qlora_jax.formats.peft.fit import check_fits
 from qlora_jax.formats.peft.read import read_adapter
+from qlora_jax.formats.tying import matrices
+from qlora_jax.formats.unload import parameter
 from qlora_jax.lora.weights import LoraWeights
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
@@ -24,48 +26,58 @@ def adapter_folder(path: str | Path) -> Path:
     return inner if is_run else folder
 
 
-def read_plain(
-    path: str | Path, linears: Mapping[str, tuple[int, int]] | None = None
-) -> dict[str, LoraWeights]:
+def read_plain(path: str | Path, model: Decoder | None = None) -> dict[str, LoraWeights]:
     """Reads a plain LoRA adapter.
 
     Args:
       path: a folder in PEFT's format, or a run directory.
-      linears: the model's module paths to (in_features, out_features), which the adapter must fit;
-        None asks for no model.
+      model: the model that the adapter must fit; None asks for no model.
 
     Raises:
-      UserError: as `read_adapter`; or it is another kind of adapter, or does not fit the model.
+      UserError: as `read_adapter` and `plain`.
     """
     folder = adapter_folder(path)
-    adapters = plain(folder, read_adapter(folder))
-    if linears is not None:
-        check_linears(folder, adapters, linears)
-    return adapters
+    return plain(folder, read_adapter(folder), model)
 
 
-def plain(folder: Path, stored: AdapterSet) -> dict[str, LoraWeights]:
-    """Returns the adapters of a folder in float32, if they are plain LoRA.
+def plain(
+    where: object, stored: AdapterSet, model: Decoder | None = None
+) -> dict[str, LoraWeights]:
+    """Returns adapters in float32, if they are plain LoRA.
 
     Args:
-      folder: for messages.
+      where: the adapter's folder, for messages.
       stored: what `read_adapter` read there.
+      model: the model that the adapters must fit; None asks for no model.
 
     Raises:
-      UserError: it is another kind of adapter, or more than the linears was trained.
+      UserError: it is another kind of adapter, more than the linears was trained, or the adapters
+        do not fit the model.
     """
-    if stored.replaced.tensors:
+    replaced = dict(stored.replaced.tensors)
+    if model is not None:
+        check_fits(stored, model.config, where)
+        replaced = {n: x for n, x in replaced.items() if not _holds(model, n, x)}
+    if replaced:
         raise UserError(
-            f"{folder}: {next(iter(stored.replaced.tensors))} was trained beside the adapters, so "
+            f"{where}: {next(iter(replaced))} was trained beside the adapters, so "
             "it cannot be one of several adapters; merge it into the model instead"
         )
     for name, own in stored.adapters.items():
         if own.magnitude is not None:
             raise UserError(
-                f"{folder}: {name} has magnitude, so it is no plain LoRA (DoRA, for one) and "
+                f"{where}: {name} has magnitude, so it is no plain LoRA (DoRA, for one) and "
                 "cannot be one of several adapters; merge it into the model instead"
             )
     return {
         name: own._replace(a=own.a.astype(np.float32), b=own.b.astype(np.float32))
         for name, own in stored.adapters.items()
     }
+
+
+def _holds(model: Decoder, name: str, value: np.ndarray) -> bool:
+    """Whether the model holds this value as a parameter of its own, in the dtype that it has."""
+    embed, head = matrices(model.config)
+    tied = name == head and model.config.tie_embeddings
+    held = parameter(model, embed if tied else name)
+    return np.array_equal(held, value.astype(held.dtype))

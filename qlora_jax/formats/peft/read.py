@@ -12,7 +12,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensor
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qlora_jax.formats import tensors
+from qlora_jax.formats import contents, tensors
 from qlora_jax.formats.peft.adapter import (
     CONFIG,
     PREFIX,
@@ -21,13 +21,18 @@ from qlora_jax.formats.peft.adapter import (
     Replaced,
     listed,
 )
-from qlora_jax.formats.peft.config import by_pattern, read_config
+from qlora_jax.formats.peft.config import by_pattern, read_config, targets_of
 from qlora_jax.lora.spec import SCALINGS, Scaling
 from qlora_jax.lora.weights import LoraWeights
+from qlora_jax.models.families import FAMILIES
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
 PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))")
+EMBEDDINGS = frozenset(
+    f"{module}.weight" for f in FAMILIES.values() for module in (f.names.embed, f.names.head)
+)
+"""The names of the embedding and of the head in every family."""
 BIAS = re.compile(re.escape(PREFIX) + r"(.+?)(?:\.base_layer)?\.bias")
 
 
@@ -52,7 +57,7 @@ def read_adapter(folder: Path) -> AdapterSet:
             )
         if match := PART.fullmatch(key):
             parts[match[1]][match[2] or "magnitude"] = tensor
-        elif name := _whole(key, saved):
+        elif (name := _whole(key, saved)) or (name := _embedding(key)):
             replaced[name] = tensor
         elif bias != "none" and (match := BIAS.fullmatch(key)):
             replaced[f"{match[1]}.bias"] = tensor
@@ -60,7 +65,7 @@ def read_adapter(folder: Path) -> AdapterSet:
             unexpected.append(key)
     if unexpected:
         raise UserError(f"{folder / WEIGHTS}: unexpected tensors: {listed(unexpected)}")
-    missing = _missing(config, parts, replaced, saved)
+    missing = _missing(config, parts)
     if missing or not parts:
         raise UserError(f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}")
     scaling: Scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
@@ -69,6 +74,7 @@ def read_adapter(folder: Path) -> AdapterSet:
         scaling,
         base_name=config.get("base_model_name_or_path") or "",
         dropout=float(config.get("lora_dropout") or 0.0),
+        targets=targets_of(config),
         replaced=Replaced(replaced, saved, bias, bool(config.get("ensure_weight_tying"))),
     )
 
@@ -79,44 +85,43 @@ def sha256(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _embedding(key: str) -> str | None:
+    """Returns the parameter's name, if it is an embedding or a head.
+
+    PEFT saves them beside an adapter that targets one of them, or whose vocabulary was resized
+    (`save_embedding_layers`).
+    """
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return name if name in EMBEDDINGS else None
+
+
 def _whole(key: str, saved: tuple[str, ...]) -> str | None:
     """The parameter's name in the base, if its module is one of those saved whole."""
     name = key.removeprefix(PREFIX)
-    return name if key.startswith(PREFIX) and any(_within(name, s) for s in saved) else None
+    return name if key.startswith(PREFIX) and any(within(name, s) for s in saved) else None
 
 
-def _within(name: str, saved: str) -> bool:
-    """Whether a parameter is of a module whose path ends in `saved`, in the middle of a word too,
-    as PEFT takes it: norm stands for input_layernorm as well."""
+def within(name: str, saved: str) -> bool:
+    """Whether a parameter belongs to a module that `modules_to_save` names.
+
+    The module's path ends in the name, in the middle of a word too, as PEFT takes it: norm stands
+    for input_layernorm as well.
+    """
     modules = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
     return any(module.endswith(saved) for module in modules)
 
 
-def _missing(
-    config: Mapping[str, Any],
-    parts: Mapping[str, Mapping[str, np.ndarray]],
-    replaced: Mapping[str, np.ndarray],
-    saved: tuple[str, ...],
-) -> list[str]:
+def _missing(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Returns the tensors that an adapter of the file lacks."""
     names = {"A": "lora_A.weight", "B": "lora_B.weight"}
     if config.get("use_dora"):
         names["magnitude"] = "lora_magnitude_vector"
-    missing = [
+    return [
         f"{PREFIX}{path}.{name}"
         for path, found in parts.items()
         for part, name in names.items()
         if part not in found
     ]
-    targets = config["target_modules"]
-    if isinstance(targets, list):
-        untouched = [t for t in targets if not any(f".{path}".endswith(f".{t}") for path in parts)]
-        missing += [f"any module {target}" for target in untouched]
-    missing += [
-        f"module {module}, which modules_to_save names"
-        for module in saved
-        if not any(_within(name, module) for name in replaced)
-    ]
-    return missing
 
 
 def _weights(
@@ -158,7 +163,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
                 f"{pickled}: a PyTorch pickle, which can hold code and is never read; save the "
                 f"adapter as {path.name}: save_pretrained(..., safe_serialization=True)"
             )
-        raise UserError(f"{path}: no such file; an adapter in PEFT's format has one")
+        raise contents.not_an_adapter(path.parent, path.name)
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:
             return {key: _finite(tensors.read(file, key, path), key, path) for key in file.keys()}  # noqa: SIM118

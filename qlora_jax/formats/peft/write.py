@@ -1,6 +1,7 @@
 """Arrays into an adapter folder, whole or not at all."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ def write_adapter(
     scaling: Scaling = "alpha/r",
     dropout: float = 0.0,
     replaced: Replaced = NOTHING,
+    modules: Collection[str] | None = None,
 ) -> None:
     """Writes a folder that PEFT loads; an adapter that is there already is replaced.
 
@@ -41,6 +43,8 @@ def write_adapter(
       scaling: how alpha becomes the factor.
       dropout: recorded for whoever trains on.
       replaced: parameters of the base that belong to the adapters.
+      modules: paths of all modules of the model that PEFT can adapt, so that `target_modules` may
+        hold short names; None writes whole paths.
 
     Raises:
       UserError: nothing to write, the folder holds something else, or the disk is full.
@@ -65,6 +69,7 @@ def write_adapter(
         scaling=scaling,
         dropout=dropout,
         replaced=replaced,
+        modules=modules,
     )
     with atomic_folder(folder) as new:
         save(tensors, new / WEIGHTS)
