@@ -102,7 +102,7 @@ class Case:
     [
         Case({"lora__variant": "vera"}, "lora.variant"),
         Case({"method": "lora", "lora__init": "loftq"}, "loftq"),
-        Case({"lora__from_adapter": "nowhere"}, "nowhere/adapter_config.json: no such file"),
+        Case({"lora__from_adapter": "nowhere"}, "nowhere: no such folder"),
     ],
     ids=lambda case: "-".join(case.changes),
 )

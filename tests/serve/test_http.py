@@ -257,7 +257,7 @@ def test_a_port_in_use(server, run_cli, tiny_model):
         (["--adapter=x"], "--adapter: must be NAME=DIR, not 'x'"),
         (["--adapter=x=a", "--adapter=x=b"], "--adapter x=...: the name is given twice"),
         (["--port=70000"], "--port: must be a whole number from 0 to 65535"),
-        (["--port=0", "--adapter=x=none"], "--adapter x: none/adapter_config.json: no such file"),
+        (["--port=0", "--adapter=x=none"], "--adapter x: none: no such folder"),
         (["--port=0", "--max-length=513"], "--max-length 513: the model has 512 positions"),
         (["--port=0", "--host=192.0.2.1"], "--host 192.0.2.1 --port 0: Cannot assign requested"),
         (["--port=0", "--api-key-file=none"], "--api-key-file none: cannot be read: No such file"),

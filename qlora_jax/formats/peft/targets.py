@@ -54,6 +54,8 @@ class Targets:
     def _targeted(self, path: str, where: object) -> bool:
         if isinstance(self.target_modules, str):
             return _match(path, self.target_modules, f"{where}: target_modules") is not None
+        if path in self.target_modules:  # a whole path is taken in any layer
+            return True
         found = any(named(path, target) for target in self.target_modules)
         return found and (not self.layers_to_transform or self._in_layers(path, where))
 
