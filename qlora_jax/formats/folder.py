@@ -94,7 +94,7 @@ def _write_tokenizer(source: Checkpoint, text: Tokenizer | None, folder: Path) -
                 if file.name != CONFIG:
                     _copy(file, folder / file.name)
         return
-    text.fast.save_pretrained(str(folder))
+    text.save(folder)
     ends = {"eos_token_id": list(text.stop_ids), "pad_token_id": text.pad_id}
     _write_json(folder / GENERATION, ends)
 

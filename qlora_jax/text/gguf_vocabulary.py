@@ -196,8 +196,13 @@ def load_fast_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
         )
 
 
-def build(vocabulary: Vocabulary, where: str) -> Tokenizer:
+def build(vocabulary: Vocabulary, where: str, *, space_once: bool = False) -> Tokenizer:
     """Builds a bare `tokenizers.Tokenizer`.
+
+    Args:
+      vocabulary: the metadata.
+      where: a name for messages.
+      space_once: SentencePiece's space in front of a text is not put after special tokens too.
 
     Raises:
       UserError: naming `where` and what is not supported.
@@ -205,7 +210,7 @@ def build(vocabulary: Vocabulary, where: str) -> Tokenizer:
     if vocabulary.model == "gpt2":
         tokenizer, add_bos = _byte_level(vocabulary, where)
     else:
-        tokenizer, add_bos = _sentencepiece(vocabulary), True
+        tokenizer, add_bos = _sentencepiece(vocabulary, space_once), True
     _add_tokens(tokenizer, vocabulary)
     _add_ends(tokenizer, vocabulary, add_bos)
     return tokenizer
@@ -235,7 +240,7 @@ def _byte_level(vocabulary: Vocabulary, where: str) -> tuple[Tokenizer, bool]:
     return tokenizer, pre.add_bos
 
 
-def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
+def _sentencepiece(vocabulary: Vocabulary, space_once: bool) -> Tokenizer:
     tokens, scores = vocabulary.tokens, vocabulary.scores or ()
     pieces = {
         token: score
@@ -252,9 +257,13 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
         )
     )
     prefixed = vocabulary.add_space_prefix
-    # Not Metaspace, which adds no space to a text that starts with one; SentencePiece does.
-    prepend = [normalizers.Prepend(SPACE)] if prefixed else []
+    # Not Metaspace alone, which adds no space to a text that starts with one; SentencePiece does.
+    prepend = [normalizers.Prepend(SPACE)] if prefixed and not space_once else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
+    if prefixed and space_once:
+        first = pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)
+        letter = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, letter])
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefixed:
         steps.append(decoders.Strip(content=" ", left=1))
@@ -279,6 +288,9 @@ def merges_from_scores(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     added = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
+    # SentencePiece looks for its own tokens where spaces are letters; a space that is put in front
+    # of them would be looked for too.
+    letters = vocabulary.model == "llama" and not vocabulary.add_space_prefix
     marked = [
         (token, added[TokenType(kind)])
         for token, kind in zip(vocabulary.tokens, vocabulary.types)
@@ -286,7 +298,9 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     ]
     for special in (True, False):
         chosen = [
-            AddedToken(t, normalized=False, special=special) for t, s in marked if s == special
+            AddedToken(t, normalized=letters and not special and SPACE in t, special=special)
+            for t, s in marked
+            if s == special
         ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(chosen)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError, first_line
-from qlora_jax.runtime.quiet import loading_tokenizer, quiet_transformers
+from qlora_jax.runtime.quiet import quiet_transformers
 from qlora_jax.text import template_trial
 from qlora_jax.text.messages import Message
 
@@ -27,10 +28,17 @@ FILES = (
     "added_tokens.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates*",
 )
 """Patterns of all that `load` may read in a folder, transformers included."""
 SAMPLING = ("dropout", "alpha", "nbest_size")
 """Settings of a tokenizer's model, BPE or Unigram, that make its ids random."""
+
+CLASS = "PreTrainedTokenizerFast"
+"""The `tokenizer_class` with which transformers 4 and 5 both take tokenizer.json as it is. 5 writes
+TokenizersBackend, which 4 does not know. For `model_type` qwen2, 5 takes its own class anyway."""
+LOADING = ("is_local", "local_files_only", "fix_mistral_regex")
+"""Arguments of loading that transformers would save as settings."""
 
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
 TODAY = datetime.date(2024, 7, 26)
@@ -106,6 +114,14 @@ class Tokenizer:
             [int(i) for i in ids], skip_special_tokens=skip_special_tokens
         )
 
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and the files beside it, as transformers 4 and 5 read them."""
+        self.fast.save_pretrained(str(folder))
+        file = folder / "tokenizer_config.json"
+        settings = json_files.read_object(file, "write it again") | {"tokenizer_class": CLASS}
+        kept = {key: value for key, value in settings.items() if key not in LOADING}
+        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The conversation through the chat template.
 
@@ -162,12 +178,13 @@ def load(path: str | Path, warn: Callable[[str], None] = lambda line: None) -> T
         from qlora_jax.text.gguf_vocabulary import load_fast_tokenizer
 
         return wrap(load_fast_tokenizer(path), str(path))
+    from qlora_jax.text.folder_tokenizer import load_folder
+
     if not paths.is_dir(path):
         raise UserError(f"{path}: no such folder; a tokenizer is a Hugging Face folder or a .gguf")
     if not any(paths.is_file(path / name) for name in FOLDER_FILES):
         raise UserError(f"{path}: no tokenizer.json in it; copy the tokenizer's files there")
-    with loading_tokenizer(path, "download it again, with its tokenizer.json"):
-        fast = _from_folder(path)
+    fast = load_folder(path)
     if not getattr(fast, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast version; add its tokenizer.json")
     if sampling := _stop_sampling(fast):
@@ -176,24 +193,6 @@ def load(path: str | Path, warn: Callable[[str], None] = lambda line: None) -> T
             "the same text each time; switched off"
         )
     return wrap(fast, str(path), _end_ids(path))
-
-
-def _from_folder(path: Path) -> Any:
-    with quiet_transformers():
-        from transformers import AutoTokenizer
-    try:
-        # without trust_remote_code it would ask, and run what the folder brings after a yes
-        return AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except ValueError as e:
-        if "trust_remote_code" not in str(e):
-            raise
-        raise UserError(
-            f"{path}: the tokenizer needs code that the folder brings (auto_map in "
-            "tokenizer_config.json), and such code is never run; if tokenizer.json is all "
-            "that it needs, remove auto_map"
-        ) from None
 
 
 def _stop_sampling(fast: Any) -> list[str]:
@@ -219,6 +218,7 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
     """
     fast.backend_tokenizer.no_truncation()
     fast.backend_tokenizer.no_padding()
+    fast.backend_tokenizer.encode_special_tokens = False
     vocabulary = fast.get_vocab()
     if shared := len(vocabulary) - len(set(vocabulary.values())):
         raise UserError(

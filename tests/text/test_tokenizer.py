@@ -152,14 +152,14 @@ class PanicException(BaseException):
     ],
 )
 def test_what_ends_loading(make_tokenizer, tmp_path, monkeypatch, error, expected) -> None:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     make_tokenizer().fast.save_pretrained(tmp_path)
 
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", fail)
     with pytest.raises(expected) as caught:
         tokenizers_.load(tmp_path)
     if expected is UserError:
