@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def test_a_tokenizer_of_another_model(
     run: Path, write_config: Callable[..., Path], run_cli: Callable[..., Any], tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, **PRETRAIN, pretrain__tokenizer=str(run / "model"))
+    ended = run_cli("train", config, "--pretrain.vocab_size=270")
+    assert ended.code == 2
+    assert re.search(r"pretrain.vocab_size 270: .* has ids up to \d+; give \d+ or more", ended.err)
     assert run_cli("train", config, "--train.steps=1").code == 0
     ours, theirs = (f / "model" / "tokenizer.json" for f in (tmp_path / "run", run))
     assert json.loads(ours.read_text())["model"] == json.loads(theirs.read_text())["model"]

@@ -84,8 +84,9 @@ def encode(
     starts with the last id of the one before, so that every id but the first is a target once.
 
     Raises:
-      UserError: a conversation cannot be rendered, or an example has no target left and
-        `on_no_target` is error; the record's place is named. Or no example is left at all.
+      UserError: a conversation cannot be rendered, a text cannot be encoded, or an example has no
+        target left and `on_no_target` is error; the record's place is named. Or no example is left
+        at all.
     """
     examples: list[Example] = []
     truncated = dropped = 0
@@ -122,13 +123,25 @@ def _wholes(
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
         layouts = [lay_out(record, tokenizer, config) for record in batch]
-        encoded = tokenizer.encode_batch([layout.text for layout in layouts])
+        encoded = _encode_batch(batch, layouts, tokenizer)
         for record, layout, (ids, offsets) in zip(batch, layouts, encoded):
             with _naming(record):
                 spans = layout.answers(_end(layout, offsets, config.sequence_length + 1))
             targets = mark(offsets, spans)
             whole = _finish(layout, ids, targets, tokenizer, config.loss_on == "all")
             yield record, layout.chunked, whole
+
+
+def _encode_batch(
+    records: Sequence[Record], layouts: Sequence[Layout], tokenizer: Tokenizer
+) -> list[tuple[list[int], np.ndarray]]:
+    try:
+        return tokenizer.encode_batch([layout.text for layout in layouts])
+    except UserError:  # of one of them: which is it?
+        for record, layout in zip(records, layouts):
+            with _naming(record):
+                tokenizer.encode(layout.text)
+        raise
 
 
 def conversation(

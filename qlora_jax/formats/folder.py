@@ -67,7 +67,7 @@ def write_folder(
     with atomic_folder(folder) as new:
         total = _write_weights(new, tensors, shard_bytes)
         if text is None and not source.path.is_dir():
-            text = tokenizer.load(source.tokenizer_path)
+            text = tokenizer.load(source.tokenizer_path).for_embedding(source.config.vocab_size)
         _write_json(new / CONFIG, _config(source, text, dtype) | dict(changes))
         _write_tokenizer(source, text, new)
         add(new)

@@ -61,7 +61,8 @@ class Tokenizer:
       bos_id: put before raw text, or None where the tokenizer adds none.
       stop_ids: ids that end generation: eos and the chat template's end of turn.
       template: the chat template, or None; dates in it are fixed.
-      vocab_size: every id is below this. A model's embedding may have more rows.
+      vocab_size: every id is below this. A model's embedding may have more or fewer rows.
+      rows: embeddings of the model, beyond which no id is given out; None for no model.
     """
 
     fast: Any
@@ -72,6 +73,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     vocab_size: int
     template: str | None
+    rows: int | None = None
 
     @property
     def has_chat_template(self) -> bool:
@@ -86,7 +88,7 @@ class Tokenizer:
         """Ids of the text as it is: nothing is added, special tokens written in it are honoured.
 
         Raises:
-          UserError: the text holds halves of surrogate pairs.
+          UserError: the text holds halves of surrogate pairs, or a token that the model lacks.
         """
         return self._encodings([text])[0].ids
 
@@ -105,9 +107,40 @@ class Tokenizer:
     def _encodings(self, texts: Sequence[str]) -> Any:
         backend = self.fast.backend_tokenizer
         try:
-            return backend.encode_batch(list(texts), add_special_tokens=False)
+            encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         except TypeError:
             raise UserError("the text holds bytes that are no UTF-8, or half a character") from None
+        if self.rows is not None and self.rows < self.vocab_size:
+            for encoding in encodings:
+                if (highest := max(encoding.ids, default=0)) >= self.rows:
+                    raise UserError(f"the text holds {self._beyond(highest)}")
+        return encodings
+
+    def for_embedding(self, rows: int) -> "Tokenizer":
+        """The tokenizer of a model with so many embeddings; a tokenizer may have more tokens.
+
+        A text that holds a token beyond them is refused when it is encoded.
+
+        Raises:
+          UserError: the token that ends or starts a text is beyond them.
+        """
+        for id in (self.eos_id, self.bos_id):
+            if id is not None and id >= rows:
+                fitted = dataclasses.replace(self, rows=rows)
+                raise UserError(f"{self.source}: every text has {fitted._beyond(id)}")
+        return dataclasses.replace(
+            self,
+            rows=rows,
+            pad_id=self.pad_id if self.pad_id < rows else self.eos_id,
+            stop_ids=tuple(id for id in self.stop_ids if id < rows),
+        )
+
+    def _beyond(self, id: int) -> str:
+        token = self.fast.convert_ids_to_tokens(id)
+        return (
+            f"the token {token!r:.80} with the id {id}, and the model has {self.rows} embeddings; "
+            "leave the token out, or give the model's own tokenizer"
+        )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return self.fast.backend_tokenizer.decode(

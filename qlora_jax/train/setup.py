@@ -49,12 +49,7 @@ def open_model(
     checkpoint = with_replaced(config, checkpoint)
     _check_checkpoint(config, checkpoint)
     text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path, warn)
-    if text.vocab_size > checkpoint.config.vocab_size:
-        raise UserError(
-            f"{text.source}: the tokenizer has ids up to {text.vocab_size - 1} but the model only "
-            f"{checkpoint.config.vocab_size} embeddings; they do not belong together"
-        )
-    return checkpoint, text
+    return checkpoint, text.for_embedding(checkpoint.config.vocab_size)
 
 
 def _check_settings(config: Config) -> None:
@@ -104,7 +99,13 @@ def _own_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer that the `pretrain` section names, or one trained on the training text."""
     pretrain = config.pretrain
     if pretrain.tokenizer is not None:
-        return tokenizer.load(Path(pretrain.tokenizer).expanduser())
+        text = tokenizer.load(Path(pretrain.tokenizer).expanduser())
+        if text.vocab_size > pretrain.vocab_size:
+            raise UserError(
+                f"pretrain.vocab_size {pretrain.vocab_size}: {text.source} has ids up to "
+                f"{text.vocab_size - 1}; give {text.vocab_size} or more"
+            )
+        return text
     texts = (record.key for record in sources.read(config.data).train)
     return train_bpe(texts, pretrain.vocab_size, fresh.NAME)
 

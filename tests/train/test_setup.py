@@ -82,17 +82,58 @@ def test_a_sequence_as_long_as_the_model_allows(make_config):
     assert text.vocab_size <= checkpoint.config.vocab_size
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make_config, tiny_model, tmp_path):
+@pytest.fixture
+def wide_tokenizer(tiny_model, tmp_path):
+    """The tiny model with tokens beyond its 256 embeddings, as Gemma 3's text models have one."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     path = folder / "tokenizer.json"
     tree = json.loads(path.read_text(encoding="utf-8"))
-    tree["added_tokens"].append(
-        tree["added_tokens"][0] | {"id": 300, "content": "<|more|>", "special": True}
-    )
-    tree["model"]["vocab"] |= {f"<|{i}|>": i for i in range(len(tree["model"]["vocab"]), 300)}
+    more = {"id": 256, "content": "<|more|>", "special": True}
+    tree["added_tokens"].append(tree["added_tokens"][0] | more)
+    tree["model"]["vocab"] |= {f"<|{i}|>": i for i in range(len(tree["model"]["vocab"]), 256)}
     path.write_text(json.dumps(tree), encoding="utf-8")
-    with pytest.raises(UserError, match=r"ids up to 300 but the model only 256 embeddings"):
-        open_model(make_config(model__path=str(folder)))
+    return folder
+
+
+def test_a_token_beyond_the_embedding_is_refused_where_it_is_used(
+    make_config, wide_tokenizer, tmp_path
+):
+    config = make_config(model__path=str(wide_tokenizer))
+    _, text = open_model(config)
+    assert text.vocab_size == 257
+    assert read_data(config, text, 512).train
+    used = tmp_path / "used.jsonl"
+    texts = ("before", "and <|more|> of it")
+    used.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = make_config(model__path=str(wide_tokenizer), data__source=str(used))
+    says = r"used\.jsonl:2: the text holds the token '<\|more\|>' with the id 256, and the model h"
+    with pytest.raises(UserError, match=says) as e:
+        read_data(config, text, 512)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("role", ["eos_token", "bos_token"])
+def test_an_end_of_every_text_beyond_the_embedding_is_refused(make_config, wide_tokenizer, role):
+    path = wide_tokenizer / "tokenizer_config.json"
+    tree = json.loads(path.read_text("utf-8")) | {role: "<|more|>"}
+    tree |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": role == "bos_token"}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(
+        UserError, match=r"model: every text has the token '<\|more\|>' with the id"
+    ):
+        open_model(make_config(model__path=str(wide_tokenizer)))
+
+
+def test_padding_and_stops_beyond_the_embedding_are_not_used(make_config, wide_tokenizer):
+    path = wide_tokenizer / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"pad_token": "<|more|>"}))
+    (wide_tokenizer / "generation_config.json").write_text('{"eos_token_id": [256, 3]}')
+    _, text = open_model(make_config(model__path=str(wide_tokenizer)))
+    assert text.pad_id == text.eos_id
+    assert 3 in text.stop_ids
+    assert max(text.stop_ids) < 256
+    with pytest.raises(UserError, match=r"'<\|more\|>' with the id 256"):
+        text.encode_with_offsets("<|more|>")
 
 
 def test_examples_questions_and_what_was_left_out(make_config):
