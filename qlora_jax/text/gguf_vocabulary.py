@@ -77,27 +77,57 @@ class PreTokenizer:
     add_bos: bool = False
 
 
-_LLAMA3 = PreTokenizer(
-    split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ignore_merges=True,
-    add_bos=True,
-)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CL100K = rf"{_WORDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = PreTokenizer(split=_CL100K, ignore_merges=True, add_bos=True)
 _QWEN2 = PreTokenizer(
-    split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    split=rf"{_WORDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
     nfc=True,
 )
+_NEOX = PreTokenizer(nfc=True)
+_DIGITS = PreTokenizer(single_digits=True)
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "gpt-2": PreTokenizer(),
-    "smollm": PreTokenizer(single_digits=True),
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "refact": _DIGITS,
+    "olmo": _NEOX,
+    "mpt": _NEOX,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "smaug-bpe": PreTokenizer(split=_CL100K),
+    "dbrx": PreTokenizer(split=_CL100K),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "tekken": PreTokenizer(
+        split=rf"{_CASED % ('', '')}|\p{{N}}|{_CASED_REST}",
+        ignore_merges=True,
+        add_bos=True,
+    ),
+    "gpt-4o": PreTokenizer(split=rf"{_CASED % ((_WORDS + '?',) * 2)}|\p{{N}}{{1,3}}|{_CASED_REST}"),
 }
-"""Values of `tokenizer.ggml.pre`."""
+"""Values of `tokenizer.ggml.pre`.
+
+Each name stands for the tokenizer.json of a model (llama.cpp's convert_hf_to_gguf_update.py lists
+which) and, as that file has it, also for those that llama.cpp finds to give the same ids:
+
+- smollm: SmolLM. starcoder, refact: StarCoder 2 and Refact; Granite's code models, of llama's kind.
+- olmo, mpt: GPT-NeoX 20B's tokenizer, of Pythia (allenai/OLMo has a copy). Composed letters (NFC)
+  are the file's; llama.cpp leaves letters as they are, here and for qwen2.
+- llama-bpe: Llama 3. smaug-bpe: its file of April 2024, without ignore_merges and the token in
+  front.
+- dbrx: OpenAI's cl100k, of OLMo 2 (allenai/OLMo has its file) and Phi-4.
+- tekken: Mistral Nemo. gpt-4o: OpenAI's o200k, of Phi-4-mini.
+
+A file that says `default`, or nothing, was made without knowing its tokenizer: llama.cpp then cuts
+by rules that no model was trained with, and here it is refused. So are names that llama.cpp has
+and whose tokenizer.json was not at hand to compare, as pixtral, falcon3 or deepseek-coder.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -220,8 +250,9 @@ def _byte_level(vocabulary: Vocabulary, where: str) -> tuple[Tokenizer, bool]:
     pre = PRE_TOKENIZERS.get(str(vocabulary.pre))
     if pre is None:
         raise UserError(
-            f"{where}: pre-tokenizer {vocabulary.pre!r} is not known; "
-            f"known: {', '.join(PRE_TOKENIZERS)}"
+            f"{where}: pre-tokenizer {vocabulary.pre!r:.80} is not known, and without it the ids "
+            "would not be those that the model was trained with; give the model's Hugging Face "
+            f"folder; known: {', '.join(PRE_TOKENIZERS)}"
         )
     merges = [
         (left, right) for left, _, right in (m.partition(" ") for m in vocabulary.merges or ())

@@ -21,7 +21,20 @@ import sentencepiece
 import xllamacpp
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
+PRE_TOKENIZERS = (
+    "smollm",
+    "gpt-2",
+    "llama-bpe",
+    "qwen2",
+    "starcoder",
+    "refact",
+    "olmo",
+    "mpt",
+    "smaug-bpe",
+    "dbrx",
+    "tekken",
+    "gpt-4o",
+)
 WIDTH = 32
 TEXTS = [
     "The capital of France is Paris.",

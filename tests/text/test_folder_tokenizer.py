@@ -8,28 +8,12 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from mixed_texts import PARTS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tokenizer as tokenizers_
 
-PARTS = [
-    "def f(x):\n",
-    "    return ",
-    "  ",
-    "\n\n1.",
-    " hello",
-    "world 123 456",
-    "日本語 中文",
-    "🙂👩‍👩‍👧",
-    "\t",
-    "e\u0301é",
-    "<html>",
-    "\r\n",
-    "▁",
-    " " * 37,
-    "Don'T!!!",
-]
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
 SPLIT = r"\p{N}{1,3}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"
 CLASSES = {
@@ -222,7 +206,7 @@ def train_pieces(**settings) -> bytes:
         num_threads=1,
         **{
             "model_type": "bpe",
-            "vocab_size": 330,
+            "vocab_size": 420,
             "character_coverage": 0.99,
             "byte_fallback": True,
             "split_digits": True,

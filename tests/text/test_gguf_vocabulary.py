@@ -10,6 +10,7 @@ from gguf import TokenType
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.gguf_header import read_header
 from qlora_jax.text.gguf_vocabulary import (
+    PRE_TOKENIZERS,
     build,
     load_fast_tokenizer,
     merges_from_scores,
@@ -133,6 +134,44 @@ def test_digits_are_cut_as_the_pre_tokenizer_says() -> None:
     assert [text for text, _ in groups] == ["123", "41"]
 
 
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NEMO = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    ("pre", "published"),
+    [
+        ("llama-bpe", CL100K),
+        ("dbrx", CL100K),
+        ("smaug-bpe", CL100K),
+        ("qwen2", CL100K.replace(r"\p{N}{1,3}", r"\p{N}")),
+        ("tekken", NEMO),
+        ("gpt-4o", O200K),
+    ],
+)
+def test_text_is_cut_by_the_published_expression(pre: str, published: str) -> None:
+    assert PRE_TOKENIZERS[pre].split == published
+
+
+@pytest.mark.parametrize("pre", ["olmo", "mpt", "qwen2"])
+def test_letters_are_composed_where_the_published_file_says_so(pre: str) -> None:
+    assert built(byte_level(pre=pre)).normalizer.normalize_str("e\u0301") == "é"
+
+
 def test_llama_bpe_takes_whole_words_past_the_merges() -> None:
     merges = {"merges": ["a b"]}
     assert pieces(built(byte_level(pre="llama-bpe", **merges)), "abc") == ["abc"]
@@ -153,6 +192,9 @@ def test_added_tokens_stay_whole_and_only_control_is_special() -> None:
         (byte_level(add_bos_token=True), [0, 2]),
         (byte_level(add_eos_token=True), [2, 0]),
         (byte_level(pre="llama-bpe"), [0, 2]),
+        (byte_level(pre="tekken"), [0, 2]),
+        (byte_level(pre="smaug-bpe"), [2]),
+        (byte_level(pre="dbrx"), [2]),
         (byte_level(pre="llama-bpe", add_bos_token=False), [2]),
         (byte_level(add_bos_token=True, bos_token_id=None), [2]),
     ],
@@ -176,8 +218,11 @@ def test_merges_come_best_score_first() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not known; known: gpt-2, smollm, llama-bpe"),
+        ({"pre": "default"}, "pre-tokenizer 'default' is not known, .* Hugging Face folder; known"),
+        ({"pre": "pixtral"}, "pre-tokenizer 'pixtral' is not known, .*; known: gpt-2, smollm, st"),
         ({"pre": None}, "pre-tokenizer None is not known"),
+        ({"model": "gemma4"}, "tokenizer 'gemma4' is not supported"),
+        ({"model": "t5"}, "tokenizer 't5' is not supported"),
         ({"model": "bert"}, "tokenizer 'bert' is not supported; supported: gpt2, llama"),
         ({"model": "llama"}, "metadata tokenizer.ggml.scores is missing"),
         ({"merges": None}, "metadata tokenizer.ggml.merges is missing"),
