@@ -45,7 +45,8 @@ def read(
         from sentencepiece import sentencepiece_model_pb2
 
         try:
-            model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            schema = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+            model = schema.FromString(path.read_bytes())
         except OSError as e:
             raise paths.unreadable(path, e) from None
         if fault := _fault(model):
