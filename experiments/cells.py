@@ -200,7 +200,7 @@ def answers(restored: Any, count: int, tokens: int = 48) -> list[tuple[Any, str]
 
     config, text = restored.config, restored.tokenizer
     asking = configs.changed(config, {"train.samples": str(count)})
-    questions = read_data(asking, text, restored.model.config.max_positions).questions
+    questions = read_data(asking, text, restored.model.config.longest_cached).questions
     rows = generate(
         restored.model,
         [q.ids for q in questions],

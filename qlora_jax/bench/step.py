@@ -178,9 +178,9 @@ def _model(config: Config, options: Step) -> Decoder:
 
 
 def _check_length(options: Step, decoder: DecoderConfig) -> None:
-    if options.seq > decoder.max_positions:
+    if options.seq > decoder.longest:
         raise UserError(
-            f"--seq {options.seq} is beyond the {decoder.max_positions} positions of "
+            f"--seq {options.seq} is beyond the {decoder.longest} positions of "
             f"{options.model}; give that many or fewer"
         )
 

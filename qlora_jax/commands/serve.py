@@ -192,10 +192,12 @@ def _service(
     given = read_named(own_adapter(options.path) | folders)
     base = open_base(options.path, bits=options.bits, dtype=options.dtype, warn=say)
     config = base.model.config
-    length = options.max_length or min(DEFAULT_LENGTH, config.max_positions)
-    if length > config.max_positions:
+    length = options.max_length or min(DEFAULT_LENGTH, config.longest_cached)
+    if length > config.longest_cached:
+        why = ", beyond which its rope scaling changes" if config.varying_rope else ""
         raise UserError(
-            f"--max-length {length}: the model has {config.max_positions} positions; give less"
+            f"--max-length {length}: the model has {config.longest_cached} positions{why}; "
+            "give less"
         )
     adapters = {named.name: named.on(base.model) for named in given}
     slots = max(4, len(given)) if options.max_adapters is None else options.max_adapters

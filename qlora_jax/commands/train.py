@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         from qlora_jax.data.preview import preview
 
         checkpoint, text = open_model(config, say)
-        data = read_data(config, text, checkpoint.config.max_positions)
+        data = read_data(config, text, checkpoint.config.longest_cached)
         Console().print(preview(data.train, text, options.preview))
         say(describe_data(data))
         return

@@ -63,7 +63,7 @@ class QloraJaxLM(TemplateLM):
             raise UserError("model_args: give run=DIR or config=FILE; one of them")
         self.restored = _restore(run, config, base)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else BATCH
-        longest = self.restored.model.config.max_positions
+        longest = self.restored.model.config.longest
         self.max_length = max_length or longest
         if self.max_length > longest:
             raise UserError(f"model_args: max_length {max_length} is beyond {longest} positions")
@@ -154,9 +154,10 @@ class QloraJaxLM(TemplateLM):
         self, prompts: Sequence[list[int]], settings: Any, advance: Callable[[int], None]
     ) -> list[str]:
         text, new = self.restored.tokenizer, int(settings["max_gen_toks"])
-        if (room := self.max_length - new) < 1:
+        length = min(self.max_length, self.restored.model.config.longest_cached)
+        if (room := length - new) < 1:
             raise UserError(
-                f"max_gen_toks {new} leaves no room for a prompt in {self.max_length} positions; "
+                f"max_gen_toks {new} leaves no room for a prompt in {length} positions; "
                 "lower it by --gen_kwargs"
             )
         answers: list[str] = []

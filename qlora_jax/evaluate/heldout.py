@@ -31,7 +31,7 @@ def held_out_loss(restored: Restored) -> HeldOut:
       UserError: the config sets nothing aside.
     """
     config = restored.config
-    data = read_data(config, restored.tokenizer, restored.model.config.max_positions)
+    data = read_data(config, restored.tokenizer, restored.model.config.longest_cached)
     if not data.held_out:
         raise UserError("data.eval_fraction: no held-out data; give it, or data.eval_source")
     graph, trained, frozen = trees.split(restored.model, config.method)

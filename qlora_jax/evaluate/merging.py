@@ -96,7 +96,7 @@ def compare(
       progress: called once per way.
     """
     config, model = restored.config, restored.model
-    data = read_data(config, restored.tokenizer, model.config.max_positions)
+    data = read_data(config, restored.tokenizer, model.config.longest_cached)
     batches = held_out_batches(
         data.held_out, config.data, config.train.batch_size, rows, restored.tokenizer.pad_id
     )

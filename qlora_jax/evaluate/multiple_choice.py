@@ -87,7 +87,7 @@ def evaluate(
       batch_size: rows at once.
       advance: called with the number of choices scored.
     """
-    limit = model.config.max_positions
+    limit = model.config.longest
     pairs: list[Pair] = []
     shortened = cut = 0
     for question in questions:

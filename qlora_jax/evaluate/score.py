@@ -64,7 +64,7 @@ def score(
     Raises:
       UserError: a context is empty, or a continuation longer than `max_length`.
     """
-    limit = max_length or model.config.max_positions
+    limit = max_length or model.config.longest
     for place, pair in enumerate(pairs):
         if not pair.context:
             raise UserError(f"pair {place}: an empty context predicts nothing; give one token")

@@ -1,5 +1,6 @@
 """A decoder's shapes and switches as a config.json, for models whose file has none."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_jax.models.config import DecoderConfig, Rope, from_hugging_face
@@ -28,6 +29,55 @@ LISTED = {
 """Keys that only the families have which list them in `Family.defaults`."""
 
 
+def _default(rope: Rope) -> None:
+    return None
+
+
+def _linear(rope: Rope) -> dict[str, Any]:
+    return {"rope_type": rope.kind, "factor": rope.factor}
+
+
+def _llama3(rope: Rope) -> dict[str, Any]:
+    return {
+        **_linear(rope),
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_positions,
+    }
+
+
+def _yarn(rope: Rope) -> dict[str, Any]:
+    return {
+        **_linear(rope),
+        "original_max_position_embeddings": rope.original_positions,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+        "truncate": rope.truncate,
+        "attention_factor": rope.attention_factor,
+    }
+
+
+def _longrope(rope: Rope) -> dict[str, Any]:
+    return {
+        "rope_type": rope.kind,
+        "original_max_position_embeddings": rope.original_positions,
+        "short_factor": list(rope.short),
+        "long_factor": list(rope.long),
+        "attention_factor": rope.attention_factor,
+    }
+
+
+SCALINGS: Mapping[str, Callable[[Rope], dict[str, Any] | None]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+"""Kind to a rope's `rope_scaling`."""
+
+
 def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     """A config.json that transformers 4 and 5, and `from_hugging_face`, read.
 
@@ -50,7 +100,7 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": rope.theta,
-        "rope_scaling": _scaling(rope),
+        "rope_scaling": SCALINGS[rope.kind](rope),
         "partial_rotary_factor": rope.fraction,
         "rope_local_base_freq": config.local_rope and config.local_rope.theta,
         "tie_word_embeddings": config.tie_embeddings,
@@ -68,6 +118,9 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
     if window is not None:
         kinds = ("full_attention", "sliding_attention")
         usual["layer_types"] = [kinds[w is not None] for w in config.windows]
+    if rope.kind == "longrope":
+        # Phi-3 has the key here, and so do other families in transformers 4
+        usual["original_max_position_embeddings"] = rope.original_positions
     named = {family.keys.get(key, key): (key, value) for key, value in usual.items()}
     raw = {k: v for k, (key, v) in named.items() if key not in LISTED or k in family.defaults}
     if from_hugging_face(raw, "config.json") != config:
@@ -76,16 +129,3 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
             "Hugging Face folder, whose own file is kept"
         )
     return raw
-
-
-def _scaling(rope: Rope) -> dict[str, Any] | None:
-    if rope.kind == "default":
-        return None
-    scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_positions,
-        }
-    return scaling

@@ -5,24 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_jax.models.families import FAMILIES, LLAMA, Names
+from qlora_jax.models.rope_config import Rope, read_ropes
 from qlora_jax.runtime.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary position embedding of the first `fraction` of a head's channels.
-
-    `kind` is default, linear (positions divided by `factor`) or llama3 (Llama 3.1's
-    frequency-dependent division). The last three fields are read by llama3 only.
-    """
-
-    theta: float = 10000.0
-    fraction: float = 1.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +66,29 @@ class DecoderConfig:
     activation: str = "silu"
     parallel_residual: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Positions of a sequence, at most: `max_positions`, or what the rope is scaled to."""
+        return max([self.max_positions, *(rope.reach for rope in self._ropes)])
 
-ROPE_KINDS = ("default", "linear", "llama3")
+    @property
+    def longest_cached(self) -> int:
+        """Positions of a sequence that is generated, at most.
+
+        A cache holds keys as they were rotated, so all its positions must have one rotation.
+        """
+        return min([self.longest, *(r.original_positions for r in self._ropes if r.varies)])
+
+    @property
+    def varying_rope(self) -> bool:
+        """Whether the frequencies of a rope depend on the length of the sequence."""
+        return any(rope.varies for rope in self._ropes)
+
+    @property
+    def _ropes(self) -> list[Rope]:
+        return [rope for rope in (self.rope, self.local_rope) if rope is not None]
+
+
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 ALIASES = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"
@@ -170,7 +175,11 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     scale = listed("query_pre_attn_scalar")
     unrotated = _unrotated(listed, layers)
-    rope, local_rope = _ropes(raw, listed, where)
+    head_dim = int(raw.get("head_dim") or hidden // heads)
+    positions = int(raw.get("max_position_embeddings", 2048))
+    rope = local_rope = None
+    if "rope" not in family.fixed:
+        rope, local_rope = read_ropes(raw, family, head_dim, positions, where)
     return {
         "family": kind,
         "names": family.names,
@@ -180,8 +189,8 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": int(raw.get("head_dim") or hidden // heads),
-        "max_positions": int(raw.get("max_position_embeddings", 2048)),
+        "head_dim": head_dim,
+        "max_positions": positions,
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "rope": rope,
         "local_rope": local_rope,
@@ -232,45 +241,3 @@ def _unrotated(listed: Callable[[str], Any], layers: int) -> tuple[int, ...]:
     if len(rotated) != layers:
         raise ValueError(f"{len(rotated)} no_rope_layers for {layers} layers")
     return tuple(i for i, r in enumerate(rotated) if not r)
-
-
-def _ropes(
-    raw: Mapping[str, Any], listed: Callable[[str], Any], where: str
-) -> tuple[Rope, Rope | None]:
-    """The rope, and that of the layers with a window where it is another.
-
-    transformers 5 holds everything in rope_parameters, for Gemma 3 by kind of layer; 4 had
-    rope_theta and rope_local_base_freq beside rope_scaling.
-    """
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    scaling = raw.get(key) or {}
-    whole = scaling.get("full_attention", scaling)
-    fraction = float(whole.get("partial_rotary_factor", listed("partial_rotary_factor") or 1.0))
-    rope = _rope(whole, raw.get("rope_theta"), fraction, f"{where}: {key}")
-    base = listed("rope_local_base_freq")
-    if base is None:
-        return rope, None
-    return rope, _rope(scaling.get("sliding_attention") or {}, base, fraction, f"{where}: {key}")
-
-
-def _rope(scaling: Mapping[str, Any], theta: Any, fraction: float, where: str) -> Rope:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_KINDS:
-        raise UserError(
-            f"{where}: rope scaling {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
-        )
-    theta = float(scaling.get("rope_theta") or theta or 10000.0)
-    if kind == "default":
-        return Rope(theta=theta, fraction=fraction)
-    factor = float(scaling["factor"])
-    if kind == "linear":
-        return Rope(theta=theta, fraction=fraction, kind=kind, factor=factor)
-    return Rope(
-        theta=theta,
-        fraction=fraction,
-        kind=kind,
-        factor=factor,
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_positions=int(scaling["original_max_position_embeddings"]),
-    )

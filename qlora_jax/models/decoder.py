@@ -17,7 +17,7 @@ from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.layers import KVCache, Layer, Norm, Slots
-from qlora_jax.models.rope import by_layer, rotation, turns
+from qlora_jax.models.rope import rotations, segment_lengths
 from qlora_jax.quant import QTensor
 
 INPUT = "layer input"
@@ -93,7 +93,8 @@ class Decoder(nnx.Module):
           dtype[B, T, hidden].
         """
         see = functools.partial(visible, segments, segments, positions, positions)
-        x, _ = self._layers(tokens, positions, see, dtype, remat, key, None)
+        lengths = segment_lengths(segments, positions) if self.config.varying_rope else None
+        x, _ = self._layers(tokens, positions, lengths, see, dtype, remat, key, None)
         return x
 
     def cached(
@@ -106,13 +107,14 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """Like `hidden` for one segment a row, reading and writing a cache [L, B, S, ...].
 
-        A token at position p is written to slot p and sees slots 0 to p.
+        A token at position p is written to slot p and sees slots 0 to p. It is rotated as in a
+        sequence of no more than `config.longest_cached` positions, which the caller keeps to.
         """
         slots = jnp.broadcast_to(jnp.arange(cache.k.shape[2]), (tokens.shape[0], cache.k.shape[2]))
         see = functools.partial(
             visible, jnp.zeros_like(positions), jnp.zeros_like(slots), positions, slots
         )
-        x, cache = self._layers(tokens, positions, see, dtype, "none", None, cache)
+        x, cache = self._layers(tokens, positions, None, see, dtype, "none", None, cache)
         return x, cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -144,6 +146,7 @@ class Decoder(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
+        lengths: jax.Array | None,
         see: Callable[[jax.Array | None], jax.Array],
         dtype: jax.typing.DTypeLike,
         remat: str,
@@ -158,8 +161,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(config.hidden_size**0.5, dtype)
         if self.positions is not None and config.positions_before is not None:
             x = x + self.positions.get_value()[positions + config.positions_before].astype(dtype)
-        shared = config.rope and rotation(positions, config.rope, config.head_dim)
-        frequencies = by_layer(config)
+        turned, index = rotations(config, positions, lengths)
         keys = None if key is None else jax.random.split(key, config.num_layers)
         windowed = any(config.windows)
         mask = see(None)
@@ -170,14 +172,14 @@ class Decoder(nnx.Module):
             part = slice(start, start + run_length(run))
 
             def body(x, xs, graph=graph):
-                weights, window, frequencies, key, layer_cache = xs
+                weights, window, index, key, layer_cache = xs
                 x = checkpoint_name(x, INPUT)
                 seen = see(window) if windowed else mask
-                rope = shared if frequencies is None else turns(positions, frequencies)
+                rope = turned if index is None else jax.tree.map(lambda a: a[index], turned)
                 slots = None if layer_cache is None else Slots(layer_cache, positions)
                 return nnx.merge(graph, weights)(x, rope, seen, key, slots)
 
-            xs = jax.tree.map(lambda a, part=part: a[part], (windows, frequencies, keys, cache))
+            xs = jax.tree.map(lambda a, part=part: a[part], (windows, index, keys, cache))
             x, new = jax.lax.scan(REMAT[remat](body), x, (weights, *xs))
             written.append(new)
         if cache is not None:

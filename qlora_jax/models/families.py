@@ -45,6 +45,9 @@ class Names:
 LLAMA = Names()
 
 
+ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """What a `model_type` implies and its config.json does not say.
@@ -57,6 +60,7 @@ class Family:
       windows: which layers have the sliding window: a key of `config.WINDOWED`; None: no layer has.
       fixed: fields of `DecoderConfig` that no key decides.
       only: keys of which the decoder has some values alone.
+      ropes: `rope_type` to the kind of `Rope` that it is.
     """
 
     names: Names = LLAMA
@@ -65,6 +69,7 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: str | None = None
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    ropes: Mapping[str, str] = dataclasses.field(default_factory=lambda: {k: k for k in ROPES})
 
 
 GEMMA = {"norm": "rms_offset", "scaled_embeddings": True}
@@ -75,13 +80,18 @@ SANDWICH = Names(mlp_norm="pre_feedforward_layernorm")
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
     "mistral": Family(
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
         windows="all",
         fixed={"qkv_bias": False, "output_bias": False},
     ),
     "qwen2": Family(
         defaults={
             "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
             "sliding_window": 4096,
             "use_sliding_window": False,
             "max_window_layers": 28,
@@ -93,6 +103,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={
             "head_dim": 128,
             "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
             "sliding_window": 4096,
             "use_sliding_window": False,
             "max_window_layers": 28,
@@ -102,6 +113,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "smollm3": Family(
         defaults={
+            "max_position_embeddings": 32768,
             "rope_theta": 2e6,
             "tie_word_embeddings": True,
             "num_key_value_heads": 4,
@@ -117,7 +129,12 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"norm": "rms_float32", "qk_norm": "all", "pre_norms": False, "post_norms": True},
     ),
     "gemma": Family(
-        defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
+        defaults={
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 16,
+            "tie_word_embeddings": True,
+        },
         fixed={**GEMMA, "activation": "gelu_pytorch_tanh"},
         # files of the first release say gelu and mean this
         only={
@@ -131,6 +148,7 @@ FAMILIES: Mapping[str, Family] = {
         keys={"hidden_act": "hidden_activation"},
         defaults={
             "head_dim": 256,
+            "max_position_embeddings": 8192,
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 256,
@@ -149,6 +167,7 @@ FAMILIES: Mapping[str, Family] = {
         keys={"hidden_act": "hidden_activation"},
         defaults={
             "head_dim": 256,
+            "max_position_embeddings": 131072,
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 256,
@@ -166,6 +185,8 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(
         defaults={
             "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
             "partial_rotary_factor": 1.0,
             "sliding_window": None,
         },
@@ -176,6 +197,13 @@ FAMILIES: Mapping[str, Family] = {
             "qkv_bias": False,
             "output_bias": False,
             "mlp_bias": False,
+        },
+        # the names that longrope had in files of the first releases
+        ropes={
+            "default": "default",
+            "longrope": "longrope",
+            "su": "longrope",
+            "yarn": "longrope",
         },
     ),
     "gpt_neox": Family(

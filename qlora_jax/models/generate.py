@@ -277,7 +277,8 @@ def _check(
     temperature: float,
     top_p: float,
 ) -> None:
-    vocabulary, room = model.config.vocab_size, model.config.max_positions
+    vocabulary, room = model.config.vocab_size, model.config.longest_cached
+    why = ", beyond which its rope scaling changes" if model.config.varying_rope else ""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} is not allowed; give 1 or more")
     if not temperature >= 0:
@@ -295,5 +296,5 @@ def _check(
         if len(prompt) + max_new_tokens > room:
             raise UserError(
                 f"prompt {row} has {len(prompt)} tokens, which with {max_new_tokens} new ones is "
-                f"more than the model's {room} positions; shorten the prompt or max_new_tokens"
+                f"more than the model's {room} positions{why}; shorten the prompt or max_new_tokens"
             )

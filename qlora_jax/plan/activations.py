@@ -83,10 +83,11 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         length=run.data.sequence_length,
     )
     kept = KEPT[run.model.remat]
-    # windows make the mask a part of the layer, and ropes that differ make their angles one
+    # windows make the mask a part of the layer, and so do ropes that differ their angles
     inside = model.num_layers * (run.model.remat == "none")
     masks = inside if any(model.windows) else 1
-    turns = inside if by_layer(model) is not None else 1
+    ropes = len(by_layer(model)[0])
+    turns = inside if inside and ropes > 1 else ropes
     rotated = 2 * FLOAT32 * _angles(model)
     outside = 2 * FLOAT32 * (step.hidden + 1) + turns * rotated + masks * step.length
     return {

@@ -55,7 +55,7 @@ def _largest(config: Config, decoder: DecoderConfig, first: Plan) -> dict[str, i
         return of
 
     now = worst.device
-    longest = max(decoder.max_positions, length)
+    longest = max(decoder.longest, length)
     return {
         "largest_batch": largest(needs("train", "batch_size"), first.limit, (batch, now), 1, 1024),
         "largest_sequence": largest(

@@ -89,7 +89,7 @@ def train_population(
     """
     configs = member_configs(config, members, data_seed)
     checkpoint, text = open_model(config, say)
-    data = read_data(config, text, checkpoint.config.max_positions)
+    data = read_data(config, text, checkpoint.config.longest_cached)
     model, _ = load_model(config, checkpoint, say)
     evaluated = held_out(config, data, text.pad_id)
     common, size = union(model, configs), largest or len(configs)

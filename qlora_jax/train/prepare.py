@@ -123,7 +123,7 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Placement]) -> 
     choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config, say)
     moments = place(checkpoint.config)
-    data = examples.read_data(config, text, checkpoint.config.max_positions)
+    data = examples.read_data(config, text, checkpoint.config.longest_cached)
     device = str(describe_devices())
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(examples.describe_data(data))

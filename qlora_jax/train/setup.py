@@ -77,7 +77,7 @@ def _check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
             f"lora.init {config.lora.init} starts from 16-bit weights, and {config.model.path} "
             f"holds 4-bit ones ({checkpoint.description}); give another init or the 16-bit model"
         )
-    longest = checkpoint.config.max_positions
+    longest = checkpoint.config.longest
     if config.data.sequence_length > longest:
         raise UserError(
             f"data.sequence_length {config.data.sequence_length} is beyond the {longest} positions "

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -18,6 +19,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 def read(model_type="llama", **settings):
@@ -95,6 +99,82 @@ def test_rope_as_transformers_4_and_5_write_it(old, new, expected):
     assert read(**old).rope == read(**new).rope == expected
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LINEAR},
+            Rope(kind="linear", factor=4.0),
+        ),
+        (
+            {"rope_parameters": LINEAR | {"rope_theta": 5e5}, "rope_scaling": {}},
+            Rope(theta=5e5, kind="linear", factor=4.0),
+        ),
+        ({"rope_theta": 3.0, "rope_scaling": {"rope_theta": 7e3}}, Rope(theta=7e3)),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear"}}, Rope()),
+        ({"partial_rotary_factor": 0.5}, Rope()),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, Rope()),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            Rope(
+                kind="yarn", factor=4.0, original_positions=32, attention_factor=1.138629436111989
+            ),
+        ),
+        (
+            {"rope_scaling": YARN | {"factor": None, "attention_factor": 0.5, "beta_fast": 0}},
+            Rope(kind="yarn", factor=32.0, original_positions=64, attention_factor=0.5),
+        ),
+        (
+            {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+            Rope(
+                kind="yarn",
+                factor=4.0,
+                original_positions=64,
+                truncate=False,
+                attention_factor=0.9405715251010841,
+            ),
+        ),
+        (
+            {"rope_scaling": LINEAR | {"rope_type": "dynamic"}},
+            Rope(kind="dynamic", factor=4.0, original_positions=2048),
+        ),
+        (
+            {"rope_scaling": LONGROPE | {"factor": 8, "original_max_position_embeddings": 64}},
+            Rope(
+                kind="longrope",
+                original_positions=64,
+                short=(1.0,) * 8,
+                long=(2.0,) * 8,
+                attention_factor=1.224744871391589,
+            ),
+        ),
+    ],
+)
+def test_the_precedence_of_rope_settings_is_transformers(settings, expected):
+    """Numbers of transformers 5.24.0; tests/parity/test_live_rope.py has the comparison itself."""
+    assert read(**settings).rope == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest", "cached"),
+    [
+        ({}, 2048, 2048),
+        ({"rope_scaling": LINEAR}, 2048, 2048),
+        ({"rope_scaling": YARN}, 2048, 2048),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 1024}}, 4096, 4096),
+        ({"rope_scaling": LINEAR | {"rope_type": "dynamic"}}, 8192, 2048),
+        ({"rope_scaling": LONGROPE | {"original_max_position_embeddings": 64}}, 2048, 64),
+    ],
+)
+def test_how_long_a_sequence_may_be(settings, longest, cached):
+    config = read(**settings)
+    assert (config.max_positions, config.longest, config.longest_cached) == (2048, longest, cached)
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "windows"),
     [
@@ -138,8 +218,38 @@ def test_reference_models_are_read(models):
         ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported; .*llama, mist"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "tanh"}, "json: hidden_act 'tanh' is not supported; supported: silu, gelu"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope scaling 'yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' is not supported"),
+        (
+            {"rope_scaling": {"type": "ntk", "factor": 4}},
+            "rope_scaling: rope scaling 'ntk' is not supported; supported: default, linear, dyn",
+        ),
+        ({"rope_parameters": {"rope_type": None}}, "rope scaling None is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "config.json: key factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "config.json: key factor is missing"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "config.json: key short_factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "4"}},
+            "rope_scaling: factor '4' is not a n",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor 0 is not supported; give more"),
+        ({"rope_theta": None}, "rope_parameters: rope_theta None is not a number"),
+        ({"rope_theta": math.inf}, "rope_theta inf is not a finite number"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4}}},
+            "rope_parameters.full_attention is not supported: this model_type has one rope",
+        ),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 4}},
+            "partial_rotary_factor 0.5 beside a rope scaling is not supported",
+        ),
+        (
+            {"rope_scaling": LONGROPE | {"short_factor": [1.0] * 4}},
+            "short_factor is not a list of 8 numbers",
+        ),
+        ({"rope_scaling": LONGROPE | {"long_factor": [0] * 8}}, "long_factor holds 0.0; give more"),
+        (
+            {"rope_scaling": {"type": "llama3"} | LLAMA3 | {"high_freq_factor": 1}},
+            "high_freq_factor 1 is not above low_freq_factor 1",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "config.json: key factor is missing"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},

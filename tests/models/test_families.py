@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,37 @@ def test_config_as_transformers_4_and_5_write_it(family, four, five):
     assert read(family, **four) == read(family, **five)
 
 
+SIXTEEN = {
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 9,
+}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_longrope_of_phi3_has_three_names(kind):
+    rope = read("phi3", max_position_embeddings=8192, rope_scaling=SIXTEEN | {"type": kind}).rope
+    factor = (1 + math.log(2) / math.log(4096)) ** 0.5
+    assert (rope.kind, rope.original_positions, rope.long) == ("longrope", 4096, (2.0,) * 8)
+    assert rope.attention_factor == pytest.approx(factor)
+
+
+def test_a_rope_for_each_kind_of_layer():
+    linear = {"rope_type": "linear", "factor": 4.0}
+    both = read(
+        "gemma3_text",
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "sliding_attention": linear | {"rope_theta": 3e4},
+        },
+        rope_scaling=linear,
+    )
+    assert both.rope == Rope(theta=5e5, kind="linear", factor=4.0)
+    assert both.local_rope == Rope(theta=3e4, kind="linear", factor=4.0)
+    flat = read("gemma3_text", rope_parameters=linear)  # which transformers does not read
+    assert (flat.rope, flat.local_rope) == (Rope(theta=1e6), Rope(theta=1e4))
+
+
 def test_what_a_family_implies():
     gemma = read("gemma2", query_pre_attn_scalar=144)
     assert gemma.attention_scale == 1 / 12
@@ -209,6 +241,7 @@ def test_what_a_family_implies():
     assert read("gemma3_text").windows == ((4096,) * 5 + (None,)) * 2
     assert read("gpt_neox").rope == Rope(fraction=0.25)
     assert read("smollm3").unrotated == (3, 7, 11)
+    assert read("opt", ffn_dim=9, rope_scaling={"type": "none of these"}).rope is None
     opt = read(
         "opt", ffn_dim=96, intermediate_size=7, activation_function="gelu", enable_bias=False
     )
@@ -221,10 +254,15 @@ def test_what_a_family_implies():
     [
         (
             "phi3",
-            {"rope_scaling": {"type": "longrope"}},
-            "rope_scaling: rope scaling 'longrope' is",
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "rope scaling 'linear' is not supported; supported: default, longrope, su, yarn",
         ),
-        ("phi3", {"rope_scaling": {"type": "su"}}, "rope_scaling: rope scaling 'su' is not"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 is not from 0 to 1"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "default"}},
+            "rope_scaling beside rope_parameters without full_attention is not supported",
+        ),
         ("gemma2", {"hidden_activation": "tanh"}, "hidden_activation 'tanh' is not supported"),
         ("gemma", {"hidden_act": "silu"}, "hidden_act 'silu' is not .*: gelu, gelu_pytorch_tanh"),
         (
