@@ -1,10 +1,12 @@
 import contextlib
 import dataclasses
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from safetensors.numpy import load_file
 
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.models.config import Rope
+from qlora_jax.models.rope import rotation
 from qlora_jax.models.shapes import find
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.gguf_header import read_header
@@ -83,6 +87,13 @@ def write(
         writer.add_rope_scaling_factor(metadata["linear"])
     if "rope_scaling" in metadata:
         writer.add_string(f"{architecture}.rope.scaling.type", metadata["rope_scaling"])
+    for key, value in metadata.get("rope", {}).items():
+        key = f"{architecture}.rope.{key}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+            kinds[type(value)](key, value)
     if "sliding_window" in metadata:
         writer.add_sliding_window(metadata["sliding_window"])
     for name, tensor in metadata.get("extra", {}).items():
@@ -307,6 +318,78 @@ def test_linear_rope_scaling(tmp_path: Path, weights) -> None:
     assert (rope.kind, rope.factor, rope.theta) == ("linear", 4.0, 5e5)
 
 
+YARN = {"scaling.factor": 4.0, "scaling.original_context_length": 128}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "expected"),
+    [
+        (None, {}, Rope()),
+        (None, {"scaling.factor": 4.0}, Rope(kind="linear", factor=4.0)),
+        (None, {"scaling.factor": 0.0}, Rope()),
+        (None, {"scale_linear": 4.0}, Rope(kind="linear", factor=4.0)),
+        (None, {"scaling.factor": 2.0, "scale_linear": 4.0}, Rope(kind="linear", factor=2.0)),
+        ("none", {"scaling.factor": 4.0}, Rope()),
+        ("linear", {"scaling.finetuned": True, "scaling.attn_factor": 1.0}, Rope()),
+        (
+            "yarn",
+            YARN,
+            Rope(
+                kind="yarn", factor=4.0, original_positions=128, attention_factor=1.138629436111989
+            ),
+        ),
+        (
+            "yarn",
+            {
+                "scaling.factor": 4.0,
+                "scaling.finetuned": True,
+                "scaling.yarn_ext_factor": 1.0,
+                "scaling.yarn_log_multiplier": 0.0,
+                "scaling.yarn_beta_fast": 16.0,
+                "scaling.yarn_beta_slow": 2.0,
+            },
+            Rope(
+                kind="yarn",
+                factor=4.0,
+                original_positions=512,
+                beta_fast=16.0,
+                beta_slow=2.0,
+                attention_factor=1.138629436111989,
+            ),
+        ),
+    ],
+)
+def test_rope_scaling_of_metadata(tmp_path: Path, weights, kind, rope, expected) -> None:
+    write(tmp_path / "m.gguf", weights, rope=rope, **({"rope_scaling": kind} if kind else {}))
+    assert open_gguf(tmp_path / "m.gguf").config.rope == expected
+
+
+def ggml_yarn(position: int, dims: int, base: float, factor: float, original: int) -> np.ndarray:
+    """Cosines as ggml's rope_yarn computes them with ext_factor 1 and attn_factor 1."""
+
+    def dim(rotations: float) -> float:
+        return dims * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(0, math.floor(dim(32))), min(dims - 1, math.ceil(dim(1)))
+    cosines = []
+    for pair in range(dims // 2):
+        apart = position * base ** (-2 * pair / dims)
+        kept = 1 - min(1, max(0, (pair - low) / max(0.001, high - low)))
+        angle = apart / factor * (1 - kept) + apart * kept
+        cosines.append(math.cos(angle) * (1 + 0.1 * math.log(factor)))
+    return np.array(cosines)
+
+
+@pytest.mark.parametrize(("theta", "original"), [(1e4, 128), (1e6, 32768), (5e5, 20)])
+def test_yarn_is_ggmls(tmp_path: Path, weights, theta: float, original: int) -> None:
+    rope = YARN | {"scaling.original_context_length": original}
+    write(tmp_path / "m.gguf", weights, rope=rope, rope_scaling="yarn", theta=theta)
+    read = open_gguf(tmp_path / "m.gguf").config.rope
+    cos, _ = rotation(jnp.array([[1, 17, 100]]), read, HEAD_DIM)
+    expected = [ggml_yarn(p, HEAD_DIM, theta, 4.0, original) for p in (1, 17, 100)]
+    np.testing.assert_allclose(cos[0, :, 0], expected, atol=2e-5)
+
+
 def llama3_table(factor: float, theta: float, low: float = 1, high: float = 4) -> np.ndarray:
     """llama.cpp's rope_freqs.weight, frequency by frequency."""
     table, length = [], 8192
@@ -337,7 +420,34 @@ def test_llama3_rope_scaling_is_recovered_from_its_table(
     ("options", "says"),
     [
         ({"architecture": "bloom"}, "'bloom' is not supported; supported: llama, qwen2"),
-        ({"rope_scaling": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"rope_scaling": "ntk"}, "scaling 'ntk' is not supported; supported: none, linear, yarn"),
+        ({"rope_scaling": "yarn"}, "llama.rope.scaling.factor is None; expected a positive number"),
+        ({"rope": {"dimension_sections": [1, 2, 3]}}, "llama.rope.dimension_sections .* is not"),
+        (
+            {"rope": {"scaling.attn_factor": 1.25}},
+            "llama.rope.scaling.attn_factor 1.25 is not supp",
+        ),
+        ({"rope": {"freq_base_swa": 5e5}}, "llama.rope.freq_base_swa 500000.0 is not supported"),
+        (
+            {"rope": {"scaling.factor": 4.0, "scaling.yarn_beta_fast": 16.0}},
+            "yarn_beta_fast 16.0 is not supported with rope scaling 'linear'",
+        ),
+        (
+            {"rope_scaling": "yarn", "rope": YARN | {"scaling.yarn_attn_factor": 1.0}},
+            "yarn_attn_factor 1.0 is not supported with rope scaling 'yarn'; give a Hugging Face",
+        ),
+        (
+            {"rope_scaling": "yarn", "rope": YARN | {"scaling.yarn_ext_factor": 0.5}},
+            "llama.rope.scaling.yarn_ext_factor 0.5 is not supported",
+        ),
+        (
+            {"linear": 2.0, "extra": {"rope_freqs.weight": np.ones(8, np.float32)}},
+            "rope scaling 'linear' beside rope_freqs.weight is not supported",
+        ),
+        (
+            {"extra": {"rope_freqs.weight": np.ones(3, np.float32)}},
+            r"has shape \(3,\); expected \(8,",
+        ),
         ({"extra": {"rope_freqs.weight": llama3_table(8, 1e4, low=2)}}, "rope_freqs.weight is not"),
         ({"extra": {"blk.0.ffn_gate_exps.weight": np.zeros(4, np.float32)}}, "ffn_gate_exps"),
         ({"rope_dimensions": 8}, "8 of 16 dimensions per head are rotated"),

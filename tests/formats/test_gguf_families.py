@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
+from qlora_jax.models.config import Rope
 from qlora_jax.runtime.errors import UserError
 
 ARCHITECTURES = {
@@ -103,7 +104,8 @@ def write(
         writer.add_attn_logit_softcapping(raw["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(raw["final_logit_softcapping"])
     for key, value in metadata.items():
-        writer.add_uint32(f"{architecture}.{key.replace('__', '.')}", value)
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{key.replace('__', '.')}", value)
     known = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture)
     names = gguf.get_tensor_name_map(known, raw["num_hidden_layers"])
     for name, weight in weights.items():
@@ -154,9 +156,49 @@ def test_a_window_that_the_family_has_not_is_refused(tmp_path: Path, models: Pat
     assert "\n" not in str(e.value)
 
 
-def test_longrope_is_refused(tmp_path: Path, models: Path) -> None:
+LONGROPE = {
+    "rope_factors_long.weight": np.array([2, 4.5], np.float32),
+    "rope_factors_short.weight": np.array([1, 1.5], np.float32),
+}
+
+
+def test_longrope_is_read_from_its_tables(tmp_path: Path, models: Path) -> None:
     path = tmp_path / "m.gguf"
-    extra = {"rope_factors_long.weight": np.ones(4, np.float32)}
+    original = {"rope__scaling__original_context_length": 64, "rope__scaling__attn_factor": 1.25}
+    write(path, models / "phi3", "phi3", extra=LONGROPE, **original)
+    assert open_gguf(path).config.rope == Rope(
+        fraction=0.5,
+        kind="longrope",
+        original_positions=64,
+        short=(1, 1.5),
+        long=(2, 4.5),
+        attention_factor=1.25,
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"rope_factors_long.weight": np.ones(4, np.float32)},
+            r"has shape \(4,\); expected \(2,\)",
+        ),
+        (
+            {"rope_factors_long.weight": np.ones(2, np.float32)},
+            "rope scaling 'longrope' without rope_factors_short.weight",
+        ),
+        (
+            {"rope_factors_short.weight": np.ones(2, np.float32)},
+            "rope scaling 'linear' beside rope_factors_short.weight is not supported",
+        ),
+        (
+            {**LONGROPE, "rope_freqs.weight": np.ones(2, np.float32)},
+            "rope scaling 'longrope' beside rope_freqs.weight is not supported",
+        ),
+    ],
+)
+def test_half_a_longrope_is_refused(tmp_path: Path, models: Path, extra, message) -> None:
+    path = tmp_path / "m.gguf"
     write(path, models / "phi3", "phi3", extra=extra)
-    with pytest.raises(UserError, match=r"m.gguf: rope scaling 'longrope' .* is not supported"):
+    with pytest.raises(UserError, match=f"m.gguf: .*{message}"):
         open_gguf(path)

@@ -8,8 +8,9 @@ import numpy as np
 
 from qlora_jax.formats import tying
 from qlora_jax.formats.gguf.architectures import ARCHITECTURES, hugging_face_name
-from qlora_jax.formats.gguf.config import ROPE_TABLE, config_of
+from qlora_jax.formats.gguf.config import config_of
 from qlora_jax.formats.gguf.parts import read_parts
+from qlora_jax.formats.gguf.rope import TABLES
 from qlora_jax.formats.gguf.tensors import (
     Layout,
     check_dequantizable,
@@ -22,8 +23,6 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import FAMILIES
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.gguf_header import GgufTensor
-
-LONGROPE_TABLE = "rope_factors_long.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +66,11 @@ def open_gguf(path: Path) -> GgufCheckpoint:
             f"{path}: architecture {architecture!r} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    if LONGROPE_TABLE in header.tensors:
-        raise UserError(
-            f"{path}: rope scaling 'longrope' ({LONGROPE_TABLE}) is not supported; "
-            "supported: none, linear, llama3"
-        )
     kind = ARCHITECTURES[architecture]
     found = {
         hugging_face_name(n, FAMILIES[kind.family], path): t
         for n, t in header.tensors.items()
-        if n != ROPE_TABLE
+        if n not in TABLES
     }
     config = config_of(header, found, path)
     tie = tying.settle(config, found, lambda: _equal(*(found[n] for n in tying.matrices(config))))
