@@ -113,9 +113,9 @@ def compare(path: Path) -> list[tuple[bool, str]]:
 
 
 def _logits(model: Any, tokens: np.ndarray, expected: np.ndarray) -> tuple[bool, str]:
-    tokens = jnp.asarray(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = model.hidden(tokens, jnp.ones_like(tokens), positions, dtype=jnp.float32)
+    ids = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    hidden = model.hidden(ids, jnp.ones_like(ids), positions, dtype=jnp.float32)
     difference = float(np.abs(np.asarray(model.logits(hidden)) - expected).max())
     most = float(np.abs(expected).max())
     return difference <= TOLERANCE * most, f"logits differ by {difference:.1e} of {most:.2g}"
