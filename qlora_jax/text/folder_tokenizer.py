@@ -69,12 +69,14 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def _refuse_code(path: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError for a tokenizer whose class is not transformers' own but the folder's."""
-    with quiet_transformers():
-        import transformers
     code, name = settings.get("auto_map"), settings.get("tokenizer_class")
-    own = isinstance(name, str) and hasattr(transformers, name)
-    if own or not code or (isinstance(code, dict) and not code.get("AutoTokenizer")):
+    if not code or (isinstance(code, dict) and not code.get("AutoTokenizer")):
         return
+    with quiet_transformers(), loading_tokenizer(path / SETTINGS, DAMAGED):
+        import transformers
+
+        if isinstance(name, str) and hasattr(transformers, name):
+            return
     raise UserError(
         f"{path}: the tokenizer needs code that the folder brings (auto_map in {SETTINGS}), and "
         f"such code is never run; if {FILE} is all that it needs, remove auto_map"

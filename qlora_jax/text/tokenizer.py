@@ -273,7 +273,7 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
         bos_id=_added_bos(fast),
         stop_ids=tuple(dict.fromkeys([eos, *end_ids])),
         vocab_size=max(vocabulary.values()) + 1,
-        template=_chat_template(fast),
+        template=_chat_template(fast, source),
     )
     if tokenizer.template is not None:
         template_trial.check(tokenizer.template, source)
@@ -283,11 +283,13 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
     return dataclasses.replace(tokenizer, stop_ids=(*tokenizer.stop_ids, turn))
 
 
-def _chat_template(fast: Any) -> str | None:
+def _chat_template(fast: Any, source: str) -> str | None:
     try:
         template = fast.get_chat_template()
     except ValueError:  # there is none, or several and none of them the default
         return None
+    if not isinstance(template, str):
+        raise UserError(f"{source}: its chat template is no text but {template!r:.80}; correct it")
     call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
     return re.sub(call, lambda found: repr(TODAY.strftime(found[2])), template)
 

@@ -317,6 +317,7 @@ def test_unknown_pieces_are_refused(tmp_path, trained, says):
         ("tokenizer_config.json", b"[]"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": 3}'),
         ("tokenizer_config.json", b'{"post_processor": "x"}'),
+        ("tokenizer_config.json", b'{"eos_token": "</s>", "chat_template": 1}'),
         ("added_tokens.json", b'{"a": "b"}'),
         ("special_tokens_map.json", b"{"),
     ],
