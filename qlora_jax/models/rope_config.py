@@ -27,14 +27,15 @@ class Rope:
     Attributes:
       theta: base of the frequencies.
       fraction: rotated part of a head, from 0 to 1.
-      kind: a key of `READERS`, which lists the fields that a kind reads, and of `rope.KINDS`.
+      kind: a key of `READERS`, whose functions give the other fields that the kind has.
       factor: how much longer sequences are than before the scaling.
       low_freq_factor, high_freq_factor: turns over `original_positions` up to which llama3 divides
         a frequency by the factor, and from which it keeps it.
       original_positions: positions before the scaling. A sequence of more has other frequencies
         under dynamic and longrope.
-      beta_fast, beta_slow, truncate: the same turns of yarn, and whether the channels where they
-        are reached are rounded.
+      beta_fast, beta_slow: turns over `original_positions` from which yarn keeps a frequency, and
+        up to which it divides it by the factor.
+      truncate: whether yarn rounds the channels with these turns to whole numbers.
       short, long: divisors of longrope's frequencies, one per pair of channels.
       attention_factor: multiplies cosine and sine.
     """
@@ -239,7 +240,10 @@ def _linear(settings: _Settings) -> dict[str, Any]:
 
 def _dynamic(settings: _Settings) -> dict[str, Any]:
     if settings.rotated <= 2:
-        raise UserError(f"{settings.where}: dynamic with {settings.rotated} channels is no rope")
+        raise UserError(
+            f"{settings.where}: dynamic with {settings.rotated} rotated channels is not supported; "
+            "it needs more than 2"
+        )
     positions = int(settings.positive("max_position_embeddings"))
     return {"factor": settings.positive("factor"), "original_positions": positions}
 

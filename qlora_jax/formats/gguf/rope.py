@@ -177,10 +177,16 @@ def _yarn(metadata: Metadata, tables: Mapping[str, np.ndarray]) -> dict[str, Any
 
 def _longrope(metadata: Metadata, tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if _factor(metadata) not in (None, 1.0):
-        raise UserError(f"{metadata.path}: rope scaling 'longrope' with a factor is not supported")
+        raise UserError(
+            f"{metadata.path}: rope scaling 'longrope' with a factor is not supported; give a "
+            "Hugging Face folder"
+        )
     for table in LONGROPE_TABLES.values():
         if table not in tables:
-            raise UserError(f"{metadata.path}: rope scaling 'longrope' without {table}")
+            raise UserError(
+                f"{metadata.path}: rope scaling 'longrope' without {table} is not supported; give "
+                "a Hugging Face folder"
+            )
     return {
         "rope_type": "longrope",
         "original_max_position_embeddings": _original(metadata),
