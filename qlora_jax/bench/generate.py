@@ -17,7 +17,7 @@ from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, ModelConfig, QuantConfig, from_tree
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.models.decoder import Decoder, use_kernel
+from qlora_jax.models.decoder import Decoder, detach, use_kernel
 from qlora_jax.models.generate import (
     Sampling,
     decode,
@@ -156,9 +156,7 @@ def programs(options: Generate) -> Iterator[Compilable]:
 
 
 def _without_adapters(model: Decoder) -> Decoder:
-    for run in model.runs:
-        for linear in run.linears().values():
-            linear.adapter = None
+    detach(model)
     return model
 
 

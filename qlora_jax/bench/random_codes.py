@@ -270,6 +270,11 @@ def _check_adapters(model: Decoder, lora: LoraConfig) -> None:
             "random weights have fresh adapters alone: remove lora.from_adapter, and set lora.init "
             "to kaiming-uniform or gaussian"
         )
+    if outer := model.outer_adapters():
+        raise UserError(
+            f"random weights have no adapter of {next(iter(outer))}; leave it out of "
+            "lora.target_modules"
+        )
     adapters = [own.adapter for run in model.runs for own in run.linears().values() if own.adapter]
     if len({spec for adapter in adapters for spec in adapter.specs}) > 1:
         raise UserError(

@@ -22,13 +22,16 @@ from qlora_jax.train import rundir
 
 if TYPE_CHECKING:
     from qlora_jax.config import Config
+    from qlora_jax.lora import LoraSet
     from qlora_jax.models.decoder import Decoder
+    from qlora_jax.serve.base import Base
     from qlora_jax.text.tokenizer import Tokenizer
 
 TEXT = "Answer prompts with a run's model, or with several adapters side by side."
 
 EPILOG = """With --adapter every prompt is answered under each adapter, and with --base by the base
-too, all in one batch; a run's own adapter takes no part unless it is named."""
+too, all in one batch; a run's own adapter takes no part unless it is named. Adapters of embedding
+or head are tried one after another."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +77,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     """Every prompt under every adapter."""
     start_jax()
-    from qlora_jax.lora.weights import largest_rank
-    from qlora_jax.models.adapters import attach_bank, put_adapter
+    from qlora_jax.models.parts import outer_modules
     from qlora_jax.serve.base import is_run, open_base, read_named
 
     named = read_named(adapters)
@@ -87,32 +89,24 @@ def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     if alone and first.stored.beyond_lora:
         base = open_one(adapter=first.folder)
         answers = _answers(options, base.model, base.tokenizer, base.config)
-        _show_answers(options, [first.name], answers)
+        _show_answers(options, [first.name], [[answer] for answer in answers])
         return
     base = open_one()
-    given = {own.name: own.on(base.model) for own in named}
-    attach_bank(
-        base.model,
-        slots=len(given),
-        rank=max(map(largest_rank, given.values())),
-        dtype=base.config.model.compute_dtype,
-    )
-    for slot, own in enumerate(given.values()):
-        put_adapter(base.model, slot, own)
-    names = [*given, *([None] if options.base else [])]
-    answers = _answers(options, base.model, base.tokenizer, base.config, range(len(names)))
-    _show_answers(options, names, answers)
+    worn: list[LoraSet] = [own.on(base.model) for own in named]
+    worn += [{}] if options.base else []
+    together = not any(own.keys() & outer_modules(base.model.config).keys() for own in worn)
+    names = [*(own.name for own in named), *([None] if options.base else [])]
+    _show_answers(options, names, (_side_by_side if together else _in_turn)(options, base, worn))
 
 
 def _show_answers(
-    options: argparse.Namespace, names: Sequence[str | None], answers: Sequence[str]
+    options: argparse.Namespace, names: Sequence[str | None], answers: Sequence[Sequence[str]]
 ) -> None:
-    """Shows the answers, prompt by prompt and in each by the names of the adapters."""
-    rest = iter(answers)
+    """Shows each prompt's answers, in the order of the adapters' names; None is the base."""
     rows = [
-        {"prompt": prompt, "adapter": name, "answer": next(rest)}
-        for prompt in options.prompt
-        for name in names
+        {"prompt": prompt, "adapter": name, "answer": answer}
+        for prompt, own in zip(options.prompt, answers)
+        for name, answer in zip(names, own)
     ]
     if options.json:
         print(json.dumps(rows))
@@ -120,6 +114,39 @@ def _show_answers(
     for row in rows:
         where = f" | {row['prompt']}" if len(options.prompt) > 1 else ""
         show(f"[{row['adapter'] or 'base'}{where}]\n{row['answer']}\n")
+
+
+def _side_by_side(
+    options: argparse.Namespace, base: "Base", adapters: "Sequence[LoraSet]"
+) -> list[list[str]]:
+    """Each prompt's answers under every adapter, all in one batch; an empty one is the base."""
+    from qlora_jax.lora.weights import largest_rank
+    from qlora_jax.models.adapters import attach_bank, put_adapter
+
+    attach_bank(
+        base.model,
+        slots=len(adapters),
+        rank=max(map(largest_rank, adapters)),
+        dtype=base.config.model.compute_dtype,
+    )
+    for slot, own in enumerate(adapters):
+        put_adapter(base.model, slot, own)
+    slots = range(len(adapters))
+    answers = iter(_answers(options, base.model, base.tokenizer, base.config, slots))
+    return [[next(answers) for _ in slots] for _ in options.prompt]
+
+
+def _in_turn(
+    options: argparse.Namespace, base: "Base", adapters: "Sequence[LoraSet]"
+) -> list[list[str]]:
+    """The same, one adapter after another: banks have none of the embedding or the head."""
+    from qlora_jax.models.adapters import wear
+
+    found = []
+    for own in adapters:
+        wear(base.model, own)
+        found.append(_answers(options, base.model, base.tokenizer, base.config))
+    return [list(answers) for answers in zip(*found)]
 
 
 def _answers(

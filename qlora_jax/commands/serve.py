@@ -199,7 +199,7 @@ def _service(
             f"--max-length {length}: the model has {config.longest_cached} positions{why}; "
             "give less"
         )
-    adapters = {named.name: named.on(base.model) for named in given}
+    adapters = {named.name: named.in_bank_of(base.model) for named in given}
     slots = max(4, len(given)) if options.max_adapters is None else options.max_adapters
     most = options.max_rank or max(16, *map(largest_rank, adapters.values()), 1)
     dtype = base.config.model.compute_dtype

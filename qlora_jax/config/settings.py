@@ -108,7 +108,8 @@ class LoraConfig:
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "constant"] = "alpha/r"
     """How alpha becomes the factor on B·A."""
     target_modules: str | list[str] = "all-linear"
-    """all-linear, a list of module names, or a regular expression on the whole module path."""
+    """all-linear, a list of module names, or a regular expression on the whole module path. The
+    head (lm_head) and the embedding (embed_tokens) have adapters only if they are named."""
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
     """Another rank for modules whose path ends in, or matches, the key."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)

@@ -82,6 +82,7 @@ def _config(source: Checkpoint, text: Tokenizer | None, dtype: str) -> dict[str,
         raw = to_hugging_face(source.config)
         ids = {"bos": text.bos_id, "eos": text.eos_id, "pad": text.pad_id}
         raw |= {f"{name}_token_id": value for name, value in ids.items()}
+    raw["tie_word_embeddings"] = source.config.tie_embeddings
     old = "torch_dtype" in raw and "dtype" not in raw  # as transformers 4 wrote it
     tied = {"tie_word_embeddings": source.config.tie_embeddings}
     return raw | tied | {"torch_dtype" if old else "dtype": dtype}

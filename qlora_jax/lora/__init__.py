@@ -2,6 +2,7 @@
 
 from qlora_jax.lora.adapter import Adapter as Adapter
 from qlora_jax.lora.init.fresh import init_adapter as init_adapter
+from qlora_jax.lora.init.fresh import init_embedding as init_embedding
 from qlora_jax.lora.linear import LoraLinear as LoraLinear
 from qlora_jax.lora.masks import trainable_mask as trainable_mask
 from qlora_jax.lora.spec import AdapterSpec as AdapterSpec

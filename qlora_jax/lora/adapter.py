@@ -51,11 +51,31 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Returns scale * (x @ A) @ B in x's dtype; one layer. Dropout needs a key."""
+        return dense(self.low(x, key), self.b.get_value())
+
+    def low(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Returns scale * x @ A [..., r] in x's dtype; one layer. Dropout needs a key."""
         if self.dropout and key is not None:
             keep = 1 - self.dropout
             x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
         low = dense(x, self.a.get_value()) * self.scale.get_value()
-        return dense(kept(low.astype(x.dtype)), self.b.get_value())
+        return kept(low.astype(x.dtype))
+
+    def looked_up(self, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Returns scale * A[tokens] @ B: what the adapter of an embedding adds to its rows.
+
+        It is `__call__` for rows of the identity matrix, without dropout, as in PEFT.
+
+        Args:
+          tokens: int32[...], rows of A.
+          dtype: dtype of the result.
+
+        Returns:
+          dtype[..., out].
+        """
+        # in float32, so that the gradients of a token's places add up in it
+        rows = self.a.get_value().astype(jnp.float32)[tokens]
+        return dense((rows * self.scale.get_value()).astype(dtype), self.b.get_value())
 
     def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
         """Returns x times the adapted weight, [..., out] in x's dtype; one layer."""
@@ -105,6 +125,11 @@ class Adapter(nnx.Module):
                 a[i, :, : value.rank], b[i, : value.rank] = value.a, value.b
         self.a.set_value(jnp.asarray(a))
         self.b.set_value(jnp.asarray(b))
+
+    def unstack(self) -> None:
+        """Takes the axis of a stack of one layer away, in place."""
+        for variable in (self.a, self.b, self.scale):
+            variable.set_value(variable.get_value()[0])
 
     def fill_own(self, values: Sequence[LoraWeights | None]) -> None:
         """Takes over, in place, what each layer's values hold beyond A and B."""

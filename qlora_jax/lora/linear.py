@@ -70,8 +70,7 @@ class LoraLinear(nnx.Module):
         layers = [spec] * (stack[0] if stack else 1)
         adapter = init_adapter(key, layers, k, n, init, dropout, dtype)
         if not stack:
-            for variable in (adapter.a, adapter.b, adapter.scale):
-                variable.set_value(variable.get_value()[0])
+            adapter.unstack()
         linear = cls(weight, bias)
         linear.adapter = nnx.data(adapter)
         return linear

@@ -1,6 +1,6 @@
 """Patterns of module paths, matched as PEFT matches them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import regex
@@ -50,10 +50,18 @@ def match(path: str, pattern: str, around: str = "{}") -> regex.Match[str] | Non
         raise BadPattern(f"{pattern!r:.80} is not a regular expression: {e}") from None
 
 
-def first_match(patterns: Mapping[str, T], path: str, default: T) -> T:
-    """Returns the value of the first pattern that the path ends in; else the default.
+def first_match(patterns: Mapping[str, T], paths: Sequence[str], default: T) -> T:
+    """Returns the value of the first pattern that a path ends in; else the default.
+
+    Args:
+      patterns: regular expressions to values.
+      paths: the names of one module.
+      default: what is returned if no pattern matches.
 
     Raises:
       BadPattern: as `ends_in`.
     """
-    return next((value for pattern, value in patterns.items() if ends_in(path, pattern)), default)
+    return next(
+        (v for pattern, v in patterns.items() if any(ends_in(path, pattern) for path in paths)),
+        default,
+    )

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from qlora_jax.config import LoraConfig
@@ -29,39 +30,52 @@ class AdapterSpec:
     scale: float
 
 
-def plan(config: LoraConfig, linears: Mapping[str, tuple[int, int]]) -> dict[str, AdapterSpec]:
+OLD_NAMES = {"lm_head": "embed_out"}
+"""Module paths to those that transformers 4 has for them, in GPT-NeoX."""
+NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
+
+
+def plan(
+    config: LoraConfig,
+    linears: Mapping[str, tuple[int, int]],
+    outer: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> dict[str, AdapterSpec]:
     """Chooses the adapters.
 
-    `target_modules` is all-linear (every linear but the head), a list of names (a module
+    `target_modules` is all-linear (every linear of the layers), a list of names (a module
     whose path ends in one, as in PEFT) or a regular expression that must match the whole path.
-    `rank_pattern` and `alpha_pattern` keys match the end of a path, as in PEFT; the first that
-    does wins.
+    Embedding and head are chosen by a name or an expression alone. `rank_pattern` and
+    `alpha_pattern` keys match the end of a path, as in PEFT; the first that does wins.
 
     Args:
       config: the section `lora`.
-      linears: module path (such as model.layers.0.self_attn.q_proj) to (in_features,
-        out_features), the head left out.
+      linears: the layers' linears, module path (such as model.layers.0.self_attn.q_proj) to
+        (in_features, out_features).
+      outer: embedding and head, likewise; without them they cannot be chosen.
 
     Returns:
-      The targeted paths, in the order of `linears`.
+      The targeted paths, in the order of `linears` and `outer`.
 
     Raises:
-      UserError: a target or a pattern that matches no linear, or a malformed expression.
+      UserError: a target or a pattern that matches nothing, or a malformed expression.
     """
-    targets = [path for path in linears if _targeted(config.target_modules, path)]
+    modules = [*linears, *outer]
+    if config.target_modules == "all-linear":
+        targets = list(linears)
+    else:
+        targets = [path for path in modules if _targeted(config.target_modules, path)]
     if not targets:
-        names = sorted({path.rpartition(".")[2] for path in linears})
         raise UserError(
             f"lora.target_modules {config.target_modules!r} matches no linear; "
-            f"there are: {', '.join(names)}"
+            f"there are: {_last_names(modules)}"
         )
     if isinstance(config.target_modules, list):
         for name in config.target_modules:
-            _require_match("lora.target_modules", name, linears, named)
+            _require_match("lora.target_modules", name, modules, named)
     for key in config.rank_pattern:
-        _require_match("lora.rank_pattern", key, linears, ends_in)
+        _require_match("lora.rank_pattern", key, modules, ends_in)
     for key in config.alpha_pattern:
-        _require_match("lora.alpha_pattern", key, linears, ends_in)
+        _require_match("lora.alpha_pattern", key, modules, ends_in)
     return {path: _spec(config, path) for path in targets}
 
 
@@ -73,34 +87,37 @@ def ranks_above_full(
 
 
 def _spec(config: LoraConfig, path: str) -> AdapterSpec:
-    rank = first_match(config.rank_pattern, path, config.rank)
-    alpha = first_match(config.alpha_pattern, path, config.alpha)
+    rank = first_match(config.rank_pattern, _names(path), config.rank)
+    alpha = first_match(config.alpha_pattern, _names(path), config.alpha)
     return AdapterSpec(rank, alpha, SCALINGS[config.scaling](alpha, rank))
 
 
 def _targeted(targets: str | list[str], path: str) -> bool:
-    if targets == "all-linear":
-        return True
     if isinstance(targets, list):
-        return any(named(path, name) for name in targets)
+        return any(named(own, name) for own in _names(path) for name in targets)
     try:
-        return re.fullmatch(targets, path) is not None
+        return any(re.fullmatch(targets, own) is not None for own in _names(path))
     except re.error as e:
         raise UserError(
             f"lora.target_modules {targets!r} is not a regular expression: {e}"
         ) from None
 
 
+def _names(path: str) -> list[str]:
+    """The module path, and the one that an older transformers has for it."""
+    return [path, *([OLD_NAMES[path]] if path in OLD_NAMES else [])]
+
+
 def _require_match(
-    field: str,
-    key: str,
-    linears: Mapping[str, tuple[int, int]],
-    matches: Callable[[str, str], bool],
+    field: str, key: str, modules: Sequence[str], matches: Callable[[str, str], bool]
 ) -> None:
     try:
-        if any(matches(path, key) for path in linears):
+        if any(matches(own, key) for path in modules for own in _names(path)):
             return
     except BadPattern as e:
         raise UserError(f"{field}: {e}") from None
-    names = sorted({path.rpartition(".")[2] for path in linears})
-    raise UserError(f"{field}: {key!r} matches no linear; there are: {', '.join(names)}")
+    raise UserError(f"{field}: {key!r} matches no linear; there are: {_last_names(modules)}")
+
+
+def _last_names(modules: Sequence[str]) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in modules}))

@@ -1,19 +1,31 @@
-"""A model whose linears hold banks of adapters."""
+"""A model under one adapter that was read, or with banks of several."""
 
 from typing import cast
 
 import jax
 from flax import nnx
 
-from qlora_jax.lora import Adapter, LoraLinear, LoraSet
+from qlora_jax.lora import Adapter, AdapterSpec, LoraLinear, LoraSet
 from qlora_jax.lora.bank import Bank
 from qlora_jax.lora.weights import largest_rank
-from qlora_jax.models.decoder import Decoder, run_length
+from qlora_jax.models.decoder import Decoder, attach, detach, run_length
 from qlora_jax.runtime.errors import UserError
 
 
+def wear(model: Decoder, adapters: LoraSet) -> None:
+    """Gives the model one adapter in place of those that it had, in place.
+
+    Args:
+      model: changed in place.
+      adapters: LoRA weights by path; the model has each path, with these shapes.
+    """
+    detach(model)
+    specs = {path: AdapterSpec(own.rank, own.alpha, own.scale) for path, own in adapters.items()}
+    attach(model, specs, jax.random.key(0), values=adapters)
+
+
 def attach_bank(model: Decoder, *, slots: int, rank: int, dtype: jax.typing.DTypeLike) -> None:
-    """Gives every linear an empty bank, in place of the adapter it had.
+    """Gives every linear an empty bank, in place of the adapters that the model had.
 
     Args:
       model: changed in place.
@@ -21,6 +33,7 @@ def attach_bank(model: Decoder, *, slots: int, rank: int, dtype: jax.typing.DTyp
       rank: largest rank of any.
       dtype: of A and B; the compute dtype loses nothing, for products round them to it.
     """
+    detach(model)
     for run in model.runs:
         for linear in run.linears().values():
             layers, k, n = linear.weight.get_value().shape

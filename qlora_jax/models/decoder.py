@@ -12,10 +12,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.kernels import KEPT
 from qlora_jax.kernels.dense import product
-from qlora_jax.lora import AdapterSpec, LoraLinear, LoraSet, Weight, init_adapter
+from qlora_jax.lora import (
+    Adapter,
+    AdapterSpec,
+    LoraLinear,
+    LoraSet,
+    LoraWeights,
+    Weight,
+    init_adapter,
+    init_embedding,
+)
 from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.families import HEAD
 from qlora_jax.models.layers import KVCache, Layer, Norm, Slots
 from qlora_jax.models.rope import rotations, segment_lengths
 from qlora_jax.quant import QTensor
@@ -50,6 +60,8 @@ class Decoder(nnx.Module):
       runs: stacks of structurally identical layers, in order; usually one.
       head: [hidden, vocab], or None when it is the embedding's transpose.
       positions: [rows, hidden] of a learned table, or None.
+      embed_adapter: of the embedding as [vocab, hidden], or None; never of a head tied to it.
+      head_adapter: of the head as [hidden, vocab], or None; never of an embedding tied to it.
     """
 
     def __init__(
@@ -68,6 +80,8 @@ class Decoder(nnx.Module):
         self.norm = Norm(config, norm, norm_bias)
         self.head = None if head is None else Weight(head)
         self.positions = None if positions is None else Weight(positions)
+        self.embed_adapter: Adapter | None = None
+        self.head_adapter: Adapter | None = None
 
     def hidden(
         self,
@@ -121,12 +135,38 @@ class Decoder(nnx.Module):
         """hidden @ head, soft-capped where the family does it, in float32: [..., vocab]."""
         weight, vocab_axis = self.stored_head()
         logits = product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
+        if (update := self.head_update(hidden, None)) is not None:
+            low, b = update
+            logits = logits + product(low, b.astype(low.dtype), 0)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def stored_head(self) -> tuple[jax.Array, int]:
         """The head as it is stored, and which of its axes is the vocabulary."""
         return (self.embed.get_value(), 0) if self.head is None else (self.head.get_value(), 1)
+
+    def head_update(
+        self, hidden: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """What the head's adapter adds to hidden @ head, as two factors; None without an adapter.
+
+        Args:
+          hidden: float[..., hidden].
+          key: as `hidden` takes it.
+
+        Returns:
+          [..., r] in hidden's dtype and [r, vocab], whose product is added.
+        """
+        if self.head_adapter is None:
+            return None
+        # the layers' keys are those of 0 to num_layers - 1
+        own = None if key is None else jax.random.fold_in(key, self.config.num_layers)
+        return self.head_adapter.low(hidden, own), self.head_adapter.b.get_value()
+
+    def outer_adapters(self) -> dict[str, Adapter]:
+        """The adapters outside the layers by Hugging Face module path; no axis of layers."""
+        found = {self.config.names.embed: self.embed_adapter, HEAD: self.head_adapter}
+        return {path: adapter for path, adapter in found.items() if adapter is not None}
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every layer's linears: Hugging Face module path to (in_features, out_features)."""
@@ -157,6 +197,8 @@ class Decoder(nnx.Module):
         # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens and keep it.
         embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
         x = embed[tokens].astype(dtype)
+        if self.embed_adapter is not None:
+            x = x + self.embed_adapter.looked_up(tokens, dtype)
         if config.scaled_embeddings:
             x = x * jnp.asarray(config.hidden_size**0.5, dtype)
         if self.positions is not None and config.positions_before is not None:
@@ -215,7 +257,9 @@ def attach(
     freeze_a: bool = False,
     values: LoraSet | None = None,
 ) -> None:
-    """Gives every linear named in `specs` an adapter, in place.
+    """Gives every module named in `specs` an adapter, in place.
+
+    An adapter of the embedding starts as PEFT's does, with A at zero, and drops nothing.
 
     Args:
       model: without adapters.
@@ -224,7 +268,7 @@ def attach(
       init: a key of `lora.init.fresh.INITS`.
       dropout: rate on the input of A, in training.
       dtype: of A and B.
-      variant: a key of `VARIANTS`.
+      variant: a key of `VARIANTS`; embedding and head are adapted by plain LoRA alone.
       freeze_a: leave A out of what is trained.
       values: what adapters start with instead of fresh values, by path.
     """
@@ -246,6 +290,30 @@ def attach(
             if any(given):
                 adapter.fill_own(given)
             linear.adapter = nnx.data(adapter)
+    config = model.config
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    key, own = jax.random.split(key)
+    if spec := specs.get(config.names.embed):
+        adapter = init_embedding(own, spec, vocabulary, hidden, dtype)
+        model.embed_adapter = _single(adapter, values.get(config.names.embed))
+    if spec := specs.get(HEAD):
+        adapter = init_adapter(key, [spec], hidden, vocabulary, init, dropout, dtype, freeze_a)
+        model.head_adapter = _single(adapter, values.get(HEAD))
+
+
+def _single(adapter: Adapter, value: LoraWeights | None) -> Adapter:
+    """Returns a stack of one adapter, filled with a value, as an adapter without that axis."""
+    adapter.fill([value])
+    adapter.unstack()
+    return nnx.data(adapter)
+
+
+def detach(model: Decoder) -> None:
+    """Takes every adapter off, in place."""
+    for run in model.runs:
+        for linear in run.linears().values():
+            linear.adapter = None
+    model.embed_adapter = model.head_adapter = None
 
 
 def use_kernel(model: Decoder, implementation: str | None) -> None:

@@ -44,6 +44,10 @@ class Names:
 
 LLAMA = Names()
 
+HEAD = "lm_head"
+"""The head's module path in transformers 5, in every family. `Names.head` is how its tensor is
+stored: GPT-NeoX's has the name that transformers 4 has for its module, too."""
+
 
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -271,3 +275,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """The supported values of `model_type`; a family whose parts the decoder has is a row here."""
+
+EMBEDDINGS = frozenset(family.names.embed for family in FAMILIES.values())
+"""The embeddings' module paths: adapters of these are looked up, and stored under other names."""

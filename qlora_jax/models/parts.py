@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.families import HEAD
 
 
 class LinearShape(NamedTuple):
@@ -35,11 +36,8 @@ def linears(config: DecoderConfig) -> dict[str, LinearShape]:
     return attention | mlp
 
 
-def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Returns the linears of all layers: Hugging Face module path to (in_features, out_features).
-
-    The head is not among them.
-    """
+def layer_linears(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Every layer's linears: Hugging Face module path to (in_features, out_features)."""
     return {
         f"{config.names.layers}.{i}.{path}": (linear.inputs, linear.outputs)
         for i in range(config.num_layers)
@@ -47,9 +45,15 @@ def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def adaptable(config: DecoderConfig) -> list[str]:
-    """Returns the paths of all modules that LoRA can adapt: the linears, embedding and head."""
-    return [*linear_shapes(config), config.names.embed, config.names.head]
+def outer_modules(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Returns the embedding and the head, which LoRA can adapt: module path to (in, out)."""
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    return {config.names.embed: (vocabulary, hidden), HEAD: (hidden, vocabulary)}
+
+
+def adaptable(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Returns all modules that LoRA can adapt: module path to (in, out)."""
+    return layer_linears(config) | outer_modules(config)
 
 
 def norms(config: DecoderConfig) -> dict[str, int]:

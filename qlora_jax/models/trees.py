@@ -83,6 +83,7 @@ def parameter_counts(model: Decoder, method: str) -> tuple[int, int]:
         for linear in run.linears().values()
         if linear.adapter is not None
     ]
+    sizes += [adapter.sizes() for adapter in model.outer_adapters().values()]
     trained, adapters = (sum(column) for column in zip(*sizes)) if sizes else (0, 0)
     return (base if method == "full" else trained), base + adapters
 

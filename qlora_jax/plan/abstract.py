@@ -8,7 +8,6 @@ from flax import nnx
 
 from qlora_jax.config import Config, LoraConfig, QuantConfig
 from qlora_jax.data.packing import DTYPES
-from qlora_jax.lora import plan
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
@@ -16,6 +15,7 @@ from qlora_jax.models.parts import expected_shapes, linears
 from qlora_jax.models.trees import Split
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.train.assemble import drops_out
+from qlora_jax.train.targets import targets
 
 
 def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Split:
@@ -91,7 +91,7 @@ def _adapt(model: Decoder, lora: LoraConfig) -> None:
     """Gives the model the adapters of a run, in place."""
     attach(
         model,
-        plan(lora, model.linears()),
+        targets(lora, model.config),
         jax.random.key(0),
         init=lora.init,
         dropout=lora.dropout,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qlora_jax.config import Config
 from qlora_jax.models import attention
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.families import HEAD
 from qlora_jax.models.layers import ACTIVATIONS
 from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import by_layer
@@ -61,9 +62,12 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
     Args:
       model: shapes of the decoder.
       run: dtypes, remat, rows and their length are read.
-      ranks: rank of each of a layer's adapters, by the linear's path below the layer.
+      ranks: rank of each of a layer's adapters, by the linear's path below the layer, and of those
+        of embedding and head, by their paths.
     """
     parts, names = linears(model), model.names
+    head_rank = ranks.get(HEAD, 0)
+    ranks = {path: rank for path, rank in ranks.items() if path in parts}
     # what is only added to x is not read again: the MLP's, and attention's beside it
     added = set() if model.post_norms else {names.down_proj}
     added |= {names.o_proj} if model.parallel_residual else set()
@@ -96,7 +100,7 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         "decoded weights": _decoded(
             run, step, sum(linear.inputs * linear.outputs for linear in parts.values())
         ),
-        "loss": _loss(model, run, step),
+        "loss": _loss(model, run, step, head_rank),
     }
 
 
@@ -161,11 +165,12 @@ def _decoded(run: Config, step: _Step, elements: int) -> int:
     return 0 if stored == run.model.compute_dtype else step.width * elements
 
 
-def _loss(model: DecoderConfig, run: Config, step: _Step) -> int:
+def _loss(model: DecoderConfig, run: Config, step: _Step, head_rank: int) -> int:
     """Adds up a block of logits, of their exponentials and of the head, its part of the mean, and
-    the gradients of all positions and of a trained head, in float32."""
+    the gradients of all positions and of a trained head or of its B, in float32."""
     rows, columns = min(ROWS, step.tokens), min(COLUMNS, model.vocab_size)
-    block = rows * columns * (2 * FLOAT32 + step.width) + columns * step.hidden * step.width
-    positions = (2 * rows + step.tokens) * step.hidden * FLOAT32
-    head = model.vocab_size * step.hidden * FLOAT32 if run.method == "full" else 0
-    return block + positions + head
+    width = step.hidden + head_rank
+    block = rows * columns * (2 * FLOAT32 + step.width) + columns * width * step.width
+    positions = (2 * rows + step.tokens) * width * FLOAT32
+    trained = step.hidden if run.method == "full" else head_rank
+    return block + positions + model.vocab_size * trained * FLOAT32

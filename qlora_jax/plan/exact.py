@@ -73,8 +73,8 @@ class Exact(NamedTuple):
       gradients: as the gradient program returns them.
       moments: bytes of the optimizer's moments, of all units.
       counters: counts of steps, the loss scale, and with dropout the key.
-      ranks: rank of each of a layer's adapters, by the linear's path below the layer; a stack is
-        as wide as its widest layer.
+      ranks: rank of each of a layer's adapters, by the linear's path below the layer, and of those
+        of embedding and head; a stack is as wide as its widest layer.
     """
 
     model: Mapping[str, int]
@@ -181,9 +181,11 @@ def optimizer_bytes(trained: Any, run: Config) -> tuple[int, int]:
 
 
 def _ranks(model: Decoder) -> dict[str, int]:
-    return {
+    layers = {
         path: linear.adapter.a.get_value().shape[-1]
         for run in model.runs
         for path, linear in run.linears().items()
         if linear.adapter is not None
     }
+    outer = model.outer_adapters().items()
+    return layers | {path: adapter.a.get_value().shape[-1] for path, adapter in outer}

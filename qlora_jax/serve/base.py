@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
 from qlora_jax.formats.peft import AdapterSet, read_adapter
-from qlora_jax.formats.peft.plain import IN_RUN, plain
+from qlora_jax.formats.peft.plain import IN_RUN, check_shared, plain
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import paths
@@ -109,6 +109,17 @@ class Named(NamedTuple):
         """
         with _naming(self.name):
             return plain(self.folder, self.stored, model)
+
+    def in_bank_of(self, model: Decoder) -> LoraSet:
+        """Returns its weights, if it can share a bank with others.
+
+        Raises:
+          UserError: as `on`; or embedding or head are adapted.
+        """
+        found = self.on(model)
+        with _naming(self.name):
+            check_shared(self.folder, found)
+        return found
 
 
 def read_named(adapters: Mapping[str, str]) -> list[Named]:

@@ -4,7 +4,7 @@ import stat
 from pathlib import Path
 
 from qlora_jax.formats.peft.adapter import CONFIG, WEIGHTS
-from qlora_jax.formats.peft.plain import adapter_folder, read_plain
+from qlora_jax.formats.peft.plain import adapter_folder, check_shared, read_plain
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import paths
@@ -24,9 +24,12 @@ def read_regular(path: str, model: Decoder | None = None) -> LoraSet:
     """Reads an adapter as `read_plain` does, from regular files only.
 
     Raises:
-      UserError: as `read_plain`; or a file is not regular.
+      UserError: as `read_plain`; a file is not regular; or embedding or head are adapted.
     """
-    return read_plain(regular_folder(path), model)
+    folder = regular_folder(path)
+    found = read_plain(folder, model)
+    check_shared(folder, found)
+    return found
 
 
 def regular_folder(path: str) -> Path:

@@ -20,12 +20,10 @@ MODEL = "model"
 
 
 def adapters(model: Decoder) -> LoraSet:
-    """Returns every layer's adapter by its Hugging Face module path."""
-    return {
-        path: weights
-        for path, linear, i in model.walk()
-        if linear.adapter and (weights := linear.adapter.weights(i))
-    }
+    """Returns every adapter by its Hugging Face module path."""
+    found = {path: linear.adapter.weights(i) for path, linear, i in model.walk() if linear.adapter}
+    found |= {path: adapter.weights() for path, adapter in model.outer_adapters().items()}
+    return {path: weights for path, weights in found.items() if weights is not None}
 
 
 def export_adapter(config: Config, model: Decoder, folder: Path) -> None:

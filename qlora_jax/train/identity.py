@@ -1,4 +1,4 @@
-"""Whether fresh adapters leave every linear's product as it was."""
+"""Whether fresh adapters leave what every module computes as it was."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from qlora_jax.config import Config
 from qlora_jax.lora import Adapter, LoraLinear
 from qlora_jax.lora.init import STARTS
 from qlora_jax.models.decoder import Decoder, run_length
+from qlora_jax.models.families import HEAD
 from qlora_jax.runtime.errors import RunFailed
 
 TOLERANCE = {"lora": 0.0, "dora": 1e-5}
@@ -32,6 +33,8 @@ def starts_as_base(config: Config) -> bool:
 def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Config) -> None:
     """Checks that fresh adapters change no linear's product by more than `TOLERANCE`.
 
+    Those of embedding and head must add nothing at all.
+
     Args:
       graph: the model's structure, from `trees.split`.
       trained: its trained tree.
@@ -42,8 +45,9 @@ def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Confi
       RunFailed: an adapter changes a product; the message names the first such linear.
     """
     dtype, tolerance = jnp.dtype(config.model.compute_dtype), TOLERANCE[config.lora.variant]
+    model = nnx.merge(graph, trained, frozen)
     found = jax.device_get(unchanged(graph, trained, frozen, dtype, tolerance))
-    name = first_changed(nnx.merge(graph, trained, frozen), found)
+    name = first_changed(model, found) or first_added(model, dtype)
     if name is not None:
         raise RunFailed(
             f"fresh adapters change the model's output, first at {name}; this is a bug, "
@@ -65,6 +69,26 @@ def first_changed(model: Decoder, found: Sequence[Mapping[str, np.ndarray]]) -> 
         for path in run.linears():
             if path in same and not same[path][i]:
                 return f"{model.config.names.layers}.{layer}.{path}"
+    return None
+
+
+def first_added(model: Decoder, dtype: jnp.dtype) -> str | None:
+    """Returns the path of the first adapter of embedding or head that adds something, or None.
+
+    Args:
+      model: a decoder.
+      dtype: of what the head is tried with, [16, hidden] drawn from N(0, 1).
+    """
+    for path, adapter in model.outer_adapters().items():
+        if path == HEAD:
+            x = jax.random.normal(jax.random.key(0), (ROWS, model.config.hidden_size), dtype)
+            added = adapter(x, None)
+        else:
+            # every row of A; and B, which may hold NaN, by what the first row gives
+            a, first = adapter.a.get_value(), adapter.looked_up(jnp.arange(1), dtype)
+            added = jnp.concatenate([a.reshape(-1), first.reshape(-1)])
+        if not bool(jnp.all(added == 0)):
+            return path
     return None
 
 

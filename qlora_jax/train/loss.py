@@ -19,16 +19,28 @@ LIFT = 2.0**12
 probabilities of a large vocabulary would be subnormal."""
 
 
-class _Head(NamedTuple):
-    """What is fixed about the head: `token_loss`'s arguments."""
+Arrays = tuple[jax.Array, ...]
+"""One array for each matrix of a head."""
 
-    vocab_axis: int
-    trained: bool
+
+class _Head(NamedTuple):
+    """What is fixed about a head whose logits are the sum of h @ weight over its matrices.
+
+    Attributes:
+      vocab_axes: which axis of each matrix is the vocabulary.
+      trained: which matrices need a gradient.
+      softcap: as `token_loss` takes it.
+    """
+
+    vocab_axes: tuple[int, ...]
+    trained: tuple[bool, ...]
     softcap: float | None
 
-    def logits(self, h: jax.Array, weight: jax.Array) -> jax.Array:
-        """Of a block of the head's vectors, float32[R, block]."""
-        logits = product(h, weight.astype(h.dtype), 1 - self.vocab_axis)
+    def logits(self, h: Arrays, weights: Arrays) -> jax.Array:
+        """Of a block of the vocabulary's vectors in each matrix, float32[R, block]."""
+        parts = zip(h, weights, self.vocab_axes)
+        products = [product(x, weight.astype(x.dtype), 1 - axis) for x, weight, axis in parts]
+        logits = functools.reduce(jnp.add, products)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def sloped(self, values: jax.Array, logits: jax.Array) -> jax.Array:
@@ -45,9 +57,9 @@ class _Online(NamedTuple):
     """[R], the sum of exp(logit - highest)."""
     target: jax.Array
     """[R], the target's logit."""
-    mean: jax.Array
-    """[R, D], the sum of exp(logit - highest) times the slope of the cap times the head's
-    vectors."""
+    mean: Arrays
+    """[R, D] for each matrix of the head, the sum of exp(logit - highest) times the slope of the
+    cap times the vocabulary's vectors in it."""
 
 
 def token_loss(
@@ -59,14 +71,15 @@ def token_loss(
     vocab_axis: int = 1,
     train_head: bool = False,
     softcap: float | None = None,
+    update: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy over the positions that carry loss, and their number.
 
     Positions are taken `ROWS` at a time, those with loss first, and the vocabulary in blocks of
     `COLUMNS`; rows without any loss are skipped. The gradient is formed in the forward pass with
     an online softmax: d loss / d hidden is the mean of the head's vectors under the predicted
-    distribution, less the target's, as attention over the vocabulary would compute it. The head's
-    own gradient takes the logits a second time.
+    distribution, less the target's, as attention over the vocabulary would compute it. The
+    gradient of the head, or of the matrix b of an update, takes the logits a second time.
 
     Args:
       hidden: [..., D] in the compute dtype.
@@ -75,12 +88,19 @@ def token_loss(
       mask: bool[...].
       vocab_axis: which axis of the head is the vocabulary.
       train_head: whether the head needs a gradient; without it, its gradient is zero.
-      softcap: c in logits of c·tanh(hidden @ head / c); None: as they are.
+      softcap: c in logits of c·tanh(x / c); None: as they are.
+      update: low [..., r] in the compute dtype and b [r, vocab], of which low @ b is added to
+        hidden @ head; both get gradients.
 
     Returns:
       float32 sum and float32 count.
     """
-    flat, mask = hidden.reshape(-1, hidden.shape[-1]), mask.reshape(-1)
+    # each product that the logits are a sum of: input, matrix, vocabulary's axis, trained or not
+    products = [(hidden, head, vocab_axis, train_head)]
+    if update is not None:
+        products.append((*update, 1, True))
+    inputs, matrices, axes, trained = zip(*products)
+    mask = mask.reshape(-1)
     rows = min(ROWS, len(mask))
     order = jnp.argsort(~mask, stable=True)
     # Rows without loss read as zeros, so that what is not finite there reaches no gradient.
@@ -92,9 +112,9 @@ def token_loss(
         return taken.reshape(-1, rows, *x.shape[1:])
 
     total = _total(
-        _Head(vocab_axis, train_head, softcap),
-        chunks(flat),
-        head,
+        _Head(axes, trained, softcap),
+        tuple(chunks(x.reshape(-1, x.shape[-1])) for x in inputs),
+        matrices,
         chunks(targets.reshape(-1)),
         chunks(mask),
     )
@@ -104,12 +124,12 @@ def token_loss(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(
     kind: _Head,
-    hidden: jax.Array,
-    head: jax.Array,
+    hidden: Arrays,
+    head: Arrays,
     targets: jax.Array,
     mask: jax.Array,
 ) -> jax.Array:
-    def chunk(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def chunk(total: jax.Array, xs: tuple[Arrays, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         h, t, m = xs
 
         def compute() -> jax.Array:
@@ -126,31 +146,46 @@ def _forward(kind, hidden, head, targets, mask):
 
         def compute(dhead):
             seen = _over_vocabulary(kind, h, head, t, with_mean=True)
-            # rounded as the product before it rounded the other vectors
-            of_target = jnp.take(head, t, axis=kind.vocab_axis, mode="clip").astype(h.dtype)
-            of_target = of_target.T if kind.vocab_axis else of_target
-            of_target = kind.sloped(of_target, seen.target[:, None])
-            dh = (seen.mean / seen.total[:, None] - of_target) * m[:, None]
-            if kind.trained:
+            dh = tuple(
+                _input_gradient(kind, seen, mean, weight, axis, t, m, x.dtype)
+                for mean, weight, axis, x in zip(seen.mean, head, kind.vocab_axes, h)
+            )
+            if any(kind.trained):
                 dhead = _add_head_gradient(kind, dhead, h, head, t, m, seen)
             return _loss(seen, m), dh, dhead
 
         def skip(dhead):
-            return jnp.float32(0), jnp.zeros(h.shape, jnp.float32), dhead
+            return jnp.float32(0), tuple(jnp.zeros(x.shape, jnp.float32) for x in h), dhead
 
         total, dhead = carry
         loss, dh, dhead = jax.lax.cond(m.any(), compute, skip, dhead)
         return (total + loss, dhead), dh
 
-    dhead = jnp.zeros(head.shape if kind.trained else (), jnp.float32)
+    dhead = tuple(
+        jnp.zeros(weight.shape if trained else (), jnp.float32)
+        for weight, trained in zip(head, kind.trained)
+    )
     (total, dhead), dh = jax.lax.scan(chunk, (jnp.float32(0), dhead), (hidden, targets, mask))
-    return total, (dh, dhead, hidden[:0], head[:0])
+    return total, (dh, dhead, tuple(x[:0] for x in hidden), tuple(w[:0] for w in head))
+
+
+def _input_gradient(kind, seen, mean, weight, vocab_axis, targets, mask, dtype):
+    """Gradient with respect to what one matrix of the head is multiplied by, float32[R, D]."""
+    # rounded as the product before it rounded the other vectors
+    of_target = jnp.take(weight, targets, axis=vocab_axis, mode="clip").astype(dtype)
+    of_target = of_target.T if vocab_axis else of_target
+    of_target = kind.sloped(of_target, seen.target[:, None])
+    return (mean / seen.total[:, None] - of_target) * mask[:, None]
 
 
 def _backward(kind, saved, g):
     dh, dhead, hidden, head = saved
-    grad = (dhead * g).astype(head.dtype) if kind.trained else None
-    return (dh * g).astype(hidden.dtype), grad, None, None
+    dhidden = tuple((slope * g).astype(x.dtype) for slope, x in zip(dh, hidden))
+    grads = tuple(
+        (slope * g).astype(weight.dtype) if trained else None
+        for slope, weight, trained in zip(dhead, head, kind.trained)
+    )
+    return dhidden, grads, None, None
 
 
 _total.defvjp(_forward, _backward)
@@ -162,13 +197,13 @@ def _loss(seen: _Online, mask: jax.Array) -> jax.Array:
 
 
 def _over_vocabulary(
-    kind: _Head, h: jax.Array, head: jax.Array, targets: jax.Array, *, with_mean: bool
+    kind: _Head, h: Arrays, head: Arrays, targets: jax.Array, *, with_mean: bool
 ) -> _Online:
     """One pass over the head, block by block; `mean` stays zero unless it is asked for."""
 
     def block(i: jax.Array, seen: _Online) -> _Online:
-        weight, ids, new = _block(kind.vocab_axis, head, i)
-        whole = kind.logits(h, weight)
+        weights, ids, new = _block(kind.vocab_axes, head, i)
+        whole = kind.logits(h, weights)
         logits = jnp.where(new, whole, -jnp.inf)
         highest = jnp.maximum(seen.highest, logits.max(axis=-1))
         powers = jnp.exp(logits - highest[:, None])
@@ -176,9 +211,11 @@ def _over_vocabulary(
         hit = ids == targets[:, None]
         mean = seen.mean
         if with_mean:
-            lifted = (kind.sloped(powers, whole) * LIFT).astype(h.dtype)
-            mean *= shrink[:, None]
-            mean += product(lifted, weight.astype(h.dtype), kind.vocab_axis) / LIFT
+            lifted = (kind.sloped(powers, whole) * LIFT).astype(h[0].dtype)
+            mean = tuple(
+                old * shrink[:, None] + product(lifted, weight.astype(lifted.dtype), axis) / LIFT
+                for old, weight, axis in zip(mean, weights, kind.vocab_axes)
+            )
         return _Online(
             highest,
             seen.total * shrink + powers.sum(axis=-1),
@@ -186,34 +223,45 @@ def _over_vocabulary(
             mean,
         )
 
-    rows = jnp.zeros(h.shape[0], jnp.float32)
-    nothing = _Online(rows - jnp.inf, rows, rows, jnp.zeros(h.shape, jnp.float32))
-    return jax.lax.fori_loop(0, _blocks(head.shape[kind.vocab_axis])[0], block, nothing)
+    rows = jnp.zeros(len(targets), jnp.float32)
+    means = tuple(jnp.zeros(x.shape, jnp.float32) for x in h)
+    nothing = _Online(rows - jnp.inf, rows, rows, means)
+    return jax.lax.fori_loop(0, _blocks(_vocabulary(kind.vocab_axes, head))[0], block, nothing)
 
 
 def _add_head_gradient(
     kind: _Head,
-    dhead: jax.Array,
-    h: jax.Array,
-    head: jax.Array,
+    dhead: Arrays,
+    h: Arrays,
+    head: Arrays,
     targets: jax.Array,
     mask: jax.Array,
     seen: _Online,
-) -> jax.Array:
+) -> Arrays:
+    """The gradients of the trained matrices with those of R rows added; the others as they are."""
     normalizer = seen.highest + jnp.log(seen.total)
 
-    def block(i: jax.Array, dhead: jax.Array) -> jax.Array:
-        weight, ids, new = _block(kind.vocab_axis, head, i)
-        logits = kind.logits(h, weight)
+    def block(i: jax.Array, dhead: Arrays) -> Arrays:
+        weights, ids, new = _block(kind.vocab_axes, head, i)
+        logits = kind.logits(h, weights)
         hit = ids == targets[:, None]
         dlogits = (jnp.exp(logits - normalizer[:, None]) - hit) * (mask[:, None] & new)
-        dlogits = (kind.sloped(dlogits, logits) * LIFT).astype(h.dtype)
-        rows, columns = (h, dlogits) if kind.vocab_axis else (dlogits, h)
-        part = product(rows.T, columns, 0) / LIFT
-        old = jax.lax.dynamic_slice_in_dim(dhead, ids[0], len(ids), kind.vocab_axis)
-        return jax.lax.dynamic_update_slice_in_dim(dhead, old + part, ids[0], kind.vocab_axis)
+        dlogits = (kind.sloped(dlogits, logits) * LIFT).astype(h[0].dtype)
 
-    return jax.lax.fori_loop(0, _blocks(head.shape[kind.vocab_axis])[0], block, dhead)
+        def added(whole: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+            rows, columns = (x, dlogits) if axis else (dlogits, x)
+            part = product(rows.T, columns, 0) / LIFT
+            old = jax.lax.dynamic_slice_in_dim(whole, ids[0], len(ids), axis)
+            return jax.lax.dynamic_update_slice_in_dim(whole, old + part, ids[0], axis)
+
+        parts = zip(dhead, h, kind.vocab_axes, kind.trained)
+        return tuple(added(d, x, axis) if trained else d for d, x, axis, trained in parts)
+
+    return jax.lax.fori_loop(0, _blocks(_vocabulary(kind.vocab_axes, head))[0], block, dhead)
+
+
+def _vocabulary(vocab_axes: tuple[int, ...], head: Arrays) -> int:
+    return head[0].shape[vocab_axes[0]]
 
 
 def _blocks(vocabulary: int) -> tuple[int, int]:
@@ -224,14 +272,17 @@ def _blocks(vocabulary: int) -> tuple[int, int]:
 
 
 def _block(
-    vocab_axis: int, head: jax.Array, i: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Block i of the head, the tokens in it, and which of them no block before it held."""
-    vocabulary = head.shape[vocab_axis]
+    vocab_axes: tuple[int, ...], head: Arrays, i: jax.Array
+) -> tuple[Arrays, jax.Array, jax.Array]:
+    """Block i of each matrix, the tokens in it, and which of them no block before it held."""
+    vocabulary = _vocabulary(vocab_axes, head)
     _, size = _blocks(vocabulary)
     start = jnp.minimum(i * size, vocabulary - size)
     ids = start + jnp.arange(size)
     # Held to the block: XLA:CPU would convert the whole head before the loop, and keep that.
     head, start = jax.lax.optimization_barrier((head, start))
-    weight = jax.lax.dynamic_slice_in_dim(head, start, size, vocab_axis)
-    return weight, ids, ids >= i * size
+    weights = tuple(
+        jax.lax.dynamic_slice_in_dim(weight, start, size, axis)
+        for weight, axis in zip(head, vocab_axes)
+    )
+    return weights, ids, ids >= i * size

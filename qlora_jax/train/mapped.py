@@ -22,7 +22,7 @@ from qlora_jax.lora.masks import is_variable
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraScale
 from qlora_jax.models import trees
-from qlora_jax.models.decoder import Decoder, attach
+from qlora_jax.models.decoder import Decoder, attach, detach
 from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
@@ -225,9 +225,7 @@ def extract(adapters: Adapters, trained: Any, k: int) -> LoraSet:
 
 
 def _attach(model: Decoder, specs: Mapping[str, AdapterSpec], config: Config) -> None:
-    for layers in model.runs:
-        for linear in layers.linears().values():
-            linear.adapter = None
+    detach(model)
     key, dtype = jax.random.key(config.train.seed), jnp.dtype(config.lora.dtype)
     attach(model, specs, key, init=config.lora.init, dtype=dtype)
 

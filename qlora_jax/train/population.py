@@ -13,10 +13,12 @@ import numpy as np
 
 from qlora_jax.config import Config, changed
 from qlora_jax.lora import LoraSet
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.examples import Data, held_out, loader, read_data
 from qlora_jax.train.mapped import Adapters, Program, build, draw, extract, union
 from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.targets import outer_targets
 
 VARIED = (
     "lora.rank",
@@ -89,6 +91,7 @@ def train_population(
     """
     configs = member_configs(config, members, data_seed)
     checkpoint, text = open_model(config, say)
+    _check_targets(configs, checkpoint.config)
     data = read_data(config, text, checkpoint.config.longest_cached)
     model, _ = load_model(config, checkpoint, say)
     evaluated = held_out(config, data, text.pad_id)
@@ -182,6 +185,15 @@ def member_configs(
             "set it to true, or give all the same order by data_seed"
         )
     return configs
+
+
+def _check_targets(configs: Sequence[Config], decoder: DecoderConfig) -> None:
+    for config in configs:
+        if outer := outer_targets(config.lora, decoder):
+            raise UserError(
+                f"lora.target_modules: {outer[0]} is not for a population; leave it out, or train "
+                "runs by themselves"
+            )
 
 
 def _batches(

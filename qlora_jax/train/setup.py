@@ -13,10 +13,11 @@ from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.select import trusted_kernel
-from qlora_jax.lora import LoraSet, plan, ranks_above_full
+from qlora_jax.lora import LoraSet, ranks_above_full
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
+from qlora_jax.models.parts import outer_modules
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
 from qlora_jax.runtime import compilation
@@ -26,7 +27,8 @@ from qlora_jax.text.bpe import train_bpe
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train.display import progress
 from qlora_jax.train.quantization import describe_stored
-from qlora_jax.train.start import Splitter, given_values, linears_of, with_replaced
+from qlora_jax.train.start import Splitter, given_values, with_replaced
+from qlora_jax.train.targets import targets
 
 
 def open_model(
@@ -84,7 +86,7 @@ def _check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
             f"of {config.model.path}; give {longest} or less"
         )
     if config.method != "full":
-        plan(config.lora, linears_of(checkpoint))
+        targets(config.lora, checkpoint.config)
 
 
 def _fresh(config: Config) -> Checkpoint:
@@ -134,13 +136,14 @@ def load_model(
     splitter = None
     if not full:
         values = given_values(config, warn)
-        specs = plan(lora, linears_of(checkpoint))
+        specs = targets(lora, checkpoint.config)
         splitter = Splitter(lora, specs) if lora.init in STARTS else None
     model = _load(config, checkpoint, splitter)
     if full:
         return model, {}
     use_kernel(model, trusted_kernel(config, jax.devices()[0], warn))
-    if above := ranks_above_full(specs, model.linears()):
+    shapes = model.linears() | outer_modules(model.config)
+    if above := ranks_above_full(specs, shapes):
         warn(_describe_ranks(above))
     if splitter is not None:
         splitter.report(warn)

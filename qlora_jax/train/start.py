@@ -15,11 +15,13 @@ from qlora_jax.formats import peft
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import Stored, read_linear, storing
 from qlora_jax.formats.overlay import overlay
-from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights, plan
+from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.init.split import Task, error
-from qlora_jax.models.parts import linear_shapes
+from qlora_jax.models.families import EMBEDDINGS
+from qlora_jax.models.parts import layer_linears
 from qlora_jax.runtime.errors import RunFailed, UserError
+from qlora_jax.train.targets import targets
 
 GIVEN = (
     "variant",
@@ -85,7 +87,8 @@ def with_replaced(config: Config, checkpoint: Checkpoint) -> Checkpoint:
     folder = Path(config.lora.from_adapter)
     found = peft.read_adapter(folder)
     peft.check_fits(found, checkpoint.config, folder)
-    return overlay(checkpoint, found.replaced.tensors, tied=found.replaced.ties)
+    replaced = peft.replaced_tensors(found, checkpoint.config)
+    return overlay(checkpoint, replaced, tied=found.replaced.ties)
 
 
 def given_values(config: Config, warn: Callable[[str], None]) -> LoraSet:
@@ -99,13 +102,18 @@ def given_values(config: Config, warn: Callable[[str], None]) -> LoraSet:
     folder = Path(config.lora.from_adapter)
     found = peft.read_adapter(folder)
     if peft.without_effect(found.adapters):
-        warn(f"warning: {folder}: every B is zero, so the adapter changes nothing")
+        warn(f"warning: {folder}: A or B of every module is zero, so the adapter changes nothing")
+    if found.replaced.ties and found.adapters.keys() & EMBEDDINGS:
+        warn(
+            f"warning: {folder}: embedding and head share one adapter (ensure_weight_tying); they "
+            "get one each here, which training moves apart"
+        )
     return found.adapters
 
 
 def linears_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Returns the layers' linears: module path to (in, out)."""
-    return linear_shapes(checkpoint.config)
+    return layer_linears(checkpoint.config)
 
 
 class Splitter:
@@ -170,7 +178,7 @@ def split_values(config: Config, checkpoint: Checkpoint) -> LoraSet:
 
     One weight at a time is read; the model is not.
     """
-    specs, quant = plan(config.lora, linears_of(checkpoint)), config.quant
+    specs, quant = targets(config.lora, checkpoint.config), config.quant
     splitter = Splitter(config.lora, specs)
     values = {}
     for path in specs:

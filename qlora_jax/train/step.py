@@ -182,6 +182,7 @@ def loss_sum(
         vocab_axis=axis,
         train_head=recipe.train_head,
         softcap=model.config.final_softcap,
+        update=model.head_update(hidden, key),
     )
 
 

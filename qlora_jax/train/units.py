@@ -16,6 +16,9 @@ from qlora_jax.models.trees import flatten
 STACKS = "runs"
 """The part of a trained tree whose parts are stacks of layers."""
 
+OUTER = {"embed_adapter", "head_adapter"}
+"""Parts that may be the whole of a trained tree: no layer has an adapter then."""
+
 
 class Group(NamedTuple):
     """Leaves that are stacked alike: a run of layers, or everything outside the layers.
@@ -49,7 +52,8 @@ def groups(trained: Any) -> list[Group]:
     leaves, structure = jax.tree.flatten(trained)
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
     outside = {name: part for name, part in numbered.items() if name != STACKS}
-    parts = [(outside, False), *((stack, True) for stack in numbered[STACKS].values())]
+    stacks = {} if numbered.keys() <= OUTER else numbered[STACKS]
+    parts = [(outside, False), *((stack, True) for stack in stacks.values())]
     paths = list(flatten(trained))
     variables = [jax.tree.structure(x) for x in jax.tree.leaves(trained, is_leaf=is_variable)]
     return [

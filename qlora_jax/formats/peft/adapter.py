@@ -9,6 +9,7 @@ import numpy as np
 from qlora_jax.formats.peft.targets import Targets
 from qlora_jax.lora.spec import Scaling
 from qlora_jax.lora.weights import LoraSet, LoraWeights
+from qlora_jax.models.families import EMBEDDINGS
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -65,9 +66,24 @@ class AdapterSet:
         return self.dora or bool(self.replaced.tensors)
 
 
+def tensor_keys(path: str, dora: bool) -> dict[str, str]:
+    """The names of one module's tensors in a file: A, B and, for DoRA, magnitude.
+
+    Args:
+      path: the module's; PEFT has other names for an embedding's A and B.
+      dora: whether there is a magnitude.
+    """
+    names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    if path in EMBEDDINGS:
+        names = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+    if dora:
+        names["magnitude"] = "lora_magnitude_vector"
+    return {part: f"{PREFIX}{path}.{name}" for part, name in names.items()}
+
+
 def without_effect(adapters: LoraSet) -> bool:
-    """Whether every B is zero, so that the adapters change nothing."""
-    return not any(np.any(adapter.b) for adapter in adapters.values())
+    """Whether A or B of every adapter is zero, so that they change nothing."""
+    return not any(np.any(adapter.a) and np.any(adapter.b) for adapter in adapters.values())
 
 
 def listed(names: list[str], most: int = 12) -> str:

@@ -14,6 +14,7 @@ from qlora_jax.formats.peft.targets import Targets, short_names
 from qlora_jax.lora.patterns import BadPattern, first_match
 from qlora_jax.lora.spec import Scaling
 from qlora_jax.lora.weights import LoraSet
+from qlora_jax.models.families import EMBEDDINGS
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
@@ -170,7 +171,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, wher
       UserError: a key is not a regular expression, or takes too long.
     """
     try:
-        return first_match(patterns or {}, path, default)
+        return first_match(patterns or {}, [path], default)
     except BadPattern as e:
         raise UserError(f"{where}: {e}") from None
 
@@ -220,7 +221,8 @@ def make_config(
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": list(replaced.modules) or None,
-        "ensure_weight_tying": replaced.ties,
+        # embedding and head have an adapter each, which need not be equal
+        "ensure_weight_tying": replaced.ties and not adapters.keys() & EMBEDDINGS,
         "bias": replaced.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,

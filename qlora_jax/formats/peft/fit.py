@@ -1,11 +1,17 @@
 """Whether an adapter belongs to a model, and whether it is whole."""
 
+from collections.abc import Collection
+
+import numpy as np
+
 from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet, listed
 from qlora_jax.formats.peft.read import within
 from qlora_jax.formats.tying import matrices
+from qlora_jax.lora.spec import NEW_NAMES
 from qlora_jax.lora.weights import misfits
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.parts import expected_shapes, linear_shapes
+from qlora_jax.models.families import HEAD
+from qlora_jax.models.parts import adaptable, expected_shapes, layer_linears, outer_modules
 from qlora_jax.runtime.errors import UserError
 
 
@@ -25,11 +31,8 @@ def check_fits(adapters: AdapterSet, config: DecoderConfig, where: object) -> No
             f"{where}: belongs to another model ({adapters.base_name or 'not named'}); what does "
             f"not fit: {listed(problems)}"
         )
-    names = config.names
-    covered = adapters.targets.covered(
-        linear_shapes(config).keys(), (names.head, names.embed), f"{where}/{CONFIG}"
-    )
-    if absent := [path for path in covered if path not in adapters.adapters]:
+    covered = _covered(adapters, config, where)
+    if absent := sorted(covered - adapters.adapters.keys()):
         raise UserError(
             f"{where}: not whole: {CONFIG} covers these modules, and the file has no tensors for "
             f"them: {listed(absent)}; export it again"
@@ -39,11 +42,32 @@ def check_fits(adapters: AdapterSet, config: DecoderConfig, where: object) -> No
             f"{where}: not whole: {CONFIG} says that these were trained, and the file lacks them: "
             f"{listed(absent)}; export it again"
         )
-    if extra := sorted(adapters.adapters.keys() - set(covered)):
+    if extra := sorted(adapters.adapters.keys() - covered):
         raise UserError(
             f"{where}: the file has tensors for modules that {CONFIG} does not cover: "
             f"{listed(extra)}; add them to target_modules, or export it again"
         )
+
+
+def replaced_tensors(adapters: AdapterSet, config: DecoderConfig) -> dict[str, np.ndarray]:
+    """Returns the replaced parameters under the names that the model's checkpoint has for them.
+
+    The head of GPT-NeoX is lm_head as a module of transformers 5 and embed_out in a checkpoint.
+    """
+    head = {f"{HEAD}.weight": matrices(config)[1]}
+    return {head.get(name, name): value for name, value in adapters.replaced.tensors.items()}
+
+
+def _covered(adapters: AdapterSet, config: DecoderConfig, where: object) -> set[str]:
+    """Returns the modules that the adapter's settings cover."""
+    outer = outer_modules(config).keys()
+    found = adapters.targets.covered(
+        layer_linears(config), (*outer, *NEW_NAMES), f"{where}/{CONFIG}"
+    )
+    covered = {NEW_NAMES.get(path, path) for path in found}
+    # Where PEFT ties them, one of the two stands for both.
+    tied = adapters.replaced.ties and config.tie_embeddings and covered & outer
+    return covered | outer if tied else covered
 
 
 def _strangers(adapters: AdapterSet, config: DecoderConfig) -> list[str]:
@@ -54,9 +78,9 @@ def _strangers(adapters: AdapterSet, config: DecoderConfig) -> list[str]:
         f"{path} (the model has none)"
         if model is None
         else f"{path} (adapter {list(own)}, model {list(model)})"
-        for path, own, model in misfits(adapters.adapters, linear_shapes(config))
+        for path, own, model in misfits(adapters.adapters, adaptable(config))
     ]
-    for name, array in adapters.replaced.tensors.items():
+    for name, array in replaced_tensors(adapters, config).items():
         if name not in shapes:
             problems.append(f"{name} (the model has none)")
         elif array.shape != tuple(shapes[name]):
@@ -64,9 +88,11 @@ def _strangers(adapters: AdapterSet, config: DecoderConfig) -> list[str]:
     return problems
 
 
-def _not_replaced(adapters: AdapterSet, config: DecoderConfig, covered: list[str]) -> list[str]:
+def _not_replaced(
+    adapters: AdapterSet, config: DecoderConfig, covered: Collection[str]
+) -> list[str]:
     """Returns the parameters that the settings say were trained whole, and the file lacks."""
-    replaced = adapters.replaced
+    replaced, found = adapters.replaced, replaced_tensors(adapters, config)
     biases = {
         "none": lambda path: False,
         "all": lambda path: True,
@@ -75,7 +101,7 @@ def _not_replaced(adapters: AdapterSet, config: DecoderConfig, covered: list[str
     return [
         name
         for name in expected_shapes(config)
-        if name not in replaced.tensors
+        if name not in found
         and (
             any(within(name, module) for module in replaced.modules)
             or (name.endswith(".bias") and biases(name.removesuffix(".bias")))

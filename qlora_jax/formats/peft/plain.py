@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet
-from qlora_jax.formats.peft.fit import check_fits
+from qlora_jax.formats.peft.fit import check_fits, replaced_tensors
 from qlora_jax.formats.peft.read import read_adapter
 from qlora_jax.formats.tying import matrices
 from qlora_jax.formats.unload import parameter
-from qlora_jax.lora.weights import LoraWeights
+from qlora_jax.lora.weights import LoraSet, LoraWeights
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families import EMBEDDINGS, HEAD
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
@@ -57,7 +58,8 @@ def plain(
     replaced = dict(stored.replaced.tensors)
     if model is not None:
         check_fits(stored, model.config, where)
-        replaced = {n: x for n, x in replaced.items() if not _holds(model, n, x)}
+        found = replaced_tensors(stored, model.config)
+        replaced = {n: x for n, x in found.items() if not _holds(model, n, x)}
     if replaced:
         raise UserError(
             f"{where}: {next(iter(replaced))} was trained beside the adapters, so "
@@ -73,6 +75,21 @@ def plain(
         name: own._replace(a=own.a.astype(np.float32), b=own.b.astype(np.float32))
         for name, own in stored.adapters.items()
     }
+
+
+def check_shared(where: object, adapters: LoraSet) -> None:
+    """Raises UserError if adapters cannot share a bank, which has no place for outer modules.
+
+    Args:
+      where: the adapter's folder, for the message.
+      adapters: module paths to adapters.
+    """
+    for path in adapters:
+        if path in EMBEDDINGS or path == HEAD:
+            raise UserError(
+                f"{where}: an adapter of {path} cannot be one of several; merge it into the model, "
+                f"or leave {path} out of its target_modules"
+            )
 
 
 def _holds(model: Decoder, name: str, value: np.ndarray) -> bool:

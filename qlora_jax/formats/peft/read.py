@@ -20,19 +20,22 @@ from qlora_jax.formats.peft.adapter import (
     AdapterSet,
     Replaced,
     listed,
+    tensor_keys,
 )
 from qlora_jax.formats.peft.config import by_pattern, read_config, targets_of
-from qlora_jax.lora.spec import SCALINGS, Scaling
+from qlora_jax.lora.spec import NEW_NAMES, SCALINGS, Scaling
 from qlora_jax.lora.weights import LoraWeights
-from qlora_jax.models.families import FAMILIES
+from qlora_jax.models.families import EMBEDDINGS, FAMILIES, HEAD
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
-PART = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))")
-EMBEDDINGS = frozenset(
-    f"{module}.weight" for f in FAMILIES.values() for module in (f.names.embed, f.names.head)
+PART = re.compile(
+    re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB])|(magnitude)_vector)"
 )
-"""The names of the embedding and of the head in every family."""
+MATRICES = frozenset(
+    f"{module}.weight" for module in (*EMBEDDINGS, HEAD, *(f.names.head for f in FAMILIES.values()))
+)
+"""The names of the embedding's and of the head's matrix, in every family."""
 BIAS = re.compile(re.escape(PREFIX) + r"(.+?)(?:\.base_layer)?\.bias")
 
 
@@ -46,31 +49,32 @@ def read_adapter(folder: Path) -> AdapterSet:
     """
     config = read_config(folder / CONFIG)
     saved = tuple(config.get("modules_to_save") or ())
-    bias = config.get("bias", "none")
+    bias, dora = config.get("bias", "none"), bool(config.get("use_dora"))
     parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     replaced, unexpected = {}, []
     for key, tensor in _read_tensors(folder / WEIGHTS).items():
-        if "lora_embedding_" in key:
-            raise UserError(
-                f"{folder / WEIGHTS}: {key}: adapters of embeddings are not supported; leave "
-                "embed_tokens out of target_modules, or train it whole by modules_to_save"
-            )
-        if match := PART.fullmatch(key):
-            parts[match[1]][match[2] or "magnitude"] = tensor
-        elif (name := _whole(key, saved)) or (name := _embedding(key)):
+        match = PART.fullmatch(key)
+        if match and key in tensor_keys(match[1], dora).values():
+            parts[match[1]][next(part for part in match.groups()[1:] if part)] = tensor
+        elif (name := _whole(key, saved)) or (name := _matrix(key)):
             replaced[name] = tensor
         elif bias != "none" and (match := BIAS.fullmatch(key)):
             replaced[f"{match[1]}.bias"] = tensor
         else:
             unexpected.append(key)
+    # one module under both of its names
+    unexpected += [path for path, new in NEW_NAMES.items() if {path, new} <= parts.keys()]
     if unexpected:
         raise UserError(f"{folder / WEIGHTS}: unexpected tensors: {listed(unexpected)}")
     missing = _missing(config, parts)
     if missing or not parts:
         raise UserError(f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}")
     scaling: Scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
+    adapters = {
+        path: _weights(path, found, config, scaling, folder) for path, found in parts.items()
+    }
     return AdapterSet(
-        {path: _weights(path, found, config, scaling, folder) for path, found in parts.items()},
+        {NEW_NAMES.get(path, path): adapter for path, adapter in adapters.items()},
         scaling,
         base_name=config.get("base_model_name_or_path") or "",
         dropout=float(config.get("lora_dropout") or 0.0),
@@ -85,14 +89,14 @@ def sha256(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _embedding(key: str) -> str | None:
+def _matrix(key: str) -> str | None:
     """Returns the parameter's name, if it is an embedding or a head.
 
     PEFT saves them beside an adapter that targets one of them, or whose vocabulary was resized
     (`save_embedding_layers`).
     """
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    return name if name in EMBEDDINGS else None
+    return name if name in MATRICES else None
 
 
 def _whole(key: str, saved: tuple[str, ...]) -> str | None:
@@ -113,13 +117,10 @@ def within(name: str, saved: str) -> bool:
 
 def _missing(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
     """Returns the tensors that an adapter of the file lacks."""
-    names = {"A": "lora_A.weight", "B": "lora_B.weight"}
-    if config.get("use_dora"):
-        names["magnitude"] = "lora_magnitude_vector"
     return [
-        f"{PREFIX}{path}.{name}"
+        key
         for path, found in parts.items()
-        for part, name in names.items()
+        for part, key in tensor_keys(path, bool(config.get("use_dora"))).items()
         if part not in found
     ]
 
@@ -138,11 +139,6 @@ def _weights(
         raise UserError(
             f"{folder / WEIGHTS}: {path} has A {list(a.shape)} and B {list(b.shape)}, but "
             f"{CONFIG} says rank {rank}"
-        )
-    if magnitude is not None and not config.get("use_dora"):
-        raise UserError(
-            f"{folder / WEIGHTS}: unexpected tensors: {PREFIX}{path}.lora_magnitude_vector, since "
-            f"{CONFIG} does not say use_dora"
         )
     if magnitude is not None and magnitude.shape != (b.shape[0],):
         raise UserError(

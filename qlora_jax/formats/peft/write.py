@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Replaced
+from qlora_jax.formats.peft.adapter import CONFIG, PREFIX, WEIGHTS, Replaced, tensor_keys
 from qlora_jax.formats.peft.config import make_config
 from qlora_jax.formats.tensors import save
 from qlora_jax.lora.spec import Scaling
@@ -56,10 +56,9 @@ def write_adapter(
     tensors = {}
     for path, adapter in present.items():
         # save_file takes the memory as it lies, so a transposed view would be scrambled.
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(adapter.a.T)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(adapter.b.T)
-        if adapter.magnitude is not None:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = np.asarray(adapter.magnitude)
+        parts = {"A": adapter.a.T, "B": adapter.b.T, "magnitude": adapter.magnitude}
+        for part, key in tensor_keys(path, adapter.magnitude is not None).items():
+            tensors[key] = np.ascontiguousarray(parts[part])
     for name, array in replaced.tensors.items():
         tensors[_key(name, present)] = np.ascontiguousarray(array)
     config = make_config(

@@ -1,4 +1,4 @@
-"""Fresh adapters: A drawn from a named distribution, B zero."""
+"""Fresh adapters: A drawn from a named distribution, B zero; an embedding's: A zero, B drawn."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -66,3 +66,27 @@ def init_adapter(
     b = jnp.zeros((len(specs), top, out_features), dtype)
     scale = jnp.array([spec.scale if spec else 0.0 for spec in specs], jnp.float32)
     return Adapter(a.astype(dtype), b, scale, specs, dropout, freeze_a)
+
+
+def init_embedding(
+    key: jax.Array,
+    spec: AdapterSpec,
+    tokens: int,
+    features: int,
+    dtype: jax.typing.DTypeLike,
+) -> Adapter:
+    """Makes the fresh adapter of an embedding as PEFT does: A is zero, B drawn from N(0, 1).
+
+    Args:
+      key: the key of the random numbers.
+      spec: rank, alpha and scale.
+      tokens: rows of the embedding.
+      features: features of a row.
+      dtype: dtype of A and B.
+
+    Returns:
+      A stack of one: A [1, tokens, r], B [1, r, features].
+    """
+    a = jnp.zeros((1, tokens, spec.rank), dtype)
+    b = jax.random.normal(key, (1, spec.rank, features)).astype(dtype)
+    return Adapter(a, b, jnp.array([spec.scale], jnp.float32), [spec])

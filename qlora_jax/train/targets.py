@@ -1,0 +1,55 @@
+"""Chooses a run's adapters for the modules of its model."""
+
+from collections.abc import Mapping
+
+from qlora_jax.config import LoraConfig
+from qlora_jax.lora import AdapterSpec, plan
+from qlora_jax.lora.init import STARTS
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.parts import layer_linears, outer_modules
+from qlora_jax.runtime.errors import UserError
+
+
+def targets(lora: LoraConfig, decoder: DecoderConfig) -> dict[str, AdapterSpec]:
+    """Returns the adapters that a config asks for, by module path.
+
+    Args:
+      lora: the section `lora`.
+      decoder: the model's shapes.
+
+    Raises:
+      UserError: as `lora.plan`; or embedding or head are targeted with a setting that is for the
+        layers' linears alone.
+    """
+    specs = plan(lora, layer_linears(decoder), outer_modules(decoder))
+    _check_outer(lora, decoder, specs)
+    return specs
+
+
+def outer_targets(lora: LoraConfig, decoder: DecoderConfig) -> list[str]:
+    """Returns which of embedding and head a config targets."""
+    return [path for path in outer_modules(decoder) if path in targets(lora, decoder)]
+
+
+def _check_outer(
+    lora: LoraConfig, decoder: DecoderConfig, specs: Mapping[str, AdapterSpec]
+) -> None:
+    outer = [path for path in outer_modules(decoder) if path in specs]
+    if not outer:
+        return
+    names = " and ".join(outer)
+    settings = {
+        "variant": (lora.variant == "dora", "set it to lora"),
+        "init": (lora.init in STARTS, "set it to kaiming-uniform or gaussian"),
+    }
+    for name, (refused, remedy) in settings.items():
+        if refused:
+            raise UserError(
+                f"lora.{name} {getattr(lora, name)}: not for {names}; leave that out of "
+                f"lora.target_modules, or {remedy}"
+            )
+    if lora.freeze_a and decoder.names.embed in specs:
+        raise UserError(
+            f"lora.freeze_a: A of {decoder.names.embed} starts at zero and would stay there; leave "
+            "that out of lora.target_modules, or set freeze_a to false"
+        )
