@@ -302,8 +302,9 @@ def attach(
 
 
 def _single(adapter: Adapter, value: LoraWeights | None) -> Adapter:
-    """Returns a stack of one adapter, filled with a value, as an adapter without that axis."""
-    adapter.fill([value])
+    """Returns a stack of one adapter, filled with a value if any, as one without that axis."""
+    if value is not None:
+        adapter.fill([value])
     adapter.unstack()
     return nnx.data(adapter)
 

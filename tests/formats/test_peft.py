@@ -283,7 +283,15 @@ def truncate(folder: Path) -> None:
         (setting(new_config={"a": 1}), r"new_config \{'a': 1\} is not known"),
         (
             without("nothing", ("base_model.model.model.embed_tokens.lora_embedding_A", ROW)),
-            "adapters of embeddings are not supported",
+            "missing: .*embed_tokens.lora_embedding_B",
+        ),
+        (
+            without("nothing", ("base_model.model.model.embed_tokens.lora_A.weight", ROW)),
+            "unexpected tensors: .*embed_tokens.lora_A.weight",
+        ),
+        (
+            without("nothing", (f"base_model.model.{Q0}.lora_embedding_A", ROW)),
+            f"unexpected tensors: .*{Q0}.lora_embedding_A",
         ),
         (
             without("nothing", (f"base_model.model.{Q0}.base_layer.bias", ROW)),

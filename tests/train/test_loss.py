@@ -125,6 +125,81 @@ def test_logits_with_a_soft_cap(vocab, vocab_axis) -> None:
     assert_matches((total, mask.sum(), *grads), expected, 1, 4e-6)
 
 
+def make_update(shape, vocab, dtype="float32", rank=3):
+    """low [..., rank] and b [rank, vocab]."""
+    random = np.random.default_rng(9)
+    low = jnp.asarray(random.normal(size=(*shape, rank)), dtype)
+    return low, jnp.asarray(random.normal(size=(rank, vocab)), jnp.float32)
+
+
+def with_update(hidden, head, targets, mask, low, b, softcap=None):
+    """What `dense` gives of [hidden, low] @ [head; b]; the gradients of each part."""
+    wide = np.concatenate([np.asarray(x, np.float64) for x in (hidden, low)], -1)
+    tall = np.concatenate([np.asarray(x, np.float64) for x in (head, b)])
+    total, count, dwide, dtall = dense(wide, tall, targets, mask, softcap)
+    return total, count, dwide[..., :D], dtall[:D], dwide[..., D:], dtall[D:]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "vocab_axis", "softcap", "train_head"),
+    [
+        (VOCAB, 1, None, False),
+        (VOCAB, 0, 2.5, True),
+        (COLUMNS + 1, 0, None, False),
+        (COLUMNS + 1, 1, 2.5, False),
+    ],
+)
+@pytest.mark.quick
+def test_a_head_with_an_update_of_low_rank(vocab, vocab_axis, softcap, train_head) -> None:
+    hidden, head, targets, mask = make((3, 117), 0.6, vocab=vocab)
+    low, b = make_update((3, 117), vocab)
+
+    def value(hidden, head, low, b):
+        stored = head if vocab_axis else head.T
+        options = {"vocab_axis": vocab_axis, "train_head": train_head, "softcap": softcap}
+        return token_loss(hidden, stored, targets, mask, update=(low, b), **options)[0]
+
+    total, grads = jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2, 3)))(hidden, head, low, b)
+    expected = list(with_update(hidden, head, targets, mask, low, b, softcap))
+    assert all(np.abs(x).max() > 0.1 for x in expected[2:])
+    if not train_head:
+        expected[3] = np.zeros_like(expected[3])
+    assert_matches((total, mask.sum(), *grads), expected, 1, 4e-6)
+
+
+@pytest.mark.quick
+def test_the_gradients_of_an_update_are_those_of_small_differences() -> None:
+    arguments, (low, b) = make((40,), 0.7), make_update((40,), VOCAB)
+    random = np.random.default_rng(4)
+    along = [jnp.asarray(random.normal(size=x.shape), jnp.float32) for x in (low, b)]
+
+    def value(t):
+        return token_loss(*arguments, update=(low + t * along[0], b + t * along[1]))[0]
+
+    slope = float(jax.grad(value)(0.0))
+    step = 1e-2
+    difference = float(value(step) - value(-step)) / (2 * step)
+    assert abs(slope) > 1
+    assert slope == pytest.approx(difference, rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.quick
+def test_an_updates_gradients_in_16_bits(dtype) -> None:
+    hidden, head, targets, mask = make((3, 117), 0.6, dtype)
+    low, b = make_update((3, 117), VOCAB, dtype)
+    b = b.astype(dtype).astype(jnp.float32)
+
+    def value(hidden, low, b):
+        return token_loss(hidden, head, targets, mask, update=(low, b))[0]
+
+    total, grads = jax.value_and_grad(value, argnums=(0, 1, 2))(hidden, low, b)
+    assert [g.dtype for g in grads] == [dtype, dtype, jnp.float32]
+    whole = with_update(hidden, head, targets, mask, low, b)
+    expected = whole[0], whole[1], whole[2], *whole[4:]
+    assert_matches((total, mask.sum(), *grads), expected, 1, EPSILON[dtype])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.quick
 def test_gradients_in_16_bits(dtype) -> None:
@@ -227,6 +302,21 @@ def test_a_tied_embedding_gets_the_gradient_of_both_its_uses() -> None:
     np.testing.assert_allclose(found, lookup + dhead.T, atol=4e-6)
     assert np.abs(lookup).max() > 0.1
     assert np.abs(dhead).max() > 0.1
+
+
+def test_memory_of_one_block_of_logits_with_an_update() -> None:
+    positions, vocab, rank = 8 * ROWS, 8 * COLUMNS, 4
+    hidden, head = jnp.zeros((positions, D)), jnp.zeros((D, vocab))
+    low, b = jnp.zeros((positions, rank)), jnp.zeros((rank, vocab))
+    targets, mask = jnp.zeros(positions, jnp.int32), jnp.ones(positions, bool)
+
+    def loss(hidden, low, b):
+        return token_loss(hidden, head, targets, mask, update=(low, b))[0]
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(hidden, low, b).compile()
+    block, gradients = ROWS * COLUMNS * 4, 3 * (hidden.nbytes + low.nbytes + b.nbytes)
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * block + gradients
+    assert 3 * block + gradients < positions * vocab * 4 / 10
 
 
 @pytest.mark.parametrize("train_head", [False, True])
