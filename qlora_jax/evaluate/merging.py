@@ -118,7 +118,7 @@ def compare(
 
 
 def shares(model: Any, quant: QuantConfig) -> list[Share]:
-    """The change of every adapted linear, in layer order."""
+    """The change of every adapted linear of the layers, in their order."""
     found = []
     for path, linear, i in model.walk():
         if linear.adapter is None or linear.adapter.spec(i) is None:
