@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.families import Names
+from qlora_jax.models.families import HEAD, Names
 from qlora_jax.models.parts import expected_shapes
 from qlora_jax.runtime.errors import UserError
 
@@ -16,7 +16,8 @@ def by_decoder_name(found: Mapping[str, T], names: Names) -> dict[str, T]:
     """Returns a file's tensors under the decoder's names.
 
     A model that transformers saved without its head has the names of what is inside it: layers.0
-    in place of model.layers.0. They get that prefix, if no tensor has it.
+    in place of model.layers.0. They get that prefix, if no tensor has it. GPT-NeoX's head is
+    lm_head as a module and embed_out in most files.
 
     Args:
       found: the stored names to anything.
@@ -24,11 +25,15 @@ def by_decoder_name(found: Mapping[str, T], names: Names) -> dict[str, T]:
     """
     prefix = f"{names.layers.partition('.')[0]}."
     if any(name.startswith(prefix) for name in found):
-        return dict(found)
-    head = f"{names.head}."
-    return {
-        name if name.startswith(head) else prefix + name: tensor for name, tensor in found.items()
-    }
+        prefix = ""
+
+    def own(name: str) -> str:
+        for head in (names.head, HEAD):
+            if name.startswith(f"{head}."):
+                return names.head + name.removeprefix(head)
+        return prefix + name
+
+    return {own(name): tensor for name, tensor in found.items()}
 
 
 def is_ignored(name: str, config: DecoderConfig) -> bool:

@@ -89,7 +89,10 @@ class DecoderConfig:
         return [rope for rope in (self.rope, self.local_rope) if rope is not None]
 
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = (
+    *("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "relu6", "leaky_relu"),
+    *("quick_gelu", "mish", "hardswish", "sigmoid", "tanh", "linear"),
+)
 ALIASES = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"
 )

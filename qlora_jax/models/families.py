@@ -175,6 +175,7 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
             "num_key_value_heads": 4,
             "sliding_window": 4096,
@@ -184,7 +185,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         windows="patterned",
         fixed={**GEMMA, "post_norms": True, "qk_norm": "head"},
-        only={**CAUSAL, "attn_logit_softcapping": (None,)},
+        only=CAUSAL,
     ),
     "phi3": Family(
         defaults={

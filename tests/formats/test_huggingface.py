@@ -1,4 +1,5 @@
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qlora_jax.config import QuantConfig
+from qlora_jax.formats.bitsandbytes import pack
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.names import expected_shapes
 from qlora_jax.runtime import json_files
@@ -143,6 +146,22 @@ def test_a_difference_in_the_last_row_unties(llama: Path) -> None:
     weights[HEAD][-1, -1] += 1
     save_file(weights, llama / "model.safetensors")
     assert not open_folder(llama).config.tie_embeddings
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_head_of_gpt_neox_has_two_names(models: Path, tmp_path: Path, quantized: bool) -> None:
+    folder = Path(shutil.copytree(models / "gpt_neox", tmp_path / "m"))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = head = weights.pop("embed_out.weight")
+    if quantized:
+        parts = pack("lm_head.weight", head, QuantConfig(), "float32")
+        weights |= {f"lm_head.weight{suffix}": tensor for suffix, tensor in parts.items()}
+    save_file(weights, folder / "model.safetensors")
+    read = open_folder(folder).read("embed_out.weight")
+    if quantized:
+        assert read.shape == head.T.shape
+    else:
+        np.testing.assert_array_equal(read, head)
 
 
 def test_names_without_the_models_prefix_are_read(models: Path, llama: Path) -> None:

@@ -428,3 +428,22 @@ def test_what_the_settings_cover_is_compared_with_the_file(models, reference, da
         check_fits(read_adapter(reference), open_folder(models / "llama").config, reference)
     assert str(reference) in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_tensors_that_peft_saves_twice_are_read_once(models: Path, tmp_path: Path) -> None:
+    """As `bias` all and `save_embedding_layers` save a module that was trained whole."""
+    folder = Path(shutil.copytree(models / "llama" / "peft_saved", tmp_path / "saved"))
+    before = read_adapter(folder)
+    path, key = folder / "adapter_model.safetensors", "base_model.model.lm_head"
+    tensors = load_file(path)
+    tensors[f"{key}.original_module.weight"] = np.zeros((256, 64), np.float32)
+    tensors[f"{key}.modules_to_save.weight"] = tensors[f"{key}.weight"]
+    save_file(tensors, path)
+    after = read_adapter(folder)
+    assert after.replaced.tensors.keys() == before.replaced.tensors.keys()
+    for name, tensor in before.replaced.tensors.items():
+        np.testing.assert_array_equal(after.replaced.tensors[name], tensor)
+    tensors[f"{key}.modules_to_save.weight"] = tensors[f"{key}.weight"] + 1
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"lm_head\.weight is there twice, with unlike values"):
+        read_adapter(folder)

@@ -118,7 +118,7 @@ def test_a_platform_that_is_not_there_is_one_line(run_process, platform):
             "raise OSError('no driver')",
             "",
             2,
-            ["Traceback", "OSError: no driver", "adapter_config.json"],
+            ["Traceback", "OSError: no driver", "b: no such folder"],
         ),
     ],
     ids=["asked for", "interrupted", "not asked for"],

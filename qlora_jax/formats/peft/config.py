@@ -85,8 +85,8 @@ NO_EFFECT = (
 )
 """Settings that do not change what a stored adapter computes; `init_lora_weights` is checked."""
 
-PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base weights as they are."""
+PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
+"""Values of `init_lora_weights` with which PEFT, loading the adapter, leaves the base as it is."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

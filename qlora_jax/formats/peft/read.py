@@ -52,7 +52,7 @@ def read_adapter(folder: Path) -> AdapterSet:
     bias, dora = config.get("bias", "none"), bool(config.get("use_dora"))
     parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     replaced, unexpected = {}, []
-    for key, tensor in _read_tensors(folder / WEIGHTS).items():
+    for key, tensor in _plain_keys(_read_tensors(folder / WEIGHTS), folder).items():
         match = PART.fullmatch(key)
         if match and key in tensor_keys(match[1], dora).values():
             parts[match[1]][next(part for part in match.groups()[1:] if part)] = tensor
@@ -87,6 +87,25 @@ def sha256(folder: Path) -> str:
     """Digest of an adapter's tensors as they are on disk, as hex."""
     with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain_keys(tensors: Mapping[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors without those that PEFT saves twice.
+
+    Beside a module that was trained whole, `bias` all and `save_embedding_layers` save the base's
+    own module and the trained one again, under the names that PEFT has for the two in memory.
+
+    Raises:
+      UserError: the two copies of a trained tensor differ.
+    """
+    found: dict[str, np.ndarray] = {}
+    for key, tensor in tensors.items():
+        if ".original_module." in key:
+            continue
+        plain = key.replace(".modules_to_save.", ".")
+        if not np.array_equal(found.setdefault(plain, tensor), tensor):
+            raise UserError(f"{folder / WEIGHTS}: {plain} is there twice, with unlike values")
+    return found
 
 
 def _matrix(key: str) -> str | None:
