@@ -1,0 +1,183 @@
+"""The options of PEFT's LoraConfig and of how an adapter is saved, as data.
+
+Names of modules are in braces: each family has its own. The first choice of an axis is the usual.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES: Mapping[str, Mapping[str, str]] = {
+    "llama": {
+        "attention": "self_attn",
+        "q": "q_proj",
+        "o": "o_proj",
+        "up": "up_proj",
+        "embed": "embed_tokens",
+        "head": "lm_head",
+        "norm": "norm",
+    },
+    "phi3": {"q": "qkv_proj", "up": "gate_up_proj"},
+    "gpt_neox": {
+        "attention": "attention",
+        "q": "query_key_value",
+        "o": "dense",
+        "up": "dense_h_to_4h",
+        "embed": "embed_in",
+        "norm": "final_layer_norm",
+    },
+    "opt": {"o": "out_proj", "up": "fc1", "norm": "final_layer_norm"},
+}
+"""Family to its names; where a family or a name is absent, llama's."""
+
+BASES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "llama": ("llama", {"biases": "both"}),
+    "qwen2, tied": ("qwen2", {"tie": "True"}),
+    "gemma2, tied": ("gemma2", {}),
+    "phi3": ("phi3", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "opt, tied": ("opt", {}),
+}
+"""Name to the family, and what is not the usual of its options."""
+
+APART = {
+    ("kind", "lora_bias"),
+    *(("start", name) for name in ("olora", "pissa", "pissa_niter_4", "corda", "loftq")),
+    *(("start", name) for name in ("lora_ga", "mica")),
+    *(("also", name) for name in ("layer_replication", "tokens", "tokens by name", "parameters")),
+    *(("also", name) for name in ("alora", "qalora", "velora", "kasa", "bdlora", "monteclora")),
+}
+"""Choices that are tried alone: what is refused, or no adapter, hides what else is wrong."""
+
+SOME = {"target_modules": ["{q}", "{o}"]}
+TARGETS: Mapping[str, Mapping[str, Any]] = {
+    "some": SOME,
+    "all-linear": {"target_modules": "all-linear"},
+    "expression": {"target_modules": r".*\.[02]\.{attention}\.({q}|{o})"},
+    "expression with anchors": {"target_modules": r"^.*layers\.\d+\..*(?:{q}|{up})$"},
+    "paths": {"target_modules": ["layers.1.{attention}.{q}", "{up}"]},
+    "one unknown": {"target_modules": ["{q}", "nothing"]},
+    "left out": {"target_modules": None},
+    "head": {"target_modules": ["{q}", "{head}"]},
+    "embedding": {"target_modules": ["{q}", "{embed}"]},
+    "both ends": {"target_modules": ["{q}", "{embed}", "{head}"]},
+    "only the head": {"target_modules": ["{head}"]},
+    "head by expression": {"target_modules": r".*({q}|{head})"},
+}
+INITS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "orthogonal",
+    "olora",
+    "pissa",
+    "pissa_niter_4",
+    "eva",
+    "corda",
+    "lora_ga",
+    "mica",
+)
+AXES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "targets": TARGETS,
+    "excluded": {
+        "none": {},
+        "a name": {"exclude_modules": ["{o}"]},
+        "an expression": {"exclude_modules": r".*\.1\..*"},
+        "nothing": {"exclude_modules": ["nothing"]},
+    },
+    "layers": {
+        "all": {},
+        "some": {"layers_to_transform": [0, 2]},
+        "one": {"layers_to_transform": 1},
+        "pattern": {"layers_to_transform": [2], "layers_pattern": "layers"},
+        "patterns": {"layers_to_transform": [0], "layers_pattern": ["layers", "blocks"]},
+    },
+    "ranks": {
+        "usual": {"r": 4, "lora_alpha": 8},
+        "one": {"r": 1, "lora_alpha": 3},
+        "fraction": {"r": 3, "lora_alpha": 2.5},
+        "large": {"r": 80, "lora_alpha": 40},
+        "rslora": {"r": 4, "lora_alpha": 5, "use_rslora": True},
+        "rank_pattern": {"r": 4, "lora_alpha": 8, "rank_pattern": {"{q}": 2}},
+        "alpha_pattern": {"r": 4, "lora_alpha": 8, "alpha_pattern": {"{o}": 3}},
+        "expressions": {
+            "r": 4,
+            "lora_alpha": 8,
+            "rank_pattern": {r".*\.1\..*": 3},
+            "alpha_pattern": {r"layers\.0\..*": 2},
+        },
+        "anchored": {
+            "r": 4,
+            "lora_alpha": 8,
+            "use_rslora": True,
+            "rank_pattern": {r"^model.layers.0.{attention}.{q}": 3, "2.{attention}.{o}": 5},
+        },
+    },
+    "kind": {
+        "plain": {},
+        "dora": {"use_dora": True},
+        "lora_bias": {"lora_bias": True},
+    },
+    "bias": {"none": {}, "all": {"bias": "all"}, "lora_only": {"bias": "lora_only"}},
+    "whole modules": {
+        "none": {},
+        "empty": {"modules_to_save": []},
+        "head": {"modules_to_save": ["{head}"]},
+        "embedding": {"modules_to_save": ["{embed}"]},
+        "both ends": {"modules_to_save": ["{embed}", "{head}"]},
+        "norms": {"modules_to_save": ["{norm}"]},
+        "a linear": {"modules_to_save": ["{up}"]},
+    },
+    "ties": {"left out": {}, "ensured": {"ensure_weight_tying": True}},
+    "start": {str(init): {"init_lora_weights": init} for init in INITS}
+    | {"loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}},
+    "also": {
+        "nothing": {},
+        "dropout": {"lora_dropout": 0.3},
+        "no task": {"task_type": None},
+        "feature task": {"task_type": "FEATURE_EXTRACTION"},
+        "revision": {"revision": "main", "inference_mode": True},
+        "fan_in_fan_out": {"fan_in_fan_out": True},
+        "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
+        "tokens": {"trainable_token_indices": [3, 5, 50]},
+        "tokens by name": {"trainable_token_indices": {"{embed}": [3, 50]}},
+        "parameters": {"target_parameters": ["{up}.weight"]},
+        "alora": {"alora_invocation_tokens": [5]},
+        "qalora": {"use_qalora": True},
+        "velora": {"velora_config": {}},
+        "kasa": {"kasa_config": {}},
+        "bdlora": {
+            "use_bdlora": {
+                "target_modules_bd_a": ["{o}"],
+                "target_modules_bd_b": ["{q}"],
+                "nblocks": 2,
+            }
+        },
+        "monteclora": {"monteclora_config": {}},
+        "megatron": {"megatron_config": None, "megatron_core": "megatron.core"},
+    },
+    "saving": {
+        "usual": {},
+        "embeddings too": {},
+        "no embeddings": {},
+        "another name": {},
+        "bfloat16": {},
+        "float16": {},
+        "old keys": {},
+        "keys of another version": {},
+    },
+}
+"""Axis to choice to arguments of LoraConfig; `saving` is in adapters.py."""
+
+
+def named(value: Any, family: str) -> Any:
+    """Puts a family's names of modules into a value's braces."""
+    if isinstance(value, str):
+        for key, name in {**NAMES["llama"], **NAMES.get(family, {})}.items():
+            value = value.replace(f"{{{key}}}", name)
+        return value
+    if isinstance(value, list):
+        return [named(item, family) for item in value]
+    if isinstance(value, Mapping):
+        return {named(key, family): named(item, family) for key, item in value.items()}
+    return value

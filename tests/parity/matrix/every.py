@@ -1,0 +1,57 @@
+"""All cases of the matrix, group by group."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+from matrix import adapter_options, adapters, models, options, quantized
+from matrix.judge import Outcome
+from matrix.pairwise import alone, pairwise, sample
+
+MODELS, ADAPTERS, QUANTIZED = 12, 12, 10
+"""Pairwise cases of a family, of a base of adapters, and of 4-bit checkpoints."""
+SEED = 1
+
+Group = Callable[[], Iterator[Outcome]]
+
+
+def sampled(seed: int = SEED, times: int = 1) -> Mapping[str, Group]:
+    """The groups of a sample, each to be run.
+
+    Args:
+      seed: of the sample and of the weights.
+      times: how many times as many pairwise cases as usual.
+    """
+    groups: dict[str, Group] = {}
+    for family in options.AXES:
+        rows = sample(models.axes(family), options.APART, times * MODELS, seed)
+        groups[family] = partial(models.run_models, family, rows, seed)
+    for base in adapter_options.BASES:
+        # what is refused whatever the base is counts once
+        apart = adapter_options.APART
+        rows = sample(adapters.axes(), apart, times * ADAPTERS, seed)
+        if base != next(iter(adapter_options.BASES)):
+            rows = [row for row in rows if not apart & row.items()]
+        groups[f"adapters of {base}"] = partial(adapters.run_adapters, base, rows, seed)
+    rows = pairwise(quantized.AXES, times * QUANTIZED, seed)
+    return groups | apart_from_options(rows, seed)
+
+
+def one_by_one(seed: int = SEED) -> Mapping[str, Group]:
+    """The groups with each choice alone over the usual case."""
+    groups: dict[str, Group] = {
+        family: partial(models.run_models, family, alone(models.axes(family)), seed)
+        for family in options.AXES
+    }
+    for base in adapter_options.BASES:
+        rows = alone(adapters.axes())
+        groups[f"adapters of {base}"] = partial(adapters.run_adapters, base, rows, seed)
+    return groups | apart_from_options(alone(quantized.AXES), seed)
+
+
+def apart_from_options(rows: list[dict[str, str]], seed: int) -> dict[str, Group]:
+    """The groups that are not over a family's or an adapter's options."""
+    return {
+        "4 bits": partial(quantized.run_quantized, rows, seed),
+        "settings left over": partial(quantized.run_left_over, seed),
+        "functions": partial(models.run_functions, seed),
+    }
