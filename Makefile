@@ -26,7 +26,7 @@ PINNED := jax jaxlib $(foreach c,12 13,jax-cuda$c-plugin jax-cuda$c-pjrt)
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install model quickstart test test-slow lint format parity gpu-check gpu-report clean
+.PHONY: help install model quickstart test test-slow lint format parity matrix gpu-check gpu-report clean
 
 help:
 	@echo 'make install      set up $(VENV) with everything the project needs'
@@ -37,6 +37,7 @@ help:
 	@echo 'make format       put the code into its standard form'
 	@echo 'make model        fetch the built-in model, $(MODEL)'
 	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
+	@echo 'make matrix       what becomes of other tools'\'' files, over their options: counts and a table'
 	@echo 'make gpu-check    compile the GPU kernels and bench gpu for GPUs not here (large; half an hour)'
 	@echo 'make gpu-report   check and measure everything on the GPU at hand'
 	@echo 'make clean        remove what these targets made, runs/ excepted'
@@ -82,6 +83,13 @@ parity:
 .PHONY: run-parity
 run-parity: install
 	$(BIN)/python -m pytest -m parity
+
+matrix:
+	$(MAKE) --no-print-directory run-matrix EXTRA=parity VENV=$(VENV)-parity
+
+.PHONY: run-matrix
+run-matrix: install
+	PYTHONPATH=.:tests/parity $(BIN)/python -m matrix
 
 # With these packages every start of jax looks for a GPU: a folder of their own, too.
 gpu-check:

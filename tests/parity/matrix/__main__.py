@@ -1,4 +1,4 @@
-"""Prints what became of the cases: `make matrix`, or `python -m matrix` in tests/parity."""
+"""Prints what became of the cases: `make matrix`."""
 
 import argparse
 import os

@@ -169,6 +169,27 @@ AXES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 """Axis to choice to arguments of LoraConfig; `saving` is in adapters.py."""
 
+EXPRESSIONS = ("all-linear", "expression", "expression with anchors", "head by expression")
+ENDS = ("head", "embedding", "both ends", "only the head", "head by expression")
+RULES = (
+    {"targets": EXPRESSIONS, "layers": ("some", "one", "pattern", "patterns")},
+    {"targets": ENDS, "whole modules": ("head", "embedding", "both ends")},
+    {"targets": ("only the head",), "layers": ("some", "one", "pattern", "patterns")},
+    {"excluded": ("an expression",), "layers": ("one",)},
+    {"start": ("orthogonal",), "ranks": ("one", "fraction", "rank_pattern", "expressions")},
+    {"start": ("orthogonal",), "ranks": ("anchored",)},
+    {"targets": ("paths",), "layers": ("pattern", "patterns", "some")},
+    {"saving": ("old keys",), "targets": ("left out",)},
+    {"saving": ("old keys",), "excluded": ("a name", "an expression")},
+    {"saving": ("old keys",), "layers": ("some", "one", "pattern", "patterns")},
+    {"saving": ("old keys",), "kind": ("dora",)},
+    {
+        "saving": ("old keys",),
+        "ranks": ("rslora", "rank_pattern", "alpha_pattern", "expressions", "anchored"),
+    },
+)
+"""What PEFT refuses together, and keys that old files do not have."""
+
 
 def named(value: Any, family: str) -> Any:
     """Puts a family's names of modules into a value's braces."""

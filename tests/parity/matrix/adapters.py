@@ -16,10 +16,9 @@ from matrix import models, store
 from matrix.adapter_options import AXES, BASES, named
 from matrix.judge import NO_MODEL, NoModel, Outcome, judge, line
 from matrix.pairwise import Row, describe
-from qlora_jax import config as configs
-from qlora_jax.formats.source import open_checkpoint
-from qlora_jax.train import start
-from qlora_jax.train.setup import load_model
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.serve.base import open_base
+from qlora_jax.text.bpe import train_bpe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OLD_KEYS = (
@@ -51,6 +50,7 @@ def run_adapters(base: str, rows: list[Row], seed: int) -> Iterator[Outcome]:
     with tempfile.TemporaryDirectory() as place:
         model = Path(place) / "model"
         store.write(model, family, models.usual(family) | changes, seed)
+        train_bpe(["some text"], 300, "test").fast.save_pretrained(str(model))
         for i, row in enumerate(rows):
             case = describe(row, usual)
             folder = Path(place) / f"adapter-{i}"
@@ -124,15 +124,7 @@ def load_whole(base: Path, folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def load_ours(base: Path, folder: Path) -> Any:
-    """The model as a run that goes on from the adapter has it, in float32."""
-    tree = {
-        "model": {"path": str(base), "storage_dtype": "float32"},
-        "data": {"source": "none"},
-        "output": "none",
-        "method": "lora",
-        "lora": {"from_adapter": str(folder), "dtype": "float32"},
-    }
-    config = start.resolved(configs.from_tree(tree, "matrix"))
-    model, _ = load_model(config, open_checkpoint(config.model), lambda text: None)
-    return model
+def load_ours(base: Path, folder: Path) -> Decoder:
+    """The model as `generate` and `merge` have it, in float32."""
+    opened = open_base(str(base), bits=16, dtype="float32", warn=lambda line: None, adapter=folder)
+    return opened.model

@@ -5,7 +5,7 @@ from functools import partial
 
 from matrix import adapter_options, adapters, models, options, quantized
 from matrix.judge import Outcome
-from matrix.pairwise import alone, pairwise, sample
+from matrix.pairwise import alone, sample
 
 MODELS, ADAPTERS, QUANTIZED = 12, 12, 10
 """Pairwise cases of a family, of a base of adapters, and of 4-bit checkpoints."""
@@ -23,16 +23,17 @@ def sampled(seed: int = SEED, times: int = 1) -> Mapping[str, Group]:
     """
     groups: dict[str, Group] = {}
     for family in options.AXES:
-        rows = sample(models.axes(family), options.APART, times * MODELS, seed)
+        axes = models.axes(family)
+        rows = sample(axes, options.APART, times * MODELS, seed, options.RULES)
         groups[family] = partial(models.run_models, family, rows, seed)
-    for base in adapter_options.BASES:
+    for i, base in enumerate(adapter_options.BASES):
         # what is refused whatever the base is counts once
-        apart = adapter_options.APART
-        rows = sample(adapters.axes(), apart, times * ADAPTERS, seed)
+        apart, rules = adapter_options.APART, adapter_options.RULES
+        rows = sample(adapters.axes(), apart, times * ADAPTERS, seed + i, rules)
         if base != next(iter(adapter_options.BASES)):
             rows = [row for row in rows if not apart & row.items()]
         groups[f"adapters of {base}"] = partial(adapters.run_adapters, base, rows, seed)
-    rows = pairwise(quantized.AXES, times * QUANTIZED, seed)
+    rows = sample(quantized.AXES, {("kind", quantized.INT8)}, times * QUANTIZED, seed, ())
     return groups | apart_from_options(rows, seed)
 
 

@@ -15,8 +15,16 @@ RIGHT, REFUSED, WRONG, NO_MODEL = "right", "refused", "wrong", "no model"
 TOLERANCE = 1e-5
 """Largest difference that is rounding, relative to the largest logit."""
 
-REFUSALS: Mapping[str, str] = {}
-"""Name of a kind of refusal, as the documentation has it, to what its messages match."""
+REFUSALS: Mapping[str, str] = {
+    "a function of the MLP": r"(hidden_act|hidden_activation|activation_function) '\w+' is not",
+    "attention in both directions": r"use_bidirectional_attention True is not",
+    "OPT's other norms": r"(norm_before|final_layer_norm|elementwise_affine) (True|False) is not",
+    "OPT's projected embeddings": r"shapes do not agree .*embed_tokens\.weight is \[\d+, \d+\]",
+    "another quantization": r"quantization_config \(.*\): ",
+    "a start that changes the base": r"init_lora_weights .* changes the base",
+    "another kind of adapter": r"is set, and only LoRA and DoRA adapters are supported",
+}
+"""Name of a kind of refusal, as docs/formats.md has it, to what its messages match."""
 
 
 @dataclasses.dataclass(frozen=True)

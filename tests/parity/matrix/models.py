@@ -11,7 +11,7 @@ from pairs import our_logits, ours, their_logits
 
 from matrix import store
 from matrix.judge import NO_MODEL, NoModel, Outcome, judge, line
-from matrix.options import AXES, OTHER_FUNCTIONS
+from matrix.options import AXES, BASE, OTHER_FUNCTIONS
 from matrix.pairwise import Row, describe
 
 LENGTHS = (12, 44)
@@ -20,7 +20,8 @@ LENGTHS = (12, 44)
 
 def axes(family: str) -> dict[str, list[str]]:
     """The axes of a family's options and of the ways of storing a model, and their choices."""
-    return {axis: list(choices) for axis, choices in AXES[family].items()} | store.STORED
+    own = {axis: list(choices) for axis, choices in AXES[family].items()}
+    return {"family": [family], **own, **store.STORED}
 
 
 def usual(family: str) -> Row:
@@ -63,7 +64,7 @@ def compare(group: str, case: str, folder: Path, seed: int) -> Outcome:
 def ids(seed: int, length: int) -> np.ndarray:
     """Random tokens, int32[2, length]."""
     random = np.random.default_rng(seed)
-    return random.integers(0, 97, (2, length), dtype=np.int32)
+    return random.integers(0, BASE["vocab_size"], (2, length), dtype=np.int32)
 
 
 def load_whole(folder: Path) -> torch.nn.Module:

@@ -24,6 +24,9 @@ APART = {
     ("heads", "no divisor"),
     ("heads", "null"),
     ("window", "0"),
+    ("window", "null over windows"),
+    ("rope", "su"),
+    ("rope", "linear, which it lacks"),
     ("window", "listed and off"),
     ("scale", "144.5"),
     ("rope", "partial in scaling"),
@@ -33,7 +36,7 @@ APART = {
 POSITIONS = 64
 LAYERS = 3
 BASE: Mapping[str, Any] = {
-    "vocab_size": 97,
+    "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": LAYERS,
@@ -100,6 +103,7 @@ HEADS: Choices = {
     "left out": {"num_attention_heads": 16, "num_key_value_heads": LEFT_OUT},
     "no divisor": {"num_key_value_heads": 3},
 }
+HEADS_OF_QWEN = HEADS | {"left out": {"num_attention_heads": 32, "num_key_value_heads": LEFT_OUT}}
 HEAD_DIM = each("head_dim", LEFT_OUT, 16, 24, None)
 TIED = each("tie_word_embeddings", False, True, LEFT_OUT)
 GATED = (
@@ -240,7 +244,8 @@ AXES: Mapping[str, Axes] = {
         "rope": SOME_ROPES,
         "activation": each("hidden_act", "silu", "relu", "swish"),
         **COMMON,
-        "head_dim": HEAD_DIM,
+        "heads": HEADS_OF_QWEN,
+        "head_dim": each("head_dim", LEFT_OUT, 16, 24),
         "stray biases": {"none": {}, "attention": {"attention_bias": False, "qkv_bias": False}},
         "eps": EPS,
     },
@@ -249,6 +254,7 @@ AXES: Mapping[str, Axes] = {
         "rope": SOME_ROPES,
         "activation": each("hidden_act", "silu", "gelu"),
         **COMMON,
+        "heads": HEADS_OF_QWEN,
         "head_dim": each("head_dim", 16, 24, LEFT_OUT),
         "biases": each("attention_bias", LEFT_OUT, True, False),
         "eps": EPS,
@@ -301,8 +307,9 @@ AXES: Mapping[str, Axes] = {
         "activation": each("hidden_activation", *GEMMA_ACTIVATION),
         "stray activation": each("hidden_act", LEFT_OUT, "gelu", "silu"),
         "scale": each("query_pre_attn_scalar", 24, LEFT_OUT, 144.5),
-        "window": each("sliding_window", 7, LEFT_OUT, None)
+        "window": each("sliding_window", 7, LEFT_OUT)
         | {
+            "null over windows": {"sliding_window": None},
             "layer_types": {"sliding_window": 7, "layer_types": [FULL, SLIDING, FULL]},
             "all full": {"sliding_window": 7, "layer_types": [FULL] * LAYERS},
             "stray switch": {"sliding_window": 7, "use_sliding_window": False},
@@ -359,11 +366,9 @@ AXES: Mapping[str, Axes] = {
                 ORIGINAL: 16,
                 "rope_scaling": {"rope_type": "longrope", "attention_factor": 1.3, **LONG},
             },
-            "linear": scaled("linear", factor=2.0),
-        },
-        "fraction": {
-            "left out": {},
+            "linear, which it lacks": scaled("linear", factor=2.0),
             "half": {"partial_rotary_factor": 0.5},
+            "one": {"partial_rotary_factor": 1.0},
             "half, longrope": {
                 "partial_rotary_factor": 0.5,
                 ORIGINAL: 16,
@@ -372,7 +377,6 @@ AXES: Mapping[str, Axes] = {
                     **{key: factors[: HALF // 2] for key, factors in LONG.items()},
                 },
             },
-            "one": {"partial_rotary_factor": 1.0},
         },
         "window": each("sliding_window", LEFT_OUT, 11, None, 2047),
         "activation": each("hidden_act", "silu", "gelu", "swish"),
@@ -417,6 +421,18 @@ AXES: Mapping[str, Axes] = {
     },
 }
 """Family to axis to choice."""
+
+LONGROPES = [name for rope in (ROPES, AXES["phi3"]["rope"]) for name in rope if "long" in name]
+RULES = (
+    {"tie": ("False",), "layout": ("base model", "no head")},
+    *(
+        {"tie": ("left out",), "layout": ("base model", "no head"), "family": (family,)}
+        for family in ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gpt_neox")
+    ),
+    {"rope": (*LONGROPES, "yarn"), "heads": ("left out",)},
+    {"rope": LONGROPES, "head_dim": ("24",)},
+)
+"""What is no model together: a head that is nowhere, and factors for another number of channels."""
 
 FAMILY_BASE: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": LEFT_OUT, "rms_norm_eps": LEFT_OUT},

@@ -8,9 +8,13 @@ TRIES = 40
 """Random rows among which the best is taken."""
 
 Row = dict[str, str]
+Rule = Mapping[str, Collection[str]]
+"""Axes to choices of which no row has one for each."""
 
 
-def pairwise(axes: Mapping[str, Sequence[str]], most: int, seed: int) -> list[Row]:
+def pairwise(
+    axes: Mapping[str, Sequence[str]], most: int, seed: int, rules: Sequence[Rule] = ()
+) -> list[Row]:
     """Returns rows, each with one choice of every axis; the first has every axis' first choice.
 
     A row is the one, of some random ones, with the most choices that no row before has, and among
@@ -21,6 +25,7 @@ def pairwise(axes: Mapping[str, Sequence[str]], most: int, seed: int) -> list[Ro
       axes: name to its choices.
       most: number of rows, at most.
       seed: another gives another sample.
+      rules: what no row may have together.
     """
     source = random.Random(seed)
     rows = [{axis: choices[0] for axis, choices in axes.items()}]
@@ -29,12 +34,15 @@ def pairwise(axes: Mapping[str, Sequence[str]], most: int, seed: int) -> list[Ro
         pair
         for a, b in itertools.combinations(axes.items(), 2)
         for pair in itertools.product(*([(name, c) for c in choices] for name, choices in (a, b)))
+        if not breaks(dict(pair), rules)
     }
     while len(rows) < most and (open_ := sorted(every - pairs)):
-        tries = []
-        for _ in range(TRIES):
+        tries: list[Row] = []
+        while len(tries) < TRIES:
             row = {axis: source.choice(choices) for axis, choices in axes.items()}
-            tries.append(row | dict(source.choice(open_)))
+            row |= dict(source.choice(open_))
+            if not breaks(row, rules):
+                tries.append(row)
         best = max(tries, key=lambda row: (len(row.items() - singles), len(pairs_of(row) - pairs)))
         rows.append(best)
         singles |= best.items()
@@ -42,8 +50,17 @@ def pairwise(axes: Mapping[str, Sequence[str]], most: int, seed: int) -> list[Ro
     return rows
 
 
+def breaks(row: Row, rules: Sequence[Rule]) -> bool:
+    """Whether a row, or a part of one, has together what a rule forbids."""
+    return any(all(row.get(axis) in choices for axis, choices in rule.items()) for rule in rules)
+
+
 def sample(
-    axes: Mapping[str, Sequence[str]], apart: Collection[tuple[str, str]], most: int, seed: int
+    axes: Mapping[str, Sequence[str]],
+    apart: Collection[tuple[str, str]],
+    most: int,
+    seed: int,
+    rules: Sequence[Rule],
 ) -> list[Row]:
     """Returns `pairwise` rows without the choices set apart, and one row for each of these.
 
@@ -52,12 +69,13 @@ def sample(
       apart: axis and choice, of any axes.
       most: number of pairwise rows, at most.
       seed: of the sample.
+      rules: what no pairwise row may have together.
     """
     together = {
         axis: [choice for choice in choices if (axis, choice) not in apart]
         for axis, choices in axes.items()
     }
-    rows = pairwise(together, most, seed)
+    rows = pairwise(together, most, seed, rules)
     return rows + [row for row in alone(axes) if any(pair in apart for pair in row.items())]
 
 

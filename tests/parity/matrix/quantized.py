@@ -24,9 +24,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "new flags alone": {"_load_in_4bit": None, "_load_in_8bit": None},
 }
 """What of quantization_config is not as transformers saves it; None removes a key."""
+INT8 = "int8"
+"""A kind that is tried alone."""
 AXES = {
     "family": ["llama", "qwen2", "gemma2", "phi3", "gpt_neox", "opt"],
-    "kind": ["nf4", "fp4"],
+    "kind": ["nf4", "fp4", INT8],
     "double": ["yes", "no"],
     "dtype": ["float32", "bfloat16"],
     "settings": list(SETTINGS),
@@ -86,8 +88,9 @@ def write(folder: Path, row: Row, seed: int) -> Path:
     sizes = {"ffn_dim": 128} if family == "opt" else WHOLE_BLOCKS
     store.write(floats, family, models.usual(family) | {"dtype": dtype}, seed, sizes)
     settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=row["kind"],
+        load_in_4bit=row["kind"] != INT8,
+        load_in_8bit=row["kind"] == INT8,
+        bnb_4bit_quant_type="nf4" if row["kind"] == INT8 else row["kind"],
         bnb_4bit_use_double_quant=row["double"] == "yes",
         bnb_4bit_compute_dtype=torch.float32,
     )

@@ -47,7 +47,8 @@ def old_keys_too(raw: Raw) -> Raw:
 
 
 def contradiction(raw: Raw) -> Raw:
-    scaling = {"rope_type": "linear", "factor": 3.0}
+    kind = "default" if raw["model_type"] == "phi3" else "linear"  # phi3 has no linear
+    scaling = {"rope_type": kind, "factor": 3.0}
     return {**rewritten(raw), "rope_theta": 77.0, "rope_scaling": scaling}
 
 
