@@ -75,7 +75,7 @@ def overlay(
       below: the checkpoint.
       replaced: names to the other values, of the shapes that the tensors have. The head may be
         among them where it is tied.
-      tied: whether a replaced embedding is the head as well.
+      tied: whether one replaced matrix stands for both.
     """
     if not replaced:
         return below
@@ -83,8 +83,8 @@ def overlay(
     if not config.tie_embeddings or not replaced.keys() & {embed, head}:
         return Overlay(below, replaced, config)
     values = {n: replaced[n] if n in replaced else _array(below, embed) for n in (embed, head)}
-    if tied and head not in replaced:
-        values[head] = values[embed]
+    if tied and not replaced.keys() >= {embed, head}:
+        values = dict.fromkeys(values, next(replaced[n] for n in values if n in replaced))
     first, second = (lambda start, stop, v=v: v[start:stop] for v in values.values())
     if tying.equal_rows(len(values[embed]), first, second):
         rest = {name: value for name, value in replaced.items() if name != head}

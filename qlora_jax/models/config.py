@@ -108,7 +108,7 @@ WINDOWED: Mapping[str, Callable[[int, Mapping[str, Any]], bool]] = {
 }
 """`Family.windows` to whether a layer has the window, given its index and the config's values.
 
-`layer_types` decides in its place where a file has it, but for "all".
+`layer_types` decides in its place where a file has it.
 """
 
 
@@ -140,7 +140,8 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     own = {usual: values[key] for usual, key in family.keys.items() if key in values}
     values = {k: v for k, v in values.items() if k not in family.keys} | own
     activation = values.setdefault("hidden_act", "silu")
-    activation = values["hidden_act"] = ALIASES.get(str(activation), activation)
+    activation = (ALIASES | dict(family.activations)).get(str(activation), activation)
+    values["hidden_act"] = activation
     _require(where, family.keys.get("hidden_act", "hidden_act"), activation, ACTIVATIONS)
     try:
         return DecoderConfig(**{**_fields(kind, values, where), **family.fixed})
@@ -226,7 +227,7 @@ def _windows(
     if rule is None or not window or (rule == "late" and not listed("use_sliding_window")):
         return (None,) * layers
     kinds = raw.get("layer_types")
-    if not kinds or rule == "all":
+    if not kinds:
         values = {**raw, "unrotated": unrotated}
         has = [WINDOWED[rule](layer, values) for layer in range(layers)]
     elif len(kinds) == layers:

@@ -62,6 +62,7 @@ class Family:
       defaults: values of keys that a file may leave out. Keys that most families do not have
         (soft caps, windows, rotated fractions) are read only if they are listed here.
       windows: which layers have the sliding window: a key of `config.WINDOWED`; None: no layer has.
+      activations: names of activations that mean another one here.
       fixed: fields of `DecoderConfig` that no key decides.
       only: keys of which the decoder has some values alone.
       ropes: `rope_type` to the kind of `Rope` that it is.
@@ -72,6 +73,7 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: str | None = None
+    activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     ropes: Mapping[str, str] = dataclasses.field(default_factory=lambda: {k: k for k in ROPES})
 
@@ -135,17 +137,14 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": Family(
         defaults={
             "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
             "max_position_embeddings": 8192,
             "num_key_value_heads": 16,
             "tie_word_embeddings": True,
         },
-        fixed={**GEMMA, "activation": "gelu_pytorch_tanh"},
-        # files of the first release say gelu and mean this
-        only={
-            "hidden_act": ("gelu", "gelu_pytorch_tanh"),
-            "hidden_activation": (None, "gelu_pytorch_tanh"),
-            **CAUSAL,
-        },
+        fixed=GEMMA,
+        activations={"gelu": "gelu_pytorch_tanh"},  # as files of the first release mean it
+        only=CAUSAL,
     ),
     "gemma2": Family(
         names=SANDWICH,
@@ -175,7 +174,6 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
             "num_key_value_heads": 4,
             "sliding_window": 4096,
@@ -196,6 +194,7 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window": None,
         },
         windows="all",
+        only={"layer_types": (None,)},
         fixed={
             "fused_qkv": "concatenated",
             "fused_gate_up": True,

@@ -88,7 +88,7 @@ def with_replaced(config: Config, checkpoint: Checkpoint) -> Checkpoint:
     found = peft.read_adapter(folder)
     peft.check_fits(found, checkpoint.config, folder)
     replaced = peft.replaced_tensors(found, checkpoint.config)
-    return overlay(checkpoint, replaced, tied=found.replaced.ties)
+    return overlay(checkpoint, replaced, tied=found.replaced.one_for_both)
 
 
 def given_values(config: Config, warn: Callable[[str], None]) -> LoraSet:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.peft import check_fits, read_adapter, write_adapter
+from qlora_jax.formats.peft import Replaced, check_fits, read_adapter, write_adapter
 from qlora_jax.lora.arithmetic import difference
 from qlora_jax.lora.spec import SCALINGS
 from qlora_jax.lora.weights import LoraWeights
@@ -258,7 +258,7 @@ def truncate(folder: Path) -> None:
         (setting(r=4), r"has A \[8, 128\] and B \[64, 8\], but adapter_config.json says rank 4"),
         (setting(peft_type="IA3"), "peft_type 'IA3' is not supported"),
         (setting(use_dora=True), f"missing: .*{Q0}.lora_magnitude_vector"),
-        (setting(use_qalora=True), "use_qalora is set"),
+        (setting(lora_bias=True), "lora_bias is set"),
         (setting(bias="some"), "bias 'some': Input should be 'none', 'all' or 'lora_only'"),
         (setting(lora_alpha=None), "lora_alpha None: Input should be a valid number"),
         (setting(lora_alpha="8"), "lora_alpha '8': Input should be a valid number"),
@@ -447,3 +447,25 @@ def test_tensors_that_peft_saves_twice_are_read_once(models: Path, tmp_path: Pat
     save_file(tensors, path)
     with pytest.raises(UserError, match=r"lm_head\.weight is there twice, with unlike values"):
         read_adapter(folder)
+
+
+def test_dora_of_the_head_is_refused(models: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models / "llama" / "peft_dora", tmp_path / "dora"))
+    path, key = folder / "adapter_model.safetensors", "base_model.model.lm_head"
+    head = {
+        f"{key}.lora_A.weight": np.ones((8, 64), np.float32),
+        f"{key}.lora_B.weight": np.ones((256, 8), np.float32),
+        f"{key}.lora_magnitude_vector": np.ones(256, np.float32),
+    }
+    save_file(load_file(path) | head, path)
+    with pytest.raises(UserError, match="use_dora with an adapter of lm_head is not supported"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("modules", "ties", "one"),
+    [((), False, True), ((), True, True), (("lm_head",), False, False), (("lm_head",), True, True)],
+)
+def test_a_matrix_that_was_saved_as_it_was_is_both(modules, ties, one) -> None:
+    tensors = {"lm_head.weight": np.zeros((2, 2))}
+    assert Replaced(tensors, modules, "none", ties).one_for_both == one

@@ -1,6 +1,7 @@
 """What an adapter folder holds, in arrays laid out as ours."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,12 +10,27 @@ import numpy as np
 from qlora_jax.formats.peft.targets import Targets
 from qlora_jax.lora.spec import Scaling
 from qlora_jax.lora.weights import LoraSet, LoraWeights
-from qlora_jax.models.families import EMBEDDINGS
+from qlora_jax.models.families import EMBEDDINGS, FAMILIES, HEAD
 
 Bias = Literal["none", "all", "lora_only"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+MATRICES = frozenset(
+    f"{module}.weight" for module in (*EMBEDDINGS, HEAD, *(f.names.head for f in FAMILIES.values()))
+)
+"""The names of the embedding's and of the head's matrix, in every family."""
+
+
+def within(name: str, saved: str) -> bool:
+    """Whether a parameter belongs to a module that `modules_to_save` names.
+
+    The module's path ends in the name, in the middle of a word too, as PEFT takes it: norm stands
+    for input_layernorm as well.
+    """
+    modules = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
+    return any(module.endswith(saved) for module in modules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +49,16 @@ class Replaced:
     modules: tuple[str, ...] = ()
     bias: Bias = "none"
     ties: bool = False
+
+    @property
+    def one_for_both(self) -> bool:
+        """Whether one replaced matrix stands for embedding and head, where the base ties them.
+
+        PEFT loads a matrix that was saved as it was into the one that both share.
+        """
+        matrices = {name for name in self.tensors if name in MATRICES}
+        trained = any(within(name, saved) for name in matrices for saved in self.modules)
+        return self.ties or not trained
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,6 @@ class Settings(TypedDict):
 _SETTINGS = TypeAdapter(Settings)
 
 OTHER_FUNCTIONS = (
-    "use_qalora",
     "use_bdlora",
     "lora_bias",
     "layer_replication",
@@ -79,6 +78,7 @@ NO_EFFECT = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
+    "use_qalora",  # changes GPTQ's linears alone, which are not read
     "qalora_group_size",
     "runtime_config",
     "unsloth_fixed",

@@ -4,8 +4,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet, listed
-from qlora_jax.formats.peft.read import within
+from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet, listed, within
 from qlora_jax.formats.tying import matrices
 from qlora_jax.lora.spec import NEW_NAMES
 from qlora_jax.lora.weights import misfits

@@ -1,7 +1,6 @@
 """An adapter folder into arrays, strictly: every tensor is accounted for."""
 
 import hashlib
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -15,27 +14,25 @@ from safetensors import SafetensorError, safe_open
 from qlora_jax.formats import contents, tensors
 from qlora_jax.formats.peft.adapter import (
     CONFIG,
+    MATRICES,
     PREFIX,
     WEIGHTS,
     AdapterSet,
     Replaced,
     listed,
     tensor_keys,
+    within,
 )
 from qlora_jax.formats.peft.config import by_pattern, read_config, targets_of
 from qlora_jax.lora.spec import NEW_NAMES, SCALINGS, Scaling
 from qlora_jax.lora.weights import LoraWeights
-from qlora_jax.models.families import EMBEDDINGS, FAMILIES, HEAD
+from qlora_jax.models.families import EMBEDDINGS, HEAD
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
 PART = re.compile(
     re.escape(PREFIX) + r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB])|(magnitude)_vector)"
 )
-MATRICES = frozenset(
-    f"{module}.weight" for module in (*EMBEDDINGS, HEAD, *(f.names.head for f in FAMILIES.values()))
-)
-"""The names of the embedding's and of the head's matrix, in every family."""
 BIAS = re.compile(re.escape(PREFIX) + r"(.+?)(?:\.base_layer)?\.bias")
 
 
@@ -62,6 +59,12 @@ def read_adapter(folder: Path) -> AdapterSet:
             replaced[f"{match[1]}.bias"] = tensor
         else:
             unexpected.append(key)
+    outer = [path for path in parts if dora and (path in EMBEDDINGS or path == HEAD)]
+    if outer:
+        raise UserError(
+            f"{folder / CONFIG}: use_dora with an adapter of {outer[0]} is not supported; leave it "
+            "out of target_modules, or merge the adapter with PEFT"
+        )
     # one module under both of its names
     unexpected += [path for path, new in NEW_NAMES.items() if {path, new} <= parts.keys()]
     if unexpected:
@@ -122,16 +125,6 @@ def _whole(key: str, saved: tuple[str, ...]) -> str | None:
     """The parameter's name in the base, if its module is one of those saved whole."""
     name = key.removeprefix(PREFIX)
     return name if key.startswith(PREFIX) and any(within(name, s) for s in saved) else None
-
-
-def within(name: str, saved: str) -> bool:
-    """Whether a parameter belongs to a module that `modules_to_save` names.
-
-    The module's path ends in the name, in the middle of a word too, as PEFT takes it: norm stands
-    for input_layernorm as well.
-    """
-    modules = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
-    return any(module.endswith(saved) for module in modules)
 
 
 def _missing(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:

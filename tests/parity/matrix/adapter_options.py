@@ -175,6 +175,7 @@ RULES = (
     {"targets": EXPRESSIONS, "layers": ("some", "one", "pattern", "patterns")},
     {"targets": ENDS, "whole modules": ("head", "embedding", "both ends")},
     {"targets": ("only the head",), "layers": ("some", "one", "pattern", "patterns")},
+    {"targets": ENDS, "kind": ("dora",)},
     {"excluded": ("an expression",), "layers": ("one",)},
     {"start": ("orthogonal",), "ranks": ("one", "fraction", "rank_pattern", "expressions")},
     {"start": ("orthogonal",), "ranks": ("anchored",)},
@@ -188,7 +189,10 @@ RULES = (
         "ranks": ("rslora", "rank_pattern", "alpha_pattern", "expressions", "anchored"),
     },
 )
-"""What PEFT refuses together, and keys that old files do not have."""
+"""What PEFT refuses together, keys that old files do not have, and `TOGETHER`."""
+
+TOGETHER = ({"targets": "both ends", "kind": "dora"},)
+"""Choices that are refused together: one case each, with the usual of all else."""
 
 
 def named(value: Any, family: str) -> Any:

@@ -30,7 +30,10 @@ def sampled(seed: int = SEED, times: int = 1) -> Mapping[str, Group]:
         # what is refused whatever the base is counts once
         apart, rules = adapter_options.APART, adapter_options.RULES
         rows = sample(adapters.axes(), apart, times * ADAPTERS, seed + i, rules)
-        if base != next(iter(adapter_options.BASES)):
+        if base == next(iter(adapter_options.BASES)):
+            usual = {axis: next(iter(choices)) for axis, choices in adapters.axes().items()}
+            rows += [usual | pair for pair in adapter_options.TOGETHER]
+        else:
             rows = [row for row in rows if not apart & row.items()]
         groups[f"adapters of {base}"] = partial(adapters.run_adapters, base, rows, seed)
     rows = sample(quantized.AXES, {("kind", quantized.INT8)}, times * QUANTIZED, seed, ())

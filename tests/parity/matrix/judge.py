@@ -22,6 +22,7 @@ REFUSALS: Mapping[str, str] = {
     "OPT's projected embeddings": r"shapes do not agree .*embed_tokens\.weight is \[\d+, \d+\]",
     "another quantization": r"quantization_config \(.*\): ",
     "a start that changes the base": r"init_lora_weights .* changes the base",
+    "DoRA of embedding or head": r"use_dora with an adapter of \S+ is not supported",
     "another kind of adapter": r"is set, and only LoRA and DoRA adapters are supported",
 }
 """Name of a kind of refusal, as docs/formats.md has it, to what its messages match."""

@@ -35,10 +35,13 @@ def with_dtype(raw: Raw) -> Raw:
     return {**raw, "torch_dtype": "float32", "transformers_version": "4.57.1"}
 
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
 def only_differences(raw: Raw) -> Raw:
-    """Without what the class fills in anyway."""
+    """Without what the class fills in anyway; sizes are in every file."""
     usual = transformers.CONFIG_MAPPING[raw["model_type"]]().to_dict()
-    kept = {k: v for k, v in raw.items() if k not in usual or usual[k] != v}
+    kept = {k: v for k, v in raw.items() if k in SIZES or k not in usual or usual[k] != v}
     return {**kept, "model_type": raw["model_type"]}
 
 
