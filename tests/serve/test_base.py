@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from qlora_jax.serve.base import own_adapter
 
 pytestmark = pytest.mark.slow
 
+LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 PROMPT = "What does rmtree do?"
 
 
@@ -50,6 +52,22 @@ def test_generate_answers_under_each_adapter(run, adapters, run_cli, tiny_model)
     assert by_model.out == expected
 
 
+@pytest.mark.parametrize("kind", ["peft_dora", "peft_saved"])
+def test_one_adapter_alone_may_be_of_any_kind(run_cli, adapters, tiny_model, kind):
+    other = LLAMA / kind
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "12", "--dtype", "float32", "--bits", "16"]
+    alone = run_cli("generate", tiny_model, "--adapter", f"x={other}", *asked)
+    plain = run_cli("generate", tiny_model, "--adapter", f"x={adapters['one']}", *asked)
+    assert alone.code == plain.code == 0, alone.err
+    assert alone.out.startswith("[x]\n")
+    assert alone.out != plain.out
+    several = ["--adapter", f"x={other}", "--adapter", f"y={adapters['one']}"]
+    refused = run_cli("generate", tiny_model, *several, *asked)
+    assert refused.code == 2
+    assert "--adapter x: " in refused.err
+    assert "cannot be one of several adapters; merge it" in " ".join(refused.err.split())
+
+
 def test_what_does_not_fit_is_refused_by_name(run_cli, adapters, tiny_model, tmp_path):
     other = shutil.copytree(adapters["one"], tmp_path / "other")
     tensors = load_file(other / "adapter_model.safetensors")
@@ -60,6 +78,6 @@ def test_what_does_not_fit_is_refused_by_name(run_cli, adapters, tiny_model, tmp
         ended = run_cli(*command, "--adapter", f"x={other}")
         assert ended.code == 2
         assert ended.message == (
-            "qlora-jax: --adapter x: model.layers.1.mlp.down_proj is [100, 64] (in, out) in the "
-            "adapter and [128, 64] in the model; the adapter is another model's"
+            f"qlora-jax: --adapter x: {other}: belongs to another model (llama); what does not "
+            "fit: model.layers.1.mlp.down_proj (adapter [100, 64], model [128, 64])"
         )

@@ -45,11 +45,42 @@ def read_adapter(folder: Path) -> AdapterSet:
         DoRA.
     """
     config = read_config(folder / CONFIG)
+    parts, replaced = _sorted(_plain_keys(_read_tensors(folder / WEIGHTS), folder), config, folder)
+    missing = _missing(config, parts)
+    if missing or not parts:
+        raise UserError(f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}")
+    scaling: Scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
+    adapters = {
+        path: _weights(path, found, config, scaling, folder) for path, found in parts.items()
+    }
+    return AdapterSet(
+        {NEW_NAMES.get(path, path): adapter for path, adapter in adapters.items()},
+        scaling,
+        base_name=config.get("base_model_name_or_path") or "",
+        dropout=float(config.get("lora_dropout") or 0.0),
+        targets=targets_of(config),
+        replaced=Replaced(
+            replaced,
+            tuple(config.get("modules_to_save") or ()),
+            config.get("bias", "none"),
+            bool(config.get("ensure_weight_tying")),
+        ),
+    )
+
+
+def _sorted(
+    tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Returns the parts of each module's adapter, and the parameters of the base.
+
+    Raises:
+      UserError: a tensor is neither, or belongs to a kind of adapter that is not supported.
+    """
     saved = tuple(config.get("modules_to_save") or ())
     bias, dora = config.get("bias", "none"), bool(config.get("use_dora"))
     parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     replaced, unexpected = {}, []
-    for key, tensor in _plain_keys(_read_tensors(folder / WEIGHTS), folder).items():
+    for key, tensor in tensors.items():
         match = PART.fullmatch(key)
         if match and key in tensor_keys(match[1], dora).values():
             parts[match[1]][next(part for part in match.groups()[1:] if part)] = tensor
@@ -69,21 +100,7 @@ def read_adapter(folder: Path) -> AdapterSet:
     unexpected += [path for path, new in NEW_NAMES.items() if {path, new} <= parts.keys()]
     if unexpected:
         raise UserError(f"{folder / WEIGHTS}: unexpected tensors: {listed(unexpected)}")
-    missing = _missing(config, parts)
-    if missing or not parts:
-        raise UserError(f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}")
-    scaling: Scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
-    adapters = {
-        path: _weights(path, found, config, scaling, folder) for path, found in parts.items()
-    }
-    return AdapterSet(
-        {NEW_NAMES.get(path, path): adapter for path, adapter in adapters.items()},
-        scaling,
-        base_name=config.get("base_model_name_or_path") or "",
-        dropout=float(config.get("lora_dropout") or 0.0),
-        targets=targets_of(config),
-        replaced=Replaced(replaced, saved, bias, bool(config.get("ensure_weight_tying"))),
-    )
+    return parts, replaced
 
 
 def sha256(folder: Path) -> str:
