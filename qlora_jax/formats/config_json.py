@@ -115,7 +115,8 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
         "use_sliding_window": window is not None,
         "no_rope_layers": [int(i not in config.unrotated) for i in range(config.num_layers)],
     }
-    if window is not None:
+    # transformers takes Mistral with layer_types for another model_type
+    if window is not None and (family.windows != "all" or None in config.windows):
         kinds = ("full_attention", "sliding_attention")
         usual["layer_types"] = [kinds[w is not None] for w in config.windows]
     if rope.kind == "longrope":
