@@ -108,7 +108,7 @@ def test_generate_takes_such_an_adapter_and_serve_tells_why_not(run, tmp_path, r
     assert answers[None] == json.loads(base.out)[0]["answer"]
     ended = run_cli("serve", tiny_model, "--port=0", "--adapter", f"x={run}")
     assert ended.code == 2
-    assert "--adapter x: an adapter of" in ended.message
+    assert f"--adapter x: {run / 'adapter'}: an adapter of" in ended.message
     assert "merge it into the model" in ended.message
     summed = run_cli("combine", tmp_path / "sum", "--adapter", f"1={run}", "--adapter", f"-1={run}")
     assert summed.code == 0, summed.err

@@ -14,7 +14,7 @@ from qlora_jax.formats.write import write_model
 from qlora_jax.lora import LoraWeights
 from qlora_jax.models.adapters import wear
 from qlora_jax.models.decoder import attach
-from qlora_jax.models.parts import layer_linears, outer_modules
+from qlora_jax.models.parts import adaptable
 from qlora_jax.text.bpe import train_bpe
 from qlora_jax.train.export import adapters
 from qlora_jax.train.targets import targets
@@ -51,17 +51,14 @@ def their_adapter(folder, out, wanted, **more):
     )
     peer = peft.get_peft_model(theirs(folder), settings)
     moved(peer)
-    peer.save_pretrained(out, save_embedding_layers=False)
+    peer.save_pretrained(out)
     return peer.eval()
 
 
 def wearing(folder, adapter):
     """Our model with an adapter that fits it."""
     model, found = ours(folder), read(adapter)
-    config = model.config
-    shapes = {name: open_folder(folder).shape(name) for name in open_folder(folder).names()}
-    modules = layer_linears(config) | outer_modules(config)
-    check_fits(found, modules, shapes, config.tie_embeddings, adapter)
+    check_fits(found, model.config, adapter)
     wear(model, found.adapters)
     return model
 
@@ -89,7 +86,7 @@ def test_peft_computes_what_we_do_with_our_adapter(tmp_path, kind):
     random = np.random.default_rng(0)
 
     def drawn(path: str) -> LoraWeights:
-        sizes = (layer_linears(model.config) | outer_modules(model.config))[path]
+        sizes = adaptable(model.config)[path]
         a, b = (0.1 * random.normal(size=size) for size in ((sizes[0], 4), (4, sizes[1])))
         return LoraWeights(a.astype(np.float32), b.astype(np.float32), 10.0, 2.5)
 

@@ -174,7 +174,7 @@ COMPLETION = {"model": "one", "prompt": "abc"}
         ("completions", COMPLETION | {"prompt": [1, 9999]}, 400, "outside the vocab", "prompt"),
         ("completions", COMPLETION | {"prompt": "a" * 300}, 400, "300 tokens of prompt", None),
         ("completions", COMPLETION | {"prompt": "a" * (5 << 20)}, 413, "larger than", None),
-        ("load_lora_adapter", {"lora_name": "x", "lora_path": "no"}, 400, "no such file", None),
+        ("load_lora_adapter", {"lora_name": "x", "lora_path": "no"}, 400, "no such folder", None),
         ("load_lora_adapter", {"lora_name": "x"}, 400, "lora_path: Field required", "lora_path"),
         ("unload_lora_adapter", {"lora_name": "x"}, 404, "no adapter 'x' is loaded", "model"),
         ("nothing", {}, 404, "Not Found", None),
