@@ -122,10 +122,10 @@ def short(model: str) -> str:
 def linears(path: str, targets: str | list[str]) -> dict[str, tuple[int, int]]:
     """The linears that a config's model has and the targets name, by path: (in, out)."""
     from qlora_jax.lora import plan
-    from qlora_jax.train.start import linears_of
+    from qlora_jax.models.parts import layer_linears
 
     config = config_of(path, {"lora.target_modules": targets})
-    shapes = linears_of(described(config.model.path))
+    shapes = layer_linears(described(config.model.path).config)
     return {name: shapes[name] for name in plan(config.lora, shapes)}
 
 

@@ -55,16 +55,20 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
     out, quantized = Path(options.out), options.to == "nf4"
     check_new(out)
+    original = options.base == "original"
+    if original and config.method == "full":
+        raise UserError("--base original: method full trains every weight; leave it out")
     restored = restore(options.path, base=False, warn=say)
     checkpoint = restored.checkpoint
-    _check_original(options.base, config.method, checkpoint.quantization is not None)
+    if original and checkpoint.quantization is not None:
+        raise UserError("--base original: the checkpoint has 4-bit weights only; leave it out")
     check_base(options.path, restored)
     dtype = config.model.compute_dtype if quantized else options.to
     held = held_quantization(config, checkpoint) or config.quant
     quant = dataclasses.replace(
         held, codebook="nf4", block_size=max(64, held.block_size), nested_block=256
     )
-    source = MergedCheckpoint(restored.model, checkpoint, options.base == "original")
+    source = MergedCheckpoint(restored.model, checkpoint, original)
     report = None
     if quantized or options.report:
         with progress("comparing", None) as advance:
@@ -88,10 +92,3 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
             table.add_row(*row)
         Console().print(table)
     show(f"{options.out}: {config.method} of {config.model.path}, {options.to}, {size:,} bytes")
-
-
-def _check_original(base: str, method: str, quantized: bool) -> None:
-    if base == "original" and method == "full":
-        raise UserError("--base original: method full trains every weight; leave it out")
-    if base == "original" and quantized:
-        raise UserError("--base original: the checkpoint has 4-bit weights only; leave it out")

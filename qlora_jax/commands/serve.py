@@ -183,6 +183,7 @@ def _service(
     """The model with its adapters, ready to answer: everything is compiled but longer prompts."""
     from qlora_jax.lora.weights import largest_rank
     from qlora_jax.models.adapters import attach_bank
+    from qlora_jax.models.generate import cached_positions
     from qlora_jax.serve.app import Service
     from qlora_jax.serve.base import open_base, own_adapter, read_named
     from qlora_jax.serve.engine import Engine
@@ -194,10 +195,8 @@ def _service(
     config = base.model.config
     length = options.max_length or min(DEFAULT_LENGTH, config.longest_cached)
     if length > config.longest_cached:
-        why = ", beyond which its rope scaling changes" if config.varying_rope else ""
         raise UserError(
-            f"--max-length {length}: the model has {config.longest_cached} positions{why}; "
-            "give less"
+            f"--max-length {length}: the model has {cached_positions(config)}; give less"
         )
     adapters = {named.name: named.in_bank_of(base.model) for named in given}
     slots = max(4, len(given)) if options.max_adapters is None else options.max_adapters

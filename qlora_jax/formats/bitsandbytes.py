@@ -58,8 +58,8 @@ class Layout:
     Attributes:
       kind: a key of `CODEBOOKS`.
       block: weights per scale.
-      dtype: what the weight was before: a key of `DTYPES`. bitsandbytes rounds to it when it
-        dequantizes; a QTensor does not.
+      dtype: the dtype that the weight had before it was quantized, a key of `DTYPES`.
+        bitsandbytes rounds to it on dequantizing; a QTensor does not.
       shape: [out, in].
       nested_block: scales per nested scale; None without double quantization.
       own_map: whether the scales' 8-bit map is another than `dynamic_map`, so that the scales

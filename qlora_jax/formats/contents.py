@@ -15,7 +15,7 @@ class Content(NamedTuple):
 
     Attributes:
       pattern: a glob of its files.
-      words: what such a file is, and the remedy; {} stands for its path.
+      words: a text that says what the file is and gives the remedy; {} stands for its path.
     """
 
     pattern: str

@@ -84,8 +84,7 @@ def _config(source: Checkpoint, text: Tokenizer | None, dtype: str) -> dict[str,
         raw |= {f"{name}_token_id": value for name, value in ids.items()}
     raw["tie_word_embeddings"] = source.config.tie_embeddings
     old = "torch_dtype" in raw and "dtype" not in raw  # as transformers 4 wrote it
-    tied = {"tie_word_embeddings": source.config.tie_embeddings}
-    return raw | tied | {"torch_dtype" if old else "dtype": dtype}
+    return raw | {"torch_dtype" if old else "dtype": dtype}
 
 
 def _write_tokenizer(source: Checkpoint, text: Tokenizer | None, folder: Path) -> None:

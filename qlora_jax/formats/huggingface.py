@@ -23,6 +23,7 @@ FLOATS = ("F32", "F16", "BF16")
 ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 """The dtypes in which bitsandbytes lets packed codes lie, and their bytes."""
 CONFIG = "config.json"
+BNB_4BIT = "bitsandbytes in 4 bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +175,6 @@ def _part(tensor: StoredTensor) -> tuple[tuple[int, ...], str, int]:
     """Returns shape, dtype and bytes."""
     size = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 0)
     return tensor.shape, tensor.dtype, size
-
-
-BNB_4BIT = "bitsandbytes in 4 bits"
 
 
 def _check_floats(

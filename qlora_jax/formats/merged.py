@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.tying import matrices
 from qlora_jax.formats.unload import parameter
 from qlora_jax.lora import Adapter
 from qlora_jax.lora.linear import LoraLinear, merged
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.parts import expected_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class MergedCheckpoint:
     """A `Checkpoint` of W + Δ in float32, computed tensor by tensor.
 
-    Where head and embedding are tied and one of them has an adapter, they are no longer equal: the
+    Where head and embedding are tied and one of them has an adapter, the merged two differ: the
     head is then a tensor of its own.
 
     Attributes:
@@ -54,7 +56,7 @@ class MergedCheckpoint:
         return f"{self.source.description}, merged"
 
     def names(self) -> list[str]:
-        return self.source.names() + ([self._head] if self._unties else [])
+        return list(expected_shapes(self.config))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.source.shape(self._stored(name))
@@ -62,7 +64,7 @@ class MergedCheckpoint:
     def read(self, name: str) -> np.ndarray:
         if (adapter := self._outer.get(name)) is not None:
             weight = jnp.asarray(self._weight(name))
-            if name == self._head:
+            if adapter is self.model.head_adapter:
                 return np.asarray(merged(weight.T, adapter).T)
             return np.asarray(merged(weight, adapter))
         linear, i = self._linears.get(name.removesuffix(".weight"), (None, 0))
@@ -73,23 +75,16 @@ class MergedCheckpoint:
         return np.asarray(linear.merge(i).T)
 
     def _weight(self, name: str) -> np.ndarray:
-        """W of one parameter, in the checkpoint's layout."""
+        """Returns the W of one parameter, in the checkpoint's layout."""
         stored = self._stored(name)
         if self.original:
             return np.asarray(self.source.read(stored))
         return parameter(self.model, stored)
 
     def _stored(self, name: str) -> str:
-        """The tensor that holds the W of a parameter: for a tied head, the embedding's."""
-        return self._embed if name == self._head and self.source.config.tie_embeddings else name
-
-    @property
-    def _embed(self) -> str:
-        return f"{self.source.config.names.embed}.weight"
-
-    @property
-    def _head(self) -> str:
-        return f"{self.source.config.names.head}.weight"
+        """Returns the tensor that holds a parameter's W: for a tied head, the embedding's."""
+        embed, head = matrices(self.source.config)
+        return embed if name == head and self.source.config.tie_embeddings else name
 
     @property
     def _unties(self) -> bool:
@@ -98,7 +93,8 @@ class MergedCheckpoint:
     @property
     def _outer(self) -> Mapping[str, Adapter]:
         """The adapters outside the layers, by the tensor that they change."""
-        found = {self._embed: self.model.embed_adapter, self._head: self.model.head_adapter}
+        embed, head = matrices(self.source.config)
+        found = {embed: self.model.embed_adapter, head: self.model.head_adapter}
         return {name: adapter for name, adapter in found.items() if adapter is not None}
 
     @functools.cached_property

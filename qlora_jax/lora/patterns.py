@@ -56,7 +56,7 @@ def first_match(patterns: Mapping[str, T], paths: Sequence[str], default: T) -> 
     Args:
       patterns: regular expressions to values.
       paths: the names of one module.
-      default: what is returned if no pattern matches.
+      default: the value for a path that no pattern matches.
 
     Raises:
       BadPattern: as `ends_in`.

@@ -60,8 +60,10 @@ class Decoder(nnx.Module):
       runs: stacks of structurally identical layers, in order; usually one.
       head: [hidden, vocab], or None when it is the embedding's transpose.
       positions: [rows, hidden] of a learned table, or None.
-      embed_adapter: of the embedding as [vocab, hidden], or None; never of a head tied to it.
-      head_adapter: of the head as [hidden, vocab], or None; never of an embedding tied to it.
+      embed_adapter: the embedding's adapter, A [vocab, r] and B [r, hidden], or None. It leaves a
+        head that is tied to the embedding alone.
+      head_adapter: the head's adapter, A [hidden, r] and B [r, vocab], or None. It leaves an
+        embedding that is tied to the head alone.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class Decoder(nnx.Module):
     def head_update(
         self, hidden: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array] | None:
-        """What the head's adapter adds to hidden @ head, as two factors; None without an adapter.
+        """Returns the two factors of what the head's adapter adds to hidden @ head, or None.
 
         Args:
           hidden: float[..., hidden].
@@ -164,7 +166,7 @@ class Decoder(nnx.Module):
         return self.head_adapter.low(hidden, own), self.head_adapter.b.get_value()
 
     def outer_adapters(self) -> dict[str, Adapter]:
-        """The adapters outside the layers by Hugging Face module path; no axis of layers."""
+        """Returns the adapters of embedding and head by Hugging Face module path."""
         found = {self.config.names.embed: self.embed_adapter, HEAD: self.head_adapter}
         return {path: adapter for path, adapter in found.items() if adapter is not None}
 

@@ -78,6 +78,13 @@ class Family:
     ropes: Mapping[str, str] = dataclasses.field(default_factory=lambda: {k: k for k in ROPES})
 
 
+QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
 GEMMA = {"norm": "rms_offset", "scaled_embeddings": True}
 CAUSAL = {"use_bidirectional_attention": (None, False)}
 SANDWICH = Names(mlp_norm="pre_feedforward_layernorm")
@@ -95,25 +102,12 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"qkv_bias": False, "output_bias": False},
     ),
     "qwen2": Family(
-        defaults={
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-            "use_sliding_window": False,
-            "max_window_layers": 28,
-        },
+        defaults=QWEN,
         windows="late",
         fixed={"qkv_bias": True, "output_bias": False},
     ),
     "qwen3": Family(
-        defaults={
-            "head_dim": 128,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-            "use_sliding_window": False,
-            "max_window_layers": 28,
-        },
+        defaults={"head_dim": 128, **QWEN},
         windows="late",
         fixed={"qk_norm": "head"},
     ),

@@ -12,6 +12,7 @@ from flax import nnx
 
 from qlora_jax.kernels.target import for_a_cpu
 from qlora_jax.lora.bank import with_rows
+from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.layers import KVCache
 from qlora_jax.quant import QTensor
@@ -270,6 +271,12 @@ def _until(ids: np.ndarray, stop_ids: Collection[int]) -> list[int]:
     return kept
 
 
+def cached_positions(config: DecoderConfig) -> str:
+    """Returns how many positions a generated sequence may have, in words for a message."""
+    why = ", beyond which its rope scaling changes" if config.varying_rope else ""
+    return f"{config.longest_cached} positions{why}"
+
+
 def _check(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -278,7 +285,6 @@ def _check(
     top_p: float,
 ) -> None:
     vocabulary, room = model.config.vocab_size, model.config.longest_cached
-    why = ", beyond which its rope scaling changes" if model.config.varying_rope else ""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens} is not allowed; give 1 or more")
     if not temperature >= 0:
@@ -296,5 +302,6 @@ def _check(
         if len(prompt) + max_new_tokens > room:
             raise UserError(
                 f"prompt {row} has {len(prompt)} tokens, which with {max_new_tokens} new ones is "
-                f"more than the model's {room} positions{why}; shorten the prompt or max_new_tokens"
+                f"more than the model's {cached_positions(model.config)}; shorten the prompt or "
+                "max_new_tokens"
             )

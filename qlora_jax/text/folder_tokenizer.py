@@ -139,7 +139,7 @@ def _from_pieces(path: Path, settings: Mapping[str, Any]) -> "PreTrainedTokenize
 
 
 def _declared(path: Path, settings: Mapping[str, Any]) -> dict[int, str]:
-    """Tokens by the ids that the settings, or else added_tokens.json, give them."""
+    """Returns tokens by the ids that the settings, or else added_tokens.json, give them."""
     with loading_tokenizer(path / SETTINGS, DAMAGED):
         if "added_tokens_decoder" in settings:
             tokens = settings["added_tokens_decoder"].items()

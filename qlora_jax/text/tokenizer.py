@@ -117,9 +117,10 @@ class Tokenizer:
         return encodings
 
     def for_embedding(self, rows: int) -> "Tokenizer":
-        """The tokenizer of a model with so many embeddings; a tokenizer may have more tokens.
+        """Returns the tokenizer for a model with so many embeddings.
 
-        A text that holds a token beyond them is refused when it is encoded.
+        A tokenizer may have more tokens. A text that holds one beyond the embeddings is refused
+        when it is encoded.
 
         Raises:
           UserError: the token that ends or starts a text is beyond them.

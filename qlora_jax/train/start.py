@@ -19,7 +19,6 @@ from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.init.split import Task, error
 from qlora_jax.models.families import EMBEDDINGS
-from qlora_jax.models.parts import layer_linears
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.targets import targets
 
@@ -109,11 +108,6 @@ def given_values(config: Config, warn: Callable[[str], None]) -> LoraSet:
             "get one each here, which training moves apart"
         )
     return found.adapters
-
-
-def linears_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Returns the layers' linears: module path to (in, out)."""
-    return layer_linears(checkpoint.config)
 
 
 class Splitter:

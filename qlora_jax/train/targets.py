@@ -28,13 +28,17 @@ def targets(lora: LoraConfig, decoder: DecoderConfig) -> dict[str, AdapterSpec]:
 
 def outer_targets(lora: LoraConfig, decoder: DecoderConfig) -> list[str]:
     """Returns which of embedding and head a config targets."""
-    return [path for path in outer_modules(decoder) if path in targets(lora, decoder)]
+    return _outer(decoder, targets(lora, decoder))
+
+
+def _outer(decoder: DecoderConfig, specs: Mapping[str, AdapterSpec]) -> list[str]:
+    return [path for path in outer_modules(decoder) if path in specs]
 
 
 def _check_outer(
     lora: LoraConfig, decoder: DecoderConfig, specs: Mapping[str, AdapterSpec]
 ) -> None:
-    outer = [path for path in outer_modules(decoder) if path in specs]
+    outer = _outer(decoder, specs)
     if not outer:
         return
     names = " and ".join(outer)

@@ -73,8 +73,9 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         if n not in TABLES
     }
     config = config_of(header, found, path)
-    tie = tying.settle(config, found, lambda: _equal(*(found[n] for n in tying.matrices(config))))
-    config = tie.config
+    # the metadata say nothing of it, so that a note would contradict nobody
+    matrices = tying.matrices(config)
+    config = tying.settle(config, found, lambda: _equal(*(found[n] for n in matrices))).config
     expected = check_shapes({name: t.shape for name, t in found.items()}, config, path)
     tensors = {name: found[name] for name in expected}
     for name, tensor in tensors.items():
@@ -85,7 +86,6 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         description=describe(tensors),
         tensors=tensors,
         layouts=layouts(kind, config, tensors),
-        notes=(f"{path}: {tie.note}",) if tie.note else (),
     )
 
 

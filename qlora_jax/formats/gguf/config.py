@@ -100,7 +100,6 @@ def _keys(
         "head_dim": head_dim,
         "max_position_embeddings": number("context_length"),
         "rms_norm_eps": number(f"attention.{norm}"),
-        "tie_word_embeddings": f"{names.head}.weight" not in found,
         "query_pre_attn_scalar": query,
     } | {key: metadata.values[said] for said, key in OPTIONS.items() if said in metadata.values}
     pattern = raw.pop("sliding_window_pattern", None)

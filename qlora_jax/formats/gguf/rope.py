@@ -64,11 +64,11 @@ def rope_keys(
     """Returns the keys of a config.json.
 
     Args:
-      metadata: of the file.
-      family: its family.
+      metadata: the metadata of the file.
+      family: the model's family.
       tensors: the file's own names to tensors.
       head_dim: channels of a head.
-      rotated: how many of them are rotated.
+      rotated: number of channels that are rotated.
 
     Raises:
       UserError: a type of scaling, a table or other metadata of the rope that is not supported.

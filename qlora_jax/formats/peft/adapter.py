@@ -38,11 +38,11 @@ class Replaced:
     """Parameters of the base that were trained beside the adapters.
 
     Attributes:
-      tensors: by Hugging Face name, in Hugging Face's layout.
+      tensors: Hugging Face names to values, in Hugging Face's layout.
       modules: names of the modules that were trained whole (`modules_to_save`); a tensor of no
         such module is an embedding or a head that was saved as it was.
-      bias: whose biases were trained.
-      ties: whether a replaced embedding is the head's as well, where the base ties them.
+      bias: which biases were trained, in PEFT's words.
+      ties: whether a replaced embedding is the head as well (`ensure_weight_tying`).
     """
 
     tensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -93,10 +93,10 @@ class AdapterSet:
 
 
 def tensor_keys(path: str, dora: bool) -> dict[str, str]:
-    """The names of one module's tensors in a file: A, B and, for DoRA, magnitude.
+    """Returns the names of one module's tensors in a file: A, B and, for DoRA, magnitude.
 
     Args:
-      path: the module's; PEFT has other names for an embedding's A and B.
+      path: the module's path; PEFT has other names for the A and B of an embedding.
       dora: whether there is a magnitude.
     """
     names = {"A": "lora_A.weight", "B": "lora_B.weight"}

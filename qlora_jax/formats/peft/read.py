@@ -139,7 +139,7 @@ def _matrix(key: str) -> str | None:
 
 
 def _whole(key: str, saved: tuple[str, ...]) -> str | None:
-    """The parameter's name in the base, if its module is one of those saved whole."""
+    """Returns the parameter's name in the base, if its module is one of those saved whole."""
     name = key.removeprefix(PREFIX)
     return name if key.startswith(PREFIX) and any(within(name, s) for s in saved) else None
 

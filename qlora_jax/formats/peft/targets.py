@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter_config.json covers, computed as PEFT computes it."""
+"""Computes which modules of a model an adapter_config.json covers, as PEFT does."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
