@@ -171,7 +171,8 @@ def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
     messages = conversation(record, tokenizer, config)
     if messages is not None:
         with _naming(record):
-            text, answers = render_with_answers(messages, tokenizer)
+            variables = record.variables if isinstance(record, Chat) else {}
+            text, answers = render_with_answers(messages, tokenizer, variables)
         return Layout(
             text=text, answers=answers, bos=False, eos=messages[-1]["role"] == "assistant"
         )

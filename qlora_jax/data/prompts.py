@@ -4,7 +4,7 @@ import dataclasses
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data.encode import conversation, raw_prompt
-from qlora_jax.data.records import Prompt, Record, Text
+from qlora_jax.data.records import Chat, Prompt, Record, Text
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.messages import Message
 from qlora_jax.text.tokenizer import Tokenizer
@@ -49,7 +49,8 @@ def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Questi
     if not turn:
         return None
     try:
-        text = tokenizer.render(messages[:turn], add_generation_prompt=True)
+        variables = record.variables if isinstance(record, Chat) else {}
+        text = tokenizer.render(messages[:turn], True, variables)
     except UserError as e:
         raise UserError(f"{record.where}: {e}") from None
     return Question(

@@ -1,24 +1,40 @@
 """What one training example is before tokenization, and how a row of a data set becomes one."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text.messages import Message
+from qlora_jax.text.messages import Message, Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat:
-    """A conversation; the assistant's turns are the answers."""
+    """A conversation; the assistant's turns are the answers.
+
+    Attributes:
+      messages: the turns.
+      variables: further input of the chat template.
+      without_loss: positions of assistant's turns that carry no loss.
+      where: file and line, or row, for messages.
+    """
 
     messages: tuple[Message, ...]
+    variables: Variables = dataclasses.field(default_factory=dict)
+    without_loss: frozenset[int] = frozenset()
     where: str = dataclasses.field(default="", compare=False)
 
     @property
     def key(self) -> str:
         """The text that decides whether two records are the same."""
-        return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+        turns = "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+        further = [
+            {k: v for k, v in m.items() if k not in ("role", "content")} for m in self.messages
+        ]
+        if not any(further) and not self.variables:
+            return turns
+        return f"{turns}\n{json.dumps([further, self.variables], sort_keys=True, default=str)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ class QloraJaxLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        text = self.restored.tokenizer.render(chat_history, add_generation_prompt)  # type: ignore[arg-type]
+        text = self.restored.tokenizer.render(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()

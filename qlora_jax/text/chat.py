@@ -4,14 +4,14 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text.messages import Message
-from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.text.messages import Message, Variables
+from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
 
 Span = tuple[int, int]
 
 
 def render_with_answers(
-    messages: Sequence[Message], tokenizer: Tokenizer
+    messages: Sequence[Message], tokenizer: Tokenizer, variables: Variables = NO_VARIABLES
 ) -> tuple[str, Callable[[int], list[Span]]]:
     """Renders a conversation through the chat template.
 
@@ -27,22 +27,24 @@ def render_with_answers(
         template under which an answer cannot be located.
     """
     if tokenizer.template_marks_answers:
-        text, marked = tokenizer.render_marked(messages)
+        text, marked = tokenizer.render_marked(messages, variables=variables)
         spans = [(start, _after_stop(text, end, tokenizer)) for start, end in marked]
         return text, lambda end: [span for span in spans if span[0] < end]
-    text = tokenizer.render(messages, add_generation_prompt=False)
+    text = tokenizer.render(messages, False, variables)
     turns = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant"]
 
     def answers(end: int) -> list[Span]:
         # Each answer takes two renderings of all before it: those after the end are not looked for.
-        spans = (_span(text, messages, turn, tokenizer) for turn in turns)
+        spans = (_span(text, messages, turn, tokenizer, variables) for turn in turns)
         return list(itertools.takewhile(lambda span: span[0] < end, spans))
 
     return text, answers
 
 
-def _span(text: str, messages: Sequence[Message], turn: int, tokenizer: Tokenizer) -> Span:
-    before = tokenizer.render(messages[:turn], add_generation_prompt=True)
+def _span(
+    text: str, messages: Sequence[Message], turn: int, tokenizer: Tokenizer, variables: Variables
+) -> Span:
+    before = tokenizer.render(messages[:turn], True, variables)
     if not text.startswith(before):
         raise UserError(
             f"the chat template of {tokenizer.source} writes the conversation before turn "
@@ -51,7 +53,7 @@ def _span(text: str, messages: Sequence[Message], turn: int, tokenizer: Tokenize
         )
     start = len(before)
     last = turn + 1 == len(messages)
-    through = text if last else tokenizer.render(messages[: turn + 1], add_generation_prompt=False)
+    through = text if last else tokenizer.render(messages[: turn + 1], False, variables)
     if text.startswith(through):
         end = len(through)
     else:

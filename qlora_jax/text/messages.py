@@ -1,10 +1,11 @@
 """A turn of a conversation, as data sets, chat templates and requests hold it."""
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any
 
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+Message = Mapping[str, Any]
+"""A turn: `role`, a string; `content`, a string or None; and further keys that only the chat
+template reads, such as `tool_calls`, `reasoning_content` or `name`."""
+Variables = Mapping[str, Any]
+"""Further input of a chat template, by the names that the template uses: `tools`, `documents`,
+`enable_thinking`."""

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError, first_line
 from qlora_jax.runtime.quiet import quiet_transformers
 from qlora_jax.text import template_trial
-from qlora_jax.text.messages import Message
+from qlora_jax.text.messages import Message, Variables
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """Of these a folder has one at least."""
@@ -41,6 +42,7 @@ LOADING = ("is_local", "local_files_only", "fix_mistral_regex")
 """Arguments of loading that transformers would save as settings."""
 
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
+NO_VARIABLES: Variables = MappingProxyType({})
 TODAY = datetime.date(2024, 7, 26)
 """What chat templates get for the date: a run must come out the same on another day."""
 PROBE: tuple[Message, ...] = (
@@ -156,16 +158,30 @@ class Tokenizer:
         kept = {key: value for key, value in settings.items() if key not in LOADING}
         file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        variables: Variables = NO_VARIABLES,
+    ) -> str:
         """The conversation through the chat template.
+
+        Args:
+          messages: the turns.
+          add_generation_prompt: whether the text ends where the next answer would begin.
+          variables: further input of the template.
 
         Raises:
           UserError: there is no template, or it refuses the conversation.
         """
-        return self.render_marked(messages, add_generation_prompt, marked=False)[0]
+        return self.render_marked(messages, add_generation_prompt, variables, marked=False)[0]
 
     def render_marked(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, marked: bool = True
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        variables: Variables = NO_VARIABLES,
+        marked: bool = True,
     ) -> tuple[str, list[tuple[int, int]]]:
         """`render`, and the character spans inside the template's `{% generation %}` blocks."""
         with quiet_transformers():
@@ -182,7 +198,7 @@ class Tokenizer:
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=marked,
-                **self.fast.special_tokens_map,
+                **{**self.fast.special_tokens_map, **variables},
             )
         except Exception as e:  # a template is a program and raises what it likes
             raise UserError(

@@ -292,9 +292,9 @@ def test_renderings_do_not_grow_with_the_turns(tokenizer, data_config, monkeypat
     rendered = []
     of_class = type(tokenizer).render
 
-    def render(self, messages, add_generation_prompt):
+    def render(self, messages, *others):
         rendered.append(len(messages))
-        return of_class(self, messages, add_generation_prompt)
+        return of_class(self, messages, *others)
 
     monkeypatch.setattr(type(tokenizer), "render", render)
     encode([Chat(messages=turns * 5000)], tokenizer, data_config(sequence_length=64))

@@ -176,7 +176,7 @@ def _record(format: str, question: str, text: str, where: str) -> Record:
     if format == "prompt":
         return Prompt(prompt=f"{question}\n", completion=text, where=where)
     turns = ({"role": "user", "content": question}, {"role": "assistant", "content": text})
-    return Chat(messages=turns, where=where)  # type: ignore[arg-type]
+    return Chat(messages=turns, where=where)
 
 
 def _mix(name: str) -> bytes:
