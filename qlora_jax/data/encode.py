@@ -2,7 +2,11 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -11,13 +15,19 @@ from rich.progress import Progress
 from qlora_jax.config import DataConfig
 from qlora_jax.data.records import Chat, Prompt, Record, Text
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text.chat import Span, render_with_answers
-from qlora_jax.text.messages import Message
-from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.text import tool_calls
+from qlora_jax.text.chat import Found, Span, render_with_answers
+from qlora_jax.text.ignored import ignored
+from qlora_jax.text.messages import Message, Variables
+from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
 
 BATCH = 256
 LONG = 20_000
 """Records from which on a progress bar is worth its lines."""
+MERGED = (
+    "answers begin within a token that also holds the end of their prompt, which generation cannot "
+    "give; let the prompt end without a space, and the answer begin with it"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +53,7 @@ class EncodeStats:
       target_tokens: ids that carry loss.
       truncated: examples cut at `sequence_length + 1` ids.
       dropped: examples left out because no target was in them, after truncation.
+      notes: what is to be told of some answers or conversations, and their number.
     """
 
     examples: int
@@ -50,6 +61,7 @@ class EncodeStats:
     target_tokens: int
     truncated: int
     dropped: int
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,18 +70,34 @@ class Layout:
 
     Attributes:
       text: what is tokenized.
-      answers: returns the character spans of the answers that start before a character; raises
-        UserError if one cannot be located.
+      answers: finds the answers that start before a character; raises UserError if one cannot be
+        located.
       bos: a begin-of-text id is put in front if the tokenizer uses one.
       eos: an end-of-text id is appended unless the last answer ends generation itself.
       chunked: a text over length becomes several examples instead of being cut.
+      notes: what is to be told of the record.
     """
 
     text: str
-    answers: Callable[[int], list[Span]]
+    answers: Callable[[int], Found]
     bos: bool
     eos: bool
     chunked: bool = False
+    notes: Sequence[str] = ()
+
+
+class Conversation(NamedTuple):
+    """What goes through the chat template.
+
+    Attributes:
+      messages: the turns.
+      variables: further input of the template.
+      without_loss: turns of the assistant that carry no loss.
+    """
+
+    messages: tuple[Message, ...]
+    variables: Variables = NO_VARIABLES
+    without_loss: frozenset[int] = frozenset()
 
 
 def encode(
@@ -79,6 +107,8 @@ def encode(
 
     Targets come from character spans: of a conversation the assistant's turns with the token that
     ends each, of a prompt/completion pair the completion and an end of text, of a text everything.
+    An answer begins with a token of its own. Where the chat template writes what is before an
+    answer differently once more turns follow, that answer is an example of its own.
     With `loss_on: all` every id but the first is a target. An example has at most
     `sequence_length + 1` ids; a text longer than that becomes several examples, each of which
     starts with the last id of the one before, so that every id but the first is a target once.
@@ -90,53 +120,85 @@ def encode(
     """
     examples: list[Example] = []
     truncated = dropped = 0
+    notes: Counter[str] = Counter()
     console = Console(stderr=True)
     hidden = len(records) < LONG or not console.is_terminal
     with Progress(console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("tokenizing", total=len(records))
-        for record, chunked, whole in _wholes(records, tokenizer, config):
+        for record, layout, wholes in _wholes(records, tokenizer, config, notes):
             progress.advance(task)
-            truncated += not chunked and len(whole.ids) > config.sequence_length + 1
-            for example in _fit(whole, config.sequence_length + 1, chunked):
-                if example.target.any():
-                    examples.append(example)
-                elif config.on_no_target == "error":
-                    raise UserError(
-                        f"{record.where}: no target in its first {config.sequence_length} tokens; "
-                        "raise data.sequence_length, or set data.on_no_target: drop"
-                    )
-                else:
-                    dropped += 1
+            for whole in wholes:
+                truncated += not layout.chunked and len(whole.ids) > config.sequence_length + 1
+                for example in _fit(whole, config.sequence_length + 1, layout.chunked):
+                    if example.target.any():
+                        examples.append(example)
+                    elif config.on_no_target == "error":
+                        raise UserError(
+                            f"{record.where}: no target in its first {config.sequence_length} "
+                            "tokens; raise data.sequence_length, or set data.on_no_target: drop"
+                        )
+                    else:
+                        dropped += 1
     return examples, EncodeStats(
         examples=len(examples),
         tokens=sum(len(e.ids) for e in examples),
         target_tokens=sum(int(e.target.sum()) for e in examples),
         truncated=truncated,
         dropped=dropped,
+        notes=notes,
     )
 
 
 def _wholes(
-    records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig
-) -> Iterator[tuple[Record, bool, Example]]:
-    """Yields each record, whether it is chunked, and all of it as one example."""
+    records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig, notes: Counter[str]
+) -> Iterator[tuple[Record, Layout, list[Example]]]:
+    """Yields each record, its layout, and all of it as one example or, of some chats, several.
+
+    Args:
+      records: the records.
+      tokenizer: the tokenizer.
+      config: the settings of data.
+      notes: counts what is to be told; it is added to.
+    """
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
         layouts = [lay_out(record, tokenizer, config) for record in batch]
         encoded = _encode_batch(batch, layouts, tokenizer)
-        for record, layout, (ids, offsets) in zip(batch, layouts, encoded):
+        for record, layout, tokens in zip(batch, layouts, encoded):
             with _naming(record):
-                spans = layout.answers(_end(layout, offsets, config.sequence_length + 1))
-            targets = mark(offsets, spans)
-            whole = _finish(layout, ids, targets, tokenizer, config.loss_on == "all")
-            yield record, layout.chunked, whole
+                end = _end(layout, tokens.offsets, config.sequence_length + 1)
+                found = layout.answers(end)
+            notes.update(layout.notes)
+            notes.update(found.notes)
+            whole = functools.partial(
+                _whole, layout, tokenizer=tokenizer, config=config, notes=notes
+            )
+            wholes = [
+                whole(text, [span], Tokens(*tokenizer.encode_with_offsets(text)))
+                for text, span in found.apart
+            ]
+            if found.spans or not found.apart:
+                wholes.insert(0, whole(layout.text, found.spans, tokens))
+            yield record, layout, wholes
+
+
+class Tokens(NamedTuple):
+    """A tokenized text.
+
+    Attributes:
+      ids: the ids.
+      offsets: i64[n, 2], the characters of each: start and end.
+    """
+
+    ids: list[int]
+    offsets: np.ndarray
 
 
 def _encode_batch(
     records: Sequence[Record], layouts: Sequence[Layout], tokenizer: Tokenizer
-) -> list[tuple[list[int], np.ndarray]]:
+) -> list[Tokens]:
     try:
-        return tokenizer.encode_batch([layout.text for layout in layouts])
+        return [Tokens(*e) for e in tokenizer.encode_batch([layout.text for layout in layouts])]
     except UserError:  # of one of them: which is it?
         for record, layout in zip(records, layouts):
             with _naming(record):
@@ -144,22 +206,85 @@ def _encode_batch(
         raise
 
 
-def conversation(
-    record: Record, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[Message, ...] | None:
-    """The turns that go through the chat template, or None for a record that is raw text."""
+def _whole(
+    layout: Layout,
+    text: str,
+    spans: Sequence[Span],
+    tokens: Tokens,
+    *,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    notes: Counter[str],
+) -> Example:
+    """Returns a text of a record as one example, whatever its length."""
+    if not layout.chunked:
+        tokens, merged = _parted(text, [start for start, _ in spans], tokens, tokenizer)
+        if merged:
+            notes[MERGED] += merged
+    return _finish(
+        layout, tokens.ids, mark(tokens.offsets, spans), tokenizer, config.loss_on == "all"
+    )
+
+
+def _parted(
+    text: str, starts: Sequence[int], tokens: Tokens, tokenizer: Tokenizer
+) -> tuple[Tokens, int]:
+    """Encodes a text in parts where the token at the start of an answer also holds its prompt.
+
+    In generation the prompt is encoded alone, so such a token could not be given.
+
+    Returns:
+      The tokens, and the number of answers that still begin within a token: a tokenizer that puts
+      a space in front of each part would write another text.
+    """
+    low, high = tokens.offsets[:, 0], tokens.offsets[:, 1]
+    cuts = [start for start in starts if ((low < start) & (start < high)).any()]
+    if not cuts:
+        return tokens, 0
+    edges = [0, *cuts, len(text)]
+    parts = tokenizer.encode_batch([text[a:b] for a, b in itertools.pairwise(edges)])
+    ids = [id for own, _ in parts for id in own]
+    if tokenizer.decode(ids, False) != tokenizer.decode(tokens.ids, False):
+        return tokens, len(cuts)
+    offsets = np.concatenate([own + edge for (_, own), edge in zip(parts, edges)])
+    return Tokens(ids, offsets), 0
+
+
+def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Conversation | None:
+    """Returns what goes through the chat template, or None for a record that is raw text.
+
+    Raises:
+      UserError: it holds tool calls, and the chat template writes none.
+    """
     if isinstance(record, Chat):
-        messages = record.messages
+        found = Conversation(record.messages, record.variables, record.without_loss)
     elif isinstance(record, Prompt) and config.template == "auto" and tokenizer.has_chat_template:
-        messages = (
-            {"role": "user", "content": record.prompt},
-            {"role": "assistant", "content": record.completion},
+        found = Conversation(
+            (
+                {"role": "user", "content": record.prompt},
+                {"role": "assistant", "content": record.completion},
+            )
         )
     else:
         return None
-    if config.system_prompt is None or messages[0]["role"] == "system":
-        return messages
-    return ({"role": "system", "content": config.system_prompt}, *messages)
+    if config.system_prompt is not None and found.messages[0]["role"] != "system":
+        found = found._replace(
+            messages=({"role": "system", "content": config.system_prompt}, *found.messages),
+            without_loss=frozenset(turn + 1 for turn in found.without_loss),
+        )
+    if not any(message.get("tool_calls") for message in found.messages):
+        return found
+    form = tokenizer.tool_call_form
+    if form is None:
+        raise _unwritten("tool_calls", tokenizer)
+    return found._replace(messages=tool_calls.written(found.messages, form))
+
+
+def _unwritten(name: str, tokenizer: Tokenizer) -> UserError:
+    return UserError(
+        f"the chat template of {tokenizer.source} does not write its {name}; give one that does "
+        f"as data.chat_template, or take {name} out of the data"
+    )
 
 
 def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
@@ -168,23 +293,42 @@ def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
     Raises:
       UserError: the conversation cannot be rendered; the record's place is named.
     """
-    messages = conversation(record, tokenizer, config)
-    if messages is not None:
-        with _naming(record):
-            variables = record.variables if isinstance(record, Chat) else {}
-            text, answers = render_with_answers(messages, tokenizer, variables)
-        return Layout(
-            text=text, answers=answers, bos=False, eos=messages[-1]["role"] == "assistant"
-        )
+    with _naming(record):
+        chat = conversation(record, tokenizer, config)
+        if chat is not None:
+            return _lay_out_chat(chat, tokenizer)
     if isinstance(record, Prompt):
         prompt = raw_prompt(record.prompt, config.system_prompt)
         text, start = prompt + record.completion, len(prompt)
-        return Layout(text=text, answers=lambda _: [(start, len(text))], bos=True, eos=True)
+        return Layout(text=text, answers=_always([(start, len(text))]), bos=True, eos=True)
     assert isinstance(record, Text)
     text = record.text
     return Layout(
-        text=text, answers=lambda _: [(0, len(text))], bos=True, eos=record.ends, chunked=True
+        text=text, answers=_always([(0, len(text))]), bos=True, eos=record.ends, chunked=True
     )
+
+
+def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
+    unread = ignored(
+        chat.messages, chat.variables, lambda m, variables: tokenizer.render(m, False, variables)
+    )
+    for name in ("tool_calls", "tools"):
+        if name in unread:
+            raise _unwritten(name, tokenizer)
+    text, answers = render_with_answers(chat.messages, tokenizer, chat.variables, chat.without_loss)
+    return Layout(
+        text=text,
+        answers=answers,
+        bos=False,
+        eos=chat.messages[-1]["role"] == "assistant",
+        notes=[
+            f"conversations hold {name}, which the chat template does not write" for name in unread
+        ],
+    )
+
+
+def _always(spans: list[Span]) -> Callable[[int], Found]:
+    return lambda end: Found(spans, [], {})
 
 
 @contextlib.contextmanager
@@ -225,13 +369,14 @@ def _finish(
 ) -> Example:
     answered = np.flatnonzero(target)
     stopped = len(answered) > 0 and ids[answered[-1]] in tokenizer.stop_ids
-    head = [tokenizer.bos_id] if layout.bos and tokenizer.bos_id is not None else []
+    whole = tokenizer.with_bos(ids) if layout.bos else ids
+    head = len(whole) - len(ids)
     tail = [tokenizer.eos_id] if layout.eos and not stopped else []
-    target = np.concatenate([np.zeros(len(head), bool), target, np.ones(len(tail), bool)])
+    target = np.concatenate([np.zeros(head, bool), target, np.ones(len(tail), bool)])
     if loss_on_all:
         target[:] = True
     target[:1] = False
-    return Example(np.array([*head, *ids, *tail], np.int32), target)
+    return Example(np.array([*whole, *tail], np.int32), target)
 
 
 def _fit(example: Example, limit: int, chunked: bool) -> Iterator[Example]:

@@ -1,10 +1,11 @@
 """What a model is given to answer: for samples during training, and for generation."""
 
 import dataclasses
+import json
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data.encode import conversation, raw_prompt
-from qlora_jax.data.records import Chat, Prompt, Record, Text
+from qlora_jax.data.records import Prompt, Record, Text
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.messages import Message
 from qlora_jax.text.tokenizer import Tokenizer
@@ -39,23 +40,26 @@ def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Questi
         ids = tokenizer.encode(record.text)
         cut = min(TEXT_PROMPT, len(ids) // 2)
         prompt, answer = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
-        return Question([*_bos(tokenizer), *ids[:cut]], prompt, answer) if cut else None
-    messages = conversation(record, tokenizer, config)
-    if messages is None:
+        return Question(tokenizer.with_bos(ids[:cut]), prompt, answer) if cut else None
+    chat = conversation(record, tokenizer, config)
+    if chat is None:
         assert isinstance(record, Prompt)
         ids = _raw(record.prompt, tokenizer, config.system_prompt)
         return Question(ids, record.prompt, record.completion)
+    messages = chat.messages
     turn = max((i for i, m in enumerate(messages) if i and m["role"] == "assistant"), default=0)
     if not turn:
         return None
     try:
-        variables = record.variables if isinstance(record, Chat) else {}
-        text = tokenizer.render(messages[:turn], True, variables)
+        text = tokenizer.render(messages[:turn], True, chat.variables)
     except UserError as e:
         raise UserError(f"{record.where}: {e}") from None
-    return Question(
-        tokenizer.encode(text), messages[turn - 1]["content"], messages[turn]["content"]
-    )
+    return Question(tokenizer.encode(text), _shown(messages[turn - 1]), _shown(messages[turn]))
+
+
+def _shown(message: Message) -> str:
+    """Returns a turn for people to read: its content, or its tool calls."""
+    return message.get("content") or json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
 
 
 def ask(
@@ -74,8 +78,4 @@ def ask(
 
 
 def _raw(prompt: str, tokenizer: Tokenizer, system_prompt: str | None) -> list[int]:
-    return [*_bos(tokenizer), *tokenizer.encode(raw_prompt(prompt, system_prompt))]
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return tokenizer.with_bos(tokenizer.encode(raw_prompt(prompt, system_prompt)))

@@ -1,88 +1,314 @@
-"""Where the answers lie in a rendered conversation."""
+"""Finds the answers in a rendered conversation.
 
-import itertools
-from collections.abc import Callable, Sequence
+An answer is trained as it is generated: after the text that the chat template writes when it asks
+for it. Most templates write the same text before an answer whatever follows. Where one does not,
+the answer gets a text of its own.
+"""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.messages import Message, Variables
+from qlora_jax.text.placing import Placed, place
 from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
 
 Span = tuple[int, int]
+APART = (
+    "answers are examples of their own, since the chat template writes what is before them "
+    "differently once more turns follow"
+)
+UNREASONED = "answers have their reasoning left out by the chat template"
+BESIDE_CALLS = "answers have the text beside their tool calls left out by the chat template"
+UNOPENED = "answers do not begin as the chat template asks for them, with {}"
+
+
+class Found(NamedTuple):
+    """The answers of a conversation.
+
+    Attributes:
+      spans: characters of each answer in the conversation's text, its end of turn included.
+      apart: further texts that end with one answer each, and the span of that answer.
+      notes: what a user should know of some answers, and the number of these answers.
+    """
+
+    spans: list[Span]
+    apart: list[tuple[str, Span]]
+    notes: Mapping[str, int]
+
+
+class _Answer(NamedTuple):
+    """An answer: its text if it has one of its own, its span there, and what is to be told."""
+
+    text: str | None
+    span: Span
+    notes: tuple[str, ...]
 
 
 def render_with_answers(
-    messages: Sequence[Message], tokenizer: Tokenizer, variables: Variables = NO_VARIABLES
-) -> tuple[str, Callable[[int], list[Span]]]:
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    variables: Variables = NO_VARIABLES,
+    without_loss: frozenset[int] = frozenset(),
+) -> tuple[str, Callable[[int], Found]]:
     """Renders a conversation through the chat template.
 
+    Args:
+      messages: the turns.
+      tokenizer: the tokenizer with the template.
+      variables: further input of the template.
+      without_loss: turns whose answers are not looked for.
+
     Returns:
-      The text, and a function that returns the character spans of the answers that start before
-      a character. A span starts where generation would start and ends after the end-of-turn text.
-      It comes from the template's own `{% generation %}` blocks, or else from rendering the
-      conversation up to the answer and through it. An assistant's turn at the very start answers
-      nothing and has no span.
+      The text, and a function that finds the answers that start before a character. A span starts
+      where generation would start and ends after the end-of-turn text. It comes from the
+      template's own `{% generation %}` blocks if there are some. An assistant's turn at the very
+      start answers nothing and has no span.
 
     Raises:
-      UserError: no template, or one that refuses the conversation. The function raises it for a
-        template under which an answer cannot be located.
+      UserError: no template, or one that refuses the conversation. The function raises it for an
+        answer that cannot be located, and for a turn that the template leaves out.
     """
+    every = [turn for turn, m in enumerate(messages) if m["role"] == "assistant"]
+    turns = [turn for turn in every if turn > 0 and turn not in without_loss]
     if tokenizer.template_marks_answers:
-        text, marked = tokenizer.render_marked(messages, variables=variables)
-        spans = [(start, _after_stop(text, end, tokenizer)) for start, end in marked]
-        return text, lambda end: [span for span in spans if span[0] < end]
-    text = tokenizer.render(messages, False, variables)
-    turns = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant"]
-
-    def answers(end: int) -> list[Span]:
-        # Each answer takes two renderings of all before it: those after the end are not looked for.
-        spans = (_span(text, messages, turn, tokenizer, variables) for turn in turns)
-        return list(itertools.takewhile(lambda span: span[0] < end, spans))
-
-    return text, answers
+        return _marked_by_template(messages, tokenizer, variables, every, turns)
+    chat = _Chat(messages, tokenizer, variables)
+    return chat.text, functools.partial(_find, chat, turns)
 
 
-def _span(
-    text: str, messages: Sequence[Message], turn: int, tokenizer: Tokenizer, variables: Variables
-) -> Span:
-    before = tokenizer.render(messages[:turn], True, variables)
-    if not text.startswith(before):
-        raise UserError(
-            f"the chat template of {tokenizer.source} writes the conversation before turn "
-            f"{turn + 1} differently when it asks for the answer, so training would not match "
-            "generation; use a template whose generation prompt is a prefix of the conversation"
-        )
-    start = len(before)
-    last = turn + 1 == len(messages)
-    through = text if last else tokenizer.render(messages[: turn + 1], False, variables)
-    if text.startswith(through):
-        end = len(through)
-    else:
-        end = _end_by_content(text, start, through, messages[turn]["content"].strip())
-    if end < start:
-        raise UserError(
-            f"the chat template of {tokenizer.source} writes turn {turn + 1} differently when more "
-            "turns follow, so its end cannot be located; end the conversation there, or add "
-            "{% generation %} blocks to the template"
-        )
-    return start, start + len(text[start:end].rstrip())
-
-
-def _end_by_content(text: str, start: int, through: str, content: str) -> int:
-    """End of a turn that some templates write differently once it is not the last; -1 if unknown.
-
-    Such templates drop or add what stands before the content (a thinking block), not what follows
-    it: the content with what follows it in the shorter conversation is looked for.
-    """
-    tail = through[through.rfind(content) + len(content) :] if content in through else None
-    if not content or tail is None:
-        return -1
-    found = text.find(content + tail, start)
-    if found < 0 or text[start:found].strip():
-        return -1
-    return found + len(content) + len(tail)
+def _marked_by_template(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    variables: Variables,
+    every: Sequence[int],
+    turns: Sequence[int],
+) -> tuple[str, Callable[[int], Found]]:
+    """Takes the answers from the template's `{% generation %}` blocks."""
+    text, blocks = tokenizer.render_marked(messages, variables=variables)
+    spans = [(start, _after_stop(text, end, tokenizer)) for start, end in blocks]
+    if {*every} - {*turns, 0}:
+        if len(every) != len(spans):
+            raise UserError(
+                f"the chat template of {tokenizer.source} marks {len(spans)} answers of "
+                f"{len(every)}, so those without loss cannot be told; give another template as "
+                "data.chat_template"
+            )
+        spans = [span for turn, span in zip(every, spans) if turn in turns]
+    return text, lambda end: Found([span for span in spans if span[0] < end], [], {})
 
 
 def _after_stop(text: str, end: int, tokenizer: Tokenizer) -> int:
+    """Returns the end of the stop text that follows a character, white space aside, or of the text
+    before it."""
     end -= len(text[:end]) - len(text[:end].rstrip())
     stop = next((s for s in tokenizer.stop_texts if text.startswith(s, end)), "")
     return end + len(stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chat:
+    """A conversation and its renderings."""
+
+    messages: Sequence[Message]
+    tokenizer: Tokenizer
+    variables: Variables
+
+    @functools.cached_property
+    def text(self) -> str:
+        return self.write(self.messages, ask=False)
+
+    @functools.cached_property
+    def whole(self) -> Placed:
+        return place(self.messages, functools.partial(self.write, ask=False), self.text)
+
+    def write(self, messages: Sequence[Message], ask: bool) -> str:
+        """Renders turns; `ask` ends the text where the next answer begins."""
+        return self.tokenizer.render(messages, ask, self.variables)
+
+    def through(self, turn: int) -> Placed:
+        """Renders the conversation up to a turn and with it."""
+        if turn + 1 == len(self.messages):
+            return self.whole
+        return place(self.messages[: turn + 1], functools.partial(self.write, ask=False))
+
+    def before(self, turn: int, text: str) -> Placed:
+        """Places the contents in the text that asks for a turn."""
+        return place(self.messages[:turn], functools.partial(self.write, ask=True), text)
+
+    def content(self, turn: int) -> str:
+        """Returns the content of a turn; an empty text for none."""
+        content = self.messages[turn].get("content")
+        return content.strip() if isinstance(content, str) else ""
+
+    def fault(self, turn: int, what: str) -> UserError:
+        """Returns the error of a template with which a turn cannot be trained on."""
+        return UserError(
+            f"the chat template of {self.tokenizer.source} {what} turn {turn + 1} "
+            f"({self.messages[turn]['role']}); give another template as data.chat_template"
+        )
+
+
+def _find(chat: _Chat, turns: Sequence[int], end: int) -> Found:
+    """Finds the answers that start before a character of the conversation's text."""
+    spans: list[Span] = []
+    apart: list[tuple[str, Span]] = []
+    notes: Counter[str] = Counter()
+    for turn in turns:
+        # each answer takes a rendering of all before it: those after the end are not looked for
+        if chat.whole.ends.get(turn - 1, 0) >= end:
+            break
+        answer = _answer(chat, turn)
+        if answer.text is not None:
+            apart.append((answer.text, answer.span))
+        elif answer.span[0] < end:
+            spans.append(answer.span)
+        notes.update(answer.notes)
+    return Found(spans, apart, notes)
+
+
+def _answer(chat: _Chat, turn: int) -> _Answer:
+    """Locates an answer in the conversation's text, or gives it a text of its own.
+
+    Raises:
+      UserError: it cannot be located, or the template leaves out a turn before it.
+    """
+    asked = chat.write(chat.messages[:turn], ask=True)
+    _check_written(chat, asked, turn)
+    reasoning = _reasoning(chat.messages[turn])
+    found = _locate(chat, chat.whole, asked, turn)
+    if found is not None and reasoning in chat.text[slice(*found.span)]:
+        return found
+    alone = chat.through(turn)
+    own = _locate(chat, alone, asked, turn)
+    if own is not None and (found is None or reasoning in alone.text[slice(*own.span)]):
+        return own._replace(text=alone.text[: own.span[1]], notes=(*own.notes, APART))
+    if found is not None:
+        return found._replace(notes=(*found.notes, UNREASONED))
+    return _splice(chat, alone, asked, turn)
+
+
+def _check_written(chat: _Chat, asked: str, turn: int) -> None:
+    """Raises UserError if the template leaves out a turn before an answer.
+
+    A turn may be left out of the conversation and yet be in the text that asks for the answer.
+    """
+    missing = [j for j in range(turn) if _is_missing(chat, chat.whole, j)]
+    if missing:
+        before = chat.before(turn, asked)
+        for j in missing:
+            if _is_missing(chat, before, j):
+                raise chat.fault(j, "leaves out")
+
+
+def _is_missing(chat: _Chat, placed: Placed, turn: int) -> bool:
+    calls = chat.messages[turn].get("tool_calls")  # text beside them is told of, see BESIDE_CALLS
+    return bool(placed.known and chat.content(turn) and turn not in placed.ends and not calls)
+
+
+def _locate(chat: _Chat, placed: Placed, asked: str, turn: int) -> _Answer | None:
+    """Returns an answer where the text before it is the one that asks for it; else None.
+
+    Args:
+      chat: the conversation.
+      placed: all of it, or its part up to the answer.
+      asked: the text that asks for the answer.
+      turn: the answer's turn.
+    """
+    notes: tuple[str, ...] = ()
+    message = chat.messages[turn]
+    if _is_missing(chat, placed, turn) and not _reasoning(message):
+        return None
+    if placed.text.startswith(asked):
+        start = len(asked)
+    else:
+        before = chat.before(turn, asked)
+        own, other = before.ends.get(turn - 1), placed.ends.get(turn - 1)
+        if own is None or other is None or asked[:own] != placed.text[:other]:
+            return None
+        shared = _shared(chat, placed, asked[own:], other, turn)
+        start = other + shared
+        if not _begins(chat, placed, turn, start):
+            return None
+        notes = (UNOPENED.format(repr(asked[own + shared :])),)
+    if chat.content(turn) and turn not in placed.ends and message.get("tool_calls"):
+        notes = (*notes, BESIDE_CALLS)
+    return _Answer(None, (start, _end(chat, placed, turn, start)), notes)
+
+
+def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int:
+    """Counts the characters that a text has from `at` on as in the header that asks for an answer,
+    and that are not the answer's own."""
+    shared = _common(header, placed.text[at:])
+    if turn in placed.ends:
+        shared = min(shared, placed.start(turn, chat.content(turn)) - at)
+    return max(shared, 0)
+
+
+def _begins(chat: _Chat, placed: Placed, turn: int, start: int) -> bool:
+    """Whether an answer's own text begins at a character, as far as its content is known."""
+    if turn not in placed.ends:
+        return True
+    content = placed.start(turn, chat.content(turn))
+    return content <= start or not placed.text[start:content].strip()
+
+
+def _splice(chat: _Chat, alone: Placed, asked: str, turn: int) -> _Answer:
+    """Joins the text that asks for an answer and the answer as it is written after another text.
+
+    Raises:
+      UserError: the two have no place in common.
+    """
+    if _is_missing(chat, alone, turn):
+        raise chat.fault(turn, "leaves out")
+    before = chat.before(turn, asked)
+    own, other = before.ends.get(turn - 1), alone.ends.get(turn - 1)
+    shared = 0 if own is None or other is None else _shared(chat, alone, asked[own:], other, turn)
+    start = (other or 0) + shared
+    if own is None or other is None or not _begins(chat, alone, turn, start):
+        raise chat.fault(turn, "asks for an answer with another text than it writes before")
+    answer = alone.text[start : _end(chat, alone, turn, start)]
+    head = asked[: own + shared]
+    return _Answer(head + answer, (len(head), len(head) + len(answer)), (APART,))
+
+
+def _end(chat: _Chat, placed: Placed, turn: int, start: int) -> int:
+    """Returns the end of an answer, its end-of-turn text included.
+
+    The end is after the stop texts that follow the content or the tool calls, before the next
+    content. A template without a stop text ends a turn by what it writes after the last turn.
+    """
+    text, calls = placed.text, chat.messages[turn].get("tool_calls")
+    content_end = start if calls else placed.ends.get(turn, start)
+    following = min((j for j in placed.ends if j > turn), default=None)
+    limit = len(text) if following is None else placed.start(following, chat.content(following))
+    stops = "|".join(map(re.escape, chat.tokenizer.stop_texts))
+    if stop := re.compile(f"(?:{stops})+").search(text, content_end, limit):
+        return stop.end()
+    end = limit
+    if turn + 1 < placed.turns:
+        alone = chat.through(turn)
+        after, base = alone.ends.get(turn), placed.ends.get(turn)
+        if calls or after is None or base is None:
+            raise chat.fault(turn, "has no end-of-turn text after")
+        end = base + _common(alone.text[after:], text[base:limit])
+    return start + len(text[start:end].rstrip())
+
+
+def _common(a: str, b: str) -> int:
+    """Counts the characters that two texts begin with alike."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _reasoning(message: Message) -> str:
+    """Returns the reasoning that a turn brings, or an empty text."""
+    given = message.get("reasoning_content")
+    if isinstance(given, str) and given.strip():
+        return given.strip()
+    content = message.get("content")
+    head, closed, _ = content.partition("</think>") if isinstance(content, str) else ("", "", "")
+    return head.rpartition("<think>")[2].strip() if closed else ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError, first_line
 from qlora_jax.runtime.quiet import quiet_transformers
-from qlora_jax.text import template_trial
+from qlora_jax.text import template_trial, tool_calls
 from qlora_jax.text.messages import Message, Variables
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -81,6 +82,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self.template is not None
 
+    @functools.cached_property
+    def tool_call_form(self) -> tool_calls.Form | None:
+        """The form in which the chat template writes tool calls; None if it writes none."""
+        return tool_calls.form(lambda messages: self.render(messages, add_generation_prompt=False))
+
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """The stop ids as they are written in rendered text."""
@@ -105,6 +111,15 @@ class Tokenizer:
         """`encode_with_offsets` of many texts, in parallel."""
         encodings = self._encodings(texts)
         return [(e.ids, np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Returns the ids of raw text with one begin-of-text id in front, if the tokenizer has it.
+
+        A text that begins with that token itself gets no second one.
+        """
+        if self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
 
     def _encodings(self, texts: Sequence[str]) -> Any:
         backend = self.fast.backend_tokenizer

@@ -220,8 +220,15 @@ def test_nothing_to_encode_is_nothing(tokenizer, data_config):
     [
         (None, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        (PLAIN.replace("assistant:", "bot:"), "generation prompt is a prefix"),
-        (PLAIN.replace("m.content", "m.content if loop.last else '...'"), "prefix|located"),
+        (PLAIN.replace("assistant:", "bot:"), "another text than it writes before turn 2"),
+        (
+            PLAIN.replace("m.content", "m.content if m.role == 'user' else '...'"),
+            "leaves out turn 2",
+        ),
+        (
+            PLAIN.replace("m.content", "m.content if m.role != 'user' else '...'"),
+            "leaves out turn 1",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_names_the_record(
@@ -232,20 +239,19 @@ def test_a_template_that_cannot_be_used_names_the_record(
     assert "\n" not in str(e.value)
 
 
-def test_an_answer_is_not_mistaken_for_a_later_one_with_the_same_words(make_tokenizer, data_config):
-    forgetful = THINKING.replace("{{ m.content }}", "{{ m.content if loop.last else '...' }}")
-    record = chat(("user", "..."), ("assistant", "Yes"), ("user", "..."), ("assistant", "Yes"))
-    with pytest.raises(UserError, match="turn 2 differently when more turns follow"):
-        encode([record], make_tokenizer(forgetful), data_config())
-
-
-def test_an_answer_that_the_template_rewrites_later_is_refused(make_tokenizer, data_config):
-    tokenizer = make_tokenizer(
-        THINKING.replace("{{ m.content }}", "{{ m.content[:2 + 9 * loop.last] }}")
-    )
-    record = chat(("user", "ab"), ("assistant", "Yes, no"), ("user", "ab"), ("assistant", "Yes"))
-    with pytest.raises(UserError, match="turn 2 differently when more turns follow"):
-        encode([record], tokenizer, data_config())
+@pytest.mark.parametrize(
+    "written", ["m.content if loop.last else '...'", "m.content[:1 + 9 * loop.last]"]
+)
+def test_an_answer_that_the_template_rewrites_later_is_an_example_of_its_own(
+    make_tokenizer, data_config, written
+):
+    tokenizer = make_tokenizer(THINKING.replace("{{ m.content }}", "{{ " + written + " }}"))
+    user = "..." if "..." in written else "a"
+    record = chat(("user", user), ("assistant", "Yes, 1"), ("user", user), ("assistant", "Yes, 2"))
+    examples, stats = encode([record], tokenizer, data_config())
+    answers = [tokenizer.decode(e.ids[e.target], False) for e in examples]
+    assert answers == [f"<think>\n\n</think>\n\nYes, {n}<|im_end|>" for n in (2, 1)]
+    assert list(stats.notes.values()) == [1]
 
 
 @given(
@@ -298,5 +304,5 @@ def test_renderings_do_not_grow_with_the_turns(tokenizer, data_config, monkeypat
 
     monkeypatch.setattr(type(tokenizer), "render", render)
     encode([Chat(messages=turns * 5000)], tokenizer, data_config(sequence_length=64))
-    assert rendered[0] == 10_000
-    assert sum(rendered[1:]) < 64**2
+    assert rendered[:2] == [10_000, 10_000]
+    assert sum(rendered[2:]) < 64**2

@@ -1,0 +1,35 @@
+"""Finds what a conversation holds and its chat template does not write."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from qlora_jax.text.messages import Message, Variables
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of the same text: a template writes it under one of them."""
+PLAIN = ("role", "content")
+Write = Callable[[Sequence[Message], Variables], str]
+
+
+def ignored(messages: Sequence[Message], variables: Variables, write: Write) -> list[str]:
+    """Returns the names of variables and of keys of turns that change nothing in the text.
+
+    Args:
+      messages: the turns.
+      variables: further input of the template.
+      write: renders turns with variables.
+    """
+    keys = dict.fromkeys(key for m in messages for key in m if key not in PLAIN)
+    if not keys and not variables:
+        return []
+    text = write(messages, variables)
+    groups = {key: REASONING if key in REASONING else (key,) for key in keys}
+    found = [
+        group[0]
+        for group in dict.fromkeys(groups.values())
+        if write([_without(m, group) for m in messages], variables) == text
+    ]
+    return found + [v for v in variables if write(messages, _without(variables, (v,))) == text]
+
+
+def _without(tree: Mapping[str, object], keys: Sequence[str]) -> Mapping[str, object]:
+    return {key: value for key, value in tree.items() if key not in keys}
