@@ -207,7 +207,9 @@ def _check_written(chat: _Chat, asked: str, turn: int) -> None:
 
 def _is_missing(chat: _Chat, placed: Placed, turn: int) -> bool:
     calls = chat.messages[turn].get("tool_calls")  # text beside them is told of, see BESIDE_CALLS
-    return bool(placed.known and chat.content(turn) and turn not in placed.ends and not calls)
+    if calls or not chat.content(turn):
+        return False
+    return turn not in placed.ends if placed.known else chat.content(turn) not in placed.text
 
 
 def _locate(chat: _Chat, placed: Placed, asked: str, turn: int) -> _Answer | None:

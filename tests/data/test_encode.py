@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_tokenizers import CHATML
 
 from qlora_jax.data.encode import encode, mark
 from qlora_jax.data.records import Chat, Prompt, Text
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.chat import APART
 
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
@@ -240,18 +242,36 @@ def test_a_template_that_cannot_be_used_names_the_record(
 
 
 @pytest.mark.parametrize(
-    "written", ["m.content if loop.last else '...'", "m.content[:1 + 9 * loop.last]"]
+    "written", ["m.content if loop.last else '...'", "m.content[:4 + 9 * loop.last]"]
 )
-def test_an_answer_that_the_template_rewrites_later_is_an_example_of_its_own(
+def test_an_answer_after_a_turn_that_the_template_forgets_is_refused(
     make_tokenizer, data_config, written
 ):
     tokenizer = make_tokenizer(THINKING.replace("{{ m.content }}", "{{ " + written + " }}"))
-    user = "..." if "..." in written else "a"
-    record = chat(("user", user), ("assistant", "Yes, 1"), ("user", user), ("assistant", "Yes, 2"))
+    record = chat(
+        ("user", "..."), ("assistant", "Yes, 1"), ("user", "..."), ("assistant", "Yes, 2")
+    )
+    with pytest.raises(UserError, match=r"leaves out turn [12]"):
+        encode([record], tokenizer, data_config())
+
+
+def test_reasoning_that_is_dropped_from_earlier_turns_is_trained_in_an_example_of_its_own(
+    make_tokenizer, data_config
+):
+    stripped = "(m.content if loop.last else m.content.split('</think>')[-1].lstrip())"
+    tokenizer = make_tokenizer(CHATML.replace("m['content']", stripped))
+    thought = "<think>\none\n</think>\n\nYes"
+    record = chat(("user", "a"), ("assistant", thought), ("user", "b"), ("assistant", "No"))
     examples, stats = encode([record], tokenizer, data_config())
+    texts = [tokenizer.decode(e.ids, False).removesuffix("<|endoftext|>") for e in examples]
     answers = [tokenizer.decode(e.ids[e.target], False) for e in examples]
-    assert answers == [f"<think>\n\n</think>\n\nYes, {n}<|im_end|>" for n in (2, 1)]
-    assert list(stats.notes.values()) == [1]
+    assert texts == [
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nNo<|im_end|>\n",
+        f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{thought}<|im_end|>",
+    ]
+    assert answers == ["No<|im_end|>", f"{thought}<|im_end|>"]
+    assert stats.notes == {APART: 1}
 
 
 @given(
