@@ -24,6 +24,8 @@ from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
 BATCH = 256
 LONG = 20_000
 """Records from which on a progress bar is worth its lines."""
+WINDOW = 8
+"""Tokens that are compared before an answer, in place of all."""
 MERGED = (
     "answers begin within a token that also holds the end of their prompt, which generation cannot "
     "give; let the prompt end without a space, and the answer begin with it"
@@ -229,7 +231,7 @@ def _whole(
 def _parted(
     text: str, starts: Sequence[int], tokens: Tokens, tokenizer: Tokenizer
 ) -> tuple[Tokens, int]:
-    """Encodes a text in parts where the token at the start of an answer also holds its prompt.
+    """Encodes a text in parts where the tokens before an answer are not those of its prompt.
 
     In generation the prompt is encoded alone, so such a token could not be given.
 
@@ -237,8 +239,7 @@ def _parted(
       The tokens, and the number of answers that still begin within a token: a tokenizer that puts
       a space in front of each part would write another text.
     """
-    low, high = tokens.offsets[:, 0], tokens.offsets[:, 1]
-    cuts = [start for start in starts if ((low < start) & (start < high)).any()]
+    cuts = [start for start in starts if not _is_parted(text, start, tokens, tokenizer)]
     if not cuts:
         return tokens, 0
     edges = [0, *cuts, len(text)]
@@ -248,6 +249,17 @@ def _parted(
         return tokens, len(cuts)
     offsets = np.concatenate([own + edge for (_, own), edge in zip(parts, edges)])
     return Tokens(ids, offsets), 0
+
+
+def _is_parted(text: str, start: int, tokens: Tokens, tokenizer: Tokenizer) -> bool:
+    """Whether the tokens before a character are those of the text before it alone."""
+    low, high = tokens.offsets[:, 0], tokens.offsets[:, 1]
+    if ((low < start) & (start < high)).any():
+        return False
+    count = int((high <= start).sum())
+    first = max(0, count - WINDOW)
+    near = tokenizer.encode(text[low[first] if first else 0 : start])
+    return near == tokens.ids[first:count] or tokenizer.encode(text[:start]) == tokens.ids[:count]
 
 
 def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Conversation | None:

@@ -24,6 +24,9 @@ APART = (
 )
 UNREASONED = "answers have their reasoning left out by the chat template"
 BESIDE_CALLS = "answers have the text beside their tool calls left out by the chat template"
+UNLIKE = "asks for an answer with another text than it writes before"
+LONGEST_TOKEN = 64
+"""Characters of a special token, at most."""
 UNOPENED = "answers do not begin as the chat template asks for them, with {}"
 
 
@@ -181,15 +184,26 @@ def _answer(chat: _Chat, turn: int) -> _Answer:
     _check_written(chat, asked, turn)
     reasoning = _reasoning(chat.messages[turn])
     found = _locate(chat, chat.whole, asked, turn)
-    if found is not None and reasoning in chat.text[slice(*found.span)]:
+    if found is not None and not found.notes and reasoning in chat.text[slice(*found.span)]:
         return found
     alone = chat.through(turn)
     own = _locate(chat, alone, asked, turn)
-    if own is not None and (found is None or reasoning in alone.text[slice(*own.span)]):
+    if own is not None and (found is None or _is_better(own, found, alone, chat.whole, reasoning)):
         return own._replace(text=alone.text[: own.span[1]], notes=(*own.notes, APART))
-    if found is not None:
-        return found._replace(notes=(*found.notes, UNREASONED))
-    return _splice(chat, alone, asked, turn)
+    if found is None:
+        return _splice(chat, alone, asked, turn)
+    left_out = reasoning not in chat.text[slice(*found.span)]
+    return found._replace(notes=(*found.notes, UNREASONED)) if left_out else found
+
+
+def _is_better(own: _Answer, found: _Answer, alone: Placed, whole: Placed, reasoning: str) -> bool:
+    """Whether an answer is nearer to what is generated in a text that ends with it."""
+    if len(own.notes) != len(found.notes):
+        return len(own.notes) < len(found.notes)
+    return (
+        reasoning in alone.text[slice(*own.span)]
+        and reasoning not in whole.text[slice(*found.span)]
+    )
 
 
 def _check_written(chat: _Chat, asked: str, turn: int) -> None:
@@ -233,30 +247,44 @@ def _locate(chat: _Chat, placed: Placed, asked: str, turn: int) -> _Answer | Non
         if own is None or other is None or asked[:own] != placed.text[:other]:
             return None
         shared = _shared(chat, placed, asked[own:], other, turn)
-        start = other + shared
-        if not _begins(chat, placed, turn, start):
+        if shared is None:
             return None
+        start = other + shared
         notes = (UNOPENED.format(repr(asked[own + shared :])),)
-    if chat.content(turn) and turn not in placed.ends and message.get("tool_calls"):
+    span = start, _end(chat, placed, turn, start)
+    written = turn in placed.ends and placed.ends[turn] <= span[1]
+    if message.get("tool_calls") and chat.content(turn) and not written:
         notes = (*notes, BESIDE_CALLS)
-    return _Answer(None, (start, _end(chat, placed, turn, start)), notes)
+    return _Answer(None, span, notes)
 
 
-def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int:
-    """Counts the characters that a text has from `at` on as in the header that asks for an answer,
-    and that are not the answer's own."""
-    shared = _common(header, placed.text[at:])
+def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int | None:
+    """Counts the characters before an answer that are as in the header that asks for it.
+
+    Args:
+      chat: the conversation.
+      placed: a rendering with the answer.
+      header: the text that asks for the answer, from the end of the content before it on.
+      at: the same place in the rendering.
+      turn: the answer's turn.
+
+    Returns:
+      The number; None where neither the answer nor the end of the header follows.
+    """
+    text = placed.text[at:]
+    shared = _common(header, text)
+    if not header[shared:].strip():
+        return shared
+    _, offsets = chat.tokenizer.encode_with_offsets(text[: shared + LONGEST_TOKEN])
+    if cut := [low for low, high in offsets if low < shared < high]:
+        shared = int(cut[0])  # the two go on with different tokens
+    own = _reasoning(chat.messages[turn])
     if turn in placed.ends:
-        shared = min(shared, placed.start(turn, chat.content(turn)) - at)
-    return max(shared, 0)
-
-
-def _begins(chat: _Chat, placed: Placed, turn: int, start: int) -> bool:
-    """Whether an answer's own text begins at a character, as far as its content is known."""
-    if turn not in placed.ends:
-        return True
-    content = placed.start(turn, chat.content(turn))
-    return content <= start or not placed.text[start:content].strip()
+        content = placed.start(turn, chat.content(turn)) - at
+        shared = min(shared, content)
+        if text[shared:content].strip() and not (own and text[shared:].startswith(own)):
+            return None
+    return shared
 
 
 def _splice(chat: _Chat, alone: Placed, asked: str, turn: int) -> _Answer:
@@ -269,10 +297,12 @@ def _splice(chat: _Chat, alone: Placed, asked: str, turn: int) -> _Answer:
         raise chat.fault(turn, "leaves out")
     before = chat.before(turn, asked)
     own, other = before.ends.get(turn - 1), alone.ends.get(turn - 1)
-    shared = 0 if own is None or other is None else _shared(chat, alone, asked[own:], other, turn)
-    start = (other or 0) + shared
-    if own is None or other is None or not _begins(chat, alone, turn, start):
-        raise chat.fault(turn, "asks for an answer with another text than it writes before")
+    if own is None or other is None:
+        raise chat.fault(turn, UNLIKE)
+    shared = _shared(chat, alone, asked[own:], other, turn)
+    if shared is None:
+        raise chat.fault(turn, UNLIKE)
+    start = other + shared
     answer = alone.text[start : _end(chat, alone, turn, start)]
     head = asked[: own + shared]
     return _Answer(head + answer, (len(head), len(head) + len(answer)), (APART,))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.messages import Message, Variables
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -21,14 +22,21 @@ def ignored(messages: Sequence[Message], variables: Variables, write: Write) -> 
     keys = dict.fromkeys(key for m in messages for key in m if key not in PLAIN)
     if not keys and not variables:
         return []
+
+    def changes_nothing(messages: Sequence[Message], variables: Variables) -> bool:
+        try:
+            return write(messages, variables) == text
+        except UserError:  # the template needs what was left out
+            return False
+
     text = write(messages, variables)
     groups = {key: REASONING if key in REASONING else (key,) for key in keys}
     found = [
         group[0]
         for group in dict.fromkeys(groups.values())
-        if write([_without(m, group) for m in messages], variables) == text
+        if changes_nothing([_without(m, group) for m in messages], variables)
     ]
-    return found + [v for v in variables if write(messages, _without(variables, (v,))) == text]
+    return found + [v for v in variables if changes_nothing(messages, _without(variables, (v,)))]
 
 
 def _without(tree: Mapping[str, object], keys: Sequence[str]) -> Mapping[str, object]:

@@ -37,17 +37,17 @@ class Placed:
     known: bool
 
     def start(self, turn: int, content: str) -> int:
-        """Returns the first character of the part of a content that the template wrote.
+        """Returns the first character of a content, a thinking block that was left out aside.
 
         Args:
           turn: the turn, whose end is known.
           content: its content.
         """
-        end, core = self.ends[turn], content.rstrip()
-        length = 0
-        while length < min(end, len(core)) and self.text[end - 1 - length] == core[-1 - length]:
-            length += 1
-        return end - length
+        end = self.ends[turn]
+        for part in (content, content.rpartition("</think>")[2], content.split()[-1]):
+            if self.text.endswith(part.strip(), 0, end):
+                return end - len(part.strip())
+        return end
 
 
 def place(
