@@ -26,7 +26,7 @@ PINNED := jax jaxlib $(foreach c,12 13,jax-cuda$c-plugin jax-cuda$c-pjrt)
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install model quickstart test test-slow lint format parity matrix gpu-check gpu-report clean
+.PHONY: help install model quickstart test test-slow lint format parity matrix chats gpu-check gpu-report clean
 
 help:
 	@echo 'make install      set up $(VENV) with everything the project needs'
@@ -38,6 +38,7 @@ help:
 	@echo 'make model        fetch the built-in model, $(MODEL)'
 	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
 	@echo 'make matrix       what becomes of other tools'\'' files, over their options: counts and a table'
+	@echo 'make chats        what becomes of conversations under published chat templates: counts, a picture'
 	@echo 'make gpu-check    compile the GPU kernels and bench gpu for GPUs not here (large; half an hour)'
 	@echo 'make gpu-report   check and measure everything on the GPU at hand'
 	@echo 'make clean        remove what these targets made, runs/ excepted'
@@ -90,6 +91,13 @@ matrix:
 .PHONY: run-matrix
 run-matrix: install
 	PYTHONPATH=.:tests/parity $(BIN)/python -m matrix
+
+chats:
+	$(MAKE) --no-print-directory run-chats EXTRA=parity VENV=$(VENV)-parity
+
+.PHONY: run-chats
+run-chats: model
+	PYTHONPATH=.:tests/parity $(BIN)/python -m chats --picture docs/chats.png
 
 # With these packages every start of jax looks for a GPU: a folder of their own, too.
 gpu-check:

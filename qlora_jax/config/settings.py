@@ -154,6 +154,8 @@ class DataConfig:
     template: Literal["auto", "none"] = "auto"
     """auto: prompt/completion examples go through the tokenizer's chat template, if it has one;
     none: prompt and completion are joined as they are. Chat examples always use the template."""
+    chat_template: str | None = None
+    """A Jinja file with a chat template that takes the place of the tokenizer's own."""
     system_prompt: str | None = None
     """System turn put before prompt/completion and chat examples that have none."""
     loss_on: Literal["answer", "all"] = "answer"

@@ -294,8 +294,8 @@ def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Co
 
 def _unwritten(name: str, tokenizer: Tokenizer) -> UserError:
     return UserError(
-        f"the chat template of {tokenizer.source} does not write its {name}; give one that does "
-        f"as data.chat_template, or take {name} out of the data"
+        f"the chat template of {tokenizer.template_source} does not write its {name}; give one "
+        f"that does as data.chat_template, or take {name} out of the data"
     )
 
 

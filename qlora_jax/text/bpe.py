@@ -17,13 +17,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, source: str) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, source: str, template: str | None = None
+) -> Tokenizer:
     """Learns merges from texts; equal texts give equal tokenizers.
 
     Args:
       texts: what is read, in order.
       vocab_size: most ids; a small text gives fewer.
       source: a name for messages.
+      template: a file with a chat template that takes the place of ChatML.
 
     Raises:
       UserError: no room for the bytes.
@@ -54,4 +57,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int, source: str) -> Tokenizer:
         pad_token=END_OF_TEXT,
         chat_template=CHAT_TEMPLATE,
     )
-    return wrap(fast, source)
+    return wrap(fast, source, template=template)

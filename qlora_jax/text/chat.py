@@ -97,7 +97,7 @@ def _marked_by_template(
     if {*every} - {*turns, 0}:
         if len(every) != len(spans):
             raise UserError(
-                f"the chat template of {tokenizer.source} marks {len(spans)} answers of "
+                f"the chat template of {tokenizer.template_source} marks {len(spans)} answers of "
                 f"{len(every)}, so those without loss cannot be told; give another template as "
                 "data.chat_template"
             )
@@ -151,7 +151,7 @@ class _Chat:
     def fault(self, turn: int, what: str) -> UserError:
         """Returns the error of a template with which a turn cannot be trained on."""
         return UserError(
-            f"the chat template of {self.tokenizer.source} {what} turn {turn + 1} "
+            f"the chat template of {self.tokenizer.template_source} {what} turn {turn + 1} "
             f"({self.messages[turn]['role']}); give another template as data.chat_template"
         )
 

@@ -44,6 +44,8 @@ LOADING = ("is_local", "local_files_only", "fix_mistral_regex")
 
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
 NO_VARIABLES: Variables = MappingProxyType({})
+MOST_TEMPLATE = 2**20
+"""Characters of a chat template in a file of its own."""
 TODAY = datetime.date(2024, 7, 26)
 """What chat templates get for the date: a run must come out the same on another day."""
 PROBE: tuple[Message, ...] = (
@@ -64,6 +66,7 @@ class Tokenizer:
       bos_id: put before raw text, or None where the tokenizer adds none.
       stop_ids: ids that end generation: eos and the chat template's end of turn.
       template: the chat template, or None; dates in it are fixed.
+      template_source: where the template came from, for messages.
       vocab_size: every id is below this. A model's embedding may have more or fewer rows.
       rows: embeddings of the model, beyond which no id is given out; None for no model.
     """
@@ -76,6 +79,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     vocab_size: int
     template: str | None
+    template_source: str
     rows: int | None = None
 
     @property
@@ -203,8 +207,8 @@ class Tokenizer:
             from transformers.utils.chat_template_utils import render_jinja_template
         if self.template is None:
             raise UserError(
-                f"{self.source}: the tokenizer has no chat template; use an instruct model, or "
-                "prompt/completion data (data.format: prompt)"
+                f"{self.source}: the tokenizer has no chat template; use an instruct model, give "
+                "one as data.chat_template, or prompt/completion data (data.format: prompt)"
             )
         conversation: list[Any] = list(messages)
         try:
@@ -217,7 +221,7 @@ class Tokenizer:
             )
         except Exception as e:  # a template is a program and raises what it likes
             raise UserError(
-                f"the chat template of {self.source} refuses it: {first_line(e)}"
+                f"the chat template of {self.template_source} refuses it: {first_line(e)}"
             ) from None
         texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []
@@ -228,21 +232,48 @@ class Tokenizer:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template or "") is not None
 
 
-def load(path: str | Path, warn: Callable[[str], None] = lambda line: None) -> Tokenizer:
+def load(
+    path: str | Path,
+    warn: Callable[[str], None] = lambda line: None,
+    template: str | None = None,
+) -> Tokenizer:
     """The tokenizer of a Hugging Face folder or of a .gguf file.
 
     Args:
       path: the folder or file.
       warn: called with a line for the user, if some of it is not used as it is.
+      template: a file with a chat template that takes the place of the tokenizer's own.
 
     Raises:
-      UserError: no tokenizer there, or one that cannot be used.
+      UserError: no tokenizer there, or one that cannot be used; or no such template.
     """
-    path = Path(path)
+    fast, end_ids = _open(Path(path), warn)
+    return wrap(fast, str(path), end_ids, template)
+
+
+def _read_template(path: Path) -> str:
+    if not paths.is_file(path):
+        raise UserError(f"data.chat_template: {path}: no such file; give a Jinja file")
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_TEMPLATE + 1)
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+    except UnicodeDecodeError:
+        raise UserError(f"data.chat_template: {path}: not UTF-8 text; convert the file") from None
+    if len(text) > MOST_TEMPLATE:
+        raise UserError(
+            f"data.chat_template: {path}: over {MOST_TEMPLATE} characters; give a Jinja file"
+        )
+    return text
+
+
+def _open(path: Path, warn: Callable[[str], None]) -> tuple[Any, Sequence[int]]:
+    """Returns a transformers fast tokenizer and the ids that end generation."""
     if path.suffix == ".gguf":
         from qlora_jax.text.gguf_vocabulary import load_fast_tokenizer
 
-        return wrap(load_fast_tokenizer(path), str(path))
+        return load_fast_tokenizer(path), ()
     from qlora_jax.text.folder_tokenizer import load_folder
 
     if not paths.is_dir(path):
@@ -257,7 +288,7 @@ def load(path: str | Path, warn: Callable[[str], None] = lambda line: None) -> T
             f"warning: {path}: {' and '.join(sampling)} of tokenizer.json would give other ids for "
             "the same text each time; switched off"
         )
-    return wrap(fast, str(path), _end_ids(path))
+    return fast, _end_ids(path)
 
 
 def _stop_sampling(fast: Any) -> list[str]:
@@ -269,7 +300,9 @@ def _stop_sampling(fast: Any) -> list[str]:
     return found
 
 
-def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
+def wrap(
+    fast: Any, source: str, end_ids: Sequence[int] = (), template: str | None = None
+) -> Tokenizer:
     """Works out the special ids of a transformers fast tokenizer.
 
     Args:
@@ -277,10 +310,13 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
       source: file or folder to name in messages.
       end_ids: further ids that end generation, as a model's generation_config.json lists them;
         the first stands in for an eos that the tokenizer does not name.
+      template: a file with a chat template that takes the place of the tokenizer's own.
 
     Raises:
       UserError: no end-of-text token is known, or the chat template needs too much time or memory.
     """
+    if template is not None:
+        fast.chat_template = _read_template(Path(template).expanduser())
     fast.backend_tokenizer.no_truncation()
     fast.backend_tokenizer.no_padding()
     fast.backend_tokenizer.encode_special_tokens = False
@@ -305,10 +341,11 @@ def wrap(fast: Any, source: str, end_ids: Sequence[int] = ()) -> Tokenizer:
         bos_id=_added_bos(fast),
         stop_ids=tuple(dict.fromkeys([eos, *end_ids])),
         vocab_size=max(vocabulary.values()) + 1,
-        template=_chat_template(fast, source),
+        template=_chat_template(fast, template or source),
+        template_source=template or source,
     )
     if tokenizer.template is not None:
-        template_trial.check(tokenizer.template, source)
+        template_trial.check(tokenizer.template, tokenizer.template_source)
     turn = _end_of_turn(tokenizer)
     if turn is None or turn in tokenizer.stop_ids:
         return tokenizer

@@ -50,7 +50,11 @@ def open_model(
     checkpoint = _fresh(config) if scratch else open_checkpoint(config.model, warn)
     checkpoint = with_replaced(config, checkpoint)
     _check_checkpoint(config, checkpoint)
-    text = _own_tokenizer(config) if scratch else tokenizer.load(checkpoint.tokenizer_path, warn)
+    template = config.data.chat_template
+    if scratch:
+        text = _own_tokenizer(config)
+    else:
+        text = tokenizer.load(checkpoint.tokenizer_path, warn, template)
     return checkpoint, text.for_embedding(checkpoint.config.vocab_size)
 
 
@@ -101,7 +105,9 @@ def _own_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer that the `pretrain` section names, or one trained on the training text."""
     pretrain = config.pretrain
     if pretrain.tokenizer is not None:
-        text = tokenizer.load(Path(pretrain.tokenizer).expanduser())
+        text = tokenizer.load(
+            Path(pretrain.tokenizer).expanduser(), template=config.data.chat_template
+        )
         if text.vocab_size > pretrain.vocab_size:
             raise UserError(
                 f"pretrain.vocab_size {pretrain.vocab_size}: {text.source} has ids up to "
@@ -109,7 +115,7 @@ def _own_tokenizer(config: Config) -> Tokenizer:
             )
         return text
     texts = (record.key for record in sources.read(config.data).train)
-    return train_bpe(texts, pretrain.vocab_size, fresh.NAME)
+    return train_bpe(texts, pretrain.vocab_size, fresh.NAME, config.data.chat_template)
 
 
 def load_model(

@@ -29,12 +29,14 @@ class Outcome:
       verdict: one of the four words; no text: the template refuses the conversation itself, or
         has no words for a part of it.
       detail: the message, or what is wrong.
+      compared: whether TRL marks the answers of the same text.
     """
 
     template: str
     case: str
     verdict: str
     detail: str = ""
+    compared: bool = False
 
 
 def judge(template: str, name: str, case: Case) -> Outcome:
@@ -51,12 +53,13 @@ def judge(template: str, name: str, case: Case) -> Outcome:
     told = " ".join(stats.notes)
     if why and why not in told:
         return Outcome(template, name, WRONG, f"{why}, and nothing was said")
-    fault = next(_faults(own, case, examples, told), "") or _twin_fault(
-        template, own, case, examples
-    )
+    theirs = _twin(template, own, case, examples)
+    fault = next(_faults(own, case, examples, told), "")
+    if not fault and theirs is not None:
+        fault = _other_marks(theirs, [found.strip() for _, found in _targets(own, examples[0])])
     if fault:
         return Outcome(template, name, WRONG, fault)
-    return Outcome(template, name, RIGHT, "; ".join(stats.notes))
+    return Outcome(template, name, RIGHT, "; ".join(stats.notes), theirs is not None)
 
 
 def _peer(own: Tokenizer, messages: Sequence[Mapping[str, Any]], case: Case, ask: bool) -> str:
@@ -179,28 +182,33 @@ def _targets(own: Tokenizer, example: Example) -> list[tuple[list[int], str]]:
     return found
 
 
-def _twin_fault(template: str, own: Tokenizer, case: Case, examples: Sequence[Example]) -> str:
-    """Compares with TRL's training template, where it writes the same text and marks answers."""
+def _twin(
+    template: str, own: Tokenizer, case: Case, examples: Sequence[Example]
+) -> list[str] | None:
+    """Returns the answers that TRL's training template marks; None where its text is another."""
     _, twin = texts(template)
     if twin is None or len(examples) != 1:
-        return ""
+        return None
     try:
         text, blocks = dataclasses.replace(own, template=twin).render_marked(
             case.messages, variables={"tools": list(case.tools)} if case.tools else {}
         )
     except UserError:
-        return ""
-    ids = own.encode(text)
-    if ids != examples[0].ids.tolist()[: len(ids)]:
-        return ""
+        return None
+    ids = own.encode(own.decode(examples[0].ids, False))
+    if own.encode(text) != ids[: len(own.encode(text))]:
+        return None
     theirs = [text[a:b].strip() for a, b in blocks]
-    ours = [found.strip() for _, found in _targets(own, examples[0])]
-    if len(theirs) > len(ours) and theirs[-1] == own.fast.eos_token:
+    if len(theirs) > 1 and theirs[-1] == own.fast.eos_token and theirs[-2].endswith("<|end|>"):
         theirs.pop()  # Phi-3 ends the last answer twice
+    return theirs
+
+
+def _other_marks(theirs: Sequence[str], ours: Sequence[str]) -> str:
     if len(theirs) != len(ours):
         return f"TRL marks {len(theirs)} answers, {len(ours)} here"
     for a, b in zip(theirs, ours):
-        # TRL marks the header of some, and what follows the end of the last of others
-        if not (a.endswith(b) or a.startswith(b) or b.startswith(a)):
+        # TRL marks the header of some, too
+        if not a.endswith(b) and not a.startswith(b):
             return f"TRL marks {a!r}, {b!r} here"
     return ""

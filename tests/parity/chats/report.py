@@ -26,6 +26,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
         counts = Counter(o.verdict for o in outcomes if template in (o.template, "all"))
         lines.append(f"{template:22}" + "".join(f"{counts[v]:>10}" for v in VERDICTS))
     lines.append(f"refused: {share_refused(outcomes):.1%} of those that have a text")
+    compared = sum(o.compared for o in outcomes)
+    lines.append(f"TRL's training templates mark the same answers in the same text: {compared}")
     lines += [
         f"{o.verdict}: {o.template}: {o.case}: {o.detail}"
         for verdict in (REFUSED, WRONG)
