@@ -275,9 +275,11 @@ def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int
     shared = _common(header, text)
     if not header[shared:].strip():
         return shared
-    _, offsets = chat.tokenizer.encode_with_offsets(text[: shared + LONGEST_TOKEN])
-    if cut := [low for low, high in offsets if low < shared < high]:
-        shared = int(cut[0])  # the two go on with different tokens
+    special = chat.tokenizer.fast.added_tokens_decoder
+    ids, offsets = chat.tokenizer.encode_with_offsets(text[: shared + LONGEST_TOKEN])
+    for id, (low, high) in zip(ids, offsets):
+        if id in special and low < shared < high:
+            shared = int(low)  # the two go on with different special tokens
     own = _reasoning(chat.messages[turn])
     if turn in placed.ends:
         content = placed.start(turn, chat.content(turn)) - at

@@ -114,7 +114,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
         """`encode_with_offsets` of many texts, in parallel."""
         encodings = self._encodings(texts)
-        return [(e.ids, np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+        offsets = [np.array(e.offsets, np.int64).reshape(-1, 2) for e in encodings]
+        for own in offsets:
+            own[:, 1] = np.maximum(own[:, 1], 1)  # a first token of spaces may end before them
+        return list(zip([e.ids for e in encodings], offsets))
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """Returns the ids of raw text with one begin-of-text id in front, if the tokenizer has it.

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import threading
 
@@ -7,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import CHATML
 
-from qlora_jax.data.encode import encode, mark
+from qlora_jax.data.encode import MERGED, encode, mark
+from qlora_jax.data.prompts import question
 from qlora_jax.data.records import Chat, Prompt, Text
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text.chat import APART
+from qlora_jax.text.chat import APART, UNOPENED, UNREASONED
 
 LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
@@ -326,3 +328,145 @@ def test_renderings_do_not_grow_with_the_turns(tokenizer, data_config, monkeypat
     encode([Chat(messages=turns * 5000)], tokenizer, data_config(sequence_length=64))
     assert rendered[:2] == [10_000, 10_000]
     assert sum(rendered[2:]) < 64**2
+
+
+PHI3 = (  # the end of the text after the last turn alone
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+MISTRAL = (  # the system text in the last turn, if that is the user's
+    "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+    "{{ s + ' ' if s and loop.last else '' }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+OPENS = (  # as R1: asks with a block that it never writes
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}"
+    "<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def parts(examples, tokenizer):
+    """Each example's text before its answers and the answers, one after the other."""
+    found = []
+    for e in examples:
+        edges = np.flatnonzero(np.diff(e.target)) + 1
+        found.append([tokenizer.decode(ids, False) for ids in np.split(e.ids, edges)])
+    return found
+
+
+def test_a_tail_common_to_all_texts_ends_no_answer(make_tokenizer, data_config):
+    tokenizer = make_tokenizer(PHI3)
+    examples, stats = encode([TWO_TURNS], tokenizer, data_config())
+    assert parts(examples, tokenizer) == [
+        [
+            "<|user|>\nq1<|im_end|>\n<|assistant|>\n",
+            "a1<|im_end|>",
+            "\n<|user|>\nq2<|im_end|>\n<|assistant|>\n",
+            "a2<|im_end|>",
+            "\n<|endoftext|>",
+        ]
+    ]
+    assert stats.notes == {}
+
+
+TWO_TURNS = chat(("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))
+
+
+def test_a_system_text_is_in_the_turn_that_it_answers_to(make_tokenizer, data_config):
+    tokenizer = make_tokenizer(MISTRAL)
+    record = chat(("system", "Be"), *[(m["role"], m["content"]) for m in TWO_TURNS.messages])
+    examples, stats = encode([record], tokenizer, data_config())
+    assert parts(examples, tokenizer) == [
+        ["[INST] Be q1[/INST]", " a1<|endoftext|>"],
+        ["[INST] q1[/INST] a1<|endoftext|>[INST] Be q2[/INST]", " a2<|endoftext|>"],
+    ]
+    assert stats.notes == {APART: 2}
+
+
+def test_a_block_that_the_prompt_opens_and_no_answer_has_is_told(make_tokenizer, data_config):
+    tokenizer = make_tokenizer(OPENS)
+    examples, stats = encode([chat(("user", "q"), ("assistant", "<b>a"))], tokenizer, data_config())
+    assert parts(examples, tokenizer) == [
+        ["<|im_start|>user\nq<|im_end|><|im_start|>assistant\n", "<b>a<|im_end|>"]
+    ]
+    assert stats.notes == {UNOPENED.format(repr("<think>\n")): 1}
+    thought = chat(("user", "q"), ("assistant", "<think>\nr\n</think>\n\na"))
+    examples, stats = encode([thought], tokenizer, data_config())
+    assert parts(examples, tokenizer)[0][1] == "\n\na<|im_end|>"
+    assert UNREASONED in stats.notes
+
+
+def test_a_turn_without_loss_is_read_and_not_learned(tokenizer, make_tokenizer, data_config):
+    record = dataclasses.replace(TWO_TURNS, without_loss=frozenset({1}))
+    for own, config in (
+        (tokenizer, data_config()),
+        (tokenizer, data_config(system_prompt="Be")),
+        (make_tokenizer(MARKED), data_config()),
+    ):
+        (example,), _ = encode([record], own, config)
+        before, answer, *_ = parts([example], own)[0]
+        assert ("a1" in before, answer) == (True, "a2<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt", "prompt with a system text"])
+def test_a_text_that_begins_with_bos_gets_no_second_one(make_tokenizer, data_config, kind):
+    tokenizer = make_tokenizer(None, bos_token="<s>")
+    record = Prompt(prompt="<s>The", completion=" end")
+    config = data_config(template="none")
+    if kind == "text":
+        record = Text(text="<s>The end")
+    elif kind != "prompt":
+        record, config = Prompt(prompt="The", completion=" end"), data_config(system_prompt="<s>Be")
+    (example,), _ = encode([record], tokenizer, config)
+    assert (example.ids == tokenizer.bos_id).tolist() == [True] + [False] * (len(example.ids) - 1)
+    assert not example.target[0]
+    asked = question(record, tokenizer, config)
+    assert asked.ids.count(tokenizer.bos_id) == 1
+
+
+@given(
+    st.text(st.sampled_from("ab \n.T"), min_size=1), st.text(st.sampled_from("ab \n.T"), min_size=1)
+)
+def test_an_answer_is_trained_after_the_tokens_of_its_prompt(
+    tokenizer, data_config, prompt, answer
+):
+    for template in ("none", "auto"):
+        record, config = Prompt(prompt=prompt, completion=answer), data_config(template=template)
+        (example,), stats = encode([record], tokenizer, config)
+        asked = question(record, tokenizer, config)
+        n = len(asked.ids)
+        assert example.ids[:n].tolist() == asked.ids
+        assert (example.target[:n].any(), example.target[n]) == (False, True)
+        assert stats.notes == {}
+
+
+def test_a_tokenizer_that_begins_each_text_with_a_space_tells_merged_answers(
+    make_tokenizer, sentencepiece_backend, data_config
+):
+    tokenizer = make_tokenizer(None, eos="</s>", build=sentencepiece_backend)
+    record = Prompt(prompt="The capital of ", completion="France")
+    (example,), stats = encode([record], tokenizer, data_config())
+    assert tokenizer.decode(example.ids, True).strip() == "The capital of France"
+    assert stats.notes == {MERGED: 1}
+    _, stats = encode([Prompt(prompt="hello", completion=" The")], tokenizer, data_config())
+    assert stats.notes == {}
+
+
+def test_a_call_that_the_template_has_no_words_for_is_refused(tokenizer, data_config):
+    call = {"function": {"name": "f", "arguments": {}}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    record = Chat(messages=({"role": "user", "content": "a"}, turn), where="chat.jsonl:1")
+    with pytest.raises(UserError, match=r"^chat.jsonl:1: .* does not write its tool_calls; give"):
+        encode([record], tokenizer, data_config())
+    record = dataclasses.replace(TWO_TURNS, variables={"tools": [call]})
+    with pytest.raises(
+        UserError, match=r"does not write its tools; give one .* data.chat_template"
+    ):
+        encode([record], tokenizer, data_config())
+    record = dataclasses.replace(TWO_TURNS, variables={"documents": [{"title": "t", "text": "d"}]})
+    _, stats = encode([record, TWO_TURNS], tokenizer, data_config())
+    assert stats.notes == {
+        "conversations hold documents, which the chat template does not write": 1
+    }

@@ -212,3 +212,25 @@ def test_half_a_character_is_refused(tokenizer):
     for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
         with pytest.raises(UserError, match="no UTF-8, or half a character"):
             encode("a\udcff")
+
+
+def test_a_template_of_a_file_takes_the_place_of_the_tokenizers(make_fast, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")
+    tokenizer = tokenizers_.wrap(make_fast(), "test", template=str(file))
+    assert tokenizer.render([{"role": "user", "content": "x"}], False) == "user: x</s>"
+    assert tokenizer.stop_texts == ("<|endoftext|>", "</s>")
+    tokenizer.save(tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"\xff", "not UTF-8"), (b"a" * 2**20 + b"a", "over 1048576")],
+)
+def test_a_template_of_a_file_that_is_none_is_refused(make_fast, tmp_path, content, message):
+    file = tmp_path / "own.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"data.chat_template: .*own.jinja: {message}"):
+        tokenizers_.wrap(make_fast(), "test", template=str(file))
