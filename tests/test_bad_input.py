@@ -111,7 +111,7 @@ def test_a_directory_without_a_run(tmp_path: Path, run_cli: RunCli) -> None:
         ("blank.jsonl", "\n\n", "blank.jsonl: no examples in it"),
         ("empty.txt", "", "empty.txt: no examples in it"),
         ("fields.jsonl", '{"foo": 1, "bar": 2}\n', "the fields are foo, bar"),
-        ("one.jsonl", '{"text": "a"}\n{"tixt": "b"}\n', "one.jsonl:2: no text in it; it has tixt"),
+        ("one.jsonl", '{"text": "a"}\n{"tixt": "b"}\n', "one.jsonl:2: the fields are tixt"),
         ("type.jsonl", '{"text": 3}\n', "type.jsonl:1: text must be a string"),
         ("list.json", '{"text": "a"}', "list.json: must be a list of objects"),
         ("cut.csv", 'text\nb\n"a\nc', "cut.csv:3: not valid CSV"),
@@ -121,8 +121,8 @@ def test_a_directory_without_a_run(tmp_path: Path, run_cli: RunCli) -> None:
         ("data.xyz", "a", "data.xyz: a data file ends in .jsonl"),
         (
             "role.jsonl",
-            '{"messages": [{"role": "bot", "content": "a"}]}\n',
-            "role.jsonl:1: messages[0]: unknown role 'bot'; the known ones are system",
+            '{"messages": [{"role": "robot", "content": "a"}]}\n',
+            "role.jsonl:1: messages[0]: unknown role 'robot'; name it user",
         ),
         (
             "asks.jsonl",
@@ -142,7 +142,8 @@ def test_data_that_cannot_be_read(
     if content is not None:
         data = content if isinstance(content, bytes) else content.encode()
         (tmp_path / name).write_bytes(data)
-    fails(expected, data__source=str(tmp_path / name), data__eval_source=None)
+    source = str(tmp_path / name)
+    fails(expected, data__source=source, data__eval_source=None, data__on_bad_record="error")
 
 
 def test_missing_held_out_data(tmp_path: Path, fails: Callable[..., None]) -> None:

@@ -25,8 +25,9 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     """Reads a YAML file and lays dotted overrides over it.
 
     Args:
-      path: the YAML file. A section given as one word fills its first field: `model: a.gguf`
-        means `model: {path: a.gguf}`, `data: my.jsonl` means `data: {source: my.jsonl}`.
+      path: the YAML file. A section given as one word, or as a list, fills its first field:
+        `model: a.gguf` means `model: {path: a.gguf}`, `data: my.jsonl` means
+        `data: {source: my.jsonl}`.
       overrides: dotted key to its value, e.g. `{"lora.rank": "8"}`: the text itself where the
         setting is text, with null or nothing for none, else YAML. One that is for a section, such
         as `{"model": "a.gguf"}`, keeps the section's other settings.
@@ -147,11 +148,17 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _expand(tree: dict[str, Any]) -> dict[str, Any]:
-    known = sections()
-    return {
-        key: {names(known[key])[0]: value} if key in known and isinstance(value, str) else value
-        for key, value in tree.items()
-    }
+    known, kinds = sections(), {s.key: s.type for s in all_settings()}
+
+    def whole(key: str, value: Any) -> Any:
+        if key not in known:
+            return value
+        first = names(known[key])[0]
+        lists = "list[str]" in kinds[f"{key}.{first}"].split(" | ")
+        fills = isinstance(value, str) or (lists and isinstance(value, list))
+        return {first: value} if fills else value
+
+    return {key: whole(key, value) for key, value in tree.items()}
 
 
 def _override(tree: dict[str, Any], key: str, text: str) -> None:
@@ -174,7 +181,7 @@ def _override_section(
     value = _parse(text)
     if not isinstance(value, dict):
         first = f"{section}.{names(sections()[section])[0]}"
-        value = text if kinds[first] == "str" else value
+        value = _value(text, kinds[first])
     value, before = _expand({section: value})[section], tree.get(section)
     both = isinstance(value, dict) and isinstance(before, dict)
     tree[section] = before | value if both else value

@@ -134,11 +134,11 @@ class LoraConfig:
 class DataConfig:
     """Where examples come from and how they become token rows."""
 
-    source: str
-    """A .jsonl, .json, .csv, .parquet or .txt file, a hub id, or the built-in python-docs,
-    python-source or package-docs; several of those with a + between."""
+    source: str | Annotated[list[str], Field(min_length=1)]
+    """A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a hub id, or the built-in python-docs,
+    python-source or package-docs; or a list of these: [a.jsonl, b.jsonl, python-docs]."""
     name: str | None = None
-    """Configuration name of a hub dataset."""
+    """Configuration name of a hub dataset; of several sources at most one has one."""
     split: str = "train"
     """Split of a hub dataset that is trained on."""
     eval_source: str | None = None
@@ -164,6 +164,9 @@ class DataConfig:
     """Tokens per row."""
     packing: bool = True
     """Put several examples into a row, kept apart by segment ids; else one a row, padded."""
+    on_bad_record: Literal["drop", "error"] = "drop"
+    """A record that cannot be used, such as a malformed line or a turn without a role, is left out
+    and counted with its reason, or refused."""
     on_no_target: Literal["drop", "error"] = "drop"
     """An example with no target left after truncation is dropped and counted, or refused."""
 

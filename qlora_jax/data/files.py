@@ -1,57 +1,129 @@
 """Rows of the file formats people keep data sets in, each with the place it came from."""
 
 import csv
+import functools
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.data.bad_records import BadRecords
+from qlora_jax.data.values import short
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError, first_line
 
 Rows = Iterator[tuple[dict[str, Any], str]]
+TEXT = ".txt"
+PACKED = ".gz"
+MOST = 2**31
+"""Bytes that a packed file may hold when it is unpacked."""
 
 
-def read_rows(path: Path) -> Rows:
+def ending(path: Path) -> str:
+    """The ending that says how a data file is read, in lower case; empty for any other file.
+
+    A text format may be packed: `a.jsonl.gz` is read as .jsonl.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [PACKED]:
+        found = suffixes[-2] if len(suffixes) > 1 else ""
+        return "" if found == PARQUET else known(found)
+    return known(suffixes[-1]) if suffixes else ""
+
+
+def known(suffix: str) -> str:
+    return suffix if suffix in READERS or suffix == TEXT else ""
+
+
+def read_rows(path: Path, bad: BadRecords | None = None) -> Rows:
     """Yields (row, place) of a data file; the place is `file:line` where the format has lines.
+
+    Args:
+      path: the file.
+      bad: leaves out and counts the rows that cannot be read; without it the first is an error.
 
     Raises:
       UserError: missing file, unknown kind of file, or a malformed one; the line is named.
     """
     if not paths.exists(path):
-        raise UserError(f"{path}: no such file")
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: a data file ends in {', '.join([*READERS, '.txt'])}; convert it")
-    return READERS[path.suffix](path)
+        raise UserError(f"{path}: no such file; correct the path")
+    read = READERS.get(ending(path))
+    if read is None:
+        raise UserError(
+            f"{path}: a data file ends in {', '.join([*READERS, TEXT])}, or in one of these and "
+            f"{PACKED}; convert it"
+        )
+    return read(path, bad or BadRecords("error"))
 
 
 def read_text(path: Path) -> str:
-    """The whole file as text.
+    """The whole file as text, unpacked if it is packed.
 
     Raises:
       UserError: missing, unreadable, or not UTF-8; the line is named.
     """
+    data = read_bytes(path)
     try:
-        data = path.read_bytes()
         return data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as e:
-        raise paths.unreadable(path, e) from None
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from None
+        raise _not_utf8(f"{path}:{line}") from None
 
 
-def _jsonl(path: Path) -> Rows:
-    # Not splitlines(): JSON strings may hold U+2028, which is no line end here.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield _object(_json(line, path, number), f"{path}:{number}"), f"{path}:{number}"
+def read_bytes(path: Path) -> bytes:
+    """The whole file, unpacked if it is packed.
+
+    Raises:
+      UserError: missing, unreadable, no gzip file though it is named so, or of more than `MOST`
+        bytes when unpacked.
+    """
+    try:
+        if path.suffix.lower() != PACKED:
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            data = file.read(MOST + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: not a whole gzip file: {first_line(e)}; pack it again") from None
+    except OSError as e:
+        raise paths.unreadable(path, e) from None
+    if len(data) > MOST:
+        raise UserError(
+            f"{path}: more than {MOST / 2**30:g} GiB when unpacked; unpack it, or split it"
+        )
+    return data
 
 
-def _json_list(path: Path) -> Rows:
+def _not_utf8(where: str) -> UserError:
+    return UserError(f"{where}: not UTF-8 text; convert the file to UTF-8")
+
+
+def _jsonl(path: Path, bad: BadRecords) -> Rows:
+    # Only \n ends a line: JSON strings may hold U+2028, and lines that are not UTF-8 are left out.
+    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(io.BytesIO(data), 1):
+        line = line.rstrip()
+        if not line:
+            continue
+        where, row = f"{path}:{number}", None
+        with bad.guard(where):
+            row = _object(_json(_decoded(line, where), path, number), where)
+        if row is not None:
+            yield row, where
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        raise _not_utf8(where) from None
+
+
+def _json_list(path: Path, bad: BadRecords) -> Rows:
     text = read_text(path)
     tree = _json(text, path, 1)
     if isinstance(tree, Mapping):
@@ -60,46 +132,61 @@ def _json_list(path: Path) -> Rows:
     if not isinstance(tree, list):
         raise UserError(f"{path}: must be a list of objects; one object a line is a .jsonl file")
     for number, item in enumerate(tree, 1):
-        yield _object(item, f"{path} item {number}"), f"{path} item {number}"
+        where, row = f"{path} item {number}", None
+        with bad.guard(where):
+            row = _object(item, where)
+        if row is not None:
+            yield row, where
 
 
 def _json(text: str, path: Path, line: int) -> Any:
     try:
         return json_files.parse(text)
     except json.JSONDecodeError as e:
-        if path.suffix == ".json" and e.msg == "Extra data":
+        if ending(path) == ".json" and e.msg == "Extra data":
             raise UserError(f"{path}: several JSON values; rename it to .jsonl") from None
         at = f"{path}:{line + e.lineno - 1}"
-        raise UserError(f"{at}: not valid JSON: {e.msg} at column {e.colno}; correct it") from None
+        raise UserError(
+            f"{at}: not valid JSON: {e.msg.removesuffix(' at')} at column {e.colno}; correct it"
+        ) from None
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: must be a JSON object, not {type(value).__name__}")
+        raise UserError(
+            f"{where}: must be a JSON object, not {type(value).__name__}; write "
+            f'{{"text": {short(value)}}} or the like'
+        )
     return value
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path, bad: BadRecords, delimiter: str) -> Rows:
     csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = io.StringIO(read_text(path), newline="")
+    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     good = 0
     try:
         header = reader.fieldnames or ()
+        if twice := [name for name in header if list(header).count(name) > 1]:
+            raise UserError(f"{path}:1: two columns are named {short(twice[0])}; rename one")
         good = reader.line_num
         for row in reader:
             where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where}: the row does not have the header's {len(header)} "
-                    "columns; quote fields that hold commas"
-                )
             good = reader.line_num
-            yield row, where
+            with bad.guard(where):
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{where}: the row does not have the header's {len(header)} "
+                        "columns; quote fields that hold the delimiter"
+                    )
+            if None not in row and None not in row.values():
+                yield row, where
+    # The reader cannot tell where the next row starts, so it is no single bad record.
     except csv.Error as e:
         raise UserError(f"{path}:{good + 1}: not valid CSV: {e}; correct it") from None
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, bad: BadRecords) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
@@ -113,12 +200,15 @@ def _parquet(path: Path) -> Rows:
     # values that Python cannot hold, such as a date in the year 10,000, are errors of many kinds
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as e:
         reason = first_line(e)
-        raise UserError(f"{path}: not a readable Parquet file: {reason}") from None
+        raise UserError(f"{path}: not a readable Parquet file: {reason}; write it again") from None
 
 
-READERS: Mapping[str, Callable[[Path], Rows]] = {
+PARQUET = ".parquet"
+READERS: Mapping[str, Callable[[Path, BadRecords], Rows]] = {
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _json_list,
-    ".csv": _csv,
-    ".parquet": _parquet,
+    ".csv": functools.partial(_csv, delimiter=","),
+    ".tsv": functools.partial(_csv, delimiter="\t"),
+    PARQUET: _parquet,
 }

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
-from qlora_jax.data.records import Record
+from qlora_jax.data.records import Chat, Record
 
 
 def hold_out(records: Sequence[Record], fraction: float) -> tuple[list[Record], list[Record]]:
@@ -24,6 +24,8 @@ def hold_out(records: Sequence[Record], fraction: float) -> tuple[list[Record], 
 
 
 def _place(record: Record) -> int:
-    text = " ".join(record.key.split())
+    # Conversations that say the same, and differ in what only the template reads, stay together.
+    said = record.spoken if isinstance(record, Chat) else record.key
+    text = " ".join(said.split())
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")

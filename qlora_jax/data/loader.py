@@ -10,6 +10,7 @@ import numpy as np
 from qlora_jax.config import DataConfig
 from qlora_jax.data.encode import Example
 from qlora_jax.data.packing import bucket_lengths, fill, pack
+from qlora_jax.data.sources import named
 from qlora_jax.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -45,7 +46,7 @@ class Loader:
     ) -> None:
         """Raises UserError when there are no examples."""
         if not examples:
-            raise UserError(f"{config.source}: no examples to train on")
+            raise UserError(f"{named(config.source)}: no examples to train on; give others")
         self._examples = examples
         self._config = config
         self._shape = (gradient_accumulation, batch_size)

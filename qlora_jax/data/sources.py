@@ -1,16 +1,19 @@
 """From the `data` section of a config to typed records, trained on and held out."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data import builtin, files, hub
+from qlora_jax.data.bad_records import BadRecords
 from qlora_jax.data.builtin.passages import passages
+from qlora_jax.data.findings import Findings
 from qlora_jax.data.holdout import hold_out
-from qlora_jax.data.records import Record, Text, parser
+from qlora_jax.data.records import Record, Text
+from qlora_jax.data.rows import parse
+from qlora_jax.data.values import Fields, Row, without_nulls
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
@@ -22,78 +25,145 @@ class Split:
     Attributes:
       train: examples to train on, in the source's order.
       held_out: examples to evaluate on; empty when none were asked for.
-      dropped: reason to number of records left out.
+      found: what was left out, not read, or is unusual.
     """
 
     train: list[Record]
     held_out: list[Record]
-    dropped: dict[str, int]
+    found: Findings
 
 
 def read(config: DataConfig) -> Split:
     """Reads the source, its first `max_examples` records, and sets the held-out part aside.
 
-    Empty records are left out and do not count. A held-out source or split of its own is read in
+    Several sources are read one after the other. Empty records are left out and do not count; bad
+    ones are too, unless `on_bad_record` is error. A held-out source or split of its own is read in
     the same way and taken whole.
 
     A .txt file is one document: it is cut at paragraphs into passages that only serve to hold
     some of it out, and an end of text is put after the last one alone.
 
     Raises:
-      UserError: the source is missing, malformed or empty, or lacks the fields; file and line or
-        row are named.
+      UserError: the source is missing, malformed or empty, or no record of it can be used; file
+        and line or row are named.
     """
-    dropped: Counter[str] = Counter()
-    records = _read(config, config.source, config.split, dropped)
+    found = Findings(BadRecords(config.on_bad_record))
+    records = _read(config, config.source, config.split, found)
     if config.eval_source is None and config.eval_split is None:
         train, held_out = hold_out(records, config.eval_fraction)
     else:
-        if config.eval_source is None and _is_single(config.source):
+        single = next(filter(_is_single, listed(config.source)), None)
+        if config.eval_source is None and single is not None:
             raise UserError(
-                f"data.eval_split: {config.source} has no splits; "
+                f"data.eval_split: {single} has no splits; "
                 "give data.eval_source, or data.eval_fraction"
             )
         source = config.eval_source or config.source
-        train, held_out = records, _read(config, source, config.eval_split or config.split, dropped)
-    return Split(train, held_out, dict(dropped))
+        train, held_out = records, _read(config, source, config.eval_split or config.split, found)
+    return Split(train, held_out, found)
 
 
-def _read(config: DataConfig, source: str, split: str, dropped: Counter[str]) -> list[Record]:
-    if config.name is not None and source == config.source and _is_single(source):
-        raise UserError(f"data.name: {source} has no configurations; remove it")
+def listed(source: str | list[str]) -> list[str]:
+    """The sources, as a list."""
+    return [source] if isinstance(source, str) else source
+
+
+def named(source: str | list[str]) -> str:
+    """The sources in words, for messages and reports."""
+    return ", ".join(listed(source))
+
+
+def _read(config: DataConfig, source: str | list[str], split: str, found: Findings) -> list[Record]:
+    """The first `max_examples` records of one source or several.
+
+    Args:
+      config: how they are read. Its `name` is for a hub data set of `config.source`.
+      source: the source or sources.
+      split: the split of those that are hub data sets.
+      found: counts what is left out.
+
+    Raises:
+      UserError: nothing there, or nothing that can be used.
+    """
+    name = _configuration(config) if source == config.source else None
+    left_out = found.bad.count
 
     def kept() -> Iterator[Record]:
-        for record in _records(config, source, split, dropped):
-            if record.key.strip():
-                yield record
-            else:
-                dropped["empty"] += 1
+        for one in listed(source):
+            for record in _records(config, one, name, split, found):
+                found.total += 1
+                if record.key.strip():
+                    found.look_at(record)
+                    yield record
+                else:
+                    found.dropped["empty"] += 1
 
     records = list(islice(kept(), config.max_examples or None))
+    left_out = found.bad.count - left_out
+    found.total += left_out
+    if not records and left_out:
+        raise UserError(f"{named(source)}: none of its records can be used: {found.bad.reasons()}")
     if not records:
-        raise UserError(f"{source}: no examples in it")
+        raise UserError(f"{named(source)}: no examples in it; give one that holds records")
     return records
 
 
+def _configuration(config: DataConfig) -> str | None:
+    """The configuration that `name` gives to the one hub data set among the sources."""
+    if config.name is None:
+        return None
+    hubs = [source for source in listed(config.source) if not _is_single(source)]
+    if not hubs:
+        raise UserError(f"data.name: {named(config.source)} has no configurations; remove it")
+    if len(hubs) > 1:
+        raise UserError(
+            f"data.name {config.name}: which of {', '.join(hubs)} is it for? Give one data set "
+            "with configurations, and the others as files"
+        )
+    return config.name
+
+
 def _records(
-    config: DataConfig, source: str, split: str, dropped: Counter[str]
+    config: DataConfig, source: str, name: str | None, split: str, found: Findings
 ) -> Iterator[Record]:
     if builtin.is_builtin(source):
-        return builtin.records(source, config.format, dropped)
+        return builtin.records(source, config.format, found.dropped)
     path = Path(source).expanduser()
-    if path.suffix == ".txt" and (paths.is_file(path) or _is_single(source)):
+    parts = source.split("+")
+    if len(parts) > 1 and all(parts) and not paths.exists(path):
+        raise UserError(
+            f"{source}: no such file; give several sources as a list: [{', '.join(parts)}]"
+        )
+    if files.ending(path) == files.TEXT and (paths.is_file(path) or _is_single(source)):
         return _document(path, config)
-    if _is_single(source):
-        rows = files.read_rows(path)
+    return _parsed(config, _rows(source, path, name, split, found), found)
+
+
+def _rows(
+    source: str, path: Path, name: str | None, split: str, found: Findings
+) -> Iterator[tuple[Row, str]]:
+    """Rows of a file or a hub data set, in which no field is null because other rows have it."""
+    if not _is_single(source):
+        known = str(path) if paths.is_dir(path) else source
+        rows = hub.read_rows(known, name, split, found.warnings.append)
     else:
-        # Another data set has other configurations.
-        name = config.name if source == config.source else None
-        rows = hub.read_rows(str(path) if paths.is_dir(path) else source, name, split)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{source}: no examples in it")
-    parse = parser(list(first[0]), config.format, source)
-    return (parse(row, where) for row, where in chain([first], rows))
+        rows = files.read_rows(path, found.bad)
+        if files.ending(path) != files.PARQUET:
+            return rows
+    return ((without_nulls(row), where) for row, where in rows)
+
+
+def _parsed(
+    config: DataConfig, rows: Iterator[tuple[Row, str]], found: Findings
+) -> Iterator[Record]:
+    """The records of rows; bad ones are left out, and fields that were not read are counted."""
+    for row, where in rows:
+        fields, record = Fields(row, where), None
+        with found.bad.guard(where):
+            record = parse(fields, config.format)
+        if record is not None:
+            found.unread.update(fields.unread())
+            yield record
 
 
 def _document(path: Path, config: DataConfig) -> Iterator[Record]:
@@ -112,7 +182,6 @@ def _is_single(source: str) -> bool:
     path = Path(source).expanduser()
     if builtin.is_builtin(source) or paths.is_file(path):
         return True
-    named_like_a_file = path.suffix in (*files.READERS, ".txt")
     return not paths.is_dir(path) and (
-        named_like_a_file or source.startswith((".", "/", "~")) or source.count("/") > 1
+        files.ending(path) != "" or source.startswith((".", "/", "~")) or source.count("/") > 1
     )

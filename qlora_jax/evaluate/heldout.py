@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from qlora_jax.data.sources import named
 from qlora_jax.models import trees
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.assemble import program_of
@@ -45,5 +46,5 @@ def split_name(restored: Restored) -> str:
     """What is evaluated on, in words."""
     data = restored.config.data
     if data.eval_source or data.eval_split:
-        return f"{data.eval_source or data.source}:{data.eval_split or data.split}"
-    return f"{data.source}: {data.eval_fraction:.0%} held out by text"
+        return f"{named(data.eval_source or data.source)}:{data.eval_split or data.split}"
+    return f"{named(data.source)}: {data.eval_fraction:.0%} held out by text"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from qlora_jax.config import Config
 from qlora_jax.data import encode, sources
 from qlora_jax.data.encode import EncodeStats, Example
+from qlora_jax.data.findings import Findings
 from qlora_jax.data.loader import Batch, Loader, held_out_batches
 from qlora_jax.data.prompts import Question, question
 from qlora_jax.runtime.errors import UserError
@@ -14,13 +15,23 @@ from qlora_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Encoded examples of a run. `questions` are held-out prompts to answer as samples."""
+    """Encoded examples of a run.
+
+    Attributes:
+      train: examples to train on.
+      held_out: examples to evaluate on.
+      questions: held-out prompts to answer as samples.
+      stats: what encoding `train` made.
+      dropped: reason to number of records left out.
+      found: what reading them found; its lines are for the user.
+    """
 
     train: list[Example]
     held_out: list[Example]
     questions: list[Question]
     stats: EncodeStats
     dropped: dict[str, int]
+    found: Findings
 
 
 def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
@@ -51,14 +62,14 @@ def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
         room = min(config.data.sequence_length, max_positions - config.train.sample_tokens)
         if asked is not None and 0 < len(asked.ids) <= room:
             questions.append(asked)
-    dropped = dict(split.dropped)
+    dropped = dict(split.found.dropped)
     if without_target:
         dropped["no target"] = without_target
-    return Data(train, held_out, questions, stats, dropped)
+    return Data(train, held_out, questions, stats, dropped, split.found)
 
 
 def describe_data(data: Data) -> str:
-    """One line on what is trained on, and what was left out."""
+    """A line on what is trained on, and one for each thing that the user should know of it."""
     stats = data.stats
     parts = [
         f"{stats.examples:,} examples, {stats.tokens:,} tokens of which {stats.target_tokens:,} "
@@ -67,7 +78,7 @@ def describe_data(data: Data) -> str:
     if stats.truncated:
         parts.append(f"{stats.truncated:,} cut at the sequence length")
     parts += [f"{count:,} left out: {reason}" for reason, count in data.dropped.items()]
-    return "; ".join(parts)
+    return "\n".join(["; ".join(parts), *data.found.lines()])
 
 
 def loader(config: Config, data: Data, pad_id: int, seed: int) -> Loader:

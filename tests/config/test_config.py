@@ -149,7 +149,10 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"data.source": ""}, "data.source", ""),
         ({"output": "2026-05-45"}, "output", "2026-05-45"),
         ({"output": "{a}"}, "output", "{a}"),
-        ({"data": "[a]"}, "data.source", "[a]"),
+        ({"data": "[a, b]"}, "data.source", ["a", "b"]),
+        ({"data": "[a"}, "data.source", "[a"),
+        ({"data.source": "[a.jsonl, b.jsonl]"}, "data.source", ["a.jsonl", "b.jsonl"]),
+        ({"data.source": "a+b"}, "data.source", "a+b"),
         ({"quant.double_quant": "false"}, "quant.double_quant", False),
     ],
 )
@@ -202,6 +205,13 @@ def test_a_section_in_one_word_keeps_the_rest_of_it(load, overrides, kept):
     assert load(FULL, overrides | undone) == load(FULL, kept)
 
 
+def test_a_list_of_sources_is_the_data_section_in_one_word(load, tmp_path):
+    config = load("model: m\ndata: [a.jsonl, b.jsonl]\noutput: o\n")
+    assert config.data.source == ["a.jsonl", "b.jsonl"]
+    config_lib.dump(config, tmp_path / "again.yaml")
+    assert config_lib.load(tmp_path / "again.yaml") == config
+
+
 def test_a_section_the_file_lacks_can_be_given_in_one_word(load):
     config = load("output: o\n", {"data": "d", "model": "m", "model.remat": "full"})
     assert (config.data.source, config.model.path, config.model.remat) == ("d", "m", "full")
@@ -213,6 +223,8 @@ def test_a_section_the_file_lacks_can_be_given_in_one_word(load):
         ({"lora.rnak": "8"}, "unknown key lora.rnak; the nearest known one is lora.rank"),
         ({"lora.rank": "x"}, "lora.rank: "),
         ({"lora.rank": ""}, "lora.rank: "),
+        ({"data.source": "[]"}, "data.source: input should be a valid string, not [] "),
+        ({"data.source": "[a, 3]"}, "data.source: "),
         ({"lora.rank.x": "3"}, "lora.rank: "),
         ({"": "3"}, "unknown key"),
         ({"lora.": "3"}, "unknown key lora."),

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.builtin.passages import passages
 from qlora_jax.data.holdout import hold_out
-from qlora_jax.data.records import Text
+from qlora_jax.data.records import Chat, Text
 
 TEXTS = st.lists(st.text("ab \n", max_size=4), max_size=30)
 FRACTIONS = st.floats(0.001, 0.999)
@@ -52,6 +52,19 @@ def test_zero_holds_nothing_out():
 def test_the_split_is_the_same_forever():
     _, held = hold_out(records(map(str, range(40))), 0.1)
     assert [r.text for r in held] == ["9", "39"]
+
+
+def test_conversations_that_say_the_same_stay_on_the_side_that_what_is_said_decides():
+    def chat(text, variables, **keys):
+        turn = {"role": "user", "content": text}
+        return Chat(messages=({**turn, **keys},), variables=variables)
+
+    said = [f"user: {n}" for n in range(40)]
+    _, held = hold_out(records(said), 0.1)
+    assert held
+    for variables, keys in (({}, {}), ({"tools": [1]}, {}), ({}, {"name": "x"})):
+        _, chats = hold_out([chat(str(n), variables, **keys) for n in range(40)], 0.1)
+        assert [r.spoken for r in chats] == [r.text for r in held]
 
 
 @given(st.text("a .\n", max_size=300), st.integers(1, 20))
