@@ -44,7 +44,8 @@ def _loss(restored: Any, data: dict[str, Any]) -> float:
 
     settings = {**data, "data.max_examples": "1500", "train.eval_rows": "16"}
     config = configs.changed(restored.config, settings)
-    return held_out_loss(dataclasses.replace(restored, config=config)).loss
+    found = held_out_loss(dataclasses.replace(restored, config=config))
+    return next(iter(found.values())).loss
 
 
 class _Tuned(NamedTuple):

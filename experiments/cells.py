@@ -56,7 +56,7 @@ def text_ids(tokenizer: Path, source: str, tokens: int) -> np.ndarray:
     split = sources.read(DataConfig(source=source, format="text"))
     text = tokenizers.load(tokenizer)
     ids: list[int] = []
-    for record in split.held_out:
+    for record in next(iter(split.held_out.values()), []):
         ids += text.encode(record.key)
         if len(ids) >= tokens:
             break
@@ -148,7 +148,7 @@ def population(
         {k: v if isinstance(v, str) else json.dumps(v) for k, v in member.items()}
         for member in members
     ]
-    steps = config.train.steps
+    steps = config.train.length
     found = train_population(
         config, texts, say=print, progress=lambda step: context.progress(f"step {step}/{steps}")
     )

@@ -3,15 +3,17 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from qlora_jax import config as configs
 from qlora_jax.commands.common import CHANGED, config_of, count, say, start_jax
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 if TYPE_CHECKING:
+    from qlora_jax.evaluate.heldout import HeldOut, Other
     from qlora_jax.evaluate.multiple_choice import Accuracy, Result
     from qlora_jax.evaluate.questions import Question
     from qlora_jax.train.restore import Restored
@@ -23,7 +25,9 @@ CHOICE_ONLY = ("shots", "split", "examples", "name", "by")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `evaluate`."""
-    parser.epilog = CHANGED
+    parser.epilog = (
+        f"{CHANGED} A run directory takes those of data: --data.source=FILE is evaluated whole."
+    )
     parser.set_defaults(settings=True)
     parser.add_argument("path", metavar="RUN_DIR|CONFIG")
     parser.add_argument("--base", action="store_true", help="the model before training")
@@ -54,11 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
     """Evaluates and prints."""
     is_run = paths.is_dir(options.path)
-    if is_run and settings:
-        raise UserError(f"{settings[0]}: a run directory's settings are fixed; give a config")
     if options.multiple_choice is None and (given := _given(options)):
         raise UserError(f"--{given[0]} is read with --multiple-choice only; remove it")
     config = rundir.open_run(options.path) if is_run else config_of(options.path, settings)
+    other = _other(options, config, settings) if is_run and settings else None
     asked = None if options.multiple_choice is None else _questions(options)
     start_jax()
     from qlora_jax.train.restore import from_config, restore
@@ -72,14 +75,36 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         return
     from qlora_jax.evaluate.heldout import held_out_loss
 
-    result = held_out_loss(restored)
-    if options.json:
-        print(json.dumps(dataclasses.asdict(result)))
+    _show_losses(held_out_loss(restored, other, say), options.json)
+
+
+def _other(options: argparse.Namespace, config: configs.Config, settings: Sequence[str]) -> "Other":
+    """The data that a run is evaluated on instead of its own.
+
+    Raises:
+      UserError: a setting may not be given.
+    """
+    from qlora_jax.evaluate.heldout import other_data
+
+    other = other_data(config, configs.parse_overrides(settings))
+    if options.multiple_choice is not None:
+        raise UserError(f"{settings[0]}: not read with --multiple-choice; remove it")
+    return other
+
+
+def _show_losses(found: Mapping[str, "HeldOut"], as_json: bool) -> None:
+    """Prints the result of each held-out set; as JSON the first one's, and all in `sets`."""
+    named = {name: dataclasses.asdict(result) for name, result in found.items() if name}
+    if as_json:
+        first = dataclasses.asdict(next(iter(found.values())))
+        print(json.dumps({**first, "sets": named}))
         return
-    print(
-        f"step {result.step}, {result.split}: loss {result.loss:.4f}, "
-        f"perplexity {result.perplexity:.3f} over {result.tokens:,} tokens"
-    )
+    for name, result in found.items():
+        what = f"{name} ({result.split})" if name else result.split
+        print(
+            f"step {result.step}, {what}: loss {result.loss:.4f}, "
+            f"perplexity {result.perplexity:.3f} over {result.tokens:,} tokens"
+        )
 
 
 def _given(options: argparse.Namespace) -> list[str]:

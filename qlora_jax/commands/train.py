@@ -51,8 +51,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.models.config import DecoderConfig
     from qlora_jax.plan.fit import Fit, fit
     from qlora_jax.train.examples import describe_data, read_data
+    from qlora_jax.train.finish import made
     from qlora_jax.train.offload import PLACEMENTS, Placement
-    from qlora_jax.train.report import print_samples
+    from qlora_jax.train.report import describe_export, describe_losses, print_samples
     from qlora_jax.train.run import train
     from qlora_jax.train.setup import open_model
     from qlora_jax.train.start import resolved
@@ -80,7 +81,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         overwrite=options.overwrite,
         place=place,
     )
-    if (bytes_ := planned[0].device) is not None and summary.peak_device_bytes is not None:
+    # a run that was finished before is not planned again
+    bytes_ = planned[0].device if planned else None
+    if bytes_ is not None and summary.peak_device_bytes is not None:
         say(
             f"device memory: planned {bytes_ / 2**30:.2f} GiB, measured peak "
             f"{summary.peak_device_bytes / 2**30:.2f} GiB"
@@ -89,18 +92,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         print(json.dumps(dataclasses.asdict(summary)))
         return
     print_samples(Console(), summary.samples)
-    if summary.eval_before is not None and summary.eval_after is not None:
-        change = summary.eval_after / summary.eval_before - 1
-        print(
-            f"held-out loss: {summary.eval_before:.4f} before, {summary.eval_after:.4f} after "
-            f"({change:+.1%})"
-        )
-    show(f"run directory: {summary.run_dir} ({', '.join(made(config))})")
-
-
-def made(config: configs.Config) -> list[str]:
-    """What a finished run leaves in its directory for people to look into."""
-    from qlora_jax.formats.fresh import NAME
-
-    own = {"adapter/": config.method != "full", "model/": config.model.path == NAME}
-    return ["report.md", *(name for name, there in own.items() if there), "checkpoints/"]
+    for line in describe_losses(summary):
+        print(line)
+    if summary.exported_step is not None:
+        show(f"exported: {describe_export(summary)}")
+    names = [f"{name}/" if "." not in name else name for name in made(config)]
+    show(f"run directory: {summary.run_dir} ({', '.join(names)})")

@@ -67,6 +67,11 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
         config = _ADAPTER.validate_python(dict(tree))
     except ValidationError as e:
         raise UserError(f"{where}: {_explain(e)}") from None
+    if config.train.steps is not None and config.train.epochs is not None:
+        raise UserError(
+            f"{where}: train.steps {config.train.steps} and train.epochs {config.train.epochs:g} "
+            "are both given; keep one (--train.steps=null or --train.epochs=null takes one back)"
+        )
     for key, value in _flatten(to_tree(config)):
         if SURROGATES.search(json.dumps(value, ensure_ascii=False)):
             raise UserError(
@@ -168,7 +173,8 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         return
     *parents, last = _steps(key, kinds)
     for name in parents:
-        node = tree.setdefault(name, {})
+        if (node := tree.get(name)) is None:
+            node = tree[name] = {}
         if not isinstance(node, dict):
             raise UserError(f"--{key}: {name} is a single value, {node!r}, and has no keys")
         tree = node
@@ -190,7 +196,7 @@ def _override_section(
 def _steps(key: str, kinds: Mapping[str, str]) -> list[str]:
     # The keys of a mapping are module paths, which have dots of their own.
     for name, kind in kinds.items():
-        if kind.startswith("dict") and key.startswith(f"{name}."):
+        if "dict[" in kind and key.startswith(f"{name}."):
             return [*name.split("."), key.removeprefix(f"{name}.")]
     return key.split(".")
 
@@ -201,9 +207,9 @@ def _value(text: str, kind: str) -> Any:
         return _parse(text)
     if text in ("", "null") and "null" in kinds:
         return None
-    if "list[str]" in kinds and isinstance(value := _parse(text), list):
-        return value
-    return text
+    value = _parse(text)
+    known = {"list[str]": list, "dict[str, str]": dict}
+    return value if any(k in kinds and isinstance(value, t) for k, t in known.items()) else text
 
 
 def _parse(text: str) -> Any:

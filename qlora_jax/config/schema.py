@@ -41,7 +41,7 @@ def is_known(key: str) -> bool:
     return (
         key in schema
         or key in sections()
-        or any(key.startswith(f"{k}.") for k, kind in schema.items() if kind.startswith("dict"))
+        or any(key.startswith(f"{k}.") for k, kind in schema.items() if "dict[" in kind)
     )
 
 

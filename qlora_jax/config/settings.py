@@ -3,9 +3,10 @@
 The string under a field is its documentation, which `--help` prints.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -19,12 +20,28 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _sets(value: Any) -> Any:
+    # the names become those of figures in metrics.jsonl and TensorBoard
+    if isinstance(value, dict):
+        if not value:
+            raise PydanticCustomError("no_set", "Input should name at least one set")
+        if bad := next((name for name in value if not re.fullmatch(r"[\w.-]+", name)), None):
+            raise PydanticCustomError(
+                "set_name",
+                "Name of a set should be of letters, digits, _, - and . alone: {name}",
+                {"name": repr(bad)},
+            )
+    return value
+
+
 Positive = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 NonNegative = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 FloatType = Literal["float32", "bfloat16", "float16"]
+DEFAULT_STEPS = 200
+"""Optimizer steps of a run that gives neither steps nor epochs."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -141,8 +158,9 @@ class DataConfig:
     """Configuration name of a hub dataset; of several sources at most one has one."""
     split: str = "train"
     """Split of a hub dataset that is trained on."""
-    eval_source: str | None = None
-    """Held-out examples; without it eval_fraction of the source is set aside, by text."""
+    eval_source: Annotated[str | dict[str, str] | None, AfterValidator(_sets)] = None
+    """Held-out examples, or several sets of them: {name: source, ...}, of which the first decides;
+    without it eval_fraction of the source is set aside, by text."""
     eval_split: str | None = None
     """Held-out split of a hub dataset."""
     eval_fraction: Fraction = 0.05
@@ -205,8 +223,10 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: Positive = 200
-    """Optimizer steps."""
+    steps: Positive | None = None
+    """Optimizer steps; null: those of train.epochs, or 200 without it."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training data, instead of steps."""
     batch_size: Positive = 4
     """Rows per micro-batch."""
     gradient_accumulation: Positive = 1
@@ -218,13 +238,22 @@ class TrainConfig:
     save_every: NonNegative = 50
     """Steps between checkpoints; 0 saves at the end only."""
     keep: Positive = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_best: bool = False
+    """Keep the checkpoint of the lowest held-out loss too, and export that one, not the last."""
+    patience: NonNegative = 0
+    """Stop after this many evaluations in a row without a lower held-out loss; 0 never stops."""
     samples: NonNegative = 3
     """Held-out prompts answered before and after training."""
     sample_tokens: Positive = 64
     """Tokens per sample answer, at most."""
     seed: NonNegative = 0
     """Adapters' initial values, order of the data, dropout."""
+
+    @property
+    def length(self) -> int:
+        """Optimizer steps, where `epochs` is not given; a run counts the steps of its epochs."""
+        return self.steps or DEFAULT_STEPS
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,6 +1,5 @@
 """From records to token ids and the mask of those that carry loss."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora_jax.config import DataConfig
+from qlora_jax.data.bad_records import BadRecords
 from qlora_jax.data.records import Chat, Prompt, Record, Text
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tool_calls
@@ -103,7 +103,10 @@ class Conversation(NamedTuple):
 
 
 def encode(
-    records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    bad: BadRecords | None = None,
 ) -> tuple[list[Example], EncodeStats]:
     """Tokenizes records and marks the targets.
 
@@ -115,19 +118,25 @@ def encode(
     `sequence_length + 1` ids; a text longer than that becomes several examples, each of which
     starts with the last id of the one before, so that every id but the first is a target once.
 
+    Args:
+      records: what is encoded.
+      tokenizer: the tokenizer.
+      config: the settings of data.
+      bad: leaves out records that cannot be rendered or encoded; None stops at the first.
+
     Raises:
       UserError: a conversation cannot be rendered, a text cannot be encoded, or an example has no
-        target left and `on_no_target` is error; the record's place is named. Or no example is left
-        at all.
+        target left and `on_no_target` is error; the record's place is named.
     """
     examples: list[Example] = []
     truncated = dropped = 0
     notes: Counter[str] = Counter()
+    bad = bad or BadRecords("error")
     console = Console(stderr=True)
     hidden = len(records) < LONG or not console.is_terminal
     with Progress(console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("tokenizing", total=len(records))
-        for record, layout, wholes in _wholes(records, tokenizer, config, notes):
+        for record, layout, wholes in _wholes(records, tokenizer, config, bad, notes):
             progress.advance(task)
             for whole in wholes:
                 truncated += not layout.chunked and len(whole.ids) > config.sequence_length + 1
@@ -152,7 +161,11 @@ def encode(
 
 
 def _wholes(
-    records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig, notes: Counter[str]
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    bad: BadRecords,
+    notes: Counter[str],
 ) -> Iterator[tuple[Record, Layout, list[Example]]]:
     """Yields each record, its layout, and all of it as one example or, of some chats, several.
 
@@ -160,27 +173,18 @@ def _wholes(
       records: the records.
       tokenizer: the tokenizer.
       config: the settings of data.
+      bad: leaves out those that cannot be used.
       notes: counts what is to be told; it is added to.
     """
     for start in range(0, len(records), BATCH):
-        batch = records[start : start + BATCH]
-        layouts = [lay_out(record, tokenizer, config) for record in batch]
-        encoded = _encode_batch(batch, layouts, tokenizer)
-        for record, layout, tokens in zip(batch, layouts, encoded):
-            with _naming(record):
-                end = _end(layout, tokens.offsets, config.sequence_length + 1)
-                found = layout.answers(end)
-            notes.update(layout.notes)
-            notes.update(found.notes)
-            whole = functools.partial(
-                _whole, layout, tokenizer=tokenizer, config=config, notes=notes
-            )
-            wholes = [
-                whole(text, [span], Tokens(*tokenizer.encode_with_offsets(text)))
-                for text, span in found.apart
-            ]
-            if found.spans or not found.apart:
-                wholes.insert(0, whole(layout.text, found.spans, tokens))
+        laid: list[tuple[Record, Layout]] = []
+        for record in records[start : start + BATCH]:
+            with bad.guard(record.where):
+                laid.append((record, lay_out(record, tokenizer, config)))
+        for record, layout, tokens in _tokenized(laid, tokenizer, bad):
+            wholes: list[Example] = []
+            with bad.guard(record.where):
+                wholes = _examples(layout, tokens, tokenizer, config, notes)
             yield record, layout, wholes
 
 
@@ -196,16 +200,41 @@ class Tokens(NamedTuple):
     offsets: np.ndarray
 
 
-def _encode_batch(
-    records: Sequence[Record], layouts: Sequence[Layout], tokenizer: Tokenizer
-) -> list[Tokens]:
+def _tokenized(
+    laid: Sequence[tuple[Record, Layout]], tokenizer: Tokenizer, bad: BadRecords
+) -> Iterator[tuple[Record, Layout, Tokens]]:
+    """Yields records with their layouts and tokens, but for those whose text has none."""
     try:
-        return [Tokens(*e) for e in tokenizer.encode_batch([layout.text for layout in layouts])]
-    except UserError:  # of one of them: which is it?
-        for record, layout in zip(records, layouts):
-            with _naming(record):
-                tokenizer.encode(layout.text)
-        raise
+        encoded = tokenizer.encode_batch([layout.text for _, layout in laid])
+    except UserError:  # of one of them
+        for record, layout in laid:
+            with bad.guard(record.where):
+                encoded = [tokenizer.encode_with_offsets(layout.text)]
+                yield record, layout, Tokens(*encoded[0])
+        return
+    for (record, layout), tokens in zip(laid, encoded):
+        yield record, layout, Tokens(*tokens)
+
+
+def _examples(
+    layout: Layout,
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    notes: Counter[str],
+) -> list[Example]:
+    """Returns a record's text as an example, before the examples of answers apart."""
+    found = layout.answers(_end(layout, tokens.offsets, config.sequence_length + 1))
+    notes.update(layout.notes)
+    notes.update(found.notes)
+    whole = functools.partial(_whole, layout, tokenizer=tokenizer, config=config, notes=notes)
+    examples = [
+        whole(text, [span], Tokens(*tokenizer.encode_with_offsets(text)))
+        for text, span in found.apart
+    ]
+    if found.spans or not found.apart:
+        examples.insert(0, whole(layout.text, found.spans, tokens))
+    return examples
 
 
 def _whole(
@@ -303,12 +332,11 @@ def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
     """The text of a record and where its answers lie.
 
     Raises:
-      UserError: the conversation cannot be rendered; the record's place is named.
+      UserError: the conversation cannot be rendered.
     """
-    with _naming(record):
-        chat = conversation(record, tokenizer, config)
-        if chat is not None:
-            return _lay_out_chat(chat, tokenizer)
+    chat = conversation(record, tokenizer, config)
+    if chat is not None:
+        return _lay_out_chat(chat, tokenizer)
     if isinstance(record, Prompt):
         prompt = raw_prompt(record.prompt, config.system_prompt)
         text, start = prompt + record.completion, len(prompt)
@@ -341,15 +369,6 @@ def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
 
 def _always(spans: list[Span]) -> Callable[[int], Found]:
     return lambda end: Found(spans, [], {})
-
-
-@contextlib.contextmanager
-def _naming(record: Record) -> Iterator[None]:
-    """Inside, the message of a UserError starts with the record's place."""
-    try:
-        yield
-    except UserError as e:
-        raise UserError(f"{record.where}: {e}") from None
 
 
 def raw_prompt(prompt: str, system_prompt: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,15 @@ class Loader:
     def steps_per_epoch(self) -> int:
         """Batches in the epoch of the next batch; packing makes it vary a little by epoch."""
         return len(self._steps)
+
+    def steps_of(self, epochs: float) -> int:
+        """Returns the batches of so many epochs, from the first; a part of one is rounded up."""
+        whole = int(epochs)
+        steps = sum(len(self._plan(epoch)) for epoch in range(whole))
+        if part := epochs - whole:
+            # 0.1 of 10 batches is one, though 1.1 - 1 is a little more than 0.1
+            steps += math.ceil(round(part * len(self._plan(whole)), 6))
+        return max(steps, 1)
 
     def state(self) -> dict[str, Any]:
         """The position, as plain JSON values."""

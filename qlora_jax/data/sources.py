@@ -24,12 +24,13 @@ class Split:
 
     Attributes:
       train: examples to train on, in the source's order.
-      held_out: examples to evaluate on; empty when none were asked for.
+      held_out: name of a held-out set to its examples, in the config's order; the only set of a
+        config that names none has the name "". Empty when none were asked for.
       found: what was left out, not read, or is unusual.
     """
 
     train: list[Record]
-    held_out: list[Record]
+    held_out: dict[str, list[Record]]
     found: Findings
 
 
@@ -51,16 +52,24 @@ def read(config: DataConfig) -> Split:
     records = _read(config, config.source, config.split, found)
     if config.eval_source is None and config.eval_split is None:
         train, held_out = hold_out(records, config.eval_fraction)
-    else:
-        single = next(filter(_is_single, listed(config.source)), None)
-        if config.eval_source is None and single is not None:
-            raise UserError(
-                f"data.eval_split: {single} has no splits; "
-                "give data.eval_source, or data.eval_fraction"
-            )
-        source = config.eval_source or config.source
-        train, held_out = records, _read(config, source, config.eval_split or config.split, found)
-    return Split(train, held_out, found)
+        return Split(train, {"": held_out} if held_out else {}, found)
+    single = next(filter(_is_single, listed(config.source)), None)
+    if config.eval_source is None and single is not None:
+        raise UserError(
+            f"data.eval_split: {single} has no splits; give data.eval_source, or data.eval_fraction"
+        )
+    split = config.eval_split or config.split
+    sets = {
+        name: _read(config, source, split, found) for name, source in eval_sources(config).items()
+    }
+    return Split(records, sets, found)
+
+
+def eval_sources(config: DataConfig) -> dict[str, str | list[str]]:
+    """Returns the name of each held-out set with its source; the only one may have the name ""."""
+    if isinstance(config.eval_source, dict):
+        return dict(config.eval_source)
+    return {"": config.eval_source or config.source}
 
 
 def listed(source: str | list[str]) -> list[str]:

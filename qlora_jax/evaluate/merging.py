@@ -98,7 +98,11 @@ def compare(
     config, model = restored.config, restored.model
     data = read_data(config, restored.tokenizer, model.config.longest_cached)
     batches = held_out_batches(
-        data.held_out, config.data, config.train.batch_size, rows, restored.tokenizer.pad_id
+        next(iter(data.held_out.values()), []),
+        config.data,
+        config.train.batch_size,
+        rows,
+        restored.tokenizer.pad_id,
     )
     own = MergedCheckpoint(model, checkpoint)
     ways: dict[str, Callable[[], Any]] = {

@@ -78,7 +78,7 @@ def program_of(
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
     """Returns the optimizer that a config asks for."""
-    return adamw(config.optimizer, config.train.steps)
+    return adamw(config.optimizer, config.train.length)
 
 
 def scales_loss(config: Config) -> bool:

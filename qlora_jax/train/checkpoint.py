@@ -55,11 +55,13 @@ class Checkpoints:
         self.folder = run_dir.absolute() / FOLDER
         if not keep and not paths.is_dir(self.folder):
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
+        self._keep = keep
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            # `save` deletes: what is kept depends on the held-out loss
+            max_to_keep=None,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
-            # switches the first two off: half-written folders belong to the run that writes
+            # half-written folders belong to the run that writes
             read_only=self._read_only,
         )
         # named, so that a manager which has saved nothing can describe what is there
@@ -82,8 +84,28 @@ class Checkpoints:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is step {step}"
 
-    def save(self, state: State, extra: Mapping[str, Any]) -> None:
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def extra(self) -> dict[str, Any]:
+        """The `extra` of the newest checkpoint in which it is whole; empty where there is none.
+
+        Raises:
+          UserError: it is of a newer format, or may not be read.
+        """
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Damaged):
+                return self._extra(step)[0]
+        return {}
+
+    def save(self, state: State, extra: Mapping[str, Any], best: int | None = None) -> None:
         """Writes a checkpoint and waits until it is on disk; older ones beyond `keep` go then.
+
+        Args:
+          state: what is saved.
+          extra: plain JSON values beside it.
+          best: the step of a checkpoint that stays, however old.
 
         Raises:
           UserError: the disk is full or not writable, or `before_save` forbids it. The
@@ -105,6 +127,9 @@ class Checkpoints:
                 ),
             )
             self._manager.wait_until_finished()
+            for old in self.steps()[: -self._keep]:
+                if old != best:
+                    self._manager.delete(old)
         except Exception as e:
             problem = _storage_error(self.folder, e)
             if problem is None:
@@ -121,14 +146,14 @@ class Checkpoints:
 
         Args:
           like: a State of the same structure, shapes and dtypes.
-          step: which one.
+          step: that of the lowest held-out loss, to read that one or none.
           say: called with a line for each damaged one.
 
         Raises:
           UserError: there is none, none is whole, or it holds another model's, method's or
             optimizer's state.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        steps = self.steps()[::-1] if step is None else [step]
         if not steps:
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
         template = like._replace(optimizer=units.stacked_like(like.trained, like.optimizer))
@@ -144,10 +169,7 @@ class Checkpoints:
             state = jax.tree.unflatten(jax.tree.structure(template), list(flat.values()))
             optimizer = units.unstacked(like.trained, state.optimizer, like.optimizer)
             return state._replace(optimizer=optimizer), extra
-        raise UserError(
-            f"{'; '.join(damaged.values())}; there is no older one: train the run again with "
-            "--overwrite, or give back a copy of the folder"
-        )
+        raise UserError(f"{'; '.join(damaged.values())}; {_remedy(step)}")
 
     def _read(
         self, step: int, like: Mapping[str, Any]
@@ -158,12 +180,7 @@ class Checkpoints:
           Damaged: its files are not what was saved.
           UserError: it holds another state, is of a newer format, or may not be read.
         """
-        with self._guarded():
-            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            stored = self._manager.restore(step, args=args).extra
-        extra, saved = digests.unseal(stored)
-        format_version.check(extra, f"{self.folder}/{step}")
-        extra.pop(format_version.KEY, None)
+        extra, saved = self._extra(step)
         if saved is None:
             with self._guarded():
                 tree = self._manager.item_metadata(step).state.tree
@@ -178,6 +195,16 @@ class Checkpoints:
         for path, text in (saved or {}).items():
             digests.check(path, found[path], text)
         return {path: found[path] for path in like}, extra
+
+    def _extra(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
+        """Reads one checkpoint's `extra`, and the digests of its arrays; raises as `_read`."""
+        with self._guarded():
+            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+            stored = self._manager.restore(step, args=args).extra
+        extra, saved = digests.unseal(stored)
+        format_version.check(extra, f"{self.folder}/{step}")
+        extra.pop(format_version.KEY, None)
+        return extra, saved
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -225,6 +252,18 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _remedy(step: int | None) -> str:
+    if step is None:
+        return (
+            "there is no older one: train the run again with --overwrite, or give back a copy of "
+            "the folder"
+        )
+    return (
+        "it is the one of the lowest held-out loss: give back a copy of the folder, or go on with "
+        "--resume --train.keep_best=false, which exports the last step"
+    )
 
 
 def _storage_error(folder: Path, error: Exception) -> UserError | None:

@@ -9,17 +9,59 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qlora_jax.config import Config
 from qlora_jax.formats import fresh
 from qlora_jax.models import fingerprint
 from qlora_jax.runtime import manifest
 from qlora_jax.runtime.errors import RunFailed
-from qlora_jax.train import export, metrics
+from qlora_jax.train import examples, export, metrics, resume, rundir
 from qlora_jax.train.fit import Begun, Fitted
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.prepare import Opened, Request
 from qlora_jax.train.quantization import describe_quantization
-from qlora_jax.train.report import Sample, Summary, write_report
+from qlora_jax.train.report import (
+    Sample,
+    SetLoss,
+    Summary,
+    describe_early,
+    read_summary,
+    write_report,
+)
 from qlora_jax.train.samples import answer
+
+
+def made(config: Config) -> list[str]:
+    """Returns what a finished run leaves in its directory for people to look into."""
+    own = {export.FOLDER: config.method != "full", export.MODEL: config.model.path == fresh.NAME}
+    return ["report.md", *(name for name, there in own.items() if there), "checkpoints"]
+
+
+def finished(config: Config) -> Summary | None:
+    """Returns the summary of a run that has nothing left to do; None where it has.
+
+    Args:
+      config: of the run to be resumed.
+
+    Raises:
+      UserError: its directory cannot be read, or was made with another config.
+    """
+    if not rundir.holds_run(config.output):
+        return None
+    rundir.check(config, resume=True, overwrite=False)
+    folder = Path(config.output)
+    if not resume.is_same(rundir.open_run(folder), config):
+        return None
+    found = resume.results(folder, made(config))
+    return None if found is None else read_summary(found, config.output)
+
+
+def describe_finished(config: Config, summary: Summary) -> str:
+    """Returns that a run has nothing left to do, and what makes it go on."""
+    remedy = "--train.steps=M" if config.train.epochs is None else "--train.epochs=E"
+    early = describe_early(summary)
+    if early:
+        remedy = "a larger --train.patience, or 0,"
+    return f"{config.output}: finished at step {summary.steps:,}{early}; give {remedy} to go on"
 
 
 def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summary:
@@ -39,10 +81,23 @@ def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summ
         "answering samples after training",
     )
     summary = _summary(asked, opened, begun, fitted, after)
+    if warning := describe_no_gain(summary):
+        asked.say(warning)
     write_report(summary)
     results = {k: v for k, v in dataclasses.asdict(summary).items() if k != "samples"}
     manifest.finish(begun.owned.folder, {"results": results})
     return summary
+
+
+def describe_no_gain(summary: Summary) -> str | None:
+    """Returns a warning where the step of the lowest held-out loss is no better than none."""
+    before, after = summary.eval_before, summary.eval_after
+    if not summary.keep_best or before is None or after is None or after < before:
+        return None
+    return (
+        f"warning: the lowest held-out loss, {after:.4f} at step {summary.exported_step}, is not "
+        f"below that before training, {before:.4f}"
+    )
 
 
 def _export(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> None:
@@ -66,7 +121,9 @@ def _export(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Non
 def _summary(
     asked: Request, opened: Opened, begun: Begun, fitted: Fitted, answers: Sequence[str]
 ) -> Summary:
-    config, facts, counters = asked.config, begun.built.facts, begun.counters
+    config, facts, counters = opened.config, begun.built.facts, begun.counters
+    before, after = counters.before, fitted.after
+    targets = {name: examples.targets(x) for name, x in begun.built.held_out.items()}
     return Summary(
         model=config.model.path,
         method=config.method,
@@ -76,16 +133,25 @@ def _summary(
         total=facts.total,
         device=opened.device,
         base_hash=facts.base_hash if facts.adapted else "",
-        steps=int(fitted.training.state.step),
+        steps=fitted.steps,
+        planned_steps=config.train.length,
+        exported_step=int(fitted.training.state.step),
+        keep_best=config.train.keep_best,
+        patience=config.train.patience,
         skipped=counters.skipped,
         wall_s=begun.earlier_s + time.perf_counter() - asked.started,
         tokens=counters.tokens,
         tokens_per_s=_median_rate(begun.owned.folder),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_bytes=_peak_device_bytes(),
-        eval_before=counters.eval_before,
-        eval_after=fitted.eval_after,
-        eval_tokens=fitted.eval_tokens,
+        eval_before=before.loss if before else None,
+        eval_after=after.loss if after else None,
+        eval_tokens=next(iter(targets.values()), 0),
+        eval_sets={
+            name: SetLoss(before=before.sets[name], after=after.sets[name], tokens=targets[name])
+            for name in targets
+            if name and before and after
+        },
         samples=[
             Sample(q.prompt, q.answer, before, after)
             for q, before, after in zip(opened.data.questions, counters.answers_before, answers)

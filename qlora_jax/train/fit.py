@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
+import jax
 
-from qlora_jax.data.loader import Batch
+from qlora_jax.config import Config
 from qlora_jax.runtime import manifest
-from qlora_jax.train import rundir
+from qlora_jax.train import length, resume, rundir
 from qlora_jax.train.assemble import Training
 from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.choice import Evaluation, describe_losses
 from qlora_jax.train.display import progress
-from qlora_jax.train.loop import Progress, evaluate, loop
+from qlora_jax.train.loop import Progress, best_step, look, loop, read_progress
 from qlora_jax.train.metrics import MetricsLog
 from qlora_jax.train.offload import ON_DEVICE
 from qlora_jax.train.optimizer import schedule
@@ -33,6 +34,7 @@ class Begun:
       counters: those of the checkpoint, or zeros; they go on.
       earlier_s: seconds of the sessions before this one.
       resumed: whether the run goes on from a checkpoint.
+      stored: the config in the directory, which a resumed run may change; None for a new run.
       manifest: the manifest of this session, to be joined to those of earlier sessions; None for
         a new run.
     """
@@ -43,6 +45,7 @@ class Begun:
     counters: Progress
     earlier_s: float
     resumed: bool
+    stored: Config | None
     manifest: Mapping[str, Any] | None
 
 
@@ -51,14 +54,14 @@ class Fitted:
     """What training came to.
 
     Attributes:
-      training: with the last state.
-      eval_after: held-out loss in nats per target token; None without held-out data.
-      eval_tokens: held-out target tokens.
+      training: with the state that is exported.
+      steps: done, not all of which the exported state may have.
+      after: the held-out losses of the exported state; None without held-out data.
     """
 
     training: Training
-    eval_after: float | None
-    eval_tokens: int
+    steps: int
+    after: Evaluation | None
 
 
 def begin(asked: Request, built: Built, held: contextlib.ExitStack) -> Begun:
@@ -80,53 +83,110 @@ def begin(asked: Request, built: Built, held: contextlib.ExitStack) -> Begun:
     owned = held.enter_context(
         rundir.claim(config, described, resume=asked.resume, overwrite=asked.overwrite)
     )
+    stored = rundir.open_run(owned.folder) if goes_on else None
+    for line in resume.describe(stored, config) if stored is not None else ():
+        say(line)
     checkpoints, counters = Checkpoints(owned.folder, config.train.keep, owned.check), Progress()
     resumed = asked.resume and checkpoints.latest() is not None
     if resumed:
         state, extra = checkpoints.restore(built.training.state, say=say)
         built.loader.restore(extra["loader"])
-        counters = Progress(**extra["progress"])
+        counters = read_progress(extra["progress"])
         if built.changed:
             say(built.changed)
         say(f"resumed from step {int(state.step)}")
         built = dataclasses.replace(built, training=built.training._replace(state=state))
+        _check_best(config, counters, checkpoints, say)
     kept = described if goes_on else None
-    return Begun(built, owned, checkpoints, counters, counters.seconds, resumed, kept)
+    return Begun(built, owned, checkpoints, counters, counters.seconds, resumed, stored, kept)
+
+
+def _check_best(
+    config: Config, counters: Progress, checkpoints: Checkpoints, say: Callable[[str], None]
+) -> None:
+    """Forgets the lowest held-out loss where its checkpoint is to be kept and was not."""
+    step = best_step(config, counters)
+    if step is None or step in checkpoints.steps():
+        return
+    counters.choice = dataclasses.replace(counters.choice, best=None, since=0)
+    say(
+        f"warning: the checkpoint of step {step}, of the lowest held-out loss so far, was not "
+        "kept; train.keep_best chooses among the evaluations from here on"
+    )
 
 
 def fit(asked: Request, opened: Opened, begun: Begun) -> Fitted:
-    """Trains to the last step, evaluates before and after, and logs both.
+    """Trains to the last step, evaluates on the way, and reads the state that is exported.
 
     Raises:
-      UserError: the directory cannot be written to, or its metrics are damaged.
+      UserError: the directory cannot be written to, its metrics are damaged, or the checkpoint of
+        the lowest held-out loss is.
       RunFailed: the loss is not finite.
       Stopped: by a signal, with the state saved.
     """
-    training, folder = begun.built.training, begun.owned.folder
+    training, folder, config = begun.built.training, begun.owned.folder, opened.config
+    counters, held_out = begun.counters, begun.built.held_out
     with MetricsLog(folder, start_step=int(training.state.step)) as log:
         if log.lost:
             asked.say(describe_lost(log, int(training.state.step)))
-        if begun.manifest is not None:  # and what is there can be read
-            manifest.write(folder, begun.manifest, resumed=True)
+        _go_on(asked, opened, begun)  # and what is there can be read
         if not begun.resumed:
             _before(asked, opened, begun, log)
         state = loop(
-            asked.config,
+            config,
             training.program,
             training.state,
             training.frozen,
             begun.built.loader,
-            begun.built.held_out,
+            held_out,
             begun.checkpoints,
             log,
-            begun.counters,
-            schedule(asked.config.optimizer, asked.config.train.steps),
+            counters,
+            schedule(config.optimizer, config.train.length),
             moves=opened.moments is not ON_DEVICE,
         )
-        begun.checkpoints.close()
+        steps, last = int(state.step), counters.choice.last
+        if held_out and (last is None or last.step != steps):
+            # earlier versions saved before they evaluated
+            with progress("evaluating", None):
+                found = look(training.program, state, training.frozen, held_out, log)
+            counters.choice = counters.choice.seen(found)
         training = training._replace(state=state)
-        loss, tokens = _evaluate(training, begun.built.held_out, log) or (None, 0)
-    return Fitted(training, loss, tokens)
+    best = best_step(config, counters)
+    if best not in (None, steps):
+        # the last state is let go before the other one is read
+        del state
+        training = _read_best(training, begun, best)
+    begun.checkpoints.close()
+    return Fitted(training, steps, counters.choice.exported(config.train.keep_best))
+
+
+def _go_on(asked: Request, opened: Opened, begun: Begun) -> None:
+    """Writes the manifest and the config of a resumed run, and says what its length changes.
+
+    The manifest, by which a run is known as finished, goes first: killed in between, the run is
+    resumed as any other.
+    """
+    if begun.manifest is None or begun.stored is None:
+        return
+    folder, config = begun.owned.folder, opened.config
+    before = length.with_steps(begun.stored, begun.built.loader.steps_of).train.length
+    taken = int(begun.built.training.state.step) - begun.counters.skipped
+    if line := length.describe_jump(config.optimizer, taken, before, config.train.length):
+        asked.say(line)
+    manifest.write(folder, begun.manifest, resumed=True)
+    if not resume.is_same(begun.stored, asked.config):
+        rundir.write_config(folder, dataclasses.replace(asked.config, output=begun.stored.output))
+
+
+def _read_best(training: Training, begun: Begun, step: int) -> Training:
+    """Returns the training with the state of an earlier checkpoint."""
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), training.state
+    )
+    training = training._replace(state=like)
+    state, _ = begun.checkpoints.restore(like, step)
+    return training._replace(state=state)
 
 
 def describe_lost(log: MetricsLog, start_step: int) -> str:
@@ -145,9 +205,11 @@ def describe_lost(log: MetricsLog, start_step: int) -> str:
 def _before(asked: Request, opened: Opened, begun: Begun, log: MetricsLog) -> None:
     """Notes the held-out loss and the samples' answers before the first step."""
     training, counters = begun.built.training, begun.counters
-    if found := _evaluate(training, begun.built.held_out, log):
-        counters.eval_before, _ = found
-        asked.say(f"held-out loss before training: {counters.eval_before:.4f}")
+    if held_out := begun.built.held_out:
+        with progress("evaluating", None):
+            found = look(training.program, training.state, training.frozen, held_out, log)
+        counters.before = found
+        asked.say(f"held-out loss before training: {describe_losses(found)}")
     counters.answers_before = answer(
         asked.config,
         training.model(),
@@ -155,15 +217,3 @@ def _before(asked: Request, opened: Opened, begun: Begun, log: MetricsLog) -> No
         opened.data.questions,
         "answering samples before training",
     )
-
-
-def _evaluate(
-    training: Training, held_out: Sequence[Batch], log: MetricsLog
-) -> tuple[float, int] | None:
-    """Logs the held-out loss, and returns it with the number of target tokens, if there is any."""
-    if not held_out:
-        return None
-    with progress("evaluating", None):
-        loss, tokens = evaluate(training.program, training.state.trained, training.frozen, held_out)
-    log.write(int(training.state.step), {"eval/loss": loss, "eval/perplexity": float(np.exp(loss))})
-    return loss, tokens

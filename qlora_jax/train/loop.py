@@ -16,6 +16,14 @@ from qlora_jax.quant import nbytes
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train.assemble import drops_out, scales_loss
 from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.choice import (
+    Choice,
+    Evaluation,
+    describe_losses,
+    describe_patience,
+    read_choice,
+    read_evaluation,
+)
 from qlora_jax.train.display import TrainDisplay
 from qlora_jax.train.interrupt import Requests, Stopped
 from qlora_jax.train.metrics import MetricsLog
@@ -34,7 +42,8 @@ class Progress:
       skipped: steps without an update because a gradient overflowed.
       skipped_in_a_row: of those, the latest uninterrupted ones.
       seconds: spent in steps.
-      eval_before: held-out loss before training.
+      before: the held-out losses before training.
+      choice: what later evaluations told.
       answers_before: the samples' answers before training.
     """
 
@@ -42,8 +51,21 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    eval_before: float | None = None
+    before: Evaluation | None = None
+    choice: Choice = dataclasses.field(default_factory=Choice)
     answers_before: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_progress(values: Mapping[str, Any]) -> Progress:
+    """Returns the counters of a checkpoint's `extra`."""
+    rest = dict(values)
+    # earlier runs kept one number
+    old = rest.pop("eval_before", None)
+    before = read_evaluation(rest.pop("before", None))
+    if old is not None:
+        before = Evaluation(0, old)
+    chosen = read_choice(rest.pop("choice")) if "choice" in rest else Choice()
+    return Progress(**rest, before=before, choice=chosen)
 
 
 def evaluate(
@@ -55,13 +77,44 @@ def evaluate(
     return sum(float(s) for s, _ in sums) / max(count, 1), int(count)
 
 
+def look(
+    program: Program,
+    state: State,
+    frozen: Any,
+    held_out: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
+    log: MetricsLog,
+) -> Evaluation:
+    """Evaluates on every held-out set, and logs the losses.
+
+    Args:
+      program: the functions of a step.
+      state: evaluated.
+      frozen: the tree that no step changes.
+      held_out: name of a set to its batches, at least one set.
+      log: gets one line, in which `eval/loss` is the first set's.
+    """
+    losses = {
+        name: evaluate(program, state.trained, frozen, batches)[0]
+        for name, batches in held_out.items()
+    }
+    found = Evaluation(
+        int(state.step), next(iter(losses.values())), {k: x for k, x in losses.items() if k}
+    )
+    named = {"eval": found.loss} | {f"eval/{name}": loss for name, loss in found.sets.items()}
+    values: dict[str, float] = {}
+    for name, loss in named.items():
+        values |= {f"{name}/loss": loss, f"{name}/perplexity": float(np.exp(loss))}
+    log.write(found.step, values)
+    return found
+
+
 def loop(
     config: Config,
     program: Program,
     state: State,
     frozen: Any,
     loader: Loader,
-    held_out: Sequence[Mapping[str, np.ndarray]],
+    held_out: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
     checkpoints: Checkpoints,
     log: MetricsLog,
     counters: Progress,
@@ -69,7 +122,10 @@ def loop(
     *,
     moves: bool = False,
 ) -> State:
-    """Trains from `state` to `config.train.steps`; evaluates on the way, not at the end.
+    """Trains from `state` to the last step, or until the held-out loss falls no more.
+
+    Evaluates on the way and after the last step, before that is saved: so the counters of each
+    checkpoint hold every evaluation up to it.
 
     Args:
       moves: whether moments come to the device and go back; that is reported then.
@@ -82,29 +138,43 @@ def loop(
       RunFailed: the loss or gradient is not finite; the checkpoints before stay.
     """
     train, step = config.train, int(state.step)
+    steps = train.length
     key = jax.random.key(train.seed + 1) if drops_out(config) else None
     around = _Around(
         config, program, frozen, loader, checkpoints, counters, learning_rate, moves, key
     )
-    with Requests() as requests, TrainDisplay(train.steps, start=step) as display:
-        while step < train.steps:
+    with Requests() as requests, TrainDisplay(steps, start=step) as display:
+        while not _is_over(config, counters, step):
             step += 1
             state, values = _step(around, state, step)
             log.write(step, values)
             display.update(
                 step, loss=values["train/loss"], tokens_per_s=values["train/tokens_per_s"]
             )
-            due = train.eval_every and step % train.eval_every == 0
-            if held_out and due and step < train.steps:
-                loss, _ = evaluate(program, state.trained, frozen, held_out)
-                log.write(step, {"eval/loss": loss, "eval/perplexity": np.exp(loss)})
-                display.note(f"step {step}: held-out loss {loss:.4f}")
-            if step == train.steps or (train.save_every and step % train.save_every == 0):
+            if held_out and (step == steps or _due(train.eval_every, step)):
+                found = look(program, state, frozen, held_out, log)
+                counters.choice = counters.choice.seen(found)
+                display.note(f"step {step}: held-out loss {describe_losses(found)}")
+            if _is_over(config, counters, step) or _saves(config, counters, step):
                 _save(around, state)
             if requests.signal is not None:
                 _save(around, state)
                 raise Stopped(requests.signal, step)
+        if step < steps:
+            display.note(f"step {step}: stopped early, {describe_patience(train.patience)}")
     return state
+
+
+def _is_over(config: Config, counters: Progress, step: int) -> bool:
+    return step >= config.train.length or counters.choice.stops(config.train.patience)
+
+
+def _saves(config: Config, counters: Progress, step: int) -> bool:
+    return _due(config.train.save_every, step) or best_step(config, counters) == step
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 class _Around(NamedTuple):
@@ -174,7 +244,13 @@ def _save(around: _Around, state: State) -> None:
         "seed": around.config.train.seed,
         "progress": dataclasses.asdict(around.counters),
     }
-    around.checkpoints.save(state, extra)
+    around.checkpoints.save(state, extra, best_step(around.config, around.counters))
+
+
+def best_step(config: Config, counters: Progress) -> int | None:
+    """Returns the step whose checkpoint stays, however old; None where only the newest do."""
+    best = counters.choice.best
+    return best.step if config.train.keep_best and best is not None else None
 
 
 def _check(

@@ -16,6 +16,7 @@ from qlora_jax.lora import LoraSet
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.examples import Data, held_out, loader, read_data
+from qlora_jax.train.length import describe_warmup
 from qlora_jax.train.mapped import Adapters, Program, build, draw, extract, union
 from qlora_jax.train.setup import load_model, open_model
 from qlora_jax.train.targets import outer_targets
@@ -90,11 +91,13 @@ def train_population(
       UserError: members that differ in more, or settings that a population does not have.
     """
     configs = member_configs(config, members, data_seed)
+    if warning := describe_warmup(config):
+        say(warning)
     checkpoint, text = open_model(config, say)
     _check_targets(configs, checkpoint.config)
     data = read_data(config, text, checkpoint.config.longest_cached)
     model, _ = load_model(config, checkpoint, say)
-    evaluated = held_out(config, data, text.pad_id)
+    evaluated = next(iter(held_out(config, data, text.pad_id).values()), [])
     common, size = union(model, configs), largest or len(configs)
     found: list[MemberResult] = []
     program = None
@@ -131,10 +134,10 @@ def run(
 
     look(0)
     figures = []
-    for step in range(1, train.steps + 1):
+    for step in range(1, train.length + 1):
         trained, moments, found = program.step(trained, moments, *rest, next(batches))
         figures.append(jax.device_get(found))
-        if step == train.steps or (train.eval_every and step % train.eval_every == 0):
+        if step == train.length or (train.eval_every and step % train.eval_every == 0):
             look(step)
         progress(step)
     losses, norms, finite = (
@@ -175,6 +178,10 @@ def member_configs(
         "lora.dropout": config.lora.dropout > 0,
         "model.compute_dtype float16": config.model.compute_dtype == "float16",
         "optimizer.offload host": config.optimizer.offload == "host",
+        "data.eval_source of named sets": isinstance(config.data.eval_source, dict),
+        "train.epochs": config.train.epochs is not None,
+        "train.keep_best": config.train.keep_best,
+        "train.patience": config.train.patience > 0,
     }
     if setting := next((name for name, used in refused.items() if used), None):
         raise UserError(f"{setting}: not for a population; change it, or train runs by themselves")

@@ -21,7 +21,7 @@ from qlora_jax.quant.codebooks import codebook
 from qlora_jax.runtime import manifest, paths
 from qlora_jax.runtime.device import describe_devices
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train import examples, rundir
+from qlora_jax.train import choice, examples, length, resume, rundir
 from qlora_jax.train.assemble import Training, assemble
 from qlora_jax.train.examples import Data
 from qlora_jax.train.identity import check_identity, starts_as_base
@@ -56,16 +56,21 @@ class Opened:
     """What is known before any weight is read.
 
     Attributes:
+      config: the config of the run with its number of steps, also where `train.epochs` was asked
+        for.
       checkpoint: the model, open.
       text: its tokenizer.
       data: the examples.
+      loader: the batches to train on.
       moments: where the optimizer's state lives.
       device: in words.
     """
 
+    config: Config
     checkpoint: Checkpoint
     text: Tokenizer
     data: Data
+    loader: Loader
     moments: Placement
     device: str
 
@@ -96,14 +101,14 @@ class Built:
     Attributes:
       training: the model and the functions of a step.
       loader: the batches to train on.
-      held_out: the batches to evaluate on.
+      held_out: name of a held-out set to the batches to evaluate on.
       facts: about the model.
       changed: a warning where a run to be resumed began with other weights.
     """
 
     training: Training
     loader: Loader
-    held_out: Sequence[Batch]
+    held_out: Mapping[str, Sequence[Batch]]
     facts: Facts
     changed: str | None
 
@@ -120,14 +125,26 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Placement]) -> 
     """
     config, say = asked.config, asked.say
     rundir.check(config, resume=asked.resume, overwrite=asked.overwrite)
+    choice.check(config.train)
+    if asked.resume and config.train.epochs is None:
+        resume.check_steps(Path(config.output), config.train.length)
     choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config, say)
     moments = place(checkpoint.config)
     data = examples.read_data(config, text, checkpoint.config.longest_cached)
+    choice.check_held_out(config.train, bool(data.held_out))
+    loader = examples.loader(config, data, text.pad_id, config.train.seed)
+    counted = length.with_steps(config, loader.steps_of)
+    if asked.resume:
+        resume.check_steps(Path(config.output), counted.train.length)
     device = str(describe_devices())
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(examples.describe_data(data))
-    return Opened(checkpoint, text, data, moments, device)
+    if (epochs := config.train.epochs) is not None:
+        say(f"{epochs:g} epochs: {counted.train.length:,} steps")
+    if warning := length.describe_warmup(counted):
+        say(warning)
+    return Opened(counted, checkpoint, text, data, loader, moments, device)
 
 
 def build(asked: Request, opened: Opened) -> Built:
@@ -137,7 +154,7 @@ def build(asked: Request, opened: Opened) -> Built:
       UserError: the input is at fault.
       RunFailed: fresh adapters change the model's output, or a kernel is wrong on this device.
     """
-    config, data, pad_id = asked.config, opened.data, opened.text.pad_id
+    config, data, pad_id = opened.config, opened.data, opened.text.pad_id
     model, specs = load_model(config, opened.checkpoint, asked.say)
     counts = trees.parameter_counts(model, config.method)
     for line in describe_model(config, model, specs, counts):
@@ -149,7 +166,7 @@ def build(asked: Request, opened: Opened) -> Built:
         check_identity(*parts, config)
     return Built(
         assemble(config, parts, opened.moments),
-        examples.loader(config, data, pad_id, config.train.seed),
+        opened.loader,
         examples.held_out(config, data, pad_id),
         Facts(bool(specs), *counts, base_hash, held_quantization(config, opened.checkpoint)),
         changed,

@@ -1,14 +1,16 @@
 """What a run achieved, for people: the loss curve, report.md, samples.md."""
 
 import dataclasses
+import itertools
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -18,12 +20,16 @@ from rich.text import Text
 
 from qlora_jax.runtime.atomic import atomic_write, write_text
 from qlora_jax.runtime.streams import printable
+from qlora_jax.train.choice import describe_patience
 from qlora_jax.train.display import duration
 from qlora_jax.train.metrics import read_metrics
 
 # Okabe and Ito's blue and vermillion: told apart under every common colour blindness.
 TRAIN_COLOUR = "#0072B2"
 EVAL_COLOUR = "#D55E00"
+# of the same palette: each held-out set's own, the first one's first
+SET_COLOURS = (EVAL_COLOUR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_RING: Mapping[str, Any] = {"markersize": 13, "fillstyle": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,15 @@ class Sample:
     reference: str
     before: str
     after: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetLoss:
+    """A held-out set's loss in nats per target token, before and after, and its target tokens."""
+
+    before: float
+    after: float
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,16 @@ class Summary:
     """Of the pretrained weights (`models.fingerprint`), which stayed the same; empty where they are
     trained."""
     steps: int
+    """Steps done."""
+    planned_steps: int | None = None
+    """Steps that were asked for; more than `steps` where the run stopped early. None in the
+    manifests of earlier versions, as the next one."""
+    exported_step: int | None = None
+    """The step that the adapter, the samples and `eval_after` are of."""
+    keep_best: bool = False
+    """Whether that is the one of the lowest held-out loss; else it is the last one."""
+    patience: int = 0
+    """Evaluations in a row without a lower held-out loss that stop the run; 0 for none."""
     skipped: int
     """Steps left out because a gradient overflowed."""
     wall_s: float
@@ -67,14 +92,61 @@ class Summary:
     peak_device_bytes: int | None = None
     """None where the backend does not tell, as on a CPU."""
     eval_before: float | None
-    """Held-out loss in nats per target token; None without held-out data."""
+    """Held-out loss in nats per target token, of the first set where there are several; None
+    without held-out data."""
     eval_after: float | None
     eval_tokens: int
     """Held-out target tokens."""
+    eval_sets: Mapping[str, SetLoss] = dataclasses.field(default_factory=dict)
+    """Name of each held-out set to its losses; empty where the only one has no name."""
     samples: Sequence[Sample]
     command: str
     """What reproduces the run."""
     run_dir: str
+
+
+def read_summary(results: Mapping[str, Any], run_dir: str) -> Summary | None:
+    """Returns the summary of a finished run, without its samples; None if the values are others.
+
+    Args:
+      results: what its manifest holds.
+      run_dir: where the run is, which may have been moved.
+    """
+    known = {field.name for field in dataclasses.fields(Summary)}
+    values = {**results, "samples": [], "run_dir": run_dir}
+    try:
+        values["eval_sets"] = {k: SetLoss(**x) for k, x in values.get("eval_sets", {}).items()}
+        return Summary(**values) if values.keys() <= known else None
+    except (TypeError, AttributeError):
+        return None
+
+
+def describe_losses(summary: Summary) -> list[str]:
+    """Returns a line for each held-out set, with its loss before and after."""
+    found = {name: (x.before, x.after) for name, x in summary.eval_sets.items()}
+    if not found and summary.eval_before is not None and summary.eval_after is not None:
+        found = {"": (summary.eval_before, summary.eval_after)}
+    return [
+        f"held-out loss{f' of {name}' if name else ''}: {before:.4f} before, {after:.4f} after "
+        f"({_change(before, after)})"
+        for name, (before, after) in found.items()
+    ]
+
+
+def describe_export(summary: Summary) -> str:
+    """Returns which step is exported, and why."""
+    of = f"step {summary.exported_step:,} of {summary.planned_steps:,}"
+    why = "the last one"
+    if summary.keep_best:
+        why = f"the lowest held-out loss, {summary.eval_after:.4f}"
+    return f"{of}, {why}{describe_early(summary)}"
+
+
+def describe_early(summary: Summary) -> str:
+    """Returns, after a semicolon, where and why a run stopped early; nothing if it did not."""
+    if summary.planned_steps is None or summary.steps >= summary.planned_steps:
+        return ""
+    return f"; stopped early at step {summary.steps:,}, {describe_patience(summary.patience)}"
 
 
 def write_report(summary: Summary) -> Path:
@@ -136,23 +208,13 @@ def plot_loss(metrics: Sequence[dict[str, Any]], summary: Summary, path: str | P
         axes.plot(steps, smooth, color=TRAIN_COLOUR, linewidth=2, label=label)
         shown += [*losses]
 
-    steps, losses = _series(metrics, "eval/loss")
-    if len(steps):
-        axes.plot(
-            steps, losses, "o-", color=EVAL_COLOUR, linewidth=1.2, markersize=6, label="held out"
-        )
-        shown += [*losses]
-        for index in {0, len(steps) - 1}:
-            axes.annotate(
-                f"{losses[index]:.2f}",
-                (steps[index], losses[index]),
-                xytext=(7 if index == 0 else 0, 8),
-                textcoords="offset points",
-                ha="left" if index == 0 else "right",
-                color=EVAL_COLOUR,
-                fontweight="bold",
-                path_effects=[withStroke(linewidth=3, foreground="white")],
-            )
+    for (name, label), colour in zip(_held_out(summary).items(), itertools.cycle(SET_COLOURS)):
+        steps, losses = _series(metrics, name)
+        if len(steps):
+            axes.plot(steps, losses, "o-", color=colour, linewidth=1.2, markersize=6, label=label)
+            shown += [*losses]
+            _annotate(axes, steps, losses, colour)
+            _mark_exported(axes, steps, losses, summary, colour)
 
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per target token)")
@@ -168,6 +230,36 @@ def plot_loss(metrics: Sequence[dict[str, Any]], summary: Summary, path: str | P
     axes.set_title(_title(summary), loc="left", fontsize=11, parse_math=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
+
+
+def _held_out(summary: Summary) -> dict[str, str]:
+    """The figures of held-out losses, and what each is called in the picture."""
+    sets = {f"eval/{name}/loss": f"held out: {name}" for name in summary.eval_sets}
+    return sets or {"eval/loss": "held out"}
+
+
+def _annotate(axes: Axes, steps: np.ndarray, losses: np.ndarray, colour: str) -> None:
+    """Writes the first and the last loss beside their points."""
+    for index in {0, len(steps) - 1}:
+        axes.annotate(
+            f"{losses[index]:.2f}",
+            (steps[index], losses[index]),
+            xytext=(7 if index == 0 else 0, 8),
+            textcoords="offset points",
+            ha="left" if index == 0 else "right",
+            color=colour,
+            fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )
+
+
+def _mark_exported(
+    axes: Axes, steps: np.ndarray, losses: np.ndarray, summary: Summary, colour: str
+) -> None:
+    """Draws a ring around the loss of the exported step, where that is not the last one."""
+    if summary.exported_step not in (None, summary.steps):
+        found = losses[steps == summary.exported_step]
+        axes.plot([summary.exported_step] * len(found), found, "o", **_RING, color=colour)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -211,6 +303,8 @@ def _title(summary: Summary) -> str:
 
 def _report(summary: Summary) -> str:
     share = summary.trainable / summary.total
+    known = summary.exported_step is not None
+    exported = [("exported", describe_export(summary))] if known else []
     facts = [
         ("model", _escape(summary.model)),
         ("method", summary.method),
@@ -222,6 +316,7 @@ def _report(summary: Summary) -> str:
         ("trainable", f"{summary.trainable:,} of {summary.total:,} parameters ({share:.3%})"),
         ("device", _escape(summary.device)),
         ("optimizer steps", f"{summary.steps:,}" + _skipped(summary.skipped)),
+        *exported,
         ("tokens trained on", f"{summary.tokens:,}"),
         ("time", f"{duration(summary.wall_s)} ({'h:mm:ss' if summary.wall_s >= 3600 else 'm:ss'})"),
         ("speed", f"{summary.tokens_per_s:,.0f} tokens/s, median over steps"),
@@ -264,15 +359,20 @@ def _losses(summary: Summary) -> str:
     before, after = summary.eval_before, summary.eval_after
     if before is None or after is None:
         return "No examples were held out, so there is no loss before and after.\n"
-    rows = [("loss (nats per token)", before, after, ".4f")]
-    rows.append(("perplexity", _exp(before), _exp(after), ",.2f"))
+    if summary.eval_sets:
+        head = "held out"
+        rows = [
+            (f"{_escape(name)}, {x.tokens:,} target tokens: loss", x.before, x.after, ".4f")
+            for name, x in summary.eval_sets.items()
+        ]
+    else:
+        head = f"held out, {summary.eval_tokens:,} target tokens"
+        rows = [("loss (nats per token)", before, after, ".4f")]
+        rows.append(("perplexity", _exp(before), _exp(after), ",.2f"))
     lines = "".join(
         f"| {name} | {a:{form}} | {b:{form}} | {_change(a, b)} |\n" for name, a, b, form in rows
     )
-    return (
-        f"| held out, {summary.eval_tokens:,} target tokens | before | after | change |\n"
-        f"|---|---:|---:|---:|\n{lines}"
-    )
+    return f"| {head} | before | after | change |\n|---|---:|---:|---:|\n{lines}"
 
 
 def _samples(samples: Sequence[Sample]) -> str:

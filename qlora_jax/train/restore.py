@@ -14,6 +14,7 @@ from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
 from qlora_jax.train.assemble import assemble
 from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.loop import best_step, read_progress
 from qlora_jax.train.setup import load_model, open_model
 from qlora_jax.train.start import resolved
 
@@ -27,7 +28,8 @@ class Restored:
       checkpoint: the pretrained weights, open.
       tokenizer: the tokenizer.
       model: the model.
-      step: the step that the model is of; 0 before training.
+      step: the step that the model is of; 0 before training. With `train.keep_best` that of the
+        lowest held-out loss so far, else the newest.
     """
 
     config: Config
@@ -83,7 +85,8 @@ def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -
         return Restored(config, checkpoint, text, model, 0)
     training = assemble(config, trees.split(model, config.method))
     checkpoints = Checkpoints(folder)
-    state, _ = checkpoints.restore(training.state, say=warn)
+    best = best_step(config, read_progress(checkpoints.extra().get("progress", {})))
+    state, _ = checkpoints.restore(training.state, best, say=warn)
     checkpoints.close()
     return Restored(
         config, checkpoint, text, training._replace(state=state).model(), int(state.step)

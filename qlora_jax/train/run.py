@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.train.finish import finish
+from qlora_jax.train.finish import describe_finished, finish, finished
 from qlora_jax.train.fit import begin, fit
 from qlora_jax.train.offload import ON_DEVICE, Placement
 from qlora_jax.train.prepare import Request, build, open_inputs
@@ -29,7 +29,8 @@ def train(
       config: of the run.
       say: called with lines for the user.
       command: what reproduces the run, for the report and the manifest.
-      resume: go on where the directory's run stopped.
+      resume: go on where the directory's run stopped; with nothing left to do, say so and return
+        the summary that the directory holds, without samples.
       overwrite: delete the run that the directory holds.
       place: where the optimizer's state lives, given the model's shapes; asked before weights are
         read, it may refuse the run.
@@ -40,7 +41,11 @@ def train(
       Stopped: by a signal, with the state saved.
     """
     started = time.perf_counter()
-    asked = Request(resolved(config), say, command, resume, overwrite, started)
+    config = resolved(config)
+    if resume and (summary := finished(config)) is not None:
+        say(describe_finished(config, summary))
+        return summary
+    asked = Request(config, say, command, resume, overwrite, started)
     with contextlib.ExitStack() as held:
         opened = open_inputs(asked, place)
         # what was built gets no name: a resumed run's first state would live as long as it

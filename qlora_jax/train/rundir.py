@@ -1,7 +1,6 @@
 """The run directory: made, claimed for a new run or opened for one that goes on."""
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.atomic import atomic_write, storage_error
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import owner
+from qlora_jax.train import resume as resume_of
 from qlora_jax.train.owner import LOCK, Owner
 
 CONFIG = "config.yaml"
@@ -70,14 +70,7 @@ def _check_contents(config: Config, folder: Path, *, resume: bool, overwrite: bo
         )
     else:
         _check_kinds(folder)
-        stored = configs.load(folder / CONFIG)
-        # The folder is where it is, however it is spelt and wherever it was made.
-        here = dataclasses.replace(config, output=stored.output)
-        if differences := configs.difference(stored, here):
-            raise UserError(
-                f"{folder}: was made with another config, so it cannot be resumed; "
-                f"{'; '.join(differences)}"
-            )
+        resume_of.check(folder, configs.load(folder / CONFIG), config)
 
 
 def _check_kinds(folder: Path) -> None:
@@ -176,6 +169,15 @@ def _begin(config: Config, manifest: Mapping[str, Any], folder: Path) -> None:
     if holds_run(folder):
         _clear(folder)
     write(folder, manifest)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Writes the config of a run into its directory, whole or not at all.
+
+    Raises:
+      UserError: the directory cannot be written to.
+    """
     with atomic_write(folder / CONFIG) as temporary:
         configs.dump(config, temporary)
 
