@@ -141,6 +141,7 @@ def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(
     changed[len(changed) // 2] ^= 1
     data.write_bytes(bytes(changed))
     config = runs.whole / "config.yaml"
+    shutil.rmtree(damaged / "adapter")  # else the run has nothing left to do
     ended = run_cli("train", config, f"--output={damaged}", "--resume")
     assert ended.code == 0, ended.err
     before = STEPS - 4
@@ -153,13 +154,14 @@ def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(
     assert experiment.saved_steps(damaged)[-1] == STEPS
 
 
-def test_resuming_a_finished_run_does_no_step(
+def test_resuming_a_finished_run_says_so(
     runs: Runs, experiment: ModuleType, run_cli: Callable[..., Any]
 ) -> None:
     before = (runs.whole / experiment.ADAPTER).read_bytes(), figures(runs.whole)
     ended = run_cli("train", runs.whole, "--resume", "--json")
     assert ended.code == 0, ended.err
-    assert f"resumed from step {STEPS}" in ended.err
+    assert f"finished at step {STEPS}; give --train.steps=M to go on" in ended.err
+    assert "loading" not in ended.err
     after = (runs.whole / experiment.ADAPTER).read_bytes(), figures(runs.whole)
     assert before == after
     summary = json.loads(ended.out)

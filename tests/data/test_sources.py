@@ -47,9 +47,9 @@ def hub(monkeypatch):
 
 def test_a_file_is_split_by_text(jsonl, data_config):
     split = sources.read(data_config(jsonl(rows(50)), eval_fraction=0.2))
-    assert all(isinstance(r, Prompt) for r in split.train + split.held_out)
-    assert len(split.train) + len(split.held_out) == 50
-    assert 0 < len(split.held_out) < 25
+    assert all(isinstance(r, Prompt) for r in split.train + split.held_out[""])
+    assert len(split.train) + len(split.held_out[""]) == 50
+    assert 0 < len(split.held_out[""]) < 25
     assert split.found.dropped == {}
     assert split.train[0].where.startswith(jsonl(rows(50)))
 
@@ -70,7 +70,7 @@ def test_max_examples_counts_those_that_are_kept(jsonl, data_config):
 def test_eval_source_is_read_whole(jsonl, data_config):
     config = data_config(jsonl(rows(5)), eval_source=jsonl(rows(3), "held.jsonl"))
     split = sources.read(config)
-    assert (len(split.train), len(split.held_out)) == (5, 3)
+    assert (len(split.train), len(split.held_out[""])) == (5, 3)
 
 
 def test_empty_records_are_dropped_and_counted(jsonl, data_config):
@@ -90,22 +90,22 @@ def test_a_text_file_is_one_document_with_a_part_held_out(tmp_path, data_config)
     split = sources.read(data_config(str(path)))
     assert split.train
     assert split.held_out
-    assert set(split.train) | set(split.held_out) == set(whole.train)
+    assert set(split.train) | set(split.held_out[""]) == set(whole.train)
 
 
 def test_python_docs_is_built_in(data_config):
     split = sources.read(data_config("python-docs", max_examples=100))
-    assert all(isinstance(r, Chat) for r in split.train + split.held_out)
-    assert len(split.train) + len(split.held_out) == 100
+    assert all(isinstance(r, Chat) for r in split.train + split.held_out[""])
+    assert len(split.train) + len(split.held_out[""]) == 100
     assert split.held_out
 
 
 def test_hub_splits_and_configuration(hub, data_config):
     calls = hub({"train": rows(4), "test": rows(2)})
     split = sources.read(data_config("org/set", name="main", eval_split="test"))
-    assert (len(split.train), len(split.held_out)) == (4, 2)
+    assert (len(split.train), len(split.held_out[""])) == (4, 2)
     assert calls == [("org/set", "main", "train"), ("org/set", "main", "test")]
-    assert split.held_out[1].where == "org/set test row 2"
+    assert split.held_out[""][1].where == "org/set test row 2"
 
 
 @pytest.mark.parametrize(("eval_source", "name"), [("org/other", None), ("org/set", "main")])

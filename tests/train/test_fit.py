@@ -34,7 +34,7 @@ def test_a_resumed_run_holds_its_state_once(
 
     monkeypatch.setattr(fit, "loop", counted)
     config = write_config(tmp_path, method="full", train__steps=2)
-    for more in ((), ("--resume",)):
+    for more in ((), ("--resume", "--train.steps=3")):
         before = live_bytes()
         ended = run_cli("train", config, *more)
         assert ended.code == 0, ended.err

@@ -14,7 +14,7 @@ from qlora_jax.models.trees import flatten, sha256
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.interrupt import Stopped
-from qlora_jax.train.loop import MOST_SKIPPED, Progress, evaluate, loop
+from qlora_jax.train.loop import MOST_SKIPPED, Progress, evaluate, loop, read_progress
 from qlora_jax.train.metrics import MetricsLog
 from qlora_jax.train.optimizer import schedule
 
@@ -36,15 +36,16 @@ def run(tmp_path, trainer, make_loader, make_batch):
         scale=None,
         at=None,
         program=None,
-        held_out=(),
+        held_out=None,
         rate=None,
+        train=None,
         **trains,
     ):
         t = trainer(**trains)
         config = dataclasses.replace(
             t.config,
             train=dataclasses.replace(
-                t.config.train, steps=steps, save_every=save_every, eval_every=2
+                t.config.train, steps=steps, save_every=save_every, eval_every=2, **(train or {})
             ),
         )
         folder = tmp_path / name
@@ -56,7 +57,7 @@ def run(tmp_path, trainer, make_loader, make_batch):
         if checkpoints.latest() is not None:
             state, extra = checkpoints.restore(state)
             loader.restore(extra["loader"])
-            counters = Progress(**extra["progress"])
+            counters = read_progress(extra["progress"])
         rate = rate or schedule(config.optimizer, steps)
         called = []
 
@@ -73,7 +74,7 @@ def run(tmp_path, trainer, make_loader, make_batch):
                 state,
                 t.frozen,
                 loader,
-                held_out,
+                held_out or {},
                 checkpoints,
                 log,
                 counters,
@@ -107,7 +108,7 @@ def stop(number=signal.SIGTERM):
 
 def test_every_step_is_logged_and_held_out_loss_now_and_then(run, metrics, trainer, make_batch):
     held_out = [{k: x[0] for k, x in make_batch(seed=s).items()} for s in (1, 2)]
-    state, counters = run(held_out=held_out)
+    state, counters = run(held_out={"": held_out})
     assert int(state.step) == 6
     for name in (
         "train/loss",
@@ -121,8 +122,7 @@ def test_every_step_is_logged_and_held_out_loss_now_and_then(run, metrics, train
         assert all(math.isfinite(v) and v >= 0 for v in values.values())
     assert metrics("train/loss")[1] == pytest.approx(math.log(256), rel=0.05)
     loss, perplexity = metrics("eval/loss"), metrics("eval/perplexity")
-    # the last evaluation is the caller's, which reports it
-    assert list(loss) == list(perplexity) == [2, 4]
+    assert list(loss) == list(perplexity) == [2, 4, 6]
     assert perplexity[4] == pytest.approx(math.exp(loss[4]), rel=1e-6)
     assert not metrics("train/loss_scale")
     assert counters.seconds > 0

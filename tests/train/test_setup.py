@@ -140,11 +140,11 @@ def test_examples_questions_and_what_was_left_out(make_config):
     config = make_config(train__samples=2)
     _, text = open_model(config)
     data = read_data(config, text, 512)
-    assert len(data.train) + len(data.held_out) + sum(data.dropped.values()) == 24
-    assert 2 <= len(data.held_out) < 12
+    assert len(data.train) + len(data.held_out[""]) + sum(data.dropped.values()) == 24
+    assert 2 <= len(data.held_out[""]) < 12
     assert data.stats.examples == len(data.train)
     assert [q.prompt.startswith("What does ") for q in data.questions] == [True, True]
-    held_out = [text.decode(e.ids) for e in data.held_out]
+    held_out = [text.decode(e.ids) for e in data.held_out[""]]
     assert all(any(q.prompt in row for row in held_out) for q in data.questions)
     shown = [text.decode(e.ids) for e in data.train]
     assert not any(q.prompt in row for row in shown for q in data.questions)
@@ -165,7 +165,7 @@ def test_a_held_out_part_without_a_target_leaves_the_training(make_config, tmp_p
     config = make_config(data__eval_source=str(path))
     data = read_data(config, open_model(config)[1], 512)
     assert data.train
-    assert data.held_out == []
+    assert data.held_out == {}
     assert data.dropped["no target"] == 1
 
 
@@ -173,7 +173,7 @@ def test_examples_without_a_target_are_counted(make_config):
     # 38 to 44 tokens come before an answer
     config = make_config(data__sequence_length=41)
     data = read_data(config, open_model(config)[1], 512)
-    left = len(data.train) + len(data.held_out)
+    left = len(data.train) + len(data.held_out[""])
     assert 0 < left < 24
     assert data.dropped == {"no target": 24 - left}
     assert data.stats.examples == len(data.train)
