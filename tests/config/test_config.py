@@ -81,6 +81,8 @@ def test_a_number_is_a_float_however_it_is_written(load, text, value):
         ("method: qlorra\n", "method: .*qlora.* not 'qlorra' "),
         ("train: {steps: -1}\n", "train.steps: .* not -1 "),
         ("train: {steps: true}\n", r"train.steps: .*number, not True \(expected: int \| null\)"),
+        ("train: {steps: 3, epochs: 2}\n", "train.steps 3 and train.epochs 2 are both given; kee"),
+        ("train: {epochs: 0}\n", "train.epochs: .*greater than 0"),
         ("train: {seed: false}\n", "train.seed: .*number, not False "),
         ("lora: {alpha: true}\n", "lora.alpha: .*number, not True "),
         ("lora: {dropout: false}\n", "lora.dropout: .*number, not False "),
@@ -97,6 +99,14 @@ def test_a_wrong_key_or_value_is_named(refusal, text, expected):
     ("text", "expected"),
     [
         ("data: d\noutput: o\n", "run.yaml: model is missing"),
+        (
+            "model: m\noutput: o\ndata: {source: d, eval_source: {a/b: x}}\n",
+            "run.yaml: data.eval_source: name of a set should be of letters, digits",
+        ),
+        (
+            "model: m\noutput: o\ndata: {source: d, eval_source: {}}\n",
+            "run.yaml: data.eval_source: input should name at least one set",
+        ),
         ("model: {}\ndata: d\noutput: o\n", "run.yaml: model.path is missing"),
         ("model: a\ndata: d\noutput: 2026-01-01\n", "run.yaml: output: "),
         ("", "run.yaml: a config is a mapping with the keys model, data, output"),
@@ -144,6 +154,9 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"lora.alpha_pattern.layers.0.q": "4"}, "lora.alpha_pattern", {"layers.0.q": 4.0}),
         ({"lora": "{rank: 4}"}, "lora.rank", 4),
         ({"data.eval_source": "null"}, "data.eval_source", None),
+        ({"data.eval_source": "{a: x, b: y}"}, "data.eval_source", {"a": "x", "b": "y"}),
+        ({"data.eval_source.a": "x.jsonl"}, "data.eval_source", {"a": "x.jsonl"}),
+        ({"train.epochs": "2.5"}, "train.epochs", 2.5),
         ({"data.eval_source": ""}, "data.eval_source", None),
         ({"data.source": "null"}, "data.source", "null"),
         ({"data.source": ""}, "data.source", ""),

@@ -152,6 +152,21 @@ def test_epoch_counts_what_has_passed(data_config):
     assert 1 < loader.epoch < 1.5
 
 
+@PACKING
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1.0, 1.1, 2.5, 3.0])
+def test_the_steps_of_epochs_are_those_that_pass_them(data_config, packing, epochs):
+    loader = make_loader(make_examples(37), data_config(sequence_length=T, packing=packing))
+    steps = loader.steps_of(epochs)
+    assert loader.epoch == 0
+    reached = []
+    for _ in range(steps):
+        next(loader)
+        reached.append(loader.epoch)
+    # the first step by which so many have passed, rounding aside
+    assert reached[-1] >= epochs - 1e-6
+    assert steps == 1 or reached[-2] < epochs - 1e-6
+
+
 @given(st.integers(0, 100), st.integers(1, 20))
 def test_rows_are_dealt_evenly_over_the_fewest_steps(n, per_step):
     steps = deal([[i] for i in range(n)], 8, per_step)

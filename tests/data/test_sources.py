@@ -73,6 +73,14 @@ def test_eval_source_is_read_whole(jsonl, data_config):
     assert (len(split.train), len(split.held_out[""])) == (5, 3)
 
 
+def test_each_named_held_out_source_is_read_whole(jsonl, data_config):
+    sets = {"b": jsonl(rows(3), "b.jsonl"), "a": jsonl(rows(2), "a.jsonl")}
+    split = sources.read(data_config(jsonl(rows(5)), eval_source=sets))
+    assert len(split.train) == 5
+    assert [(name, len(found)) for name, found in split.held_out.items()] == [("b", 3), ("a", 2)]
+    assert sources.read(data_config(jsonl(rows(5)), eval_fraction=0)).held_out == {}
+
+
 def test_empty_records_are_dropped_and_counted(jsonl, data_config):
     path = jsonl([{"text": "a"}, {"text": " \n"}, {"text": ""}, {"text": "b"}])
     split = sources.read(data_config(path, eval_fraction=0))

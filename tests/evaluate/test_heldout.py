@@ -1,5 +1,6 @@
 """Held-out loss against one example at a time, in float64 from the logits on."""
 
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax import config as configs
-from qlora_jax.evaluate.heldout import held_out_loss, split_name
+from qlora_jax.evaluate.heldout import held_out_loss, other_data, split_name
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.examples import read_data
 from qlora_jax.train.restore import from_config
@@ -79,6 +80,62 @@ def test_loss_is_the_mean_over_the_targets_of_all_examples(make_restored, packin
 def test_nothing_held_out(make_restored):
     with pytest.raises(UserError, match=r"^data.eval_fraction: no held-out data; give it, or"):
         held_out_loss(make_restored(eval_fraction=0.0))
+
+
+@pytest.fixture
+def more(tmp_path):
+    """A .jsonl file of 3 examples, of which one alone has an answer."""
+    path = tmp_path / "more.jsonl"
+    rows = [{"prompt": "Two?", "completion": "2."}, *[{"prompt": "", "completion": ""}] * 2]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_another_source_is_evaluated_whole(make_restored, chats, more):
+    restored = make_restored(max_examples=9, format="chat")
+    said = []
+    other = other_data(restored.config, {"data.source": str(chats)})
+    (found,) = held_out_loss(restored, other, said.append).values()
+    # every example, though one run holds out a part of 9 and evaluates on 64 rows at most
+    whole = make_restored(eval_source=str(chats))
+    total, count = one_by_one(whole)
+    assert found.tokens == count
+    assert found.loss == pytest.approx(total / count, rel=2e-6)
+    assert found.split == f"all of {chats}"
+    assert not said
+    capped = other_data(restored.config, {"data.source": str(chats), "train.eval_rows": "1"})
+    assert held_out_loss(restored, capped)[""].tokens < count
+    (found,) = held_out_loss(
+        restored, other_data(restored.config, {"data.source": str(more)}), said.append
+    ).values()
+    assert 0 < found.tokens < 9
+    assert said == [f"{more}: 2 left out: empty"]
+
+
+def test_named_sets_are_evaluated_each(make_restored, chats, more):
+    restored = make_restored()
+    sets = f"{{a: {more}, b: {chats}}}"
+    found = held_out_loss(restored, other_data(restored.config, {"data.eval_source": sets}))
+    assert list(found) == ["a", "b"]
+    assert found["b"] == held_out_loss(make_restored(eval_source=str(chats)))[""]
+    assert found["a"].split == f"{more}:train"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"lora.rank": "8"},
+            r"^--lora.rank: a run .* data\.\* and train.eval_rows may",
+        ),
+        ({"data": "x"}, "^--data: a run directory's settings are fixed"),
+        ({"data.source": "x", "data.eval_fraction": "0.1"}, "^--data.source is evaluated whole"),
+        ({"data.packing": "perhaps"}, "data.packing: "),
+    ],
+)
+def test_what_may_be_given_for_an_evaluation(make_restored, overrides, message):
+    with pytest.raises(UserError, match=message):
+        other_data(make_restored().config, overrides)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,26 @@ def test_the_newest_are_kept(tmp_path, saved):
     assert_same(saved.restore(make(0))[0], make(11))
 
 
+def test_one_stays_beside_the_newest_until_another_does(tmp_path, saved):
+    for step in (5, 8, 11):
+        saved.save(make(step), {"step": step}, best=3)
+    assert steps(tmp_path) == saved.steps() == [3, 8, 11]
+    assert_same(saved.restore(make(0), 3)[0], make(3))
+    saved.save(make(14), {"step": 14}, best=11)
+    assert steps(tmp_path) == [11, 14]
+    assert saved.extra() == {"step": 14}
+
+
+def test_one_that_a_kill_left_goes_with_the_next(tmp_path, saved, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "delete", lambda *_: None)
+        for step in (5, 8):
+            saved.save(make(step), {})
+    assert steps(tmp_path) == [3, 5, 8]
+    Checkpoints(tmp_path, 2).save(make(11), {})
+    assert steps(tmp_path) == [8, 11]
+
+
 def test_saving_the_same_step_again_keeps_the_first(saved):
     saved.save(make(3, seed=9), {})
     assert_same(saved.restore(make(0))[0], make(3))

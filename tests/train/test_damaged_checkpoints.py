@@ -128,6 +128,15 @@ def test_with_no_whole_checkpoint_nothing_is_changed(run: Path) -> None:
     assert sorted(run.rglob("*")) == before
 
 
+def test_the_one_of_the_lowest_loss_is_taken_or_none(run: Path) -> None:
+    for path in files(run, 3):
+        path.write_bytes(b"")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"/3: damaged: .*lowest held-out loss.*keep_best=false"):
+        Checkpoints(run, 2).restore(make(0), 3, say=said.append)
+    assert not said
+
+
 def test_who_reads_takes_the_older_one_and_renames_nothing(run: Path) -> None:
     for path in files(run, 5):
         path.write_bytes(b"")

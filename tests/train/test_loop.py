@@ -45,7 +45,10 @@ def run(tmp_path, trainer, make_loader, make_batch):
         config = dataclasses.replace(
             t.config,
             train=dataclasses.replace(
-                t.config.train, steps=steps, save_every=save_every, eval_every=2, **(train or {})
+                t.config.train,
+                steps=steps,
+                save_every=save_every,
+                **({"eval_every": 2} | (train or {})),
             ),
         )
         folder = tmp_path / name
@@ -268,3 +271,106 @@ def test_an_overflow_at_scale_one_stops_the_run(run):
 
     with pytest.raises(RunFailed, match=r"^step 3: .*: not a finite number"):
         run(program=breaks, scale=4, **HALF)
+
+
+@pytest.fixture
+def judged(run):
+    """Runs the loop on held-out losses that are given by step, evaluating after every step."""
+
+    def judge(losses, name="run", train=None, **more):
+        def program(t):
+            done = []
+
+            def update(state, grads, finite):
+                done.append(int(state.step) + 1)
+                return t.program.update(state, grads, finite)
+
+            def evaluate(trained, frozen, batch):
+                return losses[done[-1]], 1
+
+            return dataclasses.replace(t.program, update=update, evaluate=evaluate)
+
+        every = {"eval_every": 1, **(train or {})}
+        return run(name, program=program, held_out={"": [{}]}, train=every, **more)
+
+    return judge
+
+
+def kept(folder):
+    return Checkpoints(folder).steps()
+
+
+FALLING_THEN_RISING = [None, 3.0, 2.0, 1.0, 1.5, 1.0, 4.0, 0.5, 0.4]
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(judged, tmp_path, like):
+    _, counters = judged(FALLING_THEN_RISING, save_every=1, train={"keep_best": True})
+    assert kept(tmp_path / "run") == [3, 5, 6]
+    assert (counters.choice.best.step, counters.choice.best.loss) == (3, 1.0)
+    best, _ = Checkpoints(tmp_path / "run").restore(like(), 3)
+    assert int(best.step) == 3
+    judged(FALLING_THEN_RISING, "last", save_every=1)
+    assert kept(tmp_path / "last") == [5, 6]
+
+
+def test_a_better_step_is_saved_whether_its_turn_has_come_or_not(judged, tmp_path):
+    judged(FALLING_THEN_RISING, save_every=0, train={"keep_best": True})
+    # 1 and 2 were the best, and the newest, in their time
+    assert kept(tmp_path / "run") == [3, 6]
+
+
+@pytest.mark.parametrize(("patience", "end"), [(1, 4), (2, 5), (3, 6), (4, 8), (0, 8)])
+def test_training_stops_after_its_patience(judged, tmp_path, metrics, patience, end):
+    state, _ = judged(FALLING_THEN_RISING, steps=8, save_every=0, train={"patience": patience})
+    assert int(state.step) == end
+    assert kept(tmp_path / "run") == [end]
+    assert list(metrics("eval/loss")) == list(range(1, end + 1))
+    # resumed, it is over
+    again, _ = judged(FALLING_THEN_RISING, steps=8, train={"patience": patience})
+    assert int(again.step) == end
+    # and more patience takes it on
+    longer, _ = judged(FALLING_THEN_RISING, steps=8, train={"patience": 0})
+    assert int(longer.step) == 8
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3, 4, 5])
+def test_patience_and_the_best_step_go_on_after_a_stop(judged, tmp_path, stopped):
+    settings = {"steps": 8, "save_every": 0, "train": {"patience": 3, "keep_best": True}}
+    whole, counters = judged(FALLING_THEN_RISING, "whole", **settings)
+    with pytest.raises(Stopped):
+        judged(FALLING_THEN_RISING, "parts", at=(stopped, stop()), **settings)
+    parts, resumed = judged(FALLING_THEN_RISING, "parts", **settings)
+    assert int(parts.step) == int(whole.step) == 6
+    assert sha256(parts) == sha256(whole)
+    assert resumed.choice == counters.choice
+    assert kept(tmp_path / "parts")[0] == kept(tmp_path / "whole")[0] == 3
+
+
+def test_three_steps_and_on_to_six_are_six_to_the_bit(run):
+    whole, _ = run("whole", steps=6)
+    run("parts", steps=3)
+    parts, _ = run("parts", steps=6)
+    assert sha256(parts) == sha256(whole)
+
+
+def test_each_held_out_set_is_logged_and_the_first_decides(run, metrics, make_batch):
+    first, second = ([{k: x[0] for k, x in make_batch(seed=s).items()}] for s in (1, 2))
+    _, counters = run("two", steps=2, held_out={"code": first, "prose": second})
+    _, alone = run("one", steps=2, held_out={"": first})
+    assert metrics("eval/loss", "two") == metrics("eval/loss", "one")
+    assert metrics("eval/code/loss", "two") == metrics("eval/loss", "one")
+    assert metrics("eval/prose/loss", "two") != metrics("eval/loss", "one")
+    assert counters.choice.last.loss == alone.choice.last.loss
+    assert list(counters.choice.last.sets) == ["code", "prose"]
+    assert alone.choice.last.sets == {}
+    assert not metrics("eval//loss", "one")
+
+
+def test_counters_of_earlier_versions_are_read():
+    old = {"tokens": 3, "seconds": 1.5, "eval_before": 2.5, "answers_before": ["a"]}
+    found = read_progress(old)
+    assert (found.tokens, found.before.loss, found.before.sets) == (3, 2.5, {})
+    assert found.choice.best is None
+    assert read_progress(old | {"eval_before": None}).before is None
+    again = read_progress(json.loads(json.dumps(dataclasses.asdict(found))))
+    assert again == found

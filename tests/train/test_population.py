@@ -196,6 +196,10 @@ def test_padding_stays_zero_and_the_base_is_one(made: Made, make_batch: Callable
         ({"lora__dropout": 0.1}, [{}], "lora.dropout: not for a population"),
         ({"method": "full"}, [{}], "method full: not for a population"),
         ({"model__compute_dtype": "float16"}, [{}], "model.compute_dtype float16: not for"),
+        ({"data__eval_source": {"a": "b"}}, [{}], "data.eval_source of named sets: not for"),
+        ({"train__steps": None, "train__epochs": 2}, [{}], "train.epochs: not for a population"),
+        ({"train__keep_best": True}, [{}], "train.keep_best: not for a population"),
+        ({"train__patience": 1}, [{}], "train.patience: not for a population"),
         ({"data__packing": False}, [{}, {"train.seed": "1"}], "data.packing false gives members"),
     ],
 )

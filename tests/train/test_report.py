@@ -14,8 +14,10 @@ from rich.console import Console
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.report import (
     EVAL_COLOUR,
+    SET_COLOURS,
     TRAIN_COLOUR,
     Sample,
+    SetLoss,
     Summary,
     plot_loss,
     print_samples,
@@ -89,6 +91,39 @@ def test_the_report_says_what_ran_and_what_it_achieved(summary, tmp_path):
     assert {"loss_curve.png", "manifest.json"} <= set(re.findall(r"\]\(([^)]+)\)", text))
     written = {"metrics.jsonl", "report.md", "samples.md", "loss_curve.png"}
     assert set(os.listdir(tmp_path)) == written
+
+
+def test_the_exported_step_is_named_with_its_reason(summary):
+    last = dataclasses.replace(summary, planned_steps=50, exported_step=50)
+    assert cells(write_report(last).read_text())["exported"] == ["step 50 of 50, the last one"]
+    best = dataclasses.replace(
+        last, planned_steps=90, exported_step=30, keep_best=True, patience=2, eval_after=1.25
+    )
+    assert cells(write_report(best).read_text())["exported"] == [
+        "step 30 of 90, the lowest held-out loss, 1.2500; stopped early at step 50, no lower "
+        "held-out loss in 2 evaluations in a row (train.patience)"
+    ]
+    # a manifest of an earlier version does not say it
+    assert "exported" not in cells(write_report(summary).read_text())
+
+
+def test_each_held_out_set_has_its_row_and_its_line(summary, tmp_path):
+    rows = [
+        {"step": s, "eval/loss": 3.0, "eval/code/loss": 3.0 - s / 50, "eval/my_prose/loss": 2.9}
+        for s in (0, 25, 50)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sets = {
+        "code": SetLoss(before=3.0, after=2.0, tokens=1234),
+        "my_prose": SetLoss(before=2.9, after=2.9, tokens=5),
+    }
+    table = cells(write_report(dataclasses.replace(summary, eval_sets=sets)).read_text())
+    assert table["code, 1,234 target tokens: loss"] == ["3.0000", "2.0000", "-33.3%"]
+    assert table["my\\_prose, 5 target tokens: loss"] == ["2.9000", "2.9000", "+0.0%"]
+    assert "perplexity" not in table
+    image = matplotlib.image.imread(tmp_path / "loss_curve.png")
+    for colour in SET_COLOURS[:2]:
+        assert np.ptp(columns(image, colour)) > 0.7 * image.shape[1]
 
 
 def test_what_there_is_none_of_is_not_made_up(summary):
