@@ -72,14 +72,44 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
         help="a folder in PEFT's format or a run directory; may be repeated",
     )
     parser.add_argument(
-        "--bits", type=int, choices=(4, 16), default=4, help="of the base's linears; 4: NF4"
+        "--bits",
+        type=int,
+        choices=(4, 16),
+        help="of a model's linears; default 4: NF4. A run directory has its own",
     )
     parser.add_argument(
         "--dtype",
         choices=get_args(configs.FloatType),
-        default="bfloat16",
-        help="of computation; default bfloat16",
+        help="of a model's computation; default bfloat16. A run directory has its own",
     )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, most: int) -> None:
+    """The system turn, and how and how far an answer is drawn.
+
+    Args:
+      parser: gets the options.
+      most: default of `--max-new-tokens`.
+    """
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help='system turn; default: the run\'s data.system_prompt; "" for none',
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=count,
+        default=most,
+        metavar="N",
+        help=f"tokens of an answer; default {most}",
+    )
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, metavar="T", help="0, the default: greedy"
+    )
+    parser.add_argument(
+        "--top-p", type=share, default=1.0, metavar="P", help="sample from this share; default 1"
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sampling")
 
 
 def config_of(path: str, settings: Sequence[str]) -> configs.Config:

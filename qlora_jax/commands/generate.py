@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING
 
 from qlora_jax.commands.common import (
     add_adapter_options,
+    add_sampling_options,
     by_name,
-    count,
     say,
-    seed,
-    share,
     show,
     start_jax,
-    temperature,
 )
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.train import rundir
 
 if TYPE_CHECKING:
     from qlora_jax.config import Config
@@ -27,7 +23,7 @@ if TYPE_CHECKING:
     from qlora_jax.serve.base import Base
     from qlora_jax.text.tokenizer import Tokenizer
 
-TEXT = "Answer prompts with a run's model, or with several adapters side by side."
+TEXT = "Answer prompts with a run's model, a plain model, or several adapters side by side."
 
 EPILOG = """With --adapter every prompt is answered under each adapter, and with --base by the base
 too, all in one batch; a run's own adapter takes no part unless it is named. Adapters of embedding
@@ -40,18 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         metavar="MODEL_OR_RUN",
-        help="a run directory; with --adapter what model.path takes, too",
+        help="a run directory, or what model.path takes",
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     parser.add_argument("--base", action="store_true", help="without the adapter")
-    parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
-    parser.add_argument(
-        "--temperature", type=temperature, default=0.0, metavar="T", help="0, the default: greedy"
-    )
-    parser.add_argument(
-        "--top-p", type=share, default=1.0, metavar="P", help="sample from this share; default 1"
-    )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sampling")
+    add_sampling_options(parser, most=128)
     add_adapter_options(parser)
 
 
@@ -62,12 +51,13 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if options.adapter:
         _compare(options, by_name(options.adapter))
         return
-    rundir.open_run(options.path)
     start_jax()
-    from qlora_jax.train.restore import restore
+    from qlora_jax.serve.base import open_trained
 
-    restored = restore(options.path, base=options.base, warn=say)
-    answers = _answers(options, restored.model, restored.tokenizer, restored.config)
+    own = open_trained(
+        options.path, base=options.base, bits=options.bits, dtype=options.dtype, warn=say
+    )
+    answers = _answers(options, own.model, own.tokenizer, own.config)
     if options.json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(options.prompt, answers)]))
         return
@@ -162,9 +152,9 @@ def _answers(
     from qlora_jax.data.prompts import ask
     from qlora_jax.models.generate import generate
 
+    system = config.data.system_prompt if options.system is None else options.system
     questions = [
-        ask(p, text, system_prompt=config.data.system_prompt, template=config.data.template)
-        for p in options.prompt
+        ask(p, text, system_prompt=system, template=config.data.template) for p in options.prompt
     ]
     rows = generate(
         model,

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
+from qlora_jax.formats import huggingface
 from qlora_jax.formats.peft import AdapterSet, read_adapter
 from qlora_jax.formats.peft.plain import IN_RUN, check_shared, plain
+from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.weights import LoraSet
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder import Decoder, detach
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.loading import regular_folder
@@ -54,38 +56,116 @@ def own_adapter(path: str) -> dict[str, str]:
 def open_base(
     path: str,
     *,
-    bits: int,
-    dtype: FloatType,
+    bits: int | None,
+    dtype: FloatType | None,
     warn: Callable[[str], None],
     adapter: Path | None = None,
 ) -> Base:
-    """Loads a model.
+    """Loads a model without adapters, or with those of one folder.
+
+    A run that trained every weight is loaded with what it trained.
 
     Args:
       path: a run directory, whose own settings hold; or a folder, a .gguf file, a built-in or a
         hub id.
-      bits: 4 holds the linears in NF4, 16 as they are; not for a run.
-      dtype: of computation; not for a run.
+      bits: 4, which None stands for, holds the linears in NF4, 16 as they are; None for a run.
+      dtype: of computation; None is bfloat16, and the run's own for a run.
       warn: called with lines for the user.
       adapter: a folder in PEFT's format whose adapters the model gets, of any kind; not for a run.
 
     Raises:
-      UserError: it cannot be loaded.
+      UserError: it cannot be loaded, or bits or dtype are given for a run.
     """
     if is_run(path):
+        _check_left_to_run(path, bits, dtype)
         config = rundir.open_run(path)
-        restored = restore(path, base=config.method != "full", warn=warn)
-        return Base(config.model.path, restored.model, restored.tokenizer, config)
-    config = Config(
+        if config.method == "full":
+            restored = restore(path, base=False, warn=warn)
+        else:
+            restored = from_config(_unsplit(path, config, warn), warn)
+    else:
+        _check_model(path)
+        config = _config_of_model(path, bits, dtype, adapter)
+        restored = from_config(config, warn)
+    if adapter is None and config.method != "full":
+        detach(restored.model)
+    return Base(config.model.path, restored.model, restored.tokenizer, config)
+
+
+def open_trained(
+    path: str,
+    *,
+    base: bool,
+    bits: int | None,
+    dtype: FloatType | None,
+    warn: Callable[[str], None],
+) -> Base:
+    """Loads a run's model with what the run trained; or a model that is no run, as `open_base`.
+
+    Args:
+      path: as for `open_base`.
+      base: leave what a run trained as it was before the first step.
+      bits: as for `open_base`.
+      dtype: as for `open_base`.
+      warn: called with lines for the user.
+
+    Raises:
+      UserError: as `open_base`; the run has no checkpoint.
+    """
+    if not is_run(path):
+        return open_base(path, bits=bits, dtype=dtype, warn=warn)
+    _check_left_to_run(path, bits, dtype)
+    restored = restore(path, base=base, warn=warn)
+    return Base(restored.config.model.path, restored.model, restored.tokenizer, restored.config)
+
+
+def _check_left_to_run(path: str, bits: int | None, dtype: FloatType | None) -> None:
+    for option, value in (("--bits", bits), ("--dtype", dtype)):
+        if value is not None:
+            raise UserError(
+                f"{option} {value}: {path} is a run directory and has its own settings; leave "
+                f"{option} out, or give the model itself"
+            )
+
+
+def _check_model(path: str) -> None:
+    """Raises UserError for a folder that is neither a run directory nor a model."""
+    folder = Path(path).expanduser()
+    if paths.is_dir(folder) and not paths.exists(folder / huggingface.CONFIG):
+        raise UserError(
+            f"{path}: not a run directory (no {rundir.CONFIG} in it) and not a model (no "
+            f"{huggingface.CONFIG}); give a folder that is one of them, or a .gguf file"
+        )
+
+
+def _config_of_model(
+    path: str, bits: int | None, dtype: FloatType | None, adapter: Path | None
+) -> Config:
+    dtype = dtype or "bfloat16"
+    return Config(
         model=ModelConfig(path=path, compute_dtype=dtype, storage_dtype=dtype),
-        method="qlora" if bits == 4 else "lora",
-        # without an adapter's folder a bank takes their place
+        method="lora" if bits == 16 else "qlora",
         lora=LoraConfig(rank=1) if adapter is None else LoraConfig(from_adapter=str(adapter)),
         data=DataConfig(source="", sequence_length=1),
         output="",
     )
-    restored = from_config(config, warn)
-    return Base(path, restored.model, restored.tokenizer, config)
+
+
+def _unsplit(path: str, config: Config, warn: Callable[[str], None]) -> Config:
+    """The run's config with whole weights: pissa and loftq leave the base without a part of them.
+
+    The run's adapter is for whole weights. Rounded to 4 bits they are not the sum that was trained.
+    """
+    if config.lora.init not in STARTS:
+        return config
+    if config.method == "qlora":
+        warn(
+            f"warning: {path}: its adapter is held over the model in 4 bits, and it was trained "
+            f"over what lora.init {config.lora.init} left of it, so its answers differ a little "
+            "from the run's own; merge it for these"
+        )
+    lora = dataclasses.replace(config.lora, init=LoraConfig().init)
+    return dataclasses.replace(config, lora=lora)
 
 
 class Named(NamedTuple):

@@ -52,6 +52,29 @@ def test_generate_answers_under_each_adapter(run, adapters, run_cli, tiny_model)
     assert by_model.out == expected
 
 
+def test_a_plain_model_needs_no_adapter(run, adapters, run_cli, tiny_model):
+    asked = ["--prompt", PROMPT, "--max-new-tokens", "12", "--json", "--system", "Be brief."]
+    plain = run_cli("generate", tiny_model, *asked, "--dtype", "float32", "--bits", "16")
+    assert plain.code == 0, plain.err
+    given = ["--adapter", f"one={adapters['one']}", "--base", "--dtype", "float32", "--bits", "16"]
+    rows = json.loads(run_cli("generate", tiny_model, *asked, *given).out)
+    (answer,) = json.loads(plain.out)
+    assert answer == {"prompt": PROMPT, "answer": rows[1]["answer"]}
+    unlike = run_cli("generate", tiny_model, *asked[:-2], "--dtype", "float32", "--bits", "16")
+    assert json.loads(unlike.out)[0]["answer"] != answer["answer"]
+
+
+def test_how_a_run_is_held_is_the_runs_own(run, run_cli):
+    for command in ("generate", "serve", "chat"):
+        prompt = ["--prompt", "a"] if command == "generate" else []
+        ended = run_cli(command, run, *prompt, "--dtype", "float16")
+        assert ended.code == 2
+        assert ended.message == (
+            f"qlora-jax: --dtype float16: {run} is a run directory and has its own settings; leave "
+            "--dtype out, or give the model itself"
+        )
+
+
 @pytest.mark.parametrize("kind", ["peft_dora", "peft_saved"])
 def test_one_adapter_alone_may_be_of_any_kind(run_cli, adapters, tiny_model, kind):
     other = LLAMA / kind
