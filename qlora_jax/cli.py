@@ -14,6 +14,7 @@ from typing import NoReturn
 from qlora_jax import config as configs
 from qlora_jax.commands import (
     bench,
+    chat,
     combine,
     evaluate,
     export,
@@ -38,6 +39,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "plan": plan,
     "evaluate": evaluate,
     "generate": generate,
+    "chat": chat,
     "serve": serve,
     "merge": merge,
     "export": export,

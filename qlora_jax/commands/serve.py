@@ -182,12 +182,10 @@ def _service(
 ) -> "Service":
     """The model with its adapters, ready to answer: everything is compiled but longer prompts."""
     from qlora_jax.lora.weights import largest_rank
-    from qlora_jax.models.adapters import attach_bank
     from qlora_jax.models.generate import cached_positions
     from qlora_jax.serve.app import Service
     from qlora_jax.serve.base import open_base, own_adapter, read_named
-    from qlora_jax.serve.engine import Engine
-    from qlora_jax.serve.scheduler import Scheduler
+    from qlora_jax.serve.rows import open_rows
     from qlora_jax.serve.worker import Worker
 
     given = read_named(own_adapter(options.path) | folders)
@@ -200,27 +198,20 @@ def _service(
         )
     adapters = {named.name: named.in_bank_of(base.model) for named in given}
     slots = max(4, len(given)) if options.max_adapters is None else options.max_adapters
-    most = options.max_rank or max(16, *map(largest_rank, adapters.values()), 1)
-    dtype = base.config.model.compute_dtype
-    attach_bank(base.model, slots=slots, rank=most, dtype=dtype)
-    text = base.tokenizer
-    engine = Engine(
-        base.model,
+    engine, scheduler = open_rows(
+        base,
+        adapters,
+        name=options.name or base.name,
         rows=options.slots,
         length=length,
-        stop_ids=text.stop_ids,
-        pad_id=text.pad_id,
-        dtype=dtype,
+        slots=slots,
+        rank=options.max_rank or max(16, *map(largest_rank, adapters.values()), 1),
+        waiting=options.queue,
     )
-    scheduler = Scheduler(
-        engine, text.decode, base=options.name or base.name, slots=slots, waiting=options.queue
-    )
-    for name, own in adapters.items():
-        scheduler.load(name, own)
     engine.warm_up()
     return Service(
         worker=Worker(scheduler),
-        tokenizer=text,
+        tokenizer=base.tokenizer,
         model=base.model,
         vocabulary=config.vocab_size,
         length=length,

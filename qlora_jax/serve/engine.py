@@ -58,6 +58,8 @@ class Engine:
       stop_ids: tokens that end a row.
       pad_id: fills what is never seen.
       dtype: of computation and cache.
+      smallest: fewest positions of the cache, unless `length` is less; more of them make each token
+        slower, and fewer sizes to compile for.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Engine:
         stop_ids: Collection[int],
         pad_id: int,
         dtype: jax.typing.DTypeLike,
+        smallest: int = SMALLEST,
     ):
+        self._smallest = smallest
         self.rows, self.length = rows, length
         self.stop_ids = frozenset(stop_ids)
         self.vocabulary = model.config.vocab_size
@@ -81,7 +85,7 @@ class Engine:
         self._ends = np.zeros(rows, np.int64)  # positions of each row that may be written
         zeros = jnp.zeros(rows, jnp.int32)
         self._state = State(
-            empty_cache(model.config, rows, min(SMALLEST, length), dtype),
+            empty_cache(model.config, rows, min(smallest, length), dtype),
             Rows(zeros, zeros, jnp.ones(rows, bool)),
             Sampling(jnp.zeros(rows), jnp.ones(rows), jax.random.split(jax.random.key(0), rows)),
         )
@@ -160,7 +164,8 @@ class Engine:
         """Gives the cache `least` positions, and those that open rows need."""
         config, cache = self._model.config, self._state.cache
         needed = max(least, *np.where(self._open, self._ends, 0).tolist())
-        size, now = min(padded_size(needed), self.length), cache.k.shape[2]
+        size = min(padded_size(needed, self._smallest), self.length)
+        now = cache.k.shape[2]
         if not self._open.any() and size < now:
             cache = empty_cache(config, self.rows, size, self._dtype)
         elif size > now:

@@ -14,7 +14,7 @@ from qlora_jax.serve.answer import Answer
 from qlora_jax.serve.engine import Settings
 
 BURST = 8
-"""Tokens that rows decode between two looks at who is waiting."""
+"""Tokens that rows of a server decode between two looks at who is waiting."""
 
 Reason = Literal["unknown model", "busy", "too long", "timeout", "stopping", "failed"]
 
@@ -99,6 +99,7 @@ class Scheduler:
       base: the name of the model without an adapter.
       slots: how many adapters the engine's banks hold.
       waiting: most jobs that wait for a row.
+      burst: tokens that rows decode between two looks at who waits.
       clock: seconds.
     """
 
@@ -110,10 +111,11 @@ class Scheduler:
         base: str,
         slots: int,
         waiting: int,
+        burst: int = BURST,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._engine, self._decode, self._base, self._clock = engine, decode, base, clock
-        self._slots, self._room = slots, waiting
+        self._slots, self._room, self._burst = slots, waiting, burst
         self._names: dict[str, int] = {}
         self._users: Counter[int] = Counter()
         self._queue: deque[_Active] = deque()
@@ -215,7 +217,7 @@ class Scheduler:
         if not self._running:
             return
         left = max(active.job.max_tokens - active.drawn for active in self._running.values())
-        drawn = self._engine.advance(min(BURST, left))
+        drawn = self._engine.advance(min(self._burst, left))
         for row, active in list(self._running.items()):
             self._take(active, drawn[row].tolist())
 
