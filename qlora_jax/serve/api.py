@@ -4,11 +4,11 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
@@ -26,6 +26,34 @@ IGNORED = (
     "user",
 )
 """Fields that do not change an answer of this server."""
+
+
+_NO_TOOLS = "no tools are called here; leave it out"
+_ONE_ANSWER = "a request has one answer here; leave it out, and send several requests"
+_NO_FIGURES = "no probabilities are returned here; leave it out"
+_NO_CHANGES = "probabilities are drawn from as they are, by temperature and top_p; leave it out"
+UNSUPPORTED: Mapping[str, str] = {
+    "tools": _NO_TOOLS,
+    "tool_choice": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "tool_calls": "turns hold text alone here; write the call into content",
+    "tool_call_id": "turns hold text alone here; write the tool's result into a user's content",
+    "role": "a turn is of system, developer, user or assistant; give one of these",
+    "response_format": 'answers are text here; leave it out, or give {"type": "text"}',
+    "n": _ONE_ANSWER,
+    "best_of": _ONE_ANSWER,
+    "logprobs": _NO_FIGURES,
+    "top_logprobs": _NO_FIGURES,
+    "logit_bias": _NO_CHANGES,
+    "frequency_penalty": _NO_CHANGES,
+    "presence_penalty": _NO_CHANGES,
+    "echo": "answers come without their prompt here; leave it out",
+    "suffix": "answers continue the prompt and meet no suffix here; leave it out",
+    "audio": "answers are text here; leave it out",
+    "modalities": "answers are text here; leave it out",
+}
+"""Fields whose values mostly cannot be used, to why and what to do."""
 
 
 class Problem(Exception):
@@ -104,6 +132,12 @@ def _text_content(value: Any) -> Any:
     if len(texts) < len(value):
         raise PydanticCustomError("content", "Input should be text, or parts of type text")
     return "".join(texts)
+
+
+def _without_null(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("path", "Input should hold no null character")
+    return value
 
 
 class _Strict(BaseModel):
@@ -189,7 +223,7 @@ class LoadAdapter(_Strict):
     """POST /v1/load_lora_adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)
-    lora_path: str = Field(min_length=1, pattern=r"^[^\x00]*$")
+    lora_path: Annotated[str, Field(min_length=1), AfterValidator(_without_null)]
 
 
 class UnloadAdapter(_Strict):
@@ -218,18 +252,34 @@ def parse(kind: type[R], body: bytes | bytearray) -> R:
             if SURROGATE.search(body):
                 json.dumps(tree, ensure_ascii=False).encode()  # refuses half a pair
     except (ValueError, RecursionError) as e:
-        raise Problem(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {e}") from None
+        raise Problem(
+            HTTPStatus.BAD_REQUEST, f"the body is not valid JSON ({e}); send one JSON object"
+        ) from None
     if not isinstance(tree, dict):
-        raise Problem(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
+        raise Problem(HTTPStatus.BAD_REQUEST, "the body is not a JSON object; send one")
     try:
         return kind.model_validate(tree)
     except ValidationError as e:
-        first = e.errors(include_url=False, include_context=False, include_input=False)[0]
+        errors = e.errors(include_url=False, include_context=False, include_input=False)
+        # a field that is not known may be why another is missing
+        first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
         where = ".".join(map(str, first["loc"]))
-        message = f"{where}: {first['msg']}"
-        if first["type"] == "extra_forbidden":
-            message = f"{where}: not supported here"
+        message = _sentence(where, first["loc"], first["type"], first["msg"])
         raise Problem(HTTPStatus.BAD_REQUEST, message, param=where) from None
+
+
+def _sentence(where: str, place: Sequence[int | str], kind: str, said: str) -> str:
+    """What is wrong with a field and what to do, from an error of pydantic."""
+    if kind == "missing":
+        return f"{where} is missing; give it"
+    name = next((name for name in reversed(place) if isinstance(name, str)), "")
+    whole = next((name for name in reversed(place) if name in UNSUPPORTED), None)
+    if whole is not None:
+        return f"{where} cannot be used: {UNSUPPORTED[str(whole)]}"
+    if kind == "extra_forbidden":
+        return f"{where} is not supported here; leave it out"
+    rule = re.sub(r"^\w+ should\b", "must", said).replace(" after validation", "")
+    return f"{where} {rule}; correct {name or 'it'}"
 
 
 def _present(value: Any) -> Any:

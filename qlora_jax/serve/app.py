@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -38,6 +38,14 @@ LEAST_BODY, TOKEN_BODY, MOST_BODY = 1 << 18, 64, 4 << 20
 """Bytes of a request: allowed by every model, by a model per token of its length, and by none."""
 LARGE_BODY = 1 << 16
 """Bytes of a request from which on parsing it may take longer than others should wait."""
+ENDPOINTS = (
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    HEALTH,
+)
 BODY_SECONDS = 30
 """In which a request's body must have arrived."""
 
@@ -128,7 +136,9 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
     async def health(request: Request) -> Response:
         if service.worker.alive:
             return JSONResponse({"status": "ok"})
-        raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "the server has stopped answering")
+        raise Problem(
+            HTTPStatus.SERVICE_UNAVAILABLE, "the server has stopped answering; start it again"
+        )
 
     app = Starlette(
         routes=[
@@ -157,10 +167,10 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    return _as_problem(error).response()
+    return _as_problem(error, request).response()
 
 
-def _as_problem(error: Exception) -> Problem:
+def _as_problem(error: Exception, request: Request | None = None) -> Problem:
     match error:
         case Problem():
             return error
@@ -168,11 +178,27 @@ def _as_problem(error: Exception) -> Problem:
             status, param, code = api.REFUSALS[error.reason]
             return Problem(status, str(error), param=param, code=code)
         case HTTPException():
-            return Problem(HTTPStatus(error.status_code), str(error.detail))
+            status, told = HTTPStatus(error.status_code), str(error.detail)
+            if request is not None:
+                told = _no_endpoint(status, request, error.headers or {}) or told
+            return Problem(status, told, headers=error.headers)
         case UserError() | ClientDisconnect():
             return Problem(HTTPStatus.BAD_REQUEST, str(error) or "the client hung up")
         case _:
-            return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
+            return Problem(
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                "the server failed at this request; its log says why",
+            )
+
+
+def _no_endpoint(status: HTTPStatus, request: Request, headers: Mapping[str, str]) -> str | None:
+    """What is said where no endpoint takes a request; None for other errors."""
+    if status == HTTPStatus.NOT_FOUND:
+        return f"there is no endpoint {request.url.path!r:.200}; there are: {', '.join(ENDPOINTS)}"
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = headers.get("Allow", "another method")
+        return f"{request.url.path} does not take {request.method}; use {allowed}"
+    return None
 
 
 def _check_loading(service: Service) -> None:
@@ -193,7 +219,8 @@ async def _parsed(service: Service, request: Request, kind: type[api.R]) -> api.
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise Problem(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the content-type must be application/json"
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "the content-type is not application/json; send JSON under this type",
         )
     body = bytearray()
     try:
@@ -203,11 +230,12 @@ async def _parsed(service: Service, request: Request, kind: type[api.R]) -> api.
                 if len(body) > service.most_body:
                     raise Problem(
                         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                        f"the body is larger than {service.most_body} bytes",
+                        f"the body is larger than {service.most_body} bytes; shorten it",
                     )
     except TimeoutError:
         raise Problem(
-            HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive within {BODY_SECONDS} s"
+            HTTPStatus.REQUEST_TIMEOUT,
+            f"the body did not arrive within {BODY_SECONDS} s; send it again",
         ) from None
     if len(body) <= LARGE_BODY:
         return await service.parsers.run(api.parse, kind, body)
@@ -280,7 +308,7 @@ def _prompt(service: Service, asked: Completion | Chat) -> list[int]:
         if not tokenizer.has_chat_template:
             raise Problem(
                 HTTPStatus.BAD_REQUEST,
-                "the model has no chat template; use /v1/completions",
+                "the model has no chat template; send a prompt to /v1/completions",
                 param="messages",
             )
         return tokenizer.encode(tokenizer.render(asked.conversation, True))
@@ -289,11 +317,14 @@ def _prompt(service: Service, asked: Completion | Chat) -> list[int]:
     else:
         ids = asked.prompt
     if not ids:
-        raise Problem(HTTPStatus.BAD_REQUEST, "the prompt has no tokens", param="prompt")
+        raise Problem(
+            HTTPStatus.BAD_REQUEST, "the prompt has no tokens; give some text", param="prompt"
+        )
     if not 0 <= min(ids) <= max(ids) < service.vocabulary:
         raise Problem(
             HTTPStatus.BAD_REQUEST,
-            f"the prompt holds an id outside the vocabulary of {service.vocabulary}",
+            f"the prompt holds an id outside the vocabulary of {service.vocabulary}; use the "
+            "model's own tokenizer",
             param="prompt",
         )
     return ids

@@ -108,7 +108,9 @@ class Connection(H11Protocol):
     def _head_is_late(self) -> None:
         begun = self.conn.trailing_data[0]
         if begun and self.conn.our_state is h11.IDLE:
-            message = f"the head of the request did not arrive within {HEAD_SECONDS} s"
+            message = (
+                f"the head of the request did not arrive within {HEAD_SECONDS} s; send it again"
+            )
             self._refuse(Problem(HTTPStatus.REQUEST_TIMEOUT, message))
         else:
             self.transport.close()

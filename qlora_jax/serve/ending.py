@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_jax.serve.api import REFUSALS, Problem, event
 
-CUT = "the server is stopping and cut this answer"
+CUT = "the server is stopping and cut this answer; ask again once it is back"
 WORDS_SECONDS = 0.5
 """In which a client must take the last words; it may have stopped reading."""
 STREAM = b"text/event-stream"

@@ -16,6 +16,8 @@ from qlora_jax.serve.engine import Settings
 BURST = 8
 """Tokens that rows of a server decode between two looks at who is waiting."""
 
+STOPPING = "the server is stopping; send the request again once it is back"
+
 Reason = Literal["unknown model", "busy", "too long", "timeout", "stopping", "failed"]
 
 
@@ -144,7 +146,8 @@ class Scheduler:
         slot = next((s for s in range(self._slots) if s not in taken), None)
         if slot is None:
             raise UserError(
-                f"no room for {name!r}: all {self._slots} slots for adapters are in use; unload one"
+                f"no room for {name!r}: all {self._slots} slots for adapters are in "
+                "use; unload one, or start with a larger --max-adapters"
             )
         self._engine.put_adapter(slot, adapter)
         self._names[name] = slot
@@ -156,7 +159,11 @@ class Scheduler:
           Refused: no such adapter.
         """
         if name not in self._names:
-            raise Refused("unknown model", f"no adapter {name!r} is loaded")
+            raise Refused(
+                "unknown model",
+                f"no adapter {name!r} is loaded; "
+                f"those loaded are: {', '.join(self._names) or 'none'}",
+            )
         del self._names[name]
 
     def submit(self, job: Job) -> None:
@@ -168,10 +175,10 @@ class Scheduler:
         if job.model not in self.models:
             known = ", ".join(self.models)
             raise Refused(
-                "unknown model", f"the model {job.model!r} is not here; there are: {known}"
+                "unknown model", f"the model {job.model!r} is not here; give one of: {known}"
             )
         if self._stopping:
-            raise Refused("stopping", "the server is stopping")
+            raise Refused("stopping", STOPPING)
         if len(job.prompt) + job.max_tokens > self._engine.length:
             raise Refused(
                 "too long",
@@ -196,7 +203,7 @@ class Scheduler:
         """Refuses what waits and what comes from now on; running jobs go on."""
         self._stopping = True
         for active in list(self._queue):
-            self._refuse(active, Refused("stopping", "the server is stopping"))
+            self._refuse(active, Refused("stopping", STOPPING))
 
     def refuse_all(self, why: Refused) -> None:
         """Ends every job."""
@@ -209,7 +216,12 @@ class Scheduler:
         for active in self._all():
             if now >= active.deadline:
                 self._refuse(
-                    active, Refused("timeout", f"not finished within {active.job.timeout:g} s")
+                    active,
+                    Refused(
+                        "timeout",
+                        f"not finished within {active.job.timeout:g} s; ask for fewer tokens, or "
+                        "start the server with a longer --timeout",
+                    ),
                 )
         free = (row for row in range(self._engine.rows) if row not in self._running)
         for row in list(free)[: len(self._queue)]:

@@ -10,7 +10,7 @@ from qlora_jax.serve.scheduler import Refused, Scheduler
 
 T = TypeVar("T")
 
-BROKEN = "the server failed and is stopping"
+BROKEN = "the server failed and is stopping; start it again"
 
 
 class Worker:

@@ -44,7 +44,10 @@ def health(running):
 def test_half_a_head_gets_408(text, quick):
     with served(text) as running, connect(running, HALF) as connection:
         start = time.monotonic()
-        assert answer(connection) == (408, "the head of the request did not arrive within 0.5 s")
+        assert answer(connection) == (
+            408,
+            "the head of the request did not arrive within 0.5 s; send it again",
+        )
         assert 0.4 < time.monotonic() - start < 5
 
 

@@ -124,7 +124,11 @@ def test_a_load_that_hangs_does_not_hold_up_the_end(text, stuck):
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("~nobody-of-this-name", "no such user here"), ("a\0b", "lora_path: ")]
+    ("path", "message"),
+    [
+        ("~nobody-of-this-name", "no such user here"),
+        ("a\0b", "lora_path must hold no null character"),
+    ],
 )
 def test_paths_that_name_nothing(text, path, message):
     with served(text, loading=True) as running:
