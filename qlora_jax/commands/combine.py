@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
             if shapes.setdefault(path, own.shape) != own.shape:
                 raise UserError(
                     f"{folder}: {path} is {list(own.shape)} (in, out), and {list(shapes[path])} in "
-                    "an adapter before it; only adapters of one model add up"
+                    "an adapter before it; leave out the one that is for another model"
                 )
         terms.append((weight, adapters))
     bases = list(dict.fromkeys(read.base_name for read in stored))

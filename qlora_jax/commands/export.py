@@ -24,7 +24,10 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     """Restores the run's model from its last checkpoint and writes its adapter."""
     config = rundir.open_run(options.path)
     if config.method == "full":
-        raise UserError(f"{options.path}: method full trains every weight, so it has no adapter")
+        raise UserError(
+            f"{options.path}: method full trains every weight, so it has no adapter; write the "
+            f"whole model with: qlora-jax merge {options.path} OUT"
+        )
     start_jax()
     from qlora_jax.train.export import export_adapter
     from qlora_jax.train.restore import restore

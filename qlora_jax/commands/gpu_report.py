@@ -76,7 +76,9 @@ def run(options: argparse.Namespace, command: str) -> None:
     files = options.lines or [options.output / conduct.LINES]
     for file in files:
         if not paths.is_file(file):
-            raise UserError(f"--lines {file}: no such file")
+            raise UserError(
+                f"--lines {file}: no such file; give one that an earlier bench gpu wrote"
+            )
     made = report.build(record.read(files), record.without_folders(command))
     if "device" not in made:
         raise UserError(f"{files[0]}: holds no device; run the part {names[0]} first")

@@ -123,7 +123,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         over = rows[-1]["device_gib"] - rows[-1]["limit_gib"]
         raise UserError(
             f"{title(config)}: does not fit; the roomiest GPU asked for, {rows[-1]['gpu']}, lacks "
-            f"{over:.2f} GiB"
+            f"{over:.2f} GiB; give a roomier --gpu, or smaller batches, rows or ranks"
         )
 
 

@@ -85,7 +85,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     cells = where(experiment.cells(options.seeds), options.where)
     out = options.out or FOLDER / experiment.name
     if options.resource and options.engine == "local":
-        raise UserError("--resource: this machine's processes are asked for none; see --engine")
+        raise UserError(
+            "--resource: engine local takes none; leave it out, or give another --engine"
+        )
     if options.dry_run:
         _show_plan(experiment, cells, out, options)
         return

@@ -66,7 +66,10 @@ class QloraJaxLM(TemplateLM):
         longest = self.restored.model.config.longest
         self.max_length = max_length or longest
         if self.max_length > longest:
-            raise UserError(f"model_args: max_length {max_length} is beyond {longest} positions")
+            raise UserError(
+                f"model_args: max_length {max_length} is beyond the model's {longest} positions; "
+                f"give {longest} or less"
+            )
         self.max_gen_toks = max_gen_toks
 
     @property
@@ -199,7 +202,7 @@ def _restore(run: str | None, config: str | None, base: bool) -> Restored:
     if run is None:
         return from_config(configs.load(str(config)), say)
     if not paths.is_dir(run):
-        raise UserError(f"model_args: run={run} is not a run directory")
+        raise UserError(f"model_args: run={run} is not a run directory; give one, or config=FILE")
     return restore(run, base=base, warn=say)
 
 

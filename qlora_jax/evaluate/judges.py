@@ -72,7 +72,9 @@ def by_endpoint(url: str, model: str, api_key: str = "none", timeout: float = 60
                 ],
             )
         except openai.OpenAIError as e:
-            raise UserError(f"{url}: the judge {model} failed: {e}") from None
+            raise UserError(
+                f"{url}: the judge {model} failed: {e}; see whether it is served there"
+            ) from None
         return verdict(reply.choices[0].message.content or "")
 
     return judge
@@ -86,5 +88,8 @@ def verdict(reply: str) -> float:
     """
     found = re.findall(r"\[(A|B|equal)\]", reply)
     if not found:
-        raise UserError(f"the judge's reply holds none of [A], [B], [equal]: {reply[-80:]!r}")
+        raise UserError(
+            f"the judge's reply holds none of [A], [B], [equal]: {reply[-80:]!r}; give a judge "
+            "that follows the instruction"
+        )
     return VERDICTS[found[-1]]

@@ -54,7 +54,10 @@ def text_loss(
     """
     count = len(ids) // window
     if not count:
-        raise UserError(f"the text has {len(ids)} tokens, less than one window of {window}")
+        raise UserError(
+            f"the text has {len(ids)} tokens, less than one window of {window}; give more text, or "
+            "a smaller window"
+        )
     rows = np.asarray(ids[: count * window], np.int32).reshape(count, window)
     pairs = [Pair(row[:1], row[1:]) for row in rows.tolist()]
     scores = score(model, pairs, dtype=dtype, pad_id=0, batch_size=batch, max_length=window)

@@ -54,7 +54,7 @@ def read(source: str, split: str, name: str | None = None) -> list[Question]:
     else:
         found = [parse(row, where) for row, where in hub.read_rows(source, name, split)]
     if not found:
-        raise UserError(f"{source}: no questions in it")
+        raise UserError(f"{source}: no questions in it; give a file, folder or data set with some")
     return found
 
 
@@ -98,7 +98,7 @@ def parse(row: Mapping[str, Any], where: str, subject: str = "") -> Question:
     if missing := [name for name in FIELDS if row.get(name) is None]:
         raise UserError(
             f"{where}: no {missing[0]} in it; a question has {', '.join(FIELDS)} and may have "
-            f"subject, this row has {', '.join(map(str, row)) or 'nothing'}"
+            f"subject, this row has {', '.join(map(str, row)) or 'nothing'}; rename its fields"
         )
     choices = _choices(row["choices"], where)
     text = row["question"]
@@ -171,7 +171,7 @@ def _without_header(path: Path) -> Iterator[tuple[dict[str, Any], str]] | None:
             if len(row) != MMLU_COLUMNS:
                 raise UserError(
                     f"{where}: {len(row)} columns; without a header a row has the question, four "
-                    "choices and the answer's letter"
+                    "choices and the answer's letter; correct it, or add a header"
                 )
             yield {"question": row[0], "choices": row[1:5], "answer": row[5]}, where
 

@@ -67,7 +67,7 @@ def plan(
     if not targets:
         raise UserError(
             f"lora.target_modules {config.target_modules!r} matches no linear; "
-            f"there are: {_last_names(modules)}"
+            f"name some of: {_last_names(modules)}"
         )
     if isinstance(config.target_modules, list):
         for name in config.target_modules:
@@ -99,7 +99,8 @@ def _targeted(targets: str | list[str], path: str) -> bool:
         return any(re.fullmatch(targets, own) is not None for own in _names(path))
     except re.error as e:
         raise UserError(
-            f"lora.target_modules {targets!r} is not a regular expression: {e}"
+            f"lora.target_modules {targets!r} is not a regular expression ({e}); "
+            "correct it, or give a list of names"
         ) from None
 
 
@@ -115,8 +116,8 @@ def _require_match(
         if any(matches(own, key) for path in modules for own in _names(path)):
             return
     except BadPattern as e:
-        raise UserError(f"{field}: {e}") from None
-    raise UserError(f"{field}: {key!r} matches no linear; there are: {_last_names(modules)}")
+        raise UserError(f"{field}: {e}; correct it") from None
+    raise UserError(f"{field}: {key!r} matches no linear; name some of: {_last_names(modules)}")
 
 
 def _last_names(modules: Sequence[str]) -> str:

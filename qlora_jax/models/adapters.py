@@ -55,7 +55,10 @@ def put_adapter(model: Decoder, slot: int, adapters: LoraSet) -> None:
     first = next(iter(model.runs[0].linears().values()))
     room = _bank(first).a.get_value().shape[-1]
     if (rank := largest_rank(adapters)) > room:
-        raise UserError(f"the adapter's rank {rank} is above the largest there is room for, {room}")
+        raise UserError(
+            f"the adapter's rank {rank} is above the largest there is room for, {room}; start with "
+            f"--max-rank {rank}, or reduce it with qlora-jax combine --rank {room}"
+        )
     start = 0
     for run in model.runs:
         layers = range(start, start + run_length(run))

@@ -131,7 +131,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     if kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type {raw.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(FAMILIES)}"
+            f"give a model of one that is: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     for key, allowed in family.only.items():
@@ -147,17 +147,23 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
         return DecoderConfig(**{**_fields(kind, values, where), **family.fixed})
     except KeyError as e:
         key = family.keys.get(e.args[0], e.args[0])
-        raise UserError(f"{where}: key {key} is missing") from None
+        raise UserError(
+            f"{where}: key {key} is missing; add it as the model's publisher has it"
+        ) from None
     except UserError:
         raise
     except (AttributeError, OverflowError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise UserError(f"{where}: a value cannot be used: {e}") from None
+        raise UserError(
+            f"{where}: a value cannot be used: {e}; correct it, or download the file again"
+        ) from None
 
 
 def _require(where: str, key: str, value: Any, values: tuple[Any, ...]) -> None:
     if value not in values:
         known = ", ".join("null" if v is None else str(v) for v in values)
-        raise UserError(f"{where}: {key} {value!r} is not supported; supported: {known}")
+        raise UserError(
+            f"{where}: {key} {value!r} is not supported; give a model with one that is: {known}"
+        )
 
 
 def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -165,11 +171,14 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
     layers = int(raw["num_hidden_layers"])
     if not 1 <= layers <= MOST_LAYERS:
-        raise UserError(f"{where}: num_hidden_layers {layers} is not from 1 to {MOST_LAYERS}")
+        raise UserError(
+            f"{where}: num_hidden_layers {layers} is not from 1 to {MOST_LAYERS}; correct it"
+        )
     kv_heads = int(raw.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise UserError(
-            f"{where}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"
+            f"{where}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}; "
+            "correct one of them"
         )
     attention_bias = bool(raw.get("attention_bias", False))
 

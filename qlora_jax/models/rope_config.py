@@ -157,7 +157,7 @@ class _Settings:
         if kind is None:
             raise UserError(
                 f"{self.where}: rope scaling {stated!r} is not supported; "
-                f"supported: {', '.join(self.family.ropes)}"
+                f"give a model with one that is: {', '.join(self.family.ropes)}"
             )
         theta, fraction = self.positive("rope_theta"), self._fraction(kind)
         return Rope(theta=theta, fraction=fraction, kind=kind, **READERS[kind](self))
@@ -188,7 +188,8 @@ class _Settings:
         value = self.positive("original_max_position_embeddings", beside)
         if value != int(value):
             raise UserError(
-                f"{self.where}: original_max_position_embeddings {value} is not a whole number"
+                f"{self.where}: original_max_position_embeddings {value} is not a whole "
+                "number; correct it"
             )
         return int(value)
 
@@ -197,7 +198,7 @@ class _Settings:
         if not isinstance(values, list | tuple) or 2 * len(values) != self.rotated:
             raise UserError(
                 f"{self.where}: {key} is not a list of {self.rotated / 2:g} numbers, one for each "
-                "pair of rotated channels"
+                "pair of rotated channels; correct it"
             )
         divisors = tuple(self._checked(key, value) for value in values)
         if not all(divisor > 0 for divisor in divisors):
@@ -206,9 +207,9 @@ class _Settings:
 
     def _checked(self, key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{self.where}: {key} {value!r} is not a number")
+            raise UserError(f"{self.where}: {key} {value!r} is not a number; correct it")
         if not math.isfinite(value):
-            raise UserError(f"{self.where}: {key} {value!r} is not a finite number")
+            raise UserError(f"{self.where}: {key} {value!r} is not a finite number; correct it")
         return float(value)
 
     def _fraction(self, kind: str) -> float:
@@ -216,7 +217,7 @@ class _Settings:
         if key in {*self.family.keys, *self.family.defaults}:
             fraction = self.number(key)
             if not 0 <= fraction <= 1:
-                raise UserError(f"{self.where}: {key} {fraction} is not from 0 to 1")
+                raise UserError(f"{self.where}: {key} {fraction} is not from 0 to 1; correct it")
             return fraction
         # The other families rotate whole heads: transformers' default rope ignores the key, and
         # its scaled ones make too few frequencies and fail.
@@ -242,7 +243,7 @@ def _dynamic(settings: _Settings) -> dict[str, Any]:
     if settings.rotated <= 2:
         raise UserError(
             f"{settings.where}: dynamic with {settings.rotated} rotated channels is not supported; "
-            "it needs more than 2"
+            "it needs more than 2: correct partial_rotary_factor or rope_type"
         )
     positions = int(settings.positive("max_position_embeddings"))
     return {"factor": settings.positive("factor"), "original_positions": positions}
@@ -252,7 +253,8 @@ def _llama3(settings: _Settings) -> dict[str, Any]:
     low, high = settings.positive("low_freq_factor"), settings.positive("high_freq_factor")
     if not low < high:
         raise UserError(
-            f"{settings.where}: high_freq_factor {high:g} is not above low_freq_factor {low:g}"
+            f"{settings.where}: high_freq_factor {high:g} is not above low_freq_factor {low:g}; "
+            "correct one of them"
         )
     return {
         "factor": settings.positive("factor"),
@@ -266,7 +268,7 @@ def _yarn(settings: _Settings) -> dict[str, Any]:
     if settings.rotated % 2 or settings.values["rope_theta"] == 1:
         raise UserError(
             f"{settings.where}: yarn with rope_theta 1 or an odd number of rotated channels "
-            f"({settings.rotated}) is not supported"
+            f"({settings.rotated}) is not supported; correct rope_theta or partial_rotary_factor"
         )
     original, values = settings.original_positions(), settings.values
     factor = _ratio(settings, original) if values["factor"] is None else settings.positive("factor")

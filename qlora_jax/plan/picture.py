@@ -48,4 +48,6 @@ def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except OSError as e:
-        raise UserError(f"--plot {path}: cannot be written: {e.strerror}") from None
+        raise UserError(
+            f"--plot {path}: cannot be written: {e.strerror}; give another file"
+        ) from None

@@ -32,13 +32,15 @@ def parse(text: str | bytes | bytearray) -> Any:
         raise json.JSONDecodeError("a number has too many digits", "", 0) from None
 
 
-def read_object(path: Path, remedy: str, missing: str = "no such file") -> dict[str, Any]:
+def read_object(
+    path: Path, remedy: str, missing: str = "no such file; correct the path"
+) -> dict[str, Any]:
     """Reads a file that holds one JSON object.
 
     Args:
       path: of a regular file of at most `MOST` bytes.
       remedy: what to do if it is damaged, in words.
-      missing: what is said if it is not there.
+      missing: what is said, and to do, if it is not there.
 
     Raises:
       UserError: it is missing, no regular file, too large, or does not hold one.
@@ -68,5 +70,8 @@ def _bytes(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a regular file; put a file there")
         if status.st_size > MOST:
-            raise UserError(f"{path}: {status.st_size} bytes are too many for a file of settings")
+            raise UserError(
+                f"{path}: {status.st_size} bytes are too many for a file of settings; "
+                f"at most {MOST} are read: put the right file there"
+            )
         return file.read()

@@ -214,7 +214,9 @@ class Experiment:
         try:
             canonical = json.dumps(whole, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as e:
-            raise UserError(f"experiment {self.name}: {dict(values)}: {e}") from None
+            raise UserError(
+                f"experiment {self.name}: {dict(values)}: {e}; give values that JSON has"
+            ) from None
         return Cell(hashlib.sha256(canonical.encode()).hexdigest()[:12], dict(values))
 
 

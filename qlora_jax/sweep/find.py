@@ -34,7 +34,10 @@ def find(name: str, folders: Iterable[Path] = FOLDERS) -> Path:
     if name in known:
         return known[name]
     if not known:
-        raise UserError(f"{name}: no such experiment: there is no folder experiments/ with any")
+        raise UserError(
+            f"{name}: no such experiment: there is no folder experiments/ with any; start where "
+            "there is one, or give the experiment's .py file"
+        )
     nearest = max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
     raise UserError(
         f"{name}: no such experiment; the nearest is {nearest} (all: {', '.join(sorted(known))})"
@@ -57,10 +60,12 @@ def load(path: Path) -> Experiment:
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{path}: {type(e).__name__}: {first_line(e)}") from e
+        raise UserError(
+            f"{path}: {type(e).__name__}: {first_line(e)}; correct it (--debug shows where)"
+        ) from e
     experiment = getattr(module, NAME, None)
     if not isinstance(experiment, Experiment):
-        raise UserError(f"{path}: declares no {NAME} = Experiment(...)")
+        raise UserError(f"{path}: declares no {NAME} = Experiment(...); add one")
     return experiment
 
 
@@ -165,7 +170,9 @@ def where(cells: Sequence[Cell], conditions: Sequence[str]) -> list[Cell]:
                 )
         left = [cell for cell in left if any(_is(option, cell[axis]) for option in options)]
     if not left:
-        raise UserError(f"--where {' --where '.join(conditions)}: no cell meets all of them")
+        raise UserError(
+            f"--where {' --where '.join(conditions)}: no cell meets all of them; leave one out"
+        )
     return left
 
 

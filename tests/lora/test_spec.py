@@ -46,7 +46,10 @@ def test_what_is_chosen_is_what_was_asked_for_in_the_models_order():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_modules": ["qproj"]}, r"'qproj'.* matches no linear; there are: down_proj, gate"),
+        (
+            {"target_modules": ["qproj"]},
+            r"'qproj'.* matches no linear; name some of: down_proj, gate",
+        ),
         ({"target_modules": ["q_proj", "proj"]}, "'proj' matches no linear"),
         ({"target_modules": []}, "matches no linear"),
         ({"target_modules": ["(q_proj"]}, r"'\(q_proj'.* matches no linear"),

@@ -219,11 +219,12 @@ def test_reference_models_are_read(models):
         ({"model_type": None}, "model_type None is not supported"),
         (
             {"hidden_act": "xielu"},
-            "json: hidden_act 'xielu' is not supported; supported: silu",
+            "json: hidden_act 'xielu' is not supported; give a model with one that is: silu",
         ),
         (
             {"rope_scaling": {"type": "ntk", "factor": 4}},
-            "rope_scaling: rope scaling 'ntk' is not supported; supported: default, linear, dyn",
+            "rope_scaling: rope scaling 'ntk' is not supported; give a model with one that is: "
+            "default, linear, dyn",
         ),
         ({"rope_parameters": {"rope_type": None}}, "rope scaling None is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "config.json: key factor is missing"),

@@ -258,7 +258,8 @@ def test_what_a_family_implies():
         (
             "phi3",
             {"rope_scaling": {"type": "linear", "factor": 2}},
-            "rope scaling 'linear' is not supported; supported: default, longrope, su, yarn",
+            "rope scaling 'linear' is not supported; give a model with one that is: "
+            "default, longrope, su, yarn",
         ),
         ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 is not from 0 to 1"),
         (
