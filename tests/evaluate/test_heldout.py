@@ -1,10 +1,7 @@
 """Held-out loss against one example at a time, in float64 from the logits on."""
 
-<<<<<<< Updated upstream
 import json
 
-=======
->>>>>>> Stashed changes
 import jax
 import jax.numpy as jnp
 import numpy as np
