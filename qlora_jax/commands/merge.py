@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.formats.folder import check_new
     from qlora_jax.formats.merged import MergedCheckpoint
     from qlora_jax.formats.write import write_model
-    from qlora_jax.train.display import progress
+    from qlora_jax.train.display import counted
     from qlora_jax.train.quantization import held_quantization
     from qlora_jax.train.restore import check_base, restore
 
@@ -71,16 +71,15 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     source = MergedCheckpoint(restored.model, checkpoint, original)
     report = None
     if quantized or options.report:
-        with progress("comparing", None) as advance:
-            report = merging.compare(
-                options.path, restored, checkpoint, quant, dtype, options.rows, advance
-            )
+        report = merging.compare(
+            options.path, restored, checkpoint, quant, dtype, options.rows, counted
+        )
 
     def add(folder: Path) -> None:
         if report:
             merging.write(report, folder)
 
-    with progress(f"merging {options.path}", len(source.names())) as advance:
+    with counted(f"merging {options.path}", len(source.names())) as advance:
         size = write_model(source, out, quant if quantized else None, dtype, advance, add=add)
     if options.json:
         shown = dataclasses.asdict(report) if report else None

@@ -1,7 +1,8 @@
 """How far a model's predictions are from another's, on held-out text."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,20 @@ from qlora_jax.models.decoder import Decoder
 
 CHUNK = 256
 """Positions whose logits exist at a time."""
+
+
+class Seen(NamedTuple):
+    """A model, and its last hidden states at the positions that carry loss.
+
+    Attributes:
+      model: the model; its head makes logits of the states.
+      hidden: [N, D], in the compute dtype.
+      targets: the token that follows each position, int [N].
+    """
+
+    model: Decoder
+    hidden: np.ndarray
+    targets: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,47 +42,65 @@ class Divergence:
         return float(np.exp(self.loss))
 
 
-def divergence(
-    reference: Decoder,
+def see(
     model: Decoder,
     batches: Sequence[Mapping[str, np.ndarray]],
     dtype: jax.typing.DTypeLike,
-) -> Divergence:
+    progress: Callable[[], None] = lambda: None,
+) -> Seen:
+    """Runs a model over batches, and keeps the states from which it predicts their targets.
+
+    Args:
+      model: the model.
+      batches: at least one of `held_out_batches`, [B, T].
+      dtype: to compute in.
+      progress: called once per batch.
+    """
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, *inputs: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state).hidden(*inputs, dtype=dtype)
+
+    hidden, targets = [], []
+    for batch in batches:
+        found = run(state, batch["tokens"], batch["segments"], batch["positions"])
+        counts = np.asarray(batch["mask"]) > 0
+        hidden.append(np.asarray(found)[counts])
+        targets.append(np.asarray(batch["targets"])[counts])
+        progress()
+    return Seen(model, np.concatenate(hidden), np.concatenate(targets))
+
+
+def divergence(reference: Seen, model: Seen) -> Divergence:
     """Compares next-token distributions at the positions that carry loss.
 
     Args:
       reference: the model to be near to.
-      model: with the same vocabulary.
-      batches: of `held_out_batches`, [B, T].
-      dtype: to compute both in.
+      model: with the same vocabulary, on the same batches.
     """
-    graphs, states = zip(*(nnx.split(m) for m in (reference, model)))
+    graphs, states = zip(*(nnx.split(seen.model) for seen in (reference, model)))
 
     @jax.jit
-    def sums(states: tuple[nnx.State, ...], batch: Mapping[str, jax.Array]) -> jax.Array:
+    def sums(
+        states: tuple[nnx.State, ...], x: jax.Array, y: jax.Array, targets: jax.Array, n: jax.Array
+    ) -> jax.Array:
         models = [nnx.merge(graph, state) for graph, state in zip(graphs, states)]
-        inputs = [batch[key] for key in ("tokens", "segments", "positions")]
-        hidden = [_chunks(m.hidden(*inputs, dtype=dtype)) for m in models]
-        targets, mask = _chunks(batch["targets"][..., None]), _chunks(batch["mask"][..., None])
+        p, q = (jax.nn.log_softmax(m.logits(h)) for m, h in zip(models, (x, y)))
+        kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        loss = -jnp.take_along_axis(q, targets[:, None], axis=-1)[:, 0]
+        kept = jnp.arange(len(targets)) < n
+        return jnp.stack([jnp.where(kept, v, 0).sum() for v in (kl, loss)])
 
-        def chunk(parts: tuple[jax.Array, ...]) -> jax.Array:
-            x, y, target, counts = parts
-            p, q = (jax.nn.log_softmax(m.logits(h)) for m, h in zip(models, (x, y)))
-            kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-            loss = -jnp.take_along_axis(q, target, axis=-1)[..., 0]
-            kept = counts[..., 0] > 0
-            return jnp.stack([jnp.where(kept, v, 0).sum() for v in (kl, loss, 1.0 * kept)])
-
-        return jax.lax.map(chunk, (*hidden, targets, mask)).sum(axis=0)
-
-    totals = sum(np.asarray(sums(states, dict(batch)), np.float64) for batch in batches)
-    kl, loss, count = (float(total) for total in np.asarray(totals))
+    count, total = len(model.targets), np.zeros(2)
+    for first in range(0, count, CHUNK):
+        parts = (reference.hidden, model.hidden, model.targets)
+        x, y, targets = (_filled(part[first : first + CHUNK]) for part in parts)
+        total += np.asarray(sums(states, x, y, targets, min(CHUNK, count - first)), np.float64)
     # rounding may leave the divergence of equal models a little below zero
-    return Divergence(max(kl / count, 0.0), loss / count, int(count))
+    return Divergence(max(float(total[0]) / count, 0.0), float(total[1]) / count, count)
 
 
-def _chunks(x: jax.Array) -> jax.Array:
-    """[B, T, n] as [chunks, CHUNK, n], filled up with zeros."""
-    flat = x.reshape(-1, x.shape[-1])
-    flat = jnp.pad(flat, ((0, -flat.shape[0] % CHUNK), (0, 0)))
-    return flat.reshape(-1, CHUNK, flat.shape[-1])
+def _filled(part: np.ndarray) -> np.ndarray:
+    """Returns at most CHUNK rows as CHUNK rows, zeros at the end."""
+    return np.pad(part, [(0, CHUNK - len(part)), *[(0, 0)] * (part.ndim - 1)])

@@ -1,9 +1,10 @@
 """What merging an adapter costs: per linear, and in the predictions of each way to do it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.config import QuantConfig
+from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.loader import held_out_batches
-from qlora_jax.evaluate.divergence import divergence
+from qlora_jax.evaluate.divergence import Divergence, divergence, see
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.merged import MergedCheckpoint
@@ -30,6 +31,14 @@ ROUTES = {
     "original": "the checkpoint's own weights + Δ",
     "requantized": "that base + Δ, in 4 bits again",
 }
+
+Counted = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
+"""Shows work on a number of items of about one size: `train.display.counted`."""
+
+
+@contextlib.contextmanager
+def _silent(description: str, total: int) -> Iterator[Callable[[], None]]:
+    yield lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +91,7 @@ def compare(
     quant: QuantConfig,
     dtype: str,
     rows: int,
-    progress: Callable[[], None] = lambda: None,
+    counted: Counted = _silent,
 ) -> Report:
     """Measures every way to merge a run.
 
@@ -93,7 +102,7 @@ def compare(
       quant: of the requantized way.
       dtype: in which the merged ways hold what is not 4 bits.
       rows: of held-out text at most.
-      progress: called once per way.
+      counted: (description, items) to a context that yields what is called once per item.
     """
     config, model = restored.config, restored.model
     data = read_data(config, restored.tokenizer, model.config.longest_cached)
@@ -106,37 +115,55 @@ def compare(
     )
     own = MergedCheckpoint(model, checkpoint)
     ways: dict[str, Callable[[], Any]] = {
-        "live": lambda: model,
         "merged": lambda: load(own, quant=None, dtype=jnp.dtype(dtype)),
     }
-    if config.method != "full" and checkpoint.quantization is None:
+    if has_original(config, checkpoint):
         original = MergedCheckpoint(model, checkpoint, original=True)
         ways["original"] = lambda: load(original, quant=None, dtype=jnp.dtype(dtype))
     ways["requantized"] = lambda: load(own, quant=quant, dtype=jnp.dtype(dtype))
     routes = []
-    for name, make in ways.items() if batches else ():
-        found = divergence(model, make(), batches, jnp.dtype(config.model.compute_dtype))
-        routes.append(Route(name, found.kl, found.loss, found.perplexity, found.tokens))
-        progress()
-    return Report(run, dtype, describe_quantization(quant), routes, shares(model, quant))
+    if batches:
+        compute = jnp.dtype(config.model.compute_dtype)
+        with counted("comparing", len(batches) * (1 + len(ways))) as advance:
+            live = see(model, batches, compute, advance)
+            routes.append(_route("live", divergence(live, live)))
+            for name, make in ways.items():
+                seen = see(make(), batches, compute, advance)
+                routes.append(_route(name, divergence(live, seen)))
+                del seen  # a model at a time beside the live one
+    return Report(run, dtype, describe_quantization(quant), routes, shares(model, quant, counted))
 
 
-def shares(model: Any, quant: QuantConfig) -> list[Share]:
+def has_original(config: Config, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint holds weights that are not those that the run trained on."""
+    return config.method != "full" and checkpoint.quantization is None
+
+
+def _route(name: str, found: Divergence) -> Route:
+    return Route(name, found.kl, found.loss, found.perplexity, found.tokens)
+
+
+def shares(model: Any, quant: QuantConfig, counted: Counted = _silent) -> list[Share]:
     """The change of every adapted linear of the layers, in their order."""
+    adapted = [
+        (path, linear, i)
+        for path, linear, i in model.walk()
+        if linear.adapter is not None and linear.adapter.spec(i) is not None
+    ]
     found = []
-    for path, linear, i in model.walk():
-        if linear.adapter is None or linear.adapter.spec(i) is None:
-            continue
-        plain = to_float32(linear.weight.get_value()[i])
-        values = _share(
-            plain,
-            linear.adapter.change(plain, i),
-            quant.codebook,
-            quant.block_size,
-            quant.double_quant,
-            quant.nested_block,
-        )
-        found.append(Share(path, *(float(v) for v in values)))
+    with counted("measuring what rounding keeps", len(adapted)) as advance:
+        for path, linear, i in adapted:
+            plain = to_float32(linear.weight.get_value()[i])
+            values = _share(
+                plain,
+                linear.adapter.change(plain, i),
+                quant.codebook,
+                quant.block_size,
+                quant.double_quant,
+                quant.nested_block,
+            )
+            found.append(Share(path, *(float(v) for v in values)))
+            advance()
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import QuantConfig
-from qlora_jax.evaluate.divergence import divergence
+from qlora_jax.evaluate.divergence import divergence, see
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 
@@ -50,7 +50,7 @@ def test_means_are_over_the_targets_of_all_batches(tiny_model):
         kl += (np.exp(p) * (p - q)).sum(-1)[batch["mask"]].sum()
         loss -= np.take_along_axis(q, batch["targets"][..., None], -1)[..., 0][batch["mask"]].sum()
         count += batch["mask"].sum()
-    found = divergence(exact, rounded, batches, jnp.float32)
+    found = divergence(*(see(model, batches, jnp.float32) for model in (exact, rounded)))
     assert found.tokens == count
     np.testing.assert_allclose(found.kl, kl / count, rtol=1e-4)
     np.testing.assert_allclose(found.loss, loss / count, rtol=1e-6)
