@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.metrics import Column, Metric, columns, line, measured
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
@@ -200,9 +200,10 @@ EXPERIMENT = Experiment(
     paper="LoRA, section 4.2: a GPT-3 adapter of r 4 takes 35 MB instead of 350 GB; 100 adapted "
     "models take 354 GB instead of 35 TB; tasks are switched by swapping A and B",
     expected="the diagonal of the matrix is best; an adapter is a few percent of the base",
-    cost="about 8 minutes on 2 CPU cores, 2 GiB",
+    cost="2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG], "task": list(TASKS)},
     inputs=inputs.made,
+    estimate=costs.by("config", {inputs.CONFIG: 20}, 2),
     run=run,
     analyse=analyse,
 )

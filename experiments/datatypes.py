@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.metrics import Metric, average, columns, line, measured
 from qlora_jax.sweep.statistics import (
@@ -197,7 +197,7 @@ EXPERIMENT = Experiment(
     "quantization 27.41 (means over models of 125M to 13B)",
     expected="nf4 below every fp4 and int4; bitsandbytes' fp4, whose values are neither E2M1 nor "
     "E3M0, between; lloyd and af4, made for the block size, near nf4",
-    cost="about 20 minutes on 2 CPU cores with four models, 2 GiB; a GPU takes models up to 13B",
+    cost="2 CPU cores, 2 GiB; a GPU takes models up to 13B",
     axes={
         "model": inputs.MODELS,
         "codebook": CODEBOOKS,
@@ -210,6 +210,9 @@ EXPERIMENT = Experiment(
     ],
     seeds=(),
     inputs=inputs.made,
+    estimate=costs.by(
+        "model", {**dict(zip(inputs.PRETRAINED, (9, 12, 3))), "smollm2-135m-instruct": 61}, 2
+    ),
     run=run,
     analyse=analyse,
 )

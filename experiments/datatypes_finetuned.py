@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from experiments.datatypes import CODEBOOKS, FLOATS
 from qlora_jax.sweep import (
     Analysis,
@@ -96,11 +96,12 @@ EXPERIMENT = Experiment(
     question="Which 4-bit data type is best after QLoRA fine-tuning, and does it reach 16 bits?",
     paper="QLoRA Table 4: mean MMLU BF16 53.0, Float4 52.2, NF4 with double quantization 53.1",
     expected="nf4 with double quantization as good as 16-bit LoRA; fp4 a little behind",
-    cost="about 8 minutes on 2 CPU cores, 2 GiB: the seeds of a data type train together",
+    cost="2 CPU cores, 2 GiB: the seeds of a data type train together",
     axes={"config": [inputs.CONFIG], "codebook": CODEBOOKS, "double_quant": [True, False]},
     more=[{"config": inputs.CONFIG, "codebook": PLAIN, "double_quant": False}],
     seeds=(0, 1, 2),
     inputs=inputs.made,
+    estimate=costs.by("config", {inputs.CONFIG: 20}, 2),
     run=run,
     analyse=analyse,
     population=Population(

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.metrics import Metric, columns, first, interval, line, measured
 from qlora_jax.sweep.statistics import difference, within
@@ -110,10 +110,19 @@ EXPERIMENT = Experiment(
     paper="QLoRA, section 3: 0.373 bits per parameter less at block 64 (4.5 to 4.127), without "
     "degrading performance (Table 3: NF4 with double quantization equals BF16)",
     expected="0.373 bits less; losses that differ by less than their noise",
-    cost="about 8 minutes on 2 CPU cores, 2 GiB",
+    cost="2 CPU cores, 2 GiB",
     axes={"stage": ["fine-tuned"], "model": [inputs.CONFIG], "double_quant": [True, False]},
     more=[point for model in inputs.MODELS for point in _grid("quantized", model)],
     inputs=inputs.made,
+    estimate=costs.by(
+        "model",
+        {
+            inputs.CONFIG: 36,
+            **dict(zip(inputs.PRETRAINED, (14, 5, 8))),
+            "smollm2-135m-instruct": 62,
+        },
+        2,
+    ),
     run=run,
     analyse=analyse,
     skip=skip,

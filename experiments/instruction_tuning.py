@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.metrics import Metric, columns, first, line, measured
 from qlora_jax.sweep.statistics import Interval, within
@@ -169,12 +169,15 @@ EXPERIMENT = Experiment(
     paper="QLoRA, section 5 and Table 7: Elo by GPT-4 over 10,000 orderings, Guanaco 65B 1022, 33B "
     "992, Vicuna 13B 974, 7B 879",
     expected="every tuned model above the untuned; the data types within each other's intervals",
-    cost="about 15 minutes on 2 CPU cores, 3 GiB; judged by a reference model, to which the "
+    cost="2 CPU cores, 3 GiB; judged by a reference model, to which the "
     "player's answer makes the right one likely or not, or by an endpoint (inputs.ENDPOINT)",
     axes={"config": [inputs.CHAT], "player": list(PLAYERS)},
     seeds=(0,),
     version=2,
     inputs=inputs.made,
+    estimate=costs.by(
+        "player", {"untuned": 50, "lora 16 bits": 150, "qlora nf4": 240, "qlora fp4": 210}, 3
+    ),
     run=run,
     analyse=analyse,
 )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.metrics import Column, Metric, average, columns, lines, measured
 from qlora_jax.sweep.statistics import difference, mean, within
@@ -269,10 +269,11 @@ EXPERIMENT = Experiment(
     paper="LoRA, section 7: φ of the first direction of r 8 in r 64 above 0.5 (Fig. 3), random "
     "near 0 (Fig. 4); amplification 21.5 at r 4 and 1.9 at r 64 (Table 7)",
     expected="the first few directions recur; A's start at random stays visible in the rest",
-    cost="about 4 minutes on 2 CPU cores, 2 GiB",
+    cost="2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG]},
     version=2,
     inputs=inputs.made,
+    estimate=costs.by("config", {inputs.CONFIG: 38}, 2),
     run=run,
     analyse=analyse,
 )

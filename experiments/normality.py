@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.metrics import Metric, average, columns, lines, measured
 from qlora_jax.sweep.statistics import mean, within
@@ -153,10 +153,13 @@ EXPERIMENT = Experiment(
     "points above chance",
     expected="most units of trained weights normal; those of SmolLM2, which were 4-bit once and "
     "have few distinct values, less so; nf4's codes used most evenly",
-    cost="about 4 minutes on 2 CPU cores, 1 GiB",
+    cost="2 CPU cores, 1 GiB",
     axes={"model": inputs.MODELS},
     seeds=(),
     inputs=inputs.made,
+    estimate=costs.by(
+        "model", {**dict(zip(inputs.PRETRAINED, (7, 4, 5))), "smollm2-135m-instruct": 49}, 1
+    ),
     run=run,
     analyse=analyse,
 )

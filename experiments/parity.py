@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import Analysis, Cell, Context, Experiment, Rows, Table, Verdict, markdown
 from qlora_jax.sweep.metrics import Column, Metric, columns, interval, lines, measured
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
@@ -119,9 +119,14 @@ EXPERIMENT = Experiment(
     paper="QLoRA Table 3: Super-NaturalInstructions RougeL at 780M: BF16 48.0, LoRA BF16 47.1, "
     "FP4 47.5, NF4 with DQ 47.7; Table 4: mean MMLU BF16 53.0, Float4 52.2, NF4 with DQ 53.1",
     expected="nf4 with double quantization within noise of 16-bit LoRA; fp4 a little behind",
-    cost="about 25 minutes on 2 CPU cores, 2 GiB",
+    cost="2 CPU cores, 2 GiB",
     axes={"config": [inputs.CONFIG], "arm": list(ARMS), "rate": RATES},
     inputs=inputs.made,
+    estimate=costs.by(
+        "arm",
+        {"full": 19, "lora 16 bits": 12, "qlora nf4 + dq": 15, "qlora nf4": 12, "qlora fp4": 10},
+        2,
+    ),
     run=run,
     analyse=analyse,
 )

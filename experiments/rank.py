@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments import cells, inputs
+from experiments import cells, costs, inputs
 from qlora_jax.sweep import (
     Analysis,
     Cell,
@@ -165,7 +165,7 @@ EXPERIMENT = Experiment(
     "to 64 differ by a point of accuracy; q and v at r 4 equal more matrices at lower rank",
     expected="little difference from r 8 on over all linears; q and v alone behind; a fixed alpha "
     "learns too slowly at high ranks, rsLoRA and a constant scale do not",
-    cost="about 25 minutes on 2 CPU cores, 2 GiB: 16 adapters at a time",
+    cost="2 CPU cores, 2 GiB: 16 adapters at a time",
     axes={
         "config": [inputs.CONFIG],
         "rank": RANKS,
@@ -173,6 +173,7 @@ EXPERIMENT = Experiment(
         "alpha": list(POLICIES),
     },
     inputs=inputs.made,
+    estimate=costs.by("config", {inputs.CONFIG: 9}, 2),
     run=run,
     analyse=analyse,
     skip=skip,

@@ -30,6 +30,16 @@ def test_an_experiment_says_what_it_is_and_how_to_run_it(path):
         assert len(keys) < len(ids)
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_estimate_is_what_its_cells_took(path):
+    experiment = load(path)
+    records = read(ROOT / "docs" / "results" / "sweeps" / path.stem, experiment)
+    cells = [cell for cell in experiment.cells() if not experiment.skip(cell)]
+    told = sum(experiment.estimate(cell).seconds for cell in cells)
+    took = sum(records[cell.id].wall_s for cell in cells)
+    assert told == pytest.approx(took, rel=0.1)
+
+
 @pytest.mark.parametrize("name", [path.stem for path in FILES])
 def test_a_dry_run_needs_nothing(name, tmp_path, monkeypatch, run_cli):
     monkeypatch.chdir(tmp_path)

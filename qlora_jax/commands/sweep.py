@@ -5,7 +5,7 @@ import collections
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from qlora_jax.commands.common import count, say
 from qlora_jax.runtime import json_files
@@ -13,6 +13,9 @@ from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.sweep.experiment import Cell, Experiment
 from qlora_jax.sweep.find import find, load, where, with_axes
 from qlora_jax.sweep.inputs import make, missing
+
+if TYPE_CHECKING:
+    from qlora_jax.sweep.cost import Work
 
 TEXT = "Run an experiment's grid of cells, and say what it means for the paper's claim."
 FOLDER = Path("runs") / "sweeps"
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         _show_plan(experiment, cells, out, options)
         return
     if not options.analyse_only:
-        _make_inputs(experiment, cells, out, options.retry_failed)
+        _before(experiment, cells, out, options)
     from qlora_jax.sweep.conclude import conclude
     from qlora_jax.sweep.record import FAILED
     from qlora_jax.sweep.results import read
@@ -126,73 +129,97 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         )
 
 
-class _Plan(NamedTuple):
-    """The cells that are asked for, with their records and which are still to run.
-
-    Attributes:
-      records: by cell.
-      reasons: why cells cannot run, by cell.
-      todo: the cells that are to run.
-    """
-
-    records: Mapping[str, Any]
-    reasons: Mapping[str, str]
-    todo: Sequence[Cell]
-
-
-def _plan(experiment: Experiment, cells: Sequence[Cell], out: Path, retry_failed: bool) -> _Plan:
-    from qlora_jax.sweep.results import NAME, read
-    from qlora_jax.sweep.run import left
-
-    records = read(out, experiment) if (out / NAME).exists() else {}
-    reasons = {cell.id: reason for cell in cells if (reason := experiment.skip(cell))}
-    todo = [c for c in left(cells, records, retry_failed) if c.id not in reasons]
-    return _Plan(records, reasons, todo)
-
-
-def _make_inputs(
-    experiment: Experiment, cells: Sequence[Cell], out: Path, retry_failed: bool
+def _before(
+    experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
 ) -> None:
+    """Tells how long the sweep takes, and makes what its cells read."""
+    from qlora_jax.runtime.expected import SHORT
+    from qlora_jax.sweep.cost import sentence, time_of
+
+    found, jobs = _work(experiment, cells, out, options), options.jobs or 1
+    expected = time_of(experiment, found, out, jobs)
+    if expected.seconds > SHORT:
+        say(f"{len(found.running):,} cells to run; {sentence(expected, jobs)}")
+    _make_inputs(experiment, found.running)
+
+
+def _make_inputs(experiment: Experiment, cells: Sequence[Cell]) -> None:
     """Makes what the cells that are to run read and is not there; tells what, and its cost."""
-    if missing(experiment, cells):
-        for wanted in missing(experiment, _plan(experiment, cells, out, retry_failed).todo):
-            say(str(wanted))
-            make(wanted)
+    for wanted in missing(experiment, cells):
+        say(str(wanted))
+        make(wanted)
 
 
 def _show_plan(
     experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
 ) -> None:
-    records, reasons, todo = _plan(experiment, cells, out, options.retry_failed)
-    absent = missing(experiment, todo)
-    estimates = [experiment.estimate(cell) for cell in todo] if experiment.estimate else []
-    seconds = sum(e.seconds for e in estimates) / (options.jobs or 1)
-    memory = max((e.memory_bytes for e in estimates), default=0) * (options.jobs or 1)
+    from qlora_jax.sweep.cost import sentence, time_of, whole
+
+    found, jobs = _work(experiment, cells, out, options), options.jobs or 1
+    expected = time_of(experiment, found, out, jobs)
+    absent = missing(experiment, found.running)
+    states = {cell.id: _state(cell, found) for cell in cells}
+    counts = collections.Counter(state for state, _ in states.values())
+    again = sum(word == AGAIN for _, word in states.values())
     if options.json:
-        plan = [{"id": c.id, **c.values, "state": _state(c, records, reasons)} for c in cells]
-        more: dict[str, Any] = {"seconds": seconds, "memory_bytes": memory} if estimates else {}
+        rows = [
+            {"id": c.id, **c.values, "state": ": ".join(filter(None, states[c.id]))} for c in cells
+        ]
+        told: dict[str, Any] = {
+            "cells": rows,
+            "chosen": len(cells),
+            **{state: counts[state] for state in ("done", "failed", "skipped")},
+            "to_run": len(found.running),
+            "again": again,
+            "seconds": expected.seconds if expected.source or not found.running else None,
+            "seconds_from": expected.source,
+            "cells_of_unknown_time": expected.unknown,
+            "memory_bytes": expected.memory_bytes,
+            "cost": experiment.cost,
+        }
         if absent:
-            more["inputs"] = [
+            told["inputs"] = [
                 {"path": str(one.path), "command": one.command, "cost": one.cost} for one in absent
             ]
-        print(json.dumps({"cells": plan, "to_run": len(todo), "cost": experiment.cost, **more}))
+        print(json.dumps(told))
         return
     for cell in cells:
-        print(f"{cell.id}  {cell}  {_state(cell, records, reasons)}")
-    print(f"{len(cells)} cells, {len(todo)} to run; {experiment.cost}")
-    if estimates:
-        print(f"estimate: {seconds / 60:.0f} min, {memory / 2**30:.1f} GiB at a time")
+        print(f"{cell.id}  {cell}  {': '.join(filter(None, states[cell.id]))}")
+    finished = "".join(
+        f"{counts[state]:,} {state}, " for state in ("done", "failed", "skipped") if counts[state]
+    )
+    more = f", {again:,} of them done and run again with their group" if again else ""
+    print(f"{len(cells):,} cells chosen: {finished}{len(found.running):,} to run{more}")
+    if found.running:
+        besides = "; besides what is made first, below" if absent else ""
+        print(f"{sentence(expected, jobs)}{besides}")
+    print(f"the whole experiment: {whole(experiment)}")
     for one in absent:
         print(one)
 
 
-def _state(cell: Cell, records: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
-    if cell.id in reasons:
-        return f"skipped: {reasons[cell.id]}"
-    record = records.get(cell.id)
-    if record is None or record.status == "skipped":
-        return "to run"
-    return f"failed: {record.error}" if record.error else record.status
+def _work(
+    experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
+) -> "Work":
+    from qlora_jax.sweep.cost import work
+
+    return work(experiment, cells, out, options.retry_failed)
+
+
+AGAIN = "run again with its group"
+
+
+def _state(cell: Cell, found: "Work") -> tuple[str, str]:
+    """Returns a cell's state and what there is to say of it."""
+    if cell.id in found.reasons:
+        return "skipped", found.reasons[cell.id]
+    record = found.records.get(cell.id)
+    if any(cell.id == one.id for one in found.left):
+        return "to run", ""
+    assert record is not None
+    if any(cell.id == one.id for one in found.running):
+        return record.status, AGAIN
+    return record.status, record.error
 
 
 def _counted(states: Mapping[str, int]) -> str:

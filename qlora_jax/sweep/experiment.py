@@ -153,7 +153,7 @@ class Experiment:
       question: that it answers.
       paper: what the paper says, and where.
       expected: what should come out here, and why.
-      cost: time, memory and device, in words.
+      cost: memory and device of the whole grid in words, and the time where `estimate` tells none.
       axes: axis to values; cells are their product.
       run: (cell, context) to its rows. Runs in another process; raises to fail the cell.
       analyse: the table of all rows to tables, pictures and a verdict.
@@ -161,7 +161,8 @@ class Experiment:
       seeds: values of the axis `seed`; none where nothing is random.
       skip: why a cell cannot run, such as a rank above the matrix; None where it can.
       inputs: files that a cell reads and a command can make. Missing ones are made first.
-      estimate: what a cell will take, for --dry-run.
+      estimate: what a cell takes; None where it is not known. Cells of equal estimates are of one
+        kind: where some are finished, their measured time counts for the rest.
       population: how cells run together; None runs each by itself.
       version: to raise when results made before no longer count.
     """
@@ -178,7 +179,7 @@ class Experiment:
     seeds: Sequence[int] = (0, 1, 2)
     skip: Callable[[Cell], str | None] = _never
     inputs: Callable[[Cell], Sequence[Input]] = _nothing
-    estimate: Callable[[Cell], Estimate] | None = None
+    estimate: Callable[[Cell], Estimate | None] | None = None
     population: Population | None = None
     version: int = 1
 

@@ -265,11 +265,12 @@ def test_a_dry_run_runs_nothing(toy: Any, sweep: Sweep) -> None:
     assert ended.out.count("  done\n") == 2
     assert ended.out.count("  to run\n") == 6
     assert ended.out.count("  skipped: rank above the matrix\n") == 4
-    assert "12 cells, 6 to run; seconds\n" in ended.out
-    assert "estimate: 9 min, 1.0 GiB at a time" in ended.out
+    assert "12 cells chosen: 2 done, 4 skipped, 6 to run\n" in ended.out
+    assert "finished cells of their kind, measured on this machine\n" in ended.out
     told = json.loads(sweep("--dry-run", "--json").out)
-    assert told["to_run"] == 6
-    assert told["seconds"] == 540
+    assert (told["done"], told["to_run"], told["seconds_from"]) == (2, 6, "measured")
+    measured = [line["wall_s"] for line in lines(toy) if line["status"] == "done"]
+    assert told["seconds"] == pytest.approx(6 * sum(measured) / 2)
 
 
 @pytest.mark.parametrize(

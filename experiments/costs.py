@@ -1,0 +1,15 @@
+"""What cells take: the means of the sweeps under docs/results/sweeps, on 2 CPU cores."""
+
+from collections.abc import Callable, Mapping
+
+from qlora_jax.sweep import Cell, Estimate
+
+
+def by(axis: str, seconds: Mapping[str, float], gib: float) -> Callable[[Cell], Estimate | None]:
+    """Returns an estimate by the value on an axis; it is None for a value that is not there."""
+
+    def estimate(cell: Cell) -> Estimate | None:
+        known = seconds.get(cell[axis])
+        return None if known is None else Estimate(known, int(gib * 2**30))
+
+    return estimate
