@@ -17,10 +17,12 @@ from qlora_jax.bench.options import (
     OFFLOAD,
     OPERATIONS,
     REMAT,
+    Generate,
+    Kernels,
     Options,
     Step,
 )
-from qlora_jax.commands import gpu_report
+from qlora_jax.commands import ahead, gpu_report
 from qlora_jax.commands.common import count as _count
 from qlora_jax.commands.common import say
 from qlora_jax.runtime import paths
@@ -104,6 +106,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     sides = [tools.ours(), *(tool for python in options.peer for tool in tools.peers(python, what))]
     chosen = with_model(chosen, len(sides) > 1, say)
     count = options.rounds or (3 if len(sides) > 1 else 1)
+    ahead.tell(f"bench {what}", runs=count * len(sides), **_amounts(chosen))
     rounds = []
     for i in range(count):
         if count > 1:
@@ -117,6 +120,21 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         return
     print(table(summary))
     print("\n" + "\n".join(remarks(rounds)))
+
+
+def _amounts(options: Options) -> dict[str, float]:
+    """Returns what a run of a benchmark has to do, for `runtime.expected`."""
+    from qlora_jax.bench.cases import cases, settle
+    from qlora_jax.commands.plan import of_model, shapes
+
+    if isinstance(options, Kernels):
+        return {"calls": options.samples * len(list(cases(settle(options, "cpu"))))}
+    found: dict[str, float] = {"parameters": ahead.parameters(shapes(of_model(options.model, {})))}
+    if isinstance(options, Step):
+        found["tokens"] = (options.steps + 1) * options.batch * options.seq
+    if isinstance(options, Generate):
+        found["tokens"] = (options.samples + 1) * options.tokens
+    return found
 
 
 def with_model(options: Options, peers: bool, say: Callable[[str], None]) -> Options:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_jax.commands import ahead
 from qlora_jax.commands.common import count, say, show
 from qlora_jax.runtime.errors import UserError
 
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         say(f"warning: the adapters name different base models: {', '.join(map(repr, bases))}")
     total, error = combine(terms), 0.0
     if options.rank is not None:
+        ahead.tell("combine", linears=len(total))
         shorter = truncate(total, options.rank)
         total, error = shorter.adapters, shorter.error
         where, most = shorter.worst

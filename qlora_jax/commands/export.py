@@ -5,7 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_jax.commands import ahead
 from qlora_jax.commands.common import say, show, start_jax
+from qlora_jax.commands.plan import shapes
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
@@ -32,6 +34,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.train.export import export_adapter
     from qlora_jax.train.restore import restore
 
+    ahead.tell("export", parameters=ahead.parameters(shapes(config)))
     restored = restore(options.path, base=False, warn=say)
     folder = Path(options.out)
     export_adapter(restored.config, restored.model, folder)

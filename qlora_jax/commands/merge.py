@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_jax.commands import ahead
 from qlora_jax.commands.common import count, say, show, start_jax
+from qlora_jax.commands.plan import shapes
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
@@ -58,6 +60,15 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     original = options.base == "original"
     if original and config.method == "full":
         raise UserError("--base original: method full trains every weight; leave it out")
+    model = shapes(config)
+    ahead.tell(
+        "merge",
+        *(["merge report"] if quantized or options.report else []),
+        parameters=ahead.parameters(model),
+        tokens=options.rows * config.data.sequence_length,
+        ways=len(merging.ROUTES),
+        linears=ahead.matrices(model),
+    )
     restored = restore(options.path, base=False, warn=say)
     checkpoint = restored.checkpoint
     if original and checkpoint.quantization is not None:

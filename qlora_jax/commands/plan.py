@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as configs
+from qlora_jax.commands import ahead
 from qlora_jax.commands.common import CHANGED, config_of, say
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
@@ -15,6 +16,9 @@ from qlora_jax.runtime.errors import UserError
 
 GIB = 2**30
 ALL = "all"
+SEARCH = 12
+"""Compilations of a search for the largest batch and sequence, usually."""
+
 NOT_RUN = "Compiled for these GPUs, not run on one."
 ESTIMATE = (
     "Estimate: the ledger alone. For the compiler's own figures install the compile-only GPU "
@@ -102,13 +106,15 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     for name in names:
         read_gpu(name)
     names.sort(key=lambda name: read_gpu(name).memory)
+    search = len(names) == 1 and not options.no_search
+    if has_plugin():
+        ahead.tell("plan", compilations=SEARCH if search else len(names))
     rows = []
     for name in names:
         own = config if options.config else suited(config, read_gpu(name).capability)
         if not has_plugin():
             rows.append(describe(model, own, name, None))
             continue
-        search = len(names) == 1 and not options.no_search
         answer = planned(own, model, name, say, search)
         rows.append(describe(model, own, name, answer))
     if options.plot is not None:

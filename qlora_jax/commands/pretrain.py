@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from qlora_jax.commands import train
+from qlora_jax.commands import ahead, train
 from qlora_jax.commands.common import config_of
 from qlora_jax.runtime.errors import UserError
 
@@ -22,8 +22,15 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     Raises:
       UserError: the config names a model that is there already.
     """
-    from qlora_jax.formats.fresh import NAME
+    from qlora_jax.formats.fresh import NAME, shapes
 
-    if (path := config_of(options.config, settings).model.path) != NAME:
+    config = config_of(options.config, settings)
+    if (path := config.model.path) != NAME:
         raise UserError(f"model.path {path}: pretrain starts from nothing; set it to {NAME}")
+    rows = config.train.steps * config.train.batch_size * config.train.gradient_accumulation
+    ahead.tell(
+        "pretrain",
+        parameters=ahead.parameters(shapes(config.pretrain)),
+        tokens=rows * config.data.sequence_length,
+    )
     train.run(options, settings, command)

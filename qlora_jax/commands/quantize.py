@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_jax.commands import ahead
 from qlora_jax.commands.common import count, say, show, start_jax
 from qlora_jax.config import ModelConfig, QuantConfig
 
@@ -46,13 +47,14 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.formats.folder import check_new
     from qlora_jax.formats.source import open_checkpoint
     from qlora_jax.formats.write import write_model
-    from qlora_jax.train.display import progress
+    from qlora_jax.train.display import counted
     from qlora_jax.train.quantization import describe_quantization
 
     out = Path(options.out)
     check_new(out)
     checkpoint = open_checkpoint(ModelConfig(path=options.model), say)
-    with progress(f"quantizing {options.model}", len(checkpoint.names())) as advance:
+    ahead.tell("quantize", parameters=ahead.parameters(checkpoint.config))
+    with counted(f"quantizing {options.model}", len(checkpoint.names())) as advance:
         size = write_model(checkpoint, out, quant, options.compute_dtype, advance)
     if options.json:
         print(json.dumps({"out": options.out, "bytes": size}))

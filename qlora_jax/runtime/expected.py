@@ -1,59 +1,92 @@
-"""How long slow work takes, told before it starts.
+"""How long slow commands take, told before they start.
 
-The rates are measured ones, of the machine `MACHINE`; other machines differ, so that all that is
-made of them is called an estimate.
+A command is phases; a phase is a rate and the amounts that it is multiplied by. The rates are of
+`MACHINE`, and other machines differ: what is told is called an estimate.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 MACHINE = "2 CPU cores"
-"""Where the rates were measured: AMD EPYC with AVX512-BF16, jax 0.10, otherwise idle."""
+"""Where the rates were measured: cores with AVX512-BF16, jax 0.10, otherwise idle."""
 
 SHORT = 5.0
 """Seconds up to which nothing is told."""
 
-
-class Phase(NamedTuple):
-    """A part of a command's work.
-
-    Attributes:
-      rate: a key of `SECONDS`.
-      amount: how many units of it.
-    """
-
-    rate: str
-    amount: float = 1
-
-
 SECONDS: Mapping[str, float] = {
-    "start": 3,
-    "read": 2.4e-8,
-    "read the data": 4,
-    "hash": 1.2e-8,
-    "forward": 1.05e-11,
-    "compile a model": 7,
-    "quantize and write": 4e-8,
-    "merge and write": 6e-8,
-    "measure a linear": 3e-2,
-    "compile for a GPU": 12,
-    "compile a step": 12,
-    "train": 4e-11,
-    "run a benchmark": 20,
+    "start": 3.0,  # a process with jax
+    "open": 4.0,  # a model: the programs that bring its tensors into their places
+    "read": 7e-9,  # a parameter, into NF4
+    "hash": 1e-8,  # a parameter
+    "write": 3e-8,  # a parameter
+    "data": 4.0,  # reading and encoding a data set
+    "compile": 6.0,  # a model's forward pass
+    "compile step": 12.0,
+    "compile for a GPU": 15.0,
+    "forward": 7e-12,  # a parameter and token
+    "train": 3e-11,  # a parameter and token
+    "token": 1.7e-10,  # a parameter and written token
+    "change": 0.03,  # a linear's change against its rounding
+    "shorten": 0.06,  # a linear's adapter, to a lower rank
+    "kernel": 0.7,  # a timed call of a kernel, with its share of preparing the case
 }
-"""Seconds of a unit: of a start, a data set, a compilation, a linear or a run; of a parameter where
-weights are read, hashed or written; of a parameter and a token where a model runs or trains."""
+"""Seconds of one unit of each phase."""
+
+Phases = Sequence[tuple[str, ...]]
+
+OPENED: Phases = [("open",), ("read", "parameters")]
+PHASES: Mapping[str, Phases] = {
+    "export": OPENED,
+    "quantize": [*OPENED, ("write", "parameters")],
+    "merge": [*OPENED, ("hash", "parameters"), ("write", "parameters")],
+    "merge report": [
+        ("data",),
+        ("open", "ways"),
+        ("read", "parameters", "ways"),
+        ("compile", "ways"),
+        ("forward", "parameters", "tokens", "ways"),
+        ("change", "linears"),
+    ],
+    "combine": [("shorten", "linears")],
+    "plan": [("compile for a GPU", "compilations")],
+    "pretrain": [("data",), ("compile step",), ("train", "parameters", "tokens")],
+    "bench kernels": [("start", "runs"), ("kernel", "calls", "runs")],
+    "bench step": [
+        ("start", "runs"),
+        ("open", "runs"),
+        ("read", "parameters", "runs"),
+        ("compile step", "runs"),
+        ("train", "parameters", "tokens", "runs"),
+    ],
+    "bench load": [("start", "runs"), ("open", "runs"), ("read", "parameters", "runs")],
+    "bench generate": [
+        ("start", "runs"),
+        ("open", "runs"),
+        ("read", "parameters", "runs"),
+        ("compile step", "runs"),
+        ("token", "parameters", "tokens", "runs"),
+    ],
+}
+"""The phases of each command, with the names of their amounts."""
 
 
-def seconds(phases: Sequence[Phase]) -> float:
-    """The time that phases take, one after the other."""
-    return sum(SECONDS[phase.rate] * phase.amount for phase in phases)
+def seconds(works: Sequence[str], amounts: Mapping[str, float]) -> float:
+    """The time that commands take, one after the other.
+
+    Args:
+      works: keys of `PHASES`.
+      amounts: every amount that their phases name.
+    """
+    phases = [phase for work in works for phase in PHASES[work]]
+    return sum(SECONDS[rate] * math.prod(amounts[a] for a in of) for rate, *of in phases)
 
 
-def line(what: str, phases: Sequence[Phase]) -> str | None:
-    """The line to print before the work starts; None where it is short."""
-    expected = seconds(phases)
-    return f"{what}: about {about(expected)} on {MACHINE} (estimate)" if expected > SHORT else None
+def line(works: Sequence[str], **amounts: float) -> str | None:
+    """The line to print before the work; None where it is short."""
+    expected = seconds(works, amounts)
+    if expected <= SHORT:
+        return None
+    return f"{works[0]}: about {about(expected)} on {MACHINE} (an estimate)"
 
 
 def about(seconds: float) -> str:

@@ -1,0 +1,56 @@
+"""Times told before slow work: sums by hand, and figures that the README measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.runtime import expected
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SMOLLM2 = 134_515_008
+"""Parameters of SmolLM2-135M, by its model card's shapes."""
+
+
+def test_a_time_is_the_sum_of_its_phases(monkeypatch):
+    monkeypatch.setattr(expected, "SECONDS", {"once": 2.0, "each": 0.5})
+    monkeypatch.setattr(
+        expected, "PHASES", {"a": [("once",), ("each", "rows", "ways")], "b": [("each", "rows")]}
+    )
+    assert expected.seconds(["a"], {"rows": 10, "ways": 3}) == 17
+    assert expected.seconds(["a", "b"], {"rows": 10, "ways": 3}) == 22
+    assert expected.line(["a", "b"], rows=10, ways=3) == (
+        "a: about 22 s on 2 CPU cores (an estimate)"
+    )
+    assert expected.line(["b"], rows=10) is None
+
+
+def test_every_phase_has_a_rate():
+    rates = {rate for phases in expected.PHASES.values() for rate, *_ in phases}
+    assert rates == expected.SECONDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (42.4, "42 s"), (180, "3 min"), (5000, "83 min"), (9000, "2.5 h")],
+)
+def test_about(seconds, text):
+    assert expected.about(seconds) == text
+
+
+def test_rates_agree_with_what_was_measured():
+    """Within a factor of two of the README's rates on the machine that both name."""
+    (step,) = re.findall(r"training step, SmolLM2.* / (\d+) tokens/s, 1\.56x", README)
+    (written,) = re.findall(r"generation in NF4.* / (\d+) tokens/s", README)
+    for rate, per_second in (("train", step), ("token", written)):
+        ratio = expected.SECONDS[rate] * SMOLLM2 * float(per_second)
+        assert 0.5 < ratio < 2, rate
+
+
+def test_a_command_tells_before_it_starts(tiny_model, tmp_path, run_cli, monkeypatch):
+    monkeypatch.setattr(expected, "SHORT", 0.5)
+    ended = run_cli("quantize", tiny_model, tmp_path / "out")
+    assert ended.code == 0, ended.err
+    told, *rest = ended.err.splitlines()
+    assert told == "quantize: about 4 s on 2 CPU cores (an estimate)"
+    assert rest[0].startswith("quantizing ")
