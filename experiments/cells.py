@@ -148,7 +148,7 @@ def population(
         {k: v if isinstance(v, str) else json.dumps(v) for k, v in member.items()}
         for member in members
     ]
-    steps = config.train.length
+    steps = config.train.step_count
     found = train_population(
         config, texts, say=print, progress=lambda step: context.progress(f"step {step}/{steps}")
     )

@@ -27,10 +27,12 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     config = config_of(options.config, settings)
     if (path := config.model.path) != NAME:
         raise UserError(f"model.path {path}: pretrain starts from nothing; set it to {NAME}")
-    rows = config.train.steps * config.train.batch_size * config.train.gradient_accumulation
-    ahead.tell(
-        "pretrain",
-        parameters=ahead.parameters(shapes(config.pretrain)),
-        tokens=rows * config.data.sequence_length,
-    )
+    if config.train.epochs is None:  # else the steps are known once the text is read
+        train_ = config.train
+        rows = train_.step_count * train_.batch_size * train_.gradient_accumulation
+        ahead.tell(
+            "pretrain",
+            parameters=ahead.parameters(shapes(config.pretrain)),
+            tokens=rows * config.data.sequence_length,
+        )
     train.run(options, settings, command)

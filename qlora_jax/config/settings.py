@@ -251,7 +251,7 @@ class TrainConfig:
     """Adapters' initial values, order of the data, dropout."""
 
     @property
-    def length(self) -> int:
+    def step_count(self) -> int:
         """Optimizer steps, where `epochs` is not given; a run counts the steps of its epochs."""
         return self.steps or DEFAULT_STEPS
 

@@ -78,7 +78,7 @@ def program_of(
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
     """Returns the optimizer that a config asks for."""
-    return adamw(config.optimizer, config.train.length)
+    return adamw(config.optimizer, config.train.step_count)
 
 
 def scales_loss(config: Config) -> bool:

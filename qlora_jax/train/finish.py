@@ -134,7 +134,7 @@ def _summary(
         device=opened.device,
         base_hash=facts.base_hash if facts.adapted else "",
         steps=fitted.steps,
-        planned_steps=config.train.length,
+        planned_steps=config.train.step_count,
         exported_step=int(fitted.training.state.step),
         keep_best=config.train.keep_best,
         patience=config.train.patience,

@@ -9,7 +9,7 @@ import jax
 
 from qlora_jax.config import Config
 from qlora_jax.runtime import manifest
-from qlora_jax.train import length, resume, rundir
+from qlora_jax.train import resume, rundir, step_count
 from qlora_jax.train.assemble import Training
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.choice import Evaluation, describe_losses
@@ -142,7 +142,7 @@ def fit(asked: Request, opened: Opened, begun: Begun) -> Fitted:
             begun.checkpoints,
             log,
             counters,
-            schedule(config.optimizer, config.train.length),
+            schedule(config.optimizer, config.train.step_count),
             moves=opened.moments is not ON_DEVICE,
         )
         steps, last = int(state.step), counters.choice.last
@@ -170,9 +170,9 @@ def _go_on(asked: Request, opened: Opened, begun: Begun) -> None:
     if begun.manifest is None or begun.stored is None:
         return
     folder, config = begun.owned.folder, opened.config
-    before = length.with_steps(begun.stored, begun.built.loader.steps_of).train.length
+    before = step_count.with_steps(begun.stored, begun.built.loader.steps_of).train.step_count
     taken = int(begun.built.training.state.step) - begun.counters.skipped
-    if line := length.describe_jump(config.optimizer, taken, before, config.train.length):
+    if line := step_count.describe_jump(config.optimizer, taken, before, config.train.step_count):
         asked.say(line)
     manifest.write(folder, begun.manifest, resumed=True)
     if not resume.is_same(begun.stored, asked.config):

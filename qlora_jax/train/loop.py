@@ -138,7 +138,7 @@ def loop(
       RunFailed: the loss or gradient is not finite; the checkpoints before stay.
     """
     train, step = config.train, int(state.step)
-    steps = train.length
+    steps = train.step_count
     key = jax.random.key(train.seed + 1) if drops_out(config) else None
     around = _Around(
         config, program, frozen, loader, checkpoints, counters, learning_rate, moves, key
@@ -166,7 +166,7 @@ def loop(
 
 
 def _is_over(config: Config, counters: Progress, step: int) -> bool:
-    return step >= config.train.length or counters.choice.stops(config.train.patience)
+    return step >= config.train.step_count or counters.choice.stops(config.train.patience)
 
 
 def _saves(config: Config, counters: Progress, step: int) -> bool:

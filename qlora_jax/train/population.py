@@ -16,9 +16,9 @@ from qlora_jax.lora import LoraSet
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.examples import Data, held_out, loader, read_data
-from qlora_jax.train.length import describe_warmup
 from qlora_jax.train.mapped import Adapters, Program, build, draw, extract, union
 from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.step_count import describe_warmup
 from qlora_jax.train.targets import outer_targets
 
 VARIED = (
@@ -134,10 +134,10 @@ def run(
 
     look(0)
     figures = []
-    for step in range(1, train.length + 1):
+    for step in range(1, train.step_count + 1):
         trained, moments, found = program.step(trained, moments, *rest, next(batches))
         figures.append(jax.device_get(found))
-        if step == train.length or (train.eval_every and step % train.eval_every == 0):
+        if step == train.step_count or (train.eval_every and step % train.eval_every == 0):
             look(step)
         progress(step)
     losses, norms, finite = (

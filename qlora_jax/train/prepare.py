@@ -21,7 +21,7 @@ from qlora_jax.quant.codebooks import codebook
 from qlora_jax.runtime import manifest, paths
 from qlora_jax.runtime.device import describe_devices
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train import choice, examples, length, resume, rundir
+from qlora_jax.train import choice, examples, resume, rundir, step_count
 from qlora_jax.train.assemble import Training, assemble
 from qlora_jax.train.examples import Data
 from qlora_jax.train.identity import check_identity, starts_as_base
@@ -127,22 +127,22 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Placement]) -> 
     rundir.check(config, resume=asked.resume, overwrite=asked.overwrite)
     choice.check(config.train)
     if asked.resume and config.train.epochs is None:
-        resume.check_steps(Path(config.output), config.train.length)
+        resume.check_steps(Path(config.output), config.train.step_count)
     choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config, say)
     moments = place(checkpoint.config)
     data = examples.read_data(config, text, checkpoint.config.longest_cached)
     choice.check_held_out(config.train, bool(data.held_out))
     loader = examples.loader(config, data, text.pad_id, config.train.seed)
-    counted = length.with_steps(config, loader.steps_of)
+    counted = step_count.with_steps(config, loader.steps_of)
     if asked.resume:
-        resume.check_steps(Path(config.output), counted.train.length)
+        resume.check_steps(Path(config.output), counted.train.step_count)
     device = str(describe_devices())
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(examples.describe_data(data))
     if (epochs := config.train.epochs) is not None:
-        say(f"{epochs:g} epochs: {counted.train.length:,} steps")
-    if warning := length.describe_warmup(counted):
+        say(f"{epochs:g} epochs: {counted.train.step_count:,} steps")
+    if warning := step_count.describe_warmup(counted):
         say(warning)
     return Opened(counted, checkpoint, text, data, loader, moments, device)
 

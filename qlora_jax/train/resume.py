@@ -27,7 +27,7 @@ MAY_CHANGE: Mapping[str, str | None] = {
 }
 """Settings that may change on resume, each with a warning where it changes what is computed.
 
-The number of steps changes the learning rate of some schedules: `length.describe_jump`.
+The number of steps changes the learning rate of some schedules: `step_count.describe_jump`.
 """
 
 

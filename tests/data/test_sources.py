@@ -312,4 +312,4 @@ def test_a_folder_whose_files_are_all_in_a_split_has_no_warning(jsonl, data_conf
     for name in ("train.jsonl", "test.jsonl"):
         jsonl(rows(3), f"folder/{name}")
     split = sources.read(data_config(str(tmp_path / "folder"), eval_split="test"))
-    assert (len(split.train), len(split.held_out), split.found.lines()) == (3, 3, [])
+    assert (len(split.train), len(split.held_out[""]), split.found.lines()) == (3, 3, [])

@@ -1,5 +1,6 @@
 """From a config to a model: what is refused before weights are read, and what is built."""
 
+import dataclasses
 import json
 import shutil
 
@@ -105,7 +106,14 @@ def test_a_token_beyond_the_embedding_is_refused_where_it_is_used(
     used = tmp_path / "used.jsonl"
     texts = ("before", "and <|more|> of it")
     used.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = make_config(model__path=str(wide_tokenizer), data__source=str(used))
+    config = make_config(
+        model__path=str(wide_tokenizer), data__source=str(used), data__eval_fraction=0.0
+    )
+    data = read_data(config, text, 512)
+    assert (len(data.train), data.found.bad.count) == (1, 1)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, on_bad_record="error")
+    )
     says = r"used\.jsonl:2: the text holds the token '<\|more\|>' with the id 256, and the model h"
     with pytest.raises(UserError, match=says) as e:
         read_data(config, text, 512)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qlora_jax.config import OptimizerConfig, from_tree
-from qlora_jax.train.length import describe_jump, describe_warmup, with_steps
+from qlora_jax.train.step_count import describe_jump, describe_warmup, with_steps
 
 
 def make(warmup=0, **train):

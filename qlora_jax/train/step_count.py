@@ -15,7 +15,7 @@ def with_steps(config: Config, count: Callable[[float], int]) -> Config:
       count: gives the steps of a number of epochs.
     """
     train = config.train
-    steps = train.length if train.epochs is None else count(train.epochs)
+    steps = train.step_count if train.epochs is None else count(train.epochs)
     return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps, epochs=None))
 
 
@@ -25,7 +25,7 @@ def describe_warmup(config: Config) -> str | None:
     Args:
       config: with the number of steps.
     """
-    warmup, steps = config.optimizer.warmup_steps, config.train.length
+    warmup, steps = config.optimizer.warmup_steps, config.train.step_count
     if warmup < steps:
         return None
     return (
