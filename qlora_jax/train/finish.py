@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from qlora_jax.config import Config
 from qlora_jax.formats import fresh
 from qlora_jax.models import fingerprint
-from qlora_jax.runtime import manifest
+from qlora_jax.runtime import manifest, paths
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train import examples, export, metrics, resume, rundir
 from qlora_jax.train.fit import Begun, Fitted
@@ -51,8 +52,32 @@ def finished(config: Config) -> Summary | None:
     folder = Path(config.output)
     if not resume.is_same(rundir.open_run(folder), config):
         return None
-    found = resume.results(folder, made(config))
+    found = _results(folder, made(config))
     return None if found is None else read_summary(found, config.output)
+
+
+def _results(folder: Path, made: Sequence[str]) -> dict[str, Any] | None:
+    """Returns what a finished run's manifest says of its results; None where it is not finished.
+
+    A run is not finished where its newest checkpoint is of another step, or something is missing
+    that it exports: resumed, it is finished again.
+
+    Args:
+      folder: the run directory.
+      made: what a finished run has in it.
+
+    Raises:
+      UserError: the manifest cannot be read.
+    """
+    if not paths.exists(folder / manifest.NAME):
+        return None
+    told = manifest.read(folder)
+    found = told.get("results")
+    if not told.get("finished") or not isinstance(found, dict):
+        return None
+    if found.get("steps") != resume.steps_done(folder):
+        return None
+    return found if all(paths.exists(folder / name) for name in made) else None
 
 
 def describe_finished(config: Config, summary: Summary) -> str:

@@ -1,14 +1,13 @@
-"""What a resumed run may change in its config, and whether there is anything left to do."""
+"""What a resumed run may change in its config; imports no jax, which commands start later."""
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qlora_jax import config as configs
 from qlora_jax.config import Config
-from qlora_jax.runtime import manifest, paths
+from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
 ROUNDING = "the last bits of what follows may differ from a run that was not changed"
@@ -91,27 +90,3 @@ def check_steps(folder: Path, steps: int) -> None:
             f"{folder}: {done} steps are done, and {steps} were asked for; give "
             f"--train.steps={done} or more, or another --output"
         )
-
-
-def results(folder: Path, made: Sequence[str]) -> dict[str, Any] | None:
-    """Returns what a finished run's manifest says of its results; None where it is not finished.
-
-    A run is not finished where its newest checkpoint is of another step, or something is missing
-    that it exports: resumed, it is finished again.
-
-    Args:
-      folder: the run directory.
-      made: what a finished run has in it.
-
-    Raises:
-      UserError: the manifest cannot be read.
-    """
-    if not paths.exists(folder / manifest.NAME):
-        return None
-    told = manifest.read(folder)
-    found = told.get("results")
-    if not told.get("finished") or not isinstance(found, dict):
-        return None
-    if found.get("steps") != steps_done(folder):
-        return None
-    return found if all(paths.exists(folder / name) for name in made) else None
