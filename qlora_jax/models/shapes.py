@@ -92,4 +92,4 @@ def find(name: str) -> DecoderConfig:
         if (model := HUB.get(known, known)) in SHAPES:
             return SHAPES[model]
     nearest = difflib.get_close_matches(name, [*SHAPES, *HUB], n=1, cutoff=0)[0]
-    raise UserError(f"{name}: no published shape by that name; the nearest to give is {nearest}")
+    raise UserError(f"{name}: no published shape by that name; the nearest known one is {nearest}")
