@@ -26,6 +26,11 @@ LONG = 20_000
 """Records from which on a progress bar is worth its lines."""
 WINDOW = 8
 """Tokens that are compared before an answer, in place of all."""
+UNWRITTEN = "which the chat template does not write"
+WITHIN = (
+    "in the text of a turn, where it counts as that token beside those that the chat template "
+    "writes; take it out of the data, or set data.template: none for prompts that are formatted"
+)
 MERGED = (
     "answers begin within a token that also holds the end of their prompt, which generation cannot "
     "give; let the prompt end without a space, and the answer begin with it"
@@ -362,9 +367,17 @@ def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
         bos=False,
         eos=chat.messages[-1]["role"] == "assistant",
         notes=[
-            f"conversations hold {name}, which the chat template does not write" for name in unread
+            *(f"conversations hold {name}, {UNWRITTEN}" for name in unread),
+            *(f"conversations hold {token!r} {WITHIN}" for token in _marks(chat, tokenizer)),
         ],
     )
+
+
+def _marks(chat: Conversation, tokenizer: Tokenizer) -> list[str]:
+    """Returns the tokens that begin a text or end a turn and that contents hold themselves."""
+    texts = [m["content"] for m in chat.messages if isinstance(m.get("content"), str)]
+    tokens = {*tokenizer.stop_texts, tokenizer.fast.bos_token} - {None}
+    return sorted(token for token in tokens if any(token in text for text in texts))
 
 
 def _always(spans: list[Span]) -> Callable[[int], Found]:

@@ -224,7 +224,8 @@ class Tokenizer:
             )
         except Exception as e:  # a template is a program and raises what it likes
             raise UserError(
-                f"the chat template of {self.template_source} refuses it: {first_line(e)}"
+                f"the chat template of {self.template_source} refuses it: {first_line(e)}; change "
+                "the turns, or use another template (data.chat_template)"
             ) from None
         texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import CHATML
 
-from qlora_jax.data.encode import MERGED, encode, mark
+from qlora_jax.data.encode import MERGED, WITHIN, encode, mark
 from qlora_jax.data.prompts import question
 from qlora_jax.data.records import Chat, Prompt, Text
 from qlora_jax.runtime.errors import UserError
@@ -470,3 +470,10 @@ def test_a_call_that_the_template_has_no_words_for_is_refused(tokenizer, data_co
     assert stats.notes == {
         "conversations hold documents, which the chat template does not write": 1
     }
+
+
+def test_a_special_token_within_a_turn_is_told(make_tokenizer, data_config):
+    tokenizer = make_tokenizer(bos_token="<s>")
+    formatted = chat(("user", "<s>q"), ("assistant", "a<|im_end|>"))
+    _, stats = encode([formatted, TWO_TURNS], tokenizer, data_config())
+    assert stats.notes == {f"conversations hold {t!r} {WITHIN}": 1 for t in ("<s>", "<|im_end|>")}
