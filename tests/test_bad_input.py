@@ -80,7 +80,7 @@ def test_a_setting_that_cannot_be_used(
     ("text", "expected"),
     [
         ("model: [", "config.yaml:1: not valid YAML"),
-        ("a\n", "a config is a mapping with the keys model, data, output"),
+        ("a\n", "a config is a mapping; give it keys of these: model, data, output"),
         ("", "a config is a mapping"),
     ],
 )

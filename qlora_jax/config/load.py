@@ -39,18 +39,22 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(f"{path}: no such config file") from None
+        raise UserError(
+            f"{path}: no such config file; give a YAML file or a run directory"
+        ) from None
     except OSError as e:
         raise paths.unreadable(path, e) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is YAML") from None
     except MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else "?"
-        raise UserError(f"{path}:{line}: not valid YAML: {e.problem}") from None
+        raise UserError(f"{path}:{line}: not valid YAML: {e.problem}; correct it") from None
     except (YAMLError, ValueError) as e:
-        raise UserError(f"{path}: not valid YAML: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path}: not valid YAML: {str(e).splitlines()[0]}; correct it") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping with the keys {', '.join(names(Config))}")
+        raise UserError(
+            f"{path}: a config is a mapping; give it keys of these: {', '.join(names(Config))}"
+        )
     tree = _expand(tree)
     for key, text in (overrides or {}).items():
         _override(tree, key, text)
@@ -176,7 +180,9 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         if (node := tree.get(name)) is None:
             node = tree[name] = {}
         if not isinstance(node, dict):
-            raise UserError(f"--{key}: {name} is a single value, {node!r}, and has no keys")
+            raise UserError(
+                f"--{key}: {name} is a single value, {node!r}, and has no keys; give --{name}=VALUE"
+            )
         tree = node
     tree[last] = _value(text, kinds.get(key, ""))
 

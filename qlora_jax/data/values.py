@@ -72,7 +72,9 @@ def text(value: Any, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as e:
-        raise UserError(f"{where} has half a surrogate pair at character {e.start}") from None
+        raise UserError(
+            f"{where} has half a surrogate pair at character {e.start}; remove it"
+        ) from None
     return value
 
 

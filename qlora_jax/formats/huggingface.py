@@ -91,7 +91,9 @@ def open_folder(folder: Path) -> HuggingFaceCheckpoint:
     if tie.stored != embed:
         stored[embed] = stored.pop(tie.stored)
     if embed in layouts:
-        raise UserError(f"{folder}: {embed} is in 4 bits, which is not supported")
+        raise UserError(
+            f"{folder}: {embed} is in 4 bits, which is not supported; give the 16-bit model"
+        )
     expected = check_shapes(_shapes(stored, layouts), config, folder)
     plain = [name for name in expected if name not in layouts]
     if other := [name for name in plain if stored[name].dtype not in FLOATS]:

@@ -69,12 +69,15 @@ def check_shapes(
         if found[name] != shape
     ]
     if wrong:
-        raise UserError(f"{where}: shapes do not agree with the model's config: {_some(wrong)}")
+        raise UserError(
+            f"{where}: shapes do not agree with the model's config: {_some(wrong)}; "
+            "download both again"
+        )
     unknown = [name for name in found if name not in expected and not _allowed(name, config)]
     if unknown:
         raise UserError(
             f"{where}: tensors that a {config.family} decoder with this config has no place for: "
-            f"{_some(unknown)}"
+            f"{_some(unknown)}; give another model, or correct its config.json"
         )
     return expected
 

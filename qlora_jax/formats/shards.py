@@ -82,7 +82,9 @@ def _places(folder: Path) -> dict[str, str]:
         raise UserError(f"{index}: no weight_map in it; download it again")
     for file in places.values():
         if Path(file).name != file:
-            raise UserError(f"{index}: {file!r} is no name of a file in the folder")
+            raise UserError(
+                f"{index}: {file!r} is no name of a file in the folder; download it again"
+            )
     return places
 
 

@@ -65,7 +65,7 @@ def _open(model: ModelConfig) -> Checkpoint:
             f"{model.path}: a model is a Hugging Face folder or a .gguf file; give the folder"
         )
     if local:
-        raise UserError(f"{model.path}: no such file or folder")
+        raise UserError(f"{model.path}: no such file or folder; correct model.path")
     return open_folder(_download(model.path, model.revision))
 
 
@@ -79,7 +79,7 @@ def _download(repository: str, revision: str | None) -> Path:
     except HFValidationError:
         raise UserError(
             f"{repository}: not a folder, a file, a hub id or a built-in model "
-            f"({', '.join(BUILTIN)})"
+            f"({', '.join(BUILTIN)}); correct model.path"
         ) from None
     except GatedRepoError:
         raise UserError(
@@ -90,7 +90,10 @@ def _download(repository: str, revision: str | None) -> Path:
             f"{repository}: no such model on the hub; the built-in ones are: {', '.join(BUILTIN)}"
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"model.revision: {repository} has no revision {revision!r}") from None
+        raise UserError(
+            f"model.revision: {repository} has no revision {revision!r}; "
+            "correct it, or leave it out"
+        ) from None
     except LocalEntryNotFoundError:
         why = (
             "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"

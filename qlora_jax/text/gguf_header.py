@@ -163,7 +163,9 @@ def _tensor(name: str, shape: tuple[int, ...], number: int, offset: int, path: P
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise UserError(f"{path}: {name} has the unknown tensor type {number}") from None
+        raise UserError(
+            f"{path}: {name} has the unknown tensor type {number}; give another file of the model"
+        ) from None
     block, width = GGML_QUANT_SIZES[kind]
     if shape and shape[-1] % block:
         raise ValueError(f"{name} has rows of {shape[-1]} values, in blocks of {block}")

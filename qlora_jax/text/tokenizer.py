@@ -133,7 +133,9 @@ class Tokenizer:
         try:
             encodings = backend.encode_batch(list(texts), add_special_tokens=False)
         except TypeError:
-            raise UserError("the text holds bytes that are no UTF-8, or half a character") from None
+            raise UserError(
+                "the text holds bytes that are no UTF-8, or half a character; remove it"
+            ) from None
         if self.rows is not None and self.rows < self.vocab_size:
             for encoding in encodings:
                 if (highest := max(encoding.ids, default=0)) >= self.rows:

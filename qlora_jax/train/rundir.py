@@ -206,5 +206,7 @@ def open_run(folder: str | Path) -> Config:
       UserError: not a run directory.
     """
     if not paths.is_file(Path(folder) / CONFIG):
-        raise UserError(f"{folder}: not a run directory (no {CONFIG} in it)")
+        raise UserError(
+            f"{folder}: not a run directory (no {CONFIG} in it); give a folder that train made"
+        )
     return configs.load(Path(folder) / CONFIG)

@@ -109,8 +109,8 @@ def test_a_wrong_key_or_value_is_named(refusal, text, expected):
         ),
         ("model: {}\ndata: d\noutput: o\n", "run.yaml: model.path is missing"),
         ("model: a\ndata: d\noutput: 2026-01-01\n", "run.yaml: output: "),
-        ("", "run.yaml: a config is a mapping with the keys model, data, output"),
-        ("- 1\n", "run.yaml: a config is a mapping with the keys model, data, output"),
+        ("", "run.yaml: a config is a mapping; give it keys of these: model, data, output"),
+        ("- 1\n", "run.yaml: a config is a mapping; give it keys of these: model, data, output"),
         ("model: a\nlora: [1\n", "run.yaml:3: not valid YAML: "),
         ("model: a\n\tdata: b\n", "run.yaml:2: not valid YAML: "),
         ("model: *x\n", "run.yaml:1: not valid YAML: found undefined alias"),
@@ -129,7 +129,10 @@ def test_a_file_that_is_not_a_config_is_refused(refusal, text, expected):
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "file/run.yaml"])
 def test_a_missing_file_is_named(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"^{tmp_path / name}: no such config file$"):
+    with pytest.raises(
+        UserError,
+        match=f"^{tmp_path / name}: no such config file; give a YAML file or a run directory$",
+    ):
         config_lib.load(tmp_path / name)
 
 

@@ -70,7 +70,9 @@ def hugging_face_name(name: str, family: Family, path: Path) -> str:
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     part = LAYER.get(layer[2]) if layer else TOP.get(stem)
     if part is None:
-        raise UserError(f"{path}: tensor {name} is not part of the decoders supported here")
+        raise UserError(
+            f"{path}: tensor {name} is not part of the decoders supported here; give another model"
+        )
     if part == "up_proj" and family.fixed.get("fused_gate_up"):
         part = "gate_up_proj"
     module = getattr(family.names, part)

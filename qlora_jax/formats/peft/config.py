@@ -105,7 +105,10 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     for key in OTHER_FUNCTIONS:
         if config.get(key):
-            raise UserError(f"{path}: {key} is set, and only LoRA and DoRA adapters are supported")
+            raise UserError(
+                f"{path}: {key} is set, and only LoRA and DoRA adapters are supported; "
+                "merge it in PEFT"
+            )
     init = config.get("init_lora_weights")
     if not isinstance(init, bool | str | None) or init not in PLAIN_INITS:
         raise UserError(
@@ -117,7 +120,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValidationError as e:
         problem = e.errors()[0]
         if problem["type"] == "missing":
-            raise UserError(f"{path}: key {problem['loc'][0]} is missing") from None
+            raise UserError(
+                f"{path}: key {problem['loc'][0]} is missing; export the adapter again"
+            ) from None
         key = ".".join(map(str, problem["loc"]))
         raise UserError(
             f"{path}: {key} {problem['input']!r:.80}: {problem['msg']}; export the adapter again"

@@ -48,7 +48,10 @@ def read_adapter(folder: Path) -> AdapterSet:
     parts, replaced = _sorted(_plain_keys(_read_tensors(folder / WEIGHTS), folder), config, folder)
     missing = _missing(config, parts)
     if missing or not parts:
-        raise UserError(f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}")
+        raise UserError(
+            f"{folder / WEIGHTS}: missing: {listed(missing) or 'every tensor'}; "
+            "export the adapter again"
+        )
     scaling: Scaling = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     adapters = {
         path: _weights(path, found, config, scaling, folder) for path, found in parts.items()
@@ -99,7 +102,10 @@ def _sorted(
     # one module under both of its names
     unexpected += [path for path, new in NEW_NAMES.items() if {path, new} <= parts.keys()]
     if unexpected:
-        raise UserError(f"{folder / WEIGHTS}: unexpected tensors: {listed(unexpected)}")
+        raise UserError(
+            f"{folder / WEIGHTS}: unexpected tensors: {listed(unexpected)}; "
+            "export the adapter again"
+        )
     return parts, replaced
 
 
@@ -124,7 +130,10 @@ def _plain_keys(tensors: Mapping[str, np.ndarray], folder: Path) -> dict[str, np
             continue
         plain = key.replace(".modules_to_save.", ".")
         if not np.array_equal(found.setdefault(plain, tensor), tensor):
-            raise UserError(f"{folder / WEIGHTS}: {plain} is there twice, with unlike values")
+            raise UserError(
+                f"{folder / WEIGHTS}: {plain} is there twice, with unlike values; "
+                "export the adapter again"
+            )
     return found
 
 
@@ -167,12 +176,12 @@ def _weights(
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise UserError(
             f"{folder / WEIGHTS}: {path} has A {list(a.shape)} and B {list(b.shape)}, but "
-            f"{CONFIG} says rank {rank}"
+            f"{CONFIG} says rank {rank}; export the adapter again"
         )
     if magnitude is not None and magnitude.shape != (b.shape[0],):
         raise UserError(
             f"{folder / WEIGHTS}: {path} has a magnitude {list(magnitude.shape)} for "
-            f"{b.shape[0]} outputs"
+            f"{b.shape[0]} outputs; export the adapter again"
         )
     where = f"{folder / CONFIG}: alpha_pattern"
     alpha = by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"], where)

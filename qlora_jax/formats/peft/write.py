@@ -51,7 +51,10 @@ def write_adapter(
     """
     present = {path: adapter for path, adapter in adapters.items() if adapter.rank > 0}
     if not present:
-        raise UserError(f"{folder}: no module is adapted, so there is nothing to write")
+        raise UserError(
+            f"{folder}: no module is adapted, so there is nothing to write; "
+            "give an adapter with modules"
+        )
     _check_replaceable(folder)
     tensors = {}
     for path, adapter in present.items():
