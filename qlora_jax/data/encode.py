@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -13,24 +11,16 @@ from rich.progress import Progress
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data.bad_records import BadRecords
-from qlora_jax.data.records import Chat, Prompt, Record, Text
+from qlora_jax.data.layouts import Layout, lay_out
+from qlora_jax.data.records import Record
+from qlora_jax.data.tokens import Tokens, mark, parted
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text import tool_calls
-from qlora_jax.text.chat import Found, Span, render_with_answers
-from qlora_jax.text.ignored import ignored
-from qlora_jax.text.messages import Message, Variables
-from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
+from qlora_jax.text.chat import Span
+from qlora_jax.text.tokenizer import Tokenizer
 
 BATCH = 256
 LONG = 20_000
 """Records from which on a progress bar is worth its lines."""
-WINDOW = 8
-"""Tokens that are compared before an answer, in place of all."""
-UNWRITTEN = "which the chat template does not write"
-WITHIN = (
-    "in the text of a turn, where it counts as that token beside those that the chat template "
-    "writes; take it out of the data, or set data.template: none for prompts that are formatted"
-)
 MERGED = (
     "answers begin within a token that also holds the end of their prompt, which generation cannot "
     "give; let the prompt end without a space, and the answer begin with it"
@@ -69,42 +59,6 @@ class EncodeStats:
     truncated: int
     dropped: int
     notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """A record as text.
-
-    Attributes:
-      text: what is tokenized.
-      answers: finds the answers that start before a character; raises UserError if one cannot be
-        located.
-      bos: a begin-of-text id is put in front if the tokenizer uses one.
-      eos: an end-of-text id is appended unless the last answer ends generation itself.
-      chunked: a text over length becomes several examples instead of being cut.
-      notes: what is to be told of the record.
-    """
-
-    text: str
-    answers: Callable[[int], Found]
-    bos: bool
-    eos: bool
-    chunked: bool = False
-    notes: Sequence[str] = ()
-
-
-class Conversation(NamedTuple):
-    """What goes through the chat template.
-
-    Attributes:
-      messages: the turns.
-      variables: further input of the template.
-      without_loss: turns of the assistant that carry no loss.
-    """
-
-    messages: tuple[Message, ...]
-    variables: Variables = NO_VARIABLES
-    without_loss: frozenset[int] = frozenset()
 
 
 def encode(
@@ -193,18 +147,6 @@ def _wholes(
             yield record, layout, wholes
 
 
-class Tokens(NamedTuple):
-    """A tokenized text.
-
-    Attributes:
-      ids: the ids.
-      offsets: i64[n, 2], the characters of each: start and end.
-    """
-
-    ids: list[int]
-    offsets: np.ndarray
-
-
 def _tokenized(
     laid: Sequence[tuple[Record, Layout]], tokenizer: Tokenizer, bad: BadRecords
 ) -> Iterator[tuple[Record, Layout, Tokens]]:
@@ -254,152 +196,12 @@ def _whole(
 ) -> Example:
     """Returns a text of a record as one example, whatever its length."""
     if not layout.chunked:
-        tokens, merged = _parted(text, [start for start, _ in spans], tokens, tokenizer)
+        tokens, merged = parted(text, [start for start, _ in spans], tokens, tokenizer)
         if merged:
             notes[MERGED] += merged
     return _finish(
         layout, tokens.ids, mark(tokens.offsets, spans), tokenizer, config.loss_on == "all"
     )
-
-
-def _parted(
-    text: str, starts: Sequence[int], tokens: Tokens, tokenizer: Tokenizer
-) -> tuple[Tokens, int]:
-    """Encodes a text in parts where the tokens before an answer are not those of its prompt.
-
-    In generation the prompt is encoded alone, so such a token could not be given.
-
-    Returns:
-      The tokens, and the number of answers that still begin within a token: a tokenizer that puts
-      a space in front of each part would write another text.
-    """
-    cuts = [start for start in starts if not _is_parted(text, start, tokens, tokenizer)]
-    if not cuts:
-        return tokens, 0
-    edges = [0, *cuts, len(text)]
-    parts = tokenizer.encode_batch([text[a:b] for a, b in itertools.pairwise(edges)])
-    ids = [id for own, _ in parts for id in own]
-    if tokenizer.decode(ids, False) != tokenizer.decode(tokens.ids, False):
-        return tokens, len(cuts)
-    offsets = np.concatenate([own + edge for (_, own), edge in zip(parts, edges)])
-    return Tokens(ids, offsets), 0
-
-
-def _is_parted(text: str, start: int, tokens: Tokens, tokenizer: Tokenizer) -> bool:
-    """Whether the tokens before a character are those of the text before it alone."""
-    low, high = tokens.offsets[:, 0], tokens.offsets[:, 1]
-    if ((low < start) & (start < high)).any():
-        return False
-    count = int((high <= start).sum())
-    first = max(0, count - WINDOW)
-    near = tokenizer.encode(text[low[first] if first else 0 : start])
-    return near == tokens.ids[first:count] or tokenizer.encode(text[:start]) == tokens.ids[:count]
-
-
-def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Conversation | None:
-    """Returns what goes through the chat template, or None for a record that is raw text.
-
-    Raises:
-      UserError: it holds tool calls, and the chat template writes none.
-    """
-    if isinstance(record, Chat):
-        found = Conversation(record.messages, record.variables, record.without_loss)
-    elif isinstance(record, Prompt) and config.template == "auto" and tokenizer.has_chat_template:
-        found = Conversation(
-            (
-                {"role": "user", "content": record.prompt},
-                {"role": "assistant", "content": record.completion},
-            )
-        )
-    else:
-        return None
-    if config.system_prompt is not None and found.messages[0]["role"] != "system":
-        found = found._replace(
-            messages=({"role": "system", "content": config.system_prompt}, *found.messages),
-            without_loss=frozenset(turn + 1 for turn in found.without_loss),
-        )
-    if not any(message.get("tool_calls") for message in found.messages):
-        return found
-    form = tokenizer.tool_call_form
-    if form is None:
-        raise _unwritten("tool_calls", tokenizer)
-    return found._replace(messages=tool_calls.written(found.messages, form))
-
-
-def _unwritten(name: str, tokenizer: Tokenizer) -> UserError:
-    return UserError(
-        f"the chat template of {tokenizer.template_source} does not write its {name}; give one "
-        f"that does as data.chat_template, or take {name} out of the data"
-    )
-
-
-def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
-    """The text of a record and where its answers lie.
-
-    Raises:
-      UserError: the conversation cannot be rendered.
-    """
-    chat = conversation(record, tokenizer, config)
-    if chat is not None:
-        return _lay_out_chat(chat, tokenizer)
-    if isinstance(record, Prompt):
-        prompt = raw_prompt(record.prompt, config.system_prompt)
-        text, start = prompt + record.completion, len(prompt)
-        return Layout(text=text, answers=_always([(start, len(text))]), bos=True, eos=True)
-    assert isinstance(record, Text)
-    text = record.text
-    return Layout(
-        text=text, answers=_always([(0, len(text))]), bos=True, eos=record.ends, chunked=True
-    )
-
-
-def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
-    unread = ignored(
-        chat.messages, chat.variables, lambda m, variables: tokenizer.render(m, False, variables)
-    )
-    for name in ("tool_calls", "tools"):
-        if name in unread:
-            raise _unwritten(name, tokenizer)
-    text, answers = render_with_answers(chat.messages, tokenizer, chat.variables, chat.without_loss)
-    return Layout(
-        text=text,
-        answers=answers,
-        bos=False,
-        eos=chat.messages[-1]["role"] == "assistant",
-        notes=[
-            *(f"conversations hold {name}, {UNWRITTEN}" for name in unread),
-            *(f"conversations hold {token!r} {WITHIN}" for token in _marks(chat, tokenizer)),
-        ],
-    )
-
-
-def _marks(chat: Conversation, tokenizer: Tokenizer) -> list[str]:
-    """Returns the tokens that begin a text or end a turn and that contents hold themselves."""
-    texts = [m["content"] for m in chat.messages if isinstance(m.get("content"), str)]
-    tokens = {*tokenizer.stop_texts, tokenizer.fast.bos_token} - {None}
-    return sorted(token for token in tokens if any(token in text for text in texts))
-
-
-def _always(spans: list[Span]) -> Callable[[int], Found]:
-    return lambda end: Found(spans, [], {})
-
-
-def raw_prompt(prompt: str, system_prompt: str | None) -> str:
-    """A prompt that goes through no template, the system prompt in front."""
-    return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
-
-
-def mark(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """bool[n]: which tokens have a character in one of the spans.
-
-    An empty token, which byte-level tokenizers report for spaces alone, stands for the character
-    before its end.
-    """
-    start, end = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
-    target = np.zeros(len(offsets), np.bool_)
-    for low, high in spans:
-        target |= (end > low) & (start < high) & (low < high)
-    return target
 
 
 def _end(layout: Layout, offsets: np.ndarray, limit: int) -> int:

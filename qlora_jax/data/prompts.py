@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from qlora_jax.config import DataConfig
-from qlora_jax.data.encode import conversation, raw_prompt
+from qlora_jax.data.layouts import conversation, raw_prompt
 from qlora_jax.data.records import Prompt, Record, Text
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.messages import Message

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import CHATML
 
-from qlora_jax.data.encode import MERGED, WITHIN, encode, mark
+from qlora_jax.data.encode import MERGED, encode
+from qlora_jax.data.layouts import WITHIN
 from qlora_jax.data.prompts import question
 from qlora_jax.data.records import Chat, Prompt, Text
+from qlora_jax.data.tokens import mark
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.chat import APART, UNOPENED, UNREASONED
 

@@ -1,0 +1,149 @@
+"""Lays out records as text: what is tokenized, and where its answers are."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from qlora_jax.config import DataConfig
+from qlora_jax.data.records import Chat, Prompt, Record, Text
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text import tool_calls
+from qlora_jax.text.chat import Found, Span, render_with_answers
+from qlora_jax.text.ignored import ignored
+from qlora_jax.text.messages import Message, Variables
+from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
+
+UNWRITTEN = "which the chat template does not write"
+WITHIN = (
+    "in the text of a turn, where it counts as that token beside those that the chat template "
+    "writes; take it out of the data, or set data.template: none for prompts that are formatted"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A record as text.
+
+    Attributes:
+      text: what is tokenized.
+      answers: finds the answers that start before a character; raises UserError if one cannot be
+        located.
+      bos: a begin-of-text id is put in front if the tokenizer uses one.
+      eos: an end-of-text id is appended unless the last answer ends generation itself.
+      chunked: a text over length becomes several examples instead of being cut.
+      notes: what is to be told of the record.
+    """
+
+    text: str
+    answers: Callable[[int], Found]
+    bos: bool
+    eos: bool
+    chunked: bool = False
+    notes: Sequence[str] = ()
+
+
+class Conversation(NamedTuple):
+    """What goes through the chat template.
+
+    Attributes:
+      messages: the turns.
+      variables: further input of the template.
+      without_loss: turns of the assistant that carry no loss.
+    """
+
+    messages: tuple[Message, ...]
+    variables: Variables = NO_VARIABLES
+    without_loss: frozenset[int] = frozenset()
+
+
+def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Conversation | None:
+    """Returns what goes through the chat template, or None for a record that is raw text.
+
+    Raises:
+      UserError: it holds tool calls, and the chat template writes none.
+    """
+    if isinstance(record, Chat):
+        found = Conversation(record.messages, record.variables, record.without_loss)
+    elif isinstance(record, Prompt) and config.template == "auto" and tokenizer.has_chat_template:
+        found = Conversation(
+            (
+                {"role": "user", "content": record.prompt},
+                {"role": "assistant", "content": record.completion},
+            )
+        )
+    else:
+        return None
+    if config.system_prompt is not None and found.messages[0]["role"] != "system":
+        found = found._replace(
+            messages=({"role": "system", "content": config.system_prompt}, *found.messages),
+            without_loss=frozenset(turn + 1 for turn in found.without_loss),
+        )
+    if not any(message.get("tool_calls") for message in found.messages):
+        return found
+    form = tokenizer.tool_call_form
+    if form is None:
+        raise _unwritten("tool_calls", tokenizer)
+    return found._replace(messages=tool_calls.written(found.messages, form))
+
+
+def _unwritten(name: str, tokenizer: Tokenizer) -> UserError:
+    return UserError(
+        f"the chat template of {tokenizer.template_source} does not write its {name}; give one "
+        f"that does as data.chat_template, or take {name} out of the data"
+    )
+
+
+def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
+    """The text of a record and where its answers lie.
+
+    Raises:
+      UserError: the conversation cannot be rendered.
+    """
+    chat = conversation(record, tokenizer, config)
+    if chat is not None:
+        return _lay_out_chat(chat, tokenizer)
+    if isinstance(record, Prompt):
+        prompt = raw_prompt(record.prompt, config.system_prompt)
+        text, start = prompt + record.completion, len(prompt)
+        return Layout(text=text, answers=_always([(start, len(text))]), bos=True, eos=True)
+    assert isinstance(record, Text)
+    text = record.text
+    return Layout(
+        text=text, answers=_always([(0, len(text))]), bos=True, eos=record.ends, chunked=True
+    )
+
+
+def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
+    unread = ignored(
+        chat.messages, chat.variables, lambda m, variables: tokenizer.render(m, False, variables)
+    )
+    for name in ("tool_calls", "tools"):
+        if name in unread:
+            raise _unwritten(name, tokenizer)
+    text, answers = render_with_answers(chat.messages, tokenizer, chat.variables, chat.without_loss)
+    return Layout(
+        text=text,
+        answers=answers,
+        bos=False,
+        eos=chat.messages[-1]["role"] == "assistant",
+        notes=[
+            *(f"conversations hold {name}, {UNWRITTEN}" for name in unread),
+            *(f"conversations hold {token!r} {WITHIN}" for token in _marks(chat, tokenizer)),
+        ],
+    )
+
+
+def _marks(chat: Conversation, tokenizer: Tokenizer) -> list[str]:
+    """Returns the tokens that begin a text or end a turn and that contents hold themselves."""
+    texts = [m["content"] for m in chat.messages if isinstance(m.get("content"), str)]
+    tokens = {*tokenizer.stop_texts, tokenizer.fast.bos_token} - {None}
+    return sorted(token for token in tokens if any(token in text for text in texts))
+
+
+def _always(spans: list[Span]) -> Callable[[int], Found]:
+    return lambda end: Found(spans, [], {})
+
+
+def raw_prompt(prompt: str, system_prompt: str | None) -> str:
+    """A prompt that goes through no template, the system prompt in front."""
+    return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt
