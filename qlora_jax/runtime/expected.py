@@ -23,7 +23,7 @@ SECONDS: Mapping[str, float] = {
     "compile": 6.0,  # a model's forward pass
     "compile step": 12.0,
     "compile for a GPU": 15.0,
-    "forward": 7e-12,  # a parameter and token
+    "forward": 8e-12,  # a parameter and token
     "train": 3e-11,  # a parameter and token
     "token": 1.7e-10,  # a parameter and written token
     "change": 0.03,  # a linear's change against its rounding

@@ -73,6 +73,7 @@ def test_the_report_tells_the_ways_apart(run_cli, qlora, tmp_path):
 def test_4_bits_again_come_with_the_report(run_cli, qlora, tmp_path):
     ended = run_cli("merge", qlora, tmp_path / "out", "--to", "nf4", "--rows", "2")
     assert ended.code == 0, ended.err
+    assert ended.err.startswith("merge: about ")
     assert "requantized" in ended.out
     assert "nf4, block 64, double quantization" in ended.out
     assert (tmp_path / "out" / "merge_report.md").exists()

@@ -16,6 +16,7 @@ from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.formats.write import write_model
+from qlora_jax.runtime import expected
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tokenizer
 
@@ -206,7 +207,7 @@ def test_a_weight_that_overflows_is_named_and_nothing_is_left(llama, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
-def test_the_command_writes_and_says_so(run_cli, tiny_model, tmp_path):
+def test_the_command_writes_and_says_so(run_cli, tiny_model, tmp_path, monkeypatch):
     ended = run_cli("quantize", tiny_model, tmp_path / "out", "--block-size", "128", "--json")
     assert ended.code == 0, ended.err
     told = json.loads(ended.out)
@@ -218,5 +219,9 @@ def test_the_command_writes_and_says_so(run_cli, tiny_model, tmp_path):
     again = run_cli("quantize", tiny_model, tmp_path / "out")
     assert again.code == 2
     assert "is there already" in again.message
+    monkeypatch.setattr(expected, "SHORT", 0.5)
     text = run_cli("quantize", tiny_model, tmp_path / "b", "--no-double-quant")
+    first, second, *_ = text.err.splitlines()
+    assert first == "quantize: about 4 s on 2 CPU cores (an estimate)"
+    assert second.startswith("quantizing ")
     assert "nf4, block 64; the rest bfloat16" in text.out

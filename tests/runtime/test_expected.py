@@ -45,12 +45,3 @@ def test_rates_agree_with_what_was_measured():
     for rate, per_second in (("train", step), ("token", written)):
         ratio = expected.SECONDS[rate] * SMOLLM2 * float(per_second)
         assert 0.5 < ratio < 2, rate
-
-
-def test_a_command_tells_before_it_starts(tiny_model, tmp_path, run_cli, monkeypatch):
-    monkeypatch.setattr(expected, "SHORT", 0.5)
-    ended = run_cli("quantize", tiny_model, tmp_path / "out")
-    assert ended.code == 0, ended.err
-    told, *rest = ended.err.splitlines()
-    assert told == "quantize: about 4 s on 2 CPU cores (an estimate)"
-    assert rest[0].startswith("quantizing ")
