@@ -59,6 +59,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     The mark is for tests which compare within a tolerance, or a program with itself: what they
     tell is of the program that jax is given. Those that compare two programs to the bit, or bound
     the bytes that a compiled one takes, are about the compiler's code, too, and go without.
+    Bits that are equal for another reason, as those of a mask or in interpret mode, may have it.
     """
     if item.get_closest_marker("quick") is None:
         return (yield)

@@ -23,7 +23,10 @@ from qlora_jax.train import rundir
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.restore import restore
 
-QUICK = [pytest.param(name, marks=pytest.mark.quick) for name in ("lora", "full")]
+QUICK = [
+    pytest.param("lora", marks=[pytest.mark.quick, pytest.mark.slow]),
+    pytest.param("full", marks=pytest.mark.quick),
+]
 PROMPT = "What does copytree 0 do?"
 RATES = {"qlora": 0.02, "lora": 0.02, "full": 0.003}
 LISTED = {

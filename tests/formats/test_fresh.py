@@ -47,6 +47,7 @@ def test_values_depend_on_seed_and_name_alone():
     assert not np.array_equal(first.read(name), FreshCheckpoint(first.config, 2).read(name))
 
 
+@pytest.mark.quick
 def test_it_knows_nothing():
     """A normalized state meets random embeddings: logits of variance 0.02² · hidden.
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -98,6 +99,33 @@ def test_progress_counts_the_tensors(models):
     assert len(calls) == len(checkpoint.names())
 
 
+@pytest.mark.quick
+def test_a_weight_is_let_go_before_the_next_is_read(models, monkeypatch):
+    """Of the linears, which are quantized; what is held as it is may be the model's own."""
+    alive, most = weakref.WeakSet(), []
+    checkpoint = open_folder(models / "llama")
+    read = type(checkpoint).read
+
+    def watched(self, name):
+        most.append(len(alive))
+        array = read(self, name)
+        held = np.array(array).view(Watched)
+        if "_proj" in name:
+            alive.add(held)
+        return held
+
+    monkeypatch.setattr(type(checkpoint), "read", watched)
+    load(checkpoint, quant=QuantConfig(), dtype=jnp.float32)
+    assert len(most) == len(checkpoint.names())
+    assert max(most) <= 2
+
+
+class Watched(np.ndarray):
+    """An array that can be in a set."""
+
+    __hash__ = object.__hash__
+
+
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 @pytest.mark.parametrize("quant", [None, QuantConfig()], ids=["float", "nf4"])
 @pytest.mark.parametrize(
@@ -179,6 +207,7 @@ def write_model(folder: Path, layers: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read there")
 def test_peak_memory_is_the_4_bit_model_and_a_few_tensors(tmp_path):
     """The reading process never holds the 16-bit model; the programs are compiled beforehand."""

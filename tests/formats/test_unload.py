@@ -10,6 +10,7 @@ from qlora_jax.quant import dequantize, quantize
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt"])
+@pytest.mark.quick
 def test_every_parameter_comes_back(models, kind):
     checkpoint = open_folder(models / kind)
     model = load(checkpoint, quant=None, dtype=jnp.float32)

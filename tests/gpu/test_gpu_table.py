@@ -1,16 +1,19 @@
 """The script behind the tables of docs/gpu.md, from figures that are made up."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
+
+from experiments.tools import gpu_table, program
 from qlora_jax.gpu.measured import Report
 from qlora_jax.gpu.picks import table
 from qlora_jax.kernels.select import EVERY
 
-ROOT = Path(__file__).parents[2]
 FUSED = {
     "gpu": "a100",
     "implementation": "triton",
@@ -41,10 +44,22 @@ FIRST = FUSED | {
 }
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "experiments.tools.gpu_table", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str) -> Ended:
+    """The script in this process: to import it again and again takes most of a test's time."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as streams:
+        patch.setattr(sys, "argv", ["gpu_table", *arguments])
+        streams.enter_context(contextlib.redirect_stdout(out))
+        streams.enter_context(contextlib.redirect_stderr(err))
+        with pytest.raises(SystemExit) as ended:
+            program.run(gpu_table.main)
+    return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def test_tables_go_between_the_markers(tmp_path: Path) -> None:

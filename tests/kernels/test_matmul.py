@@ -42,6 +42,7 @@ def assert_product(y, x, w, dtype):
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize(("k", "n", "block_size"), SHAPES)
+@pytest.mark.quick
 def test_product_and_gradient(implementation, dtype, k, n, block_size):
     x, q = make(k, n, block_size, dtype)
     w = dequantize(q, dtype)
@@ -57,9 +58,15 @@ def test_product_and_gradient(implementation, dtype, k, n, block_size):
     assert_product(gx, g, w.T, dtype)
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("dtype", EPSILON, ids=str)
-@pytest.mark.parametrize(("k", "n", "block_size"), [*SHAPES, (64, 1, 64), (576, 192, 4096)])
+@pytest.mark.parametrize(
+    ("dtype", "k", "n", "block_size", "double_quant"),
+    [
+        (dtype, *shape, bool((i + j) % 2))  # every shape and every dtype with either
+        for i, dtype in enumerate(EPSILON)
+        for j, shape in enumerate([*SHAPES, (64, 1, 64), (576, 192, 4096)])
+    ],
+)
+@pytest.mark.quick
 def test_one_row_is_the_product_with_the_unrounded_weight(dtype, k, n, block_size, double_quant):
     x, _ = make(k, n, block_size, dtype)
     w = np.random.default_rng(2).normal(size=(k, n)).astype(np.float32)

@@ -77,6 +77,7 @@ def calls(jaxpr, times: int = 1) -> int:
     return found
 
 
+@pytest.mark.quick
 def test_parts_have_the_bits_of_the_whole() -> None:
     function, x, g = both_directions(make()), random(7, 100, K), random(7, 100, N)
     for whole, divided in whole_and_divided(function, x, g):
@@ -96,12 +97,14 @@ def test_below_the_bound_there_is_one_kernel() -> None:
     assert not any(equation.primitive.name == "scan" for equation in program.jaxpr.eqns)
 
 
+@pytest.mark.quick
 def test_a_batch_over_one_weight_is_divided_as_its_rows() -> None:
     function, xs, gs = jax.vmap(both_directions(make())), random(7, 100, K), random(7, 100, N)
     for whole, divided in whole_and_divided(function, xs, gs):
         np.testing.assert_array_equal(np.asarray(divided), np.asarray(whole))
 
 
+@pytest.mark.quick
 def test_a_batch_of_weights_is_done_one_by_one() -> None:
     stack = make((3,))
 

@@ -151,6 +151,7 @@ def tokens(models):
     return np.load(models / "llama" / "reference.npz")["tokens"]
 
 
+@pytest.mark.quick
 def test_the_adapted_model_starts_as_the_base(models, tokens):
     model = load(open_folder(models / "llama"), quant=QuantConfig(), dtype=jnp.float32)
     base = compute(model, tokens)

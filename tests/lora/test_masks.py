@@ -105,6 +105,7 @@ def content(tree: Any) -> dict[str, bytes]:
     return {path: np.asarray(x).tobytes() for path, x in trees.flatten(tree).items()}
 
 
+@pytest.mark.quick
 def test_both_ways_give_the_same_adapters_and_leave_the_base(model: Decoder) -> None:
     graph, trained, frozen = trees.split(model, "lora")
     whole, state = nnx.split(model)
@@ -119,6 +120,7 @@ def test_both_ways_give_the_same_adapters_and_leave_the_base(model: Decoder) -> 
     assert all(before[path] != after[path] for path in before)
 
 
+@pytest.mark.quick
 def test_a_mask_alone_does_not_freeze(model: Decoder) -> None:
     graph, state = nnx.split(model)
     grads = jax.jit(jax.grad(loss_of(graph, True)))(state, nnx.State({}))

@@ -72,6 +72,7 @@ def test_attention_is_softmax_of_scaled_products_of_grouped_heads(options):
 
 @each_option
 @pytest.mark.parametrize("argument", range(3), ids="qkv")
+@pytest.mark.quick
 def test_gradient_is_the_finite_difference(argument, options):
     *inputs, g = make()
     pull = jax.vjp(functools.partial(attend, **options), *inputs)[1]
@@ -87,6 +88,7 @@ def test_gradient_is_the_finite_difference(argument, options):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_a_16_bit_gradient_is_rounded_not_wrong():
     *inputs, mask, g = make()
     exact = jax.vjp(attend, *inputs, mask)[1](jnp.asarray(g))[:3]

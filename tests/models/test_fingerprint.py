@@ -87,6 +87,7 @@ def as_stored(source, model):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "opt"])
+@pytest.mark.quick
 def test_it_is_that_of_the_files_numbers(models, kind):
     source = open_folder(models / kind)
     found = fingerprint.base_hash(load(source, quant=None, dtype=jnp.float32), "lora")
@@ -96,6 +97,7 @@ def test_it_is_that_of_the_files_numbers(models, kind):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.quick
 def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
     source = open_folder(models / "llama")
     model = load(source, quant=None, dtype=dtype)
@@ -111,8 +113,13 @@ def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
     "quant",
     [
         QuantConfig(),
-        QuantConfig(codebook="fp4_bnb", double_quant=False, block_size=32),
-        QuantConfig(codebook="int4", nested_block=64, block_size=128),
+        *(
+            pytest.param(quant, marks=pytest.mark.quick)
+            for quant in (
+                QuantConfig(codebook="fp4_bnb", double_quant=False, block_size=32),
+                QuantConfig(codebook="int4", nested_block=64, block_size=128),
+            )
+        ),
     ],
     ids=lambda quant: quant.codebook,
 )
@@ -122,6 +129,7 @@ def test_a_quantized_weight_counts_by_its_decoded_numbers(models, quant):
     assert fingerprint.base_hash(model, "qlora") == expected_hash(as_stored(source, model))
 
 
+@pytest.mark.quick
 def test_stacks_do_not_matter_nor_do_adapters(models, monkeypatch):
     source = open_folder(models / "llama")
     model = load(source, quant=QuantConfig(), dtype=jnp.float32)

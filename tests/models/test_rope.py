@@ -148,6 +148,7 @@ def logits(model, tokens, segments, positions):
         ("smollm3", dataclasses.replace(DYNAMIC, original_positions=64)),
     ],
 )
+@pytest.mark.quick
 def test_packing_changes_no_logits(open_model, name, rope):
     """A long and a short segment in one row, each rotated as if it were alone."""
     model = scaled_model(open_model, name, rope)
@@ -167,6 +168,7 @@ def test_packing_changes_no_logits(open_model, name, rope):
     assert np.abs(packed - other).max() > 1e-3
 
 
+@pytest.mark.quick
 def test_generation_stays_where_the_frequencies_are_one_set(open_model):
     model = scaled_model(open_model, "llama", LONGROPE)
     assert (model.config.longest, model.config.longest_cached) == (512, 64)

@@ -26,6 +26,7 @@ def adapted(open_model):
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
+@pytest.mark.quick
 def test_split_and_merge_round_trip(adapted, method):
     structure, trained, frozen = trees.split(adapted, method)
     again = nnx.merge(structure, trained, frozen)

@@ -79,6 +79,7 @@ def test_stack_equals_its_layers():
     np.testing.assert_array_equal(dequantize(stack)[1], dequantize(quantize(w[1])))
 
 
+@pytest.mark.quick
 def test_zero_blocks_stay_zero():
     w = np.zeros((128, 4), np.float32)
     w[:64, 0] = np.linspace(-1, 1, 64)

@@ -116,6 +116,7 @@ print(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
 def test_the_compilers_memory_is_given_back() -> None:
     def resident(how: str) -> int:

@@ -19,6 +19,9 @@ from qlora_jax.runtime.errors import UserError
 WITHOUT = {"peers"}
 """Parts that run no program of ours."""
 
+TRACED_LONG = {"large", "steps"}
+"""Parts whose steps of whole models take long to trace; `training` is such a step, too."""
+
 WORKER = r"""
 import json, os, sys
 gpu, part = sys.argv[1:]
@@ -39,7 +42,13 @@ def part(name: str, programs: Any = None) -> Any:
     )
 
 
-@pytest.mark.parametrize("chosen", PARTS, ids=lambda part: part.name)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(part, id=part.name, marks=[pytest.mark.slow] * (part.name in TRACED_LONG))
+        for part in PARTS
+    ],
+)
 def test_each_part_lists_its_programs(chosen: Any) -> None:
     (task,) = tasks(["h100"], [chosen])
     assert task.error is None
