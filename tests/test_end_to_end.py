@@ -195,7 +195,8 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(
     assert ended.code == 0, ended.err
     folder = tmp_path / "run"
     assert ended.out.splitlines()[-1].startswith(f"run directory: {folder} ")
-    assert ended.out.splitlines()[-2].startswith("held-out loss: 5.")
+    assert ended.out.splitlines()[-2] == "exported: step 4 of 4, the last one"
+    assert ended.out.splitlines()[-3].startswith("held-out loss: 5.")
     assert "before" in ended.out
     assert "after" in ended.out
     assert "trainable" not in ended.out

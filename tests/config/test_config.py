@@ -366,7 +366,7 @@ def trees(draw):
 
 @given(trees())
 @hypothesis_settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_what_is_dumped_loads_as_it_was(tmp_path, tree):
     config = config_lib.from_tree(tree, "test")

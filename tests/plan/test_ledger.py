@@ -171,7 +171,7 @@ def test_what_a_step_takes_is_exact(
         for path, leaf in trees.flatten(tree).items():
             expected[part_of(path)] = expected.get(part_of(path), 0) + nbytes(leaf)
 
-    optimizer = adamw(run.optimizer, run.train.steps)
+    optimizer = adamw(run.optimizer, run.train.step_count)
     state = jax.eval_shape(lambda t: steps.init(t, optimizer, False), trained)
     count = run.train.batch_size * run.train.gradient_accumulation
     rows = fill([], [], run.data.sequence_length, count)

@@ -70,7 +70,7 @@ def test_shapes_alone_give_the_tree_of_the_real_model(method: str, variant: str)
         specs = adapters(run.lora, model.linears())
         attach(model, specs, jax.random.key(0), variant=variant)
     _, trained, frozen = trees.split(model, method)
-    state = steps.init(trained, adamw(run.optimizer, run.train.steps), False)
+    state = steps.init(trained, adamw(run.optimizer, run.train.step_count), False)
     step = abstract(run)
     for ours, real in ((step.state, state), (step.frozen, frozen)):
         assert jax.tree.structure(ours) == jax.tree.structure(real)

@@ -28,7 +28,7 @@ def nearest(w: np.ndarray, name: str, block_size: int) -> np.ndarray:
     return out
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lead=st.lists(st.integers(1, 3), max_size=2),
     k=st.integers(1, 300),
@@ -56,7 +56,7 @@ def test_values_are_the_nearest_of_their_block(lead, k, n, block_size, name, dty
         )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(k=st.integers(1, 400), n=st.integers(1, 40), block_size=st.sampled_from([32, 64, 256]))
 @pytest.mark.quick
 def test_double_quantization_moves_scales_by_at_most_half_a_step(k, n, block_size):
