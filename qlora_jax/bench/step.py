@@ -168,16 +168,17 @@ def planned_bytes(prepared: Prepared, gradient: jax.stages.Compiled, offload: st
 def _model(config: Config, options: Step) -> Decoder:
     if options.model in shapes.SHAPES:
         decoder = shapes.SHAPES[options.model]
-        _check_length(options, decoder)
+        check_length(options, decoder)
         compilation.give_memory_back()
         kernel = choose_kernel(config, jax.devices()[0])
         return nnx.merge(*random_model(config, decoder, kernel))
     checkpoint = open_checkpoint(config.model)
-    _check_length(options, checkpoint.config)
+    check_length(options, checkpoint.config)
     return load_model(config, checkpoint, _say)[0]
 
 
-def _check_length(options: Step, decoder: DecoderConfig) -> None:
+def check_length(options: Step, decoder: DecoderConfig) -> None:
+    """Raises UserError if rows are longer than the model can read."""
     if options.seq > decoder.longest:
         raise UserError(
             f"--seq {options.seq} is beyond the {decoder.longest} positions of "

@@ -123,14 +123,22 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 
 def _amounts(options: Options) -> dict[str, float]:
-    """Returns what a run of a benchmark has to do, for `runtime.expected`."""
+    """Returns what a run of a benchmark has to do, for `runtime.expected`.
+
+    Raises:
+      UserError: the model cannot be opened, or rows are longer than it can read.
+    """
     from qlora_jax.bench.cases import cases, settle
     from qlora_jax.commands.plan import of_model, shapes
 
     if isinstance(options, Kernels):
         return {"calls": options.samples * len(list(cases(settle(options, "cpu"))))}
-    found: dict[str, float] = {"parameters": ahead.parameters(shapes(of_model(options.model, {})))}
+    decoder = shapes(of_model(options.model, {}))
+    found: dict[str, float] = {"parameters": ahead.parameters(decoder)}
     if isinstance(options, Step):
+        from qlora_jax.bench.step import check_length
+
+        check_length(options, decoder)
         found["tokens"] = (options.steps + 1) * options.batch * options.seq
     if isinstance(options, Generate):
         found["tokens"] = (options.samples + 1) * options.tokens
