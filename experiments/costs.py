@@ -1,4 +1,4 @@
-"""What cells take: the means of the sweeps under docs/results/sweeps, on 2 CPU cores."""
+"""Estimates time and memory of cells: means of docs/results/sweeps, on 2 CPU cores."""
 
 from collections.abc import Callable, Mapping
 

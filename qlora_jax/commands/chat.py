@@ -52,7 +52,7 @@ ENDS: Mapping[str, str] = {
     "begins a new one",
     "interrupted": "stopped; what was said so far stays in the conversation",
 }
-"""What a line says of an answer that the model did not end itself."""
+"""Maps what ended an answer, other than the model, to the line that tells it."""
 UNSAID = "stopped before the answer began; the question is forgotten"
 
 
@@ -151,7 +151,7 @@ class _Chat:
     """A conversation at a terminal or a pipe: lines in, answers out.
 
     Args:
-      conversation: what is said.
+      conversation: the turns so far, which answers are added to.
       models: the names of those who may answer.
       first: who answers first.
       limits: figures that lines about cut answers name.

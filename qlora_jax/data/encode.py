@@ -50,7 +50,7 @@ class EncodeStats:
       target_tokens: ids that carry loss.
       truncated: examples cut at `sequence_length + 1` ids.
       dropped: examples left out because no target was in them, after truncation.
-      notes: what is to be told of some answers or conversations, and their number.
+      notes: the end of a warning to the number of answers or conversations that it is true of.
     """
 
     examples: int
@@ -78,7 +78,7 @@ def encode(
     starts with the last id of the one before, so that every id but the first is a target once.
 
     Args:
-      records: what is encoded.
+      records: the records, in order.
       tokenizer: the tokenizer.
       config: the settings of data.
       bad: leaves out records that cannot be rendered or encoded; None stops at the first.

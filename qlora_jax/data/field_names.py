@@ -36,8 +36,6 @@ MARK_FIELDS = ("weight", "train", "training", "loss")
 """Keys of a turn that say whether it carries loss."""
 DETAIL_FIELDS = ("train_detail", "training_detail")
 """Keys of a turn that say which of its characters carry loss."""
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a turn that hold the text before the answer; templates mostly read the first."""
 
 FUNCTION_CALL = "function_call"
 """LLaMA-Factory's role of a turn whose content is a call of a tool, in JSON."""

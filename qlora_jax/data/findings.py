@@ -1,4 +1,4 @@
-"""What the reader of a data set tells its user: what was left out, not read, or is unusual."""
+"""Collects warnings about a data set: records left out, fields not read, empty answers."""
 
 import dataclasses
 from collections import Counter
@@ -14,7 +14,7 @@ NAMED = 20
 
 @dataclasses.dataclass
 class Findings:
-    """What is found while the examples of a run are read.
+    """Counts what the user should know of the records of a run.
 
     Attributes:
       bad: records that cannot be used.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.data.values import is_empty, is_list, short, structure, text
+from qlora_jax.data.values import is_empty, is_list, list_of, short, structure, text
 from qlora_jax.runtime.errors import UserError
 
 FORM = '{"type": "function", "function": {"name": ...}}'
@@ -19,12 +19,7 @@ def tools(value: Any, where: str) -> list[Any]:
     Raises:
       UserError: it is something else.
     """
-    found = structure(value)
-    if not is_list(found):
-        raise UserError(
-            f"{where} must be a list of tools, not {short(value)}; rename the field if it is "
-            "something else"
-        )
+    found = list_of("tools", value, where)
     return [_function(structure(tool), f"{where}[{i}]") for i, tool in enumerate(found)]
 
 

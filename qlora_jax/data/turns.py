@@ -8,14 +8,13 @@ from qlora_jax.data.field_names import (
     DETAIL_FIELDS,
     FUNCTION_CALL,
     MARK_FIELDS,
-    REASONING_FIELDS,
     ROLES,
     TURN_FIELDS,
     TURN_PAIRS,
 )
-from qlora_jax.data.values import is_empty, is_list, listed, short, structure, text
+from qlora_jax.data.values import is_empty, is_list, list_of, listed, short, structure, text
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text.messages import Message
+from qlora_jax.text.messages import REASONING, Message
 
 KNOWN_ROLES = "user, assistant, system or tool"
 
@@ -52,12 +51,7 @@ def history(value: Any, where: str) -> list[Message]:
     Raises:
       UserError: it is something else.
     """
-    pairs = structure(value)
-    if not is_list(pairs):
-        raise UserError(
-            f"{where} must be a list of [question, answer], not {short(value)}; rename the field "
-            "if it is something else"
-        )
+    pairs = list_of("[question, answer]", value, where)
     out: list[Message] = []
     for number, pair in enumerate(pairs):
         place = f"{where}[{number}]"
@@ -173,5 +167,5 @@ def _has_loss(rest: dict[str, Any], role: str, where: str) -> bool:
 
 
 def _reasoning(rest: Mapping[str, Any]) -> dict[str, Any]:
-    found = next((rest[k] for k in REASONING_FIELDS if isinstance(rest.get(k), str)), None)
-    return {} if found is None else {REASONING_FIELDS[0]: found}
+    found = next((rest[k] for k in REASONING if isinstance(rest.get(k), str)), None)
+    return {} if found is None else {REASONING[0]: found}

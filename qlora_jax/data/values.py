@@ -91,6 +91,26 @@ def structure(value: Any) -> Any:
         return value
 
 
+def list_of(what: str, value: Any, where: str) -> Sequence[Any]:
+    """Returns a value that must be a list, or a JSON string of one.
+
+    Args:
+      what: the kind of its items, for messages.
+      value: the value.
+      where: file, line and field, for messages.
+
+    Raises:
+      UserError: it is something else.
+    """
+    found = structure(value)
+    if not is_list(found):
+        raise UserError(
+            f"{where} must be a list of {what}, not {short(value)}; rename the field if it is "
+            "something else"
+        )
+    return found
+
+
 def without_nulls(value: Any) -> Any:
     """Returns a value without the keys whose value is null, at any depth.
 

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text.messages import Message, Variables
+from qlora_jax.text.messages import REASONING, Message, Variables
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names of the same text: a template writes it under one of them."""
 PLAIN = ("role", "content")
 Write = Callable[[Sequence[Message], Variables], str]
 
@@ -30,6 +28,7 @@ def ignored(messages: Sequence[Message], variables: Variables, write: Write) -> 
             return False
 
     text = write(messages, variables)
+    # a template writes the reasoning under one of its names
     groups = {key: REASONING if key in REASONING else (key,) for key in keys}
     found = [
         group[0]

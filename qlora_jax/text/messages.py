@@ -9,3 +9,5 @@ template reads, such as `tool_calls`, `reasoning_content` or `name`."""
 Variables = Mapping[str, Any]
 """Further input of a chat template, by the names that the template uses: `tools`, `documents`,
 `enable_thinking`."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a turn that name its reasoning; most templates read the first."""
