@@ -23,11 +23,12 @@ from qlora_jax.lora import (
     init_embedding,
 )
 from qlora_jax.lora.variants import VARIANTS
-from qlora_jax.models.attention import visible
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD
-from qlora_jax.models.layers import KVCache, Layer, Norm, Slots
-from qlora_jax.models.rope import rotations, segment_lengths
+from qlora_jax.models.inputs import KVCache, Slots, own_inputs, shared_inputs
+from qlora_jax.models.layers import Layer, Norm
+from qlora_jax.models.rope import segment_lengths
+from qlora_jax.models.visible import in_segments, up_to
 from qlora_jax.quant import QTensor
 
 INPUT = "layer input"
@@ -50,6 +51,9 @@ REMAT: Mapping[str, Callable[[Callable], Callable]] = {
     ),
 }
 """Name to what wraps a layer: what the backward pass keeps of it."""
+
+WHOLE_LAYERS = ("full", "host")
+"""Keys of `REMAT` with which the backward pass computes whole layers again."""
 
 
 class Decoder(nnx.Module):
@@ -108,10 +112,21 @@ class Decoder(nnx.Module):
         Returns:
           dtype[B, T, hidden].
         """
-        see = functools.partial(visible, segments, segments, positions, positions)
         lengths = segment_lengths(segments, positions) if self.config.varying_rope else None
-        x, _ = self._layers(tokens, positions, lengths, see, dtype, remat, key, None)
-        return x
+        x = self.enter(tokens, positions, dtype)
+        shared = shared_inputs(self.config, in_segments(segments), positions, lengths)
+        own = own_inputs(self.config, key)
+        for place, run in enumerate(self.runs):
+            graph, weights = nnx.split(run)
+
+            def body(x: jax.Array, xs: Any, graph: nnx.GraphDef = graph) -> tuple[jax.Array, None]:
+                weights, own = xs
+                layer = nnx.merge(graph, weights)
+                x = checkpoint_name(x, INPUT)
+                return layer(x, shared, own, recompute=remat in WHOLE_LAYERS)[0], None
+
+            x, _ = jax.lax.scan(REMAT[remat](body), x, (weights, self.part(own, place)))
+        return self.norm(x)
 
     def cached(
         self,
@@ -126,12 +141,45 @@ class Decoder(nnx.Module):
         A token at position p is written to slot p and sees slots 0 to p. It is rotated as in a
         sequence of no more than `config.longest_cached` positions, which the caller keeps to.
         """
-        slots = jnp.broadcast_to(jnp.arange(cache.k.shape[2]), (tokens.shape[0], cache.k.shape[2]))
-        see = functools.partial(
-            visible, jnp.zeros_like(positions), jnp.zeros_like(slots), positions, slots
-        )
-        x, cache = self._layers(tokens, positions, None, see, dtype, "none", None, cache)
-        return x, cache
+        x = self.enter(tokens, positions, dtype)
+        shared = shared_inputs(self.config, up_to(positions), positions, None)
+        everything = own_inputs(self.config, None), cache
+        written = []
+        for place, run in enumerate(self.runs):
+            graph, weights = nnx.split(run)
+
+            def body(x: jax.Array, xs: Any, graph: nnx.GraphDef = graph) -> tuple[jax.Array, Any]:
+                weights, (own, slots) = xs
+                return nnx.merge(graph, weights)(x, shared, own, Slots(slots, positions))
+
+            x, new = jax.lax.scan(body, x, (weights, self.part(everything, place)))
+            written.append(new)
+        # All layers' tokens at once: a cache that each layer writes is copied by each layer.
+        rows = jnp.arange(tokens.shape[0])[:, None], positions
+        new = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
+        return self.norm(x), jax.tree.map(lambda all, x: all.at[:, *rows].set(x), cache, new)
+
+    def enter(
+        self, tokens: jax.Array, positions: jax.Array, dtype: jax.typing.DTypeLike
+    ) -> jax.Array:
+        """Returns what the first layer reads, dtype[B, T, hidden]; arguments as in `hidden`."""
+        config = self.config
+        # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens and keep it.
+        embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
+        x = embed[tokens].astype(dtype)
+        if self.embed_adapter is not None:
+            x = x + self.embed_adapter.looked_up(tokens, dtype)
+        if config.scaled_embeddings:
+            x = x * jnp.asarray(config.hidden_size**0.5, dtype)
+        if self.positions is not None and config.positions_before is not None:
+            x = x + self.positions.get_value()[positions + config.positions_before].astype(dtype)
+        return x
+
+    def part(self, stacks: Any, place: int) -> Any:
+        """Returns the layers of the run at `place` in `runs` of stacks of all layers."""
+        start = self._starts()[place]
+        end = start + run_length(self.runs[place])
+        return jax.tree.map(lambda all: all[start:end], stacks)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden @ head, soft-capped where the family does it, in float32: [..., vocab]."""
@@ -183,55 +231,6 @@ class Decoder(nnx.Module):
 
     def _starts(self) -> list[int]:
         return [0, *np.cumsum([run_length(run) for run in self.runs])][:-1]
-
-    def _layers(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        lengths: jax.Array | None,
-        see: Callable[[jax.Array | None], jax.Array],
-        dtype: jax.typing.DTypeLike,
-        remat: str,
-        key: jax.Array | None,
-        cache: KVCache | None,
-    ) -> tuple[jax.Array, Any]:
-        config = self.config
-        # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens and keep it.
-        embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
-        x = embed[tokens].astype(dtype)
-        if self.embed_adapter is not None:
-            x = x + self.embed_adapter.looked_up(tokens, dtype)
-        if config.scaled_embeddings:
-            x = x * jnp.asarray(config.hidden_size**0.5, dtype)
-        if self.positions is not None and config.positions_before is not None:
-            x = x + self.positions.get_value()[positions + config.positions_before].astype(dtype)
-        turned, index = rotations(config, positions, lengths)
-        keys = None if key is None else jax.random.split(key, config.num_layers)
-        windowed = any(config.windows)
-        mask = see(None)
-        written: list[KVCache | None] = []
-        windows = jnp.array([w or np.iinfo(np.int32).max for w in config.windows], jnp.int32)
-        for run, start in zip(self.runs, self._starts()):
-            graph, weights = nnx.split(run)
-            part = slice(start, start + run_length(run))
-
-            def body(x, xs, graph=graph):
-                weights, window, index, key, layer_cache = xs
-                x = checkpoint_name(x, INPUT)
-                seen = see(window) if windowed else mask
-                rope = turned if index is None else jax.tree.map(lambda a: a[index], turned)
-                slots = None if layer_cache is None else Slots(layer_cache, positions)
-                return nnx.merge(graph, weights)(x, rope, seen, key, slots)
-
-            xs = jax.tree.map(lambda a, part=part: a[part], (windows, index, keys, cache))
-            x, new = jax.lax.scan(REMAT[remat](body), x, (weights, *xs))
-            written.append(new)
-        if cache is not None:
-            # All layers' tokens at once: a cache that each layer writes is copied by each layer.
-            place = jnp.arange(tokens.shape[0])[:, None], positions
-            new = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
-            cache = jax.tree.map(lambda all, x: all.at[:, *place].set(x), cache, new)
-        return self.norm(x), cache
 
 
 def run_length(run: Layer) -> int:

@@ -14,7 +14,7 @@ from qlora_jax.kernels.target import for_a_cpu
 from qlora_jax.lora.bank import with_rows
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, empty_cache
-from qlora_jax.models.layers import KVCache
+from qlora_jax.models.inputs import KVCache
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.qtensor import with_plain_scales
 from qlora_jax.runtime.errors import UserError

@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.kernels import kept
+from qlora_jax.kernels.attention import attend
 from qlora_jax.lora.linear import LoraLinear
 from qlora_jax.lora.variables import Vector
-from qlora_jax.models.attention import attend
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.inputs import KVCache, Own, Shared, Slots
 from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import rotate
 from qlora_jax.quant import QTensor
@@ -35,23 +35,12 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 """By their names in config.json; `config.ACTIVATIONS` are its keys."""
 
 
-class KVCache(NamedTuple):
-    """Keys and values [L, B, S, kv_heads, head_dim]; slot s holds position s."""
+Linear = Callable[[str, jax.Array], jax.Array]
+"""(path of a linear, its input) to its output."""
 
-    k: jax.Array
-    v: jax.Array
-
-
-class Slots(NamedTuple):
-    """A layer's part of the cache [B, S, ...] and the positions [B, T] of its input."""
-
-    cache: KVCache
-    positions: jax.Array
-
-    def put(self, new: KVCache) -> KVCache:
-        """The layer's cache with keys and values [B, T, kv_heads, head_dim] in their slots."""
-        rows = jnp.arange(new.k.shape[0])[:, None]
-        return jax.tree.map(lambda all, x: all.at[rows, self.positions].set(x), self.cache, new)
+MLP_BYTES = 2**28
+"""What one array inside the MLP takes at most: with fewer rows, decoding the weights once more for
+each part would be felt."""
 
 
 class Norm(nnx.Module):
@@ -116,53 +105,61 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rope: tuple[jax.Array, jax.Array] | None,
-        mask: jax.Array,
-        key: jax.Array | None,
+        shared: Shared,
+        own: Own,
         slots: Slots | None = None,
+        recompute: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
-        """One layer on x[B, T, hidden]; with slots, over the cache too.
+        """Computes one layer.
+
+        Args:
+          x: [B, T, hidden].
+          shared, own: what it reads beside x.
+          slots: the layer's part of a cache, which attention reads too.
+          recompute: whether the backward pass computes the MLP's inside again where the rows are
+            many, a part of the rows at a time; else it is kept.
 
         Returns:
           x, and the keys and values [B, T, kv_heads, head_dim] to write to the cache, if any.
         """
         config, names = self.config, self.config.names
-        paths = list(linears(config))
-        keys = (
-            dict.fromkeys(paths)
-            if key is None
-            else dict(zip(paths, jax.random.split(key, len(paths))))
-        )
-
-        def linear(path: str, x: jax.Array) -> jax.Array:
-            return getattr(self, _attribute(path))(x, keys[path])
+        linear = self._linear(own.key)
 
         def norm(path: str, x: jax.Array) -> jax.Array:
             return getattr(self, _attribute(path))(x)
 
         h = norm(names.attention_norm, x) if config.pre_norms else x
         q, k, v = self._heads(h, linear)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        if (turns := own.turns(shared)) is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
         new = None
         if slots is not None:
             new = KVCache(k.astype(slots.cache.k.dtype), v.astype(slots.cache.v.dtype))
             k, v = slots.put(new)
-        out = attend(q, k, v, mask, scale=config.attention_scale, softcap=config.attention_softcap)
-        y = linear(names.o_proj, kept(out.reshape(*x.shape[:2], -1)))
+        scale, softcap = config.attention_scale, config.attention_softcap
+        out = attend(q, k, v, *own.keys(shared), scale=scale, softcap=softcap)
+        y = linear(names.o_proj, out)
         if config.post_norms:
             y = norm(names.attention_post_norm, y)
         if config.parallel_residual:
-            return x + y + self._mlp(norm(names.mlp_norm, x), linear), new
+            return x + y + self._mlp(norm(names.mlp_norm, x), own.key, recompute), new
         x = x + y
-        y = self._mlp(norm(names.mlp_norm, x) if config.pre_norms else x, linear)
+        y = self._mlp(norm(names.mlp_norm, x) if config.pre_norms else x, own.key, recompute)
         if config.post_norms:
             y = norm(names.mlp_post_norm, y)
         return x + y, new
 
-    def _heads(
-        self, h: jax.Array, linear: Callable[[str, jax.Array], jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _linear(self, key: jax.Array | None) -> Linear:
+        """Returns what multiplies by the linear of a path; each has a key of its own."""
+        paths = list(linears(self.config))
+        keys = (
+            dict.fromkeys(paths)
+            if key is None
+            else dict(zip(paths, jax.random.split(key, len(paths))))
+        )
+        return lambda path, x: getattr(self, _attribute(path))(x, keys[path])
+
+    def _heads(self, h: jax.Array, linear: Linear) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values [B, T, heads, head_dim] before their rotation."""
         config, names = self.config, self.config.names
         head = (*h.shape[:2], -1, config.head_dim)
@@ -184,7 +181,24 @@ class Layer(nnx.Module):
             )
         return q.reshape(head), k.reshape(head), v.reshape(head)
 
-    def _mlp(self, h: jax.Array, linear: Callable[[str, jax.Array], jax.Array]) -> jax.Array:
+    def _mlp(self, h: jax.Array, key: jax.Array | None, recompute: bool) -> jax.Array:
+        """The MLP of [B, T, hidden]; what is inside it exists for a part of the rows at a time."""
+        batch, length, width = h.shape
+        parts = mlp_parts(batch, length, self.config.intermediate_size * h.dtype.itemsize)
+        if parts == 1:
+            return self._mlp_part(h, self._linear(key))
+
+        def part(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            h, i = xs
+            own = None if key is None else jax.random.fold_in(key, i)
+            return self._mlp_part(h, self._linear(own))
+
+        split = jnp.moveaxis(h.reshape(batch, parts, length // parts, width), 1, 0)
+        part = jax.checkpoint(part) if recompute else part
+        y = jax.lax.map(part, (split, jnp.arange(parts)))
+        return jnp.moveaxis(y, 0, 1).reshape(h.shape)
+
+    def _mlp_part(self, h: jax.Array, linear: Linear) -> jax.Array:
         config, names = self.config, self.config.names
         act = ACTIVATIONS[config.activation]
         if config.fused_gate_up:
@@ -194,6 +208,21 @@ class Layer(nnx.Module):
             gate = linear(names.gate_proj, h)
             return linear(names.down_proj, act(gate) * linear(names.up_proj, h))
         return linear(names.down_proj, act(linear(names.up_proj, h)))
+
+
+def mlp_parts(batch: int, length: int, row_bytes: int) -> int:
+    """Returns the number of equal parts that the MLP divides a sequence into.
+
+    Args:
+      batch, length: of the rows.
+      row_bytes: of one row inside the MLP.
+
+    Returns:
+      The fewest parts that take at most `MLP_BYTES` each, of those that divide the length; 1 where
+      none of up to twice as many does.
+    """
+    least = -(-batch * length * row_bytes // MLP_BYTES)
+    return next((n for n in range(least, 2 * least) if length % n == 0), 1)
 
 
 def _attribute(path: str) -> str:

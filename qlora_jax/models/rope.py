@@ -11,6 +11,9 @@ from qlora_jax.models.config import DecoderConfig, Rope
 
 Frequencies = np.ndarray | jax.Array
 
+Rotation = tuple[jax.Array, jax.Array]
+"""Cosine and sine."""
+
 
 def frequencies(rope: Rope, head_dim: int, lengths: jax.Array | None = None) -> Frequencies:
     """Angle per position of each pair of rotated channels.
@@ -110,35 +113,34 @@ def by_layer(config: DecoderConfig) -> tuple[tuple[Rope | None, ...], np.ndarray
 
 def rotations(
     config: DecoderConfig, positions: jax.Array, lengths: jax.Array | None
-) -> tuple[tuple[jax.Array, jax.Array] | None, np.ndarray | None]:
-    """Cosine and sine of all layers.
+) -> Rotation | None:
+    """The rotations of all layers, each computed once.
 
     Args:
-      config: of the decoder.
+      config: shapes and switches.
       positions: int32[B, T].
       lengths: as in `frequencies`.
 
     Returns:
-      Cosine and sine, and None, where all layers share them: float32[B, T, 1, rotated / 2], or
-      None without rotation. Otherwise stacks of them with a leading axis, and each layer's index
-      in the stacks, int32[L].
+      Cosine and sine float32[B, T, 1, rotated / 2] where all layers share them, or None where none
+      is rotated. Otherwise stacks of them with a leading axis, in the order of `by_layer`.
     """
-    ropes, index = by_layer(config)
+    ropes, _ = by_layer(config)
     turned = [
         None if rope is None else rotation(positions, rope, config.head_dim, lengths)
         for rope in ropes
     ]
     if len(turned) == 1:
-        return turned[0], None
+        return turned[0]
     shape = next(t[0].shape for t in turned if t is not None)
     still = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     cos, sin = zip(*(still if t is None else t for t in turned))
-    return (jnp.stack(cos), jnp.stack(sin)), index
+    return jnp.stack(cos), jnp.stack(sin)
 
 
 def rotation(
     positions: jax.Array, rope: Rope, head_dim: int, lengths: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+) -> Rotation:
     """Cosine and sine, float32[B, T, 1, rotated / 2], of int32 positions[B, T]."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim, lengths)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.config import Config
-from qlora_jax.models import attention
+from qlora_jax.kernels.attention import reference
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD
 from qlora_jax.models.layers import ACTIVATIONS
@@ -27,6 +27,7 @@ class _Step(NamedTuple):
 
     Attributes:
       hidden, query, key, inner: features of the layer's input, q, k (and v), and the MLP.
+      heads: of queries.
       outputs: of all linears, summed, as far as the backward pass reads them.
       norms: features of all norms, and how many means they take, summed.
       mlp: arrays as wide as `inner` that the MLP's elementwise part keeps.
@@ -41,6 +42,7 @@ class _Step(NamedTuple):
     query: int
     key: int
     inner: int
+    heads: int
     outputs: int
     norms: int
     mlp: int
@@ -76,6 +78,7 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         query=model.num_heads * model.head_dim,
         key=model.num_kv_heads * model.head_dim,
         inner=model.intermediate_size,
+        heads=model.num_heads,
         outputs=sum(linear.outputs for path, linear in parts.items() if path not in added),
         norms=_normalized(model),
         mlp=_residuals(model.activation) + (3 if model.gated else 1),
@@ -87,13 +90,12 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         length=run.data.sequence_length,
     )
     kept = KEPT[run.model.remat]
-    # windows make the mask a part of the layer, and so do ropes that differ their angles
+    # where ropes differ, a layer's angles are its own
     inside = model.num_layers * (run.model.remat == "none")
-    masks = inside if any(model.windows) else 1
     ropes = len(by_layer(model)[0])
     turns = inside if inside and ropes > 1 else ropes
     rotated = 2 * FLOAT32 * _angles(model)
-    outside = 2 * FLOAT32 * (step.hidden + 1) + turns * rotated + masks * step.length
+    outside = 2 * FLOAT32 * (step.hidden + 1) + turns * rotated
     return {
         "activations": step.tokens * (model.num_layers * kept(step) + outside),
         "layer's working set": _working_set(model, step),
@@ -126,11 +128,12 @@ def _residuals(activation: str) -> int:
 def _everything(step: _Step) -> int:
     inputs = 2 * step.hidden + 2 * step.query + 2 * step.key + step.mlp * step.inner + step.ranks
     adapters = (step.width + 1) * step.dropped + FLOAT32 * step.scaled
-    return 2 * FLOAT32 * step.norms + step.width * inputs + adapters
+    return FLOAT32 * (2 * step.norms + step.heads) + step.width * inputs + adapters
 
 
 def _products(step: _Step) -> int:
-    return step.width * (step.hidden + step.query + step.outputs + step.ranks + step.scaled)
+    products = step.hidden + step.query + step.outputs + step.ranks + step.scaled
+    return step.width * products + FLOAT32 * step.heads
 
 
 def _input(step: _Step) -> int:
@@ -140,18 +143,19 @@ def _input(step: _Step) -> int:
 KEPT = {"none": _everything, "dots": _products, "full": _input, "host": _input}
 """`decoder.REMAT`'s policies, each with the bytes that a layer keeps per token.
 
-full: the layer's input. dots: also the outputs of attention, of A and of the linears, but of those
-that are only added to x, and DoRA's before they are scaled. none: the norms' float32 inputs and
-results, the inputs of all linears (with dropout, what is left of them, and the mask), q, k and v,
-the parts of the activation function, and what DoRA scales in float32. Where few linears have
-adapters, a little less is kept.
+full: the layer's input. dots: also the outputs and normalizers of attention, and the outputs of A
+and of the linears, but of those that are only added to x, and DoRA's before they are scaled. none:
+the norms' float32 inputs and results, the normalizers of attention, the inputs of all linears (with
+dropout, what is left of them, and the mask), q, k and v, the parts of the activation function, and
+what DoRA scales in float32. Where few linears have adapters, a little less is kept.
 """
 
 
 def _working_set(model: DecoderConfig, step: _Step) -> int:
     """Estimates a layer's backward pass: all that its second forward pass gives, the scores of some
     queries twice in float32 and twice in the compute dtype, and the MLP's two gradients."""
-    scores = step.rows * model.num_heads * min(attention.ROWS, step.length) * step.length
+    block = min(reference.QUERIES, step.length) * min(reference.KEYS, step.length)
+    scores = step.rows * model.num_heads * block
     gradients = 2 * step.tokens * step.inner * step.width
     return step.tokens * _everything(step) + 2 * scores * (FLOAT32 + step.width) + gradients
 

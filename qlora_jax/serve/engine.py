@@ -23,7 +23,7 @@ from qlora_jax.models.generate import (
     prefill,
     row_keys,
 )
-from qlora_jax.models.layers import KVCache
+from qlora_jax.models.inputs import KVCache
 
 
 class Settings(NamedTuple):

@@ -12,7 +12,7 @@ from pairs import our_logits, ours, their_logits, theirs, tokens, torch, transfo
 
 from qlora_jax.formats.config_json import to_hugging_face
 from qlora_jax.models.config import from_hugging_face
-from qlora_jax.models.rope import rotations, segment_lengths
+from qlora_jax.models.rope import by_layer, rotations, segment_lengths
 from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.parity
@@ -139,7 +139,8 @@ def our_rotations(config, lengths=POSITIONS) -> list[dict]:
     for length in lengths:
         places = jnp.arange(length, dtype=jnp.int32)[None]
         sizes = segment_lengths(jnp.ones_like(places), places) if config.varying_rope else None
-        turned, index = rotations(config, places, sizes)
+        turned = rotations(config, places, sizes)
+        ropes, index = by_layer(config)
         kinds = {"full_attention": turned}
         if config.local_rope is not None:
             layers = {bool(window): i for window, i in zip(config.windows, index)}
@@ -147,7 +148,7 @@ def our_rotations(config, lengths=POSITIONS) -> list[dict]:
                 "full_attention": [t[layers[False]] for t in turned],
                 "sliding_attention": [t[layers[True]] for t in turned],
             }
-        elif index is not None:
+        elif len(ropes) > 1:
             kinds = {"full_attention": [t[index[0]] for t in turned]}
         found.append({k: [np.asarray(t)[0, :, 0] for t in pair] for k, pair in kinds.items()})
     return found

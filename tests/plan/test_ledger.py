@@ -313,7 +313,7 @@ def test_estimates_follow_what_they_depend_on() -> None:
     assert part("decoded weights", method="lora") == 0
     assert part("decoded weights", method="lora", model__storage_dtype="float32") == 2 * linears
     long, longer = (part("layer's working set", data__sequence_length=n) for n in (4096, 8192))
-    assert longer == 2 * long  # no scores of all positions by all positions
+    assert longer <= 2 * long  # no scores of all positions by all positions
     one = {"train__gradient_accumulation": 1}
     assert part("gradients of a micro-batch", **one) == 0
     assert part("gradients of a micro-batch", lora__dtype="bfloat16") == 2 * 159_907_840
