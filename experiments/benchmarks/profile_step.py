@@ -17,6 +17,7 @@ from typing import Any, cast
 from qlora_jax.bench.options import Step
 from qlora_jax.commands.bench import options_of, step_arguments, with_model
 from qlora_jax.runtime import compilation, hugepages
+from qlora_jax.runtime.errors import UserError
 
 HOLDS_OTHERS = ("while", "call", "conditional")
 
@@ -39,6 +40,8 @@ def main() -> None:
 
     assert isinstance(step, Step)
     program, state, frozen, batch = prepare(step)[:4]
+    if program.parts is not None:
+        raise UserError(f"--remat {step.remat} is a program for each layer; give none or dots")
     jitted = cast(jax.stages.Wrapped, program.gradient)
     gradient = jitted.lower(state, frozen, batch, None).compile()
     made = origins(gradient.as_text() or "")

@@ -3,7 +3,8 @@
 import dataclasses
 import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -29,7 +30,6 @@ from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.runtime.manifest import git_state
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import assemble
-from qlora_jax.train.offload import PLACEMENTS
 from qlora_jax.train.setup import load_model
 
 UPDATES = 3
@@ -75,7 +75,7 @@ def _measured(options: Step) -> dict[str, Any]:
     program, state, frozen, batch = prepared[:4]
     jax.block_until_ready((state, frozen))
     loaded = time.perf_counter()
-    gradient = program.gradient.lower(state, frozen, batch, None).compile()  # type: ignore[attr-defined]
+    gradient = compiled_gradient(prepared)
     compiled = time.perf_counter() - loaded
     planned = planned_bytes(prepared, gradient, options.offload)
     moments = nbytes(state.optimizer)
@@ -139,29 +139,44 @@ def prepare(options: Step) -> Prepared:
     model = _model(config, options)
     counts = trees.parameter_counts(model, config.method)
     parts = trees.split(model, config.method)
-    training = assemble(config, parts, PLACEMENTS[options.offload])
+    training = assemble(config, parts)
     batch = _batch(options, model.config.vocab_size)
     return Prepared(training.program, training.state, training.frozen, batch, *counts)
 
 
-def planned_bytes(prepared: Prepared, gradient: jax.stages.Compiled, offload: str) -> int | None:
+def compiled_gradient(prepared: Prepared) -> Callable[..., Any]:
+    """Returns the gradient, compiled; programs for each layer run once to be so."""
+    program, *arguments = prepared[:4]
+    if program.parts is None:
+        whole = cast(jax.stages.Wrapped, program.gradient)
+        return whole.lower(*arguments, None).compile()
+    jax.block_until_ready(program.gradient(*arguments, None))
+    return program.gradient
+
+
+def planned_bytes(prepared: Prepared, gradient: Callable[..., Any], offload: str) -> int | None:
     """What the step holds on the device at most, by the compiler; None where it does not tell.
 
     Args:
       prepared: the step.
-      gradient: its compiled gradient program, which reads no moments.
+      gradient: of `compiled_gradient`.
       offload: where moments live.
     """
-    if gradient.memory_analysis() is None:
+    whole = gradient if isinstance(gradient, jax.stages.Compiled) else None
+    if whole is not None and whole.memory_analysis() is None:
         return None
     # without the place that the moments have: a unit's are on the device when it is updated
     state, frozen, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prepared[1:4]
     )
     step = accounts.step_of(prepared.program, state, frozen, batch, None)
-    account = accounts.gradient_account(step, lambda *_: gradient)
+
+    def compiled(*arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+        return whole or fit.compiled(*arguments, donate=donate)
+
+    gradients = accounts.gradient_accounts(step, compiled)
     updates = accounts.update_accounts(step, fit.compiled)
-    _, programs = accounts.settle(step, offload, [account], updates, 0)
+    _, programs = accounts.settle(step, offload, gradients, updates, 0)
     return max(program.device for program in programs)
 
 
@@ -200,6 +215,7 @@ def config_of(options: Step) -> Config:
             "output": "none",
             "method": options.method,
             "kernels": {"implementation": options.kernel},
+            "optimizer": {"offload": options.offload},
             "lora": {
                 "rank": options.rank,
                 "alpha": options.lora_alpha,

@@ -19,6 +19,9 @@ ALL = "all"
 SEARCH = 12
 """Compilations of a search for the largest batch and sequence, usually."""
 
+BEYOND = 2**20
+"""Tokens of the longest sequence that is looked for with --beyond-positions."""
+
 NOT_RUN = "Compiled for these GPUs, not run on one."
 ESTIMATE = (
     "Estimate: the ledger alone. For the compiler's own figures install the compile-only GPU "
@@ -33,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `plan`."""
     parser.usage = (
         "qlora-jax plan (CONFIG | --model NAME) [--gpu NAMES] [--rank N] [--seq N] "
-        "[--no-search] [--plot FILE] [--json] [--debug] [--section.key=value ...]"
+        "[--no-search] [--beyond-positions] [--plot FILE] [--json] [--debug] "
+        "[--section.key=value ...]"
     )
     parser.epilog = CHANGED
     parser.set_defaults(settings=True)
@@ -51,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one GPU: not the largest batch and sequence that fit",
     )
+    parser.add_argument(
+        "--beyond-positions",
+        action="store_true",
+        help=f"look for sequences of up to {BEYOND:,} tokens, also where the model has less",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
 
 
@@ -61,14 +70,14 @@ def short_forms(options: argparse.Namespace) -> dict[str, str]:
 
 
 def of_model(name: str, overrides: dict[str, str]) -> Config:
-    """A QLoRA run of published shapes, one row a step, everything recomputed, as for a small card.
+    """A QLoRA run of published shapes, one row a step.
 
     Raises:
       UserError: a setting that is not allowed.
     """
     config = configs.from_tree(
         {
-            "model": {"path": name, "remat": "full"},
+            "model": {"path": name},
             "data": {"source": "none"},
             "output": "none",
             "lora": {"rank": 64, "alpha": 16},
@@ -115,7 +124,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         if not has_plugin():
             rows.append(describe(model, own, name, None))
             continue
-        answer = planned(own, model, name, say, search)
+        positions = BEYOND if options.beyond_positions else None
+        answer = planned(own, model, name, say, search, positions)
         rows.append(describe(model, own, name, answer))
     if options.plot is not None:
         from qlora_jax.plan import picture
@@ -177,8 +187,8 @@ def describe(
 
     limit = gpu_memory.usable(read_gpu(gpu).memory)
     plan = answer["plan"] if answer else None
-    offload = plan.offload if plan else _by_ledger(model, config, limit)
-    config = configs.changed(config, {"optimizer.offload": offload})
+    offload, remat = (plan.offload, plan.remat) if plan else _by_ledger(model, config, limit)
+    config = configs.changed(config, {"optimizer.offload": offload, "model.remat": remat})
     parts = ledger(model, config)
     device = plan.device if plan else total(parts)
     host = plan.host if plan else total(parts, "host")
@@ -191,6 +201,7 @@ def describe(
         "fits": device <= limit,
         "compiled": plan is not None,
         "offload": offload,
+        "remat": remat,
         "components": {name: part._asdict() for name, part in parts.items()},
     }
     exact = {name: part.nbytes for name, part in parts.items() if part.exact}
@@ -222,13 +233,13 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
     from qlora_jax.plan import ledger as ledgers
 
     lines = [title(config), NOT_RUN if rows[0]["compiled"] else ESTIMATE, ""]
-    lines.append("gpu      device GiB  may use  host GiB  moments  verdict")
+    lines.append("gpu      device GiB  may use  host GiB  moments  remat  verdict")
     for row in rows:
         margin = row["limit_gib"] - row["device_gib"]
         verdict = f"fits, {margin:.2f} to spare" if row["fits"] else f"lacks {-margin:.2f}"
         lines.append(
             f"{row['gpu']:8} {row['device_gib']:10.2f} {row['limit_gib']:8.2f} "
-            f"{row['host_gib']:9.2f}  {row['offload']:7}  {verdict}"
+            f"{row['host_gib']:9.2f}  {row['offload']:7}  {row['remat']:5}  {verdict}"
         )
     shown = rows[0] if len(rows) == 1 else next((r for r in rows if r["fits"]), rows[-1])
     lines += ["", f"on {shown['gpu']}, by the ledger:"]
@@ -241,7 +252,7 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
         for program in shown["programs"]:
             keys = ("arguments", "outputs", "alias", "temp", "elsewhere", "device")
             figures = "  ".join(f"{program[key] / GIB:7.3f}" for key in keys)
-            lines.append(f"  {program['name']:20} {figures}")
+            lines.append(f"  {program['name']:32} {figures}")
         lines += ["", "largest temporaries:"]
         for row in shown["temporaries"]:
             place = row["source"] or row["operation"]
@@ -265,13 +276,22 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
     return "\n".join(lines)
 
 
-def _by_ledger(model: DecoderConfig, config: Config, limit: int) -> str:
+def _by_ledger(model: DecoderConfig, config: Config, limit: int) -> tuple[str, str]:
+    """Returns `optimizer.offload` and `model.remat`; auto is decided by the ledger."""
+    from qlora_jax.plan.choose import POLICIES
     from qlora_jax.plan.ledger import ledger, total
 
-    asked = config.optimizer.offload
-    if asked != "auto":
-        return asked
-    return "device" if total(ledger(model, config)) <= limit else "host"
+    asked, remat = config.optimizer.offload, config.model.remat
+    tried = [
+        (offload, policy)
+        for policy in (POLICIES if remat == "auto" else (remat,))
+        for offload in (("device", "host") if asked == "auto" else (asked,))
+    ]
+    for offload, policy in tried:
+        set_ = configs.changed(config, {"optimizer.offload": offload, "model.remat": policy})
+        if total(ledger(model, set_)) <= limit:
+            return offload, policy
+    return tried[-1]
 
 
 def _stack(exact: dict[str, int], device: int) -> dict[str, int]:

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.plan.fit import Fit, fit
     from qlora_jax.train.examples import describe_data, read_data
     from qlora_jax.train.finish import made
-    from qlora_jax.train.offload import PLACEMENTS, Placement
+    from qlora_jax.train.offload import PLACEMENTS, Memory
     from qlora_jax.train.report import describe_export, describe_losses, print_samples
     from qlora_jax.train.run import train
     from qlora_jax.train.setup import open_model
@@ -69,9 +69,12 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         return
     planned: list[Fit] = []
 
-    def place(decoder: DecoderConfig) -> Placement:
-        planned.append(fit(config, decoder, jax.devices()[0], options.force))
-        return PLACEMENTS[planned[0].offload]
+    def place(decoder: DecoderConfig) -> Memory:
+        found = fit(config, decoder, jax.devices()[0], options.force)
+        planned.append(found)
+        if found.chosen:
+            say(f"to fit on the device: {found.chosen}")
+        return Memory(PLACEMENTS[found.offload], found.remat)
 
     summary = train(
         config,

@@ -58,9 +58,10 @@ class ModelConfig:
     Under method full every weight is held in lora.dtype."""
     compute_dtype: FloatType = "bfloat16"
     """Activations and matrix products; float16 switches dynamic loss scaling on."""
-    remat: Literal["none", "dots", "full", "host"] = "dots"
+    remat: Literal["auto", "none", "dots", "full", "host"] = "auto"
     """What the backward pass recomputes: nothing, all but products with weights, or whole layers;
-    host: whole layers, whose inputs wait in pinned host memory. Attention scores always."""
+    host: whole layers, whose inputs wait in pinned host memory. Attention scores always. auto: the
+    first of dots, full and host with which the plan says that the device is large enough."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

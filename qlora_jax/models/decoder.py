@@ -25,7 +25,7 @@ from qlora_jax.lora import (
 from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD
-from qlora_jax.models.inputs import KVCache, Slots, own_inputs, shared_inputs
+from qlora_jax.models.inputs import KVCache, Own, Shared, Slots, own_inputs, shared_inputs
 from qlora_jax.models.layers import Layer, Norm
 from qlora_jax.models.rope import segment_lengths
 from qlora_jax.models.visible import in_segments, up_to
@@ -112,10 +112,7 @@ class Decoder(nnx.Module):
         Returns:
           dtype[B, T, hidden].
         """
-        lengths = segment_lengths(segments, positions) if self.config.varying_rope else None
-        x = self.enter(tokens, positions, dtype)
-        shared = shared_inputs(self.config, in_segments(segments), positions, lengths)
-        own = own_inputs(self.config, key)
+        x, shared, own = self.begin(tokens, segments, positions, dtype, key)
         for place, run in enumerate(self.runs):
             graph, weights = nnx.split(run)
 
@@ -127,6 +124,22 @@ class Decoder(nnx.Module):
 
             x, _ = jax.lax.scan(REMAT[remat](body), x, (weights, self.part(own, place)))
         return self.norm(x)
+
+    def begin(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        dtype: jax.typing.DTypeLike,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, Shared, Own]:
+        """Returns the first layer's input, and what the layers share and own, as a stack of all.
+
+        The arguments are those of `hidden`.
+        """
+        lengths = segment_lengths(segments, positions) if self.config.varying_rope else None
+        shared = shared_inputs(self.config, in_segments(segments), positions, lengths)
+        return self.enter(tokens, positions, dtype), shared, own_inputs(self.config, key)
 
     def cached(
         self,

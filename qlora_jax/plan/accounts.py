@@ -11,6 +11,8 @@ from qlora_jax.kernels.select import choose_kernel
 from qlora_jax.kernels.target import Hardware
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan.abstract import abstract_batch, abstract_key, abstract_model
+from qlora_jax.plan.exact import gradients
+from qlora_jax.plan.pieces import Piece, pieces
 from qlora_jax.quant import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
@@ -28,7 +30,7 @@ class Account(NamedTuple):
       arguments, outputs, alias, temp: the compiler's figures; `alias` is of outputs that take an
         argument's place.
       elsewhere: arrays of the training that live meanwhile and are no argument.
-      host: temporaries in pinned host memory, which `temp` leaves out.
+      host: bytes in pinned host memory: temporaries, which `temp` leaves out, and inputs of layers.
     """
 
     name: str
@@ -87,15 +89,22 @@ def step_of(
       program: the functions.
       state, frozen, batch, key: in shapes, what `program.gradient` is called with.
     """
-    gradients, _ = jax.eval_shape(program.gradient, state, frozen, batch, key)
-    return Step(program, state, gradients, frozen, batch, key)
+    slopes = gradients(state.trained, batch["mask"].shape[0])
+    return Step(program, state, slopes, frozen, batch, key)
 
 
-def gradient_account(step: Step, compile_: Compile) -> Account:
-    """Compiles the gradient program, without moments: `with_moments` adds them."""
-    state = step.state._replace(optimizer=())
-    compiled = compile_(step.program.gradient, state, step.frozen, step.batch, step.key)
-    return _account("gradient", compiled, 0)
+def gradient_accounts(step: Step, compile_: Compile) -> list[Account]:
+    """Compiles the programs of the gradient, without moments: `with_moments` adds them."""
+    made = []
+    for piece in gradient_pieces(step):
+        compiled = compile_(piece.function, *piece.arguments, donate=piece.donate)
+        made.append(account_of(piece, compiled))
+    return made
+
+
+def gradient_pieces(step: Step) -> list[Piece]:
+    """Returns the programs of the gradient."""
+    return list(pieces(step.program, step.state, step.frozen, step.batch, step.key))
 
 
 class Update(NamedTuple):
@@ -112,9 +121,12 @@ class Update(NamedTuple):
 def updates(step: Step) -> Iterator[Update]:
     """Yields the update of a unit of each group."""
     leaves, slopes = jax.tree.leaves(step.state.trained), jax.tree.leaves(step.gradients)
+    at_once = step.program.direct is not None
     first = 0
     for group in units.groups(step.state.trained):
         own, grads = ([xs[p] for p in group.places] for xs in (leaves, slopes))
+        if at_once and group.layers:
+            grads = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in grads]
         moments = step.state.optimizer[first]
         index, finite = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.bool_))
 
@@ -128,11 +140,15 @@ def updates(step: Step) -> Iterator[Update]:
 
 def update_accounts(step: Step, compile_: Compile) -> list[Account]:
     """Compiles the update of a unit of each group, without the other units' moments."""
-    everything = nbytes((step.state.trained, step.gradients, step.frozen))
+    at_once = step.program.direct is not None
+    alive = nbytes((step.state.trained, step.gradients, step.frozen))
+    if at_once:  # on the way back through the layers, beside the gradients of one
+        alive = max(piece.alive for piece in gradient_pieces(step))
     made = []
     for name, update, arguments in updates(step):
         compiled = compile_(update, *arguments, donate=(0, 3))
-        made.append(_account(name, compiled, everything - nbytes(arguments[:2])))
+        beside = alive - nbytes(arguments[0] if at_once else arguments[:2])
+        made.append(_account(name, compiled, beside))
     return made
 
 
@@ -151,21 +167,21 @@ def held_moments(step: Step, on_host: bool, updating: bool) -> tuple[int, int]:
 
 
 def settle(
-    step: Step, asked: str, gradients: Sequence[Account], updates: Sequence[Account], limit: int
+    step: Step, asked: str, before: Sequence[Account], after: Sequence[Account], limit: int
 ) -> tuple[str, list[Account]]:
-    """Decides where moments live, and adds those on the device to the accounts, gradients first.
+    """Decides where moments live, and adds those on the device to the accounts, in their order.
 
     Args:
       step: the step.
       asked: `optimizer.offload`; auto is the host where they do not fit on the device.
-      gradients, updates: accounts without moments.
+      before, after: accounts of the gradient's and of the update's programs, without moments.
       limit: bytes that there are.
     """
     made: list[Account] = []
     for offload in ("device", "host") if asked == "auto" else (asked,):
         away = offload == "host"
-        made = [with_moments(step, away, account, False) for account in gradients]
-        made += [with_moments(step, away, account, True) for account in updates]
+        made = [with_moments(step, away, account, False) for account in before]
+        made += [with_moments(step, away, account, True) for account in after]
         if max(account.device for account in made) <= limit:
             break
     return offload, made
@@ -173,8 +189,19 @@ def settle(
 
 def with_moments(step: Step, on_host: bool, account: Account, updating: bool) -> Account:
     """Adds to an account the moments that are on the device and no argument of the program."""
-    device, _ = held_moments(step, on_host, updating)
+    # where layers are updated on the way back, moments of two may still be on the device
+    device, _ = held_moments(
+        step, on_host, updating or (on_host and step.program.direct is not None)
+    )
     return account._replace(elsewhere=account.elsewhere + device)
+
+
+def account_of(piece: Piece, compiled: jax.stages.Compiled) -> Account:
+    """Returns the account of a compiled piece, with what lives beside it."""
+    account = _account(piece.name, compiled, 0)
+    return account._replace(
+        elsewhere=piece.alive - account.arguments, host=account.host + piece.host
+    )
 
 
 def _account(name: str, compiled: jax.stages.Compiled, elsewhere: int) -> Account:

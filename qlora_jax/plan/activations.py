@@ -14,10 +14,11 @@ from qlora_jax.config import Config
 from qlora_jax.kernels.attention import reference
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD
-from qlora_jax.models.layers import ACTIVATIONS
+from qlora_jax.models.layers import ACTIVATIONS, mlp_parts
 from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import by_layer
 from qlora_jax.train.loss import COLUMNS, ROWS
+from qlora_jax.train.offload import memory_of
 
 FLOAT32 = 4
 
@@ -89,9 +90,10 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         rows=run.train.batch_size,
         length=run.data.sequence_length,
     )
-    kept = KEPT[run.model.remat]
+    remat = memory_of(run).remat
+    kept = KEPT[remat]
     # where ropes differ, a layer's angles are its own
-    inside = model.num_layers * (run.model.remat == "none")
+    inside = model.num_layers * (remat == "none")
     ropes = len(by_layer(model)[0])
     turns = inside if inside and ropes > 1 else ropes
     rotated = 2 * FLOAT32 * _angles(model)
@@ -156,8 +158,11 @@ def _working_set(model: DecoderConfig, step: _Step) -> int:
     queries twice in float32 and twice in the compute dtype, and the MLP's two gradients."""
     block = min(reference.QUERIES, step.length) * min(reference.KEYS, step.length)
     scores = step.rows * model.num_heads * block
-    gradients = 2 * step.tokens * step.inner * step.width
-    return step.tokens * _everything(step) + 2 * scores * (FLOAT32 + step.width) + gradients
+    scores *= 2 * (FLOAT32 + step.width)
+    inner = (step.mlp + 2) * step.inner * step.width
+    parts = mlp_parts(step.rows, step.length, step.inner * step.width)
+    outside = _everything(step) - step.mlp * step.inner * step.width
+    return step.tokens * (outside + inner // parts) + scores
 
 
 def _decoded(run: Config, step: _Step, elements: int) -> int:

@@ -16,6 +16,7 @@ from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan import accounts
 from qlora_jax.plan.accounts import Account, Step
+from qlora_jax.plan.choose import Compiled, choose
 from qlora_jax.plan.temporaries import Temporary, temporaries
 from qlora_jax.runtime import gpu_memory
 
@@ -36,14 +37,16 @@ class Plan:
     Attributes:
       gpu: name in `described.GPUS`.
       offload: where moments live: device or host; decided here for `auto`.
+      remat: what of the layers is kept; decided here for `auto`.
       limit: bytes of the GPU that the run may use (`gpu_memory.usable`).
       host: pinned host memory.
-      programs: the step's: the gradient by each of `GEMMS`, then updates.
+      programs: the step's: those of the gradient by each of `GEMMS`, then updates.
       temporaries: bytes of temporaries of the largest gradient program.
     """
 
     gpu: str
     offload: str
+    remat: str
     limit: int
     host: int
     programs: list[Account]
@@ -65,29 +68,37 @@ def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
       UserError: unknown GPU, missing packages, or settings that do not go together.
     """
     hardware = read_gpu(gpu)
-    step = accounts.abstract_step(config, decoder, hardware)
-    gradients = [gradient(step, gpu, gemm) for gemm in GEMMS]
-    worst = max(gradients, key=lambda made: made[0].device)
+    limit = gpu_memory.usable(hardware.memory)
 
     def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
         return compile_for(gpu, function, *arguments, donate=donate)
 
-    updates = accounts.update_accounts(step, compiled)
-    limit = gpu_memory.usable(hardware.memory)
-    offload, programs = accounts.settle(
-        step, config.optimizer.offload, [account for account, _ in gradients], updates, limit
-    )
-    host = accounts.held_moments(step, offload == "host", False)[1] + worst[0].host
-    return Plan(gpu, offload, limit, host, programs, worst[1])
+    found: dict[str, Any] = {}
+
+    def step_of(config: Config) -> Compiled:
+        step = accounts.abstract_step(config, decoder, hardware)
+        gradients = [made for gemm in GEMMS for made in gradient(step, gpu, gemm)]
+        found["step"], found["worst"] = step, max(gradients, key=lambda made: made[0].device)
+        updates = accounts.update_accounts(step, compiled)
+        return Compiled(step, [account for account, _ in gradients], updates)
+
+    choice = choose(config, limit, step_of)
+    account, largest = found["worst"]
+    away = choice.offload == "host"
+    host = accounts.held_moments(found["step"], away, False)[1] + account.host
+    return Plan(gpu, choice.offload, choice.remat, limit, host, choice.programs, largest)
 
 
-def gradient(step: Step, gpu: str, gemm: str) -> tuple[Account, list[Temporary]]:
-    """Compiles the gradient program with one of `GEMMS`; moments on the device are not counted."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, **GEMMS[gemm]}
-
-        def compiled(function: Any, *arguments: Any) -> Any:
-            return compile_for(gpu, function, *arguments, options=options)
-
-        account = accounts.gradient_account(step, compiled)
-        return account._replace(name=gemm), temporaries(Path(folder), LARGEST)
+def gradient(step: Step, gpu: str, gemm: str) -> list[tuple[Account, list[Temporary]]]:
+    """Compiles the gradient's programs with one of `GEMMS`; moments on the device do not count."""
+    made = []
+    for piece in accounts.gradient_pieces(step):
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"xla_dump_to": folder, **GEMMS[gemm]}
+            program = compile_for(
+                gpu, piece.function, *piece.arguments, donate=piece.donate, options=options
+            )
+            account = accounts.account_of(piece, program)
+            named = account._replace(name=f"{account.name}, {gemm}")
+            made.append((named, temporaries(Path(folder), LARGEST)))
+    return made

@@ -70,7 +70,8 @@ class Exact(NamedTuple):
     Attributes:
       model: bytes of the trained and the frozen tree, by part, in `ORDER`.
       trained: bytes of the trained tree.
-      gradients: as the gradient program returns them.
+      gradients: of the whole tree, as the update takes them.
+      layer_gradients: of one layer, or of what is outside the layers, whichever is more.
       moments: bytes of the optimizer's moments, of all units.
       counters: counts of steps, the loss scale, and with dropout the key.
       ranks: rank of each of a layer's adapters, by the linear's path below the layer, and of those
@@ -80,6 +81,7 @@ class Exact(NamedTuple):
     model: Mapping[str, int]
     trained: int
     gradients: int
+    layer_gradients: int
     moments: int
     counters: int
     ranks: Mapping[str, int]
@@ -119,10 +121,12 @@ def _count(model: DecoderConfig, settings: bytes) -> Exact:
     run = CONFIG.validate_json(settings)
     parts = abstract_model(run, model, None)
     moments, counters = optimizer_bytes(parts.trained, run)
+    slopes = gradients(parts.trained, run.train.gradient_accumulation)
     return Exact(
         by_part(parts.trained, parts.frozen),
         nbytes(parts.trained),
-        nbytes(gradients(parts.trained, run.train.gradient_accumulation)),
+        nbytes(slopes),
+        largest_unit(parts.trained, slopes),
         moments,
         counters + nbytes(abstract_key(run)),
         _ranks(nnx.merge(*parts)),
@@ -156,6 +160,14 @@ def gradients(trained: Any, micro_batches: int) -> Any:
         return x.astype(steps.gradient_dtype(x.dtype if micro_batches == 1 else jnp.float32))
 
     return jax.eval_shape(lambda tree: jax.tree.map(kept, tree), trained)
+
+
+def largest_unit(trained: Any, slopes: Any) -> int:
+    """Returns the bytes of the largest unit's gradients."""
+    leaves = jax.tree.leaves(slopes)
+    return max(
+        nbytes([leaves[p] for p in group.places]) // group.units for group in units.groups(trained)
+    )
 
 
 def optimizer_bytes(trained: Any, run: Config) -> tuple[int, int]:

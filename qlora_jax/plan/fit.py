@@ -9,16 +9,25 @@ from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan import accounts
 from qlora_jax.plan.advice import changes
+from qlora_jax.plan.choose import POLICIES, Compiled, choose
 from qlora_jax.runtime.errors import UserError
 
 GIB = 2**30
 
 
 class Fit(NamedTuple):
-    """Where a run's moments go, and what it will hold on the device; None where that is unknown."""
+    """What a run keeps and where, and what it will hold on the device.
+
+    Attributes:
+      offload, remat: values of the settings.
+      device: bytes; None where they are unknown.
+      chosen: settings that are not the fastest, since those do not fit; in words.
+    """
 
     offload: str
+    remat: str
     device: int | None
+    chosen: str = ""
 
 
 def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool) -> Fit:
@@ -35,18 +44,25 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
     Raises:
       UserError: it does not fit, with what to change.
     """
-    asked = config.optimizer.offload
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        return Fit("host" if asked == "host" else "device", None)
-    step = accounts.abstract_step(config, decoder, device)
-    gradient = accounts.gradient_account(step, compiled)
-    updates = accounts.update_accounts(step, compiled)
-    offload, programs = accounts.settle(step, asked, [gradient], updates, limit)
-    held = max(program.device for program in programs)
+        asked, remat = config.optimizer.offload, config.model.remat
+        return Fit(
+            "host" if asked == "host" else "device", POLICIES[0] if remat == "auto" else remat, None
+        )
+
+    def step_of(config: Config) -> Compiled:
+        step = accounts.abstract_step(config, decoder, device)
+        gradients = accounts.gradient_accounts(step, compiled)
+        return Compiled(step, gradients, accounts.update_accounts(step, compiled))
+
+    choice = choose(config, limit, step_of)
+    held = choice.device
     if held <= limit or force:
-        return Fit(offload, held)
-    tried = configs.changed(config, {"optimizer.offload": offload})
+        words = ", ".join(choice.settings(config))
+        return Fit(choice.offload, choice.remat, held, words)
+    decided = {"optimizer.offload": choice.offload, "model.remat": choice.remat}
+    tried = configs.changed(config, decided)
     made, missing = changes(decoder, tried, held - limit)
     remedy = ", ".join(change.setting for change in made) or "a smaller model"
     raise UserError(

@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import WHOLE_LAYERS
 from qlora_jax.models.parts import expected_shapes
 from qlora_jax.plan.abstract import abstract_batch
 from qlora_jax.plan.activations import estimates
 from qlora_jax.plan.exact import count
 from qlora_jax.quant import nbytes
+from qlora_jax.train.assemble import updates_at_once
+from qlora_jax.train.offload import memory_of
 
 
 class Part(NamedTuple):
@@ -47,9 +50,12 @@ def ledger(model: DecoderConfig, run: Config) -> dict[str, Part]:
     """
     counted = count(model, run)
     host = run.optimizer.offload == "host"
+    remat = memory_of(run).remat
+    by_layer = remat in WHOLE_LAYERS
+    at_once = by_layer and updates_at_once(run)
     exact = {
         **counted.model,
-        "gradients": counted.gradients,
+        "gradients": counted.layer_gradients if at_once else counted.gradients,
         "moments": 0 if host else counted.moments,
         "counters": counted.counters,
         "batch": nbytes(abstract_batch(run)),
@@ -57,9 +63,9 @@ def ledger(model: DecoderConfig, run: Config) -> dict[str, Part]:
     parts = {name: Part(size) for name, size in exact.items()}
     parts["moments on the host"] = Part(counted.moments if host else 0, "host")
     guessed = estimates(model, run, counted.ranks)
-    if run.train.gradient_accumulation > 1:
+    if run.train.gradient_accumulation > 1 and not by_layer:
         guessed["gradients of a micro-batch"] = counted.trained
-    away = run.model.remat == "host"
+    away = remat == "host"
     parts |= {
         name: Part(size, "host" if away and name == "activations" else "device", exact=False)
         for name, size in guessed.items()

@@ -29,7 +29,12 @@ DECODER = TypeAdapter(DecoderConfig)
 
 
 def planned(
-    config: Config, decoder: DecoderConfig, gpu: str, say: Callable[[str], None], search: bool
+    config: Config,
+    decoder: DecoderConfig,
+    gpu: str,
+    say: Callable[[str], None],
+    search: bool,
+    positions: int | None = None,
 ) -> dict[str, Any]:
     """Plans a run in a process of its own; see `compiled.make`.
 
@@ -39,6 +44,7 @@ def planned(
       gpu: name in `described.GPUS`.
       say: told progress.
       search: also find the largest batch and sequence that fit.
+      positions: the longest sequence that is looked for; None: as many as the model has.
 
     Returns:
       `plan`, and with `search` `largest_batch` and `largest_sequence`.
@@ -52,6 +58,7 @@ def planned(
         "decoder": DECODER.dump_python(decoder, mode="json"),
         "gpu": gpu,
         "search": search,
+        "positions": positions or decoder.longest,
     }
     answer, ended = _answer(request, say)
     if "error" in answer:

@@ -16,6 +16,7 @@ from qlora_jax.config import Config
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan import accounts
+from qlora_jax.plan.choose import POLICIES
 from qlora_jax.plan.compiled import GEMMS, Plan, gradient, make
 from qlora_jax.plan.plan import DECODER
 from qlora_jax.plan.search import largest
@@ -33,14 +34,26 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     first = make(config, decoder, gpu)
     answer: dict[str, Any] = {"plan": dataclasses.asdict(first)}
     if request["search"] and first.fits:
-        answer |= _largest(config, decoder, first)
+        answer |= _largest(config, decoder, first, request["positions"])
     return answer
 
 
-def _largest(config: Config, decoder: DecoderConfig, first: Plan) -> dict[str, int]:
-    """Finds the largest batch at this length, and the largest sequence at this batch."""
-    hardware, away = read_gpu(first.gpu), first.offload == "host"
-    worst = max(first.programs[: len(GEMMS)], key=lambda program: program.device)
+def _largest(config: Config, decoder: DecoderConfig, first: Plan, positions: int) -> dict[str, int]:
+    """Finds the largest batch at this length, and the largest sequence at this batch.
+
+    What is `auto` is taken as what holds the least.
+
+    Args:
+      config: the run's settings.
+      decoder: shapes of the model.
+      first: the plan of the run.
+      positions: the longest sequence that is looked for.
+    """
+    hardware, away = read_gpu(first.gpu), config.optimizer.offload != "device"
+    if config.model.remat == "auto":
+        config = configs.changed(config, {"model.remat": POLICIES[-1]})
+    worst = max(first.programs, key=lambda program: program.device).name
+    gemm = next((name for name in GEMMS if worst.endswith(name)), next(iter(GEMMS)))
     batch, length = config.train.batch_size, config.data.sequence_length
 
     def needs(section: str, key: str) -> Callable[[int], int]:
@@ -49,18 +62,18 @@ def _largest(config: Config, decoder: DecoderConfig, first: Plan) -> dict[str, i
             changed = dataclasses.replace(config, **{section: part})
             _say(f"compiling for {first.gpu}: {key} {value}")
             step = accounts.abstract_step(changed, decoder, hardware)
-            account, _ = gradient(step, first.gpu, worst.name)
-            return accounts.with_moments(step, away, account, False).device
+            made = gradient(step, first.gpu, gemm)
+            return max(accounts.with_moments(step, away, x, False).device for x, _ in made)
 
         return of
 
-    now = worst.device
-    longest = max(decoder.longest, length)
+    rows, tokens = needs("train", "batch_size"), needs("data", "sequence_length")
+    same = (config.model.remat, away) == (first.remat, first.offload == "host")
+    now = first.device if same else tokens(length)
+    longest = max(positions, length)
     return {
-        "largest_batch": largest(needs("train", "batch_size"), first.limit, (batch, now), 1, 1024),
-        "largest_sequence": largest(
-            needs("data", "sequence_length"), first.limit, (length, now), 128, longest
-        ),
+        "largest_batch": largest(rows, first.limit, (batch, now), 1, 1024),
+        "largest_sequence": largest(tokens, first.limit, (length, now), 128, longest),
     }
 
 

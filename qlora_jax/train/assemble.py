@@ -9,10 +9,11 @@ import optax
 from flax import nnx
 
 from qlora_jax.config import Config
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder import WHOLE_LAYERS, Decoder
 from qlora_jax.models.trees import Split
+from qlora_jax.train import layered
 from qlora_jax.train import step as steps
-from qlora_jax.train.offload import ON_DEVICE, Placement
+from qlora_jax.train.offload import ON_DEVICE, PLACEMENTS, Memory, memory_of
 from qlora_jax.train.optimizer import adamw
 
 
@@ -36,44 +37,60 @@ class Training(NamedTuple):
         return nnx.merge(self.graph, self.state.trained, self.frozen)
 
 
-def assemble(config: Config, parts: Split, moments: Placement = ON_DEVICE) -> Training:
+def assemble(config: Config, parts: Split, memory: Memory | None = None) -> Training:
     """Builds the step that a config asks for, and the state before the first one.
 
     Args:
       config: the run's config.
-      parts: the model, of arrays or of `jax.ShapeDtypeStruct`; the state is of the same.
-      moments: where the optimizer's state lives.
+      parts: the model, of arrays or of `jax.ShapeDtypeStruct`; the state is of the same, and no
+        memory holds it.
+      memory: what is kept, and where; None is what the config asks for.
     """
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.trained))
+    moments, remat = memory or memory_of(config)
+    moments = ON_DEVICE if abstract else moments
     first = partial(
         steps.init,
         optimizer=optimizer_of(config),
         dynamic_scale=scales_loss(config),
         moments=moments,
     )
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.trained))
     state = jax.eval_shape(first, parts.trained) if abstract else first(parts.trained)
-    return Training(parts.graph, program_of(config, parts.graph, moments), state, parts.frozen)
+    program = program_of(config, parts.graph, Memory(moments, remat))
+    if remat in WHOLE_LAYERS:
+        inputs = PLACEMENTS["host" if remat == "host" else "device"]
+        program = layered.of(program, moments, inputs, updates_at_once(config))
+    return Training(parts.graph, program, state, parts.frozen)
 
 
-def program_of(
-    config: Config, graph: nnx.GraphDef, moments: Placement = ON_DEVICE
-) -> steps.Program:
-    """Builds the functions of the step that a config asks for, without a state.
+def program_of(config: Config, graph: nnx.GraphDef, memory: Memory | None = None) -> steps.Program:
+    """Builds the functions of the step that a config asks for, with a gradient in one program.
 
     Args:
       config: the run's config.
       graph: the model's structure, from `trees.split`.
-      moments: where the optimizer's state lives.
+      memory: what is kept, and where; None is what the config asks for.
     """
+    memory = memory or memory_of(config)
     return steps.build(
         graph,
         optimizer_of(config),
         compute_dtype=jnp.dtype(config.model.compute_dtype),
-        remat=config.model.remat,
+        remat=memory.remat,
         clip_norm=config.optimizer.clip_norm,
-        train_head=config.method == "full",
-        moments=moments,
+        method=config.method,
+        moments=memory.moments,
     )
+
+
+def updates_at_once(config: Config) -> bool:
+    """Whether a layer can be updated before the gradients of all are known.
+
+    Nothing waits for them: no clipping, no further micro-batch, no loss scale at which a whole
+    step may have to be undone.
+    """
+    several = config.train.gradient_accumulation > 1
+    return not (config.optimizer.clip_norm or several or scales_loss(config))
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:

@@ -143,7 +143,7 @@ def fit(asked: Request, opened: Opened, begun: Begun) -> Fitted:
             log,
             counters,
             schedule(config.optimizer, config.train.step_count),
-            moves=opened.moments is not ON_DEVICE,
+            moves=opened.memory.moments is not ON_DEVICE,
         )
         steps, last = int(state.step), counters.choice.last
         if held_out and (last is None or last.step != steps):

@@ -203,13 +203,18 @@ def _step(around: _Around, state: State, step: int) -> tuple[State, dict[str, fl
     start = time.perf_counter()
     batch = next(around.loader)
     key = None if around.key is None else jax.random.fold_in(around.key, step - 1)
-    grads, figures = program.gradient(state, around.frozen, batch, key)
     scale = float(state.scale)
-    if around.moves:
-        jax.block_until_ready(figures)  # else the update's time would hold the gradient's
-    updating = time.perf_counter()
-    # asked for while a GPU is busy with the gradient: it is a program for each layer
-    state = program.update(state, grads, figures.finite)
+    grads = None
+    if program.direct is not None:
+        updating = None
+        state, figures = program.direct(state, around.frozen, batch, key)
+    else:
+        grads, figures = program.gradient(state, around.frozen, batch, key)
+        if around.moves:
+            jax.block_until_ready(figures)  # else the update's time would hold the gradient's
+        updating = time.perf_counter()
+        # asked for while a GPU is busy with the gradient: it is a program for each layer
+        state = program.update(state, grads, figures.finite)
     figures = jax.device_get(figures)
     jax.block_until_ready(state)
     now = time.perf_counter()
@@ -231,10 +236,9 @@ def _step(around: _Around, state: State, step: int) -> tuple[State, dict[str, fl
     if scales_loss(config):
         values |= {"train/loss_scale": scale, "train/skipped_steps": counters.skipped}
     if around.moves:
-        values |= {
-            "train/update_ms": 1e3 * (now - updating),
-            "train/moments_moved_mb": 2 * nbytes(state.optimizer) / 1e6,
-        }
+        values["train/moments_moved_mb"] = 2 * nbytes(state.optimizer) / 1e6
+        if updating is not None:
+            values["train/update_ms"] = 1e3 * (now - updating)
     return state, {name: float(value) for name, value in values.items()}
 
 
@@ -270,12 +274,11 @@ def _check(
     overflow = scales_loss(config) and scale > 1
     if overflow and counters.skipped_in_a_row < MOST_SKIPPED:
         return
-    bad = next(
-        (path for path, g in flatten(grads).items() if not jnp.isfinite(g).all()), "the loss"
-    )
+    paths = (path for path, g in flatten(grads).items() if not jnp.isfinite(g).all())
+    where = "" if grads is None else f" (first in {next(paths, 'the loss')})"
     what = f"{MOST_SKIPPED} overflowing steps in a row" if overflow else "not a finite number"
     raise RunFailed(
-        f"step {step}: loss {figures.loss}, gradient norm {figures.norm}: {what} (first in {bad}); "
+        f"step {step}: loss {figures.loss}, gradient norm {figures.norm}: {what}{where}; "
         f"{checkpoints.latest_text()}. Lower optimizer.learning_rate, or compute in bfloat16 or "
         "float32"
     )

@@ -26,6 +26,7 @@ from qlora_jax.models.decoder import Decoder, attach, detach
 from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
+from qlora_jax.train.offload import memory_of
 from qlora_jax.train.optimizer import labels
 
 
@@ -125,7 +126,7 @@ def build(config: Config, adapters: Adapters) -> Program:
     # A rate is a factor on AdamW's update, decay included: all members share one of rate 1.
     shared = dataclasses.replace(config.optimizer, learning_rate=1.0, lora_plus_ratio=1.0)
     config = dataclasses.replace(config, optimizer=shared)
-    optimizer, single = optimizer_of(config), program_of(config, adapters.graph)
+    optimizer, single = optimizer_of(config), program_of(config, adapters.graph, memory_of(config))
     return Program(
         init=jax.jit(jax.vmap(partial(first_moments, optimizer))),
         step=jax.jit(partial(take_step, single, optimizer), donate_argnums=(0, 1)),

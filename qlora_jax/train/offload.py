@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from qlora_jax.config import Config
+
 
 class Placement(NamedTuple):
     """A home for moments.
@@ -49,3 +51,24 @@ ON_DEVICE = Placement(_same, _same, _same, _same)
 ON_HOST = Placement(_to("pinned_host"), _to("device"), jax.block_until_ready, _committed)
 PLACEMENTS = {"device": ON_DEVICE, "host": ON_HOST}
 """A setting `optimizer.offload` to the placement it stands for."""
+
+
+class Memory(NamedTuple):
+    """What a run keeps, and where.
+
+    Attributes:
+      moments: where the optimizer's state lives.
+      remat: a key of `decoder.REMAT`, what of the layers is kept for the backward pass.
+    """
+
+    moments: Placement
+    remat: str
+
+
+def memory_of(config: Config) -> Memory:
+    """Returns what a config asks for; auto is the device, and dots, since there is no plan."""
+    offload, remat = config.optimizer.offload, config.model.remat
+    return Memory(
+        PLACEMENTS["device" if offload == "auto" else offload],
+        "dots" if remat == "auto" else remat,
+    )

@@ -25,7 +25,7 @@ from qlora_jax.train import choice, examples, resume, rundir, step_count
 from qlora_jax.train.assemble import Training, assemble
 from qlora_jax.train.examples import Data
 from qlora_jax.train.identity import check_identity, starts_as_base
-from qlora_jax.train.offload import Placement
+from qlora_jax.train.offload import Memory
 from qlora_jax.train.quantization import held_quantization
 from qlora_jax.train.setup import load_model, open_model
 
@@ -62,7 +62,7 @@ class Opened:
       text: its tokenizer.
       data: the examples.
       loader: the batches to train on.
-      moments: where the optimizer's state lives.
+      memory: what is kept, and where.
       device: in words.
     """
 
@@ -71,7 +71,7 @@ class Opened:
     text: Tokenizer
     data: Data
     loader: Loader
-    moments: Placement
+    memory: Memory
     device: str
 
 
@@ -113,12 +113,12 @@ class Built:
     changed: str | None
 
 
-def open_inputs(asked: Request, place: Callable[[DecoderConfig], Placement]) -> Opened:
+def open_inputs(asked: Request, place: Callable[[DecoderConfig], Memory]) -> Opened:
     """Opens the model and reads the data, once it is sure that the run may write its directory.
 
     Args:
       asked: the run.
-      place: where the optimizer's state lives, given the model's shapes; it may refuse the run.
+      place: what is kept where, given the model's shapes; it may refuse the run.
 
     Raises:
       UserError: the input is at fault.
@@ -130,7 +130,7 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Placement]) -> 
         resume.check_steps(Path(config.output), config.train.step_count)
     choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config, say)
-    moments = place(checkpoint.config)
+    memory = place(checkpoint.config)
     data = examples.read_data(config, text, checkpoint.config.longest_cached)
     choice.check_held_out(config.train, bool(data.held_out))
     loader = examples.loader(config, data, text.pad_id, config.train.seed)
@@ -144,7 +144,7 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Placement]) -> 
         say(f"{epochs:g} epochs: {counted.train.step_count:,} steps")
     if warning := step_count.describe_warmup(counted):
         say(warning)
-    return Opened(counted, checkpoint, text, data, loader, moments, device)
+    return Opened(counted, checkpoint, text, data, loader, memory, device)
 
 
 def build(asked: Request, opened: Opened) -> Built:
@@ -165,7 +165,7 @@ def build(asked: Request, opened: Opened) -> Built:
     if specs and starts_as_base(config):
         check_identity(*parts, config)
     return Built(
-        assemble(config, parts, opened.moments),
+        assemble(config, parts, opened.memory),
         opened.loader,
         examples.held_out(config, data, pad_id),
         Facts(bool(specs), *counts, base_hash, held_quantization(config, opened.checkpoint)),

@@ -8,7 +8,7 @@ from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.train.finish import describe_finished, finish, finished
 from qlora_jax.train.fit import begin, fit
-from qlora_jax.train.offload import ON_DEVICE, Placement
+from qlora_jax.train.offload import Memory, memory_of
 from qlora_jax.train.prepare import Request, build, open_inputs
 from qlora_jax.train.report import Summary
 from qlora_jax.train.start import resolved
@@ -21,7 +21,7 @@ def train(
     command: str,
     resume: bool = False,
     overwrite: bool = False,
-    place: Callable[[DecoderConfig], Placement] = lambda decoder: ON_DEVICE,
+    place: Callable[[DecoderConfig], Memory] | None = None,
 ) -> Summary:
     """Fine-tunes, and leaves a run directory with the adapter, checkpoints and a report.
 
@@ -32,8 +32,8 @@ def train(
       resume: go on where the directory's run stopped; with nothing left to do, say so and return
         the summary that the directory holds, without samples.
       overwrite: delete the run that the directory holds.
-      place: where the optimizer's state lives, given the model's shapes; asked before weights are
-        read, it may refuse the run.
+      place: what is kept where, given the model's shapes; asked before weights are read, it may
+        refuse the run. None: what the config asks for.
 
     Raises:
       UserError: the input is at fault; nothing is left half-written.
@@ -47,7 +47,7 @@ def train(
         return summary
     asked = Request(config, say, command, resume, overwrite, started)
     with contextlib.ExitStack() as held:
-        opened = open_inputs(asked, place)
+        opened = open_inputs(asked, place or (lambda decoder: memory_of(config)))
         # what was built gets no name: a resumed run's first state would live as long as it
         begun = begin(asked, build(asked, opened), held)
         return finish(asked, opened, begun, fit(asked, opened, begun))

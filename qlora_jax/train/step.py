@@ -65,14 +65,14 @@ class Recipe:
       compute_dtype: dtype of activations.
       remat: a key of `decoder.REMAT`.
       clip_norm: largest global gradient norm; 0 does not clip.
-      train_head: whether the head (or the embedding tied to it) is trained.
+      method: a key of `trees.TRAINED`.
     """
 
     graph: nnx.GraphDef
     compute_dtype: jnp.dtype
     remat: str
     clip_norm: float
-    train_head: bool
+    method: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Program:
     """The compiled functions of a run.
 
     Attributes:
+      recipe: what they are compiled for.
       gradient: (state, frozen, batch, key) to (gradients, Figures). Batch arrays are
         [k, B, T]; key is None without dropout. Gradients are unscaled and clipped; float32, except
         that a single micro-batch's are bfloat16 where what is trained is.
@@ -88,13 +89,22 @@ class Program:
         most three units are on the device.
       unit: what `update` runs for each unit: (group, its leaves, their gradients, index, moments,
         finite) to leaves and moments; donates both.
+      count: (step, scale, finite_steps) and `finite` to the same after a step; donates them.
       evaluate: (trained, frozen, batch) to (loss sum, token count) of a batch [B, T].
+      direct: (state, frozen, batch, key) to (the next State, Figures), where a step has no need of
+        all gradients at one time; else None. It donates the state. A step that is not finite
+        leaves a state that must not be used.
+      parts: the compiled parts of a gradient that goes layer by layer (`layered`); else None.
     """
 
+    recipe: Recipe
     gradient: Callable[..., tuple[Any, Figures]]
     update: Callable[..., State]
     unit: Callable[..., tuple[Any, Any]]
+    count: Callable[..., Any]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+    direct: Callable[..., tuple[State, Figures]] | None = None
+    parts: Any = None
 
 
 def gradient_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -128,7 +138,7 @@ def build(
     compute_dtype: jax.typing.DTypeLike,
     remat: str,
     clip_norm: float,
-    train_head: bool,
+    method: str,
     moments: Placement = ON_DEVICE,
 ) -> Program:
     """Compiles lazily; see `Program`.
@@ -139,18 +149,20 @@ def build(
       compute_dtype: dtype of activations; float16 switches dynamic loss scaling on.
       remat: a key of `decoder.REMAT`.
       clip_norm: largest global gradient norm; 0 does not clip.
-      train_head: whether the head (or the embedding tied to it) is trained.
+      method: a key of `trees.TRAINED`.
       moments: where the optimizer's state lives.
     """
     dtype = jnp.dtype(compute_dtype)
-    recipe = Recipe(graph, dtype, remat, clip_norm, train_head)
+    recipe = Recipe(graph, dtype, remat, clip_norm, method)
     # each program gets a function of its own, so that jax counts what is compiled for it alone
     unit = jax.jit(partial(update_unit, optimizer), static_argnums=0, donate_argnums=(1, 4))
     counted = jax.jit(partial(count, dtype == jnp.float16), donate_argnums=0)
     return Program(
+        recipe=recipe,
         gradient=jax.jit(partial(gradient, recipe)),
         update=partial(update, unit, counted, moments),
         unit=unit,
+        count=counted,
         evaluate=jax.jit(partial(evaluate, recipe)),
     )
 
@@ -173,6 +185,17 @@ def loss_sum(
         remat=remat,
         key=key,
     )
+    return loss_of(recipe, model, hidden, batch, key)
+
+
+def loss_of(
+    recipe: Recipe,
+    model: Decoder,
+    hidden: jax.Array,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the summed loss over the model's output [B, T, hidden], and its target tokens."""
     head, axis = model.stored_head()
     return token_loss(
         hidden,
@@ -180,7 +203,7 @@ def loss_sum(
         batch["targets"],
         batch["mask"],
         vocab_axis=axis,
-        train_head=recipe.train_head,
+        train_head=recipe.method == "full",
         softcap=model.config.final_softcap,
         update=model.head_update(hidden, key),
     )
@@ -205,10 +228,7 @@ def gradient(
     The frozen tree takes no gradient because the loss is differentiated with respect to the
     trained tree alone.
     """
-    # The count of the whole batch is known before any loss, so every micro-batch divides by
-    # it once and k of them add up to one large batch.
-    count = batch["mask"].sum().astype(jnp.float32)
-    factor = state.scale / jnp.maximum(count, 1)
+    count, factor = factor_of(state.scale, batch["mask"])
     micro = partial(_micro_gradient, recipe, frozen, factor)
     k = batch["mask"].shape[0]
     keys = None if key is None else jax.random.split(key, k)
@@ -216,14 +236,47 @@ def gradient(
         grads, total = micro(state.trained, *jax.tree.map(lambda x: x[0], (dict(batch), keys)))
     else:
         grads, total = _accumulated(micro, state.trained, dict(batch), keys)
-    norm = optax.tree.norm(jax.tree.map(wide, grads)) / state.scale
-    loss = total / jnp.maximum(count, 1)
-    clip = recipe.clip_norm
-    shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
+    return clipped(recipe.clip_norm, grads, total, count, state.scale)
+
+
+def factor_of(scale: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the number of target tokens of all micro-batches, and the factor on their loss sum.
+
+    The number is known before any loss, so every micro-batch divides by it once, and k of them
+    add up to one large batch.
+
+    Args:
+      scale: the loss scale.
+      mask: bool[k, B, T].
+    """
+    count = mask.sum().astype(jnp.float32)
+    return count, scale / jnp.maximum(count, 1)
+
+
+def clipped(
+    clip_norm: float, grads: Any, total: jax.Array, count: jax.Array, scale: jax.Array
+) -> tuple[Any, Figures]:
+    """Returns gradients, unscaled and clipped, and the step's figures.
+
+    Args:
+      clip_norm: as in `Recipe`.
+      grads: of the scaled loss.
+      total: the summed loss.
+      count: of target tokens.
+      scale: the loss scale.
+    """
+    norm = optax.tree.norm(jax.tree.map(wide, grads)) / scale
+    shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
     grads = jax.tree.map(
-        lambda g: (wide(g) * (shrink / state.scale)).astype(gradient_dtype(g.dtype)), grads
+        lambda g: (wide(g) * (shrink / scale)).astype(gradient_dtype(g.dtype)), grads
     )
-    return grads, Figures(loss, count, norm, jnp.isfinite(loss) & jnp.isfinite(norm))
+    return grads, figures_of(total, count, norm)
+
+
+def figures_of(total: jax.Array, count: jax.Array, norm: jax.Array) -> Figures:
+    """Returns a step's figures from the summed loss, its tokens and the gradient's norm."""
+    loss = total / jnp.maximum(count, 1)
+    return Figures(loss, count, norm, jnp.isfinite(loss) & jnp.isfinite(norm))
 
 
 def _micro_gradient(
@@ -269,9 +322,13 @@ def update_unit(
     moments: Any,
     finite: jax.Array,
 ) -> tuple[Sequence[jax.Array], Any]:
-    """Updates one unit of a group, unless the gradient is not finite: `Program.unit`."""
+    """Updates one unit of a group, unless the gradient is not finite: `Program.unit`.
+
+    The gradients are stacks of all layers', or of this layer's alone.
+    """
     params = units.unit(group, leaves, index)
-    updates, new = optimizer.update(units.unit(group, grads, index), moments, params)
+    slopes = units.unit(group, grads, jnp.minimum(index, grads[0].shape[0] - 1))
+    updates, new = optimizer.update(slopes, moments, params)
     moved = optax.apply_updates(params, updates)
     moved, new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, new), (params, moments))
     return units.put(group, leaves, index, moved), new

@@ -27,12 +27,14 @@ class Group(NamedTuple):
       places: of its leaves in the flattened trained tree.
       paths: their dotted paths.
       variables: the structure of the variable around each leaf, whose kind the optimizer goes by.
+      run: index of the run of layers; None outside the layers.
       layers: length of the stack; None outside the layers.
     """
 
     places: tuple[int, ...]
     paths: tuple[str, ...]
     variables: tuple[jax.tree_util.PyTreeDef, ...]
+    run: int | None
     layers: int | None
 
     @property
@@ -53,7 +55,7 @@ def groups(trained: Any) -> list[Group]:
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
     outside = {name: part for name, part in numbered.items() if name != STACKS}
     stacks = {} if numbered.keys() <= OUTER else numbered[STACKS]
-    parts = [(outside, False), *((stack, True) for stack in stacks.values())]
+    parts = [(outside, None), *((stack, int(run)) for run, stack in stacks.items())]
     paths = list(flatten(trained))
     variables = [jax.tree.structure(x) for x in jax.tree.leaves(trained, is_leaf=is_variable)]
     return [
@@ -61,9 +63,12 @@ def groups(trained: Any) -> list[Group]:
             tuple(places),
             tuple(paths[p] for p in places),
             tuple(variables[p] for p in places),
-            leaves[places[0]].shape[0] if stacked else None,
+            run,
+            None if run is None else leaves[places[0]].shape[0],
         )
-        for places, stacked in sorted((jax.tree.leaves(part), stacked) for part, stacked in parts)
+        for places, run in sorted(
+            ((jax.tree.leaves(part), run) for part, run in parts), key=lambda found: found[0]
+        )
         if places
     ]
 

@@ -188,7 +188,7 @@ def test_the_loss_of_a_random_model_is_finite_and_that_of_chance(method: str, fa
         compute_dtype=jnp.float32,
         remat="none",
         clip_norm=1.0,
-        train_head=False,
+        method="qlora",
     )
     total, count = program.evaluate(trained, frozen, batch)
     # logits of deviation 0.02 * sqrt(160) add half their variance

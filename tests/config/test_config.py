@@ -289,7 +289,7 @@ def test_every_setting_is_documented():
     assert by_key["model.path"].default == "required"
     assert by_key["lora.rank"].default == "16"
     assert by_key["lora.rank"].type == "int"
-    assert by_key["model.remat"].type == "none | dots | full | host"
+    assert by_key["model.remat"].type == "auto | none | dots | full | host"
 
 
 def test_a_difference_names_the_settings(load):

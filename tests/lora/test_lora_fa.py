@@ -39,7 +39,7 @@ def test_a_has_no_gradient_and_no_moments_and_b_moves_as_with_a_trained_a(models
             compute_dtype=jnp.float32,
             remat="dots",
             clip_norm=0.0,
-            train_head=False,
+            method="qlora",
         )
         tokens = jnp.arange(32, dtype=jnp.int32).reshape(1, 2, 16)
         batch = {

@@ -46,7 +46,7 @@ def our_losses(model, method: str, optimizer: OptimizerConfig, data) -> list[flo
         compute_dtype=jnp.dtype("float32"),
         remat="none",
         clip_norm=optimizer.clip_norm,
-        train_head=method == "full",
+        method=method,
     )
     state = steps.init(trained, transformation, dynamic_scale=False)
     losses = []

@@ -59,7 +59,7 @@ def test_doras_gradients_are_pefts(tmp_path, family):
         compute_dtype=jax.numpy.float32,
         remat="dots",
         clip_norm=0.0,
-        train_head=False,
+        method="qlora",
     )
     batch = {
         "tokens": inputs,

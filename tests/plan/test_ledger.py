@@ -217,7 +217,7 @@ def test_gradients_are_what_the_program_gives() -> None:
         compute_dtype=jnp.bfloat16,
         remat="full",
         clip_norm=1.0,
-        train_head=False,
+        method="qlora",
     )
     batch = {n: x.reshape(3, ROWS, LENGTH) for n, x in fill([], [], LENGTH, 3 * ROWS).items()}
     state = jax.eval_shape(lambda t: steps.init(t, optimizer, False), trained)

@@ -18,7 +18,7 @@ from qlora_jax.lora import plan as adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import accounts, fit, plan, search
+from qlora_jax.plan import accounts, choose, fit, plan, search
 from qlora_jax.plan.accounts import Account
 from qlora_jax.plan.advice import changes
 from qlora_jax.plan.compiled import Plan
@@ -85,9 +85,9 @@ def compiled(function, *arguments, donate=()):
 @pytest.mark.parametrize("method", ["qlora", "full"])
 @pytest.mark.quick
 def test_arguments_are_the_trees_bytes(method: str) -> None:
-    run = config(method=method)
+    run = config(method=method, model__remat="dots")
     step = abstract(run)
-    account = accounts.gradient_account(step, compiled)
+    (account,) = accounts.gradient_accounts(step, compiled)
     trained, frozen = nbytes(step.state.trained), nbytes(step.frozen)
     inputs = nbytes(dict(step.batch)) + 4  # the loss scale
     assert account.arguments == trained + frozen + inputs
@@ -101,6 +101,53 @@ def test_arguments_are_the_trees_bytes(method: str) -> None:
 
 def exact(parts) -> dict[str, int]:
     return {name: part.nbytes for name, part in parts.items() if part.exact}
+
+
+@pytest.mark.parametrize("remat", ["full", "host"])
+def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
+    step = abstract(config(model__remat=remat, optimizer__clip_norm="0"))
+    assert step.program.direct is not None
+    layers = {piece.name: piece for piece in accounts.gradient_pieces(step)}
+    backward = layers["backward of a layer"]
+    _, _, x, g, shared, own = backward.arguments
+    model = nbytes((step.state.trained, step.frozen, dict(step.batch)))
+    count = open_folder(LLAMA).config.num_layers
+    inputs = min(count, 3) if remat == "host" else count
+    assert backward.alive == model + nbytes((shared, own, g)) + inputs * nbytes(x)
+    assert backward.host == (count * nbytes(x) if remat == "host" else 0)
+    whole = abstract(config(model__remat=remat))
+    assert whole.program.direct is None
+    clipping = {piece.name: piece for piece in accounts.gradient_pieces(whole)}
+    more = clipping["backward of a layer"].alive - backward.alive
+    assert more == nbytes(whole.gradients)
+
+
+def test_what_is_auto_is_the_fastest_that_fits() -> None:
+    sizes = {"dots": 100, "full": 60, "host": 40}
+
+    def compile_(run: Config) -> choose.Compiled:
+        account = Account("gradient", 0, 0, 0, sizes[run.model.remat], 0)
+        return choose.Compiled(moments_of(10), [account], [])
+
+    def chosen(limit: int, **settings: str) -> tuple[str, str]:
+        found = choose.choose(config(**settings), limit, compile_)
+        return found.remat, found.offload
+
+    auto = {"model__remat": "auto"}
+    assert chosen(110, **auto) == ("dots", "device")
+    assert chosen(105, **auto) == ("dots", "host")
+    assert chosen(70, **auto) == ("full", "device")
+    assert chosen(41, **auto) == ("host", "host")
+    assert chosen(1, **auto) == ("host", "host")
+    assert chosen(41, model__remat="full") == ("full", "host")
+    assert chosen(105, optimizer__offload="device", **auto) == ("full", "device")
+
+
+def moments_of(size: int) -> accounts.Step:
+    """A step of which the bytes of its moments are known, and nothing else."""
+    step = abstract(config(model__remat="dots"))
+    unit = jax.ShapeDtypeStruct((size,), jnp.uint8)
+    return step._replace(state=step.state._replace(optimizer=(unit,)))
 
 
 @pytest.mark.quick
@@ -205,12 +252,17 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_change() -> None:
     here = needed(changed(run, {"optimizer.offload": "device"}))
     host = needed(changed(run, {"optimizer.offload": "host"}))
     assert host < here
-    assert fit.fit(run, model, Card(here), False) == ("device", here)
-    assert fit.fit(run, model, Card(here - 1), False) == ("host", host)
+    assert fit.fit(run, model, Card(here), False) == ("device", "none", here, "")
+    assert fit.fit(run, model, Card(here - 1), False) == (
+        "host",
+        "none",
+        host,
+        "optimizer.offload=host",
+    )
     with pytest.raises(UserError, match=r"needs .* on a card, .*--model.remat=full.*--force"):
         fit.fit(run, model, Card(host - 1), False)
     assert fit.fit(changed(run, {"optimizer.offload": "host"}), model, Card(1), True).device == host
-    assert fit.fit(run, model, Card(None), False) == ("device", None)
+    assert fit.fit(run, model, Card(None), False) == ("device", "none", None, "")
 
 
 def test_changes_stop_when_enough_is_saved() -> None:
@@ -227,7 +279,7 @@ def test_changes_stop_when_enough_is_saved() -> None:
 
 def test_a_plan_fits_by_its_largest_program() -> None:
     programs = [Account("a", 5, 2, 1, 3, 0), Account("b", 1, 1, 0, 1, 7)]
-    made = Plan("t4", "device", 9, 0, programs, [])
+    made = Plan("t4", "device", "dots", 9, 0, programs, [])
     assert made.device == 10
     assert not made.fits
     assert dataclasses.replace(made, limit=10).fits

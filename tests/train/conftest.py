@@ -87,7 +87,7 @@ def build(
         compute_dtype=jnp.dtype(compute),
         remat=remat,
         clip_norm=clip,
-        train_head=method == "full",
+        method=method,
     )
     return Trainer(config, graph, trained, frozen, optimizer, program)
 

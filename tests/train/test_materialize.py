@@ -97,7 +97,7 @@ def step_hlo(
         compute_dtype=jnp.bfloat16,
         remat=remat,
         clip_norm=1.0,
-        train_head=False,
+        method="qlora",
     )
     state = steps.init(trained, optax.sgd(1.0), False)
     tokens = jnp.ones((1, ROWS, LENGTH), jnp.int32)

@@ -223,7 +223,7 @@ def test_losses_are_those_of_float32_within_one_step(trainer, make_loader) -> No
             compute_dtype=jnp.float32,
             remat="none",
             clip_norm=0.0,
-            train_head=True,
+            method="full",
         )
         plain, batches, found = t.start(), make_loader(t.config), []
         state = steps.init(plain.trained, optimizer, False)

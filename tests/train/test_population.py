@@ -88,7 +88,7 @@ def alone(
         compute_dtype=jnp.float32,
         remat=config.model.remat,
         clip_norm=config.optimizer.clip_norm,
-        train_head=False,
+        method="qlora",
     )
     state, figures = steps.init(trained, optimizer, False), []
     for batch in batches:

@@ -31,7 +31,7 @@ def build(t, moments: Placement) -> steps.Program:
         compute_dtype=jnp.dtype(t.config.model.compute_dtype),
         remat="none",
         clip_norm=1.0,
-        train_head=t.config.method == "full",
+        method=t.config.method,
         moments=moments,
     )
 

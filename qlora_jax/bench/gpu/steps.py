@@ -95,7 +95,7 @@ def result_names(cases: Sequence[Case]) -> list[str]:
 
 
 def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
-    """Yields the gradient program and the update programs of some cases that fit on the device."""
+    """Yields the gradient's and the update's programs of some cases that fit on the device."""
     for case in cases:
         if too_large(case.options.model, case.options.method, device.memory):
             continue
@@ -106,7 +106,7 @@ def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
 def step_programs(
     name: str, config: Config, decoder: DecoderConfig, device: Any, flags: str
 ) -> Iterator[Program]:
-    """Yields the gradient program and the update programs of a run's step.
+    """Yields the gradient's and the update's programs of a run's step.
 
     Args:
       name: the beginning of the programs' names.
@@ -116,9 +116,9 @@ def step_programs(
       flags: for XLA.
     """
     made, options = accounts.abstract_step(config, decoder, device), as_options(flags)
-    state = made.state._replace(optimizer=())
-    arguments = (state, made.frozen, made.batch, made.key)
-    yield Program(f"{name}: gradient", made.program.gradient, arguments, options)
+    for piece in accounts.gradient_pieces(made):
+        title = f"{name}: {piece.name}"
+        yield Program(title, piece.function, piece.arguments, options, donate=piece.donate)
     for what, update, inputs in accounts.updates(made):
         yield Program(f"{name}: {what}", update, inputs, options, donate=(0, 3))
 

@@ -1,0 +1,95 @@
+"""The programs of a step's gradient, each with the bytes of all that lives while it runs."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.plan.exact import gradients
+from qlora_jax.quant import nbytes
+from qlora_jax.train import layered
+from qlora_jax.train import step as steps
+
+ON_THE_WAY = 3
+"""Inputs of layers that are on the device while the others wait on the host, at most."""
+
+
+class Piece(NamedTuple):
+    """One program.
+
+    Attributes:
+      name: "gradient", or the part of it.
+      function: to compile.
+      arguments: trees of shapes.
+      donate: positions of donated arguments.
+      alive: bytes on the device of all arrays that live while it runs, its arguments among them,
+        without moments and without what it returns.
+      host: bytes that wait in pinned host memory meanwhile, without moments.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    donate: tuple[int, ...]
+    alive: int
+    host: int = 0
+
+
+def pieces(
+    program: steps.Program, state: steps.State, frozen: Any, batch: Any, key: Any
+) -> Iterator[Piece]:
+    """Yields the programs of a gradient.
+
+    Args:
+      program: the functions of a step.
+      state: in shapes; its moments are not looked at.
+      frozen, batch, key: in shapes, as the gradient takes them.
+    """
+    model = nbytes((state.trained, frozen, batch))
+    if program.parts is None:
+        bare = state._replace(optimizer=())
+        yield Piece("gradient", program.gradient, (bare, frozen, batch, key), (), model)
+        return
+    yield from _by_layer(program, state.trained, frozen, batch, key, model)
+
+
+def _by_layer(
+    program: steps.Program, trained: Any, frozen: Any, batch: Any, key: Any, alive: int
+) -> Iterator[Piece]:
+    parts = program.parts
+    (trees, groups, layers), leaves = layered.taken_apart(trained, frozen)
+    micro = batch["mask"].shape[0]
+    rows = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
+    number, index = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+
+    def entered(model: Any, rows: Any, key: Any) -> Any:
+        return parts.enter(trees, model, rows, key)
+
+    def top(model: Any, x: Any, rows: Any, key: Any, factor: Any) -> Any:
+        return parts.top(trees, model, x, rows, key, factor)
+
+    def bottom(model: Any, rows: Any, g: Any) -> Any:
+        return parts.bottom(trees, model, rows, g)
+
+    def backward(place: int, *arguments: Any) -> Any:
+        return parts.backward(trees, place, *arguments)
+
+    x, shared, own = jax.eval_shape(entered, leaves, rows, key)
+    away = program.recipe.remat == "host"
+    waiting = nbytes(x) * len(layers)
+    inputs, host = (min(ON_THE_WAY * nbytes(x), waiting), waiting) if away else (waiting, 0)
+    if program.direct is None:
+        alive += nbytes(gradients(trained, micro))
+    alive += nbytes((shared, own)) + inputs
+    yield Piece("loss", top, (leaves, x, rows, key, number), (1,), alive + nbytes(x), host)
+    alive += nbytes((x, jax.eval_shape(top, leaves, x, rows, key, number)[2]))
+    # a layer's forward pass holds nothing that its backward pass does not hold
+    for place in dict.fromkeys(place for place, _ in layers):
+        arguments = leaves, index, x, x, shared, own
+        function = partial(backward, place)
+        yield Piece("backward of a layer", function, arguments, (3,), alive, host)
+    if None in groups:
+        name = "backward of the embedding"
+        yield Piece(name, bottom, (leaves, rows, x), (), alive - inputs)

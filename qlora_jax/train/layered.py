@@ -1,0 +1,370 @@
+"""The gradient a layer at a time: what `remat: full` and `remat: host` are on a device.
+
+The forward pass is a program for each layer, and what a layer read waits on the device or the
+host. The backward pass goes back through the layers: each is computed again from what it read, and
+its gradients are added to those of the step, or used for its update at once. So no more than one
+layer's residuals exist, and where nothing has to know all gradients before the first update, no
+more than one layer's gradients.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.trees import TRAINED
+from qlora_jax.train import units
+from qlora_jax.train.offload import Placement
+from qlora_jax.train.step import (
+    Figures,
+    Program,
+    Recipe,
+    State,
+    clipped,
+    factor_of,
+    figures_of,
+    gradient_dtype,
+    loss_of,
+    wide,
+)
+
+Leaves = Sequence[jax.Array]
+
+
+class Trees(NamedTuple):
+    """How the two trees of a model are made of their leaves; hashable."""
+
+    trained: jax.tree_util.PyTreeDef
+    frozen: jax.tree_util.PyTreeDef
+
+
+class Walk(NamedTuple):
+    """The way through a model.
+
+    Attributes:
+      trees: its structure.
+      groups: of its trained leaves, by run; None is outside the layers.
+      layers: the run of each layer, and the layer's index in it.
+    """
+
+    trees: Trees
+    groups: Mapping[int | None, units.Group]
+    layers: Sequence[tuple[int, int]]
+
+
+class Model(NamedTuple):
+    """The leaves of a model's two trees: lists, which a program takes faster than `nnx.State`s."""
+
+    trained: Leaves
+    frozen: Leaves
+
+
+class Layered(NamedTuple):
+    """The compiled parts of a gradient. `trees` and `place`, the index of a run, are static.
+
+    Attributes:
+      begin: (scale, mask [k, B, T]) to the number of target tokens and the factor on the loss.
+      enter: (trees, model, batch, key) to the first layer's input, and what layers share and own.
+      forward: (trees, place, model, index in the run, x, shared, own) to the layer's output.
+      top: (trees, model, x, batch, key, factor) to the loss sum, the gradient of x, and those of
+        trained leaves outside the layers; donates x.
+      backward: (trees, place, model, index, x, g, shared, own) to the gradient of x and those of
+        the layer's trained leaves [1, ...]; donates g.
+      bottom: (trees, model, batch, g) to the gradients of trained leaves outside the layers.
+      zeros: (trees, leaves) to sums of gradients, one for each trained leaf.
+      add: (sums, gradients, index) to the sums; donates them.
+      finish: (sums, loss sum, count, scale) to the gradients and figures; donates the sums.
+      squares: (squared norm, gradients) to the squared norm of both, and whether it is finite.
+    """
+
+    begin: Callable[..., Any]
+    enter: Callable[..., Any]
+    forward: Callable[..., Any]
+    top: Callable[..., Any]
+    backward: Callable[..., Any]
+    bottom: Callable[..., Any]
+    zeros: Callable[..., Any]
+    add: Callable[..., Any]
+    finish: Callable[..., Any]
+    squares: Callable[..., Any]
+
+
+def compiled(recipe: Recipe) -> Layered:
+    """Compiles the parts lazily."""
+    return Layered(
+        begin=jax.jit(factor_of),
+        enter=jax.jit(partial(_enter, recipe), static_argnums=0),
+        forward=jax.jit(partial(_layer, recipe), static_argnums=(0, 1)),
+        top=jax.jit(partial(_top, recipe), static_argnums=0, donate_argnums=2),
+        backward=jax.jit(partial(_backward, recipe), static_argnums=(0, 1), donate_argnums=5),
+        bottom=jax.jit(partial(_bottom, recipe), static_argnums=0),
+        zeros=jax.jit(_zeros, static_argnums=0),
+        add=jax.jit(_add, donate_argnums=0),
+        finish=jax.jit(partial(_finish, recipe), donate_argnums=0),
+        squares=jax.jit(_squares),
+    )
+
+
+def of(program: Program, moments: Placement, inputs: Placement, at_once: bool) -> Program:
+    """Returns the functions of a step with a gradient that goes layer by layer.
+
+    Args:
+      program: with a gradient in one program.
+      moments: where the optimizer's state lives.
+      inputs: where the layers' inputs wait.
+      at_once: update each layer as soon as its gradients are there.
+    """
+    parts = compiled(program.recipe)
+    return dataclasses.replace(
+        program,
+        gradient=partial(gradient, parts, inputs),
+        direct=partial(step, parts, inputs, program, moments) if at_once else None,
+        parts=parts,
+    )
+
+
+def gradient(
+    parts: Layered,
+    inputs: Placement,
+    state: State,
+    frozen: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+) -> tuple[Any, Figures]:
+    """Computes the gradients of the trained tree, and figures: `Program.gradient`.
+
+    Args:
+      parts: of `compiled`.
+      inputs: where the layers' inputs wait.
+      state, frozen, batch, key: as `Program.gradient` takes them.
+    """
+    way, model = taken_apart(state.trained, frozen)
+    count, factor = parts.begin(state.scale, batch["mask"])
+    steps = batch["mask"].shape[0]
+    keys = [None] * steps if key is None else jax.random.split(key, steps)
+    sums, total = list(parts.zeros(steps == 1, model.trained)), jnp.float32(0)
+
+    def add(group: units.Group, index: int, grads: Leaves) -> None:
+        added = parts.add([sums[p] for p in group.places], grads, np.int32(index))
+        for p, leaf in zip(group.places, added):
+            sums[p] = leaf
+
+    for step, own in enumerate(keys):
+        rows = {name: x[step] for name, x in batch.items()}
+        total += walk(parts, inputs, way, model, rows, own, factor, add)
+    grads, figures = parts.finish(sums, total, count, state.scale)
+    return jax.tree.unflatten(way.trees.trained, grads), figures
+
+
+def step(
+    parts: Layered,
+    inputs: Placement,
+    program: Program,
+    moments: Placement,
+    state: State,
+    frozen: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+) -> tuple[State, Figures]:
+    """Updates each layer as soon as its gradients are there: `Program.direct`.
+
+    Args:
+      parts: of `compiled`.
+      inputs: where the layers' inputs wait.
+      program: what updates a unit and counts a step.
+      moments: where the optimizer's state lives.
+      state, frozen, batch, key: as `Program.gradient` takes them, of one micro-batch.
+    """
+    way, model = taken_apart(state.trained, frozen)
+    count, factor = parts.begin(state.scale, batch["mask"])
+    leaves, states = list(model.trained), list(state.optimizer)
+    first = _first_units(way)
+    square, on_way = jnp.float32(0), []
+
+    def update(group: units.Group, index: int, grads: Leaves) -> None:
+        nonlocal square
+        place = first[group.run] + index
+        square, finite = parts.squares(square, grads)
+        own = [leaves[p] for p in group.places]
+        own_moments = moments.fetch(states[place])
+        new, own_moments = program.unit(group, own, grads, np.int32(index), own_moments, finite)
+        for p, leaf in zip(group.places, new):
+            leaves[p] = leaf
+        states[place] = moments.store(own_moments)
+        on_way.append(states[place])
+        if len(on_way) > 1:
+            moments.wait(on_way.pop(0))
+
+    rows = {name: x[0] for name, x in batch.items()}
+    key = None if key is None else jax.random.split(key, 1)[0]
+    total = walk(parts, inputs, way, Model(leaves, model.frozen), rows, key, factor, update)
+    figures = figures_of(total, count, jnp.sqrt(square))
+    counters = program.count((state.step, state.scale, state.finite_steps), figures.finite)
+    trained = jax.tree.unflatten(way.trees.trained, leaves)
+    return State(trained, tuple(states), *counters), figures
+
+
+def walk(
+    parts: Layered,
+    inputs: Placement,
+    way: Walk,
+    model: Model,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+    factor: jax.Array,
+    use: Callable[[units.Group, int, Leaves], None],
+) -> jax.Array:
+    """Goes up through all layers and down again, as far as something is trained.
+
+    Args:
+      parts: of `compiled`.
+      inputs: where the layers' inputs wait.
+      way, model: of `taken_apart`.
+      batch: arrays [B, T].
+      key: of dropout, or None.
+      factor: on the loss that is differentiated.
+      use: gets each group's gradients, layer by layer, from the last to the first; it may replace
+        the trained leaves of the model that it gets gradients of.
+
+    Returns:
+      The summed loss.
+    """
+    trees, groups, layers = way
+    x, shared, own = parts.enter(trees, model, batch, key)
+    waiting = []
+    for place, index in layers:
+        y = parts.forward(trees, place, model, np.int32(index), x, shared, own)
+        waiting.append(inputs.store(x))
+        x = y
+        if len(waiting) > 1:
+            inputs.wait(waiting[-2])
+    total, g, outer = parts.top(trees, model, x, batch, key, factor)
+    del x, y
+    ahead = inputs.fetch(waiting.pop())
+    for place, index in reversed(layers):
+        x, ahead = ahead, inputs.fetch(waiting.pop()) if waiting else None
+        g, grads = parts.backward(trees, place, model, np.int32(index), x, g, shared, own)
+        if place in groups:
+            use(groups[place], index, grads)
+    if None in groups:
+        both = zip(outer, parts.bottom(trees, model, batch, g))
+        use(groups[None], 0, [a + b for a, b in both])
+    return total
+
+
+def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, Model]:
+    """Returns the way through a model of two trees, and their leaves."""
+    trained_leaves, trained_structure = jax.tree.flatten(trained)
+    frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
+    sizes = {
+        place: jax.tree.leaves(stack)[0].shape[0]
+        for tree in (trained, frozen)
+        for place, stack in tree.get(units.STACKS, {}).items()
+    }
+    layers = [(place, i) for place in sorted(sizes) for i in range(sizes[place])]
+    groups = {group.run: group for group in units.groups(trained)}
+    trees = Trees(trained_structure, frozen_structure)
+    return Walk(trees, groups, layers), Model(trained_leaves, frozen_leaves)
+
+
+def _first_units(way: Walk) -> dict[int | None, int]:
+    """Returns the index of each group's first unit among those of all groups."""
+    starts = itertools.accumulate((group.units for group in way.groups.values()), initial=0)
+    return dict(zip(way.groups, starts))
+
+
+def _decoder(recipe: Recipe, trees: Trees, model: Model) -> Decoder:
+    trained = jax.tree.unflatten(trees.trained, model.trained)
+    return nnx.merge(recipe.graph, trained, jax.tree.unflatten(trees.frozen, model.frozen))
+
+
+def _enter(recipe, trees, model, batch, key):
+    decoder = _decoder(recipe, trees, model)
+    tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
+    return decoder.begin(tokens, segments, positions, recipe.compute_dtype, key)
+
+
+def _layer(recipe, trees, place, model, index, x, shared, own):
+    decoder = _decoder(recipe, trees, model)
+    graph, weights = nnx.split(decoder.runs[place])
+    weights, own = _at((weights, decoder.part(own, place)), index)
+    return nnx.merge(graph, weights)(x, shared, own)[0]
+
+
+def _backward(recipe, trees, place, model, index, x, g, shared, own):
+    decoder = _decoder(recipe, trees, model)
+    graph, *states = nnx.split(decoder.runs[place], TRAINED[recipe.method], ...)
+    (trained, frozen), own = _at((states, decoder.part(own, place)), index)
+
+    def layer(trained: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, trained, frozen)(x, shared, own, recompute=True)[0]
+
+    grads, g = jax.vjp(layer, trained, x)[1](g)
+    return g, [leaf[None] for leaf in jax.tree.leaves(grads)]
+
+
+def _top(recipe, trees, model, x, batch, key, factor):
+    def scaled(outer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        decoder = _decoder(recipe, trees, _with_outer(trees, model, outer))
+        total, _ = loss_of(recipe, decoder, decoder.norm(x), batch, key)
+        return total * factor, total
+
+    outer = [model.trained[p] for p in _outer(trees, model)]
+    (_, total), (grads, g) = jax.value_and_grad(scaled, (0, 1), has_aux=True)(outer, x)
+    return total, g, grads
+
+
+def _bottom(recipe, trees, model, batch, g):
+    def entered(outer: Any) -> jax.Array:
+        return _enter(recipe, trees, _with_outer(trees, model, outer), batch, None)[0]
+
+    outer = [model.trained[p] for p in _outer(trees, model)]
+    return jax.vjp(entered, outer)[1](g)[0]
+
+
+def _outer(trees: Trees, model: Model) -> list[int]:
+    """Returns the places of the trained leaves outside the layers."""
+    groups = units.groups(jax.tree.unflatten(trees.trained, model.trained))
+    return [place for group in groups if group.run is None for place in group.places]
+
+
+def _with_outer(trees: Trees, model: Model, outer: Leaves) -> Model:
+    """Returns the model with other trained leaves outside the layers."""
+    leaves = list(model.trained)
+    for place, leaf in zip(_outer(trees, model), outer):
+        leaves[place] = leaf
+    return Model(leaves, model.frozen)
+
+
+def _at(stacks: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stacks)
+
+
+def _zeros(single: bool, leaves: Leaves) -> list[jax.Array]:
+    dtypes = [gradient_dtype(x.dtype) if single else jnp.dtype(jnp.float32) for x in leaves]
+    return [jnp.zeros(x.shape, dtype) for x, dtype in zip(leaves, dtypes)]
+
+
+def _add(sums: Leaves, grads: Leaves, index: jax.Array) -> list[jax.Array]:
+    def added(total: jax.Array, g: jax.Array) -> jax.Array:
+        old = jax.lax.dynamic_slice_in_dim(total, index, g.shape[0])
+        new = old + g.astype(total.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(total, new, index, 0)
+
+    return [added(total, g) for total, g in zip(sums, grads)]
+
+
+def _finish(recipe, sums, total, count, scale):
+    return clipped(recipe.clip_norm, sums, total, count, scale)
+
+
+def _squares(square: jax.Array, grads: Leaves) -> tuple[jax.Array, jax.Array]:
+    square += sum(jnp.sum(wide(g) ** 2) for g in grads)
+    return square, jnp.isfinite(square)

@@ -1,0 +1,102 @@
+"""The step a layer at a time is the step in one program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import config as configs
+from qlora_jax.models.trees import flatten
+from qlora_jax.train import layered
+from qlora_jax.train.assemble import updates_at_once
+from qlora_jax.train.offload import PLACEMENTS
+
+
+def both(t, at_once: bool = True, home: str = "device"):
+    """Returns the program of a trainer, and the same that goes layer by layer."""
+    place = PLACEMENTS[home]
+    return t.program, layered.of(t.program, place, place, at_once)
+
+
+def assert_close(found, expected, tolerance=2e-6):
+    found, expected = flatten(found), flatten(expected)
+    assert found.keys() == expected.keys()
+    for path, exact in expected.items():
+        exact = np.asarray(exact)
+        assert found[path].dtype == exact.dtype
+        atol = tolerance * np.abs(exact).max()
+        np.testing.assert_allclose(found[path], exact, rtol=0, atol=atol, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "lora", "clip": 0.01, "accumulation": 2},
+        pytest.param({"method": "qlora", "dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"method": "full"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda s: s["method"],
+)
+def test_gradients_are_those_of_one_program(trainer, make_batch, settings):
+    t = trainer(remat="full", **settings)
+    k = settings.get("accumulation", 1)
+    whole, by_layer = both(t)
+    batch = {name: x.reshape(k, -1, x.shape[-1]) for name, x in make_batch().items()}
+    key = jax.random.key(3) if "dropout" in settings else None
+    arguments = t.start(t.moved()), t.frozen, batch, key
+    grads, figures = by_layer.gradient(*arguments)
+    expected, expected_figures = whole.gradient(*arguments)
+    assert_close(grads, expected)
+    np.testing.assert_allclose(figures, expected_figures, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "home"),
+    [
+        ("lora", "host"),
+        pytest.param("lora", "device", marks=pytest.mark.slow),
+        pytest.param("full", "host", marks=pytest.mark.slow),
+    ],
+)
+def test_layers_that_are_updated_at_once_are_those_of_two_programs(
+    trainer, make_batch, method, home
+):
+    t = trainer(method, remat="full")
+    whole, by_layer = both(t, home=home)
+    assert by_layer.direct is not None
+    state, other = t.start(t.moved()), t.start(t.moved())
+    state = PLACEMENTS[home].begin(
+        state._replace(optimizer=PLACEMENTS[home].store(state.optimizer))
+    )
+    for seed in range(3):
+        batch = make_batch(seed=seed)
+        state, figures = by_layer.direct(state, t.frozen, batch, None)
+        grads, expected = whole.gradient(other, t.frozen, batch, None)
+        other = whole.update(other, grads, expected.finite)
+        np.testing.assert_allclose(figures, expected, rtol=1e-5)
+    assert_close(state.trained, other.trained, 1e-5)
+    for moments, exact in zip(state.optimizer, other.optimizer, strict=True):
+        assert_close(moments, exact, 1e-4)
+    assert int(state.step) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("optimizer.clip_norm", "1.0"),
+        ("train.gradient_accumulation", "2"),
+        ("model.compute_dtype", "float16"),
+    ],
+)
+def test_what_waits_for_all_gradients_is_not_updated_at_once(trainer, setting, value):
+    config = configs.changed(trainer().config, {"optimizer.clip_norm": "0"})
+    assert updates_at_once(config)
+    assert not updates_at_once(configs.changed(config, {setting: value}))
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_told(trainer, make_batch):
+    t = trainer(remat="full")
+    moved = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), t.moved())
+    _, figures = both(t)[1].direct(t.start(moved), t.frozen, make_batch(), None)
+    assert not figures.finite
