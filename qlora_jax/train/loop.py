@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import Config
@@ -141,25 +140,55 @@ def loop(
     steps = train.step_count
     key = jax.random.key(train.seed + 1) if drops_out(config) else None
     around = _Around(
-        config, program, frozen, loader, checkpoints, counters, learning_rate, moves, key
+        config,
+        program,
+        frozen,
+        loader,
+        checkpoints,
+        counters,
+        learning_rate,
+        moves,
+        key,
+        list(flatten(state.trained)),
+        nbytes(state.optimizer),
     )
     with Requests() as requests, TrainDisplay(steps, start=step) as display:
+        sent: _Sent | None = None
+        start = time.perf_counter()
+
+        def receive() -> None:
+            """Waits for the step that was sent last, checks and logs it."""
+            nonlocal sent, start
+            if sent is None:
+                return
+            values = _received(around, sent, start)
+            start = time.perf_counter()
+            log.write(sent.step, values)
+            loss, rate = values["train/loss"], values["train/tokens_per_s"]
+            display.update(sent.step, loss=loss, tokens_per_s=rate)
+            sent = None
+
         while not _is_over(config, counters, step):
             step += 1
-            state, values = _step(around, state, step)
-            log.write(step, values)
-            display.update(
-                step, loss=values["train/loss"], tokens_per_s=values["train/tokens_per_s"]
-            )
-            if held_out and (step == steps or _due(train.eval_every, step)):
+            state, following = _send(around, state, step)
+            # read while the device works on the next one, except where that depends on it
+            receive()
+            sent = following
+            looks = held_out and (step == steps or _due(train.eval_every, step))
+            if looks or scales_loss(config) or _saves(config, counters, step):
+                receive()
+            if looks:
                 found = look(program, state, frozen, held_out, log)
                 counters.choice = counters.choice.seen(found)
                 display.note(f"step {step}: held-out loss {describe_losses(found)}")
-            if _is_over(config, counters, step) or _saves(config, counters, step):
+                start = time.perf_counter()
+            stopped = requests.signal
+            if _is_over(config, counters, step) or _saves(config, counters, step) or stopped:
+                receive()
                 _save(around, state)
-            if requests.signal is not None:
-                _save(around, state)
-                raise Stopped(requests.signal, step)
+                start = time.perf_counter()
+            if stopped:
+                raise Stopped(stopped, step)
         if step < steps:
             display.note(f"step {step}: stopped early, {describe_patience(train.patience)}")
     return state
@@ -178,7 +207,13 @@ def _due(every: int, step: int) -> bool:
 
 
 class _Around(NamedTuple):
-    """What all steps of a loop share: `loop`'s arguments, and the key of dropout or None."""
+    """What all steps of a loop share: `loop`'s arguments and what follows from them.
+
+    Attributes:
+      key: of dropout, or None.
+      leaves: paths of the trained tree's leaves.
+      moment_bytes: of the optimizer's state.
+    """
 
     config: Config
     program: Program
@@ -189,24 +224,41 @@ class _Around(NamedTuple):
     learning_rate: Callable[[int], Any]
     moves: bool
     key: jax.Array | None
+    leaves: Sequence[str]
+    moment_bytes: int
 
 
-def _step(around: _Around, state: State, step: int) -> tuple[State, dict[str, float]]:
-    """Takes a step, the first being 1; returns the state and what is logged.
+class _Sent(NamedTuple):
+    """A step that the device was asked for.
+
+    Attributes:
+      step: its number, the first being 1.
+      figures: not waited for.
+      scale: the loss scale that it began with.
+      tokens: in its batch, without padding.
+      epoch: that its batch is from.
+      update_seconds: what the update took, if the step was waited for; else None.
+    """
+
+    step: int
+    figures: Figures
+    scale: float
+    tokens: int
+    epoch: float
+    update_seconds: float | None
+
+
+def _send(around: _Around, state: State, step: int) -> tuple[State, _Sent]:
+    """Asks the device for a step; returns its state, which may not be there yet, and the rest.
 
     The gradients are let go here: else they would stand beside the next step's.
-
-    Raises:
-      RunFailed: the loss or gradient is not finite.
     """
-    config, program, counters = around.config, around.program, around.counters
-    start = time.perf_counter()
+    program = around.program
     batch = next(around.loader)
     key = None if around.key is None else jax.random.fold_in(around.key, step - 1)
-    scale = float(state.scale)
-    grads = None
+    scale = float(state.scale) if scales_loss(around.config) else 1.0
+    update_seconds = None
     if program.direct is not None:
-        updating = None
         state, figures = program.direct(state, around.frozen, batch, key)
     else:
         grads, figures = program.gradient(state, around.frozen, batch, key)
@@ -215,31 +267,48 @@ def _step(around: _Around, state: State, step: int) -> tuple[State, dict[str, fl
         updating = time.perf_counter()
         # asked for while a GPU is busy with the gradient: it is a program for each layer
         state = program.update(state, grads, figures.finite)
-    figures = jax.device_get(figures)
-    jax.block_until_ready(state)
-    now = time.perf_counter()
-    tokens, seconds = int((batch["segments"] > 0).sum()), now - start
-    counters.tokens += tokens
+        if around.moves:
+            jax.block_until_ready(state)
+            update_seconds = time.perf_counter() - updating
+    tokens = int((batch["segments"] > 0).sum())
+    return state, _Sent(step, figures, scale, tokens, around.loader.epoch, update_seconds)
+
+
+def _received(around: _Around, sent: _Sent, start: float) -> dict[str, float]:
+    """Waits for a step and returns what is logged of it.
+
+    Args:
+      around: what all steps share; its counters go on.
+      sent: the step.
+      start: when the step before was received, by `time.perf_counter`.
+
+    Raises:
+      RunFailed: the loss or gradient is not finite.
+    """
+    config, counters = around.config, around.counters
+    figures = jax.device_get(sent.figures)
+    seconds = time.perf_counter() - start
+    counters.tokens += sent.tokens
     counters.seconds += seconds
     # the optimizer counts the steps that it took
-    rate = around.learning_rate(step - 1 - counters.skipped)
-    _check(config, figures, scale, grads, step, counters, around.checkpoints)
+    rate = around.learning_rate(sent.step - 1 - counters.skipped)
+    _check(around, figures, sent)
     values = {
         "train/loss": figures.loss,
         "train/seconds": seconds,
-        "train/tokens_per_s": tokens / seconds,
+        "train/tokens_per_s": sent.tokens / seconds,
         "train/grad_norm": figures.norm,
         "train/learning_rate": rate,
-        "train/epoch": around.loader.epoch,
+        "train/epoch": sent.epoch,
         "train/target_tokens": figures.tokens,
     }
     if scales_loss(config):
-        values |= {"train/loss_scale": scale, "train/skipped_steps": counters.skipped}
+        values |= {"train/loss_scale": sent.scale, "train/skipped_steps": counters.skipped}
     if around.moves:
-        values["train/moments_moved_mb"] = 2 * nbytes(state.optimizer) / 1e6
-        if updating is not None:
-            values["train/update_ms"] = 1e3 * (now - updating)
-    return state, {name: float(value) for name, value in values.items()}
+        values["train/moments_moved_mb"] = 2 * around.moment_bytes / 1e6
+    if sent.update_seconds is not None:
+        values["train/update_ms"] = 1e3 * sent.update_seconds
+    return {name: float(value) for name, value in values.items()}
 
 
 def _save(around: _Around, state: State) -> None:
@@ -257,28 +326,23 @@ def best_step(config: Config, counters: Progress) -> int | None:
     return best.step if config.train.keep_best and best is not None else None
 
 
-def _check(
-    config: Config,
-    figures: Figures,
-    scale: float,
-    grads: Any,
-    step: int,
-    counters: Progress,
-    checkpoints: Checkpoints,
-) -> None:
+def _check(around: _Around, figures: Figures, sent: _Sent) -> None:
+    counters, checkpoints = around.counters, around.checkpoints
     if figures.finite:
         counters.skipped_in_a_row = 0
         return
     counters.skipped += 1
     counters.skipped_in_a_row += 1
-    overflow = scales_loss(config) and scale > 1
+    overflow = scales_loss(around.config) and sent.scale > 1
     if overflow and counters.skipped_in_a_row < MOST_SKIPPED:
         return
-    paths = (path for path, g in flatten(grads).items() if not jnp.isfinite(g).all())
-    where = "" if grads is None else f" (first in {next(paths, 'the loss')})"
+    where = ""
+    if figures.finite_leaves is not None:
+        bad = (path for path, good in zip(around.leaves, figures.finite_leaves) if not good)
+        where = f" (first in {next(bad, 'the loss')})"
     what = f"{MOST_SKIPPED} overflowing steps in a row" if overflow else "not a finite number"
     raise RunFailed(
-        f"step {step}: loss {figures.loss}, gradient norm {figures.norm}: {what}{where}; "
+        f"step {sent.step}: loss {figures.loss}, gradient norm {figures.norm}: {what}{where}; "
         f"{checkpoints.latest_text()}. Lower optimizer.learning_rate, or compute in bfloat16 or "
         "float32"
     )

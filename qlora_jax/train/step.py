@@ -44,16 +44,22 @@ class State(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What the gradient program reports, all scalars.
+    """What the gradient program reports.
 
-    `loss` is the mean over target tokens, `norm` the gradient's global norm before clipping,
-    `finite` whether both are finite.
+    Attributes:
+      loss: scalar, the mean over target tokens.
+      tokens: scalar, their number.
+      norm: scalar, the gradient's global norm before clipping.
+      finite: scalar, whether loss and norm are finite.
+      finite_leaves: bool[leaves of the trained tree], which gradients are; None where each was used
+        as soon as it was there.
     """
 
     loss: jax.Array
     tokens: jax.Array
     norm: jax.Array
     finite: jax.Array
+    finite_leaves: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,12 +271,14 @@ def clipped(
       count: of target tokens.
       scale: the loss scale.
     """
-    norm = optax.tree.norm(jax.tree.map(wide, grads)) / scale
+    squares = jnp.stack([jnp.sum(wide(g) ** 2) for g in jax.tree.leaves(grads)])
+    norm = jnp.sqrt(squares.sum()) / scale
     shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
     grads = jax.tree.map(
         lambda g: (wide(g) * (shrink / scale)).astype(gradient_dtype(g.dtype)), grads
     )
-    return grads, figures_of(total, count, norm)
+    figures = figures_of(total, count, norm)
+    return grads, figures._replace(finite_leaves=jnp.isfinite(squares))
 
 
 def figures_of(total: jax.Array, count: jax.Array, norm: jax.Array) -> Figures:

@@ -47,7 +47,8 @@ def test_gradients_are_those_of_one_program(trainer, make_batch, settings):
     grads, figures = by_layer.gradient(*arguments)
     expected, expected_figures = whole.gradient(*arguments)
     assert_close(grads, expected)
-    np.testing.assert_allclose(figures, expected_figures, rtol=1e-6)
+    np.testing.assert_allclose(figures[:4], expected_figures[:4], rtol=1e-6)
+    assert figures.finite_leaves.all()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_layers_that_are_updated_at_once_are_those_of_two_programs(
         state, figures = by_layer.direct(state, t.frozen, batch, None)
         grads, expected = whole.gradient(other, t.frozen, batch, None)
         other = whole.update(other, grads, expected.finite)
-        np.testing.assert_allclose(figures, expected, rtol=1e-5)
+        np.testing.assert_allclose(figures[:4], expected[:4], rtol=1e-5)
     assert_close(state.trained, other.trained, 1e-5)
     for moments, exact in zip(state.optimizer, other.optimizer, strict=True):
         assert_close(moments, exact, 1e-4)
