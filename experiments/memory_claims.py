@@ -82,10 +82,12 @@ def run(cell: Cell, context: Context) -> Rows:
             for line in contrast.lines()
         ]
     claim = CLAIMS[cell["claim"]]
-    config = plan.of_model(claim.model, {"data.sequence_length": str(claim.sequence)})
+    config = plan.of_model(
+        claim.model, {"data.sequence_length": str(claim.sequence), "model.remat": "full"}
+    )
     config = plan.suited(config, read_gpu(claim.gpu).capability)
     model = find(claim.model)
-    made = planned(config, model, claim.gpu, print, False) if has_plugin() else None
+    made = planned(config, model, claim.gpu, print, []) if has_plugin() else None
     found = plan.describe(model, config, claim.gpu, made)
     return {"line": cell["claim"], **measured(METRICS, _Planned(claim, found))}
 

@@ -51,7 +51,7 @@ def on_the_gpu() -> dict[str, list[float]] | None:
             }
             config = command.of_model(PLANNED, settings)
             config = command.suited(config, read_gpu(GPU).capability)
-            plan = planned(config, find(PLANNED), GPU, lambda line: None, False)["plan"]
+            plan = planned(config, find(PLANNED), GPU, lambda line: None, [])["plan"]
             found[offload, length] = plan.device / GIB
     return {home: [found[home, length] for length in LENGTHS] for home in ("device", "host")}
 

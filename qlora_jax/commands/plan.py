@@ -106,7 +106,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.gpu.compile import has_plugin
     from qlora_jax.gpu.described import GPUS, read_gpu
     from qlora_jax.models.shapes import find
-    from qlora_jax.plan.plan import planned
+    from qlora_jax.plan.plan import SEARCHES, planned
     from qlora_jax.train.start import resolved
 
     config = resolved(config)
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     for name in names:
         read_gpu(name)
     names.sort(key=lambda name: read_gpu(name).memory)
-    search = len(names) == 1 and not options.no_search
+    search = SEARCHES if len(names) == 1 and not options.no_search else ()
     if has_plugin():
         ahead.tell("plan", compilations=SEARCH if search else len(names))
     rows = []

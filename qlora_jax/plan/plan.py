@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -24,6 +24,8 @@ from qlora_jax.runtime.errors import RunFailed, UserError
 
 COMMAND = [sys.executable, "-m", "qlora_jax.plan.worker"]
 
+SEARCHES = ("batch", "sequence")
+
 DECODER = TypeAdapter(DecoderConfig)
 """To JSON and back, for the process that compiles."""
 
@@ -33,7 +35,7 @@ def planned(
     decoder: DecoderConfig,
     gpu: str,
     say: Callable[[str], None],
-    search: bool,
+    search: Sequence[str],
     positions: int | None = None,
 ) -> dict[str, Any]:
     """Plans a run in a process of its own; see `compiled.make`.
@@ -43,11 +45,12 @@ def planned(
       decoder: the model's shapes.
       gpu: name in `described.GPUS`.
       say: told progress.
-      search: also find the largest batch and sequence that fit.
+      search: which of `SEARCHES` to find the largest of that fits: at these rows the longest
+        sequence, or at this length the most rows.
       positions: the longest sequence that is looked for; None: as many as the model has.
 
     Returns:
-      `plan`, and with `search` `largest_batch` and `largest_sequence`.
+      `plan`, and with `search` `largest_batch` or `largest_sequence`.
 
     Raises:
       UserError: as `compiled.make`.
@@ -57,7 +60,7 @@ def planned(
         "config": configs.to_tree(config),
         "decoder": DECODER.dump_python(decoder, mode="json"),
         "gpu": gpu,
-        "search": search,
+        "search": list(search),
         "positions": positions or decoder.longest,
     }
     answer, ended = _answer(request, say)

@@ -6,7 +6,7 @@ Messages are lines of JSON on standard output: progress, then the answer.
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,12 +34,14 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     first = make(config, decoder, gpu)
     answer: dict[str, Any] = {"plan": dataclasses.asdict(first)}
     if request["search"] and first.fits:
-        answer |= _largest(config, decoder, first, request["positions"])
+        answer |= _largest(config, decoder, first, request["search"], request["positions"])
     return answer
 
 
-def _largest(config: Config, decoder: DecoderConfig, first: Plan, positions: int) -> dict[str, int]:
-    """Finds the largest batch at this length, and the largest sequence at this batch.
+def _largest(
+    config: Config, decoder: DecoderConfig, first: Plan, search: Sequence[str], positions: int
+) -> dict[str, int]:
+    """Finds the largest batch at this length, or the longest sequence at this batch, or both.
 
     What is `auto` is taken as what holds the least.
 
@@ -47,6 +49,7 @@ def _largest(config: Config, decoder: DecoderConfig, first: Plan, positions: int
       config: the run's settings.
       decoder: shapes of the model.
       first: the plan of the run.
+      search: some of `plan.SEARCHES`.
       positions: the longest sequence that is looked for.
     """
     hardware, away = read_gpu(first.gpu), config.optimizer.offload != "device"
@@ -71,10 +74,11 @@ def _largest(config: Config, decoder: DecoderConfig, first: Plan, positions: int
     same = (config.model.remat, away) == (first.remat, first.offload == "host")
     now = first.device if same else tokens(length)
     longest = max(positions, length)
-    return {
-        "largest_batch": largest(rows, first.limit, (batch, now), 1, 1024),
-        "largest_sequence": largest(tokens, first.limit, (length, now), 128, longest),
+    ways: dict[str, tuple[Any, ...]] = {
+        "batch": (rows, first.limit, (batch, now), 1, 1024),
+        "sequence": (tokens, first.limit, (length, now), 128, longest),
     }
+    return {f"largest_{what}": largest(*ways[what]) for what in search}
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,7 @@ from qlora_jax.config import Config, changed, from_tree
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
 from qlora_jax.gpu.compile import compile_for, has_plugin
-from qlora_jax.gpu.described import GPUS, description
+from qlora_jax.gpu.described import GPUS, description, read_gpu
 from qlora_jax.lora import plan as adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
@@ -120,6 +120,17 @@ def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
     clipping = {piece.name: piece for piece in accounts.gradient_pieces(whole)}
     more = clipping["backward of a layer"].alive - backward.alive
     assert more == nbytes(whole.gradients)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_nothing_as_large_as_tokens_by_tokens_exists(remat: str) -> None:
+    length = 2**15
+    step = abstract(
+        config(data__sequence_length=str(length), train__batch_size="1", model__remat=remat)
+    )
+    for piece in accounts.gradient_pieces(step):
+        made = compiled(piece.function, *piece.arguments, donate=piece.donate)
+        assert made.memory_analysis().temp_size_in_bytes < length**2 / 2
 
 
 def test_what_is_auto_is_the_fastest_that_fits() -> None:
@@ -383,3 +394,22 @@ def test_compiled_for_a_t4(run_cli) -> None:
     apart = parts["gradients"] + parts["moments"] + parts["counters"]
     assert gradient["arguments"] == sum(parts.values()) - apart + 4
     assert row["temporaries"][0]["source"].startswith("qlora_jax/")
+
+
+@pytest.mark.skipif(not has_plugin(), reason="compile-only GPU packages absent: make gpu-check")
+def test_a_long_sequence_has_no_array_of_tokens_by_what_is_wide(tmp_path: Path) -> None:
+    """Of tokens by tokens, by the vocabulary or by the inside of the MLP."""
+    length, model = (
+        32_768,
+        dataclasses.replace(find("llama3-8b"), num_layers=2, windows=(None,) * 2),
+    )
+    settings = {"data.sequence_length": str(length), "model.remat": "full"}
+    run = command.of_model("llama3-8b", settings)
+    step = accounts.abstract_step(run, model, read_gpu("a100"))
+    narrowest = length * min(length, model.vocab_size, model.intermediate_size)
+    for piece in accounts.gradient_pieces(step):
+        folder = tmp_path / piece.name
+        options = {"xla_dump_to": str(folder)}
+        compile_for("a100", piece.function, *piece.arguments, donate=piece.donate, options=options)
+        (largest,) = temporaries(folder, 1)
+        assert largest.bytes < 2 * narrowest, largest
