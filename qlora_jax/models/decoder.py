@@ -336,3 +336,9 @@ def use_kernel(model: Decoder, implementation: str | None) -> None:
     for run in model.runs:
         for linear in run.linears().values():
             linear.implementation = implementation
+
+
+def use_attention(model: Decoder, implementation: str | None) -> None:
+    """Has every layer attend by this implementation of `attend`, in place."""
+    for run in model.runs:
+        run.attention = implementation

@@ -79,6 +79,9 @@ class Layer(nnx.Module):
     Its linears and norms are attributes by the last part of their Hugging Face path, such as
     q_proj or input_layernorm.
 
+    Attributes:
+      attention: the implementation of `attend`; None leaves it to its pick.
+
     Args:
       config: shapes and switches.
       weights: Hugging Face's names below the layer to stacks, linears [L, in, out].
@@ -86,6 +89,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, weights: Mapping[str, jax.Array | QTensor]):
         self.config = config
+        self.attention: str | None = None
         for path in linears(config):
             bias = cast(jax.Array | None, weights.get(f"{path}.bias"))
             setattr(self, _attribute(path), LoraLinear(weights[f"{path}.weight"], bias))
@@ -137,7 +141,12 @@ class Layer(nnx.Module):
             new = KVCache(k.astype(slots.cache.k.dtype), v.astype(slots.cache.v.dtype))
             k, v = slots.put(new)
         scale, softcap = config.attention_scale, config.attention_softcap
-        out = attend(q, k, v, *own.keys(shared), scale=scale, softcap=softcap)
+        out = attend(
+            *(q, k, v, *own.keys(shared)),
+            scale=scale,
+            softcap=softcap,
+            implementation=self.attention,
+        )
         y = linear(names.o_proj, out)
         if config.post_norms:
             y = norm(names.attention_post_norm, y)

@@ -12,11 +12,13 @@ from qlora_jax.formats import fresh
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import load
 from qlora_jax.formats.source import open_checkpoint
+from qlora_jax.kernels.attention.select import Kind, trusted_attention
 from qlora_jax.kernels.select import trusted_kernel
 from qlora_jax.lora import LoraSet, ranks_above_full
 from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import AdapterSpec
-from qlora_jax.models.decoder import Decoder, attach, use_kernel
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder, attach, use_attention, use_kernel
 from qlora_jax.models.parts import outer_modules
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
@@ -145,9 +147,11 @@ def load_model(
         specs = targets(lora, checkpoint.config)
         splitter = Splitter(lora, specs) if lora.init in STARTS else None
     model = _load(config, checkpoint, splitter)
+    device = jax.devices()[0]
+    use_attention(model, trusted_attention(_attention(config, model.config), device, warn))
     if full:
         return model, {}
-    use_kernel(model, trusted_kernel(config, jax.devices()[0], warn))
+    use_kernel(model, trusted_kernel(config, device, warn))
     shapes = model.linears() | outer_modules(model.config)
     if above := ranks_above_full(specs, shapes):
         warn(_describe_ranks(above))
@@ -166,6 +170,16 @@ def load_model(
         values=values,
     )
     return model, specs
+
+
+def _attention(config: Config, decoder: DecoderConfig) -> Kind:
+    return Kind(
+        dtype=config.model.compute_dtype,
+        head_size=decoder.head_dim,
+        group=decoder.num_heads // decoder.num_kv_heads,
+        scale=decoder.attention_scale,
+        softcap=decoder.attention_softcap,
+    )
 
 
 def _load(config: Config, checkpoint: Checkpoint, splitter: Splitter | None) -> Decoder:

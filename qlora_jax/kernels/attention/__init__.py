@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from qlora_jax.kernels.attention import reference
+from qlora_jax.kernels.attention.select import module_of, pick
 from qlora_jax.kernels.dense import kept
 
 
@@ -17,6 +17,7 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped heads, softmax in float32.
 
@@ -30,15 +31,20 @@ def attend(
       first, last: int32[B, T], the first and the last key that a query sees; all between are seen.
       scale: factor on scores; None is D^-1/2.
       softcap: c in c·tanh(score/c), after scaling; None: scores as they are.
+      implementation: "xla" runs on every device; "triton" keeps scores on the chip, on NVIDIA GPUs
+        from sm_80 on. None picks by device, dtype and shapes, see `select.pick`.
 
     Returns:
       [B, T, H·D] in q's dtype, the heads side by side.
     """
-    return _attend(q.shape[-1] ** -0.5 if scale is None else scale, softcap, q, k, v, first, last)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    implementation = implementation or pick(q.shape[1], q.shape[3], q.dtype)
+    return _attend(implementation, scale, softcap, q, k, v, first, last)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(
+    implementation: str,
     scale: float,
     softcap: float | None,
     q: jax.Array,
@@ -47,21 +53,23 @@ def _attend(
     first: jax.Array,
     last: jax.Array,
 ) -> jax.Array:
-    out, _ = reference.forward(scale, softcap, q, k, v, first, last)
+    out, _ = module_of(implementation).forward(scale, softcap, q, k, v, first, last)
     return out.reshape(*out.shape[:2], -1)
 
 
-def _forward(scale, softcap, q, k, v, first, last):
-    out, normalizer = reference.forward(scale, softcap, q, k, v, first, last)
+def _forward(implementation, scale, softcap, q, k, v, first, last):
+    out, normalizer = module_of(implementation).forward(scale, softcap, q, k, v, first, last)
     # named here, where they are residuals: so no policy has to compute all scores once more
     out, normalizer = kept(out.reshape(*out.shape[:2], -1)), kept(normalizer)
     return out, (q, k, v, first, last, out, normalizer)
 
 
-def _backward(scale, softcap, saved, g):
+def _backward(implementation, scale, softcap, saved, g):
     q, k, v, first, last, out, normalizer = saved
     out, g = out.reshape(q.shape), g.reshape(q.shape)
-    dq, dk, dv = reference.backward(scale, softcap, q, k, v, first, last, out, normalizer, g)
+    dq, dk, dv = module_of(implementation).backward(
+        scale, softcap, q, k, v, first, last, out, normalizer, g
+    )
     return dq, dk, dv, None, None
 
 
