@@ -105,7 +105,7 @@ gpu-check:
 
 .PHONY: run-gpu-check
 run-gpu-check: install
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_mosaic_ptx.py tests/kernels/test_ptx_compile.py tests/gpu tests/plan tests/bench/gpu/test_compile_check.py tests/train/test_materialize.py -k 'not every_kernel'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/kernels/test_attention_compile.py tests/kernels/test_mosaic_ptx.py tests/kernels/test_ptx_compile.py tests/gpu tests/plan tests/bench/gpu/test_compile_check.py tests/train/test_materialize.py -k 'not every_kernel'
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.tools.gpu_check
 
 # On a machine with a GPU, after make install EXTRA=cuda13. The page is written even if a part failed.

@@ -38,6 +38,7 @@ PARTS: Sequence[Part] = (
     Part("ceilings", 60, 10, "device, driver, versions; bandwidth and products at most", CUBLAS),
     Part("products", 110, 25, "every kernel against float64", CUBLAS),
     Part("contexts", 70, 20, "kernels in scan, remat, vmap, CUDA graphs, beyond 2^31", CUBLAS),
+    Part("attention", 60, 20, "fused attention against float32, and its time", CUBLAS),
     Part("identity", 45, 15, "fresh adapters change nothing, however XLA tunes products"),
     Part("steps", 130, 30, "a QLoRA step of published shapes: tokens/s, memory against the plan"),
     Part("training", 200, 40, "quickstart, resume, moments on the host, float16", CUBLAS),

@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
 BLOCKS: Mapping[Capability, Mapping[int, Blocks]] = {
     (8, 0): {
         64: Blocks(Block(128, 32, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
-        128: Blocks(Block(128, 64, 8, 2), Block(32, 64, 4, 2), Block(64, 64, 4, 2)),
+        128: Blocks(Block(128, 64, 8, 2), Block(32, 64, 4, 2), Block(128, 32, 8, 2)),
         256: Blocks(Block(64, 32, 8, 2), Block(32, 64, 8, 2), Block(64, 32, 8, 2)),
     },
 }

@@ -1,0 +1,169 @@
+"""Is fused attention right, and how long does it take? Forward and backward, beside XLA's.
+
+A result is right if its error is at most twice that of plain XLA in the same dtype, both against
+plain XLA in float32.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.bench.gpu import reference
+from qlora_jax.bench.gpu.ceilings import median_seconds
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
+from qlora_jax.bench.gpu.programs import Program, compile_all, usable
+from qlora_jax.kernels.attention import attend, select, triton
+from qlora_jax.kernels.attention.select import FUSED, PLAIN
+from qlora_jax.kernels.target import capability_of
+
+EXACT = "float32"
+"""Stands for plain XLA in float32, as an implementation."""
+
+REPEATS = {FULL: 10, REHEARSAL: 1}
+
+
+class Case(NamedTuple):
+    """One row of packed sequences.
+
+    Attributes:
+      tokens: of the row.
+      document: tokens of each sequence in it; the last one may be shorter.
+      window: keys that a query sees, at most.
+      heads, kv_heads, size: the heads of queries and of keys, and their features.
+      dtype: of queries, keys and values.
+      softcap: as `attend` takes it.
+    """
+
+    tokens: int
+    document: int
+    window: int
+    heads: int
+    kv_heads: int
+    size: int
+    dtype: str = "bfloat16"
+    softcap: float | None = None
+
+    @property
+    def name(self) -> str:
+        capped = f", soft cap {self.softcap:g}" if self.softcap else ""
+        return (
+            f"{self.tokens} tokens in {self.document}, window {self.window}, "
+            f"{self.heads}/{self.kv_heads} heads of {self.size}, {self.dtype}{capped}"
+        )
+
+
+CASES: Mapping[str, Sequence[Case]] = {
+    FULL: (
+        Case(8192, 8192, 8192, 32, 8, 128),
+        Case(8192, 1000, 8192, 32, 8, 128),
+        Case(8192, 8192, 512, 32, 32, 64, "float16"),
+        Case(4095, 4095, 1024, 8, 4, 256, softcap=50.0),
+        Case(4095, 1500, 4096, 32, 32, 96),
+        Case(32768, 32768, 32768, 8, 1, 128),
+    ),
+    REHEARSAL: (Case(75, 40, 30, 2, 1, 16), Case(75, 75, 75, 1, 1, 16, softcap=2.0)),
+}
+
+
+def names(scale: str) -> list[str]:
+    """Returns the names of the results: of each case, whether it is right, and times."""
+    return [
+        name
+        for fused in FUSED
+        for case in CASES[scale]
+        for name in (_name(case, fused), *(f"{_name(case, x)}: time" for x in (fused, PLAIN)))
+    ]
+
+
+def programs(scale: str, device: Any) -> Iterator[Program]:
+    """Yields each case's programs: fused, in plain XLA, and that in float32."""
+    for fused in FUSED:
+        for case in CASES[scale]:
+            if not _excuse(case, fused, scale, device):
+                yield from (_program(case, name) for name in (fused, PLAIN, EXACT))
+
+
+def run(lane: Lane) -> None:
+    """Checks and times every case."""
+    device = jax.devices()[0]
+    before, triton.INTERPRET = triton.INTERPRET, lane.rehearsing
+    try:
+        for fused in FUSED:
+            for case in CASES[lane.scale]:
+                _run_case(lane, case, fused, device)
+    finally:
+        triton.INTERPRET = before
+
+
+def _run_case(lane: Lane, case: Case, fused: str, device: Any) -> None:
+    own = [_name(case, fused), *(f"{_name(case, x)}: time" for x in (fused, PLAIN))]
+    if reason := _excuse(case, fused, lane.scale, device):
+        for name in own:
+            lane.record.absent(name, reason)
+        return
+    if not lane.due(5, *own):
+        return
+    with lane.guard(*own, within=2 * HANGS):
+        made = compile_all(
+            (_program(case, name) for name in (fused, PLAIN, EXACT)), lambda: lane.left() > 5
+        )
+        ours, theirs, exact = map(usable, made)
+        inputs = _inputs(case)
+        wide = jax.tree.map(lambda x: x if x.dtype == jnp.int32 else x.astype(EXACT), inputs)
+        results = (
+            function(*x) for function, x in ((ours, inputs), (theirs, inputs), (exact, wide))
+        )
+        verdicts = [reference.agree(*each) for each in zip(*results)]
+        worst = max(verdicts, key=lambda verdict: (not verdict.right, verdict.mean))
+        lane.record.check(own[0], worst.right, **worst.measures)
+        for name, function in zip(own[1:], (ours, theirs)):
+            seconds = median_seconds(functools.partial(function, *inputs), REPEATS[lane.scale])
+            lane.record.figure(name, "ms", 1e3 * seconds, field="attention time", case=case.name)
+
+
+def _name(case: Case, implementation: str) -> str:
+    return f"{implementation}, {case.name}"
+
+
+def _excuse(case: Case, fused: str, scale: str, device: Any) -> str:
+    """Returns why a case is not run on the device; empty if it is. A rehearsal interprets it."""
+    if scale == REHEARSAL or fused in select.usable(capability_of(device), case.dtype, case.size):
+        return ""
+    return f"{fused} attention does not run on {device.device_kind}"
+
+
+def _program(case: Case, implementation: str) -> Program:
+    exact = implementation == EXACT
+    inputs = jax.eval_shape(lambda: _inputs(case, EXACT if exact else case.dtype))
+    function = _both(case, PLAIN if exact else implementation, "highest" if exact else "default")
+    return Program(_name(case, implementation), function, inputs)
+
+
+def _both(case: Case, implementation: str, precision: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns the function of `_inputs` to the attention and the gradients of q, k and v."""
+
+    def both(q, k, v, first, last, g):
+        def attention(q, k, v):
+            return attend(q, k, v, first, last, softcap=case.softcap, implementation=implementation)
+
+        with jax.default_matmul_precision(precision):
+            out, pull = jax.vjp(attention, q, k, v)
+            return out, *pull(g)
+
+    return both
+
+
+def _inputs(case: Case, dtype: str | None = None) -> tuple[jax.Array, ...]:
+    """Returns q, k, v, first, last and the result's gradient."""
+    last = jnp.arange(case.tokens, dtype=jnp.int32)[None]
+    first = jnp.maximum(last // case.document * case.document, last - case.window + 1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(heads, case.size) for heads in (case.heads, case.kv_heads, case.kv_heads)]
+    q, k, v, g = (
+        jax.random.normal(key, (1, case.tokens, *shape), jnp.float32).astype(dtype or case.dtype)
+        for key, shape in zip(keys, (*shapes, (case.heads * case.size,)))
+    )
+    return q, k, v, first, last, g
