@@ -29,11 +29,21 @@ class Blocks(NamedTuple):
     queries: Block
 
 
+_AMPERE: Mapping[int, Blocks] = {
+    64: Blocks(Block(128, 32, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    128: Blocks(Block(128, 64, 8, 2), Block(32, 64, 4, 2), Block(128, 32, 8, 2)),
+    256: Blocks(Block(64, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)),
+}
+
 BLOCKS: Mapping[Capability, Mapping[int, Blocks]] = {
-    (8, 0): {
-        64: Blocks(Block(128, 32, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
-        128: Blocks(Block(128, 64, 8, 2), Block(32, 64, 4, 2), Block(128, 32, 8, 2)),
-        256: Blocks(Block(64, 32, 8, 2), Block(32, 64, 8, 2), Block(64, 32, 8, 2)),
+    (8, 0): _AMPERE,
+    (9, 0): {
+        **_AMPERE,
+        256: Blocks(Block(128, 64, 8, 2), Block(32, 32, 8, 2), Block(64, 32, 8, 2)),
+    },
+    (10, 0): {
+        **_AMPERE,
+        64: _AMPERE[64]._replace(forward=Block(64, 64, 4, 2)),
     },
 }
 """Compute capability (and those above, up to the next) to the most features of a head to blocks.

@@ -50,8 +50,9 @@ def forward(
     batch, length, heads, size = q.shape
     block = blocks_for(compiled_for(), size).forward
     normalizers = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    call = _call(_forward_kernel, _Scores(scale, softcap), block, (q, normalizers))
-    return call(pl.cdiv(length, block.queries), heads, batch)(q, k, v, first, last)
+    grid = pl.cdiv(length, block.queries), heads, batch
+    call = _call(_forward_kernel, _Scores(scale, softcap), block, grid, (q, normalizers))
+    return call(q, k, v, first, last)
 
 
 def backward(
@@ -78,13 +79,11 @@ def backward(
     # the mean slope over all keys, which the softmax takes off each one
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     inputs = q, k, v, g, normalizer, mean, first, last
-    block = blocks.queries
-    call = _call(_queries_kernel, scores, block, (q,))
-    (dq,) = call(pl.cdiv(length, block.queries), heads, batch)(*inputs)
-    block = blocks.keys
-    call = _call(_keys_kernel, scores, block, (k, v))
-    seeing = _seeing(block, k.shape[1], first, last)
-    dk, dv = call(pl.cdiv(k.shape[1], block.keys), k.shape[2], batch)(*inputs, *seeing)
+    grid = pl.cdiv(length, blocks.queries.queries), heads, batch
+    (dq,) = _call(_queries_kernel, scores, blocks.queries, grid, (q,))(*inputs)
+    grid = pl.cdiv(k.shape[1], blocks.keys.keys), k.shape[2], batch
+    seeing = _seeing(blocks.keys, k.shape[1], first, last)
+    dk, dv = _call(_keys_kernel, scores, blocks.keys, grid, (k, v))(*inputs, *seeing)
     return dq, dk, dv
 
 
@@ -110,10 +109,14 @@ class _Scores(NamedTuple):
 
 
 def _call(
-    kernel: Callable[..., None], scores: _Scores, block: Block, results: tuple[Any, ...]
-) -> Callable[..., Callable[..., Any]]:
-    """Returns what makes a kernel's call from its grid."""
-    return lambda *grid: pl.pallas_call(
+    kernel: Callable[..., None],
+    scores: _Scores,
+    block: Block,
+    grid: tuple[int, int, int],
+    results: tuple[Any, ...],
+) -> Callable[..., Any]:
+    """Returns a kernel as a function of arrays; `results` have the shapes of what it returns."""
+    return pl.pallas_call(
         functools.partial(kernel, scores, block),
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results),
         grid=grid,
@@ -150,7 +153,7 @@ _Sums = TypeVar("_Sums")
 
 
 class _Queries(NamedTuple):
-    """The queries of one program, with what they see; a kernel whose programs are of queries.
+    """A block of queries of one head, with what they see.
 
     Attributes:
       row: of the batch.
@@ -168,6 +171,7 @@ class _Queries(NamedTuple):
 
     @classmethod
     def of_program(cls, block: Block, q, k, first, last) -> "_Queries":
+        """Returns those of the running program, in a kernel whose grid is one of queries."""
         # where a query sees all before it, the last block takes longest: it begins first
         part = pl.num_programs(0) - 1 - pl.program_id(0)
         head, row = pl.program_id(1), pl.program_id(2)
@@ -175,6 +179,7 @@ class _Queries(NamedTuple):
 
     @classmethod
     def of(cls, block: Block, part, row, head, kv_head, k, first, last) -> "_Queries":
+        """Returns block `part` of the queries of a row's head."""
         places = part * block.queries + jnp.arange(block.queries)
         first = _numbers(first, (row,), places, k.shape[1])
         return cls(row, head, kv_head, places, first, _numbers(last, (row,), places, -1))
@@ -217,8 +222,8 @@ def _forward_kernel(scores: _Scores, block: Block, q, k, v, first, last, out, no
     own = _load(q, queries.row, queries.places, queries.head)
 
     def step(
-        keys: jax.Array, seen: jax.Array | None, sums: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
+        keys: jax.Array, seen: jax.Array | None, sums: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         mean, highest, total = sums
         score, _ = scores.of(_dot(own, _load(k, queries.row, keys, queries.kv_head).T))
         score = score if seen is None else jnp.where(seen, score, -jnp.inf)
@@ -259,11 +264,7 @@ def _queries_kernel(
     _store(dq, queries.row, queries.places, queries.head, total)
 
 
-def _keys_kernel(
-    scores: _Scores,
-    block: Block,
-    *refs: Any,
-) -> None:
+def _keys_kernel(scores: _Scores, block: Block, *refs: Any) -> None:
     q, k, v, g, normalizers, means, first, last, begin, end, dk, dv = refs
     part, kv_head, row = (pl.program_id(i) for i in range(3))
     keys = part * block.keys + jnp.arange(block.keys)
