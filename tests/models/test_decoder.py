@@ -11,7 +11,7 @@ from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.lora import plan
 from qlora_jax.models import trees
-from qlora_jax.models.decoder import REMAT, Decoder, attach, empty_cache
+from qlora_jax.models.decoder import REMAT, Decoder, attach, empty_cache, use_attention
 from qlora_jax.quant import dequantize, quantize
 
 pytestmark = pytest.mark.quick
@@ -242,3 +242,14 @@ def test_the_forward_pass_copies_no_codes_for_the_backward_pass(deep, remat):
     assert not [a for a in stored if a.dtype == jnp.uint8]
     weights = [(12, *shape) for shape in ((64, 64), (64, 32), (64, 128), (128, 64))]
     assert not [a for a in stored if a.shape in weights]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_layers_attend_by_the_implementation_that_they_are_given(open_model, implementation):
+    model = open_model("llama")
+    use_attention(model, implementation)
+    tokens = jnp.zeros((1, 5), jnp.int32)
+    program = jax.make_jaxpr(
+        lambda tokens: model.hidden(tokens, tokens, jnp.arange(5)[None], dtype=jnp.float32)
+    )(tokens)
+    assert ("pallas_call" in str(program)) == (implementation == "triton")

@@ -15,6 +15,7 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.models import trees
 from qlora_jax.quant import dequantize
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.train import setup
 from qlora_jax.train.examples import read_data
 from qlora_jax.train.setup import load_model, open_model
 
@@ -245,6 +246,25 @@ def test_weights_are_those_of_the_files(make_config, tiny_model, method):
             assert error.max() > 0
         else:
             np.testing.assert_array_equal(weight[i], stored[f"{path}.weight"].T)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_an_attention_kernel_that_is_not_trusted_is_not_used(make_config, monkeypatch, method):
+    asked, lines = [], []
+
+    def trusted(kind, device, warn):
+        asked.append(kind)
+        warn("warning: wrong")
+        return "xla"
+
+    monkeypatch.setattr(setup, "trusted_attention", trusted)
+    config = make_config(method=method, model__compute_dtype="float16")
+    model, _ = load_model(config, open_model(config)[0], lines.append)
+    assert lines == ["warning: wrong"]
+    assert [run.attention for run in model.runs] == ["xla"]
+    (kind,), decoder = asked, model.config
+    assert (kind.dtype, kind.head_size) == ("float16", decoder.head_dim)
+    assert kind.group * decoder.num_kv_heads == decoder.num_heads
 
 
 def test_a_rank_above_the_full_one_is_warned_about_by_name(make_config):

@@ -7,6 +7,10 @@ them. Each passes over blocks in which no query sees a key, and reads and writes
 are: what is beyond their edges is masked.
 
 Within the kernels scores are in units of log2: a GPU's exponential is one of base 2.
+
+Offsets count elements, in 32 signed bits, and in 64 where an array has more than 2^32 bytes
+(`kernels/parts.py`): of 16 bits these are 2^31 elements, so no offset outgrows its bits. Those that
+are masked, beyond the end of the last row, may; they are not used.
 """
 
 import functools
