@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 FLOATS = ("bf16", "f16", "f32", "f64")
@@ -82,7 +82,12 @@ def operations(hlo: str) -> list[Operation]:
     ]
 
 
-def weight_shaped(hlo: str, shapes: Iterable[tuple[int, int]], layers: int = 1) -> list[str]:
+def weight_shaped(
+    hlo: str,
+    shapes: Iterable[tuple[int, int]],
+    layers: int = 1,
+    dtypes: Sequence[str] = FLOATS,
+) -> list[str]:
     """Returns the buffers that have as many floats as one of the weights, or as a stack of it.
 
     By number and not by shape, so that a transposed, flattened or blocked weight is found as well;
@@ -93,6 +98,7 @@ def weight_shaped(hlo: str, shapes: Iterable[tuple[int, int]], layers: int = 1) 
       hlo: of any program.
       shapes: [K, N] of the weights.
       layers: of a stack.
+      dtypes: what to look for, as in the HLO; a layer's codes are u8 of shape [K / 2, N].
 
     Returns:
       `name = shape` of each.
@@ -105,7 +111,7 @@ def weight_shaped(hlo: str, shapes: Iterable[tuple[int, int]], layers: int = 1) 
         for line in all_lines
         if line.computation not in within
         for dtype, dims in _arrays(line.shape)
-        if dtype in FLOATS and _count(dims) in sizes
+        if dtype in dtypes and _count(dims) in sizes
     ]
 
 

@@ -1,7 +1,9 @@
 """The one entry point for x @ W with W in 4 bits."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +13,13 @@ from jax.custom_batching import custom_vmap
 from qlora_jax.kernels import parts
 from qlora_jax.kernels.parts import Product
 from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, Fused, module_of, pick
-from qlora_jax.quant import QTensor
+from qlora_jax.quant import QLayer, QTensor
 from qlora_jax.quant.qtensor import with_plain_scales
+from qlora_jax.quant.stack import cut
 from qlora_jax.runtime.errors import UserError
 
 
-def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.Array:
+def matmul(x: jax.Array, q: QTensor | QLayer, implementation: str | None = None) -> jax.Array:
     """x @ dequantize(q, x.dtype), accumulated in float32, with a gradient for x alone.
 
     The backward pass keeps the QTensor and decodes it again; the weight in floats is never a
@@ -24,7 +27,7 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
 
     Args:
       x: float [..., K].
-      q: one matrix [K, N]; map or scan over a stack.
+      q: one matrix [K, N]; map or scan over a stack, or name one of it by a QLayer.
       implementation: "xla" decodes the weight, then multiplies, on every device. "mosaic" (jax
         0.11; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
         the weight in floats is never in memory. None picks by device, dtype and rows, see
@@ -40,62 +43,82 @@ def matmul(x: jax.Array, q: QTensor, implementation: str | None = None) -> jax.A
         raise UserError(
             f"implementation {implementation!r} is not known; known: {', '.join(IMPLEMENTATIONS)}"
         )
-    if q.ndim != 2 or x.shape[-1] != q.in_features:
+    if q.ndim != 2 or x.shape[-1] != q.shape[0]:
         raise UserError(f"matmul: x {x.shape} does not match one matrix, q {q.shape}")
     return _matmul(implementation or pick(math.prod(x.shape[:-1]), x.dtype), x, q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(implementation: str, x: jax.Array, q: QTensor) -> jax.Array:
+def _matmul(implementation: str, x: jax.Array, q: QTensor | QLayer) -> jax.Array:
     return _product(implementation, "forward")(x, q)
 
 
-def _forward(implementation: str, x: jax.Array, q: QTensor) -> tuple[jax.Array, QTensor]:
+def _forward(
+    implementation: str, x: jax.Array, q: QTensor | QLayer
+) -> tuple[jax.Array, QTensor | QLayer]:
     return _matmul(implementation, x, q), q
 
 
-def _backward(implementation: str, q: QTensor, g: jax.Array) -> tuple[jax.Array, None]:
+def _backward(implementation: str, q: QTensor | QLayer, g: jax.Array) -> tuple[jax.Array, None]:
+    if isinstance(q, QLayer):
+        # One cut for both passes would be a copy of the codes; this one is fused with its use.
+        q = dataclasses.replace(q, layer=jax.lax.optimization_barrier(q.layer))
     return _product(implementation, "backward")(g, q), None
 
 
 _matmul.defvjp(_forward, _backward)
 
 
-def _with_scales_for(kernel: Fused, function: Product) -> Product:
-    """Returns the function for any format of scales: those it does not read are decoded before."""
+def _of_any(kernel: Fused | None, function: Callable[..., jax.Array]) -> Product:
+    """Returns the function for any form of weight: what it does not read is made plain before.
 
-    def product(x: jax.Array, q: QTensor) -> jax.Array:
-        known = q.scales.dtype.name in kernel.scales
-        return function(x, q if known else with_plain_scales(q))
+    Args:
+      kernel: facts of the function's implementation; None for xla.
+      function: takes x and the weight.
+    """
+
+    def product(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
+        if kernel is None:
+            return function(x, cut(q))
+        known = (q.stack if isinstance(q, QLayer) else q).scales.dtype.name in kernel.scales
+        if not known:
+            return function(x, with_plain_scales(cut(q)))
+        return function(x, q if kernel.stacks else cut(q))
 
     return product
 
 
 @functools.cache
 def _product(implementation: str, direction: str) -> Product:
-    function = getattr(module_of(implementation), direction)
-    fused = implementation in FUSED
-    if fused:
-        function = parts.divided(_with_scales_for(FUSED[implementation], function))
+    kernel = FUSED.get(implementation)
+    function = _of_any(kernel, getattr(module_of(implementation), direction))
+    if kernel is not None:
+        function = parts.divided(function)
     product = custom_vmap(function)
 
     @product.def_vmap
-    def fold(size: int, batched: tuple[bool, Any], x: jax.Array, q: QTensor) -> tuple[Any, bool]:
+    def fold(
+        size: int, batched: tuple[bool, Any], x: jax.Array, q: QTensor | QLayer
+    ) -> tuple[Any, bool]:
         # A batch of x over one weight is more rows of x. (Under its own rule a kernel would
         # decode the weight once for each.)
         if not any(jax.tree.leaves(batched[1])):
             return product(x, q), True
+
+        def alone(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
+            return function(x, cut(q))
+
         rows = math.prod(x.shape[:-1]) * (1 if batched[0] else size)
-        if fused and parts.split(rows, q, x.dtype.itemsize)[0] > 1:
+        if kernel is not None and parts.split(rows, q, x.dtype.itemsize)[0] > 1:
 
             def one(i: jax.Array) -> jax.Array:
                 xi, qi = jax.tree.map(
                     lambda moves, leaf: leaf[i] if moves else leaf, tuple(batched), (x, q)
                 )
-                return function(xi, qi)
+                return alone(xi, qi)
 
             return jax.lax.map(one, jnp.arange(size)), True
         axes = jax.tree.map(lambda moves: 0 if moves else None, batched)
-        return jax.vmap(function, in_axes=axes, axis_size=size)(x, q), True
+        return jax.vmap(alone, in_axes=axes, axis_size=size)(x, q), True
 
     return product

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from qlora_jax.kernels import triton_tiles
 from qlora_jax.kernels.mosaic import tiles as mosaic_tiles
 from qlora_jax.quant.qtensor import QTensor
+from qlora_jax.quant.stack import QLayer
 
-Product = Callable[[jax.Array, QTensor], jax.Array]
+Product = Callable[[jax.Array, QTensor | QLayer], jax.Array]
 
 LIMIT = 2**31
 """Bytes that an operand or a result of one kernel stays below."""
@@ -31,7 +32,7 @@ TILE = max(
 """Rows of the tallest tile; those of all others divide it."""
 
 
-def split(rows: int, q: QTensor, itemsize: int) -> tuple[int, int]:
+def split(rows: int, q: QTensor | QLayer, itemsize: int) -> tuple[int, int]:
     """Returns the number of parts that a product is done in, and the rows of each.
 
     Args:
@@ -56,7 +57,7 @@ def divided(product: Product) -> Product:
     all parts are one compiled kernel, and the result is written in place.
     """
 
-    def whole_or_parts(x: jax.Array, q: QTensor) -> jax.Array:
+    def whole_or_parts(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
         lead = x.shape[:-1]
         count, each = split(math.prod(lead), q, x.dtype.itemsize)
         if count == 1:

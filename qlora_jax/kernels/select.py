@@ -24,7 +24,7 @@ from qlora_jax.config import Config
 from qlora_jax.kernels import triton_tiles
 from qlora_jax.kernels.mosaic import tiles as mosaic_tiles
 from qlora_jax.kernels.target import Capability, Hardware, capability_of, compiled_for
-from qlora_jax.quant import quantize
+from qlora_jax.quant import QLayer, quantize
 from qlora_jax.quant.scales import DOUBLE, PLAIN
 from qlora_jax.runtime.errors import RunFailed, UserError
 
@@ -45,6 +45,7 @@ class Fused(NamedTuple):
       dtypes: of x.
       scales: formats of block scales (`quant.scales.SCALES`) that it decodes; others are decoded to
         float32 before it.
+      stacks: whether it takes a matrix out of its stack by itself (`quant.QLayer`).
       target: how the target of its custom call begins, in a compiled program.
       tile: (rows, dtype of x, contracted features, resulting features, direction, the GPU's
         compute capability) to the rows and columns of the result that one block computes.
@@ -54,6 +55,7 @@ class Fused(NamedTuple):
     jax: tuple[int, int]
     dtypes: tuple[str, ...]
     scales: tuple[str, ...]
+    stacks: bool
     target: str
     tile: Callable[[int, DTypeLike, int, int, str, Capability], tuple[int, int]]
 
@@ -70,6 +72,7 @@ FUSED: Mapping[str, Fused] = {
         jax=(0, 11),
         dtypes=("bfloat16", "float16"),
         scales=(PLAIN, DOUBLE),
+        stacks=True,
         target="mosaic_gpu",
         tile=mosaic_tiles.block,
     ),
@@ -78,6 +81,7 @@ FUSED: Mapping[str, Fused] = {
         jax=(0, 10),
         dtypes=("bfloat16", "float16", "float32"),
         scales=(PLAIN, DOUBLE),
+        stacks=False,
         target="__gpu$xla.gpu.triton",
         tile=triton_tiles.block,
     ),
@@ -216,12 +220,14 @@ def agrees(implementation: str, dtype: DTypeLike) -> bool:
     only show as a model that learns badly.
     """
     random = np.random.default_rng(0)
-    q = quantize(random.normal(size=CHECKED_SHAPE).astype(np.float32))
+    stack = quantize(random.normal(size=(2, *CHECKED_SHAPE)).astype(np.float32))
+    second = QLayer(stack, jnp.int32(1))  # as a model's layers give it
     # codebook, scale, their product, the sum and the result are rounded
     tolerance = 8 * float(jnp.finfo(dtype).eps)
 
     def both(name: str, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         module = module_of(name)
+        q = second if name in FUSED and FUSED[name].stacks else second.cut()
         return module.forward(x, q), module.backward(g, q)
 
     inputs = [

@@ -16,7 +16,7 @@ from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.init.fresh import init_adapter
 from qlora_jax.lora.spec import SCALINGS, AdapterSpec
 from qlora_jax.lora.variables import Vector, Weight
-from qlora_jax.quant import QTensor, to_float32
+from qlora_jax.quant import QLayer, QTensor, to_float32
 
 
 class LoraLinear(nnx.Module):
@@ -86,7 +86,7 @@ class LoraLinear(nnx.Module):
     def multiply(self, x: jax.Array) -> jax.Array:
         """Returns x @ W, [..., out] in x's dtype, without bias and adapter; one layer."""
         weight = self.weight.get_value()
-        if isinstance(weight, QTensor):
+        if isinstance(weight, QTensor | QLayer):
             return matmul(x, weight, self.implementation)
         return dense(x, weight)
 

@@ -29,7 +29,7 @@ from qlora_jax.models.inputs import KVCache, Own, Shared, Slots, own_inputs, sha
 from qlora_jax.models.layers import Layer, Norm
 from qlora_jax.models.rope import segment_lengths
 from qlora_jax.models.visible import in_segments, up_to
-from qlora_jax.quant import QTensor
+from qlora_jax.quant import QTensor, stack
 
 INPUT = "layer input"
 """The name of what a layer reads, for policies of `jax.checkpoint`."""
@@ -115,14 +115,18 @@ class Decoder(nnx.Module):
         x, shared, own = self.begin(tokens, segments, positions, dtype, key)
         for place, run in enumerate(self.runs):
             graph, weights = nnx.split(run)
+            weights, stacks = stack.apart(weights)
 
-            def body(x: jax.Array, xs: Any, graph: nnx.GraphDef = graph) -> tuple[jax.Array, None]:
-                weights, own = xs
-                layer = nnx.merge(graph, weights)
+            def body(
+                x: jax.Array, xs: Any, graph: nnx.GraphDef = graph, stacks: Any = stacks
+            ) -> tuple[jax.Array, None]:
+                weights, at, own = xs
+                layer = nnx.merge(graph, stack.joined(weights, stacks, at))
                 x = checkpoint_name(x, INPUT)
                 return layer(x, shared, own, recompute=remat in WHOLE_LAYERS)[0], None
 
-            x, _ = jax.lax.scan(REMAT[remat](body), x, (weights, self.part(own, place)))
+            xs = weights, jnp.arange(run_length(run)), self.part(own, place)
+            x, _ = jax.lax.scan(REMAT[remat](body), x, xs)
         return self.norm(x)
 
     def begin(
@@ -160,12 +164,17 @@ class Decoder(nnx.Module):
         written = []
         for place, run in enumerate(self.runs):
             graph, weights = nnx.split(run)
+            weights, stacks = stack.apart(weights)
 
-            def body(x: jax.Array, xs: Any, graph: nnx.GraphDef = graph) -> tuple[jax.Array, Any]:
-                weights, (own, slots) = xs
-                return nnx.merge(graph, weights)(x, shared, own, Slots(slots, positions))
+            def body(
+                x: jax.Array, xs: Any, graph: nnx.GraphDef = graph, stacks: Any = stacks
+            ) -> tuple[jax.Array, Any]:
+                weights, at, (own, slots) = xs
+                layer = nnx.merge(graph, stack.joined(weights, stacks, at))
+                return layer(x, shared, own, Slots(slots, positions))
 
-            x, new = jax.lax.scan(body, x, (weights, self.part(everything, place)))
+            xs = weights, jnp.arange(run_length(run)), self.part(everything, place)
+            x, new = jax.lax.scan(body, x, xs)
             written.append(new)
         # All layers' tokens at once: a cache that each layer writes is copied by each layer.
         rows = jnp.arange(tokens.shape[0])[:, None], positions

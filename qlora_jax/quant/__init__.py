@@ -9,3 +9,4 @@ from qlora_jax.quant.qtensor import dequantize as dequantize
 from qlora_jax.quant.qtensor import nbytes as nbytes
 from qlora_jax.quant.qtensor import quantize as quantize
 from qlora_jax.quant.qtensor import to_float32 as to_float32
+from qlora_jax.quant.stack import QLayer as QLayer

@@ -21,34 +21,34 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
     """Stands in for `mosaic.device_code`."""
     operand, dtype = kernel.operand, kernel.dtype
 
-    def scales_of(scales, o, step) -> jax.Array:
+    def scales_of(scales, layer, o, step) -> jax.Array:
         rows, width = operand.scale_shape
         k_tile, n_tile = (operand.o, operand.c) if operand.transposed else (operand.c, operand.o)
         k, n = (o, step) if operand.transposed else (step, o)
         b = k * k_tile // operand.block_size + jnp.arange(rows)[:, None]
         n = n * n_tile + jnp.arange(width)[None, :]
-        nb = scales[0].shape[0]
+        nb = scales[0].shape[1]
         b = jnp.minimum(b, nb - 1)
-        found = scales[0][...][b, n]
+        found = scales[0][...][layer, b, n]
         if count > 1:
             nested, offset, levels = (ref[...] for ref in scales[1:])
-            index = jnp.minimum((n * nb + b) // kernel.nested_block, nested.shape[0] - 1)
-            found = unfused(levels[found.astype(jnp.int32)] * nested[index]) + offset[0]
+            index = jnp.minimum((n * nb + b) // kernel.nested_block, nested.shape[1] - 1)
+            found = unfused(levels[found.astype(jnp.int32)] * nested[layer, index]) + offset[layer]
         found = found.astype(dtype)
         if operand.transposed:
             return found
         bits = lax.bitcast_convert_type(found, jnp.uint16).astype(jnp.uint32)
         return lax.bitcast_convert_type(bits | bits << 16, jnp.int32)
 
-    def prepare(codebook, table, slot, aside, scales, o, first) -> None:
-        values = codebook[...].astype(dtype)
+    def prepare(codebook, table, slot, aside, scales, layer, o, first) -> None:
+        values = codebook[...][layer].astype(dtype)
         bits = lax.bitcast_convert_type(values, jnp.uint16).astype(jnp.uint32)
         byte = jnp.arange(256)
         pairs = lax.bitcast_convert_type(bits[byte & 15] | bits[byte >> 4] << 16, jnp.int32)
         table[...] = jnp.broadcast_to(pairs[:, None], table.shape)
-        slot[...] = scales_of(scales, o, first)
+        slot[...] = scales_of(scales, layer, o, first)
 
-    def multiply(left, codes, table, now, later, aside, scales, o, i, total) -> jax.Array:
+    def multiply(left, codes, table, now, later, aside, scales, layer, o, i, total) -> jax.Array:
         pairs = lax.bitcast_convert_type(table[...][:, 0], jnp.uint32)[codes[...].astype(jnp.int32)]
         halves = [_value(pairs & 0xFFFF, dtype), _value(pairs >> 16, dtype)]
         groups = [half.reshape(-1, 32, half.shape[-1]) for half in halves]
@@ -61,7 +61,7 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
         w = lax.reduce_precision(
             w * jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0), bits.nexp, bits.nmant
         )
-        later[...] = scales_of(scales, o, jnp.minimum(i + 1, kernel.steps - 1))
+        later[...] = scales_of(scales, layer, o, jnp.minimum(i + 1, kernel.steps - 1))
         right = w.T if operand.transposed else w
         parts = WARPS if operand.split else 1
         lefts = jnp.split(left[...], parts, axis=1)

@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.kernels import matmul
-from qlora_jax.quant import CODEBOOKS, quantize
+from qlora_jax.quant import CODEBOOKS, QLayer, quantize
 from qlora_jax.runtime.errors import UserError
 
 if jax.__version_info__ < (0, 11):
@@ -136,6 +136,24 @@ def test_scan_over_layers_and_vmap(interpreted) -> None:
     each = jax.vmap(lambda x, q: matmul(x, q, "mosaic"))(xs, stack)
     for y, x, q in zip(each, xs, (jax.tree.map(lambda a, i=i: a[i], stack) for i in range(3))):
         assert_product(y, x, rounded_weight(q, ml_dtypes.bfloat16), "bfloat16")
+
+
+@needs_mosaic
+@pytest.mark.parametrize("n", [64, 72], ids=["whole", "padded"])
+def test_a_matrix_of_a_stack_is_that_matrix_alone(interpreted, n: int) -> None:
+    random = np.random.default_rng(0)
+    stack = quantize(random.normal(size=(3, 128, n)).astype(np.float32), block_size=32)
+    x = jnp.asarray(random.normal(size=(5, 128)), jnp.bfloat16)
+
+    @jax.jit
+    def both(x, q):
+        y, pull = jax.vjp(lambda x: matmul(x, q, "mosaic"), x)
+        return y, pull(y)[0]
+
+    for i in (0, 2):
+        ours = both(x, QLayer(stack, jnp.int32(i)))
+        for a, b in zip(ours, both(x, stack[i])):
+            np.testing.assert_array_equal(wide(a), wide(b))
 
 
 @needs_mosaic

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.gpu.compile import has_plugin
-from qlora_jax.quant import CODEBOOKS, QTensor, quantize
+from qlora_jax.quant import CODEBOOKS, QLayer, QTensor, quantize
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic GPU kernels need jax 0.11 (Python 3.12)", allow_module_level=True)
@@ -54,27 +54,50 @@ def test_compiled_kernel(m, k, n, direction, dtype, block_size, double_quant, co
     w = random.normal(size=(k, n)).astype(np.float32)
     q = quantize(w, codebook, block_size, double_quant)
     x = jnp.asarray(random.normal(size=(m, k if direction == "forward" else n)), dtype)
-    y = emulated(getattr(mosaic, direction), x, q)
-    weight = rounded_weight(q, jnp.dtype(dtype))
+    assert_product(emulated(getattr(mosaic, direction), x, q), x, q, direction)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "double_quant"),
+    [(3, 256, 256, True), (20, 192, 64, True), (40, 128, 192, False)],
+)
+def test_compiled_kernel_finds_its_matrix_in_a_stack(m, k, n, double_quant, direction) -> None:
+    random = np.random.default_rng(m)
+    matrices = [
+        quantize(random.normal(size=(k, n)).astype(np.float32), codebook, 32, double_quant)
+        for codebook in ("nf4", "fp4_bnb", "int4")
+    ]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
+    x = jnp.asarray(random.normal(size=(m, k if direction == "forward" else n)), jnp.bfloat16)
+    y = emulated(getattr(mosaic, direction), x, QLayer(stack, jnp.int32(2)))
+    assert_product(y, x, matrices[2], direction)
+
+
+def assert_product(y: np.ndarray, x: jax.Array, q: QTensor, direction: str) -> None:
+    """y is the product to float32 accumulation and one rounding."""
+    dtype = x.dtype
+    weight = rounded_weight(q, dtype)
     weight = weight if direction == "forward" else weight.T
     left = np.asarray(x).astype(np.float64)
     exact, size = left @ weight, np.abs(left) @ np.abs(weight)
-    allowed = EPSILON[dtype] / 2 * np.abs(exact) + left.shape[1] * 2.0**-24 * size
+    allowed = EPSILON[dtype.name] / 2 * np.abs(exact) + left.shape[1] * 2.0**-24 * size
     assert np.all(np.abs(y.astype(np.float64) - exact) <= allowed * (1 + 1e-6))
 
 
-def emulated(product, x: jax.Array, q: QTensor) -> np.ndarray:
+def emulated(product, x: jax.Array, q: QTensor | QLayer) -> np.ndarray:
     """The product with the kernel's part done by the emulator."""
     kernel, operands, outer = captured(product, x, q)
     (compiled,) = ptx_compile.kernels(functools.partial(kernel, outer=outer), *operands).values()
-    left, codes, codebook, scales = operands
+    left, layer, codes, codebook, scales = operands
+    codes = codes.reshape(-1, codes.shape[2])
     out = np.full((kernel.splits * left.shape[0], outer), np.nan, kernel.out_dtype)
-    compiled.run(*(np.array(a) for a in (left, codes, codebook, *scales)), out)
+    compiled.run(*(np.array(a) for a in (left, layer, codes, codebook, *scales)), out)
     parts = jnp.asarray(out).reshape(kernel.splits, -1, outer)
     return np.asarray(replayed(product, x, q, parts))
 
 
-def captured(product, x: jax.Array, q: QTensor) -> tuple[mosaic.Kernel, tuple, int]:
+def captured(product, x: jax.Array, q: QTensor | QLayer) -> tuple[mosaic.Kernel, tuple, int]:
     """The kernel of a product and what it is called with."""
     calls = []
 
@@ -90,7 +113,7 @@ def captured(product, x: jax.Array, q: QTensor) -> tuple[mosaic.Kernel, tuple, i
     return call
 
 
-def replayed(product, x: jax.Array, q: QTensor, result: jax.Array) -> jax.Array:
+def replayed(product, x: jax.Array, q: QTensor | QLayer, result: jax.Array) -> jax.Array:
     """The product, given its kernel's result."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mosaic.Kernel, "__call__", lambda *_: result)

@@ -118,6 +118,11 @@ def on_cpu(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled
 
 find = functools.partial(weight_shaped, shapes=set(LINEARS.values()), layers=LAYERS)
 
+WHOLE = {(k // 2, n) for k, n in LINEARS.values() if n % 64 == 0}
+"""Shapes of one layer's codes, where no padding copies them."""
+
+find_copies = functools.partial(weight_shaped, shapes=WHOLE, dtypes=("u8",))
+
 
 @pytest.mark.parametrize("remat", POLICIES)
 def test_the_step_on_a_cpu_in_interpret_mode(monkeypatch: pytest.MonkeyPatch, remat: str) -> None:
@@ -147,10 +152,12 @@ def test_the_step_compiled_for_an_a100(implementation: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["decode first"], "the detector finds nothing at all"
+    assert seen["decode first"][0], "the detector finds nothing at all"
+    assert seen["decode first"][1] == []
     for remat in POLICIES:
-        buffers, kernels = seen[remat]
+        buffers, copies, kernels = seen[remat]
         assert buffers == [], remat
+        assert (copies == []) == FUSED[implementation].stacks, remat
         # forward, backward and what is computed again; the last product of a layer need not be
         assert kernels >= (3 * len(LINEARS) - 1 if remat == "full" else 2 * len(LINEARS)), remat
 
@@ -248,10 +255,11 @@ def main(gpu: str, implementation: str) -> None:
     # jax 0.10 cannot fuse plain products of these odd sizes; merged ones would hide a weight
     options = {"xla_gpu_enable_triton_gemm": False, "xla_disable_hlo_passes": "dot-merger"}
     compiled = functools.partial(compile_for, gpu, options=options)
-    seen: dict[str, Any] = {"decode first": find(step_hlo(compiled, "xla", "full"))}
+    first = step_hlo(compiled, "xla", "full")
+    seen: dict[str, Any] = {"decode first": (find(first), find_copies(first))}
     for remat in POLICIES:
         text = step_hlo(compiled, implementation, remat)
-        seen[remat] = find(text), text.count(FUSED[implementation].target)
+        seen[remat] = find(text), find_copies(text), text.count(FUSED[implementation].target)
     print(json.dumps(seen))
 
 

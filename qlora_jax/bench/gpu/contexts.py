@@ -20,7 +20,7 @@ from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
 from qlora_jax.bench.gpu.programs import Outcome, Program, compile_all, compiled, usable
 from qlora_jax.kernels import matmul
 from qlora_jax.kernels.select import FUSED
-from qlora_jax.quant import quantize
+from qlora_jax.quant import QLayer, quantize
 
 CALLS = 3
 """Runs of each program on other buffers: the second and third may replay a CUDA graph."""
@@ -53,16 +53,27 @@ SIZES = {FULL: Sizes(6, 2048, (1, 40, 300)), REHEARSAL: Sizes(3, 128, (1, 20))}
 
 def scanned(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
     """Returns the gradient in x of a scan over a stack of weights, each layer recomputed."""
+    return _gradient(x, stack, lambda q: q, implementation)
 
+
+def scanned_places(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
+    """Returns the same, with the stack left whole: the scan is over places, as a model's is."""
+    places = jnp.arange(jax.tree.leaves(stack)[0].shape[0])
+    return _gradient(x, places, functools.partial(QLayer, stack), implementation)
+
+
+def _gradient(
+    x: jax.Array, scanned: Any, weight: Callable[[Any], Any], implementation: str
+) -> jax.Array:
     @jax.checkpoint
-    def layer(x: jax.Array, q: Any) -> tuple[jax.Array, None]:
-        y = matmul(x, q, implementation)
+    def layer(x: jax.Array, one: Any) -> tuple[jax.Array, None]:
+        y = matmul(x, weight(one), implementation)
         return (x + SHARE * jnp.tanh(y)).astype(x.dtype), None
 
     def total(x: jax.Array) -> jax.Array:
         # With signs: a sum would add up the rounded codebook's mean error over all columns.
         signs = jax.random.rademacher(jax.random.key(0), x.shape, jnp.float32)
-        return (jax.lax.scan(layer, x, stack)[0] * signs).sum()
+        return (jax.lax.scan(layer, x, scanned)[0] * signs).sum()
 
     return jax.grad(total)(x)
 
@@ -88,6 +99,7 @@ def mapped_weights(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
 
 CORNERS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
     "gradient of a recomputed scan": (scanned, {}),
+    "gradient of a recomputed scan over places": (scanned_places, {}),
     "chain in CUDA graphs": (chained, GRAPHS),
     "vmap over rows": (mapped_rows, {}),
     "vmap over weights": (mapped_weights, {}),

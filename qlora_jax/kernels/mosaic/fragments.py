@@ -29,6 +29,7 @@ from qlora_jax.kernels.mosaic.instructions import (
     integer,
     lane_id,
     mul,
+    part_of,
     permute,
     warp_id,
 )
@@ -51,10 +52,10 @@ TABLE = (256, LANES)
 """Shape of the table of pairs, 32-bit words; entry b holds (codebook[b & 15], codebook[b >> 4])."""
 
 
-def fill_table(table: ir.Value, codebook: ir.Value, dtype: ir.Type) -> None:
-    """Writes the table of pairs in `dtype` from the sixteen float32 values; no barrier."""
+def fill_table(table: ir.Value, codebooks: ir.Value, layer: ir.Value, dtype: ir.Type) -> None:
+    """Writes the table of pairs in `dtype` from a layer's sixteen float32 values; no barrier."""
     warp, lane = warp_id(), lane_id()
-    values = utils.memref_ptr(codebook)
+    values = part_of(codebooks, layer, f32())
 
     def bits(index: ir.Value | int) -> ir.Value:
         rounded = arith.truncf(dtype, llvm.load(f32(), address(values, index, f32())))

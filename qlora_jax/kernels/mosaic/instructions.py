@@ -4,6 +4,8 @@ They are written where they are called, and run on each thread of a warpgroup. I
 bits.
 """
 
+import math
+
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
@@ -49,9 +51,17 @@ def address(pointer: ir.Value, index: ir.Value | int, element: ir.Type) -> ir.Va
     return utils.getelementptr(pointer, [index], element)
 
 
-def load_f32(array: ir.Value | None, index: ir.Value | int) -> ir.Value:
+def part_of(stack: ir.Value, layer: ir.Value, element: ir.Type) -> ir.Value:
+    """Returns a pointer to one layer's part of an array whose first axis is the layers'."""
+    long = integer(64)  # a stack may have more than 2^31 elements
+    size = math.prod(ir.MemRefType(stack.type).shape[1:])
+    start = arith.muli(arith.extui(long, layer), utils.c(size, long))
+    return utils.getelementptr(utils.memref_ptr(stack), [start], element)
+
+
+def load_f32(pointer: ir.Value, index: ir.Value | int) -> ir.Value:
     """Loads one float32 of an array in memory."""
-    return llvm.load(f32(), address(utils.memref_ptr(array), index, f32()))
+    return llvm.load(f32(), address(pointer, index, f32()))
 
 
 def extract(register: ir.Value, position: int) -> ir.Value:

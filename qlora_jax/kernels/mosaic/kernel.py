@@ -34,6 +34,7 @@ from qlora_jax.kernels.mosaic.scales import Scales, aside_shape
 from qlora_jax.kernels.mosaic.tiles import Tile, split_count, tile_for
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import QTensor
+from qlora_jax.quant.stack import QLayer, cut
 
 DTYPES = ("bfloat16", "float16")
 PREFETCH = 8
@@ -45,17 +46,17 @@ REF, SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 """Types of device code's arguments."""
 
 
-def forward(x: jax.Array, q: QTensor) -> jax.Array:
+def forward(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
     """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
     return _product(x, q, transposed=False)
 
 
-def backward(g: jax.Array, q: QTensor) -> jax.Array:
+def backward(g: jax.Array, q: QTensor | QLayer) -> jax.Array:
     """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
     return _product(g, q, transposed=True)
 
 
-def _product(left: jax.Array, q: QTensor, transposed: bool) -> jax.Array:
+def _product(left: jax.Array, q: QTensor | QLayer, transposed: bool) -> jax.Array:
     if left.dtype not in DTYPES:
         raise UserError(
             f"implementation mosaic computes in {' or '.join(DTYPES)}, not {left.dtype}; "
@@ -65,20 +66,35 @@ def _product(left: jax.Array, q: QTensor, transposed: bool) -> jax.Array:
     if 0 in left.shape:
         return jnp.zeros((*lead, features), left.dtype)
     rows = left.reshape(math.prod(lead), -1)
-    k, n = 2 * q.codes.shape[0], _up(q.shape[1], EDGE)
-    codes, scales = (_pad(leaf, leaf.shape[0], n) for leaf in (q.codes, q.scales))
+    weight, layer = _stack(q)
+    k, n = 2 * weight.codes.shape[1], weight.codes.shape[2]
     inner, outer = (n, k) if transposed else (k, n)
     tile = tile_for(rows.shape[0], inner, outer, utils._infer_arch())
     padded = _pad(rows, _up(rows.shape[0], tile.m), inner)
-    operand = Operand(tile.c, tile.o, transposed, q.block_size, tile.form)
-    nested: tuple[jax.Array, ...] = ()
-    if q.nested is not None and q.offset is not None:
-        nested = (q.nested, q.offset[None], jnp.asarray(dynamic_map()))
+    operand = Operand(tile.c, tile.o, transposed, weight.block_size, tile.form)
     splits = split_count(tile, rows.shape[0], inner, outer)
-    kernel = Kernel(tile, operand, left.dtype, inner // tile.c, q.nested_block, splits)
-    y = kernel(padded, codes, q.codebook, (scales, *nested), outer)
+    kernel = Kernel(tile, operand, left.dtype, inner // tile.c, weight.nested_block, splits)
+    y = kernel(padded, layer, weight.codes, weight.codebook, _scales_of(weight), outer)
     y = y.sum(0).astype(left.dtype) if splits > 1 else y[0]
     return y[: rows.shape[0], :features].reshape(*lead, features)
+
+
+def _stack(q: QTensor | QLayer) -> tuple[QTensor, jax.Array]:
+    """Returns a stack whose columns are a multiple of EDGE, and the matrix's place, int32[1]."""
+    if isinstance(q, QLayer) and q.shape[1] % EDGE == 0:
+        return q.stack, q.layer.astype(jnp.int32)[None]
+    q = cut(q)  # to be padded: not all of a stack
+    n = _up(q.shape[1], EDGE)
+    codes, scales = (_pad(leaf, leaf.shape[0], n) for leaf in (q.codes, q.scales))
+    alone = dataclasses.replace(q, codes=codes, scales=scales)
+    return jax.tree.map(lambda leaf: leaf[None], alone), jnp.zeros(1, jnp.int32)
+
+
+def _scales_of(stack: QTensor) -> tuple[jax.Array, ...]:
+    """Returns the arrays that a kernel makes scales from."""
+    if stack.nested is None or stack.offset is None:
+        return (stack.scales,)
+    return stack.scales, stack.nested, stack.offset, jnp.asarray(dynamic_map())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +120,7 @@ class Kernel:
     def __call__(
         self,
         left: jax.Array,
+        layer: jax.Array,
         codes: jax.Array,
         codebook: jax.Array,
         scales: tuple[jax.Array, ...],
@@ -111,8 +128,16 @@ class Kernel:
     ) -> jax.Array:
         """left [M, C] @ the weight [C, outer]; M and outer are multiples of the tile's.
 
-        Returns [splits, M, outer], parts of a sum in float32; one part is in dtype. `scales` are
-        those of the blocks and, with double quantization, nested, offset [1] and the dynamic map.
+        Args:
+          left: [M, C].
+          layer: int32[1], the weight's place in its stack.
+          codes, codebook: the stack's, [L, ...].
+          scales: likewise those of the blocks and, with double quantization, nested, offset [L]
+            and the dynamic map, which has no L.
+          outer: output features.
+
+        Returns:
+          [splits, M, outer], parts of a sum in float32; one part is in dtype.
         """
         tile, pairs = self.tile, self.operand.scale_shape
         tiles = left.shape[0] // tile.m
@@ -127,7 +152,7 @@ class Kernel:
                 plgpu.SMEM(aside_shape(self.operand, len(scales)), jnp.int32),
             ],
         )
-        y = call(left, codes, codebook, *scales)
+        y = call(left, layer, codes.reshape(-1, codes.shape[2]), codebook, *scales)
         return y.reshape(self.splits, *left.shape[:1], outer)
 
     @property
@@ -154,20 +179,23 @@ class Kernel:
         return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
 
     def _block(
-        self, count: int, tiles: int, left: Any, codes: Any, codebook: Any, *rest: Any
+        self, count: int, tiles: int, left: Any, layer: Any, codes: Any, codebook: Any, *rest: Any
     ) -> None:
         scales, (out, table, slots, aside) = rest[:count], rest[count:]
         tile, acc = self.tile, self.accumulator
         m, o, s = (lax.axis_index(name) for name in ("m", "o", "s"))
         first, steps = self._steps_of(s)
+        layer = layer[0]
+        before = layer * (codes.shape[0] // codebook.shape[0] // self.operand.codes_shape[0])
         prepare, multiply, finish = device_code(self, count)
 
         def step(index: Any, left_tile: Any, code_tile: Any, total: jax.Array) -> jax.Array:
             now, later = slots.at[index[0] % 2], slots.at[(index[0] + 1) % 2]
             i = first + index[0]
-            return multiply(left_tile, code_tile, table, now, later, aside, scales, o, i, total)
+            places = layer, o, i
+            return multiply(left_tile, code_tile, table, now, later, aside, scales, *places, total)
 
-        prepare(codebook, table, slots.at[0], aside, scales, o, first)
+        prepare(codebook, table, slots.at[0], aside, scales, layer, o, first)
         transposed = self.operand.transposed
         pipeline = plgpu.emit_pipeline(
             step,
@@ -176,7 +204,7 @@ class Kernel:
                 _spec((tile.m, tile.c), lambda i: (m, first + i), self.left_tiling),
                 _spec(
                     self.operand.codes_shape,
-                    lambda i: (o, first + i) if transposed else (first + i, o),
+                    lambda i: (before + o, first + i) if transposed else (before + first + i, o),
                     self.code_tiling,
                 ),
             ],
@@ -200,10 +228,11 @@ class DeviceCode(NamedTuple):
     """The parts of a block that are written for threads, as functions of references.
 
     Attributes:
-      prepare: (codebook, table, slot, aside, scales, o, first), fills the table of pairs and the
-        scales of step `first`, and puts aside what those of the next step are made from.
-      multiply: (left, codes, table, now, later, aside, scales, o, i, total), adds the product of
-        step i to `total` with the scales in `now`, and writes those of step i + 1 to `later`.
+      prepare: (codebook, table, slot, aside, scales, layer, o, first), fills the table of pairs
+        and the scales of step `first`, and puts aside what those of the next step are made from.
+      multiply: (left, codes, table, now, later, aside, scales, layer, o, i, total), adds the
+        product of step i to `total` with the scales in `now`, and writes those of step i + 1 to
+        `later`.
       finish: (total, table, out, m, o), writes tile (m, o) of `out`; the table is free.
     """
 
@@ -223,15 +252,15 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
 
 
 def _prepare(kernel: Kernel, count: int) -> Callable[..., None]:
-    @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR))
-    def prepare(_, codebook, table, slot, aside, references, o, first):
+    @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR, SCALAR))
+    def prepare(_, codebook, table, slot, aside, references, layer, o, first):
         element = utils.dtype_to_ir_type(kernel.dtype)
-        tile, step = o.registers.item(), first.registers.item()
-        scales = _scales(kernel, references)
+        place, tile, step = (scalar.registers.item() for scalar in (layer, o, first))
+        scales = _scales(kernel, references, place)
         now, later = (scales.fetch(tile, step, ahead) for ahead in range(2))
         for ahead in range(2, PREFETCH):
             scales.prefetch(tile, step, ahead)
-        fragments.fill_table(table, codebook, element)
+        fragments.fill_table(table, codebook, place, element)
         scales.store(scales.values(now), slot, element)
         scales.put_aside(later, aside)
         utils.warpgroup_barrier()
@@ -245,15 +274,15 @@ def _multiply(kernel: Kernel, count: int) -> Callable[..., jax.Array]:
         arg_types=(
             plgpu.RefType(kernel.left_tiling),
             plgpu.RefType(kernel.code_tiling),
-            *(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR),
+            *(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR, SCALAR),
             kernel.accumulator.layout,
         ),
         return_type=kernel.accumulator,
     )
-    def multiply(_, left, codes, table, now, later, aside, references, o, i, total):
+    def multiply(_, left, codes, table, now, later, aside, references, layer, o, i, total):
         element = utils.dtype_to_ir_type(kernel.dtype)
-        tile, step = o.registers.item(), i.registers.item()
-        scales = _scales(kernel, references)
+        place, tile, step = (scalar.registers.item() for scalar in (layer, o, i))
+        scales = _scales(kernel, references, place)
         scales.prefetch(tile, step, PREFETCH)
         second = scales.fetch(tile, step, 2)
         first = scales.take_back(aside)
@@ -282,9 +311,9 @@ def _finish(kernel: Kernel) -> Callable[..., None]:
     return finish
 
 
-def _scales(kernel: Kernel, references: Any) -> Scales:
-    blocks, nested, offset, levels = (*references, None, None, None)[:4]
-    return Scales(kernel.operand, kernel.steps, blocks, nested, offset, levels, kernel.nested_block)
+def _scales(kernel: Kernel, references: Any, layer: Any) -> Scales:
+    arrays = (*references, None, None, None)[:4]
+    return Scales(kernel.operand, kernel.steps, layer, *arrays, kernel.nested_block)
 
 
 def _spec(shape: tuple[int, int], index_map: Callable, transforms: Any) -> plgpu.BlockSpec:

@@ -22,6 +22,7 @@ from qlora_jax.kernels.mosaic.instructions import (
     integer,
     load_f32,
     mul,
+    part_of,
     prefetch,
     thread_id,
 )
@@ -30,18 +31,21 @@ from qlora_jax.kernels.mosaic.operand import Operand
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """Where a kernel finds a QTensor's block scales, as references to device memory.
+    """Where a kernel finds block scales, as references to device memory: those of a stack.
 
     Attributes:
       operand: the quantized operand of one step.
       steps: along the contraction; beyond the last, the scales of the last are taken.
-      blocks: float32 or uint8[nb, N].
-      nested, offset, dynamic_map: float32, or None without double quantization.
+      layer: the matrix's place in its stack.
+      blocks: float32 or uint8[L, nb, N].
+      nested, offset: float32[L, ...], or None without double quantization.
+      dynamic_map: float32[256], or None likewise.
       nested_block: scales per nested scale.
     """
 
     operand: Operand
     steps: int
+    layer: ir.Value
     blocks: ir.Value
     nested: ir.Value | None
     offset: ir.Value | None
@@ -86,10 +90,10 @@ class Scales:
         if self.nested is None:
             return [utils.bitcast(word, f32()) for word in fetched]
         found = []
+        levels, offset = utils.memref_ptr(self.dynamic_map), part_of(self.offset, self.layer, f32())
         for code, nested in zip(fetched[::2], fetched[1::2]):
-            level = load_f32(self.dynamic_map, code)
-            product = arith.mulf(level, utils.bitcast(nested, f32()))
-            found.append(arith.addf(product, load_f32(self.offset, 0)))
+            product = arith.mulf(load_f32(levels, code), utils.bitcast(nested, f32()))
+            found.append(arith.addf(product, load_f32(offset, 0)))
         return found
 
     def store(self, values: list[ir.Value], slot: ir.Value, dtype: ir.Type) -> None:
@@ -110,8 +114,9 @@ class Scales:
         k, n = (operand.o, operand.c) if operand.transposed else (operand.c, operand.o)
         block = arith.divui(mul(block, k), constant(operand.block_size))
         column = mul(column, n)
-        nb, columns = ir.MemRefType(self.blocks.type).shape
+        _, nb, columns = ir.MemRefType(self.blocks.type).shape
         kind = f32() if self.nested is None else integer(8)
+        blocks = part_of(self.blocks, self.layer, kind)
         width = operand.scale_shape[1]
         found = []
         for entry in _entries(operand):
@@ -119,12 +124,12 @@ class Scales:
             b = arith.minui(b, constant(nb - 1))  # rows beyond K
             c = add(column, arith.remui(entry, constant(width)))
             place = add(mul(b, columns), c)
-            pointers = [address(utils.memref_ptr(self.blocks), place, kind)]
+            pointers = [address(blocks, place, kind)]
             if self.nested is not None:
                 index = arith.divui(add(mul(c, nb), b), constant(self.nested_block))
-                last = ir.MemRefType(self.nested.type).shape[0] - 1
+                last = ir.MemRefType(self.nested.type).shape[1] - 1
                 index = arith.minui(index, constant(last))  # padded columns
-                pointers.append(address(utils.memref_ptr(self.nested), index, i32()))
+                pointers.append(address(part_of(self.nested, self.layer, i32()), index, i32()))
             found.append(pointers)
         return found
 

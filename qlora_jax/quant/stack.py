@@ -1,0 +1,82 @@
+"""One matrix of a stack, by its place: nothing is cut out of the stack until someone needs it.
+
+`jax.lax.scan` over a stack cuts each layer's codes out of it. XLA fuses that with one use of the
+codes. For two, as in a backward pass that computes the forward pass again, it copies them. A
+kernel that gets the stack and a place copies nothing.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qlora_jax.quant.qtensor import QTensor
+
+
+@nnx.register_data_type
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class QLayer:
+    """A matrix W[K, N] in 4 bits, as a stack of such and a place in it.
+
+    Attributes:
+      stack: [L, K, N].
+      layer: int32 scalar from 0 to L - 1; a value beyond is taken as the nearest of these.
+    """
+
+    stack: QTensor
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix, (K, N)."""
+        return self.stack.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        return self.stack.ndim - 1
+
+    def cut(self) -> QTensor:
+        """Returns the matrix alone."""
+        return jax.tree.map(self._part, self.stack)
+
+    def _part(self, leaf: jax.Array) -> jax.Array:
+        # XLA reads the place from the loop; a select for negative ones would hide it
+        return jax.lax.dynamic_index_in_dim(
+            leaf, self.layer, keepdims=False, allow_negative_indices=False
+        )
+
+
+def cut(q: QTensor | QLayer) -> QTensor:
+    """Returns a matrix as a QTensor of its own."""
+    return q.cut() if isinstance(q, QLayer) else q
+
+
+def apart(weights: Any) -> tuple[Any, Any]:
+    """Takes the QTensors out of a tree of stacks, so that a scan over the rest leaves them whole.
+
+    Returns:
+      Two trees, the rest and the QTensors, each with None where the other has something.
+    """
+    rest = jax.tree.map(lambda x: None if _is_q(x) else x, weights, is_leaf=_is_q)
+    return rest, jax.tree.map(lambda x: x if _is_q(x) else None, weights, is_leaf=_is_q)
+
+
+def joined(rest: Any, stacks: Any, layer: jax.Array) -> Any:
+    """Returns one layer's tree, each QTensor as a `QLayer`.
+
+    Args:
+      rest, stacks: from `apart`, of `rest` one layer.
+      layer: int32 scalar.
+    """
+
+    def one(x: Any, q: QTensor | None) -> Any:
+        return x if q is None else QLayer(q, layer)
+
+    return jax.tree.map(one, rest, stacks, is_leaf=lambda x: x is None)
+
+
+def _is_q(x: Any) -> bool:
+    return isinstance(x, QTensor)
