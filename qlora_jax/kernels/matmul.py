@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,14 +42,25 @@ def matmul(x: jax.Array, q: QTensor | QLayer, implementation: str | None = None)
         raise UserError(
             f"implementation {implementation!r} is not known; known: {', '.join(IMPLEMENTATIONS)}"
         )
+    check(x, q)
+    return _matmul(implementation or pick(math.prod(x.shape[:-1]), x.dtype), x, q)
+
+
+def kind(q: QTensor | QLayer) -> tuple[Any, ...]:
+    """Returns what weights have in common that one kernel multiplies; last is its scales' dtype."""
+    stack = q.stack if isinstance(q, QLayer) else q
+    return q.shape[0], stack.block_size, stack.nested_block, stack.scales.dtype
+
+
+def check(x: jax.Array, q: QTensor | QLayer) -> None:
+    """Raises UserError unless x @ W can be."""
     if q.ndim != 2 or x.shape[-1] != q.shape[0]:
         raise UserError(f"matmul: x {x.shape} does not match one matrix, q {q.shape}")
-    return _matmul(implementation or pick(math.prod(x.shape[:-1]), x.dtype), x, q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(implementation: str, x: jax.Array, q: QTensor | QLayer) -> jax.Array:
-    return _product(implementation, "forward")(x, q)
+    return product_of(implementation, "forward")(x, q)
 
 
 def _forward(
@@ -59,41 +69,36 @@ def _forward(
     return _matmul(implementation, x, q), q
 
 
-def _backward(implementation: str, q: QTensor | QLayer, g: jax.Array) -> tuple[jax.Array, None]:
+def backward(implementation: str, q: QTensor | QLayer, g: jax.Array) -> tuple[jax.Array, None]:
+    """Returns g @ W.T [..., K] in g's dtype, and None: W has no gradient."""
     if isinstance(q, QLayer):
         # One cut for both passes would be a copy of the codes; this one is fused with its use.
         q = dataclasses.replace(q, layer=jax.lax.optimization_barrier(q.layer))
-    return _product(implementation, "backward")(g, q), None
+    return product_of(implementation, "backward")(g, q), None
 
 
-_matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, backward)
 
 
-def _of_any(kernel: Fused | None, function: Callable[..., jax.Array]) -> Product:
-    """Returns the function for any form of weight: what it does not read is made plain before.
-
-    Args:
-      kernel: facts of the function's implementation; None for xla.
-      function: takes x and the weight.
-    """
-
-    def product(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
-        if kernel is None:
-            return function(x, cut(q))
-        known = (q.stack if isinstance(q, QLayer) else q).scales.dtype.name in kernel.scales
-        if not known:
-            return function(x, with_plain_scales(cut(q)))
-        return function(x, q if kernel.stacks else cut(q))
-
-    return product
+def readable(kernel: Fused | None, q: QTensor | QLayer) -> QTensor | QLayer:
+    """Returns the weight in a form that an implementation takes; None is xla, which takes one."""
+    if kernel is None:
+        return cut(q)
+    if kind(q)[-1].name not in kernel.scales:
+        return with_plain_scales(cut(q))
+    return q if kernel.stacks else cut(q)
 
 
 @functools.cache
-def _product(implementation: str, direction: str) -> Product:
+def product_of(implementation: str, direction: str) -> Product:
+    """Returns an implementation's forward or backward for every weight, size and `vmap`."""
     kernel = FUSED.get(implementation)
-    function = _of_any(kernel, getattr(module_of(implementation), direction))
-    if kernel is not None:
-        function = parts.divided(function)
+    plain = getattr(module_of(implementation), direction)
+
+    def whole(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
+        return plain(x, readable(kernel, q))
+
+    function = whole if kernel is None else parts.divided(whole)
     product = custom_vmap(function)
 
     @product.def_vmap

@@ -46,6 +46,8 @@ class Fused(NamedTuple):
       scales: formats of block scales (`quant.scales.SCALES`) that it decodes; others are decoded to
         float32 before it.
       stacks: whether it takes a matrix out of its stack by itself (`quant.QLayer`).
+      together: the rows of x for which its module multiplies several weights in one launch, by
+        `several(x, qs)`.
       target: how the target of its custom call begins, in a compiled program.
       tile: (rows, dtype of x, contracted features, resulting features, direction, the GPU's
         compute capability) to the rows and columns of the result that one block computes.
@@ -56,6 +58,7 @@ class Fused(NamedTuple):
     dtypes: tuple[str, ...]
     scales: tuple[str, ...]
     stacks: bool
+    together: range
     target: str
     tile: Callable[[int, DTypeLike, int, int, str, Capability], tuple[int, int]]
 
@@ -73,6 +76,7 @@ FUSED: Mapping[str, Fused] = {
         dtypes=("bfloat16", "float16"),
         scales=(PLAIN, DOUBLE),
         stacks=True,
+        together=range(1, 17),  # more rows fill a GPU by themselves
         target="mosaic_gpu",
         tile=mosaic_tiles.block,
     ),
@@ -82,6 +86,7 @@ FUSED: Mapping[str, Fused] = {
         dtypes=("bfloat16", "float16", "float32"),
         scales=(PLAIN, DOUBLE),
         stacks=False,
+        together=range(0),
         target="__gpu$xla.gpu.triton",
         tile=triton_tiles.block,
     ),

@@ -7,11 +7,13 @@ frozen. A [in, r] and B [r, out] are trained; scale is alpha / r. B starts at ze
 x @ W + bias. In 4 bits W is decoded for the product and again for the gradient, never kept.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.kernels import dense, kept, matmul
+from qlora_jax.kernels import dense, kept, matmul, matmul_many
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.init.fresh import init_adapter
 from qlora_jax.lora.spec import SCALINGS, AdapterSpec
@@ -75,9 +77,20 @@ class LoraLinear(nnx.Module):
         linear.adapter = nnx.data(adapter)
         return linear
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Returns y [..., out] in x's dtype, for x [..., in]; one layer. Dropout needs a key."""
-        multiply = self.multiply
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None = None, known: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns y [..., out] in x's dtype; one layer.
+
+        Args:
+          x: [..., in].
+          key: for dropout; None drops nothing.
+          known: x @ W [..., out], where it has been computed.
+        """
+
+        def multiply(other: jax.Array) -> jax.Array:
+            return known if known is not None and other is x else self.multiply(other)
+
         y = multiply(x) if self.adapter is None else self.adapter.product(x, multiply, key)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype)
@@ -100,6 +113,28 @@ class LoraLinear(nnx.Module):
           dtype: dtype of the result.
         """
         return merged(self.weight.get_value()[layer], self.adapter, *layer, dtype=dtype)
+
+
+def side_by_side(
+    linears: Sequence[LoraLinear], x: jax.Array, keys: Sequence[jax.Array | None]
+) -> list[jax.Array]:
+    """Returns linear(x, key) for each; their products with 4-bit weights are one where they can be.
+
+    Args:
+      linears: linears of one layer, with one input.
+      x: [..., in].
+      keys: for dropout, a key or None for each.
+    """
+    weights = [linear.weight.get_value() for linear in linears]
+    implementation, *others = {linear.implementation for linear in linears}
+    if (
+        len(linears) == 1
+        or others
+        or not all(isinstance(weight, QTensor | QLayer) for weight in weights)
+    ):
+        return [linear(x, key) for linear, key in zip(linears, keys)]
+    products = matmul_many(x, weights, implementation)
+    return [linear(x, key, y) for linear, key, y in zip(linears, keys, products)]
 
 
 def merged(

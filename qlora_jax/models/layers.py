@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.kernels.attention import attend
-from qlora_jax.lora.linear import LoraLinear
+from qlora_jax.lora.linear import LoraLinear, side_by_side
 from qlora_jax.lora.variables import Vector
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.inputs import KVCache, Own, Shared, Slots
@@ -35,8 +35,8 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 """By their names in config.json; `config.ACTIVATIONS` are its keys."""
 
 
-Linear = Callable[[str, jax.Array], jax.Array]
-"""(path of a linear, its input) to its output."""
+Products = Callable[..., list[jax.Array]]
+"""An input and the paths of linears to its products with each of them."""
 
 MLP_BYTES = 2**28
 """What one array inside the MLP takes at most: with fewer rows, decoding the weights once more for
@@ -127,13 +127,13 @@ class Layer(nnx.Module):
           x, and the keys and values [B, T, kv_heads, head_dim] to write to the cache, if any.
         """
         config, names = self.config, self.config.names
-        linear = self._linear(own.key)
+        products = self._products(own.key)
 
         def norm(path: str, x: jax.Array) -> jax.Array:
             return getattr(self, _attribute(path))(x)
 
         h = norm(names.attention_norm, x) if config.pre_norms else x
-        q, k, v = self._heads(h, linear)
+        q, k, v = self._heads(h, products)
         if (turns := own.turns(shared)) is not None:
             q, k = rotate(q, *turns), rotate(k, *turns)
         new = None
@@ -147,7 +147,7 @@ class Layer(nnx.Module):
             softcap=softcap,
             implementation=self.attention,
         )
-        y = linear(names.o_proj, out)
+        (y,) = products(out, names.o_proj)
         if config.post_norms:
             y = norm(names.attention_post_norm, y)
         if config.parallel_residual:
@@ -158,29 +158,36 @@ class Layer(nnx.Module):
             y = norm(names.mlp_post_norm, y)
         return x + y, new
 
-    def _linear(self, key: jax.Array | None) -> Linear:
-        """Returns what multiplies by the linear of a path; each has a key of its own."""
+    def _products(self, key: jax.Array | None) -> Products:
+        """Returns what multiplies by linears; each has a key of its own."""
         paths = list(linears(self.config))
         keys = (
             dict.fromkeys(paths)
             if key is None
             else dict(zip(paths, jax.random.split(key, len(paths))))
         )
-        return lambda path, x: getattr(self, _attribute(path))(x, keys[path])
 
-    def _heads(self, h: jax.Array, linear: Linear) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def products(x: jax.Array, *paths: str) -> list[jax.Array]:
+            found = [getattr(self, _attribute(path)) for path in paths]
+            return side_by_side(found, x, [keys[path] for path in paths])
+
+        return products
+
+    def _heads(self, h: jax.Array, products: Products) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values [B, T, heads, head_dim] before their rotation."""
         config, names = self.config, self.config.names
         head = (*h.shape[:2], -1, config.head_dim)
         if config.fused_qkv == "interleaved":
-            qkv = linear(names.qkv_proj, h).reshape(*h.shape[:2], -1, 3, config.head_dim)
+            (qkv,) = products(h, names.qkv_proj)
+            qkv = qkv.reshape(*h.shape[:2], -1, 3, config.head_dim)
             q, k, v = (qkv[..., i, :] for i in range(3))
         elif config.fused_qkv:
             query = config.num_heads * config.head_dim
             ends = query, query + config.num_kv_heads * config.head_dim
-            q, k, v = jnp.split(linear(names.qkv_proj, h), ends, axis=-1)
+            (qkv,) = products(h, names.qkv_proj)
+            q, k, v = jnp.split(qkv, ends, axis=-1)
         else:
-            q, k, v = (linear(path, h) for path in (names.q_proj, names.k_proj, names.v_proj))
+            q, k, v = products(h, names.q_proj, names.k_proj, names.v_proj)
         if config.qk_norm == "head":
             q, k = q.reshape(head), k.reshape(head)
         if config.qk_norm:
@@ -195,28 +202,32 @@ class Layer(nnx.Module):
         batch, length, width = h.shape
         parts = mlp_parts(batch, length, self.config.intermediate_size * h.dtype.itemsize)
         if parts == 1:
-            return self._mlp_part(h, self._linear(key))
+            return self._mlp_part(h, self._products(key))
 
         def part(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
             h, i = xs
             own = None if key is None else jax.random.fold_in(key, i)
-            return self._mlp_part(h, self._linear(own))
+            return self._mlp_part(h, self._products(own))
 
         split = jnp.moveaxis(h.reshape(batch, parts, length // parts, width), 1, 0)
         part = jax.checkpoint(part) if recompute else part
         y = jax.lax.map(part, (split, jnp.arange(parts)))
         return jnp.moveaxis(y, 0, 1).reshape(h.shape)
 
-    def _mlp_part(self, h: jax.Array, linear: Linear) -> jax.Array:
+    def _mlp_part(self, h: jax.Array, products: Products) -> jax.Array:
         config, names = self.config, self.config.names
         act = ACTIVATIONS[config.activation]
         if config.fused_gate_up:
-            gate, up = jnp.split(linear(names.gate_up_proj, h), 2, axis=-1)
-            return linear(names.down_proj, act(gate) * up)
-        if config.gated:
-            gate = linear(names.gate_proj, h)
-            return linear(names.down_proj, act(gate) * linear(names.up_proj, h))
-        return linear(names.down_proj, act(linear(names.up_proj, h)))
+            (both,) = products(h, names.gate_up_proj)
+            gate, up = jnp.split(both, 2, axis=-1)
+            inside = act(gate) * up
+        elif config.gated:
+            gate, up = products(h, names.gate_proj, names.up_proj)
+            inside = act(gate) * up
+        else:
+            (up,) = products(h, names.up_proj)
+            inside = act(up)
+        return products(inside, names.down_proj)[0]
 
 
 def mlp_parts(batch: int, length: int, row_bytes: int) -> int:

@@ -1,5 +1,7 @@
 """The Mosaic GPU kernels: in Pallas' interpreter, and their device code's plan of registers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.kernels import matmul
+from qlora_jax.kernels import matmul, matmul_many
 from qlora_jax.quant import CODEBOOKS, QLayer, quantize
 from qlora_jax.runtime.errors import UserError
 
@@ -154,6 +156,40 @@ def test_a_matrix_of_a_stack_is_that_matrix_alone(interpreted, n: int) -> None:
         ours = both(x, QLayer(stack, jnp.int32(i)))
         for a, b in zip(ours, both(x, stack[i])):
             np.testing.assert_array_equal(wide(a), wide(b))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("columns", [(64, 64), (128, 72, 64)])
+def test_several_weights_are_those_alone(interpreted, columns) -> None:
+    random = np.random.default_rng(0)
+    k = 4096 if len(columns) == 2 else 256  # two parts of the contraction each, and one
+    stacks = [quantize(random.normal(size=(2, k, n)).astype(np.float32)) for n in columns]
+    qs = [QLayer(stack, jnp.int32(1)) for stack in stacks]
+    x = jnp.asarray(random.normal(size=(3, k)), jnp.bfloat16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(products, x, qs):
+        ys, pull = jax.vjp(lambda x: products(x, qs, "mosaic"), x)
+        return ys, pull(ys)[0]
+
+    def alone(x, qs, implementation):
+        return [matmul(x, q, implementation) for q in qs]
+
+    text = str(jax.make_jaxpr(lambda x: matmul_many(x, qs, "mosaic"))(x))
+    assert text.count("mpmd_map[") == 1 or text.count("core_map[") == 1
+    ours, theirs = both(matmul_many, x, qs), both(alone, x, qs)
+    for y, expected in zip((*ours[0], ours[1]), (*theirs[0], theirs[1]), strict=True):
+        np.testing.assert_array_equal(wide(y), wide(expected))
+
+
+@needs_mosaic
+def test_several_weights_under_vmap(interpreted) -> None:
+    random = np.random.default_rng(0)
+    qs = [quantize(random.normal(size=(64, n)).astype(np.float32)) for n in (64, 128)]
+    xs = jnp.asarray(random.normal(size=(2, 3, 64)), jnp.bfloat16)
+    mapped = jax.vmap(lambda x: matmul_many(x, qs, "mosaic"))(xs)
+    for y, q in zip(mapped, qs):
+        assert_product(y, xs, rounded_weight(q, ml_dtypes.bfloat16), "bfloat16")
 
 
 @needs_mosaic

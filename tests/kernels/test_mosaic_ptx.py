@@ -70,7 +70,7 @@ def test_compiled_kernel_finds_its_matrix_in_a_stack(m, k, n, double_quant, dire
     ]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
     x = jnp.asarray(random.normal(size=(m, k if direction == "forward" else n)), jnp.bfloat16)
-    y = emulated(getattr(mosaic, direction), x, QLayer(stack, jnp.int32(2)))
+    y = np.asarray(emulated(getattr(mosaic, direction), x, QLayer(stack, jnp.int32(2))))
     assert_product(y, x, matrices[2], direction)
 
 
@@ -85,38 +85,51 @@ def assert_product(y: np.ndarray, x: jax.Array, q: QTensor, direction: str) -> N
     assert np.all(np.abs(y.astype(np.float64) - exact) <= allowed * (1 + 1e-6))
 
 
-def emulated(product, x: jax.Array, q: QTensor | QLayer) -> np.ndarray:
+@pytest.mark.parametrize("columns", [(64, 64), (128, 64, 192)])
+def test_compiled_kernel_of_several_weights(columns) -> None:
+    """Two weights in two parts each, and three that differ in columns, equal to those alone."""
+    k = 4096 if len(columns) == 2 else 512
+    random = np.random.default_rng(k)
+    qs = [quantize(random.normal(size=(k, n)).astype(np.float32)) for n in columns]
+    x = jnp.asarray(random.normal(size=(3, k)), jnp.bfloat16)
+    ys = emulated(mosaic.several, x, qs)
+    assert [y.shape for y in ys] == [(3, n) for n in columns]
+    for y, q in zip(ys, qs):
+        assert_product(np.asarray(y), x, q, "forward")
+        np.testing.assert_array_equal(y, emulated(mosaic.forward, x, q))
+
+
+def emulated(product, x: jax.Array, q):
     """The product with the kernel's part done by the emulator."""
-    kernel, operands, outer = captured(product, x, q)
-    (compiled,) = ptx_compile.kernels(functools.partial(kernel, outer=outer), *operands).values()
-    left, layer, codes, codebook, scales = operands
-    codes = codes.reshape(-1, codes.shape[2])
-    out = np.full((kernel.splits * left.shape[0], outer), np.nan, kernel.out_dtype)
-    compiled.run(*(np.array(a) for a in (left, layer, codes, codebook, *scales)), out)
-    parts = jnp.asarray(out).reshape(kernel.splits, -1, outer)
-    return np.asarray(replayed(product, x, q, parts))
+    kernels, left, weights = captured(product, x, q)
+    launch = functools.partial(mosaic.launch, kernels)
+    (compiled,) = ptx_compile.kernels(launch, left, weights).values()
+    shapes = [(kernel.splits, left.shape[0], kernel.outer) for kernel in kernels]
+    outs = [
+        np.full((s * m, n), np.nan, kernel.out_dtype) for kernel, (s, m, n) in zip(kernels, shapes)
+    ]
+    compiled.run(*(np.array(a) for a in jax.tree.leaves((left, weights))), *outs)
+    parts = [jnp.asarray(out).reshape(shape) for out, shape in zip(outs, shapes)]
+    return jax.tree.map(np.asarray, launched(product, x, q, lambda *_: parts))
 
 
-def captured(product, x: jax.Array, q: QTensor | QLayer) -> tuple[mosaic.Kernel, tuple, int]:
-    """The kernel of a product and what it is called with."""
+def captured(product, x: jax.Array, q) -> tuple:
+    """What the product's launch is called with."""
     calls = []
 
-    def called(kernel, *operands):
-        calls.append((kernel, operands[:-1], operands[-1]))
-        return jnp.zeros((kernel.splits, operands[0].shape[0], operands[-1]), operands[0].dtype)
+    def called(kernels, left, weights):
+        calls.append((kernels, left, weights))
+        return [jnp.zeros((k.splits, left.shape[0], k.outer), left.dtype) for k in kernels]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic.Kernel, "__call__", called)
-        patch.setattr(mosaic.utils, "_infer_arch", lambda: (8, 0))
-        product(x, q)
+    launched(product, x, q, called)
     (call,) = calls
     return call
 
 
-def replayed(product, x: jax.Array, q: QTensor | QLayer, result: jax.Array) -> jax.Array:
-    """The product, given its kernel's result."""
+def launched(product, x: jax.Array, q, launch):
+    """The product for an sm_80, with another function for its launch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic.Kernel, "__call__", lambda *_: result)
+        patch.setattr(mosaic, "launch", launch)
         patch.setattr(mosaic.utils, "_infer_arch", lambda: (8, 0))
         return product(x, q)
 

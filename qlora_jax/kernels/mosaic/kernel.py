@@ -9,8 +9,9 @@ product.
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ if jax.__version_info__ < (0, 11):
         "take triton or xla"
     )
 
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -48,35 +50,43 @@ REF, SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
 def forward(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
     """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
-    return _product(x, q, transposed=False)
+    return _products(x, [q], transposed=False)[0]
 
 
 def backward(g: jax.Array, q: QTensor | QLayer) -> jax.Array:
     """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
-    return _product(g, q, transposed=True)
+    return _products(g, [q], transposed=True)[0]
 
 
-def _product(left: jax.Array, q: QTensor | QLayer, transposed: bool) -> jax.Array:
+def several(x: jax.Array, qs: Sequence[QTensor | QLayer]) -> list[jax.Array]:
+    """Returns what `forward` gives for each weight, to the bit, from one launch.
+
+    Args:
+      x: [..., K].
+      qs: weights with one K, block size and format of scales. Where they need different tiles,
+        there is a launch for each.
+    """
+    return _products(x, qs, transposed=False)
+
+
+def _products(left: jax.Array, qs: Sequence[QTensor | QLayer], transposed: bool) -> list[jax.Array]:
     if left.dtype not in DTYPES:
         raise UserError(
             f"implementation mosaic computes in {' or '.join(DTYPES)}, not {left.dtype}; "
             "set model.compute_dtype, or take triton or xla"
         )
-    lead, features = left.shape[:-1], q.shape[0 if transposed else 1]
+    lead, features = left.shape[:-1], [q.shape[0 if transposed else 1] for q in qs]
     if 0 in left.shape:
-        return jnp.zeros((*lead, features), left.dtype)
+        return [jnp.zeros((*lead, n), left.dtype) for n in features]
     rows = left.reshape(math.prod(lead), -1)
-    weight, layer = _stack(q)
-    k, n = 2 * weight.codes.shape[1], weight.codes.shape[2]
-    inner, outer = (n, k) if transposed else (k, n)
-    tile = tile_for(rows.shape[0], inner, outer, utils._infer_arch())
-    padded = _pad(rows, _up(rows.shape[0], tile.m), inner)
-    operand = Operand(tile.c, tile.o, transposed, weight.block_size, tile.form)
-    splits = split_count(tile, rows.shape[0], inner, outer)
-    kernel = Kernel(tile, operand, left.dtype, inner // tile.c, weight.nested_block, splits)
-    y = kernel(padded, layer, weight.codes, weight.codebook, _scales_of(weight), outer)
-    y = y.sum(0).astype(left.dtype) if splits > 1 else y[0]
-    return y[: rows.shape[0], :features].reshape(*lead, features)
+    stacks, places = zip(*map(_stack, qs))
+    kernels = [_kernel(rows, stack, transposed) for stack in stacks]
+    if len({kernel.tile for kernel in kernels}) > 1:
+        return [y for q in qs for y in _products(left, [q], transposed)]
+    padded = _pad(rows, _up(rows.shape[0], kernels[0].tile.m), kernels[0].inner)
+    found = launch(kernels, padded, list(map(_weight, stacks, places)))
+    sums = [y.sum(0).astype(left.dtype) if y.shape[0] > 1 else y[0] for y in found]
+    return [y[: rows.shape[0], :n].reshape(*lead, n) for y, n in zip(sums, features)]
 
 
 def _stack(q: QTensor | QLayer) -> tuple[QTensor, jax.Array]:
@@ -90,22 +100,97 @@ def _stack(q: QTensor | QLayer) -> tuple[QTensor, jax.Array]:
     return jax.tree.map(lambda leaf: leaf[None], alone), jnp.zeros(1, jnp.int32)
 
 
-def _scales_of(stack: QTensor) -> tuple[jax.Array, ...]:
-    """Returns the arrays that a kernel makes scales from."""
-    if stack.nested is None or stack.offset is None:
-        return (stack.scales,)
-    return stack.scales, stack.nested, stack.offset, jnp.asarray(dynamic_map())
+def _kernel(rows: jax.Array, stack: QTensor, transposed: bool) -> "Kernel":
+    k, n = 2 * stack.codes.shape[1], stack.codes.shape[2]
+    inner, outer = (n, k) if transposed else (k, n)
+    tile = tile_for(rows.shape[0], inner, outer, utils._infer_arch())
+    operand = Operand(tile.c, tile.o, transposed, stack.block_size, tile.form)
+    splits = split_count(tile, rows.shape[0], inner, outer)
+    return Kernel(tile, operand, rows.dtype, inner, outer, stack.nested_block, splits)
+
+
+class Weight(NamedTuple):
+    """What a kernel takes of a weight: the arrays of its stack, and its place there.
+
+    Attributes:
+      layer: int32[1], the place.
+      codes: uint8[L * Kp / 2, N].
+      codebook: float32[L, 16].
+      scales: [L, nb, N], and with double quantization nested [L, ...], offset [L], dynamic map.
+    """
+
+    layer: jax.Array
+    codes: jax.Array
+    codebook: jax.Array
+    scales: tuple[jax.Array, ...]
+
+
+def _weight(stack: QTensor, layer: jax.Array) -> Weight:
+    scales: tuple[jax.Array, ...] = (stack.scales,)
+    if stack.nested is not None and stack.offset is not None:
+        scales = stack.scales, stack.nested, stack.offset, jnp.asarray(dynamic_map())
+    codes = stack.codes.reshape(-1, stack.codes.shape[2])
+    return Weight(layer, codes, stack.codebook, scales)
+
+
+def launch(
+    kernels: Sequence["Kernel"], left: jax.Array, weights: Sequence[Weight]
+) -> list[jax.Array]:
+    """left [M, C] @ each weight [C, outer], in one launch.
+
+    Args:
+      kernels: for each weight; with one tile, operand and dtype.
+      left: [M, C], M a multiple of the tile's.
+      weights: the right operands.
+
+    Returns:
+      For each [splits, M, outer], parts of a sum in float32; one part is in the kernel's dtype.
+    """
+    first, rows = kernels[0], left.shape[0]
+    leaves, tree = jax.tree.flatten(list(weights))
+    ends = list(itertools.accumulate(kernel.blocks for kernel in kernels))
+    count = len(weights[0].scales)
+
+    def block(left: Any, *references: Any) -> None:
+        own = jax.tree.unflatten(tree, references[: len(leaves)])
+        outs = references[len(leaves) : len(leaves) + len(kernels)]
+        scratch = references[len(leaves) + len(kernels) :]
+        m, b = lax.axis_index("m"), lax.axis_index("b")
+        for kernel, weight, out, end in zip(kernels, own, outs, ends):
+            begin = end - kernel.blocks
+            run = functools.partial(kernel.block, left, weight, out, scratch, m, b - begin)
+            if len(kernels) == 1:
+                run()
+            else:
+                pl.when((b >= begin) & (b < end))(run)
+
+    call = plgpu.kernel(
+        block,
+        out_type=[
+            jax.ShapeDtypeStruct((kernel.splits * rows, kernel.outer), kernel.out_dtype)
+            for kernel in kernels
+        ],
+        grid=(rows // first.tile.m, ends[-1]),
+        grid_names=("m", "b"),
+        scratch_types=[
+            plgpu.SMEM(fragments.TABLE, jnp.int32),
+            plgpu.SMEM((2, *first.operand.scale_shape), first.scale_dtype),
+            plgpu.SMEM(aside_shape(first.operand, count), jnp.int32),
+        ],
+    )
+    found = call(left, *leaves)
+    return [y.reshape(kernel.splits, rows, kernel.outer) for kernel, y in zip(kernels, found)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One compiled form: everything about a product but its data and its number of tiles.
+    """One compiled form: everything about a product but its data and its number of rows.
 
     Attributes:
       tile: a block's share.
       operand: the right operand of a step.
       dtype: of the left operand and of the result.
-      steps: along the contraction.
+      inner, outer: contraction and output features, multiples of the tile's.
       nested_block: scales per nested scale.
       splits: into how many parts the contraction is divided, each a block's (split-K).
     """
@@ -113,47 +198,25 @@ class Kernel:
     tile: Tile
     operand: Operand
     dtype: Any
-    steps: int
+    inner: int
+    outer: int
     nested_block: int
     splits: int = 1
 
-    def __call__(
-        self,
-        left: jax.Array,
-        layer: jax.Array,
-        codes: jax.Array,
-        codebook: jax.Array,
-        scales: tuple[jax.Array, ...],
-        outer: int,
-    ) -> jax.Array:
-        """left [M, C] @ the weight [C, outer]; M and outer are multiples of the tile's.
+    @property
+    def steps(self) -> int:
+        """Steps along the contraction."""
+        return self.inner // self.tile.c
 
-        Args:
-          left: [M, C].
-          layer: int32[1], the weight's place in its stack.
-          codes, codebook: the stack's, [L, ...].
-          scales: likewise those of the blocks and, with double quantization, nested, offset [L]
-            and the dynamic map, which has no L.
-          outer: output features.
+    @property
+    def blocks(self) -> int:
+        """Blocks for each tile of rows."""
+        return self.outer // self.tile.o * self.splits
 
-        Returns:
-          [splits, M, outer], parts of a sum in float32; one part is in dtype.
-        """
-        tile, pairs = self.tile, self.operand.scale_shape
-        tiles = left.shape[0] // tile.m
-        call = plgpu.kernel(
-            functools.partial(self._block, len(scales), tiles),
-            out_type=jax.ShapeDtypeStruct((self.splits * left.shape[0], outer), self.out_dtype),
-            grid=(tiles, outer // tile.o, self.splits),
-            grid_names=("m", "o", "s"),
-            scratch_types=[
-                plgpu.SMEM(fragments.TABLE, jnp.int32),
-                plgpu.SMEM((2, *pairs), self.dtype if self.operand.transposed else jnp.int32),
-                plgpu.SMEM(aside_shape(self.operand, len(scales)), jnp.int32),
-            ],
-        )
-        y = call(left, layer, codes.reshape(-1, codes.shape[2]), codebook, *scales)
-        return y.reshape(self.splits, *left.shape[:1], outer)
+    @property
+    def scale_dtype(self) -> Any:
+        """Dtype of the scales in shared memory; see `Operand.scale_shape`."""
+        return self.dtype if self.operand.transposed else jnp.int32
 
     @property
     def out_dtype(self) -> Any:
@@ -178,14 +241,16 @@ class Kernel:
         shape = (warps * self.tile.m, self.tile.o)
         return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
 
-    def _block(
-        self, count: int, tiles: int, left: Any, layer: Any, codes: Any, codebook: Any, *rest: Any
+    def block(
+        self, left: Any, weight: Weight, out: Any, scratch: Sequence[Any], m: Any, b: Any
     ) -> None:
-        scales, (out, table, slots, aside) = rest[:count], rest[count:]
-        tile, acc = self.tile, self.accumulator
-        m, o, s = (lax.axis_index(name) for name in ("m", "o", "s"))
+        """Writes what block b of tile m of rows computes; all but m and b are references."""
+        _, codes, codebook, scales = weight
+        table, slots, aside = scratch
+        tile, acc, count = self.tile, self.accumulator, len(scales)
+        o, s = (b, 0) if self.splits == 1 else (b // self.splits, b % self.splits)
         first, steps = self._steps_of(s)
-        layer = layer[0]
+        layer = weight.layer[0]
         before = layer * (codes.shape[0] // codebook.shape[0] // self.operand.codes_shape[0])
         prepare, multiply, finish = device_code(self, count)
 
@@ -211,9 +276,10 @@ class Kernel:
             max_concurrent_steps=tile.stages,
             init_carry=plgpu.layout_cast(jnp.zeros(acc.shape, jnp.float32), acc.layout),
         )
+        tiles = out.shape[0] // self.splits // tile.m
         finish(pipeline(left, codes), table, out, s * tiles + m, o)
 
-    def _steps_of(self, split: jax.Array) -> tuple[Any, Any]:
+    def _steps_of(self, split: Any) -> tuple[Any, Any]:
         """The first step of a part of the contraction, and how many it has."""
         if self.splits == 1:
             return 0, self.steps
