@@ -62,14 +62,23 @@ def _one_row(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
     part = _slice_length(w.shape[contracted])
     parts = range(w.shape[contracted] // part)
     wide = x.reshape(-1, part).astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
     if contracted:
-        slices = w.reshape(w.shape[0], -1, part)
-        terms = [slices[:, i] * wide[i] for i in parts]
+        slices = bits.reshape(w.shape[0], -1, part)
+        terms = [_float32(slices[:, i]) * wide[i] for i in parts]
     else:
-        slices = w.reshape(-1, part, w.shape[1])
-        terms = [slices[i] * wide[i, :, None] for i in parts]
+        slices = bits.reshape(-1, part, w.shape[1])
+        terms = [_float32(slices[i]) * wide[i, :, None] for i in parts]
     total = functools.reduce(jnp.add, terms)
     return _dot(jnp.ones((*x.shape[:-1], part), jnp.float32), total, contracted)
+
+
+def _float32(bits: jax.Array) -> jax.Array:
+    """The float32 values of bfloat16 numbers given as uint16.
+
+    XLA:CPU vectorizes this better than its own conversion, which takes half as long again.
+    """
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def _slice_length(features: int) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qlora_jax.kernels.dense import product
 from qlora_jax.quant import QTensor, dequantize
-from qlora_jax.quant.qtensor import GROUP, block_scales, decode, group_scales
+from qlora_jax.quant.qtensor import GROUP, block_scales, group_scales, selected
 
 HALF = GROUP // 2
 ROWS_FUSED = 8
@@ -38,18 +38,21 @@ def _one_row(x: jax.Array, q: QTensor) -> jax.Array:
 
     One elementwise expression over [group, row, n] sums `ROWS_FUSED` rows of each half and
     scales the sum; XLA:CPU vectorizes it along n and divides it among threads. What is left to
-    add up is a product with ones, which unlike a sum is not fused into it and kept scalar.
+    add up is a product with ones, which unlike a sum is not fused into it and kept scalar. A byte is
+    widened once for both of its codes, whose bits are tested where they are.
     """
     n = q.codes.shape[-1]
     flat = jnp.pad(x.reshape(-1), (0, 2 * q.codes.shape[0] - q.in_features)).astype(jnp.float32)
     rows = flat.reshape(-1, 2, ROWS_FUSED, HALF // ROWS_FUSED, 1)
-    codes = q.codes.reshape(-1, ROWS_FUSED, HALF // ROWS_FUSED, n)
+    pairs = q.codes.reshape(-1, ROWS_FUSED, HALF // ROWS_FUSED, n)
     scales = group_scales(block_scales(q), q)
-    total = jnp.float32(0)
+    halves = []
     for half in range(2):
-        nibbles = codes >> 4 if half else codes & 15
-        terms = [decode(nibbles[:, i], q.codebook) * rows[:, half, i] for i in range(ROWS_FUSED)]
-        total += functools.reduce(jnp.add, terms) * scales[:, half % scales.shape[1]]
-    total = total.reshape(-1, n)
+        terms = [
+            selected(pairs[:, i].astype(jnp.int32), q.codebook, 4 * half) * rows[:, half, i]
+            for i in range(ROWS_FUSED)
+        ]
+        halves.append(functools.reduce(jnp.add, terms) * scales[:, half % scales.shape[1]])
+    total = (halves[0] + halves[1]).reshape(-1, n)
     y = product(jnp.ones((1, total.shape[0]), jnp.float32), total, 0)
     return y.astype(x.dtype).reshape(*x.shape[:-1], n)

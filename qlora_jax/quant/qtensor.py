@@ -211,14 +211,26 @@ def decode(indices: jax.Array, codebook: jax.Array) -> jax.Array:
     Returns:
       float32 of the shape of `indices`.
     """
-    return jax.lax.platform_dependent(indices, codebook, cpu=_selected, default=_looked_up)
+    return jax.lax.platform_dependent(indices, codebook, cpu=selected, default=_looked_up)
 
 
-def _selected(indices: jax.Array, codebook: jax.Array) -> jax.Array:
+def selected(indices: jax.Array, codebook: jax.Array, shift: int = 0) -> jax.Array:
+    """codebook[..., indices >> shift & 15], by selections alone.
+
+    Args:
+      indices: of any integer dtype, with the codebook's leading axes.
+      codebook: float32[..., 16].
+      shift: the lowest of the four bits.
+
+    Returns:
+      float32 of the shape of `indices`.
+    """
     axes = (*codebook.shape[:-1], *[1] * (indices.ndim - codebook.ndim + 1))
     values = [codebook[..., i].reshape(axes) for i in range(16)]
-    for bit in range(4):
-        is_set = indices & (1 << bit) != 0
+    for bit in range(shift, shift + 4):
+        # Not `!= 0`: XLA of jax 0.10 gives a constant of many uses to the loop as an argument, and
+        # the compiler then does not know that this tests one bit.
+        is_set = indices & (1 << bit) > (1 << bit) - 1
         values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2])]
     return values[0]
 
