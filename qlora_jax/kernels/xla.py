@@ -38,8 +38,8 @@ def _one_row(x: jax.Array, q: QTensor) -> jax.Array:
 
     One elementwise expression over [group, row, n] sums `ROWS_FUSED` rows of each half and
     scales the sum; XLA:CPU vectorizes it along n and divides it among threads. What is left to
-    add up is a product with ones, which unlike a sum is not fused into it and kept scalar. A byte is
-    widened once for both of its codes, whose bits are tested where they are.
+    add up is a product with ones, which unlike a sum is not fused into it and kept scalar. A byte
+    is widened once for both of its codes, whose bits are tested where they are.
     """
     n = q.codes.shape[-1]
     flat = jnp.pad(x.reshape(-1), (0, 2 * q.codes.shape[0] - q.in_features)).astype(jnp.float32)
