@@ -114,19 +114,15 @@ class Decoder(nnx.Module):
         """
         x, shared, own = self.begin(tokens, segments, positions, dtype, key)
         for place, run in enumerate(self.runs):
-            graph, weights = nnx.split(run)
-            weights, stacks = stack.apart(weights)
+            layer_at, weights = _layers(run)
 
-            def body(
-                x: jax.Array, xs: Any, graph: nnx.GraphDef = graph, stacks: Any = stacks
-            ) -> tuple[jax.Array, None]:
-                weights, at, own = xs
-                layer = nnx.merge(graph, stack.joined(weights, stacks, at))
+            def body(x: jax.Array, xs: Any, layer_at: Any = layer_at) -> tuple[jax.Array, None]:
+                weights, own = xs
+                layer = layer_at(weights)
                 x = checkpoint_name(x, INPUT)
                 return layer(x, shared, own, recompute=remat in WHOLE_LAYERS)[0], None
 
-            xs = weights, jnp.arange(run_length(run)), self.part(own, place)
-            x, _ = jax.lax.scan(REMAT[remat](body), x, xs)
+            x, _ = jax.lax.scan(REMAT[remat](body), x, (weights, self.part(own, place)))
         return self.norm(x)
 
     def begin(
@@ -163,18 +159,13 @@ class Decoder(nnx.Module):
         everything = own_inputs(self.config, None), cache
         written = []
         for place, run in enumerate(self.runs):
-            graph, weights = nnx.split(run)
-            weights, stacks = stack.apart(weights)
+            layer_at, weights = _layers(run)
 
-            def body(
-                x: jax.Array, xs: Any, graph: nnx.GraphDef = graph, stacks: Any = stacks
-            ) -> tuple[jax.Array, Any]:
-                weights, at, (own, slots) = xs
-                layer = nnx.merge(graph, stack.joined(weights, stacks, at))
-                return layer(x, shared, own, Slots(slots, positions))
+            def body(x: jax.Array, xs: Any, layer_at: Any = layer_at) -> tuple[jax.Array, Any]:
+                weights, (own, slots) = xs
+                return layer_at(weights)(x, shared, own, Slots(slots, positions))
 
-            xs = weights, jnp.arange(run_length(run)), self.part(everything, place)
-            x, new = jax.lax.scan(body, x, xs)
+            x, new = jax.lax.scan(body, x, (weights, self.part(everything, place)))
             written.append(new)
         # All layers' tokens at once: a cache that each layer writes is copied by each layer.
         rows = jnp.arange(tokens.shape[0])[:, None], positions
@@ -253,6 +244,21 @@ class Decoder(nnx.Module):
 
     def _starts(self) -> list[int]:
         return [0, *np.cumsum([run_length(run) for run in self.runs])][:-1]
+
+
+def _layers(run: Layer) -> tuple[Callable[[Any], Layer], Any]:
+    """Returns what makes a layer of one slice of a tree, and that tree of stacks.
+
+    QTensors are not in it: a layer has the whole stack and its place there (`quant.QLayer`).
+    """
+    graph, weights = nnx.split(run)
+    rest, stacks = stack.apart(weights)
+
+    def layer_at(one: Any) -> Layer:
+        rest, place = one
+        return nnx.merge(graph, stack.joined(rest, stacks, place))
+
+    return layer_at, (rest, jnp.arange(run_length(run)))
 
 
 def run_length(run: Layer) -> int:

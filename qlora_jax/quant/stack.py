@@ -78,5 +78,17 @@ def joined(rest: Any, stacks: Any, layer: jax.Array) -> Any:
     return jax.tree.map(one, rest, stacks, is_leaf=lambda x: x is None)
 
 
+def layer_of(stacks: Any, layer: jax.Array) -> Any:
+    """Returns one layer of a tree of stacks, each QTensor as a `QLayer` and the rest cut out.
+
+    Args:
+      stacks: arrays and QTensors [L, ...].
+      layer: int32 scalar.
+    """
+    rest, whole = apart(stacks)
+    cut_out = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), rest)
+    return joined(cut_out, whole, layer)
+
+
 def _is_q(x: Any) -> bool:
     return isinstance(x, QTensor)

@@ -20,7 +20,7 @@ from flax import nnx
 
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.trees import TRAINED
-from qlora_jax.quant import stack
+from qlora_jax.quant.stack import layer_of
 from qlora_jax.train import units
 from qlora_jax.train.offload import Placement
 from qlora_jax.train.step import (
@@ -295,15 +295,14 @@ def _enter(recipe, trees, model, batch, key):
 def _layer(recipe, trees, place, model, index, x, shared, own):
     decoder = _decoder(recipe, trees, model)
     graph, weights = nnx.split(decoder.runs[place])
-    own = _at(decoder.part(own, place), index)
-    return nnx.merge(graph, _layer_of(weights, index))(x, shared, own)[0]
+    weights, own = layer_of((weights, decoder.part(own, place)), index)
+    return nnx.merge(graph, weights)(x, shared, own)[0]
 
 
 def _backward(recipe, trees, place, model, index, x, g, shared, own):
     decoder = _decoder(recipe, trees, model)
     graph, *states = nnx.split(decoder.runs[place], TRAINED[recipe.method], ...)
-    trained, frozen = (_layer_of(state, index) for state in states)
-    own = _at(decoder.part(own, place), index)
+    (trained, frozen), own = layer_of((states, decoder.part(own, place)), index)
 
     def layer(trained: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graph, trained, frozen)(x, shared, own, recompute=True)[0]
@@ -343,16 +342,6 @@ def _with_outer(trees: Trees, model: Model, outer: Leaves) -> Model:
     for place, leaf in zip(_outer(trees, model), outer):
         leaves[place] = leaf
     return Model(leaves, model.frozen)
-
-
-def _layer_of(weights: Any, index: jax.Array) -> Any:
-    """Returns one layer of a run's weights; those in 4 bits stay in their stack."""
-    rest, stacks = stack.apart(weights)
-    return stack.joined(_at(rest, index), stacks, index)
-
-
-def _at(stacks: Any, index: jax.Array) -> Any:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stacks)
 
 
 def _zeros(single: bool, leaves: Leaves) -> list[jax.Array]:
