@@ -10,6 +10,9 @@ FLOATS = ("bf16", "f16", "f32", "f64")
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota")
 """Operations that move nothing."""
 
+CONTROL = ("while", "conditional", "call", "custom-call", "async-start", "async-done")
+"""Operations that only run others."""
+
 WITHIN = ("fusion", "reduce", "map", "sort", "scatter", "reduce-window", "all-reduce")
 """Operations whose called computations have no buffers of their own."""
 
@@ -80,6 +83,50 @@ def operations(hlo: str) -> list[Operation]:
         for line in entry
         if line.opcode not in FREE
     ]
+
+
+class Pass(NamedTuple):
+    """An operation that reads or writes large arrays and multiplies no matrices.
+
+    Attributes:
+      name: as in the HLO.
+      arrays: number of large ones that it reads and writes.
+      origin: JAX's name of what it computes.
+    """
+
+    name: str
+    arrays: int
+    origin: str
+
+
+def passes(hlo: str, least: int) -> list[Pass]:
+    """Returns the work on large arrays that is no product.
+
+    Operations of loops count once, custom calls (kernels) do not count.
+
+    Args:
+      hlo: of any program.
+      least: bytes from which on an array is large.
+    """
+    every = list(lines(hlo))
+    within = {line.called() for line in every if line.opcode in WITHIN}
+    multiplying = {line.computation for line in every if line.opcode == "dot"}
+    large = {(line.computation, line.name): _large(line.shape, least) for line in every}
+    found = []
+    for line in every:
+        if line.computation in within or line.opcode in (*FREE, *CONTROL):
+            continue
+        if _is_product(line) or line.called() in multiplying:
+            continue
+        names = (line.name, *line.operands)
+        if arrays := sum(large.get((line.computation, name), 0) for name in names):
+            origin = re.search(r'op_name="([^"]*)"', line.rest)
+            found.append(Pass(line.name, arrays, origin[1] if origin else ""))
+    return found
+
+
+def _large(shape: str, least: int) -> int:
+    return sum(_bytes(f"{dtype}[{dims}]") >= least for dtype, dims in _arrays(shape))
 
 
 def weight_shaped(

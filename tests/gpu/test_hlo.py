@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.gpu.hlo import operations, products_of, weight_shaped
+from qlora_jax.gpu.hlo import operations, passes, products_of, weight_shaped
 
 HLO = """HloModule m
 
@@ -99,3 +99,11 @@ def test_a_product_compiled_here() -> None:
     assert text is not None
     assert len(products_of(text, "f32")) == 1
     assert products_of(text, "bf16") == []
+
+
+def test_passes_over_large_arrays_are_counted_without_products_and_kernels() -> None:
+    found = passes(LOOP, 96)
+    assert [(p.name, p.arrays) for p in found] == [("turned", 1), ("x", 2)]
+    assert passes(LOOP, 97)[0].name == "x"
+    assert passes(HLO, 16)[0].origin == "a(b)"
+    assert "gemm_fusion" not in [p.name for p in passes(HLO, 16)]
