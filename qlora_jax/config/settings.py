@@ -62,6 +62,9 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but products with weights, or whole layers;
     host: whole layers, whose inputs wait in pinned host memory. Attention scores always. auto: the
     first of dots, full and host with which the plan says that the device is large enough."""
+    layer_inputs: Literal["exact", "int8"] = "exact"
+    """How the layers' inputs wait for the backward pass with remat full and host: as they are, or
+    in bitsandbytes' 8 bits in blocks of 256: half the memory, and gradients that are close only."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

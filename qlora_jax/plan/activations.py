@@ -17,6 +17,7 @@ from qlora_jax.models.families import HEAD
 from qlora_jax.models.layers import ACTIVATIONS, mlp_parts
 from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import by_layer
+from qlora_jax.quant.dynamic8 import BLOCK
 from qlora_jax.train.loss import COLUMNS, ROWS
 from qlora_jax.train.offload import memory_of
 
@@ -92,6 +93,8 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
     )
     remat = memory_of(run).remat
     kept = KEPT[remat]
+    if run.model.layer_inputs == "int8" and kept is _input:
+        kept = _input_in_8_bits
     # where ropes differ, a layer's angles are its own
     inside = model.num_layers * (remat == "none")
     ropes = len(by_layer(model)[0])
@@ -140,6 +143,10 @@ def _products(step: _Step) -> int:
 
 def _input(step: _Step) -> int:
     return step.width * step.hidden
+
+
+def _input_in_8_bits(step: _Step) -> int:
+    return step.hidden + FLOAT32 * step.hidden // BLOCK
 
 
 KEPT = {"none": _everything, "dots": _products, "full": _input, "host": _input}

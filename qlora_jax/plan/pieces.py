@@ -78,12 +78,16 @@ def _by_layer(
 
     x, shared, own = jax.eval_shape(entered, leaves, rows, key)
     away = program.recipe.remat == "host"
-    waiting = nbytes(x) * len(layers)
-    inputs, host = (min(ON_THE_WAY * nbytes(x), waiting), waiting) if away else (waiting, 0)
+    packed = nbytes(jax.eval_shape(parts.pack, x))
+    waiting = packed * len(layers)
+    inputs, host = (min(ON_THE_WAY * packed, waiting), waiting) if away else (waiting, 0)
     if program.direct is None:
         alive += nbytes(gradients(trained, micro))
     alive += nbytes((shared, own)) + inputs
     yield Piece("loss", top, (leaves, x, rows, key, number), (1,), alive + nbytes(x), host)
+    if packed != nbytes(x):
+        yield Piece("a layer's input in 8 bits", parts.pack, (x,), (), alive + 2 * nbytes(x), host)
+        alive += nbytes(x)  # the layer's input is unpacked beside what waits
     alive += nbytes((x, jax.eval_shape(top, leaves, x, rows, key, number)[2]))
     # a layer's forward pass holds nothing that its backward pass does not hold
     for place in dict.fromkeys(place for place, _ in layers):

@@ -79,6 +79,7 @@ def program_of(config: Config, graph: nnx.GraphDef, memory: Memory | None = None
         remat=memory.remat,
         clip_norm=config.optimizer.clip_norm,
         method=config.method,
+        layer_inputs=config.model.layer_inputs,
         moments=memory.moments,
     )
 

@@ -20,6 +20,7 @@ from flax import nnx
 
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.trees import TRAINED
+from qlora_jax.quant.dynamic8 import decode, encode
 from qlora_jax.quant.stack import layer_of
 from qlora_jax.train import units
 from qlora_jax.train.offload import Placement
@@ -82,6 +83,8 @@ class Layered(NamedTuple):
       zeros: (trees, leaves) to sums of gradients, one for each trained leaf.
       add: (sums, gradients, index) to the sums; donates them.
       finish: (sums, loss sum, count, scale) to the gradients and figures; donates the sums.
+      pack: a layer's input to what waits in its place.
+      unpack: the way back.
       squares: (squared norm, gradients) to the squared norm of both, and whether it is finite.
     """
 
@@ -94,11 +97,17 @@ class Layered(NamedTuple):
     zeros: Callable[..., Any]
     add: Callable[..., Any]
     finish: Callable[..., Any]
+    pack: Callable[[jax.Array], Any]
+    unpack: Callable[[Any], jax.Array]
     squares: Callable[..., Any]
 
 
 def compiled(recipe: Recipe) -> Layered:
     """Compiles the parts lazily."""
+    pack, unpack = _same, _same
+    if recipe.layer_inputs == "int8":
+        pack = jax.jit(lambda x: encode(wide(x)))
+        unpack = jax.jit(lambda packed: decode(packed).astype(recipe.compute_dtype))
     return Layered(
         begin=jax.jit(factor_of),
         enter=jax.jit(partial(_enter, recipe), static_argnums=0),
@@ -109,6 +118,8 @@ def compiled(recipe: Recipe) -> Layered:
         zeros=jax.jit(_zeros, static_argnums=0),
         add=jax.jit(_add, donate_argnums=0),
         finish=jax.jit(partial(_finish, recipe), donate_argnums=0),
+        pack=pack,
+        unpack=unpack,
         squares=jax.jit(_squares),
     )
 
@@ -242,7 +253,7 @@ def walk(
     waiting = []
     for place, index in layers:
         y = parts.forward(trees, place, model, np.int32(index), x, shared, own)
-        waiting.append(inputs.store(x))
+        waiting.append(inputs.store(parts.pack(x)))
         x = y
         if len(waiting) > 1:
             inputs.wait(waiting[-2])
@@ -251,6 +262,7 @@ def walk(
     ahead = inputs.fetch(waiting.pop())
     for place, index in reversed(layers):
         x, ahead = ahead, inputs.fetch(waiting.pop()) if waiting else None
+        x = parts.unpack(x)
         g, grads = parts.backward(trees, place, model, np.int32(index), x, g, shared, own)
         if place in groups:
             use(groups[place], index, grads)
@@ -279,6 +291,10 @@ def _first_units(way: Walk) -> dict[int | None, int]:
     """Returns the index of each group's first unit among those of all groups."""
     starts = itertools.accumulate((group.units for group in way.groups.values()), initial=0)
     return dict(zip(way.groups, starts))
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def _decoder(recipe: Recipe, trees: Trees, model: Model) -> Decoder:

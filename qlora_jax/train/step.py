@@ -72,6 +72,7 @@ class Recipe:
       remat: a key of `decoder.REMAT`.
       clip_norm: largest global gradient norm; 0 does not clip.
       method: a key of `trees.TRAINED`.
+      layer_inputs: how the layers' inputs wait for the backward pass: exact, or int8.
     """
 
     graph: nnx.GraphDef
@@ -79,6 +80,7 @@ class Recipe:
     remat: str
     clip_norm: float
     method: str
+    layer_inputs: str = "exact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,7 @@ def build(
     remat: str,
     clip_norm: float,
     method: str,
+    layer_inputs: str = "exact",
     moments: Placement = ON_DEVICE,
 ) -> Program:
     """Compiles lazily; see `Program`.
@@ -156,10 +159,11 @@ def build(
       remat: a key of `decoder.REMAT`.
       clip_norm: largest global gradient norm; 0 does not clip.
       method: a key of `trees.TRAINED`.
+      layer_inputs: how the layers' inputs wait; the gradient in one program has no use for it.
       moments: where the optimizer's state lives.
     """
     dtype = jnp.dtype(compute_dtype)
-    recipe = Recipe(graph, dtype, remat, clip_norm, method)
+    recipe = Recipe(graph, dtype, remat, clip_norm, method, layer_inputs)
     # each program gets a function of its own, so that jax counts what is compiled for it alone
     unit = jax.jit(partial(update_unit, optimizer), static_argnums=0, donate_argnums=(1, 4))
     counted = jax.jit(partial(count, dtype == jnp.float16), donate_argnums=0)

@@ -1,5 +1,7 @@
 """The step a layer at a time is the step in one program."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +103,18 @@ def test_a_gradient_that_is_not_finite_is_told(trainer, make_batch):
     moved = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), t.moved())
     _, figures = both(t)[1].direct(t.start(moved), t.frozen, make_batch(), None)
     assert not figures.finite
+
+
+@pytest.mark.slow
+def test_inputs_in_8_bits_leave_the_loss_alone_and_the_gradients_close(trainer, make_batch):
+    t = trainer(remat="full")
+    place = PLACEMENTS["host"]
+    recipe = dataclasses.replace(t.program.recipe, layer_inputs="int8")
+    packed = layered.of(dataclasses.replace(t.program, recipe=recipe), place, place, True)
+    arguments = t.start(t.moved()), t.frozen, make_batch(), None
+    grads, figures = packed.gradient(*arguments)
+    exact, expected = both(t)[1].gradient(*arguments)
+    assert float(figures.loss) == float(expected.loss)
+    leaves, others = jax.tree.leaves(grads), jax.tree.leaves(exact)
+    apart = np.sqrt(sum(float(((a - b) ** 2).sum()) for a, b in zip(leaves, others)))
+    assert 0 < apart < 0.02 * float(expected.norm)
