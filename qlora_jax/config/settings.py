@@ -213,6 +213,9 @@ class OptimizerConfig:
     """Decoupled, on matrices only."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    norm_first: bool = False
+    """With remat full or host, one micro-batch and no float16: find the norm in a backward pass of
+    its own, so that each layer is updated in a second one and no other layer's gradients exist."""
     lora_plus_ratio: PositiveFloat = 1.0
     """LoRA+: B's learning rate is this multiple of A's."""
     moments: Literal["float32", "bfloat16", "int8"] = "float32"

@@ -83,6 +83,8 @@ def _by_layer(
     inputs, host = (min(ON_THE_WAY * packed, waiting), waiting) if away else (waiting, 0)
     if program.direct is None:
         alive += nbytes(gradients(trained, micro))
+    elif program.recipe.clip_norm:
+        alive += nbytes(x)  # the gradient of the last layer's output, for the second way down
     alive += nbytes((shared, own)) + inputs
     yield Piece("loss", top, (leaves, x, rows, key, number), (1,), alive + nbytes(x), host)
     if packed != nbytes(x):

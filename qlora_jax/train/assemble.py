@@ -87,11 +87,12 @@ def program_of(config: Config, graph: nnx.GraphDef, memory: Memory | None = None
 def updates_at_once(config: Config) -> bool:
     """Whether a layer can be updated before the gradients of all are known.
 
-    Nothing waits for them: no clipping, no further micro-batch, no loss scale at which a whole
-    step may have to be undone.
+    Nothing waits for them: no clipping by a norm that is not known yet, no further micro-batch, no
+    loss scale at which a whole step may have to be undone.
     """
     several = config.train.gradient_accumulation > 1
-    return not (config.optimizer.clip_norm or several or scales_loss(config))
+    waits = config.optimizer.clip_norm > 0 and not config.optimizer.norm_first
+    return not (waits or several or scales_loss(config))
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:

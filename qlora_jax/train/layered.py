@@ -34,6 +34,7 @@ from qlora_jax.train.step import (
     figures_of,
     gradient_dtype,
     loss_of,
+    shrink_of,
     wide,
 )
 
@@ -86,6 +87,8 @@ class Layered(NamedTuple):
       pack: a layer's input to what waits in its place.
       unpack: the way back.
       squares: (squared norm, gradients) to the squared norm of both, and whether it is finite.
+      shrink: squared norm to the factor by which gradients are clipped.
+      scaled: (gradients, factor) to their products; donates the gradients.
     """
 
     begin: Callable[..., Any]
@@ -100,6 +103,8 @@ class Layered(NamedTuple):
     pack: Callable[[jax.Array], Any]
     unpack: Callable[[Any], jax.Array]
     squares: Callable[..., Any]
+    shrink: Callable[..., Any]
+    scaled: Callable[..., Any]
 
 
 def compiled(recipe: Recipe) -> Layered:
@@ -121,6 +126,8 @@ def compiled(recipe: Recipe) -> Layered:
         pack=pack,
         unpack=unpack,
         squares=jax.jit(_squares),
+        shrink=jax.jit(lambda square: shrink_of(recipe.clip_norm, jnp.sqrt(square))),
+        scaled=jax.jit(_scaled, donate_argnums=0),
     )
 
 
@@ -170,7 +177,9 @@ def gradient(
 
     for step, own in enumerate(keys):
         rows = {name: x[step] for name, x in batch.items()}
-        total += walk(parts, inputs, way, model, rows, own, factor, add)
+        up = ascend(parts, inputs, way, model, rows, own, factor)
+        descend(parts, inputs, way, model, rows, up, add)
+        total += up.total
     grads, figures = parts.finish(sums, total, count, state.scale)
     return jax.tree.unflatten(way.trees.trained, grads), figures
 
@@ -187,6 +196,8 @@ def step(
 ) -> tuple[State, Figures]:
     """Updates each layer as soon as its gradients are there: `Program.direct`.
 
+    Where gradients are clipped, a first way down through the layers finds their norm.
+
     Args:
       parts: of `compiled`.
       inputs: where the layers' inputs wait.
@@ -199,11 +210,18 @@ def step(
     leaves, states = list(model.trained), list(state.optimizer)
     first = _first_units(way)
     square, on_way = jnp.float32(0), []
+    shrink, norm = None, None
+
+    def measure(_: units.Group, __: int, grads: Leaves) -> None:
+        nonlocal square
+        square, _finite = parts.squares(square, grads)
 
     def update(group: units.Group, index: int, grads: Leaves) -> None:
         nonlocal square
         place = first[group.run] + index
         square, finite = parts.squares(square, grads)
+        if shrink is not None:
+            grads = parts.scaled(grads, shrink)
         own = [leaves[p] for p in group.places]
         own_moments = moments.fetch(states[place])
         new, own_moments = program.unit(group, own, grads, np.int32(index), own_moments, finite)
@@ -216,14 +234,40 @@ def step(
 
     rows = {name: x[0] for name, x in batch.items()}
     key = None if key is None else jax.random.split(key, 1)[0]
-    total = walk(parts, inputs, way, Model(leaves, model.frozen), rows, key, factor, update)
-    figures = figures_of(total, count, jnp.sqrt(square))
+    model = Model(leaves, model.frozen)
+    up = ascend(parts, inputs, way, model, rows, key, factor)
+    if program.recipe.clip_norm:
+        again = up._replace(g=jnp.copy(up.g), waiting=list(up.waiting))
+        descend(parts, inputs, way, model, rows, again, measure)
+        shrink, norm = parts.shrink(square), jnp.sqrt(square)
+        square = jnp.float32(0)
+    descend(parts, inputs, way, model, rows, up, update)
+    figures = figures_of(up.total, count, jnp.sqrt(square) if norm is None else norm)
     counters = program.count((state.step, state.scale, state.finite_steps), figures.finite)
     trained = jax.tree.unflatten(way.trees.trained, leaves)
     return State(trained, tuple(states), *counters), figures
 
 
-def walk(
+class Ascent(NamedTuple):
+    """What the way up leaves for the way down.
+
+    Attributes:
+      total: the summed loss.
+      g: the gradient of the last layer's output.
+      outer: gradients of trained leaves outside the layers.
+      waiting: the layers' inputs, the first layer's first.
+      shared, own: what layers read beside them.
+    """
+
+    total: jax.Array
+    g: jax.Array
+    outer: Leaves
+    waiting: list[Any]
+    shared: Any
+    own: Any
+
+
+def ascend(
     parts: Layered,
     inputs: Placement,
     way: Walk,
@@ -231,9 +275,8 @@ def walk(
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
     factor: jax.Array,
-    use: Callable[[units.Group, int, Leaves], None],
-) -> jax.Array:
-    """Goes up through all layers and down again, as far as something is trained.
+) -> Ascent:
+    """Goes up through all layers and through the loss.
 
     Args:
       parts: of `compiled`.
@@ -242,34 +285,48 @@ def walk(
       batch: arrays [B, T].
       key: of dropout, or None.
       factor: on the loss that is differentiated.
-      use: gets each group's gradients, layer by layer, from the last to the first; it may replace
-        the trained leaves of the model that it gets gradients of.
-
-    Returns:
-      The summed loss.
     """
-    trees, groups, layers = way
-    x, shared, own = parts.enter(trees, model, batch, key)
-    waiting = []
-    for place, index in layers:
-        y = parts.forward(trees, place, model, np.int32(index), x, shared, own)
+    x, shared, own = parts.enter(way.trees, model, batch, key)
+    waiting: list[Any] = []
+    for place, index in way.layers:
+        y = parts.forward(way.trees, place, model, np.int32(index), x, shared, own)
         waiting.append(inputs.store(parts.pack(x)))
         x = y
         if len(waiting) > 1:
             inputs.wait(waiting[-2])
-    total, g, outer = parts.top(trees, model, x, batch, key, factor)
-    del x, y
+    total, g, outer = parts.top(way.trees, model, x, batch, key, factor)
+    return Ascent(total, g, outer, waiting, shared, own)
+
+
+def descend(
+    parts: Layered,
+    inputs: Placement,
+    way: Walk,
+    model: Model,
+    batch: Mapping[str, jax.Array],
+    up: Ascent,
+    use: Callable[[units.Group, int, Leaves], None],
+) -> None:
+    """Goes down through all layers; `up.g` is donated, and nothing is left of `up.waiting`.
+
+    Args:
+      parts, inputs, way, model, batch: as `ascend` takes them.
+      up: what it returned.
+      use: gets each group's gradients, layer by layer, from the last to the first; it may replace
+        the trained leaves of the model that it gets gradients of.
+    """
+    trees, groups, layers = way
+    g, waiting = up.g, up.waiting
     ahead = inputs.fetch(waiting.pop())
     for place, index in reversed(layers):
         x, ahead = ahead, inputs.fetch(waiting.pop()) if waiting else None
-        x = parts.unpack(x)
-        g, grads = parts.backward(trees, place, model, np.int32(index), x, g, shared, own)
+        x, beside = parts.unpack(x), (up.shared, up.own)
+        g, grads = parts.backward(trees, place, model, np.int32(index), x, g, *beside)
         if place in groups:
             use(groups[place], index, grads)
     if None in groups:
-        both = zip(outer, parts.bottom(trees, model, batch, g))
+        both = zip(up.outer, parts.bottom(trees, model, batch, g))
         use(groups[None], 0, [a + b for a, b in both])
-    return total
 
 
 def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, Model]:
@@ -381,3 +438,7 @@ def _finish(recipe, sums, total, count, scale):
 def _squares(square: jax.Array, grads: Leaves) -> tuple[jax.Array, jax.Array]:
     square += sum(jnp.sum(wide(g) ** 2) for g in grads)
     return square, jnp.isfinite(square)
+
+
+def _scaled(grads: Leaves, factor: jax.Array) -> list[jax.Array]:
+    return [(wide(g) * factor).astype(g.dtype) for g in grads]

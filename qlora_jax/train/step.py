@@ -277,12 +277,17 @@ def clipped(
     """
     squares = jnp.stack([jnp.sum(wide(g) ** 2) for g in jax.tree.leaves(grads)])
     norm = jnp.sqrt(squares.sum()) / scale
-    shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
+    shrink = shrink_of(clip_norm, norm) if clip_norm else 1.0
     grads = jax.tree.map(
         lambda g: (wide(g) * (shrink / scale)).astype(gradient_dtype(g.dtype)), grads
     )
     figures = figures_of(total, count, norm)
     return grads, figures._replace(finite_leaves=jnp.isfinite(squares))
+
+
+def shrink_of(clip_norm: float, norm: jax.Array) -> jax.Array:
+    """Returns the factor that makes gradients of this norm no larger than `clip_norm`."""
+    return jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
 
 
 def figures_of(total: jax.Array, count: jax.Array, norm: jax.Array) -> Figures:

@@ -54,17 +54,17 @@ def test_gradients_are_those_of_one_program(trainer, make_batch, settings):
 
 
 @pytest.mark.parametrize(
-    ("method", "home"),
+    ("method", "home", "clip"),
     [
-        ("lora", "host"),
-        pytest.param("lora", "device", marks=pytest.mark.slow),
-        pytest.param("full", "host", marks=pytest.mark.slow),
+        ("lora", "host", 0.01),
+        pytest.param("lora", "device", 0.0, marks=pytest.mark.slow),
+        pytest.param("full", "host", 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_layers_that_are_updated_at_once_are_those_of_two_programs(
-    trainer, make_batch, method, home
+    trainer, make_batch, method, home, clip
 ):
-    t = trainer(method, remat="full")
+    t = trainer(method, remat="full", clip=clip)
     whole, by_layer = both(t, home=home)
     assert by_layer.direct is not None
     state, other = t.start(t.moved()), t.start(t.moved())
@@ -94,7 +94,10 @@ def test_layers_that_are_updated_at_once_are_those_of_two_programs(
 def test_what_waits_for_all_gradients_is_not_updated_at_once(trainer, setting, value):
     config = configs.changed(trainer().config, {"optimizer.clip_norm": "0"})
     assert updates_at_once(config)
-    assert not updates_at_once(configs.changed(config, {setting: value}))
+    waits = configs.changed(config, {setting: value})
+    assert not updates_at_once(waits)
+    first = configs.changed(waits, {"optimizer.norm_first": "true"})
+    assert updates_at_once(first) == (setting == "optimizer.clip_norm")
 
 
 @pytest.mark.slow
