@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.tools import pages, program
+from qlora_jax import config as configs
 from qlora_jax.commands import plan as command
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.shapes import find
 from qlora_jax.plan import contrast
+from qlora_jax.plan.ledger import ledger, total
 from qlora_jax.plan.plan import planned
 from qlora_jax.runtime import gpu_memory
 from qlora_jax.runtime.atomic import write_text
@@ -85,9 +87,12 @@ def longest(context: Context) -> dict[str, Any]:
     config, model = command.of_model(context.model, settings), find(context.model)
     start = time.perf_counter()
     answer = planned(config, model, context.gpu, _say, ["sequence"], command.BEYOND)
+    found = answer["largest_sequence"]
+    at_it = configs.changed(config, {"data.sequence_length": str(found)})
     return {
         **context._asdict(),
-        "largest_sequence": answer["largest_sequence"],
+        "largest_sequence": found,
+        "host_gib": total(ledger(model, at_it), "host") / GIB,
         "seconds": time.perf_counter() - start,
     }
 
@@ -100,14 +105,14 @@ def contexts_table(rows: list[dict[str, Any]]) -> str:
     """The longest sequences as Markdown."""
     lines = [
         "| model, rank 32, one row | GPU | Unsloth says, tokens | target | longest, tokens "
-        "| plan took, s |",
-        "|---|---|---:|---:|---:|---:|",
+        "| host memory for it, GiB | plan took, s |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         met = "" if row["largest_sequence"] >= row["target"] else " (missed)"
         lines.append(
             f"| {row['model']} | {row['gpu']} | {row['said']:,} | {row['target']:,}"
-            f" | {row['largest_sequence']:,}{met} | {row['seconds']:.0f} |"
+            f" | {row['largest_sequence']:,}{met} | {row['host_gib']:.0f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 

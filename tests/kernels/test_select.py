@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax.kernels import matmul, select, triton, xla
+from qlora_jax.kernels.matmul import product_of
 from qlora_jax.kernels.target import compiling_for
 from qlora_jax.quant import quantize
 
@@ -15,14 +16,13 @@ A100, ADA, LATER = (8, 0), (8, 9), (12, 0)
 @pytest.fixture(params=["forward", "backward"])
 def broken(request, monkeypatch):
     """Triton's module with one direction off by a percent in a single row."""
-    matmul_module = __import__("qlora_jax.kernels.matmul", fromlist=["_product"])
     for direction in ("forward", "backward"):
         monkeypatch.setattr(triton, direction, getattr(xla, direction))
     right = getattr(xla, request.param)
     monkeypatch.setattr(triton, request.param, lambda x, q: right(x, q).at[0].multiply(1.2))
-    matmul_module._product.cache_clear()
+    product_of.cache_clear()
     yield
-    matmul_module._product.cache_clear()
+    product_of.cache_clear()
 
 
 def test_a_wrong_kernel_is_seen(broken) -> None:
@@ -32,7 +32,7 @@ def test_a_wrong_kernel_is_seen(broken) -> None:
 
 def test_not_a_number_is_wrong(monkeypatch, broken) -> None:
     monkeypatch.setattr(triton, "forward", lambda x, q: xla.forward(x, q) * jnp.nan)
-    __import__("qlora_jax.kernels.matmul", fromlist=["_product"])._product.cache_clear()
+    product_of.cache_clear()
     assert not select.agrees("triton", "float16")
 
 

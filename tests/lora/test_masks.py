@@ -65,7 +65,7 @@ def loss_of(graph: nnx.GraphDef, head: bool) -> Callable[[Any, Any], jax.Array]:
       graph: the model's structure.
       head: whether the head takes a gradient.
     """
-    recipe = Recipe(graph, jnp.dtype(jnp.bfloat16), "none", 0.0, head)
+    recipe = Recipe(graph, jnp.dtype(jnp.bfloat16), "none", 0.0, "full" if head else "qlora")
 
     def loss(some: Any, others: Any) -> jax.Array:
         total, count = loss_sum(recipe, some, others, BATCH, None, "none")

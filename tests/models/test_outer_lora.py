@@ -135,7 +135,7 @@ def test_gradients_are_those_of_whole_logits(models, kind):
         "segments": jnp.ones_like(tokens),
         "positions": jnp.broadcast_to(jnp.arange(24), tokens.shape),
     }
-    recipe = Recipe(graph, jnp.dtype("float32"), "none", 0.0, False)
+    recipe = Recipe(graph, jnp.dtype("float32"), "none", 0.0, "qlora")
 
     @jax.jit
     def ours(trained):
