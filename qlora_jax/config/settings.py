@@ -63,8 +63,8 @@ class ModelConfig:
     host: whole layers, whose inputs wait in pinned host memory. Attention scores always. auto: the
     first of dots, full and host with which the plan says that the device is large enough."""
     layer_inputs: Literal["exact", "int8"] = "exact"
-    """How the layers' inputs wait for the backward pass with remat full and host: as they are, or
-    in bitsandbytes' 8 bits in blocks of 256: half the memory, and gradients that are close only."""
+    """On a GPU, how the layers' inputs wait for the backward pass with remat full and host: as they
+    are, or in bitsandbytes' 8 bits in blocks of 256: half the memory, gradients that are close."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -214,8 +214,8 @@ class OptimizerConfig:
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 does not clip."""
     norm_first: bool = False
-    """With remat full or host, one micro-batch and no float16: find the norm in a backward pass of
-    its own, so that each layer is updated in a second one and no other layer's gradients exist."""
+    """On a GPU with remat full or host, one micro-batch and no float16: find the norm in a backward
+    pass of its own, so that a second one can update each layer as soon as it has its gradients."""
     lora_plus_ratio: PositiveFloat = 1.0
     """LoRA+: B's learning rate is this multiple of A's."""
     moments: Literal["float32", "bfloat16", "int8"] = "float32"

@@ -71,7 +71,7 @@ def abstract_step(config: Config, decoder: DecoderConfig, hardware: Hardware) ->
       UserError: settings that do not go together, or with the hardware.
     """
     model = abstract_model(config, decoder, choose_kernel(config, hardware))
-    training = assemble(config, model)
+    training = assemble(config, model, device=hardware)
     batch, key = abstract_batch(config), abstract_key(config)
     return step_of(training.program, training.state, training.frozen, batch, key)
 

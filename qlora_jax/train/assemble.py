@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from qlora_jax.config import Config
+from qlora_jax.kernels.target import Hardware, capability_of
 from qlora_jax.models.decoder import WHOLE_LAYERS, Decoder
 from qlora_jax.models.trees import Split
 from qlora_jax.train import layered
@@ -37,7 +38,9 @@ class Training(NamedTuple):
         return nnx.merge(self.graph, self.state.trained, self.frozen)
 
 
-def assemble(config: Config, parts: Split, memory: Memory | None = None) -> Training:
+def assemble(
+    config: Config, parts: Split, memory: Memory | None = None, device: Hardware | None = None
+) -> Training:
     """Builds the step that a config asks for, and the state before the first one.
 
     Args:
@@ -45,6 +48,7 @@ def assemble(config: Config, parts: Split, memory: Memory | None = None) -> Trai
       parts: the model, of arrays or of `jax.ShapeDtypeStruct`; the state is of the same, and no
         memory holds it.
       memory: what is kept, and where; None is what the config asks for.
+      device: where the step will run; None is the default device.
     """
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.trained))
     moments, remat = memory or memory_of(config)
@@ -57,7 +61,7 @@ def assemble(config: Config, parts: Split, memory: Memory | None = None) -> Trai
     )
     state = jax.eval_shape(first, parts.trained) if abstract else first(parts.trained)
     program = program_of(config, parts.graph, Memory(moments, remat))
-    if remat in WHOLE_LAYERS:
+    if remat in WHOLE_LAYERS and goes_by_layer(device or jax.devices()[0]):
         inputs = PLACEMENTS["host" if remat == "host" else "device"]
         program = layered.of(program, moments, inputs, updates_at_once(config))
     return Training(parts.graph, program, state, parts.frozen)
@@ -82,6 +86,15 @@ def program_of(config: Config, graph: nnx.GraphDef, memory: Memory | None = None
         layer_inputs=config.model.layer_inputs,
         moments=memory.moments,
     )
+
+
+def goes_by_layer(device: Hardware) -> bool:
+    """Whether whole layers that are recomputed are programs of their own on a device.
+
+    On a CPU one program is faster and takes no more memory: there a program's memory is made anew
+    in each call, and the host is the device.
+    """
+    return capability_of(device) is not None
 
 
 def updates_at_once(config: Config) -> bool:

@@ -46,8 +46,9 @@ def config(**more: str) -> Config:
     return changed(from_tree(tree, "test"), overrides)
 
 
-def abstract(run: Config) -> accounts.Step:
-    return accounts.abstract_step(run, open_folder(LLAMA).config, jax.devices("cpu")[0])
+def abstract(run: Config, gpu: str | None = None) -> accounts.Step:
+    device = read_gpu(gpu) if gpu else jax.devices("cpu")[0]
+    return accounts.abstract_step(run, open_folder(LLAMA).config, device)
 
 
 @pytest.mark.parametrize("folder", sorted(LLAMA.parent.glob("*/")), ids=lambda path: path.name)
@@ -105,7 +106,7 @@ def exact(parts) -> dict[str, int]:
 
 @pytest.mark.parametrize("remat", ["full", "host"])
 def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
-    step = abstract(config(model__remat=remat, optimizer__clip_norm="0"))
+    step = abstract(config(model__remat=remat, optimizer__clip_norm="0"), "a100")
     assert step.program.direct is not None
     layers = {piece.name: piece for piece in accounts.gradient_pieces(step)}
     backward = layers["backward of a layer"]
@@ -115,7 +116,7 @@ def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
     inputs = min(count, 3) if remat == "host" else count
     assert backward.alive == model + nbytes((shared, own, g)) + inputs * nbytes(x)
     assert backward.host == (count * nbytes(x) if remat == "host" else 0)
-    whole = abstract(config(model__remat=remat))
+    whole = abstract(config(model__remat=remat), "a100")
     assert whole.program.direct is None
     clipping = {piece.name: piece for piece in accounts.gradient_pieces(whole)}
     more = clipping["backward of a layer"].alive - backward.alive
@@ -126,7 +127,7 @@ def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
 def test_nothing_as_large_as_tokens_by_tokens_exists(remat: str) -> None:
     length = 2**15
     step = abstract(
-        config(data__sequence_length=str(length), train__batch_size="1", model__remat=remat)
+        config(data__sequence_length=str(length), train__batch_size="1", model__remat=remat), "a100"
     )
     for piece in accounts.gradient_pieces(step):
         made = compiled(piece.function, *piece.arguments, donate=piece.donate)

@@ -12,10 +12,12 @@ import pytest
 
 from qlora_jax.models.trees import flatten, sha256
 from qlora_jax.runtime.errors import RunFailed
+from qlora_jax.train import layered
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.interrupt import Stopped
 from qlora_jax.train.loop import MOST_SKIPPED, Progress, evaluate, loop, read_progress
 from qlora_jax.train.metrics import MetricsLog
+from qlora_jax.train.offload import ON_DEVICE
 from qlora_jax.train.optimizer import schedule
 
 pytestmark = pytest.mark.quick
@@ -170,6 +172,19 @@ def test_ten_steps_are_five_a_restart_and_five_to_the_bit(run, metrics):
     assert (resumed.tokens, resumed.skipped) == (counters.tokens, counters.skipped)
     for name in ("train/loss", "train/loss_scale", "train/epoch", "train/learning_rate"):
         assert metrics(name, "parts") == metrics(name, "whole")
+
+
+@pytest.mark.slow
+def test_steps_that_go_by_layer_are_resumed_to_the_bit(run, tmp_path, like):
+    def by_layer(t):
+        return layered.of(t.program, ON_DEVICE, ON_DEVICE, at_once=True)
+
+    whole, _ = run("whole", program=by_layer)
+    with pytest.raises(Stopped):
+        run(program=by_layer, save_every=0, at=(3, stop()))
+    assert Checkpoints(tmp_path / "run").latest() == 4
+    resumed, _ = run(program=by_layer, save_every=0)
+    assert sha256(resumed) == sha256(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
