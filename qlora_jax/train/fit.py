@@ -144,6 +144,7 @@ def fit(asked: Request, opened: Opened, begun: Begun) -> Fitted:
             counters,
             schedule(config.optimizer, config.train.step_count),
             moves=opened.memory.moments is not ON_DEVICE,
+            ahead=jax.default_backend() != "cpu",
         )
         steps, last = int(state.step), counters.choice.last
         if held_out and (last is None or last.step != steps):

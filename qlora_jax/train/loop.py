@@ -120,6 +120,7 @@ def loop(
     learning_rate: Callable[[int], Any],
     *,
     moves: bool = False,
+    ahead: bool = False,
 ) -> State:
     """Trains from `state` to the last step, or until the held-out loss falls no more.
 
@@ -128,6 +129,8 @@ def loop(
 
     Args:
       moves: whether moments come to the device and go back; that is reported then.
+      ahead: read a step's figures after the next one was asked for, so that the device need not
+        wait; not under a loss scale, which the next step depends on.
 
     Returns:
       The last state.
@@ -153,6 +156,7 @@ def loop(
         nbytes(state.optimizer),
     )
     with Requests() as requests, TrainDisplay(steps, start=step) as display:
+        late = ahead and not scales_loss(config)
         sent: _Sent | None = None
         start = time.perf_counter()
 
@@ -171,11 +175,10 @@ def loop(
         while not _is_over(config, counters, step):
             step += 1
             state, following = _send(around, state, step)
-            # read while the device works on the next one, except where that depends on it
             receive()
             sent = following
             looks = held_out and (step == steps or _due(train.eval_every, step))
-            if looks or scales_loss(config) or _saves(config, counters, step):
+            if not late or looks or _saves(config, counters, step):
                 receive()
             if looks:
                 found = look(program, state, frozen, held_out, log)

@@ -41,6 +41,7 @@ def run(tmp_path, trainer, make_loader, make_batch):
         held_out=None,
         rate=None,
         train=None,
+        ahead=False,
         **trains,
     ):
         t = trainer(**trains)
@@ -84,6 +85,7 @@ def run(tmp_path, trainer, make_loader, make_batch):
                 log,
                 counters,
                 learning_rate,
+                ahead=ahead,
             )
         checkpoints.close()
         return state, counters
@@ -182,19 +184,21 @@ def test_steps_that_go_by_layer_are_resumed_to_the_bit(run, tmp_path, like):
     whole, _ = run("whole", program=by_layer)
     with pytest.raises(Stopped):
         run(program=by_layer, save_every=0, at=(3, stop()))
-    assert Checkpoints(tmp_path / "run").latest() == 4
+    assert Checkpoints(tmp_path / "run").latest() == 3
     resumed, _ = run(program=by_layer, save_every=0)
     assert sha256(resumed) == sha256(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops_after_the_step_on_its_way(run, tmp_path, like, number):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_signal_saves_and_stops_after_the_step_on_its_way(run, tmp_path, like, number, ahead):
     whole, _ = run("whole", save_every=0)
-    # the third step's figures are read while the device computes the fourth
-    with pytest.raises(Stopped, match="after step 4") as e:
-        run(save_every=0, at=(3, stop(number)))
+    # ahead, the third step's figures are read while the device computes the fourth
+    last = 4 if ahead else 3
+    with pytest.raises(Stopped, match=f"after step {last}") as e:
+        run(save_every=0, at=(3, stop(number)), ahead=ahead)
     assert e.value.code == 128 + number
-    assert Checkpoints(tmp_path / "run").latest() == 4
+    assert Checkpoints(tmp_path / "run").latest() == last
     resumed, _ = run(save_every=0)
     assert sha256(resumed) == sha256(whole)
 
@@ -390,3 +394,10 @@ def test_counters_of_earlier_versions_are_read():
     assert read_progress(old | {"eval_before": None}).before is None
     again = read_progress(json.loads(json.dumps(dataclasses.asdict(found))))
     assert again == found
+
+
+def test_figures_that_are_read_ahead_are_those_of_their_steps(run, metrics):
+    states = [run(name, ahead=name == "ahead")[0] for name in ("now", "ahead")]
+    assert sha256(states[0]) == sha256(states[1])
+    for key in ("train/loss", "train/grad_norm", "train/epoch", "eval/loss"):
+        assert metrics(key, "ahead") == metrics(key, "now")
