@@ -81,7 +81,7 @@ class Layered(NamedTuple):
       backward: (trees, place, model, index, x, g, shared, own) to the gradient of x and those of
         the layer's trained leaves [1, ...]; donates g.
       bottom: (trees, model, batch, g) to the gradients of trained leaves outside the layers.
-      zeros: (trees, leaves) to sums of gradients, one for each trained leaf.
+      zeros: (whether there is one micro-batch, leaves) to sums of gradients, in the dtypes of such.
       add: (sums, gradients, index) to the sums; donates them.
       finish: (sums, loss sum, count, scale) to the gradients and figures; donates the sums.
       pack: a layer's input to what waits in its place.
