@@ -159,7 +159,7 @@ def planned_bytes(prepared: Prepared, gradient: Callable[..., Any], offload: str
 
     Args:
       prepared: the step.
-      gradient: of `compiled_gradient`.
+      gradient: what `compiled_gradient` returned.
       offload: where moments live.
     """
     whole = gradient if isinstance(gradient, jax.stages.Compiled) else None

@@ -105,7 +105,7 @@ def passes(hlo: str, least: int) -> list[Pass]:
     Operations of loops count once, custom calls (kernels) do not count.
 
     Args:
-      hlo: of any program.
+      hlo: text of any program.
       least: bytes from which on an array is large.
     """
     every = list(lines(hlo))
@@ -142,10 +142,10 @@ def weight_shaped(
     no buffer.
 
     Args:
-      hlo: of any program.
+      hlo: text of any program.
       shapes: [K, N] of the weights.
       layers: of a stack.
-      dtypes: what to look for, as in the HLO; a layer's codes are u8 of shape [K / 2, N].
+      dtypes: those to look for, named as in the HLO; a layer's codes are u8 of shape [K / 2, N].
 
     Returns:
       `name = shape` of each.
@@ -166,7 +166,7 @@ def products_of(hlo: str, dtype: str) -> list[str]:
     """Returns the matrix products, fused and the libraries', with an operand of a dtype.
 
     Args:
-      hlo: of any program.
+      hlo: text of any program.
       dtype: as in the HLO: f32.
     """
     all_lines = list(lines(hlo))

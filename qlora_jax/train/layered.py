@@ -16,36 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.trees import TRAINED
-from qlora_jax.quant.dynamic8 import decode, encode
-from qlora_jax.quant.stack import layer_of
 from qlora_jax.train import units
+from qlora_jax.train.layer_programs import Layered, Leaves, Model, Trees, compiled
 from qlora_jax.train.offload import Placement
-from qlora_jax.train.step import (
-    Figures,
-    Program,
-    Recipe,
-    State,
-    clipped,
-    factor_of,
-    figures_of,
-    gradient_dtype,
-    loss_of,
-    shrink_of,
-    wide,
-)
-
-Leaves = Sequence[jax.Array]
-
-
-class Trees(NamedTuple):
-    """How the two trees of a model are made of their leaves; hashable."""
-
-    trained: jax.tree_util.PyTreeDef
-    frozen: jax.tree_util.PyTreeDef
+from qlora_jax.train.step import Figures, Program, State, figures_of
 
 
 class Walk(NamedTuple):
@@ -60,75 +35,6 @@ class Walk(NamedTuple):
     trees: Trees
     groups: Mapping[int | None, units.Group]
     layers: Sequence[tuple[int, int]]
-
-
-class Model(NamedTuple):
-    """The leaves of a model's two trees: lists, which a program takes faster than `nnx.State`s."""
-
-    trained: Leaves
-    frozen: Leaves
-
-
-class Layered(NamedTuple):
-    """The compiled parts of a gradient. `trees` and `place`, the index of a run, are static.
-
-    Attributes:
-      begin: (scale, mask [k, B, T]) to the number of target tokens and the factor on the loss.
-      enter: (trees, model, batch, key) to the first layer's input, and what layers share and own.
-      forward: (trees, place, model, index in the run, x, shared, own) to the layer's output.
-      top: (trees, model, x, batch, key, factor) to the loss sum, the gradient of x, and those of
-        trained leaves outside the layers; donates x.
-      backward: (trees, place, model, index, x, g, shared, own) to the gradient of x and those of
-        the layer's trained leaves [1, ...]; donates g.
-      bottom: (trees, model, batch, g) to the gradients of trained leaves outside the layers.
-      zeros: (whether there is one micro-batch, leaves) to sums of gradients, in the dtypes of such.
-      add: (sums, gradients, index) to the sums; donates them.
-      finish: (sums, loss sum, count, scale) to the gradients and figures; donates the sums.
-      pack: a layer's input to what waits in its place.
-      unpack: the way back.
-      squares: (squared norm, gradients) to the squared norm of both, and whether it is finite.
-      shrink: squared norm to the factor by which gradients are clipped.
-      scaled: (gradients, factor) to their products; donates the gradients.
-    """
-
-    begin: Callable[..., Any]
-    enter: Callable[..., Any]
-    forward: Callable[..., Any]
-    top: Callable[..., Any]
-    backward: Callable[..., Any]
-    bottom: Callable[..., Any]
-    zeros: Callable[..., Any]
-    add: Callable[..., Any]
-    finish: Callable[..., Any]
-    pack: Callable[[jax.Array], Any]
-    unpack: Callable[[Any], jax.Array]
-    squares: Callable[..., Any]
-    shrink: Callable[..., Any]
-    scaled: Callable[..., Any]
-
-
-def compiled(recipe: Recipe) -> Layered:
-    """Compiles the parts lazily."""
-    pack, unpack = _same, _same
-    if recipe.layer_inputs == "int8":
-        pack = jax.jit(lambda x: encode(wide(x)))
-        unpack = jax.jit(lambda packed: decode(packed).astype(recipe.compute_dtype))
-    return Layered(
-        begin=jax.jit(factor_of),
-        enter=jax.jit(partial(_enter, recipe), static_argnums=0),
-        forward=jax.jit(partial(_layer, recipe), static_argnums=(0, 1)),
-        top=jax.jit(partial(_top, recipe), static_argnums=0, donate_argnums=2),
-        backward=jax.jit(partial(_backward, recipe), static_argnums=(0, 1), donate_argnums=5),
-        bottom=jax.jit(partial(_bottom, recipe), static_argnums=0),
-        zeros=jax.jit(_zeros, static_argnums=0),
-        add=jax.jit(_add, donate_argnums=0),
-        finish=jax.jit(partial(_finish, recipe), donate_argnums=0),
-        pack=pack,
-        unpack=unpack,
-        squares=jax.jit(_squares),
-        shrink=jax.jit(lambda square: shrink_of(recipe.clip_norm, jnp.sqrt(square))),
-        scaled=jax.jit(_scaled, donate_argnums=0),
-    )
 
 
 def of(program: Program, moments: Placement, inputs: Placement, at_once: bool) -> Program:
@@ -160,7 +66,7 @@ def gradient(
     """Computes the gradients of the trained tree, and figures: `Program.gradient`.
 
     Args:
-      parts: of `compiled`.
+      parts: from `compiled`.
       inputs: where the layers' inputs wait.
       state, frozen, batch, key: as `Program.gradient` takes them.
     """
@@ -199,7 +105,7 @@ def step(
     Where gradients are clipped, a first way down through the layers finds their norm.
 
     Args:
-      parts: of `compiled`.
+      parts: from `compiled`.
       inputs: where the layers' inputs wait.
       program: what updates a unit and counts a step.
       moments: where the optimizer's state lives.
@@ -279,9 +185,9 @@ def ascend(
     """Goes up through all layers and through the loss.
 
     Args:
-      parts: of `compiled`.
+      parts: from `compiled`.
       inputs: where the layers' inputs wait.
-      way, model: of `taken_apart`.
+      way, model: from `taken_apart`.
       batch: arrays [B, T].
       key: of dropout, or None.
       factor: on the loss that is differentiated.
@@ -348,97 +254,3 @@ def _first_units(way: Walk) -> dict[int | None, int]:
     """Returns the index of each group's first unit among those of all groups."""
     starts = itertools.accumulate((group.units for group in way.groups.values()), initial=0)
     return dict(zip(way.groups, starts))
-
-
-def _same(x: Any) -> Any:
-    return x
-
-
-def _decoder(recipe: Recipe, trees: Trees, model: Model) -> Decoder:
-    trained = jax.tree.unflatten(trees.trained, model.trained)
-    return nnx.merge(recipe.graph, trained, jax.tree.unflatten(trees.frozen, model.frozen))
-
-
-def _enter(recipe, trees, model, batch, key):
-    decoder = _decoder(recipe, trees, model)
-    tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
-    return decoder.begin(tokens, segments, positions, recipe.compute_dtype, key)
-
-
-def _layer(recipe, trees, place, model, index, x, shared, own):
-    decoder = _decoder(recipe, trees, model)
-    graph, weights = nnx.split(decoder.runs[place])
-    weights, own = layer_of((weights, decoder.part(own, place)), index)
-    return nnx.merge(graph, weights)(x, shared, own)[0]
-
-
-def _backward(recipe, trees, place, model, index, x, g, shared, own):
-    decoder = _decoder(recipe, trees, model)
-    graph, *states = nnx.split(decoder.runs[place], TRAINED[recipe.method], ...)
-    (trained, frozen), own = layer_of((states, decoder.part(own, place)), index)
-
-    def layer(trained: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(graph, trained, frozen)(x, shared, own, recompute=True)[0]
-
-    grads, g = jax.vjp(layer, trained, x)[1](g)
-    return g, [leaf[None] for leaf in jax.tree.leaves(grads)]
-
-
-def _top(recipe, trees, model, x, batch, key, factor):
-    def scaled(outer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        decoder = _decoder(recipe, trees, _with_outer(trees, model, outer))
-        total, _ = loss_of(recipe, decoder, decoder.norm(x), batch, key)
-        return total * factor, total
-
-    outer = [model.trained[p] for p in _outer(trees, model)]
-    (_, total), (grads, g) = jax.value_and_grad(scaled, (0, 1), has_aux=True)(outer, x)
-    return total, g, grads
-
-
-def _bottom(recipe, trees, model, batch, g):
-    def entered(outer: Any) -> jax.Array:
-        return _enter(recipe, trees, _with_outer(trees, model, outer), batch, None)[0]
-
-    outer = [model.trained[p] for p in _outer(trees, model)]
-    return jax.vjp(entered, outer)[1](g)[0]
-
-
-def _outer(trees: Trees, model: Model) -> list[int]:
-    """Returns the places of the trained leaves outside the layers."""
-    groups = units.groups(jax.tree.unflatten(trees.trained, model.trained))
-    return [place for group in groups if group.run is None for place in group.places]
-
-
-def _with_outer(trees: Trees, model: Model, outer: Leaves) -> Model:
-    """Returns the model with other trained leaves outside the layers."""
-    leaves = list(model.trained)
-    for place, leaf in zip(_outer(trees, model), outer):
-        leaves[place] = leaf
-    return Model(leaves, model.frozen)
-
-
-def _zeros(single: bool, leaves: Leaves) -> list[jax.Array]:
-    dtypes = [gradient_dtype(x.dtype) if single else jnp.dtype(jnp.float32) for x in leaves]
-    return [jnp.zeros(x.shape, dtype) for x, dtype in zip(leaves, dtypes)]
-
-
-def _add(sums: Leaves, grads: Leaves, index: jax.Array) -> list[jax.Array]:
-    def added(total: jax.Array, g: jax.Array) -> jax.Array:
-        old = jax.lax.dynamic_slice_in_dim(total, index, g.shape[0])
-        new = old + g.astype(total.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(total, new, index, 0)
-
-    return [added(total, g) for total, g in zip(sums, grads)]
-
-
-def _finish(recipe, sums, total, count, scale):
-    return clipped(recipe.clip_norm, sums, total, count, scale)
-
-
-def _squares(square: jax.Array, grads: Leaves) -> tuple[jax.Array, jax.Array]:
-    square += sum(jnp.sum(wide(g) ** 2) for g in grads)
-    return square, jnp.isfinite(square)
-
-
-def _scaled(grads: Leaves, factor: jax.Array) -> list[jax.Array]:
-    return [(wide(g) * factor).astype(g.dtype) for g in grads]

@@ -29,11 +29,11 @@ class Case(NamedTuple):
     """One row of packed sequences.
 
     Attributes:
-      tokens: of the row.
+      tokens: length of the row.
       document: tokens of each sequence in it; the last one may be shorter.
       window: keys that a query sees, at most.
       heads, kv_heads, size: the heads of queries and of keys, and their features.
-      dtype: of queries, keys and values.
+      dtype: the queries', keys' and values'.
       softcap: as `attend` takes it.
     """
 

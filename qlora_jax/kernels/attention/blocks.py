@@ -60,7 +60,7 @@ def blocks_for(capability: Capability | None, head_size: int) -> Blocks:
     """Returns the blocks for a head size on a GPU of this capability.
 
     Args:
-      capability: of the GPU; None, where kernels are interpreted, takes those of the oldest.
+      capability: the GPU's; None, where kernels are interpreted, stands for the oldest GPU.
       head_size: features of a head.
     """
     known = min(BLOCKS) if capability is None else max(c for c in BLOCKS if c <= capability)

@@ -21,7 +21,7 @@ UNSEEN = float(jnp.finfo(jnp.float32).min)
 
 
 class _Sums(NamedTuple):
-    """What a block of queries has seen, float32[B, H_kv, G, R, ...], G being H / H_kv."""
+    """Sums over the keys that a block of R queries has seen: float32[B, H_kv, H / H_kv, R, ...]."""
 
     highest: jax.Array
     """[..., 1], the largest score."""

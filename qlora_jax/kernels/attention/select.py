@@ -1,4 +1,4 @@
-"""Which implementation computes attention, and whether it is right on the device.
+"""Chooses the implementation of attention, and checks it on the device.
 
 To add one: its module, and its name in `IMPLEMENTATIONS` and `FUSED`.
 """
@@ -75,7 +75,7 @@ def pick(queries: int, head_size: int, dtype: DTypeLike) -> str:
     Args:
       queries: of one row.
       head_size: features of a head.
-      dtype: of queries, keys and values.
+      dtype: the queries', keys' and values'.
     """
     able = usable(compiled_for(), dtype, head_size)
     return next((name for name in able if queries >= FUSED[name].queries), PLAIN)
@@ -90,7 +90,7 @@ class Kind(NamedTuple):
     """The attention of one model.
 
     Attributes:
-      dtype: of queries, keys and values.
+      dtype: the queries', keys' and values'.
       head_size: features of a head.
       group: heads of queries for each head of keys.
       scale, softcap: as `attend` takes them.
