@@ -111,9 +111,9 @@ def test_memory_is_planned_as_fit_does(published: str, method: str, offload: str
     tree["model"]["remat"] = "full"
     config = configs.from_tree(tree, "test")
     abstract = accounts.abstract_step(config, shapes.SHAPES[published], jax.devices()[0])
-    gradient = accounts.gradient_account(abstract, fit.compiled)
+    gradients = accounts.gradient_accounts(abstract, fit.compiled)
     updates = accounts.update_accounts(abstract, fit.compiled)
-    _, programs = accounts.settle(abstract, offload, [gradient], updates, 0)
+    _, programs = accounts.settle(abstract, offload, gradients, updates, 0)
     expected = max(program.device for program in programs) / 2**20
     assert planned == pytest.approx(expected, rel=1e-3)  # four digits are reported
 
