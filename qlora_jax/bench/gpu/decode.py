@@ -14,6 +14,9 @@ from qlora_jax.bench.options import Generate
 UNFUSED = "--xla_gpu_enable_dynamic_slice_fusion=false"
 """Copies each layer's codes out of the stack before a kernel reads them."""
 
+ONE_GRAPH = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_command_buffer_unroll_loops=true"
+"""Makes one CUDA graph of a token. XLA makes one of a layer, and the host turns the loop."""
+
 KINDS = {
     "decode": ("tokens/s", "decode"),
     "prefill": ("ms", "prefill"),
@@ -38,6 +41,7 @@ CASES: Mapping[str, Sequence[Case]] = {
         Case("7B, 1 row, xla", dataclasses.replace(SEVEN, kernel="xla")),
         Case("7B, 16 rows", dataclasses.replace(SEVEN, rows=16)),
         Case("7B, 1 row, codes copied out of the stack", SEVEN, UNFUSED),
+        Case("7B, 1 row, a CUDA graph a token", SEVEN, ONE_GRAPH),
     ),
     REHEARSAL: (
         Case("135M, 2 rows", Generate("smollm2-135m", prompt=4, tokens=3, samples=1, rows=2)),

@@ -32,9 +32,13 @@ class Program(NamedTuple):
 
 
 def as_options(flags: str) -> dict[str, bool | int]:
-    """Returns flags for XLA, `--name=VALUE` of true, false or an integer, as compiler options."""
+    """Returns flags for XLA, `--name=VALUE`, as compiler options.
+
+    `VALUE` is true, false or an integer. A flag that adds to a list, `--name=+VALUE`, is left out:
+    an option would replace the list.
+    """
     pairs = (flag.removeprefix("--").split("=") for flag in flags.split())
-    return {name: json.loads(value) for name, value in pairs}
+    return {name: json.loads(value) for name, value in pairs if not value.startswith("+")}
 
 
 def compiled(program: Program) -> jax.stages.Compiled:

@@ -136,4 +136,5 @@ def test_without_the_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_flags_as_options() -> None:
     assert as_options("--xla_a=false --xla_b=true") == {"xla_a": False, "xla_b": True}
+    assert as_options("--xla_a=+B --xla_c=2") == {"xla_c": 2}
     assert as_options("") == {}
