@@ -339,6 +339,7 @@ def unread() -> Iterator[TextIO]:
         yield stream
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 def test_training_goes_on_when_nobody_reads_its_messages(
     tmp_path: Path, write_config: Callable[..., Path], unread: TextIO

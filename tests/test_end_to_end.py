@@ -24,8 +24,7 @@ from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.restore import restore
 
 QUICK = [
-    pytest.param("lora", marks=[pytest.mark.quick, pytest.mark.slow]),
-    pytest.param("full", marks=pytest.mark.quick),
+    pytest.param(method, marks=[pytest.mark.quick, pytest.mark.slow]) for method in ("lora", "full")
 ]
 PROMPT = "What does copytree 0 do?"
 RATES = {"qlora": 0.02, "lora": 0.02, "full": 0.003}

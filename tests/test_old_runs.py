@@ -44,6 +44,7 @@ def test_a_manifest_gives_its_hash_with_the_version() -> None:
     assert manifest.base_hash({}) is None
 
 
+@pytest.mark.slow
 def test_an_old_run_goes_on_without_a_warning(trained: Path, run_cli: Callable[..., Any]) -> None:
     folder = trained.parent / "run"
     restored = restore(folder, base=False, warn=pytest.fail)

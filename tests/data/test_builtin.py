@@ -10,7 +10,15 @@ from qlora_jax.data.records import Text
 from qlora_jax.runtime.errors import UserError
 
 
-@pytest.mark.parametrize("name", builtin.SOURCES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in builtin.SOURCES
+        if name != "python-docs"
+    ]
+    + ["python-docs"],
+)
 def test_each_has_enough_text_for_a_small_model(name):
     records = builtin.SOURCES[name]("text", Counter())
     assert all(isinstance(r, Text) and r.where.startswith(f"{name} ") for r in records)
@@ -18,6 +26,7 @@ def test_each_has_enough_text_for_a_small_model(name):
     assert sum(len(r.text) for r in records) > 1e6
 
 
+@pytest.mark.slow
 def test_several_are_read_one_after_the_other(data_config):
     config = data_config("package-docs+python-docs", format="text", eval_fraction=0)
     train = sources.read(config).train

@@ -78,6 +78,7 @@ def floats(held, dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["sq", "dq"])
+@pytest.mark.quick
 def test_every_golden_weight_is_read_with_its_values_and_written_with_its_bytes(double):
     held = {None: 0, "as stored": 0, "in smaller blocks": 0}
     for folder in golden_cases(double):

@@ -34,6 +34,7 @@ def stacked(checkpoint, path):
     [QuantConfig(), QuantConfig(codebook="int4", block_size=32, double_quant=False)],
     ids=["nf4", "int4"],
 )
+@pytest.mark.quick
 def test_layer_by_layer_equals_in_one_go(models, quant):
     checkpoint = open_folder(models / "llama")
     model = load(checkpoint, quant=quant, dtype=jnp.float32)
@@ -78,6 +79,7 @@ def test_floats_are_the_files_transposed(models, name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.quick
 def test_dtype_is_of_all_that_is_not_quantized(models, dtype):
     model = load(open_folder(models / "llama"), quant=QuantConfig(), dtype=dtype)
     assert model.embed.get_value().dtype == model.head.get_value().dtype == dtype

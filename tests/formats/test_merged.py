@@ -53,7 +53,11 @@ def adapted(source, quant=None, config=CONFIG):
 
 @pytest.mark.parametrize(
     ("name", "quant"),
-    [("llama", QuantConfig()), ("qwen2", None), ("llama_bnb_fp4", None)],
+    [
+        ("llama", QuantConfig()),
+        pytest.param("qwen2", None, marks=pytest.mark.slow),
+        pytest.param("llama_bnb_fp4", None, marks=pytest.mark.slow),
+    ],
 )
 def test_its_logits_are_those_of_the_model_with_the_adapter(models, tmp_path, name, quant):
     source = open_folder(models / name)

@@ -26,6 +26,7 @@ BOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
+@pytest.mark.quick
 def test_blocks_across_rows_are_quantized_with_bitsandbytes_bytes():
     for folder in CASES:
         case, spec = folder.split("/")
@@ -69,6 +70,7 @@ def test_a_model_is_the_one_that_transformers_wrote(models, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.quick
 def test_what_is_written_is_read_as_quantizing_it_gives(models, tmp_path):
     quant = QuantConfig(codebook="fp4_bnb", block_size=128, double_quant=False)
     source = open_folder(models / "llama")

@@ -132,6 +132,7 @@ def test_a_mask_alone_does_not_freeze(model: Decoder) -> None:
         assert (moved[path] != trees.flatten(state)[path]).any(), path
 
 
+@pytest.mark.quick
 def test_what_the_mask_says(model: Decoder) -> None:
     _, state = nnx.split(model)
     for tree in (state, model):
@@ -147,6 +148,7 @@ def test_what_the_mask_says(model: Decoder) -> None:
         assert jax.tree.leaves(masks.labels(tree)) == [names[x] for x in flat.values()]
 
 
+@pytest.mark.quick
 def test_a_quantized_base_has_no_gradient(models: Path) -> None:
     graph, state = nnx.split(adapted(models, QuantConfig()))
     weights = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QTensor))

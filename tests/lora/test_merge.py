@@ -51,10 +51,10 @@ def test_the_sum_is_rounded_once(adapter, stored, dtype):
 @pytest.mark.parametrize(
     ("kind", "variant", "quant"),
     [
-        ("llama", "dora", None),
+        pytest.param("llama", "dora", None, marks=pytest.mark.slow),
         ("llama", "dora", QuantConfig()),
-        ("phi3", "lora", QuantConfig()),
-        ("gpt_neox", "dora", QuantConfig()),
+        pytest.param("phi3", "lora", QuantConfig(), marks=pytest.mark.slow),
+        pytest.param("gpt_neox", "dora", QuantConfig(), marks=pytest.mark.slow),
         ("gemma3", "lora", None),
         ("opt", "lora", QuantConfig()),
     ],

@@ -36,6 +36,7 @@ def linears(quantized: bool) -> list[LoraLinear]:
 
 
 @pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.quick
 def test_they_are_those_alone(monkeypatch: pytest.MonkeyPatch, quantized: bool) -> None:
     calls = []
 

@@ -215,6 +215,7 @@ def gradient(deep, remat):
     return jax.grad(loss), (trained, frozen)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_not_the_gradient(deep):
     gradients, memory = {}, {}
     for remat in REMAT:

@@ -123,6 +123,7 @@ def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
     ],
     ids=lambda quant: quant.codebook,
 )
+@pytest.mark.quick
 def test_a_quantized_weight_counts_by_its_decoded_numbers(models, quant):
     source = open_folder(models / "llama")
     model = load(source, quant=quant, dtype=jnp.float32)

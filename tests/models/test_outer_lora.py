@@ -236,7 +236,11 @@ def test_the_head_of_gpt_neox_under_its_old_name(models, tmp_path):
 
 @pytest.mark.parametrize(
     ("only", "original"),
-    [(0, False), (1, True), (None, False)],
+    [
+        pytest.param(0, False, marks=pytest.mark.slow),
+        (1, True),
+        pytest.param(None, False, marks=pytest.mark.slow),
+    ],
     ids=["embedding", "head-original", "both"],
 )
 @each_kind

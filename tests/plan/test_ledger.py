@@ -248,7 +248,7 @@ def test_a_quantized_stack(k, n, layers, block, nested, double) -> None:
     }
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "dots", "full"])
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -53,7 +53,7 @@ def ended(running, client, number, pause=0.0):
 
 
 @BOTH
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_who_waits_for_a_compilation_is_told(running, capfd, number, stream):
     def client():
         with pytest.raises(openai.APIError) as error:

@@ -76,7 +76,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+OFTEN = ("one bit", "gone")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=() if how in OFTEN else pytest.mark.slow) for how in DAMAGE],
+)
 def test_damage_to_any_file_gives_an_older_checkpoint_or_the_same_bytes(
     whole: Path, tmp_path: Path, how: str
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax.train import fit
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.slow]
 
 
 def live_bytes() -> int:

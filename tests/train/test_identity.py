@@ -51,8 +51,8 @@ def changed(tree, path, layer, number):
     [
         ("lora", "float32", {}),
         ("qlora", "bfloat16", {}),
-        ("lora", "float16", {"variant": "dora"}),
-        ("qlora", "float32", {"variant": "dora"}),
+        pytest.param("lora", "float16", {"variant": "dora"}, marks=pytest.mark.slow),
+        pytest.param("qlora", "float32", {"variant": "dora"}, marks=pytest.mark.slow),
         ("qlora", "bfloat16", {"variant": "dora", "freeze_a": True}),
     ],
 )

@@ -13,6 +13,8 @@ from qlora_jax.train import layered
 from qlora_jax.train.assemble import updates_at_once
 from qlora_jax.train.offload import PLACEMENTS
 
+pytestmark = pytest.mark.quick
+
 
 def both(t, at_once: bool = True, home: str = "device"):
     """Returns the program of a trainer, and the same that goes layer by layer."""

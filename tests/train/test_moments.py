@@ -55,6 +55,7 @@ class Numpy8:
 
 
 @pytest.mark.quick
+@pytest.mark.quick
 def test_8_bit_adamw_against_numpy() -> None:
     """Each step starts from our state, so that one close call does not carry on."""
     config = OptimizerConfig(
@@ -208,6 +209,7 @@ def test_a_second_moment_decays_slowly_in_any_storage(moments: str) -> None:
     assert ratio.std() < {"float32": 1e-5, "bfloat16": 500**0.5 / 256, "int8": 4e-3}[moments]
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 def test_losses_are_those_of_float32_within_one_step(trainer, make_loader) -> None:
     """60 steps on 16 sequences that are learnt by heart, every weight trained.

@@ -58,9 +58,9 @@ def logits(model, tokens):
 
 
 ADAPTERS = [
-    "llama/peft_rslora",
-    "llama/peft_patterns",
-    "llama/peft_dora",
+    pytest.param("llama/peft_rslora", marks=pytest.mark.slow),
+    pytest.param("llama/peft_patterns", marks=pytest.mark.slow),
+    pytest.param("llama/peft_dora", marks=pytest.mark.slow),
     "llama/peft_dora_patterns",
     "llama/peft_saved",
     "llama_rope_linear_biases/peft_biases",

@@ -85,7 +85,13 @@ def test_layer_by_layer_is_all_at_once(trainer, program, make_batch, method) -> 
         np.testing.assert_allclose(found[path], x, rtol=1e-6, atol=1e-8, err_msg=path)
 
 
-@pytest.mark.parametrize("method", ["qlora", pytest.param("full", marks=pytest.mark.quick)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("qlora", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.quick),
+    ],
+)
 def test_moments_on_the_host_change_no_bit(trainer, program, make_batch, method) -> None:
     t = trainer(method)
     device, host = (

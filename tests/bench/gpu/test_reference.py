@@ -13,7 +13,8 @@ DTYPES = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 M, K, N = 40, 200, 136
 
 
-@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.quick
+@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("codebook", sorted(CODEBOOKS))
 def test_it_decodes_to_the_same_bits(codebook: str, double: bool) -> None:
     w = np.random.default_rng(0).normal(size=(K, N)).astype(np.float32)
