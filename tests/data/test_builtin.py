@@ -13,11 +13,9 @@ from qlora_jax.runtime.errors import UserError
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow)
+        pytest.param(name, marks=() if name == "python-docs" else pytest.mark.slow)
         for name in builtin.SOURCES
-        if name != "python-docs"
-    ]
-    + ["python-docs"],
+    ],
 )
 def test_each_has_enough_text_for_a_small_model(name):
     records = builtin.SOURCES[name]("text", Counter())
