@@ -124,16 +124,17 @@ def _kernels(records: Sequence[Record]) -> str:
             lines.append([name, r["gpu"], r["rows"], r["error"], "", "", "", "", ""])
             continue
         block = tile(_case(r))
-        kernel = next(x for x in r["kernels"] if x["main_loop_tensor_flop"])
+        kernel = next(x for x in r["kernels"] if x["main_loop"].get("tensor"))
         resident = kernel["blocks_per_core"]
         threads = resident * kernel["launch"]["threads"] / read_gpu(r["gpu"]).threads_per_core
-        each = sum(kernel["main_loop"].values()) / (kernel["main_loop_tensor_flop"] / HMMA)
+        count = kernel["main_loop_tensor_flop"] / HMMA
         lines.append(
             [
                 *(name, r["gpu"], r["rows"], "x".join(map(str, block)), kernel["registers"]),
                 f"{kernel['shared_bytes'] / 1e3:.1f}",
                 f"{resident} ({threads:.0%})",
-                f"{each:.1f}",
+                # a tcgen05 instruction does not say what it multiplies
+                f"{sum(kernel['main_loop'].values()) / count:.1f}" if count else "",
                 f"{r['moved_bytes'] / r['floor_bytes']:.2f}",
             ]
         )
@@ -141,7 +142,7 @@ def _kernels(records: Sequence[Record]) -> str:
 
 
 def _times(records: Sequence[Record], shape: tuple[int, int]) -> str:
-    chosen = [r for r in records if (r["k"], r["n"]) == shape and not r["error"]]
+    chosen = [r for r in records if (r["k"], r["n"]) == shape and not r["error"] and r["seconds"]]
     rows = sorted({r["rows"] for r in chosen})
     head = ["direction", "GPU", "implementation", *(f"{m} row{'s' * (m > 1)}" for m in rows)]
     groups: dict[tuple[str, str], dict[str, dict[int, Record]]] = {}

@@ -62,6 +62,19 @@ def run(*arguments: str) -> Ended:
     return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
+def test_a_tensor_instruction_without_a_shape_is_listed_and_not_modelled(tmp_path: Path) -> None:
+    kernel = FUSED["kernels"][0] | {"main_loop_tensor_flop": 0}
+    figures = tmp_path / "gpu.json"
+    figures.write_text(
+        json.dumps([FIRST, FUSED | {"gpu": "b200", "kernels": [kernel], "seconds": {}}])
+    )
+    done = run("--only", "--json", str(figures))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "b200" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("|  | 1.05 |")
+
+
 def test_tables_go_between_the_markers(tmp_path: Path) -> None:
     figures, page = tmp_path / "gpu.json", tmp_path / "gpu.md"
     figures.write_text(json.dumps([FIRST, FUSED]))
