@@ -52,7 +52,9 @@ def expected_squared_error(values: np.ndarray, block_size: int) -> float:
     return float(integrate.trapezoid([given_maximum(m) * d for m, d in zip(grid, density)], grid))
 
 
-@pytest.mark.parametrize("block_size", [64, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "block_size", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 1024))]
+)
 def test_lloyd_is_a_minimum_of_the_expected_error(block_size):
     values = codebook("lloyd", block_size).astype(float)
     least = expected_squared_error(values, block_size)
