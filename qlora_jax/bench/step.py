@@ -159,7 +159,7 @@ def planned_bytes(prepared: Prepared, gradient: Callable[..., Any], offload: str
 
     Args:
       prepared: the step.
-      gradient: what `compiled_gradient` returned.
+      gradient: the result of `compiled_gradient`.
       offload: where moments live.
     """
     whole = gradient if isinstance(gradient, jax.stages.Compiled) else None

@@ -40,13 +40,7 @@ class QLayer:
 
     def cut(self) -> QTensor:
         """Returns the matrix alone."""
-        return jax.tree.map(self._part, self.stack)
-
-    def _part(self, leaf: jax.Array) -> jax.Array:
-        # XLA reads the place from the loop; a select for negative ones would hide it
-        return jax.lax.dynamic_index_in_dim(
-            leaf, self.layer, keepdims=False, allow_negative_indices=False
-        )
+        return _cut_out(self.stack, self.layer)
 
 
 def cut(q: QTensor | QLayer) -> QTensor:
@@ -86,8 +80,19 @@ def layer_of(stacks: Any, layer: jax.Array) -> Any:
       layer: int32 scalar.
     """
     rest, whole = apart(stacks)
-    cut_out = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), rest)
-    return joined(cut_out, whole, layer)
+    return joined(_cut_out(rest, layer), whole, layer)
+
+
+def _cut_out(stacks: Any, layer: jax.Array) -> Any:
+    """Returns the arrays of one layer."""
+
+    def one(stack: jax.Array) -> jax.Array:
+        # XLA reads the place from the loop; a select for negative ones would hide it
+        return jax.lax.dynamic_index_in_dim(
+            stack, layer, keepdims=False, allow_negative_indices=False
+        )
+
+    return jax.tree.map(one, stacks)
 
 
 def _is_q(x: Any) -> bool:

@@ -115,18 +115,18 @@ def step(
     count, factor = parts.begin(state.scale, batch["mask"])
     leaves, states = list(model.trained), list(state.optimizer)
     first = _first_units(way)
-    square, on_way = jnp.float32(0), []
-    shrink, norm = None, None
+    square, finite = jnp.float32(0), jnp.bool_(True)
+    shrink, on_way = None, []
 
     def measure(_: units.Group, __: int, grads: Leaves) -> None:
-        nonlocal square
-        square, _finite = parts.squares(square, grads)
+        nonlocal square, finite
+        square, finite = parts.squares(square, grads)
 
     def update(group: units.Group, index: int, grads: Leaves) -> None:
-        nonlocal square
         place = first[group.run] + index
-        square, finite = parts.squares(square, grads)
-        if shrink is not None:
+        if shrink is None:
+            measure(group, index, grads)
+        else:
             grads = parts.scaled(grads, shrink)
         own = [leaves[p] for p in group.places]
         own_moments = moments.fetch(states[place])
@@ -145,17 +145,16 @@ def step(
     if program.recipe.clip_norm:
         again = up._replace(g=jnp.copy(up.g), waiting=list(up.waiting))
         descend(parts, inputs, way, model, rows, again, measure)
-        shrink, norm = parts.shrink(square), jnp.sqrt(square)
-        square = jnp.float32(0)
+        shrink = parts.shrink(square)
     descend(parts, inputs, way, model, rows, up, update)
-    figures = figures_of(up.total, count, jnp.sqrt(square) if norm is None else norm)
+    figures = figures_of(up.total, count, jnp.sqrt(square))
     counters = program.count((state.step, state.scale, state.finite_steps), figures.finite)
     trained = jax.tree.unflatten(way.trees.trained, leaves)
     return State(trained, tuple(states), *counters), figures
 
 
 class Ascent(NamedTuple):
-    """What the way up leaves for the way down.
+    """Holds what the backward pass needs of the forward pass.
 
     Attributes:
       total: the summed loss.
@@ -182,7 +181,7 @@ def ascend(
     key: jax.Array | None,
     factor: jax.Array,
 ) -> Ascent:
-    """Goes up through all layers and through the loss.
+    """Runs all layers forward, then the loss and its gradient.
 
     Args:
       parts: from `compiled`.
@@ -213,11 +212,11 @@ def descend(
     up: Ascent,
     use: Callable[[units.Group, int, Leaves], None],
 ) -> None:
-    """Goes down through all layers; `up.g` is donated, and nothing is left of `up.waiting`.
+    """Runs all layers backward, and hands their gradients on.
 
     Args:
       parts, inputs, way, model, batch: as `ascend` takes them.
-      up: what it returned.
+      up: the result of `ascend`; its `g` is donated, and its `waiting` is empty afterwards.
       use: gets each group's gradients, layer by layer, from the last to the first; it may replace
         the trained leaves of the model that it gets gradients of.
     """

@@ -110,6 +110,28 @@ def test_a_gradient_that_is_not_finite_is_told(trainer, make_batch):
     assert not figures.finite
 
 
+def test_a_norm_that_is_not_finite_changes_no_layer(trainer, make_batch):
+    """The first layer's gradient alone overflows, which the way down meets last."""
+
+    def overflowing(path, x):
+        name = jax.tree_util.keystr(path)
+        last = {"'a'": 1e25, "'b'": 0.0}
+        return next((x.at[0].set(to) for part, to in last.items() if part in name), x)
+
+    t = trainer("lora", remat="full", clip=0.01)
+    trained = jax.tree_util.tree_map_with_path(overflowing, t.moved())
+    before = [np.asarray(x) for x in jax.tree.leaves(trained)]
+    state = t.start(trained)
+    moments = [np.asarray(x) for x in jax.tree.leaves(state.optimizer)]
+    state, figures = both(t)[1].direct(state, t.frozen, make_batch(), None)
+    assert np.isfinite(figures.loss)
+    assert not figures.finite
+    for found, expected in zip(jax.tree.leaves(state.trained), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for found, expected in zip(jax.tree.leaves(state.optimizer), moments, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.slow
 def test_inputs_in_8_bits_leave_the_loss_alone_and_the_gradients_close(trainer, make_batch):
     t = trainer(remat="full")

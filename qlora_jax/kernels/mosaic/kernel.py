@@ -110,7 +110,7 @@ def _kernel(rows: jax.Array, stack: QTensor, transposed: bool) -> "Kernel":
 
 
 class Weight(NamedTuple):
-    """What a kernel takes of a weight: the arrays of its stack, and its place there.
+    """Holds the arrays of a stack of weights, and the place of the one that a kernel multiplies.
 
     Attributes:
       layer: int32[1], the place.
