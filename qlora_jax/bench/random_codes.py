@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import Config, LoraConfig
-from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import SCALINGS
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.trees import Split, flatten

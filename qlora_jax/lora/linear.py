@@ -15,8 +15,8 @@ from flax import nnx
 
 from qlora_jax.kernels import dense, kept, matmul, matmul_many
 from qlora_jax.lora.adapter import Adapter
-from qlora_jax.lora.init.fresh import init_adapter
 from qlora_jax.lora.spec import SCALINGS, AdapterSpec
+from qlora_jax.lora.starts.fresh import init_adapter
 from qlora_jax.lora.variables import Vector, Weight
 from qlora_jax.quant import QLayer, QTensor, to_float32
 
@@ -63,7 +63,7 @@ class LoraLinear(nnx.Module):
           rank: r.
           alpha: numerator of the scale.
           scaling: a key of `spec.SCALINGS`.
-          init: distribution of A, a key of `init.fresh.INITS`.
+          init: distribution of A, a key of `starts.fresh.INITS`.
           dropout: rate on the input of A, in training.
           dtype: dtype of A and B.
         """

@@ -294,7 +294,7 @@ def attach(
       model: without adapters.
       specs: by Hugging Face module path.
       key: of the fresh values.
-      init: a key of `lora.init.fresh.INITS`.
+      init: a key of `lora.starts.fresh.INITS`.
       dropout: rate on the input of A, in training.
       dtype: of A and B.
       variant: a key of `VARIANTS`; embedding and head are adapted by plain LoRA alone.

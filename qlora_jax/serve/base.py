@@ -10,7 +10,7 @@ from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelCon
 from qlora_jax.formats import huggingface
 from qlora_jax.formats.peft import AdapterSet, read_adapter
 from qlora_jax.formats.peft.plain import IN_RUN, check_shared, plain
-from qlora_jax.lora.init import STARTS
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import Decoder, detach
 from qlora_jax.runtime import paths

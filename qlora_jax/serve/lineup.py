@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora_jax.config import Config, FloatType
-from qlora_jax.lora.init import STARTS
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import detach
 from qlora_jax.models.families import EMBEDDINGS, HEAD

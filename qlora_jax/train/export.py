@@ -9,7 +9,7 @@ from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.formats.write import write_model
 from qlora_jax.lora import LoraSet
 from qlora_jax.lora.arithmetic import difference
-from qlora_jax.lora.init import STARTS
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.parts import adaptable
 from qlora_jax.text.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from flax import nnx
 
 from qlora_jax.config import Config
 from qlora_jax.lora import Adapter, LoraLinear
-from qlora_jax.lora.init import STARTS
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.families import HEAD
 from qlora_jax.runtime.errors import RunFailed

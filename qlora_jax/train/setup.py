@@ -15,8 +15,8 @@ from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.attention.select import Kind, trusted_attention
 from qlora_jax.kernels.select import trusted_kernel
 from qlora_jax.lora import LoraSet, ranks_above_full
-from qlora_jax.lora.init import STARTS
 from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_attention, use_kernel
 from qlora_jax.models.parts import outer_modules

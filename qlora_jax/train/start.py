@@ -16,8 +16,8 @@ from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import Stored, read_linear, storing
 from qlora_jax.formats.overlay import overlay
 from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights
-from qlora_jax.lora.init import STARTS
-from qlora_jax.lora.init.split import Task, error
+from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.starts.split import Task, error
 from qlora_jax.models.families import EMBEDDINGS
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.targets import targets

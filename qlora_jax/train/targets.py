@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from qlora_jax.config import LoraConfig
 from qlora_jax.lora import AdapterSpec, plan
-from qlora_jax.lora.init import STARTS
+from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.parts import layer_linears, outer_modules
 from qlora_jax.runtime.errors import UserError

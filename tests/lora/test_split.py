@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.lora.init import STARTS
-from qlora_jax.lora.init import split as splits
-from qlora_jax.lora.init.split import Task, error, top
 from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.starts import split as splits
+from qlora_jax.lora.starts.split import Task, error, top
 from qlora_jax.quant import quantize, to_float32
 
 pytestmark = pytest.mark.quick

@@ -6,9 +6,9 @@ model starts near the pretrained one, not at it: the two parts are rounded on th
 
 from collections.abc import Callable, Mapping
 
-from qlora_jax.lora.init.loftq import loftq
-from qlora_jax.lora.init.pissa import pissa
-from qlora_jax.lora.init.split import Stored, Task
+from qlora_jax.lora.starts.loftq import loftq
+from qlora_jax.lora.starts.pissa import pissa
+from qlora_jax.lora.starts.split import Stored, Task
 from qlora_jax.lora.weights import LoraWeights
 
 Start = Callable[[Task], tuple[Stored, LoraWeights]]

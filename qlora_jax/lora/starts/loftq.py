@@ -3,7 +3,7 @@
 Quantizing W − s·a·b and taking the top of what that leaves of W alternate, with any codebook.
 """
 
-from qlora_jax.lora.init.split import Stored, Task, remainder, top
+from qlora_jax.lora.starts.split import Stored, Task, remainder, top
 from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.quant import to_float32
 

@@ -3,7 +3,7 @@
 In 4 bits the rest is quantized (QPiSSA, section 4): it is what is left after the large values.
 """
 
-from qlora_jax.lora.init.split import Stored, Task, remainder, top
+from qlora_jax.lora.starts.split import Stored, Task, remainder, top
 from qlora_jax.lora.weights import LoraWeights
 
 
