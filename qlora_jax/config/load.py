@@ -84,6 +84,22 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
     return config
 
 
+def section(name: str, values: Mapping[str, Any]) -> Any:
+    """Makes one section of a config, such as `LoraConfig`.
+
+    Args:
+      name: of the section.
+      values: its settings; the others have their defaults.
+
+    Raises:
+      UserError: an unknown key or a value of the wrong type.
+    """
+    try:
+        return sections()[name](**values)
+    except ValidationError as e:
+        raise UserError(_explain(e, name)) from None
+
+
 def changed(config: Config, overrides: Mapping[str, str]) -> Config:
     """The config with dotted overrides laid over it.
 
@@ -233,13 +249,13 @@ def _read_yaml(text: str) -> Any:
         raise YAMLError("nested too deeply") from None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, *within: str) -> str:
     problems = error.errors()
     unknown = [
         p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")
     ]
     problem = (unknown or problems)[0]
-    location = [str(x) for x in problem["loc"]]
+    location = [*within, *(str(x) for x in problem["loc"])]
     key = ".".join(location)
     if unknown:
         return f"unknown key {key}; the nearest known one is {nearest(key)}"

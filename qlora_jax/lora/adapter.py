@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.kernels import dense, kept
+from qlora_jax.lora.dropout import DropoutKeys
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraB, LoraConstant, LoraParam, LoraScale
 from qlora_jax.lora.weights import LoraWeights
@@ -31,6 +32,7 @@ class Adapter(nnx.Module):
       specs: rank, alpha and scale of each layer, or of the only one; None where a layer has none.
       dropout: rate on the input of A.
       freeze_a: whether A stays as it is (LoRA-FA, arXiv 2308.03303).
+      keys: where the keys for dropout come from, if the adapter has them itself; else None.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Adapter(nnx.Module):
         self.specs = tuple(specs)
         self.dropout = dropout
         self.freeze_a = freeze_a
+        self.keys: DropoutKeys | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Returns scale * (x @ A) @ B in x's dtype; one layer. Dropout needs a key."""
@@ -77,9 +80,28 @@ class Adapter(nnx.Module):
         rows = self.a.get_value().astype(jnp.float32)[tokens]
         return dense((rows * self.scale.get_value()).astype(dtype), self.b.get_value())
 
+    def columns(self, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Returns scale * A @ B[:, index]: what the adapter adds to some columns of the weight.
+
+        Args:
+          index: int32[m], columns of B.
+          dtype: dtype of the result.
+
+        Returns:
+          dtype[in, m].
+        """
+        # in float32, so that the gradients of a column's places add up in it
+        chosen = self.b.get_value().astype(jnp.float32)[:, index]
+        a = (self.a.get_value() * self.scale.get_value()).astype(dtype)
+        return dense(a, chosen.astype(dtype))
+
     def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
         """Returns x times the adapted weight, [..., out] in x's dtype; one layer."""
         return multiply(x) + self(x, key)
+
+    def next_key(self) -> jax.Array | None:
+        """Returns the keys for the dropout of one call [*stack, 2]; None drops nothing."""
+        return None if self.keys is None else self.keys.draw()
 
     def sizes(self) -> tuple[int, int]:
         """Returns (trained, all) parameters of all layers, padding not counted."""

@@ -76,7 +76,7 @@ def plan(
         _require_match("lora.rank_pattern", key, modules, ends_in)
     for key in config.alpha_pattern:
         _require_match("lora.alpha_pattern", key, modules, ends_in)
-    return {path: _spec(config, path) for path in targets}
+    return {path: spec_of(config, path) for path in targets}
 
 
 def ranks_above_full(
@@ -86,7 +86,8 @@ def ranks_above_full(
     return [path for path, spec in specs.items() if spec.rank > min(linears[path])]
 
 
-def _spec(config: LoraConfig, path: str) -> AdapterSpec:
+def spec_of(config: LoraConfig, path: str) -> AdapterSpec:
+    """Returns the rank, alpha and scale of the adapter of a module or weight with this path."""
     rank = first_match(config.rank_pattern, _names(path), config.rank)
     alpha = first_match(config.alpha_pattern, _names(path), config.alpha)
     return AdapterSpec(rank, alpha, SCALINGS[config.scaling](alpha, rank))

@@ -57,12 +57,14 @@ def init_adapter(
       dtype: dtype of A and B.
       freeze_a: leave A out of what is trained.
     """
-    top = max(spec.rank for spec in specs if spec is not None)
+    ranks = [spec.rank if spec else 0 for spec in specs]
+    top = max(ranks)
     keys = jax.random.split(key, len(specs))
     a = jnp.zeros((len(specs), in_features, top), jnp.float32)
-    for i, spec in enumerate(specs):
-        if spec is not None:
-            a = a.at[i, :, : spec.rank].set(INITS[init](keys[i], (in_features, spec.rank)))
+    for rank in set(ranks) - {0}:
+        places = jnp.array([i for i, own in enumerate(ranks) if own == rank])
+        draw = jax.vmap(INITS[init], in_axes=(0, None))
+        a = a.at[places, :, :rank].set(draw(keys[places], (in_features, rank)))
     b = jnp.zeros((len(specs), top, out_features), dtype)
     scale = jnp.array([spec.scale if spec else 0.0 for spec in specs], jnp.float32)
     return Adapter(a.astype(dtype), b, scale, specs, dropout, freeze_a)

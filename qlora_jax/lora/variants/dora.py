@@ -71,8 +71,10 @@ class DoraAdapter(Adapter):
     def change(self, weight: jax.Array, *layer: int) -> jax.Array:
         if self.spec(*layer) is None:
             return jnp.zeros_like(weight)
-        parts = (v.get_value()[layer] for v in (self.a, self.b, self.scale, self.magnitude))
-        return merged_weight(weight, *parts) - weight
+        a, b, scale, m = (
+            v.get_value()[layer] for v in (self.a, self.b, self.scale, self.magnitude)
+        )
+        return jnp.where(scale != 0, merged_weight(weight, a, b, scale, m) - weight, 0)
 
     def fill_own(self, values: Sequence[LoraWeights | None]) -> None:
         magnitude = np.array(self.magnitude.get_value())

@@ -1,0 +1,1 @@
+"""QLoRA for any Flax model: `adapt` is the idea for NNX, `trace` how a weight stays 4 bits."""

@@ -1,0 +1,142 @@
+"""Adapters for matrices with any number of axes in front: layers, experts."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax.config import LoraConfig
+from qlora_jax.config.load import section
+from qlora_jax.lora.adapter import Adapter
+from qlora_jax.lora.dropout import DropoutKeys
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.starts.fresh import init_adapter
+from qlora_jax.lora.starts.split import Task
+from qlora_jax.lora.variants import VARIANTS
+from qlora_jax.quant import QTensor, quantize
+from qlora_jax.runtime.errors import UserError
+
+Stored = jax.Array | QTensor
+
+ELSEWHERE = {
+    "target_modules": "`where` chooses the weights",
+    "from_adapter": "load_adapter reads an adapter",
+}
+"""Settings of the section `lora` that the library has otherwise."""
+
+
+def lora_settings(**values: Any) -> LoraConfig:
+    """Returns the settings of adapters.
+
+    Args:
+      values: settings of the section `lora`, such as rank=16, init="gaussian".
+
+    Raises:
+      UserError: an unknown setting, or a value of the wrong type.
+    """
+    for name in values.keys() & ELSEWHERE.keys():
+        raise UserError(f"{name}: {ELSEWHERE[name]}; remove it")
+    return section("lora", values)
+
+
+def made(
+    path: str,
+    weight: Stored,
+    lora: LoraConfig,
+    spec: AdapterSpec,
+    key: jax.Array,
+    quantization: Mapping[str, Any] | None = None,
+) -> tuple[Stored, Adapter]:
+    """Makes the adapter of a weight.
+
+    Args:
+      path: path of the weight, for errors.
+      weight: matrices [*stack, K, N].
+      lora: settings.
+      spec: rank, alpha and scale.
+      key: key of the random numbers.
+      quantization: arguments of `quant.quantize`, for init "loftq".
+
+    Returns:
+      What is stored of the weight from now on, and the adapter, whose arrays have the same
+      [*stack] in front.
+
+    Raises:
+      UserError: an init that starts from 16-bit weights, for 4-bit ones, or loftq without
+        `quantization`.
+    """
+    *stack, k, n = weight.shape
+    count = math.prod(stack)
+    own, drop = jax.random.split(key)
+    flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(stack) :]), weight)
+    dtype = jnp.dtype(lora.dtype)
+    specs = [spec] * count
+    adapter = init_adapter(own, specs, k, n, lora.init, lora.dropout, dtype, lora.freeze_a)
+    if lora.init in STARTS:
+        flat = _started(path, flat, lora, spec, adapter, quantization)
+    adapter = VARIANTS[lora.variant](adapter, flat)
+    restack(adapter, 1, stack)
+    if lora.dropout:
+        adapter.keys = nnx.data(DropoutKeys(drop, tuple(stack)))
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), flat), adapter
+
+
+def _started(
+    path: str,
+    weight: Stored,
+    lora: LoraConfig,
+    spec: AdapterSpec,
+    adapter: Adapter,
+    quantization: Mapping[str, Any] | None,
+) -> Stored:
+    """Fills an adapter from a weight [L, K, N], and returns what is stored of the weight."""
+    if isinstance(weight, QTensor):
+        raise UserError(
+            f"{path}: init {lora.init} starts from 16-bit weights, and this one is in 4 bits; "
+            "add adapters before quantize_model"
+        )
+    if lora.init == "loftq" and quantization is None:
+        raise UserError(
+            'init loftq starts from what quantizing loses; give quantization={"codebook": "nf4"}'
+        )
+    dtype = weight.dtype
+
+    def store(w: jax.Array) -> Stored:
+        if lora.init != "loftq":
+            return w.astype(dtype)
+        return quantize(w, name=path, **(quantization or {}))
+
+    start, parts, values = STARTS[lora.init], [], []
+    for one in weight:
+        wide = one.astype(jnp.float32)
+        task = Task(wide, spec, jnp.dtype(lora.dtype), store, lora.loftq_iterations)
+        stored, value = start(task)
+        parts.append(stored)
+        values.append(value)
+    adapter.fill(values)
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+
+
+def restack(adapter: Adapter, axes: int, stack: list[int] | tuple[int, ...]) -> None:
+    """Replaces the first axes of an adapter's arrays, in place.
+
+    Args:
+      adapter: the adapter.
+      axes: how many are replaced.
+      stack: sizes of those that take their place.
+    """
+    for variable in vars(adapter).values():
+        if isinstance(variable, nnx.Variable):
+            value = variable.get_value()
+            variable.set_value(value.reshape(*stack, *value.shape[axes:]))
+
+
+def strength(adapter: Adapter, active: bool) -> None:
+    """Switches an adapter on or off, in place: its scale becomes that of its specs, or zero."""
+    shape = adapter.scale.get_value().shape
+    scales = [spec.scale if spec and active else 0.0 for spec in adapter.specs]
+    adapter.scale.set_value(jnp.array(scales, jnp.float32).reshape(shape))

@@ -1,0 +1,110 @@
+"""The weights of an NNX model that can be quantized or adapted, by their paths."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from qlora_jax.lora.adapter import Adapter
+from qlora_jax.lora.variables import LoraParam
+from qlora_jax.lora.where import Where, chosen
+from qlora_jax.modules.adapt import variables_of
+from qlora_jax.modules.axes import Axes, checked
+from qlora_jax.modules.known import axes_of, is_table, is_understood
+from qlora_jax.modules.variables import QWeight
+from qlora_jax.runtime.errors import UserError
+
+
+class Candidate(NamedTuple):
+    """A weight, and the modules that hold its variable.
+
+    Attributes:
+      path: path of the variable, such as layers.0.attention.query.kernel; the first of several.
+      variable: the variable.
+      owners: modules, each with the attribute that holds the variable.
+      axes: what the axes of one layer's weight are.
+      table: whether it is a table that is looked up.
+    """
+
+    path: str
+    variable: nnx.Variable
+    owners: list[tuple[nnx.Module, str]]
+    axes: Axes
+    table: bool
+
+    @property
+    def module(self) -> nnx.Module:
+        """The first module that holds it."""
+        return self.owners[0][0]
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of one layer's weight."""
+        return self.axes.own(_shape(self.variable))
+
+
+def check_model(model: Any) -> nnx.Module:
+    """Returns the model.
+
+    Raises:
+      UserError: it is no NNX module.
+    """
+    if isinstance(model, nnx.Module):
+        return model
+    linen = "flax.linen" in {c.__module__.rpartition(".")[0] for c in type(model).__mro__}
+    remedy = "use qlora_jax.linen with it and its params" if linen else "give the model itself"
+    raise UserError(f"{type(model).__name__} is no flax.nnx module; {remedy}")
+
+
+def owned(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str, nnx.Variable]]:
+    """Yields the path, module, attribute and variable of each of a model's weights.
+
+    A weight is a parameter of two axes or more that is no adapter's, or a `QWeight`. One that
+    several modules hold comes several times.
+    """
+    inside = {id(m) for _, m in nnx.iter_modules(model) if isinstance(m, Adapter)}
+    for parts, module in nnx.iter_modules(model):
+        if id(module) in inside:
+            continue
+        for name, variable in variables_of(module).items():
+            weight = isinstance(variable, nnx.Param) and not isinstance(variable, LoraParam)
+            if isinstance(variable, QWeight) or (weight and len(_shape(variable)) > 1):
+                yield ".".join(map(str, (*parts, name))), module, name, variable
+
+
+def candidates(model: nnx.Module, where: Where) -> list[Candidate]:
+    """Returns the weights that are asked for.
+
+    Raises:
+      UserError: `where` matches nothing, or a weight whose axes are not known.
+    """
+    found: dict[int, list[tuple[str, nnx.Module, str, nnx.Variable]]] = {}
+    for item in owned(model):
+        if not (axes_of(item[1], item[2], item[0]) is None and is_understood(item[1], item[2])):
+            found.setdefault(id(item[3]), []).append(item)
+    by_path = {items[0][0]: items for items in found.values()}
+    parts = {path: items[0][1] for path, items in by_path.items()}
+    return [_candidate(by_path[path]) for path in chosen(where, parts, "weights")]
+
+
+def _candidate(items: list[tuple[str, nnx.Module, str, nnx.Variable]]) -> Candidate:
+    path, module, name, variable = items[0]
+    axes = axes_of(module, name, path)
+    shape = _shape(variable)
+    if axes is None:
+        raise UserError(
+            f"{path}: which axes of {type(module).__name__}.{name} {shape} are summed over is not "
+            "known; call qlora_jax.discover(model, *example), or qlora_jax.register_kernel"
+            f"({type(module).__name__}, {name!r}, ...), or leave it out of `where`"
+        )
+    checked(axes, path, len(shape))
+    owners = [(item[1], item[2]) for item in items]
+    return Candidate(path, variable, owners, axes, is_table(module, name))
+
+
+def _shape(variable: nnx.Variable) -> tuple[int, ...]:
+    if isinstance(variable, QWeight):
+        return variable.shape
+    shapes = [getattr(x, "shape", ()) for x in jax.tree.leaves(variable.get_raw_value())]
+    return tuple(shapes[0]) if len(shapes) == 1 else ()
