@@ -231,7 +231,7 @@ def _repeated(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
 def _product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     """Carries out dot_general where its axes are the kernel's; else returns None."""
     first = isinstance(inputs[0], Lazy)
-    held, x = inputs if first else inputs[::-1]
+    held, x = (inputs[0], inputs[1]) if first else (inputs[1], inputs[0])
     if isinstance(x, Lazy):
         return None
     (lc, rc), (lb, rb) = equation.params["dimension_numbers"]
