@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from qlora_jax import lora as lora
     from qlora_jax.kernels import matmul as matmul
     from qlora_jax.lora import LoraParam as LoraParam
+    from qlora_jax.lora import quantize_tree as quantize_tree
     from qlora_jax.modules.discover import discover as discover
     from qlora_jax.modules.fill import fill as fill
     from qlora_jax.modules.known import register_kernel as register_kernel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qlora_jax.quant import QTensor as QTensor
     from qlora_jax.quant import dequantize as dequantize
     from qlora_jax.quant import quantize as quantize
+    from qlora_jax.runtime.errors import UserError as UserError
 
 _HOMES = {
     "LoraParam": "lora",
@@ -34,6 +36,8 @@ _HOMES = {
     "join": "modules.nnx_model",
     "merge": "modules.nnx_model",
     "quantize_model": "modules.nnx_model",
+    "quantize_tree": "lora",
+    "UserError": "runtime.errors",
     "register_kernel": "modules.known",
     "split": "modules.nnx_model",
     "summary": "modules.summary",
