@@ -1,28 +1,13 @@
 """Which variables of a module's class are kernels, and what their axes are."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 
 from qlora_jax.modules.axes import MATRIX, TABLE, Axes, checked, from_equation
+from qlora_jax.modules.variables import FOUND
 from qlora_jax.runtime.errors import UserError
-
-FOUND = "kernel_found"
-"""The key of a variable's metadata under which `discover` keeps a `Found`."""
-
-
-class Found(NamedTuple):
-    """What one call has shown of a variable.
-
-    Attributes:
-      axes: what the axes of one layer's weight are; None if no product has it.
-      table: whether it is a table that is looked up.
-    """
-
-    axes: Axes | None
-    table: bool
-
 
 Rule = Axes | str | Callable[[Any], Axes | str | None]
 """Axes, an einsum of an input and the weight, or a function of the module that returns one."""
