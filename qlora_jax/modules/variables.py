@@ -1,5 +1,6 @@
 """A module's weight in 4 bits, in the place of its parameter."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +71,10 @@ class QWeight(nnx.Variable):
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
