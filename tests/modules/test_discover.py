@@ -57,7 +57,7 @@ def test_weights_without_axes_are_refused_by_name():
 def test_weights_without_product_are_not_offered():
     model = Bare(nnx.Rngs(0))
     qj.discover(model, INDEX)
-    with pytest.raises(UserError, match="none of the weights; there are table, project$"):
+    with pytest.raises(UserError, match=r"none of the weights; there are table, project$"):
         qj.quantize_model(model, "summed")
 
 
