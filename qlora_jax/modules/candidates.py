@@ -11,7 +11,7 @@ from qlora_jax.lora.variables import LoraParam
 from qlora_jax.lora.where import Where, chosen
 from qlora_jax.modules.adapt import variables_of
 from qlora_jax.modules.axes import Axes, checked
-from qlora_jax.modules.known import axes_of, is_table, is_understood
+from qlora_jax.modules.known import axes_of, check_stack, is_table, is_understood
 from qlora_jax.modules.variables import QWeight
 from qlora_jax.runtime.errors import UserError
 
@@ -113,6 +113,7 @@ def _candidate(items: list[Owned]) -> Candidate:
             f"({type(module).__name__}, {name!r}, ...), or leave it out of `where`"
         )
     checked(axes, path, len(shape))
+    check_stack(module, path, axes.own(shape))
     owners = [(item[1], item[2]) for item in items]
     return Candidate(path, variable, owners, axes, is_table(module, name))
 

@@ -32,6 +32,14 @@ _RULES: dict[type, dict[str, Rule]] = {
 }
 """Class to its kernels by attribute. A subclass has those of its nearest base that is here."""
 
+_SHAPES: Mapping[type, Callable[[Any], tuple[int, ...]]] = {
+    nnx.Linear: lambda m: (m.in_features, m.out_features),
+    nnx.LinearGeneral: lambda m: (*m.batch_axis.values(), *m.in_features, *m.out_features),
+    nnx.Einsum: lambda m: tuple(m.kernel_shape),
+    nnx.Embed: lambda m: (m.num_embeddings, m.features),
+}
+"""Class to the shape that one layer's kernel has by what the module says of itself."""
+
 TABLES = (nnx.Embed,)
 """Classes whose kernels are tables that are looked up; they are quantized only when asked for."""
 
@@ -80,6 +88,23 @@ def axes_of(module: nnx.Module, name: str, path: str) -> Axes | None:
     if callable(rule):
         rule = rule(module)
     return None if rule is None else _read(rule, path)
+
+
+def check_stack(module: nnx.Module, path: str, own: tuple[int, ...]) -> None:
+    """Raises UserError if a stack's axes are not in front of those of a layer's weight.
+
+    Args:
+      module: the module.
+      path: path of the weight, for the error.
+      own: the last axes of the weight, as many as a layer's has.
+    """
+    shapes = (_SHAPES[base] for base in type(module).__mro__ if base in _SHAPES)
+    expected = next(shapes, None)
+    if expected is not None and expected(module) != own:
+        raise UserError(
+            f"{path}: a layer's weight is {expected(module)}, and the last axes of this stack are "
+            f"{own}; stack the layers along axis 0"
+        )
 
 
 def is_understood(module: nnx.Module, name: str) -> bool:

@@ -97,6 +97,13 @@ def test_register_needs_a_class_of_modules():
         qj.register_kernel(dict, "w", "ab,bc->ac")
 
 
+def test_stacks_along_another_axis_are_refused():
+    make = nnx.vmap(lambda rngs: nnx.Linear(64, 32, rngs=rngs), out_axes=1)
+    stack = make(nnx.Rngs(0).fork(split=3))
+    with pytest.raises(UserError, match=r"kernel: .* \(64, 32\).*\(3, 32\); stack the layers"):
+        qj.quantize_model(stack, "kernel")
+
+
 def test_counts_and_bytes():
     model = qj.quantize_model(language(), ".*kernel")
     qj.add_lora(model, ["query", "up"], rank=4, rngs=nnx.Rngs(1))
