@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -30,10 +29,10 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def kernels(case: Case, model: Any) -> dict[str, Any]:
-    """Returns the weights that the case quantizes, by path, as the model holds them."""
+def chosen(case: Case, model: Any, where: str) -> dict[str, Any]:
+    """Returns the weights whose dotted paths an expression matches, as the model holds them."""
     found = way_of(case).weights(model)
-    return {path: value for path, value in found.items() if re.fullmatch(case.kernels, path)}
+    return {path: value for path, value in found.items() if re.fullmatch(where, path)}
 
 
 def nudged(trained: Any, size: float = 0.05) -> Any:
@@ -41,7 +40,7 @@ def nudged(trained: Any, size: float = 0.05) -> Any:
     leaves, tree = jax.tree.flatten(trained)
     keys = jax.random.split(jax.random.key(3), len(leaves))
     moved = [x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
-    return tree.unflatten(moved)
+    return jax.tree.unflatten(tree, moved)
 
 
 def gradients(case: Case, model: Any, change: Any = lambda trained: trained) -> list[np.ndarray]:
@@ -62,9 +61,9 @@ def losses(case: Case, model: Any, steps: int = 20, rate: float = 0.01) -> list[
 
     @jax.jit
     def step(trained: Any, state: Any, frozen: Any) -> Any:
-        value, slope = jax.value_and_grad(
-            lambda t: loss(way_of(case).call(case, join(t, frozen)))
-        )(trained)
+        value, slope = jax.value_and_grad(lambda t: loss(way_of(case).call(case, join(t, frozen))))(
+            trained
+        )
         updates, state = optimizer.update(slope, state)
         return optax.apply_updates(trained, updates), state, value
 
@@ -75,23 +74,12 @@ def losses(case: Case, model: Any, steps: int = 20, rate: float = 0.01) -> list[
     return told
 
 
-def expected_bytes(shape: tuple[int, ...], stack: int, summed: int) -> int:
-    """Returns the bytes of a stack of matrices in NF4 with double quantization (QLoRA, section 3).
+def expected_bytes(shape: tuple[int, ...]) -> int:
+    """Returns the bytes of matrices [..., K, N] in NF4 with double quantization (QLoRA, section 3).
 
-    Four bits a weight, 8 a block of 64, 32 for 256 blocks: 4.127 bits a weight, of whole groups of
-    64 along the axis that is summed over; and a mean and a codebook for each matrix.
-
-    Args:
-      shape: the kernel's.
-      stack: how many matrices it holds.
-      summed: how many weights each output of a matrix sums over, K.
+    Four bits a weight, 8 a block of 64 and 32 for 256 blocks: 4.127 bits a weight where K is a
+    multiple of 64, to which it is padded. Each matrix has a mean and a codebook besides.
     """
-    columns = math.prod(shape) // (stack * summed)
-    blocks = -(-summed // 64)
-    each = 32 * blocks * columns + blocks * columns + 4 * -(-blocks * columns // 256) + 4 + 64
-    return stack * each
-
-
-def largest(tree: Any) -> float:
-    """Returns the largest absolute number of a tree."""
-    return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+    *stack, summed, columns = shape
+    blocks = -(-summed // 64) * columns
+    return math.prod(stack) * (32 * blocks + blocks + 4 * -(-blocks // 256) + 4 + 64)

@@ -29,7 +29,7 @@ def adapt(case: Case, model: nnx.Module) -> nnx.Module:
 
 def call(case: Case, model: nnx.Module) -> jax.Array:
     """Calls the model with the case's example."""
-    return case.outputs(model(*case.example()))  # type: ignore[operator]
+    return case.outputs(model(*case.example()))
 
 
 def split(model: nnx.Module) -> tuple[Any, Any, Callable[[Any, Any], nnx.Module]]:

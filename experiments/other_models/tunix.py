@@ -16,9 +16,16 @@ from experiments.other_models.cases import (
     tokens,
 )
 
-SIZES: dict[str, Any] = dict(
-    num_layers=2, embed_dim=HIDDEN, hidden_dim=128, num_heads=4, num_kv_heads=2, head_dim=16
-)
+# a down projection sums over 96, which is no whole number of blocks
+SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "embed_dim": HIDDEN,
+    "hidden_dim": 96,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+}
+ROTARY: dict[str, Any] = {"vocab_size": VOCABULARY, "rope_theta": 10_000, "norm_eps": 1e-6}
 ATTENTION, DENSE = r"attn\.[qkvo]_proj\.w", r"mlp\.\w+_proj\.kernel"
 QUERY_VALUE = r"layers\.\d+\.attn\.[qv]_proj\.w"
 
@@ -33,8 +40,8 @@ def qwen3(seed: int, **changes: Any) -> nnx.Module:
     """Qwen 3 with a head of its own."""
     from tunix.models.qwen3 import model as qwen
 
-    sizes = SIZES | dict(vocab_size=VOCABULARY, rope_theta=10_000, norm_eps=1e-6) | changes
-    return drawn(qwen.Qwen3(qwen.ModelConfig(**sizes), rngs=nnx.Rngs(seed)), seed)
+    config = qwen.ModelConfig(**SIZES | ROTARY | changes)
+    return drawn(qwen.Qwen3(config, rngs=nnx.Rngs(seed)), seed)
 
 
 def qwen3_moe(seed: int) -> nnx.Module:
@@ -46,8 +53,7 @@ def llama3(seed: int, remat: str = "NONE") -> nnx.Module:
     """Llama 3."""
     from tunix.models.llama3 import model as llama
 
-    sizes = SIZES | dict(vocab_size=VOCABULARY, rope_theta=10_000, norm_eps=1e-6)
-    config = llama.ModelConfig(**sizes, remat_config=llama.RematConfig[remat])
+    config = llama.ModelConfig(**SIZES, **ROTARY, remat_config=llama.RematConfig[remat])
     return drawn(llama.Llama3(config, rngs=nnx.Rngs(seed)), seed)
 
 
@@ -55,8 +61,9 @@ def gemma3(seed: int, **changes: Any) -> nnx.Module:
     """Gemma 3; keys and values are one stacked kernel."""
     from tunix.models.gemma3 import model as gemma
 
-    sizes = SIZES | dict(num_embed=VOCABULARY, sliding_window_size=8, param_dtype=jnp.float32)
-    return drawn(gemma.Gemma3(gemma.ModelConfig(**sizes | changes), rngs=nnx.Rngs(seed)), seed)
+    own = {"num_embed": VOCABULARY, "sliding_window_size": 8, "param_dtype": jnp.float32}
+    config = gemma.ModelConfig(**SIZES | own | changes)
+    return drawn(gemma.Gemma3(config, rngs=nnx.Rngs(seed)), seed)
 
 
 def example() -> tuple[Any, ...]:
