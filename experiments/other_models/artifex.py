@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.other_models.cases import BATCH, HIDDEN, Case
-from experiments.other_models.tunix import drawn
+from experiments.other_models.cases import BATCH, HIDDEN, Case, drawn
 
 
 def dit(seed: int) -> nnx.Module:

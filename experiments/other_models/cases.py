@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 BATCH, LENGTH, VOCABULARY, HIDDEN, RANK = 2, 16, 128, 64, 4
 """Shapes of every case. A contraction of 64 is one block of 4-bit codes."""
@@ -56,6 +57,12 @@ def random_weights(params: Any, seed: int) -> Any:
         return 0.1 * jax.random.normal(own, x.shape, x.dtype)
 
     return jax.tree_util.tree_map_with_path(drawn, params)
+
+
+def drawn(model: nnx.Module, seed: int) -> nnx.Module:
+    """Fills a model's weights with random numbers, in place, and returns it."""
+    nnx.update(model, random_weights(nnx.state(model, nnx.Param), seed))
+    return model
 
 
 def tokens() -> jax.Array:

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.other_models.cases import HIDDEN, LENGTH, VOCABULARY, Case, tokens
-from experiments.other_models.tunix import drawn
+from experiments.other_models.cases import HIDDEN, LENGTH, VOCABULARY, Case, drawn, tokens
 
 HEADS, HEAD = 4, 16
 

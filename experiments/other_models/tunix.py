@@ -12,7 +12,7 @@ from experiments.other_models.cases import (
     LENGTH,
     VOCABULARY,
     Case,
-    random_weights,
+    drawn,
     tokens,
 )
 
@@ -28,12 +28,6 @@ SIZES: dict[str, Any] = {
 ROTARY: dict[str, Any] = {"vocab_size": VOCABULARY, "rope_theta": 10_000, "norm_eps": 1e-6}
 ATTENTION, DENSE = r"attn\.[qkvo]_proj\.w", r"mlp\.\w+_proj\.kernel"
 QUERY_VALUE = r"layers\.\d+\.attn\.[qv]_proj\.w"
-
-
-def drawn(model: nnx.Module, seed: int) -> nnx.Module:
-    """Fills a model's weights with random numbers, in place, and returns it."""
-    nnx.update(model, random_weights(nnx.state(model, nnx.Param), seed))
-    return model
 
 
 def qwen3(seed: int, **changes: Any) -> nnx.Module:
