@@ -22,6 +22,7 @@ from experiments.other_models import measure
 from experiments.other_models.cases import Case
 from experiments.other_models.every import CASES, installed
 from experiments.tools import pages, program
+from qlora_jax.quant import QTensor
 from qlora_jax.runtime.atomic import write_text
 
 MARKS = pages.Marks("<!-- begin other models -->", "<!-- end other models -->")
@@ -62,7 +63,7 @@ def row(case: Case) -> Row:
     way = measure.way_of(case)
     parameters = sum(np.size(x) for x in way.weights(way.build(case, 0)).values())
     model = way.quantize(case, way.build(case, 0))
-    held = measure.chosen(case, model, case.kernels)
+    held = [q for q in way.weights(model).values() if isinstance(q, QTensor)]
     ours = measure.outputs(case, model)
     decoded = measure.difference(ours, measure.outputs(case, way.merge(case, model)))
     model = way.adapt(case, model)
@@ -72,8 +73,8 @@ def row(case: Case) -> Row:
     model = join(measure.nudged(trained), frozen)
     ours = measure.outputs(case, model)
     merged = measure.difference(ours, measure.outputs(case, way.merge(case, model)))
-    quantized = sum(math.prod(q.shape) for q in held.values())
-    stored = sum(q.nbytes for q in held.values())
+    quantized = sum(math.prod(q.shape) for q in held)
+    stored = sum(q.nbytes for q in held)
     return Row(case.name, parameters, quantized, stored, fresh, decoded, merged, told[0], told[-1])
 
 

@@ -113,6 +113,7 @@ def test_a_weight_takes_four_bits_and_its_scales(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.linen], ids=lambda case: case.name)
 def test_no_weight_is_decoded_outside_of_its_product(case):
-    told = qj.summary(adapted(case), *case.example())
+    model = adapted(case)
+    told = qj.summary(model, *case.example())
     assert told.decoded == {}
     assert told.quantized.variables == len(measure.chosen(case, built(case), case.kernels))
