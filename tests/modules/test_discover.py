@@ -40,9 +40,9 @@ def test_axes_are_found_and_kept():
     found = qj.discover(model, INDEX, times=2)
     assert found == {"project": Axes((), (0,), (1, 2)), "table": TABLE}
     assert type(model) is Bare
-    qj.quantize_model(model, ".*")
+    qj.quantize_model(model, ["project", "table"], embeddings=True)
     assert qj.summary(model, INDEX).decoded == {}
-    qj.add_lora(model, ".*", rank=4, rngs=nnx.Rngs(1))
+    qj.add_lora(model, ["project", "table"], rank=4, rngs=nnx.Rngs(1))
     assert qj.summary(model).adapters == {"default": 2}
     np.testing.assert_allclose(qj.merge(model)(INDEX), model(INDEX), atol=1e-6)
 
@@ -59,6 +59,14 @@ def test_weights_without_product_are_not_offered():
     qj.discover(model, INDEX)
     with pytest.raises(UserError, match=r"none of the weights; there are table, project$"):
         qj.quantize_model(model, "summed")
+
+
+def test_a_weight_that_is_left_out_is_told():
+    model = Bare(nnx.Rngs(0))
+    qj.discover(model, INDEX)
+    with pytest.warns(UserWarning, match="where matches summed, which no product has"):
+        qj.quantize_model(model, "project|summed")
+    assert isinstance(model.summed, nnx.Param)
 
 
 def test_registered_class():
