@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_jax import lora as lora
     from qlora_jax.kernels import matmul as matmul
+    from qlora_jax.library import generate as generate
+    from qlora_jax.library import load as load
+    from qlora_jax.library import train as train
     from qlora_jax.lora import LoraParam as LoraParam
     from qlora_jax.lora import quantize_tree as quantize_tree
     from qlora_jax.modules.discover import discover as discover
@@ -47,8 +50,10 @@ _HOMES = {
     "QTensor": "quant",
     "dequantize": "quant",
     "quantize": "quant",
+    "load": "library",
+    "generate": "library",
 }
-_MODULES = {"lora": "lora"}
+_MODULES = {"lora": "lora", "train": "train"}
 __all__ = (*_HOMES, *_MODULES)
 
 

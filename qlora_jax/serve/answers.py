@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from qlora_jax.config import FloatType
 from qlora_jax.data.prompts import ask
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
@@ -18,7 +18,7 @@ def answers(
     prompts: Sequence[str],
     *,
     asking: Asking,
-    dtype: FloatType,
+    dtype: DTypeLike,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
