@@ -20,10 +20,10 @@ from qlora_jax.models.parts import outer_modules
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
 from qlora_jax.runtime import compilation
+from qlora_jax.runtime.display import progress
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train.display import progress
 from qlora_jax.train.quantization import describe_stored
 from qlora_jax.train.start import Splitter, given_values, with_replaced
 from qlora_jax.train.targets import targets

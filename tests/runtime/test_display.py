@@ -7,8 +7,7 @@ import types
 import pytest
 from rich.console import Console
 
-from qlora_jax.runtime.notebook import in_notebook
-from qlora_jax.train.display import (
+from qlora_jax.runtime.display import (
     NOTEBOOK_SECONDS,
     PLAIN_SECONDS,
     TrainDisplay,
@@ -16,6 +15,7 @@ from qlora_jax.train.display import (
     duration,
     progress,
 )
+from qlora_jax.runtime.notebook import in_notebook
 
 
 class Clock:
