@@ -7,8 +7,12 @@ if TYPE_CHECKING:
     from qlora_jax import lora as lora
     from qlora_jax.kernels import matmul as matmul
     from qlora_jax.lora import LoraParam as LoraParam
+    from qlora_jax.lora import quantize_tree as quantize_tree
     from qlora_jax.modules.discover import discover as discover
+    from qlora_jax.modules.fill import fill as fill
     from qlora_jax.modules.known import register_kernel as register_kernel
+    from qlora_jax.modules.nnx_files import load_adapter as load_adapter
+    from qlora_jax.modules.nnx_files import save_adapter as save_adapter
     from qlora_jax.modules.nnx_model import add_lora as add_lora
     from qlora_jax.modules.nnx_model import join as join
     from qlora_jax.modules.nnx_model import merge as merge
@@ -20,14 +24,20 @@ if TYPE_CHECKING:
     from qlora_jax.quant import QTensor as QTensor
     from qlora_jax.quant import dequantize as dequantize
     from qlora_jax.quant import quantize as quantize
+    from qlora_jax.runtime.errors import UserError as UserError
 
 _HOMES = {
     "LoraParam": "lora",
     "add_lora": "modules.nnx_model",
     "discover": "modules.discover",
+    "load_adapter": "modules.nnx_files",
+    "save_adapter": "modules.nnx_files",
+    "fill": "modules.fill",
     "join": "modules.nnx_model",
     "merge": "modules.nnx_model",
     "quantize_model": "modules.nnx_model",
+    "quantize_tree": "lora",
+    "UserError": "runtime.errors",
     "register_kernel": "modules.known",
     "split": "modules.nnx_model",
     "summary": "modules.summary",

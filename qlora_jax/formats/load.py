@@ -13,6 +13,7 @@ from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.parts import linears
 from qlora_jax.quant import QTensor, dequantize, quantize
+from qlora_jax.quant.stack import empty_stack, with_layer
 from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
 
@@ -62,8 +63,8 @@ def load(
             value = _value(name, array, linear, quant, dtype, split)
             run, index = places[int(layer)]
             if key not in stacks[run]:
-                stacks[run][key] = _empty(value, runs[run])
-            stacks[run][key] = _insert(stacks[run][key], value, index)
+                stacks[run][key] = empty_stack(value, runs[run])
+            stacks[run][key] = with_layer(stacks[run][key], value, index)
         progress()
     compilation.trim()  # after many short compilations
     return Decoder(
@@ -163,14 +164,3 @@ def _all_finite(array: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _transposed(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return array.T.astype(dtype)
-
-
-def _empty(value: jax.Array | QTensor, layers: int) -> jax.Array | QTensor:
-    return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), value)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(
-    stack: jax.Array | QTensor, value: jax.Array | QTensor, layer: int
-) -> jax.Array | QTensor:
-    return jax.tree.map(lambda s, v: s.at[layer].set(v), stack, value)

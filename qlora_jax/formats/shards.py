@@ -57,7 +57,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     places = _places(folder)
     for path in _weight_files(folder, places):
-        for name, tensor in _header(path).items():
+        for name, tensor in read_header(path).items():
             place = places.get(name) or found.get(name, tensor).file.name
             if place != path.name:
                 raise UserError(
@@ -103,7 +103,12 @@ def _weight_files(folder: Path, places: Mapping[str, str]) -> list[Path]:
     raise contents.not_a_model(folder, WEIGHTS)
 
 
-def _header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of one file by name.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
     try:
         with safe_open(path, framework="numpy", backend="pread") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

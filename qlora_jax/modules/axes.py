@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -90,8 +90,8 @@ def from_equation(equation: str, name: str) -> Axes:
     return checked(axes, name, len(weight))
 
 
-def to_matrices(weight: jax.Array, axes: Axes) -> jax.Array:
-    """Returns a weight [*stack, *shape] as matrices [*stack, *batch, K, N]."""
+def to_matrices(weight: Any, axes: Axes) -> Any:
+    """Returns a weight [*stack, *shape], of JAX or numpy, as matrices [*stack, *batch, K, N]."""
     stack, shape = axes.stack(weight.shape), axes.own(weight.shape)
     moved = weight.transpose(*range(len(stack)), *(len(stack) + i for i in axes.order))
     return moved.reshape(*stack, *matrices_shape(axes, shape))

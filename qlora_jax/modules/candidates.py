@@ -1,6 +1,6 @@
 """The weights of an NNX model that can be quantized or adapted, by their paths."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,12 @@ from qlora_jax.lora.variables import LoraParam
 from qlora_jax.lora.where import Where, chosen
 from qlora_jax.modules.adapt import variables_of
 from qlora_jax.modules.axes import Axes, checked
-from qlora_jax.modules.known import axes_of, is_table, is_understood
+from qlora_jax.modules.known import axes_of, check_stack, is_table, is_understood
 from qlora_jax.modules.variables import QWeight
 from qlora_jax.runtime.errors import UserError
+
+Owned = tuple[str, nnx.Module, str, nnx.Variable]
+"""Path, module, attribute and variable of a weight."""
 
 
 class Candidate(NamedTuple):
@@ -57,7 +60,7 @@ def check_model(model: Any) -> nnx.Module:
     raise UserError(f"{type(model).__name__} is no flax.nnx module; {remedy}")
 
 
-def owned(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, str, nnx.Variable]]:
+def owned(model: nnx.Module) -> Iterator[Owned]:
     """Yields the path, module, attribute and variable of each of a model's weights.
 
     A weight is a parameter of two axes or more that is no adapter's, or a `QWeight`. One that
@@ -79,16 +82,27 @@ def candidates(model: nnx.Module, where: Where) -> list[Candidate]:
     Raises:
       UserError: `where` matches nothing, or a weight whose axes are not known.
     """
-    found: dict[int, list[tuple[str, nnx.Module, str, nnx.Variable]]] = {}
-    for item in owned(model):
-        if not (axes_of(item[1], item[2], item[0]) is None and is_understood(item[1], item[2])):
-            found.setdefault(id(item[3]), []).append(item)
-    by_path = {items[0][0]: items for items in found.values()}
+    by_path = _by_path(model)
     parts = {path: items[0][1] for path, items in by_path.items()}
     return [_candidate(by_path[path]) for path in chosen(where, parts, "weights")]
 
 
-def _candidate(items: list[tuple[str, nnx.Module, str, nnx.Variable]]) -> Candidate:
+def of_paths(model: nnx.Module, paths: Collection[str]) -> dict[str, Candidate]:
+    """Returns the weights with these paths; those that the model does not have are left out."""
+    found = _by_path(model)
+    return {path: _candidate(found[path]) for path in paths if path in found}
+
+
+def _by_path(model: nnx.Module) -> dict[str, list[Owned]]:
+    """Returns each weight that may be a kernel with all that hold it, by its first path."""
+    found: dict[int, list[Owned]] = {}
+    for item in owned(model):
+        if not (axes_of(item[1], item[2], item[0]) is None and is_understood(item[1], item[2])):
+            found.setdefault(id(item[3]), []).append(item)
+    return {items[0][0]: items for items in found.values()}
+
+
+def _candidate(items: list[Owned]) -> Candidate:
     path, module, name, variable = items[0]
     axes = axes_of(module, name, path)
     shape = _shape(variable)
@@ -99,6 +113,7 @@ def _candidate(items: list[tuple[str, nnx.Module, str, nnx.Variable]]) -> Candid
             f"({type(module).__name__}, {name!r}, ...), or leave it out of `where`"
         )
     checked(axes, path, len(shape))
+    check_stack(module, path, axes.own(shape))
     owners = [(item[1], item[2]) for item in items]
     return Candidate(path, variable, owners, axes, is_table(module, name))
 

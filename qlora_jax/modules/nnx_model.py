@@ -15,8 +15,9 @@ from qlora_jax.modules.adapt import ADAPTERS, adapt, adapters_of, is_adapted, ke
 from qlora_jax.modules.adapters import lora_settings, made, strength
 from qlora_jax.modules.axes import from_matrices, to_matrices
 from qlora_jax.modules.candidates import Candidate, candidates, check_model, owned
+from qlora_jax.modules.quantizing import quantized
 from qlora_jax.modules.variables import QWeight, in_place_of, restored
-from qlora_jax.quant import QTensor, quantize
+from qlora_jax.quant import QTensor
 from qlora_jax.runtime.errors import UserError
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -41,22 +42,33 @@ def quantize_model(
       UserError: `where` matches nothing, or weights whose axes are not known, that are in 4 bits
         already, abstract, or not finite; an argument that cannot be used.
     """
-    found = [c for c in candidates(check_model(model), where) if embeddings or not c.table]
-    if not found:
-        raise UserError(
-            f"where: {where!r} matches embeddings alone; give embeddings=True to quantize them"
-        )
+    found = to_quantize(check_model(model), where, embeddings)
     for candidate in found:
         _check_floats(candidate)
-    stored = [(c, quantize(matrices_of(c), name=c.path, **quantization)) for c in found]
+    values = [c.variable.get_raw_value() for c in found]
+    stored = [(c, quantized(w, c.axes, c.path, **quantization)) for c, w in zip(found, values)]
     for candidate, q in stored:
         put_quantized(candidate, q)
     return model
 
 
+def to_quantize(model: nnx.Module, where: Where, embeddings: bool) -> list[Candidate]:
+    """Returns the weights that `quantize_model` stores in 4 bits.
+
+    Raises:
+      UserError: as `candidates`, or `where` matches embeddings alone and they are not asked for.
+    """
+    found = [c for c in candidates(model, where) if embeddings or not c.table]
+    if not found:
+        raise UserError(
+            f"where: {where!r} matches embeddings alone; give embeddings=True to quantize them"
+        )
+    return found
+
+
 def put_quantized(candidate: Candidate, q: QTensor) -> None:
     """Puts a QTensor in the place of a weight, in each module that holds it."""
-    variable = in_place_of(candidate.variable, q, candidate.axes)
+    variable = in_place_of(candidate.variable, q, candidate.axes, candidate.table)
     for module, name in candidate.owners:
         _put(module, name, variable)
 
@@ -105,6 +117,7 @@ def add_lora(
                 f"{candidate.path}: variant {lora.variant} is not for embeddings; leave it out of "
                 "`where`, or give variant='lora'"
             )
+        _check_values(candidate)
         if lora.init == "loftq":
             _check_floats(candidate)
     results: list[tuple[Any, Adapter]] = []
@@ -118,9 +131,17 @@ def add_lora(
         elif lora.init == "pissa":
             weight = from_matrices(stored, candidate.axes, candidate.own_shape)
             candidate.variable.set_raw_value(weight)
-        for module, attribute in candidate.owners:
-            _attach(module, attribute, name, adapter)
+        attach(candidate, name, adapter)
     return model
+
+
+def attach(candidate: Candidate, name: str, adapter: Adapter) -> None:
+    """Puts an adapter on a weight, in each module that holds it."""
+    for module, attribute in candidate.owners:
+        if not adapters_of(module, attribute):
+            setattr(module, attribute + ADAPTERS, nnx.data(nnx.Dict()))
+        getattr(module, attribute + ADAPTERS)[name] = adapter
+        adapt(module)
 
 
 def use_adapter(model: Model, *names: str) -> Model:
@@ -242,15 +263,19 @@ def join(graph: nnx.GraphDef, *states: Any, key: jax.Array | None = None) -> Any
 
 def _check_floats(candidate: Candidate) -> None:
     """Raises UserError unless the weight is an array of floats."""
-    value = candidate.variable.get_raw_value()
-    if isinstance(value, QTensor):
+    _check_values(candidate)
+    if isinstance(candidate.variable, QWeight):
         raise UserError(
             f"{candidate.path}: is in 4 bits already; leave it out of `where`, or merge first"
         )
-    if isinstance(value, jax.ShapeDtypeStruct):
+
+
+def _check_values(candidate: Candidate) -> None:
+    """Raises UserError if the weight is abstract."""
+    if isinstance(candidate.variable.get_raw_value(), jax.ShapeDtypeStruct):
         raise UserError(
             f"{candidate.path}: is abstract and has no values; qlora_jax.fill(model, source, ...) "
-            "reads and quantizes them one by one"
+            "reads them one by one"
         )
 
 
@@ -262,11 +287,4 @@ def matrices_of(candidate: Candidate) -> Any:
 
 def _put(module: nnx.Module, name: str, variable: nnx.Variable) -> None:
     setattr(module, name, variable)
-    adapt(module)
-
-
-def _attach(module: nnx.Module, attribute: str, name: str, adapter: Adapter) -> None:
-    if not adapters_of(module, attribute):
-        setattr(module, attribute + ADAPTERS, nnx.data(nnx.Dict()))
-    getattr(module, attribute + ADAPTERS)[name] = adapter
     adapt(module)

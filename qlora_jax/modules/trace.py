@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from qlora_jax.modules.axes import TABLE, Axes
 from qlora_jax.modules.kernel import Kernel
 from qlora_jax.modules.uses import Use
+from qlora_jax.quant import QTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +242,8 @@ def _product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     batch = tuple(held.order[i] for i in own_b)
     kernel, axes = held.kernel, held.kernel.axes
     if axes is None:
-        kept = tuple(i for i in sorted(held.order) if i not in (*batch, *contract))
-        found = Axes(tuple(sorted(batch)), tuple(sorted(contract)), kept)
+        others = tuple(i for i in sorted(held.order) if i not in (*batch, *contract))
+        found = Axes(tuple(sorted(batch)), tuple(sorted(contract)), others)
         held.used("product", "dot_general", found)
         return _bound(equation, [y.base() if isinstance(y, Lazy) else y for y in inputs])
     fits = set(contract) == set(axes.contract) and set(batch) == set(axes.batch)
@@ -264,7 +265,7 @@ def _product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     places += k_places + f_places if first else f_places + k_places
 
     base = None
-    if isinstance(kernel.value, jax.Array):
+    if not isinstance(kernel.value, QTensor):
         (y,) = _bound(equation, [z.base() if isinstance(z, Lazy) else z for z in inputs])
         outputs = math.prod(kernel.shape[i] for i in axes.keep)
         base = y.transpose(*np.argsort(places)).reshape(*sizes, math.prod(rows), outputs)
@@ -293,7 +294,7 @@ def _looked_up(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     places = index.reshape(-1)
     inside = (places >= 0) & (places < size)
     near = jax.numpy.clip(places, 0, size - 1)
-    base = held.base()[near] if isinstance(held.kernel.value, jax.Array) else None
+    base = held.base()[near] if not isinstance(held.kernel.value, QTensor) else None
     rows = held.kernel.rows(near, base).astype(held.dtype)
     if p["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         fill = np.nan if p["fill_value"] is None else p["fill_value"]

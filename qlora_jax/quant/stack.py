@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.quant.qtensor import QTensor
@@ -97,3 +98,16 @@ def _cut_out(stacks: Any, layer: jax.Array) -> Any:
 
 def _is_q(x: Any) -> bool:
     return isinstance(x, QTensor)
+
+
+def empty_stack(value: jax.Array | QTensor, layers: int) -> jax.Array | QTensor:
+    """Returns a stack of zeros for as many layers like this one."""
+    return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), value)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def with_layer(
+    stack: jax.Array | QTensor, value: jax.Array | QTensor, layer: int
+) -> jax.Array | QTensor:
+    """Returns a stack with one layer replaced, in the memory of the stack that is given."""
+    return jax.tree.map(lambda s, v: s.at[layer].set(v), stack, value)

@@ -1,0 +1,194 @@
+"""Adapters of any Flax model as a folder: adapter.safetensors and adapter.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from qlora_jax.formats import tensors
+from qlora_jax.formats.shards import read_header
+from qlora_jax.lora.adapter import Adapter
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.where import LISTED
+from qlora_jax.modules.adapters import lora_settings, made, strength
+from qlora_jax.runtime import atomic, json_files, paths
+from qlora_jax.runtime.errors import UserError
+
+WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+FORMAT = 1
+"""Version of the folder's content."""
+
+PARTS = ("a", "b", "magnitude")
+"""The arrays of an adapter that a file holds, where the adapter has them."""
+
+
+class Described(TypedDict):
+    """One adapter in adapter.json."""
+
+    rank: Annotated[int, Field(ge=1, le=2**20, strict=True)]
+    alpha: Annotated[float, Field(allow_inf_nan=False)]
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Description(TypedDict):
+    """The content of adapter.json."""
+
+    format: Literal[1]
+    variant: Literal["lora", "dora"]
+    weights: dict[str, Described]
+
+
+_DESCRIPTION = TypeAdapter(Description)
+
+
+class Saved(NamedTuple):
+    """One weight's adapter as a folder holds it.
+
+    Attributes:
+      spec: rank, alpha and scale.
+      arrays: a [*stack, *batch, K, r], b [*stack, *batch, r, N] and, for DoRA, magnitude.
+    """
+
+    spec: AdapterSpec
+    arrays: Mapping[str, np.ndarray]
+
+
+def write(adapters: Mapping[str, Adapter], folder: str | Path) -> None:
+    """Writes adapters by the path of their weight into a folder, as a whole.
+
+    Raises:
+      UserError: something else is in the folder's place, or it cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if paths.exists(folder):
+        _check_replaceable(folder)
+    arrays = {
+        f"{path}.{part}": np.asarray(getattr(adapter, part).get_value())
+        for path, adapter in adapters.items()
+        for part in PARTS
+        if hasattr(adapter, part)
+    }
+    variants = {
+        "dora" if hasattr(adapter, "magnitude") else "lora" for adapter in adapters.values()
+    }
+    if len(variants) > 1:
+        raise UserError("adapters of the variants lora and dora in one; save them by two names")
+    weights = {
+        path: {"rank": spec.rank, "alpha": spec.alpha, "scale": spec.scale}
+        for path, adapter in adapters.items()
+        if (spec := adapter.spec())
+    }
+    described = {"format": FORMAT, "variant": variants.pop(), "weights": weights}
+    with atomic.atomic_folder(folder) as new:
+        tensors.save(arrays, new / WEIGHTS)
+        (new / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: str | Path) -> tuple[str, dict[str, Saved]]:
+    """Reads what `write` has written.
+
+    Returns:
+      The variant, and each weight's adapter by its path.
+
+    Raises:
+      UserError: a file is missing or damaged, or is not what was saved.
+    """
+    folder = Path(folder).expanduser()
+    file = folder / DESCRIPTION
+    content = json_files.read_object(
+        file, "save the adapter again", "no such file; give a folder that save_adapter has written"
+    )
+    try:
+        described = _DESCRIPTION.validate_python(content)
+    except ValidationError as e:
+        where = ".".join(map(str, e.errors()[0]["loc"]))
+        raise UserError(
+            f"{file}: {where}: {e.errors()[0]['msg']}; save the adapter again"
+        ) from None
+    stored = read_header(folder / WEIGHTS)
+    needed = PARTS if described["variant"] == "dora" else PARTS[:2]
+    found = {}
+    for path, own in described["weights"].items():
+        names = {part: f"{path}.{part}" for part in needed}
+        for name in names.values():
+            if name not in stored:
+                raise UserError(f"{folder / WEIGHTS}: {name} is missing; save the adapter again")
+        arrays = {part: stored[name].read() for part, name in names.items()}
+        _check_shapes(folder / WEIGHTS, path, own["rank"], arrays)
+        found[path] = Saved(AdapterSpec(own["rank"], own["alpha"], own["scale"]), arrays)
+    return described["variant"], found
+
+
+def _check_shapes(file: Path, path: str, rank: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError unless the arrays of an adapter go together."""
+    a, b = arrays["a"].shape, arrays["b"].shape
+    if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2] or a[-1] != rank:
+        raise UserError(
+            f"{file}: {path}: a {a} with b {b} is not of the rank in {DESCRIPTION}, {rank}; "
+            "save the adapter again"
+        )
+    if (m := arrays.get("magnitude")) is not None and m.shape != (*b[:-2], b[-1]):
+        raise UserError(f"{file}: {path}: magnitude {m.shape} is not for b {b}; save it again")
+
+
+def check_fits(
+    folder: str | Path, saved: Mapping[str, Saved], weights: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises UserError unless a model has all weights of saved adapters in their shapes.
+
+    Args:
+      folder: where the adapters come from, for the error.
+      saved: the adapters by path.
+      weights: shapes [*stack, *batch, K, N] of the model's weights, by path.
+    """
+    wrong = []
+    for path, (_, arrays) in saved.items():
+        *_, k, _ = arrays["a"].shape
+        shape = (*arrays["b"].shape[:-2], k, arrays["b"].shape[-1])
+        if weights.get(path) != shape:
+            have = f"{weights[path]} in the model" if path in weights else "not in the model"
+            wrong.append(f"{path} is {shape} in the adapter and {have}")
+    if wrong:
+        more = f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise UserError(f"{folder}: is for another model: {'; '.join(wrong[:LISTED])}{more}")
+
+
+def built(path: str, weight: Any, variant: str, saved: Saved) -> Adapter:
+    """Returns a saved adapter for a weight of matrices [*stack, *batch, K, N]."""
+    lora = lora_settings(variant=variant, rank=saved.spec.rank, alpha=saved.spec.alpha)
+    _, adapter = made(path, weight, lora, saved.spec, jax.random.key(0))
+    replace_values(adapter, saved)
+    return adapter
+
+
+def replace_values(adapter: Adapter, saved: Saved) -> None:
+    """Puts saved values into an adapter of their shapes, in place, and switches it on."""
+    for part, array in saved.arrays.items():
+        getattr(adapter, part).set_value(jnp.asarray(array))
+    adapter.specs = (saved.spec,) * len(adapter.specs)
+    strength(adapter, True)
+
+
+def fits(adapter: Adapter, saved: Saved) -> bool:
+    """Returns whether saved values have the shapes of an adapter's."""
+    parts = {part for part in PARTS if hasattr(adapter, part)}
+    return parts == saved.arrays.keys() and all(
+        getattr(adapter, part).get_value().shape == array.shape
+        for part, array in saved.arrays.items()
+    )
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not paths.is_dir(folder):
+        raise UserError(f"{folder}: a file is in the way; give another folder")
+    if other := sorted({p.name for p in folder.iterdir()} - {WEIGHTS, DESCRIPTION}):
+        raise UserError(
+            f"{folder}: holds {other[0]}, which is not an adapter's; give an empty or a new folder"
+        )

@@ -1,0 +1,73 @@
+"""Saves and loads the adapters of an NNX model."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from flax import nnx
+
+from qlora_jax.modules import files
+from qlora_jax.modules.adapt import adapters_of
+from qlora_jax.modules.candidates import check_model, of_paths
+from qlora_jax.modules.nnx_model import all_adapters, attach, matrices_of
+from qlora_jax.runtime.errors import UserError
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def save_adapter(model: nnx.Module, folder: str | Path, name: str | None = None) -> None:
+    """Writes an adapter of a model into a folder: adapter.safetensors and adapter.json.
+
+    Args:
+      model: an NNX model.
+      folder: where; an adapter that is there is replaced.
+      name: name of the adapter; it may be left out if the model has one.
+
+    Raises:
+      UserError: the model has no such adapter, or several and no name is given; the folder holds
+        something else or cannot be written.
+    """
+    found = list(all_adapters(check_model(model)))
+    names = sorted({own for _, own, _ in found})
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        have = ", ".join(names) or "no adapter"
+        raise UserError(f"save_adapter: the model has {have}; give the name of one")
+    files.write({path: adapter for path, own, adapter in found if own == name}, folder)
+
+
+def load_adapter(model: Model, folder: str | Path, name: str = "default") -> Model:
+    """Reads an adapter into a model, in place: into one of this name, or a new one.
+
+    Args:
+      model: an NNX model with the weights that the adapter is for.
+      folder: what `save_adapter` has written.
+      name: name that the adapter has in the model.
+
+    Returns:
+      The model.
+
+    Raises:
+      UserError: a file that cannot be used, or an adapter for weights that the model does not
+        have, or has in another shape. The model is then as it was.
+    """
+    variant, saved = files.read(folder)
+    found = of_paths(check_model(model), saved)
+    files.check_fits(folder, saved, {p: matrices_of(c).shape for p, c in found.items()})
+    own = {path: adapters_of(*c.owners[0]).get(name) for path, c in found.items()}
+    for path, adapter in own.items():
+        if adapter is not None and not files.fits(adapter, saved[path]):
+            raise UserError(
+                f"{path}: has an adapter {name!r} of another rank or variant; give another name"
+            )
+    made = {
+        path: files.built(path, matrices_of(found[path]), variant, saved[path])
+        for path, adapter in own.items()
+        if adapter is None
+    }
+    for path, adapter in own.items():
+        if adapter is None:
+            attach(found[path], name, made[path])
+        else:
+            files.replace_values(adapter, saved[path])
+    return model
