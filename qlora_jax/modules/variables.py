@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qlora_jax.modules.axes import Axes
 from qlora_jax.modules.kernel import Kernel
 from qlora_jax.modules.uses import PATH, Use, recorded
 from qlora_jax.quant import QTensor
+
+ARRAY = frozenset(name for name in dir(jax.Array) if not name.startswith("_"))
+"""Attributes and methods of an array."""
 
 FOUND = "kernel_found"
 """The key of a variable's metadata that holds a `Found`: a `QWeight`'s, or from `discover`."""
@@ -81,10 +85,17 @@ class QWeight(nnx.Variable):
         """Dtype of the parameter that this stands for."""
         return jnp.dtype(self.stands_for.dtype)
 
+    def __getattr__(self, name: str) -> Any:
+        # what code elsewhere reads of an array it finds here
+        return getattr(self.get_value(), name) if name in ARRAY else super().__getattr__(name)
+
     def get_value(self, **index: Any) -> jax.Array:
         """Returns the weight, decoded; with `index=`, that part of it."""
         if (uses := recorded()) is not None and self.has_metadata(PATH):
             uses.append(Use(self.get_metadata(PATH), "decoded", "read"))
+        value = self.get_raw_value()
+        if not isinstance(value, QTensor) or not isinstance(value.codes, jax.Array | np.ndarray):
+            return value  # of shapes, or of what a caller has mapped the arrays to
         weight = self.kernel.plain()
         return weight[index["index"]] if index else weight
 
