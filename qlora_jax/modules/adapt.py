@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
+from qlora_jax.modules.constants import packed, unpacked
 from qlora_jax.modules.kernel import Kernel, of_array
 from qlora_jax.modules.known import axes_of
 from qlora_jax.modules.trace import run
@@ -123,14 +123,6 @@ class _Method(NamedTuple):
     graph: nnx.GraphDef
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Constant:
-    """A result that is no array."""
-
-    value: Any
-
-
 def _called(
     cls: type[nnx.Module], name: str, module: nnx.Module, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
@@ -153,11 +145,7 @@ def _called(
         uses += _by_path(found, module)
     if changes:
         nnx.update((module, args, kwargs), changes)
-    return jax.tree.map(
-        lambda x: x.value if isinstance(x, _Constant) else x,
-        out,
-        is_leaf=lambda x: isinstance(x, _Constant),
-    )
+    return unpacked(out)
 
 
 def _performed(
@@ -178,7 +166,7 @@ def _performed(
                 )
             del vars(module)[stand.attribute]
         after = nnx.state((module, args, kwargs))
-        return jax.tree.map(_constant, out), _changed(state, after)
+        return packed(out), _changed(state, after)
 
     return run(function, kernels, (state,), uses)
 
@@ -193,10 +181,6 @@ def _compiled(
 def _parameter(stands: Sequence[_Stand], kernel: str, array: jax.Array) -> nnx.Variable:
     stand = next(stand for stand in stands if stand.kernel == kernel)
     return stand.kind.from_metadata(array, dict(stand.metadata))
-
-
-def _constant(x: Any) -> Any:
-    return x if isinstance(x, jax.Array | np.ndarray) else _Constant(x)
 
 
 def _changed(before: nnx.State, after: nnx.State) -> nnx.State:
