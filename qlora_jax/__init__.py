@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from qlora_jax import lora as lora
     from qlora_jax.kernels import matmul as matmul
     from qlora_jax.lora import LoraParam as LoraParam
+    from qlora_jax.modules import linen as linen
     from qlora_jax.modules.discover import discover as discover
     from qlora_jax.modules.fill import fill as fill
     from qlora_jax.modules.known import register_kernel as register_kernel
@@ -44,7 +45,7 @@ _HOMES = {
     "dequantize": "quant",
     "quantize": "quant",
 }
-_MODULES = {"lora": "lora"}
+_MODULES = {"linen": "modules.linen", "lora": "lora"}
 __all__ = (*_HOMES, *_MODULES)
 
 
