@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qlora_jax.library import train as train
     from qlora_jax.lora import LoraParam as LoraParam
     from qlora_jax.lora import quantize_tree as quantize_tree
+    from qlora_jax.modules import linen as linen
     from qlora_jax.modules.discover import discover as discover
     from qlora_jax.modules.fill import fill as fill
     from qlora_jax.modules.known import register_kernel as register_kernel
@@ -53,7 +54,7 @@ _HOMES = {
     "load": "library",
     "generate": "library",
 }
-_MODULES = {"lora": "lora", "train": "train"}
+_MODULES = {"linen": "modules.linen", "lora": "lora", "train": "train"}
 __all__ = (*_HOMES, *_MODULES)
 
 

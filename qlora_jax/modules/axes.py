@@ -47,13 +47,18 @@ TABLE = Axes((), (1,), (0,))
 """Those of a table [N, K] of N rows, which are looked up, or multiplied as x @ table.T."""
 
 
-def checked(axes: Axes, name: str, ndim: int) -> Axes:
+REGISTERED = "by qlora_jax.register_kernel"
+"""How axes are told of an NNX module's weight, for errors."""
+
+
+def checked(axes: Axes, name: str, ndim: int, how: str = REGISTERED) -> Axes:
     """Returns the axes if they are those of a matrix product.
 
     Args:
       axes: the axes, of which each must be one of the weight's.
       name: the weight's path, for the error.
       ndim: number of the weight's axes, its stack's included.
+      how: how axes are told, for the error.
 
     Raises:
       UserError: they are not.
@@ -64,12 +69,17 @@ def checked(axes: Axes, name: str, ndim: int) -> Axes:
     raise UserError(
         f"{name}: batch {axes.batch}, contracted {axes.contract} and kept {axes.keep} axes are no "
         f"matrix product with a weight of {ndim} axes; give each axis once, and at least one to "
-        "sum over and one to keep, by qlora_jax.register_kernel"
+        f"sum over and one to keep, {how}"
     )
 
 
-def from_equation(equation: str, name: str) -> Axes:
+def from_equation(equation: str, name: str, how: str = REGISTERED) -> Axes:
     """Reads an einsum of an input and a weight, in this order, such as "btd,dnh->btnh".
+
+    Args:
+      equation: the einsum.
+      name: the weight's path, for the error.
+      how: how axes are told, for the error.
 
     Raises:
       UserError: the equation has other than two operands, or is no matrix product.
@@ -79,7 +89,7 @@ def from_equation(equation: str, name: str) -> Axes:
     if not arrow or not comma or "," in weight or len(set(weight)) < len(weight):
         raise UserError(
             f"{name}: {equation!r} is no einsum of an input and a weight; give one such as "
-            "'...k,kn->...n' by qlora_jax.register_kernel"
+            f"'...k,kn->...n' {how}"
         )
 
     def where(in_x: bool, in_result: bool) -> tuple[int, ...]:
@@ -87,7 +97,7 @@ def from_equation(equation: str, name: str) -> Axes:
         return tuple(i for i, c in found if (c in x, c in result) == (in_x, in_result))
 
     axes = Axes(where(True, True), where(True, False), where(False, True))
-    return checked(axes, name, len(weight))
+    return checked(axes, name, len(weight), how)
 
 
 def to_matrices(weight: Any, axes: Axes) -> Any:

@@ -12,13 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """A result that is no array."""
-
-    value: Any
+from qlora_jax.modules.constants import Constant
 
 
 @jax.tree_util.register_static

@@ -15,12 +15,23 @@ from qlora_jax.modules.adapt import ADAPTERS, adapt, adapters_of, is_adapted, ke
 from qlora_jax.modules.adapters import lora_settings, made, strength
 from qlora_jax.modules.axes import from_matrices, to_matrices
 from qlora_jax.modules.candidates import Candidate, candidates, check_model, owned
+from qlora_jax.modules.checks import (
+    check_adapter,
+    check_floats,
+    check_merged,
+    check_names,
+    check_not_tables_alone,
+    check_trained,
+    check_values,
+)
 from qlora_jax.modules.quantizing import quantized
 from qlora_jax.modules.variables import QWeight, in_place_of, restored
 from qlora_jax.quant import QTensor
-from qlora_jax.runtime.errors import UserError
 
 Model = TypeVar("Model", bound=nnx.Module)
+
+READ = "qlora_jax.fill(model, source, ...) reads them one by one"
+"""What to do with weights that are abstract."""
 
 
 def quantize_model(
@@ -43,9 +54,10 @@ def quantize_model(
         already, abstract, or not finite; an argument that cannot be used.
     """
     found = to_quantize(check_model(model), where, embeddings)
-    for candidate in found:
-        _check_floats(candidate)
     values = [c.variable.get_raw_value() for c in found]
+    for candidate, value in zip(found, values):
+        check_values(candidate.path, value, READ)
+        check_floats(candidate.path, value)
     stored = [(c, quantized(w, c.axes, c.path, **quantization)) for c, w in zip(found, values)]
     for candidate, q in stored:
         put_quantized(candidate, q)
@@ -59,10 +71,7 @@ def to_quantize(model: nnx.Module, where: Where, embeddings: bool) -> list[Candi
       UserError: as `candidates`, or `where` matches embeddings alone and they are not asked for.
     """
     found = [c for c in candidates(model, where) if embeddings or not c.table]
-    if not found:
-        raise UserError(
-            f"where: {where!r} matches embeddings alone; give embeddings=True to quantize them"
-        )
+    check_not_tables_alone(found, where)
     return found
 
 
@@ -110,16 +119,10 @@ def add_lora(
     found = candidates(check_model(model), where)
     lora = lora_settings(rank=rank, alpha=alpha, **settings)
     for candidate in found:
-        if name in adapters_of(*candidate.owners[0]):
-            raise UserError(f"{candidate.path}: has an adapter {name!r} already; give another name")
-        if candidate.table and lora.variant != "lora":
-            raise UserError(
-                f"{candidate.path}: variant {lora.variant} is not for embeddings; leave it out of "
-                "`where`, or give variant='lora'"
-            )
-        _check_values(candidate)
-        if lora.init == "loftq":
-            _check_floats(candidate)
+        path, value = candidate.path, candidate.variable.get_raw_value()
+        names = adapters_of(*candidate.owners[0])
+        check_adapter(path, value, candidate.table, lora, name, names)
+        check_values(path, value, READ)
     results: list[tuple[Any, Adapter]] = []
     for candidate in found:
         spec = spec_of(lora, candidate.path.rpartition(".")[0])
@@ -153,11 +156,7 @@ def use_adapter(model: Model, *names: str) -> Model:
       UserError: an adapter that the model does not have.
     """
     adapters = list(all_adapters(check_model(model)))
-    known = {name for _, name, _ in adapters}
-    for name in names:
-        if name not in known:
-            have = ", ".join(sorted(known)) or "none"
-            raise UserError(f"adapter {name!r}: the model has {have}; give one of these")
+    check_names(names, {name for _, name, _ in adapters})
     for _, name, adapter in adapters:
         strength(adapter, name in names)
     return model
@@ -192,11 +191,7 @@ def merge(model: Model) -> Model:
             setattr(module, name, merged[id(variable)])
             if hasattr(module, name + ADAPTERS):
                 delattr(module, name + ADAPTERS)
-    if not merged:
-        raise UserError(
-            "the model has no adapters and no weight in 4 bits, so there is nothing to merge; "
-            "use the model as it is"
-        )
+    check_merged(merged)
     for _, module in nnx.iter_modules(plain):
         if is_adapted(module):
             restore(module)
@@ -223,11 +218,7 @@ def split(model: nnx.Module, *names: str) -> tuple[nnx.GraphDef, nnx.State, nnx.
       UserError: an adapter that the model does not have; a model without adapters.
     """
     adapters = list(all_adapters(check_model(model)))
-    if not adapters:
-        raise UserError("the model has no adapters to train; call add_lora first")
-    for name in names:
-        if name not in {own for _, own, _ in adapters}:
-            raise UserError(f"adapter {name!r}: the model has none of this name")
+    check_trained(names, {own for _, own, _ in adapters})
     chosen = {
         id(v)
         for _, own, adapter in adapters
@@ -259,24 +250,6 @@ def join(graph: nnx.GraphDef, *states: Any, key: jax.Array | None = None) -> Any
                 again.deterministic = keys.deterministic
                 adapter.keys = nnx.data(again)
     return model
-
-
-def _check_floats(candidate: Candidate) -> None:
-    """Raises UserError unless the weight is an array of floats."""
-    _check_values(candidate)
-    if isinstance(candidate.variable, QWeight):
-        raise UserError(
-            f"{candidate.path}: is in 4 bits already; leave it out of `where`, or merge first"
-        )
-
-
-def _check_values(candidate: Candidate) -> None:
-    """Raises UserError if the weight is abstract."""
-    if isinstance(candidate.variable.get_raw_value(), jax.ShapeDtypeStruct):
-        raise UserError(
-            f"{candidate.path}: is abstract and has no values; qlora_jax.fill(model, source, ...) "
-            "reads them one by one"
-        )
 
 
 def matrices_of(candidate: Candidate) -> Any:

@@ -1,7 +1,8 @@
 """What of a model is in 4 bits, frozen and trained, in numbers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,9 @@ from qlora_jax.modules.adapt import adapters_of
 from qlora_jax.modules.candidates import check_model, owned
 from qlora_jax.modules.discover import uses_of
 from qlora_jax.modules.nnx_model import all_adapters
+from qlora_jax.modules.uses import Use
 from qlora_jax.modules.variables import QWeight
-from qlora_jax.quant import nbytes
+from qlora_jax.quant import QTensor, nbytes
 
 
 class Part(NamedTuple):
@@ -63,33 +65,46 @@ def summary(model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: A
       method: the method that is called.
       kwargs: more arguments of the call.
     """
-    kinds: dict[str, list[nnx.Variable]] = {
-        "quantized": [],
-        "trained": [],
-        "frozen": [],
-        "other": [],
+    check_model(model)
+    parts = [(kind_of(x), x.get_raw_value()) for x in _variables(model)]
+    adapters = [name for _, name, _ in all_adapters(model)]
+    changed = {
+        path
+        for path, module, name, variable in owned(model)
+        if isinstance(variable, QWeight) or adapters_of(module, name)
     }
-    for variable in _variables(check_model(model)):
-        kinds[_kind(variable)].append(variable)
-    adapters: dict[str, int] = {}
-    for _, name, _ in all_adapters(model):
-        adapters[name] = adapters.get(name, 0) + 1
+    uses = uses_of(model, args, kwargs, method) if args or kwargs else None
+    return counted(parts, adapters, changed, uses)
+
+
+def counted(
+    values: Iterable[tuple[str, Any]],
+    adapters: Iterable[str],
+    changed: Collection[str],
+    uses: Mapping[str, Sequence[Use]] | None,
+) -> Summary:
+    """Returns the summary of what any model holds.
+
+    Args:
+      values: the kind of each variable, one of "quantized", "trained", "frozen" and "other", and
+        its arrays or QTensor.
+      adapters: the name of each weight's each adapter.
+      changed: paths of the weights that are in 4 bits or have adapters.
+      uses: what a call does with each weight, by path; None if none is known.
+    """
+    kinds: dict[str, list[Any]] = {"quantized": [], "trained": [], "frozen": [], "other": []}
+    for kind, value in values:
+        kinds[kind].append(value)
     decoded = None
-    if args or kwargs:
-        uses = uses_of(model, args, kwargs, method)
-        changed = {
-            path
-            for path, module, name, variable in owned(model)
-            if isinstance(variable, QWeight) or adapters_of(module, name)
-        }
+    if uses is not None:
         whole = {
             path: tuple(use.operation for use in uses[path] if use.kind == "decoded")
             for path in uses
             if path in changed
         }
         decoded = {path: operations for path, operations in whole.items() if operations}
-    parts = {name: _part(variables) for name, variables in kinds.items()}
-    return Summary(**parts, adapters=adapters, decoded=decoded)
+    parts = {kind: _part(own) for kind, own in kinds.items()}
+    return Summary(**parts, adapters=dict(Counter(adapters)), decoded=decoded)
 
 
 def _variables(model: nnx.Module) -> Iterator[nnx.Variable]:
@@ -98,7 +113,8 @@ def _variables(model: nnx.Module) -> Iterator[nnx.Variable]:
     yield from (x for x in leaves if isinstance(x, nnx.Variable))
 
 
-def _kind(variable: nnx.Variable) -> str:
+def kind_of(variable: nnx.Variable) -> str:
+    """Returns the kind of a model's or an adapter's variable, for `counted`."""
     if isinstance(variable, QWeight):
         return "quantized"
     if isinstance(variable, LoraParam):
@@ -106,13 +122,12 @@ def _kind(variable: nnx.Variable) -> str:
     return "frozen" if isinstance(variable, nnx.Param | LoraConstant) else "other"
 
 
-def _part(variables: Sequence[nnx.Variable]) -> Part:
+def _part(values: Sequence[Any]) -> Part:
     parameters = 0
-    for variable in variables:
-        q = isinstance(variable, QWeight)
-        shapes = [variable] if q else jax.tree.leaves(variable.get_raw_value())
+    for value in values:
+        shapes = [value] if isinstance(value, QTensor) else jax.tree.leaves(value)
         parameters += sum(math.prod(x.shape) for x in shapes)
-    return Part(len(variables), parameters, nbytes([v.get_raw_value() for v in variables]))
+    return Part(len(values), parameters, nbytes(list(values)))
 
 
 def _lines(found: Summary) -> Iterator[str]:

@@ -1,0 +1,78 @@
+"""What makes a weight or an adapter unfit for what is asked of it, an error of one line each."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from qlora_jax.config import LoraConfig
+from qlora_jax.quant import QTensor
+from qlora_jax.runtime.errors import UserError
+
+
+def check_values(path: str, value: Any, remedy: str) -> None:
+    """Raises UserError if a weight is abstract."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise UserError(f"{path}: is abstract and has no values; {remedy}")
+
+
+def check_floats(path: str, value: Any) -> None:
+    """Raises UserError if a weight is in 4 bits."""
+    if isinstance(value, QTensor):
+        raise UserError(f"{path}: is in 4 bits already; leave it out of `where`, or merge first")
+
+
+def check_adapter(
+    path: str, value: Any, table: bool, lora: LoraConfig, name: str, names: Collection[str]
+) -> None:
+    """Raises UserError unless a weight can have a new adapter.
+
+    Args:
+      path: path of the weight.
+      value: what is stored of it.
+      table: whether it is a table that is looked up.
+      lora: settings of the adapter.
+      name: name of the adapter.
+      names: names of the adapters that the weight has.
+    """
+    if name in names:
+        raise UserError(f"{path}: has an adapter {name!r} already; give another name")
+    if table and lora.variant != "lora":
+        raise UserError(
+            f"{path}: variant {lora.variant} is not for embeddings; leave it out of `where`, or "
+            "give variant='lora'"
+        )
+    if lora.init == "loftq":
+        check_floats(path, value)
+
+
+def check_names(names: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError unless all names are those of a model's adapters."""
+    for name in names:
+        if name not in known:
+            have = ", ".join(sorted(known)) or "none"
+            raise UserError(f"adapter {name!r}: the model has {have}; give one of these")
+
+
+def check_trained(names: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError unless a model has adapters, and all of the names that are to be trained."""
+    if not known:
+        raise UserError("the model has no adapters to train; call add_lora first")
+    check_names(names, known)
+
+
+def check_merged(changed: Collection[Any]) -> None:
+    """Raises UserError if a model has nothing that can be merged."""
+    if not changed:
+        raise UserError(
+            "the model has no adapters and no weight in 4 bits, so there is nothing to merge; "
+            "use the model as it is"
+        )
+
+
+def check_not_tables_alone(found: Collection[Any], where: Any) -> None:
+    """Raises UserError if nothing is left to quantize without embeddings."""
+    if not found:
+        raise UserError(
+            f"where: {where!r} matches embeddings alone; give embeddings=True to quantize them"
+        )

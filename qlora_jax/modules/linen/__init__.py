@@ -1,0 +1,15 @@
+"""4-bit weights and adapters in any Linen module: params in, params out.
+
+In the params, a `Kernel` stands in the place of each array that is in 4 bits or has adapters.
+`apply` takes the place of `module.apply`.
+"""
+
+from qlora_jax.modules.linen.adapters import join as join
+from qlora_jax.modules.linen.adapters import split as split
+from qlora_jax.modules.linen.adapters import use_adapter as use_adapter
+from qlora_jax.modules.linen.call import apply as apply
+from qlora_jax.modules.linen.call import discover as discover
+from qlora_jax.modules.linen.call import summary as summary
+from qlora_jax.modules.linen.weights import add_lora as add_lora
+from qlora_jax.modules.linen.weights import merge as merge
+from qlora_jax.modules.linen.weights import quantize as quantize

@@ -1,0 +1,166 @@
+"""Which params of a Linen module can be quantized or adapted, and what their axes are."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.core import DenyList, meta
+
+from qlora_jax.lora.where import Where, chosen
+from qlora_jax.modules.axes import TABLE, Axes, checked, from_equation, to_matrices
+from qlora_jax.modules.constants import arrays_of
+from qlora_jax.modules.kernel import Kernel, of_array
+from qlora_jax.modules.known import Found
+from qlora_jax.modules.linen.intercept import Probe, Record, adapted, within
+from qlora_jax.modules.linen.params import Params, check_module, leaves_of, replaced
+from qlora_jax.modules.uses import Use
+from qlora_jax.quant import QTensor
+from qlora_jax.runtime.errors import UserError
+
+Given = Mapping[str, Found | Axes | str]
+"""Path of a weight to what its axes are: what `discover` has returned, or an einsum."""
+
+BY_AXES = "by axes={path: '...k,kn->...n'}"
+"""How axes are told, for errors."""
+
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+class Weight(NamedTuple):
+    """A weight that is asked for.
+
+    Attributes:
+      path: its path, such as layers.attn.query.kernel.
+      kernel: the weight as it is.
+      table: whether it is a table that is looked up.
+    """
+
+    path: str
+    kernel: Kernel
+    table: bool
+
+    @property
+    def matrices(self) -> Any:
+        """[*stack, *batch, K, N], an array or a QTensor."""
+        value = self.kernel.value
+        return value if isinstance(value, QTensor) else to_matrices(value, self.kernel.known)
+
+
+def uses_of(
+    module: nn.Module,
+    params: Params,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    method: Any = None,
+    variables: Mapping[str, Any] = {},
+) -> dict[str, list[Use]]:
+    """Returns what a call does with each weight, by path; [] for one that it does not read.
+
+    A weight is a kernel, or an array of two axes or more. The call is abstract: it needs no other
+    collections and no keys if their names are usual.
+    """
+    record = Record()
+    found: dict[str, list[Use]] = {}
+
+    def probe(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Kernel):
+            if len(getattr(leaf, "shape", ())) < 2:
+                return leaf
+            leaf = of_array(leaf, None)
+        found[path] = []
+        fields = (leaf.value, leaf.adapters, leaf.keys, leaf.axes, leaf.shape, leaf.dtype)
+        return Probe(*fields, path, record)
+
+    probes = replaced(params, probe)
+    given, put = arrays_of((args, dict(kwargs), dict(variables)), ARRAYS)
+
+    def call(probes: Any, given: Any) -> None:
+        args, kwargs, variables = put(given)
+        kwargs.setdefault("mutable", DenyList("params"))
+        key = jax.random.key(0)
+        kwargs["rngs"] = {"params": key, "dropout": key, **(kwargs.get("rngs") or {})}
+        with adapted():
+            module.apply({**variables, "params": probes}, *args, method=method, **kwargs)
+
+    jax.eval_shape(call, probes, given)
+    for use in dict.fromkeys(record.uses):
+        found[use.name].append(use)
+    return found
+
+
+def found_in(uses: list[Use]) -> Found:
+    """Returns what uses tell of a weight."""
+    if any(use.kind == "rows" for use in uses):
+        # a table that is multiplied as well is held by rows
+        return Found(TABLE, True)
+    return Found(next((use.axes for use in uses if use.axes is not None), None), False)
+
+
+def weights(
+    module: nn.Module, params: Params, where: Where, example: tuple[Any, ...], axes: Given
+) -> list[Weight]:
+    """Returns the weights that are asked for.
+
+    Args:
+      module: the module.
+      params: its params.
+      where: which weights, by their paths.
+      example: arguments of a call, by which axes are found; () calls nothing.
+      axes: path of a weight to its axes, where a call need not tell.
+
+    Raises:
+      UserError: `where` matches nothing, or no weight that a product or a look-up has; weights
+        whose axes are not known, or are no matrix product.
+    """
+    leaves = _weights_of(params)
+    known = {path: _read(path, axes[path], leaves) for path in axes}
+    uses = uses_of(check_module(module), params, example, {}) if example else {}
+    known |= {path: found_in(own) for path, own in uses.items() if path not in known}
+    kernels = {path: x.known for path, x in leaves.items() if isinstance(x, Kernel)}
+    known |= {path: Found(own, own == TABLE) for path, own in kernels.items()}
+    matched = chosen(where, leaves, "weights")
+    for path in matched.keys() - known.keys():
+        raise UserError(
+            f"{path}: which axes of {matched[path].shape} are summed over is not known; give "
+            f"example arguments of a call after `where`, or say it {BY_AXES}"
+        )
+    parts = [where] if callable(where) or isinstance(where, str) else [[name] for name in where]
+    for part in parts:
+        own = list(chosen(part, matched, "weights"))
+        if all(known[path].axes is None for path in own):
+            how = ", ".join(use.operation for use in uses.get(own[0], [])) or "no operation"
+            raise UserError(
+                f"{own[0]}: the example call has it in {how} and in no matrix product; leave it "
+                f"out of `where`, or say which axes are summed over {BY_AXES}"
+            )
+    return [_weight(path, x, known[path]) for path, x in matched.items() if known[path].axes]
+
+
+def _weight(path: str, leaf: Any, found: Found) -> Weight:
+    if isinstance(leaf, Kernel):
+        return Weight(path, leaf, found.table)
+    assert found.axes is not None
+    axes = checked(found.axes, path, len(leaf.shape), BY_AXES)
+    return Weight(path, of_array(leaf, axes), found.table)
+
+
+def _weights_of(params: Params) -> dict[str, Any]:
+    """Returns the kernels, and the arrays of two axes or more, by path."""
+    found = {}
+    for path, leaf in leaves_of(params).items():
+        x = within(leaf) or meta.unbox(leaf)
+        if isinstance(x, Kernel) or len(getattr(x, "shape", ())) > 1:
+            found[path] = x
+    return found
+
+
+def _read(path: str, axes: Found | Axes | str, leaves: Mapping[str, Any]) -> Found:
+    if path not in leaves:
+        raise UserError(f"axes: {path!r} is none of the weights; there are {', '.join(leaves)}")
+    if isinstance(axes, Found):
+        return axes
+    if isinstance(axes, str):
+        axes = from_equation(axes, path, BY_AXES)
+    return Found(Axes(*axes), False)
