@@ -24,8 +24,8 @@ def build(case: Case, seed: int) -> Model:
 
 def quantize(case: Case, model: Model) -> Model:
     """Returns the model with the case's kernels quantized."""
-    params = qj.linen.discover(model.module, model.params, *case.example())
-    return Model(model.module, qj.linen.quantize(model.module, params, where=case.kernels))
+    params = qj.linen.quantize(model.module, model.params, case.kernels, *case.example())
+    return Model(model.module, params)
 
 
 def adapt(case: Case, model: Model) -> Model:
@@ -33,7 +33,8 @@ def adapt(case: Case, model: Model) -> Model:
     params = qj.linen.add_lora(
         model.module,
         model.params,
-        where=case.adapted,
+        case.adapted,
+        *case.example(),
         rank=RANK,
         alpha=2 * RANK,
         key=jax.random.key(1),
@@ -63,9 +64,10 @@ def whole(model: Model) -> tuple[Any, Callable[[Any], Model]]:
 
 def merge(case: Case, model: Model) -> Model:
     """Returns the model as plain arrays."""
-    return Model(model.module, qj.linen.merge(model.module, model.params))
+    return Model(model.module, qj.linen.merge(model.params))
 
 
 def weights(model: Model) -> dict[str, Any]:
     """Returns each parameter's array or `QTensor` by its dotted path."""
-    return traverse_util.flatten_dict(model.params, sep=".")
+    flat = traverse_util.flatten_dict(model.params, sep=".")
+    return {path: getattr(leaf, "value", leaf) for path, leaf in flat.items()}
