@@ -1,4 +1,4 @@
-"""Each kind of NNX model in 4 bits and with adapters, against the plain model of the same weights."""
+"""NNX models of every kind, in 4 bits and adapted, against plain models of the same weights."""
 
 import jax
 import jax.numpy as jnp
