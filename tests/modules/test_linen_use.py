@@ -318,8 +318,8 @@ CASES = {
     ),
     "no product": (
         lambda m, p, q: linen.add_lora(m, p, ["up", "conv"], TOKENS, key=KEY),
-        "conv.kernel: the example call has it in conv_general_dilated and in no matrix product; "
-        "leave it out of `where`, or say which axes are summed over by axes={path: ",
+        "conv.kernel: no matrix product of the call has it, only: conv_general_dilated; leave it "
+        "out of `where`, or say which axes are summed over by axes={path: ",
     ),
     "all axes summed": (
         lambda m, p, q: linen.quantize(m, p, ["up"], axes={"up.kernel": "kn,kn->"}),
@@ -346,8 +346,8 @@ CASES = {
     ),
     "other axis": (
         lambda m, p, q: linen.add_lora(*other_axis(), key=KEY),
-        "Dense_0.kernel: the example call has it in a loop along another axis than its first (give "
-        "it variable_axes={'params': 0}) and in no matrix product; leave it out of `where`, or say",
+        "Dense_0.kernel: no matrix product of the call has it, only: a loop along another axis "
+        "than its first (give it variable_axes={'params': 0}); leave it out of `where`, or say",
     ),
 }
 
