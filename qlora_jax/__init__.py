@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_jax import lora as lora
     from qlora_jax.kernels import matmul as matmul
+    from qlora_jax.library import generate as generate
+    from qlora_jax.library import load as load
+    from qlora_jax.library import train as train
     from qlora_jax.lora import LoraParam as LoraParam
+    from qlora_jax.lora import quantize_tree as quantize_tree
     from qlora_jax.modules import linen as linen
     from qlora_jax.modules.discover import discover as discover
     from qlora_jax.modules.fill import fill as fill
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from qlora_jax.quant import QTensor as QTensor
     from qlora_jax.quant import dequantize as dequantize
     from qlora_jax.quant import quantize as quantize
+    from qlora_jax.runtime.errors import UserError as UserError
 
 _HOMES = {
     "LoraParam": "lora",
@@ -35,6 +40,8 @@ _HOMES = {
     "join": "modules.nnx_model",
     "merge": "modules.nnx_model",
     "quantize_model": "modules.nnx_model",
+    "quantize_tree": "lora",
+    "UserError": "runtime.errors",
     "register_kernel": "modules.known",
     "split": "modules.nnx_model",
     "summary": "modules.summary",
@@ -44,8 +51,10 @@ _HOMES = {
     "QTensor": "quant",
     "dequantize": "quant",
     "quantize": "quant",
+    "load": "library",
+    "generate": "library",
 }
-_MODULES = {"linen": "modules.linen", "lora": "lora"}
+_MODULES = {"linen": "modules.linen", "lora": "lora", "train": "train"}
 __all__ = (*_HOMES, *_MODULES)
 
 

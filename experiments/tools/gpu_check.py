@@ -20,7 +20,7 @@ from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, Case
 from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.product import compile_all
 from qlora_jax.kernels.select import FUSED, usable
-from qlora_jax.train.display import counted
+from qlora_jax.runtime.display import counted
 
 PRODUCTS = ((1, 4096, 4096), (32, 4096, 4096), (512, 4096, 4096), (512, 4096, 11008))
 """Rows, K and N: registers that suffice for one shape need not for another."""

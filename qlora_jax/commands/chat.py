@@ -126,7 +126,7 @@ def _opened(options: argparse.Namespace) -> "_Chat":
         length=length,
         settings=Settings(options.temperature, options.top_p, options.seed),
         most=options.max_new_tokens,
-        system=base.config.data.system_prompt if options.system is None else options.system,
+        system=base.asking.system_prompt if options.system is None else options.system,
     )
     limits = {"most": options.max_new_tokens, "length": length}
     return _Chat(conversation, scheduler.models, lineup.first, limits, options.json)
@@ -140,7 +140,7 @@ def _check_template(path: str, lineup: "Lineup") -> None:
             f"{path}: the tokenizer has no chat template, so there are no turns to talk in; give "
             f"an instruct model, or {remedy}"
         )
-    if lineup.base.config.data.template == "none":
+    if lineup.base.asking.template == "none":
         raise UserError(
             f"{path}: trained with data.template none, on text without turns; train with "
             f"data.template auto, or {remedy}"

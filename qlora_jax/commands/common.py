@@ -5,11 +5,9 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar, get_args
 
 from qlora_jax import config as configs
-from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.streams import printable, to_read
 from qlora_jax.train import rundir
@@ -118,12 +116,7 @@ def config_of(path: str, settings: Sequence[str]) -> configs.Config:
     Raises:
       UserError: it cannot be read, or a setting is not allowed.
     """
-    overrides = configs.parse_overrides(settings)
-    file = Path(path) / rundir.CONFIG
-    if not paths.is_file(file):
-        return configs.load(path, overrides)
-    # The directory may have been moved, or been named from elsewhere, since it was made.
-    return configs.load(file, {"output": path} | overrides)
+    return rundir.config_at(path, configs.parse_overrides(settings))
 
 
 def _number(

@@ -142,7 +142,7 @@ def _choose(
     import jax.numpy as jnp
 
     from qlora_jax.evaluate import multiple_choice, questions
-    from qlora_jax.train.display import progress
+    from qlora_jax.runtime.display import progress
 
     with progress("answering", sum(len(q.choices) for q in asked)) as advance:
         return multiple_choice.evaluate(

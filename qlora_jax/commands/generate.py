@@ -1,6 +1,7 @@
 """`qlora-jax generate`."""
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,8 @@ from qlora_jax.commands.common import (
 from qlora_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_jax.config import Config
     from qlora_jax.lora import LoraSet
-    from qlora_jax.models.decoder import Decoder
     from qlora_jax.serve.base import Base
-    from qlora_jax.text.tokenizer import Tokenizer
 
 TEXT = "Answer prompts with a run's model, a plain model, or several adapters side by side."
 
@@ -57,7 +55,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     own = open_trained(
         options.path, base=options.base, bits=options.bits, dtype=options.dtype, warn=say
     )
-    answers = _answers(options, own.model, own.tokenizer, own.config)
+    answers = _answers(options, own)
     if options.json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(options.prompt, answers)]))
         return
@@ -78,7 +76,7 @@ def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
     alone = len(named) == 1 and not options.base and not is_run(options.path)
     if alone and first.stored.beyond_lora:
         base = open_one(adapter=first.folder)
-        answers = _answers(options, base.model, base.tokenizer, base.config)
+        answers = _answers(options, base)
         _show_answers(options, [first.name], [[answer] for answer in answers])
         return
     base = open_one()
@@ -117,12 +115,12 @@ def _side_by_side(
         base.model,
         slots=len(adapters),
         rank=max(map(largest_rank, adapters)),
-        dtype=base.config.model.compute_dtype,
+        dtype=base.dtype,
     )
     for slot, own in enumerate(adapters):
         put_adapter(base.model, slot, own)
     slots = range(len(adapters))
-    answers = iter(_answers(options, base.model, base.tokenizer, base.config, slots))
+    answers = iter(_answers(options, base, slots))
     return [[next(answers) for _ in slots] for _ in options.prompt]
 
 
@@ -135,37 +133,28 @@ def _in_turn(
     found = []
     for own in adapters:
         wear(base.model, own)
-        found.append(_answers(options, base.model, base.tokenizer, base.config))
+        found.append(_answers(options, base))
     return [list(answers) for answers in zip(*found)]
 
 
 def _answers(
-    options: argparse.Namespace,
-    model: "Decoder",
-    text: "Tokenizer",
-    config: "Config",
-    slots: Sequence[int] | None = None,
+    options: argparse.Namespace, base: "Base", slots: Sequence[int] | None = None
 ) -> list[str]:
     """Each prompt's answer, or its answers under the adapters in these slots of the banks."""
-    import jax.numpy as jnp
+    from qlora_jax.serve.answers import answers
 
-    from qlora_jax.data.prompts import ask
-    from qlora_jax.models.generate import generate
-
-    system = config.data.system_prompt if options.system is None else options.system
-    questions = [
-        ask(p, text, system_prompt=system, template=config.data.template) for p in options.prompt
-    ]
-    rows = generate(
-        model,
-        [q.ids for q in questions for _ in slots or [0]],
+    asking = base.asking
+    if options.system is not None:
+        asking = dataclasses.replace(asking, system_prompt=options.system)
+    return answers(
+        base.model,
+        base.tokenizer,
+        options.prompt,
+        asking=asking,
+        dtype=base.dtype,
         max_new_tokens=options.max_new_tokens,
-        stop_ids=text.stop_ids,
-        pad_id=text.pad_id,
-        dtype=jnp.dtype(config.model.compute_dtype),
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        adapters=None if slots is None else [*slots] * len(questions),
+        slots=slots,
     )
-    return [text.decode(row) for row in rows]

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.formats.folder import check_new
     from qlora_jax.formats.merged import MergedCheckpoint
     from qlora_jax.formats.write import write_model
-    from qlora_jax.train.display import counted
+    from qlora_jax.runtime.display import counted
     from qlora_jax.train.quantization import held_quantization
     from qlora_jax.train.restore import check_base, restore
 

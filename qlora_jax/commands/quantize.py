@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.formats.folder import check_new
     from qlora_jax.formats.source import open_checkpoint
     from qlora_jax.formats.write import write_model
-    from qlora_jax.train.display import counted
+    from qlora_jax.runtime.display import counted
     from qlora_jax.train.quantization import describe_quantization
 
     out = Path(options.out)

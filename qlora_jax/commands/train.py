@@ -45,16 +45,12 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
     start_jax()
-    import jax
     from rich.console import Console
 
-    from qlora_jax.models.config import DecoderConfig
-    from qlora_jax.plan.fit import Fit, fit
+    from qlora_jax.plan.training import train_placed
     from qlora_jax.train.examples import describe_data, read_data
     from qlora_jax.train.finish import made
-    from qlora_jax.train.offload import PLACEMENTS, Memory
     from qlora_jax.train.report import describe_export, describe_losses, print_samples
-    from qlora_jax.train.run import train
     from qlora_jax.train.setup import open_model
     from qlora_jax.train.start import resolved
 
@@ -67,30 +63,14 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         Console().print(preview(data.train, text, options.preview))
         say(describe_data(data))
         return
-    planned: list[Fit] = []
-
-    def place(decoder: DecoderConfig) -> Memory:
-        found = fit(config, decoder, jax.devices()[0], options.force)
-        planned.append(found)
-        if found.chosen:
-            say(f"to fit on the device: {found.chosen}")
-        return Memory(PLACEMENTS[found.offload], found.remat)
-
-    summary = train(
+    summary = train_placed(
         config,
         say=say,
         command=command,
         resume=options.resume,
         overwrite=options.overwrite,
-        place=place,
+        force=options.force,
     )
-    # a run that was finished before is not planned again
-    bytes_ = planned[0].device if planned else None
-    if bytes_ is not None and summary.peak_device_bytes is not None:
-        say(
-            f"device memory: planned {bytes_ / 2**30:.2f} GiB, measured peak "
-            f"{summary.peak_device_bytes / 2**30:.2f} GiB"
-        )
     if options.json:
         print(json.dumps(dataclasses.asdict(summary)))
         return

@@ -4,10 +4,8 @@ from qlora_jax.config.load import changed as changed
 from qlora_jax.config.load import difference as difference
 from qlora_jax.config.load import digest as digest
 from qlora_jax.config.load import dump as dump
-from qlora_jax.config.load import from_tree as from_tree
 from qlora_jax.config.load import load as load
 from qlora_jax.config.load import parse_overrides as parse_overrides
-from qlora_jax.config.load import to_tree as to_tree
 from qlora_jax.config.schema import Setting as Setting
 from qlora_jax.config.schema import all_settings as all_settings
 from qlora_jax.config.schema import is_known as is_known
@@ -18,7 +16,12 @@ from qlora_jax.config.settings import FloatType as FloatType
 from qlora_jax.config.settings import KernelsConfig as KernelsConfig
 from qlora_jax.config.settings import LoraConfig as LoraConfig
 from qlora_jax.config.settings import ModelConfig as ModelConfig
+from qlora_jax.config.settings import ModelSettings as ModelSettings
 from qlora_jax.config.settings import OptimizerConfig as OptimizerConfig
 from qlora_jax.config.settings import PretrainConfig as PretrainConfig
 from qlora_jax.config.settings import QuantConfig as QuantConfig
 from qlora_jax.config.settings import TrainConfig as TrainConfig
+from qlora_jax.config.tree import from_settings as from_settings
+from qlora_jax.config.tree import from_tree as from_tree
+from qlora_jax.config.tree import model_settings as model_settings
+from qlora_jax.config.tree import to_tree as to_tree

@@ -1,24 +1,17 @@
 """Reads a config from YAML and `--a.b=c`, and writes one."""
 
-import dataclasses
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from qlora_jax.config.schema import all_settings, names, nearest, sections
+from qlora_jax.config.schema import all_settings, names, sections
 from qlora_jax.config.settings import Config
+from qlora_jax.config.tree import expand, flatten, from_tree, to_tree
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
-
-_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
-SURROGATES = re.compile("[\ud800-\udfff]")
-"""Stand for bytes of a name that are no UTF-8."""
 
 
 def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
@@ -55,49 +48,10 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
         raise UserError(
             f"{path}: a config is a mapping; give it keys of these: {', '.join(names(Config))}"
         )
-    tree = _expand(tree)
+    tree = expand(tree)
     for key, text in (overrides or {}).items():
         _override(tree, key, text)
     return from_tree(tree, str(path))
-
-
-def from_tree(tree: Mapping[str, Any], where: str) -> Config:
-    """Builds a Config from plain nested dicts.
-
-    Raises:
-      UserError: naming `where`, the key and what is wrong with its value.
-    """
-    try:
-        config = _ADAPTER.validate_python(dict(tree))
-    except ValidationError as e:
-        raise UserError(f"{where}: {_explain(e)}") from None
-    if config.train.steps is not None and config.train.epochs is not None:
-        raise UserError(
-            f"{where}: train.steps {config.train.steps} and train.epochs {config.train.epochs:g} "
-            "are both given; keep one (--train.steps=null or --train.epochs=null takes one back)"
-        )
-    for key, value in _flatten(to_tree(config)):
-        if SURROGATES.search(json.dumps(value, ensure_ascii=False)):
-            raise UserError(
-                f"{where}: {key} {value!r} is no UTF-8 text, and so cannot be recorded; rename it"
-            )
-    return config
-
-
-def section(name: str, values: Mapping[str, Any]) -> Any:
-    """Makes one section of a config, such as `LoraConfig`.
-
-    Args:
-      name: of the section.
-      values: its settings; the others have their defaults.
-
-    Raises:
-      UserError: an unknown key or a value of the wrong type.
-    """
-    try:
-        return sections()[name](**values)
-    except ValidationError as e:
-        raise UserError(_explain(e, name)) from None
 
 
 def changed(config: Config, overrides: Mapping[str, str]) -> Config:
@@ -135,11 +89,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def to_tree(config: Config) -> dict[str, Any]:
-    """The config as plain nested dicts, every default written out."""
-    return dataclasses.asdict(config)
-
-
 def dump(config: Config, path: Path) -> None:
     """Writes the config as YAML."""
     with path.open("w", encoding="utf-8") as f:
@@ -156,34 +105,12 @@ def digest(config: Config) -> str:
 
 def difference(a: Config, b: Config) -> list[str]:
     """The settings in which two configs differ, as `key: value in a → value in b`."""
-    left, right = dict(_flatten(to_tree(a))), dict(_flatten(to_tree(b)))
+    left, right = dict(flatten(to_tree(a))), dict(flatten(to_tree(b)))
     return [
         f"{k}: {left.get(k)} → {right.get(k)}"
         for k in sorted(left.keys() | right.keys())
         if left.get(k) != right.get(k)
     ]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" in sections():
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _expand(tree: dict[str, Any]) -> dict[str, Any]:
-    known, kinds = sections(), {s.key: s.type for s in all_settings()}
-
-    def whole(key: str, value: Any) -> Any:
-        if key not in known:
-            return value
-        first = names(known[key])[0]
-        lists = "list[str]" in kinds[f"{key}.{first}"].split(" | ")
-        fills = isinstance(value, str) or (lists and isinstance(value, list))
-        return {first: value} if fills else value
-
-    return {key: whole(key, value) for key, value in tree.items()}
 
 
 def _override(tree: dict[str, Any], key: str, text: str) -> None:
@@ -210,7 +137,7 @@ def _override_section(
     if not isinstance(value, dict):
         first = f"{section}.{names(sections()[section])[0]}"
         value = _value(text, kinds[first])
-    value, before = _expand({section: value})[section], tree.get(section)
+    value, before = expand({section: value})[section], tree.get(section)
     both = isinstance(value, dict) and isinstance(before, dict)
     tree[section] = before | value if both else value
 
@@ -247,29 +174,3 @@ def _read_yaml(text: str) -> Any:
         return YAML(typ="safe").load(text)
     except RecursionError:
         raise YAMLError("nested too deeply") from None
-
-
-def _explain(error: ValidationError, *within: str) -> str:
-    problems = error.errors()
-    unknown = [
-        p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")
-    ]
-    problem = (unknown or problems)[0]
-    location = [*within, *(str(x) for x in problem["loc"])]
-    key = ".".join(location)
-    if unknown:
-        return f"unknown key {key}; the nearest known one is {nearest(key)}"
-    if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{key} is missing; add it to the file or give --{key}=..."
-    schema = {s.key: s for s in all_settings()}
-    key = next(
-        (
-            ".".join(location[:n])
-            for n in range(len(location), 0, -1)
-            if ".".join(location[:n]) in schema
-        ),
-        key,
-    )
-    expected = f" (expected: {schema[key].type})" if key in schema else ""
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: {message}, not {problem['input']!r}{expected}"

@@ -31,8 +31,14 @@ def all_settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
                 if info.is_required()
                 else str(info.get_default(call_default_factory=True))
             )
-            doc = " ".join((info.description or "").split())
-            yield Setting(prefix + name, _type_name(info.annotation), doc, default)
+            yield Setting(prefix + name, _type_name(info.annotation), _doc(cls, name), default)
+
+
+def _doc(cls: type, name: str) -> str:
+    # pydantic reads the string under a field for the class that has it, not for a subclass
+    owners = (vars(owner).get("__pydantic_fields__", {}) for owner in cls.__mro__)
+    docs = (fields[name].description for fields in owners if name in fields)
+    return " ".join(next((doc for doc in docs if doc), "").split())
 
 
 def is_known(key: str) -> bool:
@@ -62,7 +68,9 @@ def sections() -> dict[str, type]:
 
 
 def names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+    """The names of a section's settings, those that have no default first."""
+    fields = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return sorted(fields, key=lambda name: not fields[name].is_required())
 
 
 def _type_name(annotation: Any) -> str:

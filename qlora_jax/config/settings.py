@@ -264,18 +264,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Config:
-    """A whole run."""
+class ModelSettings:
+    """What decides how a model is loaded, held and computed."""
 
     model: ModelConfig
-    data: DataConfig
-    output: str
-    """Run directory, made by the run."""
     method: Literal["qlora", "lora", "full"] = "qlora"
     """qlora: 4-bit base and adapters; lora: 16-bit base and adapters; full: every weight."""
-    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     quant: QuantConfig = Field(default_factory=QuantConfig)
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config(ModelSettings):
+    """A whole run."""
+
+    data: DataConfig
+    output: str
+    """Run directory, made by the run."""
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

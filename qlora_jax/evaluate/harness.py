@@ -23,8 +23,8 @@ from qlora_jax import config as configs
 from qlora_jax.evaluate.score import Pair, rolling, score
 from qlora_jax.models.generate import generate
 from qlora_jax.runtime import paths
+from qlora_jax.runtime.display import progress
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.train.display import progress
 from qlora_jax.train.restore import Restored, from_config, restore
 
 NAME = "qlora_jax"

@@ -10,9 +10,9 @@ from qlora_jax.config import Config, DataConfig
 from qlora_jax.data.loader import Batch, held_out_batches
 from qlora_jax.data.sources import eval_sources, named
 from qlora_jax.models import trees
+from qlora_jax.runtime.display import progress
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.assemble import program_of
-from qlora_jax.train.display import progress
 from qlora_jax.train.examples import held_out, left_out, read_data, warnings
 from qlora_jax.train.loop import evaluate
 from qlora_jax.train.restore import Restored

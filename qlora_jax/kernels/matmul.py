@@ -74,6 +74,11 @@ def backward(implementation: str, q: QTensor | QLayer, g: jax.Array) -> tuple[ja
     if isinstance(q, QLayer):
         # One cut for both passes would be a copy of the codes; this one is fused with its use.
         q = dataclasses.replace(q, layer=jax.lax.optimization_barrier(q.layer))
+    else:
+        # XLA would keep the weight that the forward pass has decoded. Held to g, this decoding is
+        # another one, and not done before g is there. Of the leaves the codebook is the least.
+        _, codebook = jax.lax.optimization_barrier((g, q.codebook))
+        q = dataclasses.replace(q, codebook=codebook)
     return product_of(implementation, "backward")(g, q), None
 
 

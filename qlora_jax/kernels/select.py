@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qlora_jax.config import Config
+from qlora_jax.config import ModelSettings
 from qlora_jax.kernels import triton_tiles
 from qlora_jax.kernels.mosaic import tiles as mosaic_tiles
 from qlora_jax.kernels.target import Capability, Hardware, capability_of, compiled_for
@@ -156,7 +156,7 @@ def usable(capability: Capability | None, dtype: DTypeLike) -> list[str]:
     ]
 
 
-def choose_kernel(config: Config, device: Hardware) -> str | None:
+def choose_kernel(config: ModelSettings, device: Hardware) -> str | None:
     """Returns a run's implementation of products with 4-bit weights; None leaves it to `pick`.
 
     Raises:
@@ -185,13 +185,15 @@ def choose_kernel(config: Config, device: Hardware) -> str | None:
     )
 
 
-def trusted_kernel(config: Config, device: jax.Device, warn: Callable[[str], None]) -> str | None:
+def trusted_kernel(
+    config: ModelSettings, device: jax.Device, warn: Callable[[str], None]
+) -> str | None:
     """`choose_kernel`, after the kernels that the run may take were tried on the device.
 
     If one that `pick` may take is wrong, the run takes xla.
 
     Args:
-      config: the run's config.
+      config: of the run, or of the model alone.
       device: to try them on.
       warn: called with a line for the user.
 

@@ -28,18 +28,27 @@ def chosen(where: Where, parts: Mapping[str, T], what: str) -> dict[str, T]:
     Raises:
       UserError: a malformed expression, or one, or a name, that matches nothing.
     """
-    if callable(where):
-        found = {path: part for path, part in parts.items() if where(path, part)}
-    elif isinstance(where, str):
-        found = {path: part for path, part in parts.items() if _matches(path, where)}
-    else:
+    if not callable(where) and not isinstance(where, str):
         for name in where:
             if not any(_has(path, name) for path in parts):
                 raise UserError(f"where: {name!r} names none of the {what}; {_listed(parts)}")
-        found = {p: part for p, part in parts.items() if any(_has(p, name) for name in where)}
+    found = matching(where, parts)
     if not found:
         raise UserError(f"where: {where!r} matches none of the {what}; {_listed(parts)}")
     return found
+
+
+def matching(where: Where, parts: Mapping[str, T]) -> dict[str, T]:
+    """Returns the parts that are asked for, in their order; there may be none.
+
+    Raises:
+      UserError: a malformed expression.
+    """
+    if callable(where):
+        return {path: part for path, part in parts.items() if where(path, part)}
+    if isinstance(where, str):
+        return {path: part for path, part in parts.items() if _matches(path, where)}
+    return {p: part for p, part in parts.items() if any(_has(p, name) for name in where)}
 
 
 def _matches(path: str, pattern: str) -> bool:

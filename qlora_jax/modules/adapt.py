@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
-from qlora_jax.modules.constants import packed, unpacked
+from qlora_jax.modules.effects import Effects, before, do_again, effects, packed, unpacked
 from qlora_jax.modules.kernel import Kernel, of_array
 from qlora_jax.modules.known import axes_of
 from qlora_jax.modules.trace import run
@@ -52,7 +52,7 @@ def adapted(cls: type[nnx.Module]) -> type[nnx.Module]:
     """Returns the subclass of a class of modules; it is made once."""
     own: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     for base in reversed(cls.__mro__):
-        if issubclass(base, nnx.Module) and base is not nnx.Module:
+        if base not in nnx.Module.__mro__:
             for name, method in vars(base).items():
                 if callable(method) and _is_method(name, method):
                     own[name] = _traced(cls, name, getattr(cls, name))
@@ -68,7 +68,7 @@ copyreg.pickle(_AdaptedClass, _reduced)
 
 
 def _is_method(name: str, value: Any) -> bool:
-    if isinstance(value, staticmethod | classmethod | type):
+    if isinstance(value, staticmethod | classmethod | type) or not hasattr(value, "__get__"):
         return False
     return name == "__call__" or not name.startswith("__")
 
@@ -138,23 +138,25 @@ def _called(
     if uses is None and not any(
         isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((kernels, state))
     ):
-        out, changes = _compiled(method, kernels, state)
+        out, done = _compiled(method, kernels, state)
     else:
-        out, changes = _performed(method, kernels, state, found)
+        out, done = _performed(method, kernels, state, found)
     if uses is not None:
         uses += _by_path(found, module)
-    if changes:
-        nnx.update((module, args, kwargs), changes)
-    return unpacked(out)
+    objects = (module, args, kwargs)
+    do_again(done, objects)
+    return unpacked(out, objects)
 
 
 def _performed(
     method: _Method, kernels: Mapping[str, Kernel], state: nnx.State, uses: list[Use]
-) -> tuple[Any, nnx.State]:
-    """Returns what the method returns, and the variables that it has changed or added."""
+) -> tuple[Any, Effects]:
+    """Returns what the method returns, and what else it does."""
 
-    def function(arrays: Mapping[str, jax.Array], state: nnx.State) -> tuple[Any, nnx.State]:
-        module, args, kwargs = nnx.merge(method.graph, state)
+    def function(arrays: Mapping[str, jax.Array], state: nnx.State) -> tuple[Any, Effects]:
+        objects: Any = nnx.merge(method.graph, state)
+        was = before(objects)
+        module, args, kwargs = objects
         held = {name: _parameter(method.stands, name, x) for name, x in arrays.items()}
         vars(module).update({stand.attribute: held[stand.kernel] for stand in method.stands})
         out = getattr(method.cls, method.name)(module, *args, **kwargs)
@@ -165,8 +167,7 @@ def _performed(
                     "frozen; leave it out of `where`"
                 )
             del vars(module)[stand.attribute]
-        after = nnx.state((module, args, kwargs))
-        return packed(out), _changed(state, after)
+        return packed(was, out), effects(was, objects)
 
     return run(function, kernels, (state,), uses)
 
@@ -174,25 +175,13 @@ def _performed(
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled(
     method: _Method, kernels: Mapping[str, Kernel], state: nnx.State
-) -> tuple[Any, nnx.State]:
+) -> tuple[Any, Effects]:
     return _performed(method, kernels, state, [])
 
 
 def _parameter(stands: Sequence[_Stand], kernel: str, array: jax.Array) -> nnx.Variable:
     stand = next(stand for stand in stands if stand.kernel == kernel)
     return stand.kind.from_metadata(array, dict(stand.metadata))
-
-
-def _changed(before: nnx.State, after: nnx.State) -> nnx.State:
-    """Returns the variables of `after` that are not in `before`, or hold other arrays."""
-    known = {path: jax.tree.leaves(x) for path, x in nnx.to_flat_state(before)}
-
-    def same(path: Any, variable: Any) -> bool:
-        leaves = jax.tree.leaves(variable)
-        old = known.get(path, [None])
-        return len(old) == len(leaves) and all(x is y for x, y in zip(old, leaves))
-
-    return nnx.from_flat_state([(p, x) for p, x in nnx.to_flat_state(after) if not same(p, x)])
 
 
 def _kernels(module: nnx.Module) -> tuple[dict[str, Kernel], tuple[_Stand, ...]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import LoraConfig
-from qlora_jax.config.load import section
+from qlora_jax.config.tree import section
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.dropout import DropoutKeys
 from qlora_jax.lora.spec import AdapterSpec

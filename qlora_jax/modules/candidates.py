@@ -1,5 +1,6 @@
 """The weights of an NNX model that can be quantized or adapted, by their paths."""
 
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -8,11 +9,11 @@ from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.variables import LoraParam
-from qlora_jax.lora.where import Where, chosen
+from qlora_jax.lora.where import Where, chosen, matching
 from qlora_jax.modules.adapt import variables_of
 from qlora_jax.modules.axes import Axes, checked
-from qlora_jax.modules.known import axes_of, is_table, is_understood
-from qlora_jax.modules.variables import QWeight
+from qlora_jax.modules.known import axes_of, check_stack, is_table, is_understood
+from qlora_jax.modules.variables import FOUND, QWeight
 from qlora_jax.runtime.errors import UserError
 
 Owned = tuple[str, nnx.Module, str, nnx.Variable]
@@ -84,7 +85,24 @@ def candidates(model: nnx.Module, where: Where) -> list[Candidate]:
     """
     by_path = _by_path(model)
     parts = {path: items[0][1] for path, items in by_path.items()}
-    return [_candidate(by_path[path]) for path in chosen(where, parts, "weights")]
+    found = [_candidate(by_path[path]) for path in chosen(where, parts, "weights")]
+    for path in _left_out(model, where):
+        warnings.warn(
+            f"where matches {path}, which no product has in the call that discover has seen: it "
+            "stays as it is",
+            stacklevel=3,
+        )
+    return found
+
+
+def _left_out(model: nnx.Module, where: Where) -> list[str]:
+    """Returns what `where` matches and a call has shown to be no kernel."""
+    others = {
+        path: module
+        for path, module, name, variable in owned(model)
+        if variable.has_metadata(FOUND) and axes_of(module, name, path) is None
+    }
+    return list(matching(where, others))
 
 
 def of_paths(model: nnx.Module, paths: Collection[str]) -> dict[str, Candidate]:
@@ -113,6 +131,7 @@ def _candidate(items: list[Owned]) -> Candidate:
             f"({type(module).__name__}, {name!r}, ...), or leave it out of `where`"
         )
     checked(axes, path, len(shape))
+    check_stack(module, path, axes.own(shape))
     owners = [(item[1], item[2]) for item in items]
     return Candidate(path, variable, owners, axes, is_table(module, name))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Constant:
+class Constant:
     """A result that is no array."""
 
     value: Any
@@ -19,16 +19,16 @@ class _Constant:
 def packed(results: Any) -> Any:
     """Returns a tree of arrays alone, with all other leaves in its structure."""
     return jax.tree.map(
-        lambda x: x if isinstance(x, jax.Array | np.ndarray) else _Constant(x), results
+        lambda x: x if isinstance(x, jax.Array | np.ndarray) else Constant(x), results
     )
 
 
 def unpacked(results: Any) -> Any:
     """Returns what `packed` was given."""
     return jax.tree.map(
-        lambda x: x.value if isinstance(x, _Constant) else x,
+        lambda x: x.value if isinstance(x, Constant) else x,
         results,
-        is_leaf=lambda x: isinstance(x, _Constant),
+        is_leaf=lambda x: isinstance(x, Constant),
     )
 
 

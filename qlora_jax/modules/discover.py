@@ -9,8 +9,9 @@ from flax import nnx
 from qlora_jax.modules.adapt import adapt, is_adapted, restore
 from qlora_jax.modules.axes import TABLE, Axes
 from qlora_jax.modules.candidates import check_model, owned
-from qlora_jax.modules.known import FOUND, Found, axes_of
+from qlora_jax.modules.known import axes_of
 from qlora_jax.modules.uses import PATH, Use, recording
+from qlora_jax.modules.variables import FOUND, Found
 
 
 def discover(

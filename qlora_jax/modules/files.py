@@ -121,8 +121,21 @@ def read(folder: str | Path) -> tuple[str, dict[str, Saved]]:
             if name not in stored:
                 raise UserError(f"{folder / WEIGHTS}: {name} is missing; save the adapter again")
         arrays = {part: stored[name].read() for part, name in names.items()}
+        _check_shapes(folder / WEIGHTS, path, own["rank"], arrays)
         found[path] = Saved(AdapterSpec(own["rank"], own["alpha"], own["scale"]), arrays)
     return described["variant"], found
+
+
+def _check_shapes(file: Path, path: str, rank: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError unless the arrays of an adapter go together."""
+    a, b = arrays["a"].shape, arrays["b"].shape
+    if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2] or a[-1] != rank:
+        raise UserError(
+            f"{file}: {path}: a {a} with b {b} is not of the rank in {DESCRIPTION}, {rank}; "
+            "save the adapter again"
+        )
+    if (m := arrays.get("magnitude")) is not None and m.shape != (*b[:-2], b[-1]):
+        raise UserError(f"{file}: {path}: magnitude {m.shape} is not for b {b}; save it again")
 
 
 def check_fits(

@@ -1,6 +1,5 @@
 """Gives an abstract model its values, one array at a time."""
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +12,7 @@ from qlora_jax.modules.candidates import Candidate, check_model
 from qlora_jax.modules.nnx_model import put_quantized, to_quantize
 from qlora_jax.modules.quantizing import quantized
 from qlora_jax.modules.sources import Read, Source, reader
+from qlora_jax.runtime.display import counted
 from qlora_jax.runtime.errors import UserError
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -24,7 +24,6 @@ def fill(
     where: Where | None = None,
     *,
     embeddings: bool = False,
-    progress: Callable[[], None] = lambda: None,
     **quantization: Any,
 ) -> Model:
     """Gives an abstract model its values, in place; the 16-bit model is never in memory.
@@ -39,7 +38,6 @@ def fill(
         files the names are the paths of the variables.
       where: which weights are quantized, as in `quantize_model`; None quantizes nothing.
       embeddings: whether tables that are looked up are quantized, too.
-      progress: called once for each variable.
       quantization: arguments of `quant.quantize`.
 
     Returns:
@@ -52,12 +50,15 @@ def fill(
     chosen = {} if where is None else _chosen(check_model(model), where, embeddings)
     read = reader(source)
     values: list[tuple[nnx.Variable, Any]] = []
-    for path, variable in _abstract(model):
-        value = _value(read, path, variable)
-        if candidate := chosen.get(id(variable)):
-            value = quantized(value, candidate.axes, path, **quantization)
-        values.append((variable, value))
-        progress()
+    variables = _abstract(model)
+    with counted("filling the model", len(variables)) as advance:
+        for path, variable in variables:
+            value = _value(read, path, variable)
+            if candidate := chosen.get(id(variable)):
+                value = quantized(value, candidate.axes, path, **quantization)
+            values.append((variable, value))
+            del value
+            advance()
     for variable, value in values:
         if candidate := chosen.get(id(variable)):
             put_quantized(candidate, value)

@@ -1,28 +1,13 @@
 """Which variables of a module's class are kernels, and what their axes are."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 
 from qlora_jax.modules.axes import MATRIX, TABLE, Axes, checked, from_equation
+from qlora_jax.modules.variables import FOUND
 from qlora_jax.runtime.errors import UserError
-
-FOUND = "kernel_found"
-"""The key of a variable's metadata under which `discover` keeps a `Found`."""
-
-
-class Found(NamedTuple):
-    """What one call has shown of a variable.
-
-    Attributes:
-      axes: what the axes of one layer's weight are; None if no product has it.
-      table: whether it is a table that is looked up.
-    """
-
-    axes: Axes | None
-    table: bool
-
 
 Rule = Axes | str | Callable[[Any], Axes | str | None]
 """Axes, an einsum of an input and the weight, or a function of the module that returns one."""
@@ -46,6 +31,14 @@ _RULES: dict[type, dict[str, Rule]] = {
     nnx.GroupNorm: {},
 }
 """Class to its kernels by attribute. A subclass has those of its nearest base that is here."""
+
+_SHAPES: Mapping[type, Callable[[Any], tuple[int, ...]]] = {
+    nnx.Linear: lambda m: (m.in_features, m.out_features),
+    nnx.LinearGeneral: lambda m: (*m.batch_axis.values(), *m.in_features, *m.out_features),
+    nnx.Einsum: lambda m: tuple(m.kernel_shape),
+    nnx.Embed: lambda m: (m.num_embeddings, m.features),
+}
+"""Class to the shape that one layer's kernel has by what the module says of itself."""
 
 TABLES = (nnx.Embed,)
 """Classes whose kernels are tables that are looked up; they are quantized only when asked for."""
@@ -95,6 +88,23 @@ def axes_of(module: nnx.Module, name: str, path: str) -> Axes | None:
     if callable(rule):
         rule = rule(module)
     return None if rule is None else _read(rule, path)
+
+
+def check_stack(module: nnx.Module, path: str, own: tuple[int, ...]) -> None:
+    """Raises UserError if a stack's axes are not in front of those of a layer's weight.
+
+    Args:
+      module: the module.
+      path: path of the weight, for the error.
+      own: the last axes of the weight, as many as a layer's has.
+    """
+    shapes = (_SHAPES[base] for base in type(module).__mro__ if base in _SHAPES)
+    expected = next(shapes, None)
+    if expected is not None and expected(module) != own:
+        raise UserError(
+            f"{path}: a layer's weight is {expected(module)}, and the last axes of this stack are "
+            f"{own}; stack the layers along axis 0"
+        )
 
 
 def is_understood(module: nnx.Module, name: str) -> bool:

@@ -77,7 +77,7 @@ def to_quantize(model: nnx.Module, where: Where, embeddings: bool) -> list[Candi
 
 def put_quantized(candidate: Candidate, q: QTensor) -> None:
     """Puts a QTensor in the place of a weight, in each module that holds it."""
-    variable = in_place_of(candidate.variable, q, candidate.axes)
+    variable = in_place_of(candidate.variable, q, candidate.axes, candidate.table)
     for module, name in candidate.owners:
         _put(module, name, variable)
 

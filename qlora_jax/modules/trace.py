@@ -7,6 +7,7 @@ decoded. Any other operation gets the whole weight as an array.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -246,7 +247,7 @@ def _product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
         held.used("product", "dot_general", found)
         return _bound(equation, [y.base() if isinstance(y, Lazy) else y for y in inputs])
     fits = set(contract) == set(axes.contract) and set(batch) == set(axes.batch)
-    if kernel.stack or not fits or not np.issubdtype(x.dtype, np.inexact):
+    if kernel.stack or not fits or not jax.numpy.issubdtype(x.dtype, np.inexact):
         return None
     held.used("product", "dot_general")
 
@@ -266,13 +267,14 @@ def _product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     base = None
     if not isinstance(kernel.value, QTensor):
         (y,) = _bound(equation, [z.base() if isinstance(z, Lazy) else z for z in inputs])
-        base = y.transpose(*np.argsort(places)).reshape(*sizes, int(np.prod(rows)), -1)
+        outputs = math.prod(kernel.shape[i] for i in axes.keep)
+        base = y.transpose(*np.argsort(places)).reshape(*sizes, math.prod(rows), outputs)
         x = x.astype(y.dtype)
     elif np.dtype(aval.dtype).itemsize > np.dtype(x.dtype).itemsize:
         # the caller asks for sums in a wider dtype
         x = x.astype(aval.dtype)
-    contracted = int(np.prod([x.shape[i] for i in x_contract]))
-    x = x.transpose(*x_batch, *free, *x_contract).reshape(*sizes, int(np.prod(rows)), contracted)
+    contracted = math.prod(x.shape[i] for i in x_contract)
+    x = x.transpose(*x_batch, *free, *x_contract).reshape(*sizes, math.prod(rows), contracted)
     y = kernel.product(x, base).reshape(*sizes, *rows, *(kernel.shape[i] for i in axes.keep))
     return [y.transpose(*places).astype(aval.dtype)]
 

@@ -4,9 +4,15 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from qlora_jax.config import Config, DataConfig, FloatType, LoraConfig, ModelConfig
+from qlora_jax.config import (
+    Config,
+    FloatType,
+    LoraConfig,
+    ModelConfig,
+    ModelSettings,
+)
 from qlora_jax.formats import huggingface
 from qlora_jax.formats.peft import AdapterSet, read_adapter
 from qlora_jax.formats.peft.plain import IN_RUN, check_shared, plain
@@ -18,24 +24,41 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.loading import regular_folder
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
-from qlora_jax.train.restore import from_config, restore
+from qlora_jax.train.pretrained import load_adapted, load_base, open_pretrained
+from qlora_jax.train.restore import Restored, from_config, restore
+from qlora_jax.train.start import resolved
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How prompts are written.
+
+    Attributes:
+      system_prompt: the system turn put before them, or None.
+      template: auto, through the chat template if there is one; none, as they are.
+    """
+
+    system_prompt: str | None = None
+    template: Literal["auto", "none"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A model without adapters.
+    """A model that answers.
 
     Attributes:
       name: what the model is called: `model.path`.
       model: the model.
       tokenizer: its tokenizer.
-      config: how it is held and computed, and how prompts are written.
+      dtype: of computation.
+      asking: how prompts are written.
     """
 
     name: str
     model: Decoder
     tokenizer: Tokenizer
-    config: Config
+    dtype: FloatType
+    asking: Asking = Asking()
 
 
 def is_run(path: str) -> bool:
@@ -76,20 +99,38 @@ def open_base(
     Raises:
       UserError: it cannot be loaded, or bits or dtype are given for a run.
     """
-    if is_run(path):
-        _check_left_to_run(path, bits, dtype)
-        config = rundir.open_run(path)
-        if config.method == "full":
-            restored = restore(path, base=False, warn=warn)
-        else:
-            restored = from_config(_unsplit(path, config, warn), warn)
+    if not is_run(path):
+        return open_plain(_settings(path, bits, dtype), adapter, warn)
+    _check_left_to_run(path, bits, dtype)
+    config = rundir.open_run(path)
+    if config.method == "full":
+        return _of_run(restore(path, base=False, warn=warn))
+    restored = from_config(_unsplit(path, config, warn), warn)
+    detach(restored.model)
+    return _of_run(restored)
+
+
+def open_plain(settings: ModelSettings, adapter: Path | None, warn: Callable[[str], None]) -> Base:
+    """Loads a model that is no run, without adapters or with those of one folder.
+
+    Args:
+      settings: of the model; nothing else is needed.
+      adapter: a folder in PEFT's format whose adapters the model gets, of any kind.
+      warn: called with lines for the user.
+
+    Raises:
+      UserError: it cannot be loaded.
+    """
+    _check_model(settings.model.path)
+    if adapter is not None:
+        given = LoraConfig(from_adapter=str(adapter))
+        settings = resolved(dataclasses.replace(settings, lora=given))
+    checkpoint, text = open_pretrained(settings, warn)
+    if adapter is None:
+        model = load_base(settings, checkpoint, warn)
     else:
-        _check_model(path)
-        config = _config_of_model(path, bits, dtype, adapter)
-        restored = from_config(config, warn)
-    if adapter is None and config.method != "full":
-        detach(restored.model)
-    return Base(config.model.path, restored.model, restored.tokenizer, config)
+        model, _ = load_adapted(settings, checkpoint, warn, seed=0)
+    return Base(settings.model.path, model, text, settings.model.compute_dtype)
 
 
 def open_trained(
@@ -115,8 +156,15 @@ def open_trained(
     if not is_run(path):
         return open_base(path, bits=bits, dtype=dtype, warn=warn)
     _check_left_to_run(path, bits, dtype)
-    restored = restore(path, base=base, warn=warn)
-    return Base(restored.config.model.path, restored.model, restored.tokenizer, restored.config)
+    return _of_run(restore(path, base=base, warn=warn))
+
+
+def _of_run(restored: Restored) -> Base:
+    config = restored.config
+    asking = Asking(config.data.system_prompt, config.data.template)
+    return Base(
+        config.model.path, restored.model, restored.tokenizer, config.model.compute_dtype, asking
+    )
 
 
 def _check_left_to_run(path: str, bits: int | None, dtype: FloatType | None) -> None:
@@ -138,16 +186,11 @@ def _check_model(path: str) -> None:
         )
 
 
-def _config_of_model(
-    path: str, bits: int | None, dtype: FloatType | None, adapter: Path | None
-) -> Config:
+def _settings(path: str, bits: int | None, dtype: FloatType | None) -> ModelSettings:
     dtype = dtype or "bfloat16"
-    return Config(
+    return ModelSettings(
         model=ModelConfig(path=path, compute_dtype=dtype, storage_dtype=dtype),
         method="lora" if bits == 16 else "qlora",
-        lora=LoraConfig(rank=1) if adapter is None else LoraConfig(from_adapter=str(adapter)),
-        data=DataConfig(source="", sequence_length=1),
-        output="",
     )
 
 

@@ -40,7 +40,7 @@ def open_rows(
     Raises:
       UserError: an adapter has the model's name or a larger rank, or there are more than slots.
     """
-    dtype = base.config.model.compute_dtype
+    dtype = base.dtype
     if slots:
         room = rank or max(map(largest_rank, adapters.values()), default=1)
         attach_bank(base.model, slots=slots, rank=room, dtype=dtype)

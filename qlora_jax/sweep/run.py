@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_jax.runtime import manifest
 from qlora_jax.runtime.device import cpu_cores, cpu_name
+from qlora_jax.runtime.display import Line, duration
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.versions import versions
 from qlora_jax.sweep.engines import ENGINES, Setup
@@ -16,7 +17,6 @@ from qlora_jax.sweep.experiment import SEED, Cell, Experiment, Population
 from qlora_jax.sweep.perform import LOG, Reply, Task
 from qlora_jax.sweep.record import DONE, FAILED, SKIPPED, Record
 from qlora_jax.sweep.results import Results
-from qlora_jax.train.display import Line, duration
 
 WORK = "work"
 """Folder of the cells' own folders."""

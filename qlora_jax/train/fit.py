@@ -9,11 +9,11 @@ import jax
 
 from qlora_jax.config import Config
 from qlora_jax.runtime import manifest
+from qlora_jax.runtime.display import progress
 from qlora_jax.train import resume, rundir, step_count
 from qlora_jax.train.assemble import Training
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.choice import Evaluation, describe_losses
-from qlora_jax.train.display import progress
 from qlora_jax.train.loop import Progress, best_step, look, loop, read_progress
 from qlora_jax.train.metrics import MetricsLog
 from qlora_jax.train.offload import ON_DEVICE

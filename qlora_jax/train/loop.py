@@ -12,6 +12,7 @@ from qlora_jax.config import Config
 from qlora_jax.data.loader import Loader
 from qlora_jax.models.trees import flatten
 from qlora_jax.quant import nbytes
+from qlora_jax.runtime.display import TrainDisplay
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train.assemble import drops_out, scales_loss
 from qlora_jax.train.checkpoint import Checkpoints
@@ -23,7 +24,6 @@ from qlora_jax.train.choice import (
     read_choice,
     read_evaluation,
 )
-from qlora_jax.train.display import TrainDisplay
 from qlora_jax.train.interrupt import Requests, Stopped
 from qlora_jax.train.metrics import MetricsLog
 from qlora_jax.train.step import Figures, Program, State

@@ -18,6 +18,7 @@ from flax import nnx
 
 from qlora_jax.config import Config
 from qlora_jax.lora import LoraSet, LoraWeights, plan
+from qlora_jax.lora.groups import group_labels
 from qlora_jax.lora.masks import is_variable
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraScale
@@ -27,7 +28,6 @@ from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
 from qlora_jax.train.offload import memory_of
-from qlora_jax.train.optimizer import labels
 
 
 class Own(NamedTuple):
@@ -195,7 +195,7 @@ def _moved(
         )
         # a layer at a time, as `units` does: what is stored in blocks is a layer's own
         updates, new = jax.vmap(optimizer.update)(along, before, params)
-        params = jax.tree.map(moved, params, updates, labels(params))
+        params = jax.tree.map(moved, params, updates, group_labels(params))
         for place, leaf in zip(group.places, units.arrays(group, params)):
             leaves[place] = leaf
         after.append(jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, before))

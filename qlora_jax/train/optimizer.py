@@ -5,56 +5,15 @@ respect to the trained tree alone (A and B, or every weight for method full), so
 gradient, moments or an update (`train/step.py`). `lora/masks.py` has the same as an optax mask.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from qlora_jax.config import OptimizerConfig
-from qlora_jax.lora.masks import is_variable
-from qlora_jax.lora.variables import LoraB, LoraParam, LoraVector, Vector, Weight
+from qlora_jax.lora.groups import group_labels
 from qlora_jax.train.moments import stored
-
-GROUPS: Mapping[type[nnx.Variable], str] = {
-    LoraParam: "matrix",
-    LoraB: "b",
-    LoraVector: "vector",
-    Weight: "matrix",
-    Vector: "vector",
-}
-"""Kind of a trained variable to its group: `b` (an adapter's B), `vector` or `matrix`. Stacked, a
-vector has two axes like a matrix, so shapes do not tell them apart."""
-
-
-def label(variable: Any) -> str:
-    """Returns the group of a trained variable, by its kind alone.
-
-    Raises:
-      TypeError: no group is for it, which is a bug: a new kind must be named in `GROUPS`.
-    """
-    if type(variable) not in GROUPS:
-        raise TypeError(f"{type(variable).__name__}: no group of the optimizer is for this kind")
-    return GROUPS[type(variable)]
-
-
-def labels(tree: Any) -> Any:
-    """Returns the tree with every leaf replaced by its group.
-
-    Args:
-      tree: any pytree whose leaves are in variables, such as an `nnx.State`.
-
-    Raises:
-      TypeError: a leaf is in no variable, or in one of another kind.
-    """
-
-    def each(variable: Any) -> Any:
-        group = label(variable)
-        return jax.tree.map(lambda _: group, variable)
-
-    return jax.tree.map(each, tree, is_leaf=is_variable)
 
 
 def schedule(config: OptimizerConfig, steps: int, ratio: float = 1.0) -> optax.Schedule:
@@ -92,7 +51,7 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
         "b": group(config.lora_plus_ratio, config.weight_decay),
         "vector": group(1.0, 0.0),
     }
-    return _in_float32(optax.partition(groups, labels))
+    return _in_float32(optax.partition(groups, group_labels))
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,18 +1,18 @@
 """How a run holds its base: by the config or as the weights are stored, and in words."""
 
-from qlora_jax.config import Config, QuantConfig
+from qlora_jax.config import ModelSettings, QuantConfig
 from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.formats.checkpoint import Checkpoint
 
 
-def held_quantization(config: Config, checkpoint: Checkpoint) -> QuantConfig | None:
+def held_quantization(config: ModelSettings, checkpoint: Checkpoint) -> QuantConfig | None:
     """How the linears are held: as they are stored in 4 bits, else as the config says."""
     if config.method != "qlora":
         return None
     return checkpoint.quantization.config if checkpoint.quantization else config.quant
 
 
-def describe_stored(config: Config, stored: Quantization) -> list[str]:
+def describe_stored(config: ModelSettings, stored: Quantization) -> list[str]:
     """Lines on the 4-bit weights of a checkpoint, for the user."""
     line = f"4-bit weights as they are stored: {describe_quantization(stored.config)}"
     if stored.config != config.quant:

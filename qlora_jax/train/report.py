@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_jax.runtime.atomic import atomic_write, write_text
+from qlora_jax.runtime.display import duration
 from qlora_jax.runtime.streams import printable
 from qlora_jax.train.choice import describe_patience
-from qlora_jax.train.display import duration
 from qlora_jax.train.metrics import read_metrics
 
 # Okabe and Ito's blue and vermillion: told apart under every common colour blindness.

@@ -199,6 +199,19 @@ def _clear(folder: Path) -> None:
         raise storage_error(folder, e) or e from None
 
 
+def config_at(path: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config of a YAML file or of a run directory, with dotted overrides laid over it.
+
+    Raises:
+      UserError: it cannot be read, or a setting is not allowed.
+    """
+    file = Path(path) / CONFIG
+    if not paths.is_file(file):
+        return configs.load(path, overrides)
+    # The directory may have been moved, or been named from elsewhere, since it was made.
+    return configs.load(file, {"output": path} | dict(overrides or {}))
+
+
 def open_run(folder: str | Path) -> Config:
     """The config of a finished or stopped run.
 

@@ -8,8 +8,8 @@ from qlora_jax.config import Config
 from qlora_jax.data.prompts import Question
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
+from qlora_jax.runtime.display import progress
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train.display import progress
 
 
 def answer(

@@ -4,13 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.config import Config, LoraConfig
+from qlora_jax.config import Config, LoraConfig, ModelSettings
 from qlora_jax.formats import peft
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.load import Stored, read_linear, storing
@@ -21,6 +21,8 @@ from qlora_jax.lora.starts.split import Task, error
 from qlora_jax.models.families import EMBEDDINGS
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.targets import targets
+
+S = TypeVar("S", bound=ModelSettings)
 
 GIVEN = (
     "variant",
@@ -35,7 +37,7 @@ GIVEN = (
 """Settings that an adapter to go on from decides."""
 
 
-def resolved(config: Config) -> Config:
+def resolved(config: S) -> S:
     """The config with what `lora.from_adapter` decides filled in; without it, as it is.
 
     The adapter wins over defaults. A setting that is neither the default nor the adapter's is
@@ -75,7 +77,7 @@ def _decided(adapters: peft.AdapterSet) -> dict[str, Any]:
     return {name: values[name] for name in GIVEN}
 
 
-def with_replaced(config: Config, checkpoint: Checkpoint) -> Checkpoint:
+def with_replaced(config: ModelSettings, checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint with the tensors that `lora.from_adapter` replaces.
 
     Raises:
@@ -90,7 +92,7 @@ def with_replaced(config: Config, checkpoint: Checkpoint) -> Checkpoint:
     return overlay(checkpoint, replaced, tied=found.replaced.one_for_both)
 
 
-def given_values(config: Config, warn: Callable[[str], None]) -> LoraSet:
+def given_values(config: ModelSettings, warn: Callable[[str], None]) -> LoraSet:
     """Returns the adapters of `lora.from_adapter` by module path; none where it is not set.
 
     Raises:

@@ -1,4 +1,5 @@
 import signal
+import threading
 
 import pytest
 
@@ -50,6 +51,19 @@ def test_handlers_come_back(handlers):
     with pytest.raises(ZeroDivisionError), Requests():
         raise ZeroDivisionError
     assert current() == handlers
+
+
+def test_another_thread_leaves_the_handlers_alone(handlers):
+    seen = []
+
+    def enter():
+        with Requests() as requests:
+            seen.append((requests.signal, current()))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [(None, handlers)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

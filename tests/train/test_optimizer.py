@@ -15,9 +15,10 @@ from flax import nnx
 from qlora_jax.config import OptimizerConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load
+from qlora_jax.lora.groups import group_labels
 from qlora_jax.lora.variables import LoraB, LoraParam, LoraScale, LoraVector, Vector, Weight
 from qlora_jax.models import trees
-from qlora_jax.train.optimizer import adamw, labels, schedule
+from qlora_jax.train.optimizer import adamw, schedule
 
 pytestmark = pytest.mark.quick
 
@@ -160,7 +161,7 @@ def test_16_bit_leaves_have_float32_moments_and_keep_their_dtype(dtype: str) -> 
 def test_groups_of_every_weight_of_a_model(name: str) -> None:
     model = load(open_folder(MODELS / name), quant=None, dtype=jnp.float32)
     state = nnx.state(model, Weight)
-    weights, found = trees.flatten(state), trees.flatten(labels(state))
+    weights, found = trees.flatten(state), trees.flatten(group_labels(state))
     assert len(weights) == {"llama": 12, "qwen2": 14}[name]
     for path, weight in weights.items():
         # the layers' leaves are stacked
@@ -170,7 +171,7 @@ def test_groups_of_every_weight_of_a_model(name: str) -> None:
 
 def test_groups_of_every_adapter_leaf(trainer) -> None:
     tree = trainer().trained
-    found = labels(tree)
+    found = group_labels(tree)
     assert jax.tree.structure(found) == jax.tree.structure(tree)
     assert trees.flatten(found) == {
         f"runs.0.{name}.adapter.{leaf}": group
@@ -193,7 +194,7 @@ def test_groups_go_by_kind_whatever_a_path_says() -> None:
         "adapter": {"b": LoraParam(0), "a": LoraB(0), "magnitude": LoraVector(0)},
         "x": Vector(0),
     }
-    found = trees.flatten(labels(tree))
+    found = trees.flatten(group_labels(tree))
     assert found == {
         "adapter.a": "b",
         "adapter.b": "matrix",
@@ -209,4 +210,4 @@ class NewKind(LoraParam):
 @pytest.mark.parametrize("leaf", [NewKind(0), LoraScale(0), jnp.zeros(2)])
 def test_a_leaf_of_an_unknown_kind_is_refused(leaf: Any) -> None:
     with pytest.raises(TypeError, match=f"^{type(leaf).__name__}: no group of the optimizer"):
-        labels({"a": LoraParam(0), "adapter": {"b": leaf}})
+        group_labels({"a": LoraParam(0), "adapter": {"b": leaf}})

@@ -15,7 +15,7 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.models import trees
 from qlora_jax.quant import dequantize
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.train import setup
+from qlora_jax.train import pretrained
 from qlora_jax.train.examples import read_data
 from qlora_jax.train.setup import load_model, open_model
 
@@ -257,7 +257,7 @@ def test_an_attention_kernel_that_is_not_trusted_is_not_used(make_config, monkey
         warn("warning: wrong")
         return "xla"
 
-    monkeypatch.setattr(setup, "trusted_attention", trusted)
+    monkeypatch.setattr(pretrained, "trusted_attention", trusted)
     config = make_config(method=method, model__compute_dtype="float16")
     model, _ = load_model(config, open_model(config)[0], lines.append)
     assert lines == ["warning: wrong"]

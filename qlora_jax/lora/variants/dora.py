@@ -153,7 +153,7 @@ def merged_weight(
       float32[in, out].
     """
     w = weight.astype(jnp.float32) + scale * _dot(a.astype(jnp.float32), b.astype(jnp.float32))
-    norms = jnp.linalg.norm(w, axis=0)
+    norms = jax.lax.stop_gradient(jnp.linalg.norm(w, axis=0))
     return w * (magnitude / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
 
 

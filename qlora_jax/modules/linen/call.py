@@ -9,7 +9,6 @@ from flax import linen as nn
 from flax import nnx
 
 from qlora_jax.modules.kernel import Kernel
-from qlora_jax.modules.known import Found
 from qlora_jax.modules.linen.choice import found_in, uses_of
 from qlora_jax.modules.linen.intercept import adapted, within
 from qlora_jax.modules.linen.params import (
@@ -22,6 +21,7 @@ from qlora_jax.modules.linen.params import (
     replaced,
 )
 from qlora_jax.modules.summary import Summary, counted, kind_of
+from qlora_jax.modules.variables import Found
 from qlora_jax.quant import QTensor
 
 

@@ -12,10 +12,10 @@ from qlora_jax.lora.where import Where, chosen
 from qlora_jax.modules.axes import TABLE, Axes, checked, from_equation, to_matrices
 from qlora_jax.modules.constants import arrays_of
 from qlora_jax.modules.kernel import Kernel, of_array
-from qlora_jax.modules.known import Found
 from qlora_jax.modules.linen.intercept import Probe, Record, adapted, within
 from qlora_jax.modules.linen.params import Params, check_module, leaves_of, replaced
 from qlora_jax.modules.uses import Use
+from qlora_jax.modules.variables import Found
 from qlora_jax.quant import QTensor
 from qlora_jax.runtime.errors import UserError
 

@@ -1,6 +1,6 @@
-"""Progress for people: a bar on a terminal, a plain line now and then elsewhere.
+"""Progress for people: a bar on a terminal, text that changes in place in a notebook, else lines.
 
-It goes to stderr; stdout is left to results.
+It goes to stderr, or into the cell's output; stdout is left to results.
 """
 
 import contextlib
@@ -14,9 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
+from qlora_jax.runtime.notebook import Place
 from qlora_jax.runtime.streams import printable
 
 PLAIN_SECONDS = 10.0
+NOTEBOOK_SECONDS = 0.5
+"""Between two updates: each is a message to the browser."""
+WIDTH = 20
+"""Of a bar."""
 
 
 class TrainDisplay:
@@ -126,7 +131,7 @@ def duration(seconds: float) -> str:
 
 
 class Line:
-    """What was done of a total, as a bar or as plain lines; `start` and `stop` go around it."""
+    """What was done of a total, as a bar or as text; `start` and `stop` go around it."""
 
     def __init__(
         self,
@@ -143,11 +148,14 @@ class Line:
         self._began = self._printed = 0.0
         self._now = self._shown = (start, "")
         self._bar: Progress | None = None
+        self._notebook = self._console.is_jupyter
+        self._seconds = NOTEBOOK_SECONDS if self._notebook else PLAIN_SECONDS
+        self._write = Place() if self._notebook else self.note
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
                 SpinnerColumn(finished_text=" "),
                 TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=WIDTH),
                 MofNCompleteColumn(),
                 Elapsed(),
                 TextColumn("{task.fields[figures]}", markup=False),
@@ -170,11 +178,14 @@ class Line:
         self._now = (done, figures)
         if self._bar:
             self._bar.update(self._task, completed=done, figures=figures)
-        elif self._clock() - self._printed >= PLAIN_SECONDS:
+        elif self._clock() - self._printed >= self._seconds:
             self._print()
 
     def note(self, text: str) -> None:
-        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        if self._notebook:
+            print(printable(text))  # what stderr gets looks like an error there
+        else:
+            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         if self._bar:
@@ -187,5 +198,11 @@ class Line:
         self._printed = self._clock()
         of = "" if self._total is None else f"/{self._total}"
         elapsed = duration(self._printed - self._began)
-        text = f"{self._description}  {done}{of}  {elapsed}  {figures}"
-        self.note(text.rstrip())
+        bar = f"{_bar(done, self._total)}  " if self._notebook and self._total else ""
+        text = f"{self._description}  {bar}{done}{of}  {elapsed}  {figures}"
+        self._write(printable(text.rstrip()))
+
+
+def _bar(done: int, total: int) -> str:
+    full = WIDTH * min(done, total) // total
+    return "━" * full + "┈" * (WIDTH - full)

@@ -1,10 +1,21 @@
+import builtins
 import io
 import re
+import sys
+import types
 
 import pytest
 from rich.console import Console
 
-from qlora_jax.train.display import PLAIN_SECONDS, TrainDisplay, counted, duration, progress
+from qlora_jax.runtime.display import (
+    NOTEBOOK_SECONDS,
+    PLAIN_SECONDS,
+    TrainDisplay,
+    counted,
+    duration,
+    progress,
+)
+from qlora_jax.runtime.notebook import in_notebook
 
 
 class Clock:
@@ -87,6 +98,65 @@ def test_a_terminal_gets_a_bar(clock):
     last = text[text.rindex("training") :]
     assert "2/8" in last
     assert "loss 2.1250  1,500 tokens/s  ETA 0:12" in last
+
+
+@pytest.fixture
+def cell(monkeypatch):
+    """What a notebook's cell has displayed: a list for each place, of the texts that it had."""
+    places = []
+
+    class Handle:
+        def __init__(self, first):
+            self.texts = [first]
+
+        def update(self, data, *, raw):
+            assert raw
+            self.texts.append(data["text/plain"])
+
+    def display(data, *, raw, display_id):
+        assert raw
+        assert display_id is True
+        places.append(Handle(data["text/plain"]))
+        return places[-1]
+
+    module = types.ModuleType("IPython.display")
+    module.display = display
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    return places
+
+
+def test_a_notebook_gets_one_text_that_changes(clock, cell, capsys):
+    console = Console(file=io.StringIO(), force_jupyter=True)
+    with TrainDisplay(10_000, console=console, clock=clock) as display:
+        for step in range(1, 10_001):
+            clock.now += 1 / 64
+            display.update(step, loss=2.0, tokens_per_s=10.0)
+            if step == 5_000:
+                display.note("step 5000: held-out [loss]\x1b[2J")
+    (place,) = cell
+    assert place.texts[0] == f"training  {'┈' * 20}  0/10000  0:00  compiling the first step"
+    half = next(text for text in place.texts if " 4992/" in text)
+    assert half.startswith(f"training  {'━' * 9}{'┈' * 11}  4992/10000  1:18  loss 2.0000")
+    assert place.texts[-1].startswith(f"training  {'━' * 20}  10000/10000  2:36")
+    assert len(place.texts) <= 10_000 / 64 / NOTEBOOK_SECONDS + 2
+    captured = capsys.readouterr()
+    assert captured.out == "step 5000: held-out [loss]\\x1b[2J\n"
+    assert captured.err == console.file.getvalue() == ""
+
+
+def test_a_notebook_is_known_by_its_shell(monkeypatch, cell, capsys):
+    class ZMQInteractiveShell:
+        pass
+
+    monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    assert in_notebook()
+    with progress("evaluating") as advance:
+        advance()
+    assert [place.texts for place in cell] == [["evaluating  0  0:00", "evaluating  1  0:00"]]
+    monkeypatch.undo()
+    assert not in_notebook()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_brackets_in_a_note_and_a_description_are_text(clock):

@@ -1,0 +1,118 @@
+"""Models of other packages, quantized, adapted and trained without a change to their code.
+
+Question: do the library's calls work on models that were written without it?
+Expected: fresh adapters change nothing; what is computed in 4 bits, and with adapters, is what the
+  decoded and merged weights give, up to the rounding of float32; training lowers the loss.
+Cost: some minutes on 2 CPU cores; no GPU. Needs the environment of `make test-models`.
+Command: python -m experiments.tools.other_models [--only PART] [--write PAGE] [--json FILE]
+  The table replaces what stands in the page between the comments named other models.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+
+from experiments.other_models import measure
+from experiments.other_models.cases import Case
+from experiments.other_models.every import CASES, installed
+from experiments.tools import pages, program
+from qlora_jax.quant import QTensor
+from qlora_jax.runtime.atomic import write_text
+
+MARKS = pages.Marks("<!-- begin other models -->", "<!-- end other models -->")
+HEAD = (
+    "| model | parameters | in 4 bits | their bytes | fresh adapters | decoded | merged | loss |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+class Row(NamedTuple):
+    """What was found of one model; differences are relative to the largest output.
+
+    Attributes:
+      model: package and model.
+      parameters: all of the model's.
+      quantized: those that are in 4 bits.
+      bytes: what these take.
+      fresh: difference that fresh adapters make.
+      decoded: difference between 4-bit and decoded weights.
+      merged: difference between adapters and merged weights.
+      before: loss before training.
+      after: loss after 20 steps of Adam.
+    """
+
+    model: str
+    parameters: int
+    quantized: int
+    bytes: int
+    fresh: float
+    decoded: float
+    merged: float
+    before: float
+    after: float
+
+
+def row(case: Case) -> Row:
+    """Measures one case."""
+    way = measure.way_of(case)
+    parameters = sum(np.size(x) for x in way.weights(way.build(case, 0)).values())
+    model = way.quantize(case, way.build(case, 0))
+    held = [q for q in way.weights(model).values() if isinstance(q, QTensor)]
+    ours = measure.outputs(case, model)
+    decoded = measure.difference(ours, measure.outputs(case, way.merge(case, model)))
+    model = way.adapt(case, model)
+    fresh = measure.difference(measure.outputs(case, model), ours)
+    told = measure.losses(case, model)
+    trained, frozen, join = way.split(model)
+    model = join(measure.nudged(trained), frozen)
+    ours = measure.outputs(case, model)
+    merged = measure.difference(ours, measure.outputs(case, way.merge(case, model)))
+    quantized = sum(math.prod(q.shape) for q in held)
+    stored = sum(q.nbytes for q in held)
+    return Row(case.name, parameters, quantized, stored, fresh, decoded, merged, told[0], told[-1])
+
+
+def line(row: Row) -> str:
+    """Formats a row of the table."""
+    cells = (
+        row.model,
+        f"{row.parameters:,}",
+        f"{row.quantized:,}",
+        f"{row.bytes:,} ({8 * row.bytes / row.quantized:.2f} bits)",
+        *(f"{x:.0e}" if x else "0" for x in (row.fresh, row.decoded, row.merged)),
+        f"{row.before:.2f} to {row.after:.2f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    parser = program.parser(__doc__)
+    parser.add_argument("--only", default="", help="a part of the models' names")
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    rows = []
+    print(HEAD, flush=True)
+    for case in CASES:
+        if options.only not in case.name:
+            continue
+        if not installed(case):
+            print(f"{case.name}: {case.module} is not installed", flush=True)
+            continue
+        rows.append(row(case))
+        print(line(rows[-1]), flush=True)
+    if options.json:
+        write_text(options.json, json.dumps([r._asdict() for r in rows], indent=2) + "\n")
+    if options.write:
+        pages.write(options.write, MARKS, "\n".join([HEAD, *map(line, rows)]))
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,147 @@
+"""Builds settings from plain nested dicts, and says what is wrong with a value."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from qlora_jax.config.schema import all_settings, names, nearest, sections
+from qlora_jax.config.settings import Config, ModelSettings
+from qlora_jax.runtime.errors import UserError
+
+S = TypeVar("S", bound=ModelSettings)
+
+_ADAPTERS: Mapping[type, TypeAdapter[Any]] = {t: TypeAdapter(t) for t in (Config, ModelSettings)}
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Stand for bytes of a name that are no UTF-8."""
+
+
+def from_settings(settings: Mapping[str, Any], where: str) -> Config:
+    """Builds a Config from a dict that is written as a YAML file is.
+
+    A section may be one word or a list, as for `load`. A path may be a `Path`.
+
+    Raises:
+      UserError: as `from_tree`.
+    """
+    return from_tree(expand(_texts(settings)), where)
+
+
+def from_tree(tree: Mapping[str, Any], where: str) -> Config:
+    """Builds a Config from plain nested dicts.
+
+    Raises:
+      UserError: naming `where`, the key and what is wrong with its value.
+    """
+    config = _validated(Config, tree, where)
+    if config.train.steps is not None and config.train.epochs is not None:
+        raise UserError(
+            f"{where}: train.steps {config.train.steps} and train.epochs {config.train.epochs:g} "
+            "are both given; keep one (--train.steps=null or --train.epochs=null takes one back)"
+        )
+    for key, value in flatten(to_tree(config)):
+        if SURROGATES.search(json.dumps(value, ensure_ascii=False)):
+            raise UserError(
+                f"{where}: {key} {value!r} is no UTF-8 text, and so cannot be recorded; rename it"
+            )
+    return config
+
+
+def model_settings(tree: Mapping[str, Any], where: str) -> ModelSettings:
+    """Builds the settings of a model alone from plain nested dicts.
+
+    Raises:
+      UserError: as `from_tree`.
+    """
+    return _validated(ModelSettings, tree, where)
+
+
+def section(name: str, values: Mapping[str, Any]) -> Any:
+    """Makes one section of a config, such as `LoraConfig`.
+
+    Args:
+      name: of the section.
+      values: its settings; the others have their defaults.
+
+    Raises:
+      UserError: an unknown key or a value of the wrong type.
+    """
+    try:
+        return sections()[name](**values)
+    except ValidationError as e:
+        raise UserError(_explain(e, name)) from None
+
+
+def _validated(cls: type[S], tree: Mapping[str, Any], where: str) -> S:
+    try:
+        return _ADAPTERS[cls].validate_python(dict(tree))
+    except ValidationError as e:
+        raise UserError(f"{where}: {_explain(e)}") from None
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The config as plain nested dicts, every default written out."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each setting's dotted key and value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and f"{prefix}{key}" in sections():
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _texts(value: Any) -> Any:
+    """Returns plain values with the text of each path in its place."""
+    if isinstance(value, Mapping):
+        return {key: _texts(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_texts(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with each section that is one word, or a list, written out."""
+    known, kinds = sections(), {s.key: s.type for s in all_settings()}
+
+    def whole(key: str, value: Any) -> Any:
+        if key not in known:
+            return value
+        first = names(known[key])[0]
+        lists = "list[str]" in kinds[f"{key}.{first}"].split(" | ")
+        fills = isinstance(value, str) or (lists and isinstance(value, list))
+        return {first: value} if fills else value
+
+    return {key: whole(key, value) for key, value in tree.items()}
+
+
+def _explain(error: ValidationError, *within: str) -> str:
+    problems = error.errors()
+    unknown = [
+        p for p in problems if p["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    ]
+    problem = (unknown or problems)[0]
+    location = [*within, *(str(x) for x in problem["loc"])]
+    key = ".".join(location)
+    if unknown:
+        return f"unknown key {key}; the nearest known one is {nearest(key)}"
+    if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key} is missing; add it to the file or give --{key}=..."
+    schema = {s.key: s for s in all_settings()}
+    key = next(
+        (
+            ".".join(location[:n])
+            for n in range(len(location), 0, -1)
+            if ".".join(location[:n]) in schema
+        ),
+        key,
+    )
+    expected = f" (expected: {schema[key].type})" if key in schema else ""
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {message}, not {problem['input']!r}{expected}"

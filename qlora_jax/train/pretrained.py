@@ -1,0 +1,187 @@
+"""A pretrained model, as its settings say: opened with its tokenizer, then loaded."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.config import ModelSettings
+from qlora_jax.formats.checkpoint import Checkpoint
+from qlora_jax.formats.load import load
+from qlora_jax.formats.source import open_checkpoint
+from qlora_jax.kernels.attention.select import Kind, trusted_attention
+from qlora_jax.kernels.select import trusted_kernel
+from qlora_jax.lora import LoraSet, ranks_above_full
+from qlora_jax.lora.spec import AdapterSpec
+from qlora_jax.lora.starts import STARTS
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder, attach, use_attention, use_kernel
+from qlora_jax.models.parts import outer_modules
+from qlora_jax.quant.codebooks import codebook
+from qlora_jax.quant.qtensor import check_block_size
+from qlora_jax.runtime import compilation
+from qlora_jax.runtime.display import progress
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.text import tokenizer
+from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.train.quantization import describe_stored
+from qlora_jax.train.start import Splitter, given_values, with_replaced
+from qlora_jax.train.targets import targets
+
+
+def open_pretrained(
+    settings: ModelSettings, warn: Callable[[str], None], template: str | None = None
+) -> tuple[Checkpoint, Tokenizer]:
+    """Opens a model and its tokenizer, after all that can be checked before.
+
+    Where the settings name an adapter to go on from, the tensors that it replaces are replaced.
+
+    Args:
+      settings: of the model.
+      warn: called with lines for the user.
+      template: a Jinja file with a chat template in place of the tokenizer's own.
+
+    Raises:
+      UserError: a setting, the checkpoint or the tokenizer cannot be used.
+    """
+    _check_settings(settings)
+    checkpoint = with_replaced(settings, open_checkpoint(settings.model, warn))
+    _check_checkpoint(settings, checkpoint)
+    text = tokenizer.load(checkpoint.tokenizer_path, warn, template)
+    return checkpoint, text.for_embedding(checkpoint.config.vocab_size)
+
+
+def _check_settings(settings: ModelSettings) -> None:
+    """Raises `open_pretrained`'s errors that show in the settings alone."""
+    if settings.method == "qlora":
+        check_block_size(settings.quant.block_size)
+        codebook(settings.quant.codebook, settings.quant.block_size)
+    if settings.method == "lora" and settings.lora.init == "loftq":
+        raise UserError(
+            "lora.init loftq starts from what quantizing loses, and method lora does not quantize; "
+            "give method qlora, or another init"
+        )
+
+
+def _check_checkpoint(settings: ModelSettings, checkpoint: Checkpoint) -> None:
+    """Raises `open_pretrained`'s errors that show in the settings and the checkpoint's shapes."""
+    if checkpoint.quantization and settings.method != "qlora":
+        raise UserError(
+            f"method {settings.method}: {settings.model.path} holds 4-bit weights "
+            f"({checkpoint.description}), which only method qlora trains on; set method to qlora, "
+            "or give the 16-bit checkpoint"
+        )
+    if checkpoint.quantization and settings.lora.init in STARTS:
+        raise UserError(
+            f"lora.init {settings.lora.init} starts from 16-bit weights, and {settings.model.path} "
+            f"holds 4-bit ones ({checkpoint.description}); give another init or the 16-bit model"
+        )
+    if settings.method != "full":
+        targets(settings.lora, checkpoint.config)
+
+
+def load_base(
+    settings: ModelSettings,
+    checkpoint: Checkpoint,
+    warn: Callable[[str], None],
+    splitter: Splitter | None = None,
+) -> Decoder:
+    """Loads the weights, streamed, and chooses the kernels; the model has no adapters.
+
+    Args:
+      settings: of the model.
+      checkpoint: where the weights come from.
+      warn: called with lines for the user.
+      splitter: takes what adapters start with out of the weights.
+
+    Raises:
+      UserError: weights that cannot be quantized.
+      RunFailed: a kernel that the settings ask for is wrong on this device.
+    """
+    # here, since every program that follows is compiled beside the model
+    compilation.give_memory_back()
+    if checkpoint.quantization:
+        for line in describe_stored(settings, checkpoint.quantization):
+            warn(line)
+    model = _load(settings, checkpoint, splitter)
+    device = jax.devices()[0]
+    use_attention(model, trusted_attention(_attention(settings, model.config), device, warn))
+    if settings.method != "full":
+        use_kernel(model, trusted_kernel(settings, device, warn))
+    return model
+
+
+def load_adapted(
+    settings: ModelSettings, checkpoint: Checkpoint, warn: Callable[[str], None], seed: int
+) -> tuple[Decoder, dict[str, AdapterSpec]]:
+    """Loads the weights, streamed, and attaches adapters.
+
+    Adapters are fresh, or start from the weights (`lora.init`) or another adapter
+    (`lora.from_adapter`).
+
+    Args:
+      settings: of the model.
+      checkpoint: where the weights come from.
+      warn: called with lines for the user.
+      seed: of the adapters' initial values.
+
+    Raises:
+      UserError: as `load_base`; targets that match nothing, or an adapter that is for another
+        model.
+      RunFailed: as `load_base`.
+    """
+    lora = settings.lora
+    values: LoraSet = given_values(settings, warn)
+    specs = targets(lora, checkpoint.config)
+    splitter = Splitter(lora, specs) if lora.init in STARTS else None
+    model = load_base(settings, checkpoint, warn, splitter)
+    shapes = model.linears() | outer_modules(model.config)
+    if above := ranks_above_full(specs, shapes):
+        warn(_describe_ranks(above))
+    if splitter is not None:
+        splitter.report(warn)
+        values = splitter.values
+    attach(
+        model,
+        specs,
+        jax.random.key(seed),
+        init=lora.init,
+        dropout=lora.dropout,
+        dtype=jnp.dtype(lora.dtype),
+        variant=lora.variant,
+        freeze_a=lora.freeze_a,
+        values=values,
+    )
+    return model, specs
+
+
+def _attention(settings: ModelSettings, decoder: DecoderConfig) -> Kind:
+    return Kind(
+        dtype=settings.model.compute_dtype,
+        head_size=decoder.head_dim,
+        group=decoder.num_heads // decoder.num_kv_heads,
+        scale=decoder.attention_scale,
+        softcap=decoder.attention_softcap,
+    )
+
+
+def _load(settings: ModelSettings, checkpoint: Checkpoint, splitter: Splitter | None) -> Decoder:
+    """Reads the weights, and shows how far it is."""
+    full, quantized = settings.method == "full", settings.method == "qlora"
+    with progress(f"loading {settings.model.path}", len(checkpoint.names())) as advance:
+        return load(
+            checkpoint,
+            quant=settings.quant if quantized else None,
+            dtype=jnp.dtype(settings.lora.dtype if full else settings.model.storage_dtype),
+            progress=advance,
+            split=splitter,
+        )
+
+
+def _describe_ranks(above: Sequence[str]) -> str:
+    """Returns a warning of linears whose rank is above min(in, out)."""
+    kinds = ", ".join(sorted({path.rpartition(".")[2] for path in above}))
+    return (
+        f"warning: the rank is above min(in, out) of {len(above)} linears ({kinds}), "
+        f"first {above[0]}"
+    )

@@ -1,0 +1,50 @@
+"""The lines of the README on any Flax model, run as they are written."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.modules.summary import summary
+from qlora_jax.modules.variables import QWeight
+
+pytestmark = pytest.mark.quick
+
+
+class MyModel(nnx.Module):
+    """Attention and an MLP, as somebody may have it."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.attn = nnx.MultiHeadAttention(num_heads=2, in_features=64, decode=False, rngs=rngs)
+        self.mlp = nnx.Linear(64, 64, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mlp(x + self.attn(x))
+
+
+def loss(model, batch):
+    return jnp.mean((model(batch) - 1) ** 2)
+
+
+def test_lines(tmp_path, monkeypatch, capsys):
+    text = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Any Flax model") :]
+    lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    batch = jax.random.normal(jax.random.key(0), (2, 5, 64))
+    names = {"MyModel": MyModel, "loss": loss, "batch": batch}
+    exec(lines, names)
+
+    model, plain = names["model"], names["plain"]
+    assert isinstance(model.mlp.kernel, QWeight)
+    assert summary(model).adapters == {"default": 2}
+    assert "quantized" in capsys.readouterr().out
+    b = model.attn.query.kernel_adapters["default"].b.get_value()
+    assert jnp.abs(b).max() > 0, "B was not trained"
+    assert type(plain) is MyModel
+    assert {type(x) for _, x in nnx.iter_graph(plain) if isinstance(x, nnx.Variable)} == {nnx.Param}
+    np.testing.assert_allclose(plain(batch), model(batch), atol=2e-6)
