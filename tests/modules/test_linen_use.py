@@ -62,6 +62,12 @@ def qlora(model):
     return linen.add_lora(module, params, ["up"], key=jax.random.key(2), **more)
 
 
+def stacked():
+    shapes = jax.eval_shape(STACK.init, KEY, jnp.ones((2, 96)), None)["params"]
+    random = np.random.default_rng(3)
+    return jax.tree.map(lambda x: np.float32(0.1 * random.normal(size=x.shape)), shapes)
+
+
 def filled(params):
     trained, frozen = linen.split(params)
     return linen.join(jax.tree.map(lambda x: jnp.full_like(x, 0.1), trained), frozen)
@@ -153,8 +159,7 @@ def test_the_dropout_of_adapters_has_a_key_of_its_own():
 def test_no_float_copy_of_more_than_one_layer():
     """Stacked weights stay 4 bits in the forward and the backward pass of a scan."""
     x = jnp.ones((2, 96))
-    params = jax.jit(STACK.init)(jax.random.key(0), x, None)["params"]
-    params = linen.quantize(STACK, params, ".*kernel", x, None)
+    params = linen.quantize(STACK, stacked(), ".*kernel", x, None)
     params = linen.add_lora(STACK, params, ".*kernel", key=jax.random.key(1), rank=2)
     trained, frozen = linen.split(params)
 
@@ -232,6 +237,18 @@ def test_the_summary(model, qlora):
     assert linen.summary(Model(), convolved, TOKENS).decoded == {
         "conv.kernel": ("conv_general_dilated",)
     }
+
+
+@pytest.mark.quick
+def test_dora_on_a_stack():
+    x = jax.random.normal(KEY, (2, 96))
+    params = linen.quantize(STACK, stacked(), ".*kernel", x, None)
+    fresh = linen.add_lora(STACK, params, ".*kernel", key=KEY, rank=2, variant="dora")
+    run = jax.jit(lambda params: linen.apply(STACK, params, x, None)[0])
+    np.testing.assert_allclose(run(fresh), run(params), rtol=1e-5, atol=1e-5)
+    other = filled(fresh)
+    assert linen.split(other)[0]["Dense_0.kernel.default.magnitude"].shape == (4, 96)
+    np.testing.assert_allclose(run(other), run(linen.merge(other)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
