@@ -4,6 +4,7 @@ In the params, a `Kernel` stands in the place of each array that is in 4 bits or
 `apply` takes the place of `module.apply`.
 """
 
+from qlora_jax.modules.kernel import Kernel as Kernel
 from qlora_jax.modules.linen.adapters import join as join
 from qlora_jax.modules.linen.adapters import split as split
 from qlora_jax.modules.linen.adapters import use_adapter as use_adapter

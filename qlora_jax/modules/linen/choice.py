@@ -130,10 +130,10 @@ def weights(
     for part in parts:
         own = list(chosen(part, matched, "weights"))
         if all(known[path].axes is None for path in own):
-            how = ", ".join(use.operation for use in uses.get(own[0], [])) or "no operation"
+            how = ", ".join(use.operation for use in uses.get(own[0], [])) or "nothing"
             raise UserError(
-                f"{own[0]}: the example call has it in {how} and in no matrix product; leave it "
-                f"out of `where`, or say which axes are summed over {BY_AXES}"
+                f"{own[0]}: no matrix product of the call has it, only: {how}; leave it out of "
+                f"`where`, or say which axes are summed over {BY_AXES}"
             )
     return [_weight(path, x, known[path]) for path, x in matched.items() if known[path].axes]
 

@@ -23,6 +23,9 @@ from qlora_jax.modules.trace import run
 from qlora_jax.modules.uses import Use
 from qlora_jax.runtime.errors import UserError
 
+OTHER_AXIS = "a loop along another axis than its first (give it variable_axes={'params': 0})"
+"""What is told of a weight whose layers are not in front."""
+
 
 class Record:
     """What an abstract call has told of weights; no two are equal, as `nn.jit` caches by them.
@@ -194,18 +197,19 @@ def _tell(uses: list[Use], own: Mapping[str, Kernel]) -> None:
     """Tells the uses of probes where they are collected."""
     for use in uses:
         if isinstance(probe := own[use.name], Probe):
+            if probe.axes is None and not _is_layer(probe):
+                use = Use(use.name, "decoded", OTHER_AXIS)
             probe.record.uses.append(use._replace(name=probe.path))
+
+
+def _is_layer(probe: Probe) -> bool:
+    """Returns whether it has lost no axes but its first to loops around the module."""
+    shape = tuple(probe.value.shape)
+    return probe.shape[len(probe.shape) - len(shape) :] == shape
 
 
 def _seen(kernel: Kernel) -> Kernel:
     """Returns a kernel of unknown axes with the shape that it has where it is used."""
     if kernel.axes is not None:
         return kernel
-    shape = tuple(kernel.value.shape)
-    if kernel.shape[len(kernel.shape) - len(shape) :] != shape:
-        path = kernel.path if isinstance(kernel, Probe) else "a weight"
-        raise UserError(
-            f"{path}: is {kernel.shape}, and {shape} where it is used: its layers are not along "
-            "its first axis; give nn.scan or nn.vmap variable_axes={'params': 0}"
-        )
-    return dataclasses.replace(kernel, shape=shape)
+    return dataclasses.replace(kernel, shape=tuple(kernel.value.shape))
