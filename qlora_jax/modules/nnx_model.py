@@ -8,7 +8,7 @@ from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.dropout import DropoutKeys
-from qlora_jax.lora.spec import spec_of
+from qlora_jax.lora.spec import check_patterns, spec_of
 from qlora_jax.lora.variables import LoraParam
 from qlora_jax.lora.where import Where
 from qlora_jax.modules.adapt import ADAPTERS, adapt, adapters_of, is_adapted, kernel_of, restore
@@ -120,9 +120,10 @@ def add_lora(
         _check_values(candidate)
         if lora.init == "loftq":
             _check_floats(candidate)
+    check_patterns(lora, [path for candidate in found for path in _paths(candidate)])
     results: list[tuple[Any, Adapter]] = []
     for candidate in found:
-        spec = spec_of(lora, candidate.path.rpartition(".")[0])
+        spec = spec_of(lora, *_paths(candidate))
         key = rngs.params()
         results.append(made(candidate.path, matrices_of(candidate), lora, spec, key, quantization))
     for candidate, (stored, adapter) in zip(found, results):
@@ -133,6 +134,11 @@ def add_lora(
             candidate.variable.set_raw_value(weight)
         attach(candidate, name, adapter)
     return model
+
+
+def _paths(candidate: Candidate) -> tuple[str, str]:
+    """Returns the paths of a weight and of its module: a pattern may mean either."""
+    return candidate.path, candidate.path.rpartition(".")[0]
 
 
 def attach(candidate: Candidate, name: str, adapter: Adapter) -> None:
