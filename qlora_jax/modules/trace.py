@@ -120,8 +120,7 @@ def _branched(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
 
 def _scanned(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     p = equation.params
-    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
-    consts, carry, xs = inputs[:first], inputs[first:second], inputs[second:]
+    consts, carry, xs = _parts_of_scan(p, inputs)
     carry = [as_array(x, "scan") for x in carry]
     stacks = {i: x for i, x in enumerate(xs) if isinstance(x, Lazy) and is_stack(x)}
     moving = [None if i in stacks else as_array(x, "scan") for i, x in enumerate(xs)]
@@ -144,6 +143,14 @@ def _scanned(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
         unroll=p["unroll"],
     )
     return [*last, *ys]
+
+
+def _parts_of_scan(params: Mapping[str, Any], inputs: Sequence[Any]) -> list[list[Any]]:
+    """Returns a scan's inputs as constants, what is carried, and what is gone through."""
+    if "ft_in" in params:  # from jax 0.12 on
+        return [list(part) for part in params["ft_in"].update(list(inputs)).unpack()]
+    first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return [list(part) for part in (inputs[:first], inputs[first:second], inputs[second:])]
 
 
 def _repeated(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
