@@ -12,6 +12,7 @@ from qlora_jax.modules.axes import to_matrices
 from qlora_jax.modules.candidates import candidates
 from qlora_jax.modules.nnx_model import all_adapters
 
+pytestmark = pytest.mark.quick
 SCALE = 2.0
 """alpha / rank."""
 
@@ -64,7 +65,6 @@ def test_step_0_is_the_base_to_the_bit(name):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_plain_weights(name):
     """With the weights that `merge` gives, whose gradients are those of A and B by the chain rule.
