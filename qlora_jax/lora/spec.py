@@ -72,10 +72,7 @@ def plan(
     if isinstance(config.target_modules, list):
         for name in config.target_modules:
             _require_match("lora.target_modules", name, modules, named)
-    for key in config.rank_pattern:
-        _require_match("lora.rank_pattern", key, modules, ends_in)
-    for key in config.alpha_pattern:
-        _require_match("lora.alpha_pattern", key, modules, ends_in)
+    check_patterns(config, modules)
     return {path: spec_of(config, path) for path in targets}
 
 
@@ -86,10 +83,19 @@ def ranks_above_full(
     return [path for path, spec in specs.items() if spec.rank > min(linears[path])]
 
 
-def spec_of(config: LoraConfig, path: str) -> AdapterSpec:
-    """Returns the rank, alpha and scale of the adapter of a module or weight with this path."""
-    rank = first_match(config.rank_pattern, _names(path), config.rank)
-    alpha = first_match(config.alpha_pattern, _names(path), config.alpha)
+def check_patterns(config: LoraConfig, paths: Sequence[str]) -> None:
+    """Raises UserError for a key of `rank_pattern` or `alpha_pattern` that matches no path."""
+    for key in config.rank_pattern:
+        _require_match("lora.rank_pattern", key, paths, ends_in)
+    for key in config.alpha_pattern:
+        _require_match("lora.alpha_pattern", key, paths, ends_in)
+
+
+def spec_of(config: LoraConfig, *paths: str) -> AdapterSpec:
+    """Returns the rank, alpha and scale of the adapter of a module or weight with these paths."""
+    names = [name for path in paths for name in _names(path)]
+    rank = first_match(config.rank_pattern, names, config.rank)
+    alpha = first_match(config.alpha_pattern, names, config.alpha)
     return AdapterSpec(rank, alpha, SCALINGS[config.scaling](alpha, rank))
 
 

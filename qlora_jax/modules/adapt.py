@@ -7,6 +7,7 @@ class's methods by `trace.run`: on a copy of the module that has arrays for thes
 import copyreg
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,6 +71,9 @@ copyreg.pickle(_AdaptedClass, _reduced)
 def _is_method(name: str, value: Any) -> bool:
     if isinstance(value, staticmethod | classmethod | type) or not hasattr(value, "__get__"):
         return False
+    own = inspect.unwrap(value)
+    if inspect.isgeneratorfunction(own) or inspect.iscoroutinefunction(own):
+        return False  # what it returns still runs when a trace would be over
     return name == "__call__" or not name.startswith("__")
 
 

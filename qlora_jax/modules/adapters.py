@@ -43,6 +43,11 @@ def lora_settings(**values: Any) -> LoraConfig:
     return section("lora", values)
 
 
+def names_of(path: str) -> tuple[str, str]:
+    """Returns the paths of a weight and of its module: a rank's pattern may mean either."""
+    return path, path.rpartition(".")[0]
+
+
 def made(
     path: str,
     weight: Stored,

@@ -8,11 +8,11 @@ from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.dropout import DropoutKeys
-from qlora_jax.lora.spec import spec_of
+from qlora_jax.lora.spec import check_patterns, spec_of
 from qlora_jax.lora.variables import LoraParam
 from qlora_jax.lora.where import Where
 from qlora_jax.modules.adapt import ADAPTERS, adapt, adapters_of, is_adapted, kernel_of, restore
-from qlora_jax.modules.adapters import lora_settings, made, strength
+from qlora_jax.modules.adapters import lora_settings, made, names_of, strength
 from qlora_jax.modules.axes import from_matrices, to_matrices
 from qlora_jax.modules.candidates import Candidate, candidates, check_model, owned
 from qlora_jax.modules.checks import (
@@ -123,9 +123,10 @@ def add_lora(
         names = adapters_of(*candidate.owners[0])
         check_adapter(path, value, candidate.table, lora, name, names)
         check_values(path, value, READ)
+    check_patterns(lora, [name for c in found for name in names_of(c.path)])
     results: list[tuple[Any, Adapter]] = []
     for candidate in found:
-        spec = spec_of(lora, candidate.path.rpartition(".")[0])
+        spec = spec_of(lora, *names_of(candidate.path))
         key = rngs.params()
         results.append(made(candidate.path, matrices_of(candidate), lora, spec, key, quantization))
     for candidate, (stored, adapter) in zip(found, results):

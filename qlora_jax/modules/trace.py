@@ -7,59 +7,17 @@ decoded. Any other operation gets the whole weight as an array.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from qlora_jax.modules.axes import TABLE, Axes
 from qlora_jax.modules.kernel import Kernel
+from qlora_jax.modules.lazy import Lazy, as_array, bound, is_stack, layer_of, lazy
+from qlora_jax.modules.products import looked_up, product
+from qlora_jax.modules.stacks import sliced, sliced_at, squeezed
 from qlora_jax.modules.uses import Use
-from qlora_jax.quant import QTensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Lazy:
-    """A weight that no operation has needed as an array yet.
-
-    Attributes:
-      name: its name, for `uses`.
-      kernel: its value and adapters.
-      order: its axes, as transpositions have moved them.
-      dtype: dtype to which it has been cast.
-      uses: what is told of each operation on it.
-    """
-
-    name: str
-    kernel: Kernel
-    order: tuple[int, ...]
-    dtype: Any
-    uses: list[Use]
-
-    def array(self) -> jax.Array:
-        """Returns the weight as an array, with what its adapters add."""
-        return self.kernel.whole().astype(self.dtype).transpose(self.order)
-
-    def base(self) -> jax.Array:
-        """Returns the weight as an array, without adapters."""
-        return self.kernel.plain().astype(self.dtype).transpose(self.order)
-
-    def used(self, kind: str, operation: str, axes: Axes | None = None) -> None:
-        """Tells of an operation."""
-        self.uses.append(Use(self.name, kind, operation, axes))
-
-    def untouched(self) -> bool:
-        """Returns whether no axis has been moved."""
-        return self.order == tuple(range(len(self.order)))
-
-
-def lazy(name: str, kernel: Kernel, uses: list[Use], dtype: Any = None) -> Lazy:
-    """Returns a weight as it is before any operation."""
-    order = tuple(range(len(kernel.stack) + len(kernel.shape)))
-    return Lazy(name, kernel, order, dtype or kernel.dtype, uses)
 
 
 def run(
@@ -83,14 +41,7 @@ def run(
     }
     closed, shape = jax.make_jaxpr(function, return_shape=True)(shapes, *args)
     out = _closed(closed, [*(held[name] for name in sorted(held)), *jax.tree.leaves(args)])
-    return jax.tree.unflatten(jax.tree.structure(shape), [_array(x, "returned") for x in out])
-
-
-def _array(x: Any, operation: str) -> Any:
-    if not isinstance(x, Lazy):
-        return x
-    x.used("decoded", operation)
-    return x.array()
+    return jax.tree.unflatten(jax.tree.structure(shape), [as_array(x, "returned") for x in out])
 
 
 def _closed(closed: ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
@@ -107,20 +58,10 @@ def _interpreted(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> 
             handler = HANDLERS.get(equation.primitive.name)
             out = handler(equation, inputs) if handler else None
         if out is None:
-            arrays = [_array(x, equation.primitive.name) for x in inputs]
-            out = _bound(equation, arrays)
+            arrays = [as_array(x, equation.primitive.name) for x in inputs]
+            out = bound(equation, arrays)
         known.update(zip(equation.outvars, out))
     return [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
-
-
-def _bound(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Returns the results of one operation on arrays."""
-    found = equation.primitive.get_bind_params(equation.params)
-    # a pair with functions until jax 0.10
-    functions, params = found if isinstance(found, tuple) else ((), found)
-    with equation.ctx.manager:
-        out = equation.primitive.bind(*functions, *inputs, **params)
-    return list(out) if equation.primitive.multiple_results else [out]
 
 
 def _cast(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
@@ -153,7 +94,7 @@ def _with_arrays(function: Callable[..., list[Any]], inputs: Sequence[Any]) -> t
         full = list(inputs)
         for i, x in zip(places, arrays):
             full[i] = x
-        return [_array(x, "returned") for x in function(full)]
+        return [as_array(x, "returned") for x in function(full)]
 
     return inner, [inputs[i] for i in places]
 
@@ -181,17 +122,17 @@ def _scanned(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     p = equation.params
     first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
     consts, carry, xs = inputs[:first], inputs[first:second], inputs[second:]
-    carry = [_array(x, "scan") for x in carry]
-    stacks = {i: x for i, x in enumerate(xs) if isinstance(x, Lazy) and _is_stack(x)}
-    moving = [None if i in stacks else _array(x, "scan") for i, x in enumerate(xs)]
+    carry = [as_array(x, "scan") for x in carry]
+    stacks = {i: x for i, x in enumerate(xs) if isinstance(x, Lazy) and is_stack(x)}
+    moving = [None if i in stacks else as_array(x, "scan") for i, x in enumerate(xs)]
     kernels = {i: x.kernel for i, x in stacks.items()}
 
     def body(carry: list[Any], one: Any) -> tuple[list[Any], list[Any]]:
         arrays, layers = one
         full = [
-            _layer(stacks[i], layers[i]) if i in stacks else arrays[i] for i in range(len(arrays))
+            layer_of(stacks[i], layers[i]) if i in stacks else arrays[i] for i in range(len(arrays))
         ]
-        out = [_array(x, "returned") for x in _closed(p["jaxpr"], [*consts, *carry, *full])]
+        out = [as_array(x, "returned") for x in _closed(p["jaxpr"], [*consts, *carry, *full])]
         return out[: len(carry)], out[len(carry) :]
 
     last, ys = jax.lax.scan(
@@ -205,17 +146,6 @@ def _scanned(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     return [*last, *ys]
 
 
-def _is_stack(x: Lazy) -> bool:
-    return x.untouched() and (x.kernel.axes is None or bool(x.kernel.stack))
-
-
-def _layer(stack: Lazy, kernel: Kernel) -> Lazy:
-    """Returns one layer of a stack that a loop goes through."""
-    if kernel.axes is None:
-        kernel = dataclasses.replace(kernel, shape=kernel.shape[1:])
-    return lazy(stack.name, kernel, stack.uses, stack.dtype)
-
-
 def _repeated(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     p = equation.params
     first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
@@ -223,97 +153,11 @@ def _repeated(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     if any(isinstance(x, Lazy) for x in carry):
         return None
     out = jax.lax.while_loop(
-        lambda state: _array(_closed(p["cond_jaxpr"], [*test, *state])[0], "while"),
-        lambda state: [_array(x, "while") for x in _closed(p["body_jaxpr"], [*body, *state])],
+        lambda state: as_array(_closed(p["cond_jaxpr"], [*test, *state])[0], "while"),
+        lambda state: [as_array(x, "while") for x in _closed(p["body_jaxpr"], [*body, *state])],
         list(carry),
     )
     return list(out)
-
-
-def _product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
-    """Carries out dot_general where its axes are the kernel's; else returns None."""
-    first = isinstance(inputs[0], Lazy)
-    held, x = (inputs[0], inputs[1]) if first else (inputs[1], inputs[0])
-    if isinstance(x, Lazy):
-        return None
-    (lc, rc), (lb, rb) = equation.params["dimension_numbers"]
-    (own_c, x_c), (own_b, x_b) = ((lc, rc), (lb, rb)) if first else ((rc, lc), (rb, lb))
-    contract = tuple(held.order[i] for i in own_c)
-    batch = tuple(held.order[i] for i in own_b)
-    kernel, axes = held.kernel, held.kernel.axes
-    if axes is None:
-        others = tuple(i for i in sorted(held.order) if i not in (*batch, *contract))
-        found = Axes(tuple(sorted(batch)), tuple(sorted(contract)), others)
-        held.used("product", "dot_general", found)
-        return _bound(equation, [y.base() if isinstance(y, Lazy) else y for y in inputs])
-    fits = set(contract) == set(axes.contract) and set(batch) == set(axes.batch)
-    if kernel.stack or not fits or not jax.numpy.issubdtype(x.dtype, np.inexact):
-        return None
-    held.used("product", "dot_general")
-
-    x_batch = [x_b[batch.index(i)] for i in axes.batch]
-    x_contract = [x_c[contract.index(i)] for i in axes.contract]
-    free = [i for i in range(x.ndim) if i not in (*x_batch, *x_contract)]
-    aval: Any = equation.outvars[0].aval
-    rows = [x.shape[i] for i in free]
-    sizes = [kernel.shape[i] for i in axes.batch]
-    # [*batch, *free, *kept]: where the result's axes are among these
-    kept = [i for i in held.order if i in axes.keep]
-    k_places = [len(sizes) + len(free) + axes.keep.index(i) for i in kept]
-    f_places = list(range(len(sizes), len(sizes) + len(free)))
-    places = [axes.batch.index(i) for i in batch]
-    places += k_places + f_places if first else f_places + k_places
-
-    base = None
-    if not isinstance(kernel.value, QTensor):
-        (y,) = _bound(equation, [z.base() if isinstance(z, Lazy) else z for z in inputs])
-        outputs = math.prod(kernel.shape[i] for i in axes.keep)
-        base = y.transpose(*np.argsort(places)).reshape(*sizes, math.prod(rows), outputs)
-        x = x.astype(y.dtype)
-    elif np.dtype(aval.dtype).itemsize > np.dtype(x.dtype).itemsize:
-        # the caller asks for sums in a wider dtype
-        x = x.astype(aval.dtype)
-    contracted = math.prod(x.shape[i] for i in x_contract)
-    x = x.transpose(*x_batch, *free, *x_contract).reshape(*sizes, math.prod(rows), contracted)
-    y = kernel.product(x, base).reshape(*sizes, *rows, *(kernel.shape[i] for i in axes.keep))
-    return [y.transpose(*places).astype(aval.dtype)]
-
-
-def _looked_up(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
-    """Carries out a gather of whole rows along the one kept axis; else returns None."""
-    held, index = inputs
-    p = equation.params
-    numbers = p["dimension_numbers"]
-    if isinstance(index, Lazy) or not _is_table(held, numbers, p["slice_sizes"]):
-        return None
-    if held.kernel.axes is None:
-        held.used("rows", "gather", TABLE)
-        return _bound(equation, [held.base(), index])
-    held.used("rows", "gather")
-    size = held.kernel.shape[0]
-    places = index.reshape(-1)
-    inside = (places >= 0) & (places < size)
-    near = jax.numpy.clip(places, 0, size - 1)
-    base = held.base()[near] if not isinstance(held.kernel.value, QTensor) else None
-    rows = held.kernel.rows(near, base).astype(held.dtype)
-    if p["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
-        fill = np.nan if p["fill_value"] is None else p["fill_value"]
-        rows = jax.numpy.where(inside[:, None], rows, jax.numpy.asarray(fill, rows.dtype))
-    rows = rows.reshape(*index.shape[:-1], rows.shape[-1])
-    return [jax.numpy.moveaxis(rows, -1, numbers.offset_dims[0])]
-
-
-def _is_table(held: Lazy, numbers: Any, sizes: Sequence[int]) -> bool:
-    shape = held.kernel.shape
-    return (
-        len(shape) == 2
-        and held.kernel.axes in (None, TABLE)
-        and held.untouched()
-        and numbers.collapsed_slice_dims == (0,)
-        and numbers.start_index_map == (0,)
-        and not numbers.operand_batching_dims
-        and tuple(sizes) == (1, shape[1])
-    )
 
 
 HANDLERS: Mapping[str, Callable[[JaxprEqn, Sequence[Any]], list[Any] | None]] = {
@@ -331,7 +175,10 @@ HANDLERS: Mapping[str, Callable[[JaxprEqn, Sequence[Any]], list[Any] | None]] = 
     "cond": _branched,
     "scan": _scanned,
     "while": _repeated,
-    "dot_general": _product,
-    "gather": _looked_up,
+    "slice": sliced,
+    "dynamic_slice": sliced_at,
+    "squeeze": squeezed,
+    "dot_general": product,
+    "gather": looked_up,
 }
 """JAX's primitives that leave a weight lazy, or do not need all of it; None decodes it."""

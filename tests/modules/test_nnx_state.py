@@ -95,6 +95,18 @@ def test_attributes_that_a_method_sets_and_deletes():
     assert not hasattr(model, "last")
 
 
+class Yielding(nnx.Linear):
+    def both(self, x):
+        yield x @ self.kernel[...]
+        yield self(x)
+
+
+def test_generators_read_the_decoded_weight():
+    model = qj.quantize_model(Yielding(D, 4, use_bias=False, rngs=nnx.Rngs(0)), ".*")
+    first, second = model.both(X)
+    same(first, second)
+
+
 class Writing(nnx.Linear):
     def __call__(self, x):
         self.kernel[...] = self.kernel[...] * 2

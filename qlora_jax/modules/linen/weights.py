@@ -9,10 +9,10 @@ import jax
 from flax import linen as nn
 
 from qlora_jax.lora.adapter import Adapter
-from qlora_jax.lora.spec import spec_of
+from qlora_jax.lora.spec import check_patterns, spec_of
 from qlora_jax.lora.starts import STARTS
 from qlora_jax.lora.where import Where
-from qlora_jax.modules.adapters import lora_settings, made
+from qlora_jax.modules.adapters import lora_settings, made, names_of
 from qlora_jax.modules.axes import from_matrices
 from qlora_jax.modules.checks import (
     check_adapter,
@@ -121,9 +121,10 @@ def add_lora(
     for path, kernel, table in found:
         check_values(path, kernel.value, VALUES)
         check_adapter(path, kernel.value, table, lora, name, kernel.adapters)
+    check_patterns(lora, [own for weight in found for own in names_of(weight.path)])
     new = {}
     for i, weight in enumerate(found):
-        spec = spec_of(lora, weight.path.rpartition(".")[0])
+        spec = spec_of(lora, *names_of(weight.path))
         own = jax.random.fold_in(key, i)
         stored, adapter = made(weight.path, weight.matrices, lora, spec, own, quantization)
         new[weight.path] = _with(weight, stored if lora.init in STARTS else None, name, adapter)
