@@ -1,7 +1,7 @@
 """Adapters of any Flax model as a folder: adapter.safetensors and adapter.json."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -89,6 +89,26 @@ def write(adapters: Mapping[str, Adapter], folder: str | Path) -> None:
     with atomic.atomic_folder(folder) as new:
         tensors.save(arrays, new / WEIGHTS)
         (new / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def named(adapters: Iterable[tuple[str, str, Adapter]], name: str | None) -> dict[str, Adapter]:
+    """Returns the adapters of one name by the path of their weight.
+
+    Args:
+      adapters: path, name and adapter of each.
+      name: the name; None if there is one alone.
+
+    Raises:
+      UserError: there is none of this name, or several and no name is given.
+    """
+    found = list(adapters)
+    names = sorted({own for _, own, _ in found})
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        have = ", ".join(names) or "no adapter"
+        raise UserError(f"save_adapter: the model has {have}; give the name of one")
+    return {path: adapter for path, own, adapter in found if own == name}
 
 
 def read(folder: str | Path) -> tuple[str, dict[str, Saved]]:

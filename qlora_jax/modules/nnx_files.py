@@ -26,14 +26,7 @@ def save_adapter(model: nnx.Module, folder: str | Path, name: str | None = None)
       UserError: the model has no such adapter, or several and no name is given; the folder holds
         something else or cannot be written.
     """
-    found = list(all_adapters(check_model(model)))
-    names = sorted({own for _, own, _ in found})
-    if name is None and len(names) == 1:
-        name = names[0]
-    if name not in names:
-        have = ", ".join(names) or "no adapter"
-        raise UserError(f"save_adapter: the model has {have}; give the name of one")
-    files.write({path: adapter for path, own, adapter in found if own == name}, folder)
+    files.write(files.named(all_adapters(check_model(model)), name), folder)
 
 
 def load_adapter(model: Model, folder: str | Path, name: str = "default") -> Model:

@@ -11,6 +11,8 @@ from qlora_jax.modules.linen.adapters import use_adapter as use_adapter
 from qlora_jax.modules.linen.call import apply as apply
 from qlora_jax.modules.linen.call import discover as discover
 from qlora_jax.modules.linen.call import summary as summary
+from qlora_jax.modules.linen.saving import load_adapter as load_adapter
+from qlora_jax.modules.linen.saving import save_adapter as save_adapter
 from qlora_jax.modules.linen.weights import add_lora as add_lora
 from qlora_jax.modules.linen.weights import merge as merge
 from qlora_jax.modules.linen.weights import quantize as quantize

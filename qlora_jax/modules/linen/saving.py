@@ -1,0 +1,76 @@
+"""Saves and loads the adapters in a Linen module's params."""
+
+import dataclasses
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from qlora_jax.modules import files
+from qlora_jax.modules.kernel import Kernel
+from qlora_jax.modules.linen.choice import Given, weights
+from qlora_jax.modules.linen.params import Params, adapters_of, check_module, leaves_of, replaced
+from qlora_jax.runtime.errors import UserError
+
+
+def save_adapter(params: Params, folder: str | Path, name: str | None = None) -> None:
+    """Writes an adapter into a folder, as `qlora_jax.save_adapter` does for an NNX model.
+
+    Args:
+      params: params with adapters.
+      folder: where; an adapter that is there is replaced.
+      name: name of the adapter; it may be left out if there is one.
+
+    Raises:
+      UserError: there is no such adapter, or several and no name is given; the folder holds
+        something else or cannot be written.
+    """
+    files.write(files.named(adapters_of(params), name), folder)
+
+
+def load_adapter(
+    module: nn.Module,
+    params: Params,
+    folder: str | Path,
+    *example: Any,
+    name: str = "default",
+    axes: Given = MappingProxyType({}),
+) -> Any:
+    """Returns params with an adapter that is read from a folder: in the place of one, or a new one.
+
+    Args:
+      module: a Linen module.
+      params: its params.
+      folder: what `save_adapter` has written.
+      example: arguments of one abstract call, which tells the axes of weights that are no kernels.
+      name: name that the adapter has in the params.
+      axes: path of a weight to its axes, where the call need not tell.
+
+    Raises:
+      UserError: a file that cannot be used, or an adapter for weights that the params do not have,
+        or have in another shape; an adapter of this name of another rank or variant.
+    """
+    variant, saved = files.read(folder)
+    here = [path for path in saved if path in leaves_of(params)]
+    found = {}
+    if here:
+        chosen = weights(check_module(module), params, lambda path, _: path in here, example, axes)
+        found = {weight.path: weight for weight in chosen}
+    files.check_fits(folder, saved, {path: x.matrices.shape for path, x in found.items()})
+    new: dict[str, Kernel] = {}
+    for path, weight in found.items():
+        own = weight.kernel.adapters.get(name)
+        if own is None:
+            adapter = files.built(path, weight.matrices, variant, saved[path])
+        elif files.fits(own, saved[path]):
+            adapter = jax.tree.map(lambda x: x, own)
+            files.replace_values(adapter, saved[path])
+        else:
+            raise UserError(
+                f"{path}: has an adapter {name!r} of another rank or variant; give another name"
+            )
+        adapters = {**weight.kernel.adapters, name: adapter}
+        new[path] = dataclasses.replace(weight.kernel, adapters=adapters)
+    return replaced(params, lambda path, leaf: new.get(path, leaf))
