@@ -17,6 +17,7 @@ from qlora_jax.lora.starts import STARTS
 from qlora_jax.lora.starts.fresh import init_adapter
 from qlora_jax.lora.starts.split import Task
 from qlora_jax.lora.variants import VARIANTS
+from qlora_jax.lora.variants.dora import DoraAdapter
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.runtime.errors import UserError
 
@@ -138,6 +139,30 @@ def restack(adapter: Adapter, axes: int, stack: list[int] | tuple[int, ...]) -> 
         if isinstance(variable, nnx.Variable):
             value = variable.get_value()
             variable.set_value(value.reshape(*stack, *value.shape[axes:]))
+
+
+def is_on(adapter: Adapter) -> bool:
+    """Returns whether an adapter adds anything: its scale is not zero."""
+    return bool(jnp.any(adapter.scale.get_value() != 0))
+
+
+def check_together(path: str, adapters: Mapping[str, Adapter]) -> None:
+    """Raises UserError if adapters of a weight cannot be on at once: DoRA's lengths are for one.
+
+    Args:
+      path: path of the weight.
+      adapters: those that are to be on, by name.
+    """
+    if len(adapters) > 1 and any(isinstance(x, DoraAdapter) for x in adapters.values()):
+        raise UserError(
+            f"{path}: adapters {', '.join(adapters)} cannot be on at once, since a DoRA adapter is "
+            "on alone; switch others off by use_adapter before"
+        )
+
+
+def on_with(adapters: Mapping[str, Adapter], name: str, adapter: Adapter) -> dict[str, Adapter]:
+    """Returns the adapters of a weight that are on once it has one more."""
+    return {**{k: x for k, x in adapters.items() if k != name and is_on(x)}, name: adapter}
 
 
 def strength(adapter: Adapter, active: bool) -> None:

@@ -7,6 +7,7 @@ from flax import nnx
 
 from qlora_jax.modules import files
 from qlora_jax.modules.adapt import adapters_of
+from qlora_jax.modules.adapters import check_together, on_with
 from qlora_jax.modules.candidates import check_model, of_paths
 from qlora_jax.modules.nnx_model import all_adapters, attach, matrices_of
 from qlora_jax.runtime.errors import UserError
@@ -58,6 +59,9 @@ def load_adapter(model: Model, folder: str | Path, name: str = "default") -> Mod
         for path, adapter in own.items()
         if adapter is None
     }
+    for path, candidate in found.items():
+        others = adapters_of(*candidate.owners[0])
+        check_together(path, on_with(others, name, own[path] or made[path]))
     for path, adapter in own.items():
         if adapter is None:
             attach(found[path], name, made[path])

@@ -12,7 +12,14 @@ from qlora_jax.lora.spec import check_patterns, spec_of
 from qlora_jax.lora.variables import LoraParam
 from qlora_jax.lora.where import Where
 from qlora_jax.modules.adapt import ADAPTERS, adapt, adapters_of, is_adapted, kernel_of, restore
-from qlora_jax.modules.adapters import lora_settings, made, names_of, strength
+from qlora_jax.modules.adapters import (
+    check_together,
+    lora_settings,
+    made,
+    names_of,
+    on_with,
+    strength,
+)
 from qlora_jax.modules.axes import from_matrices, to_matrices
 from qlora_jax.modules.candidates import Candidate, candidates, check_model, owned
 from qlora_jax.modules.checks import (
@@ -128,7 +135,12 @@ def add_lora(
     for candidate in found:
         spec = spec_of(lora, *names_of(candidate.path))
         key = rngs.params()
-        results.append(made(candidate.path, matrices_of(candidate), lora, spec, key, quantization))
+        stored, adapter = made(
+            candidate.path, matrices_of(candidate), lora, spec, key, quantization
+        )
+        others = adapters_of(*candidate.owners[0])
+        check_together(candidate.path, on_with(others, name, adapter))
+        results.append((stored, adapter))
     for candidate, (stored, adapter) in zip(found, results):
         if lora.init == "loftq":
             put_quantized(candidate, stored)
@@ -154,10 +166,13 @@ def use_adapter(model: Model, *names: str) -> Model:
     Which are on is data (their scale): a compiled program serves any choice.
 
     Raises:
-      UserError: an adapter that the model does not have.
+      UserError: an adapter that the model does not have, or a DoRA adapter beside another one.
     """
     adapters = list(all_adapters(check_model(model)))
     check_names(names, {name for _, name, _ in adapters})
+    for path, module, attribute, _ in owned(model):
+        own = adapters_of(module, attribute)
+        check_together(path, {name: own[name] for name in names if name in own})
     for _, name, adapter in adapters:
         strength(adapter, name in names)
     return model

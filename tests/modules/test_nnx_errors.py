@@ -243,3 +243,15 @@ def test_a_weight_that_no_product_has_is_named():
 def test_a_module_without_weights():
     with pytest.raises(UserError, match="there are none"):
         qj.quantize_model(nnx.Dropout(0.5), ".*")
+
+
+def test_a_dora_adapter_is_on_alone():
+    model = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+    qj.add_lora(model, "kernel", rngs=nnx.Rngs(1), variant="dora")
+    with pytest.raises(UserError, match="kernel: adapters default, second cannot be on at once"):
+        qj.add_lora(model, "kernel", rngs=nnx.Rngs(2), name="second")
+    qj.use_adapter(model)
+    qj.add_lora(model, "kernel", rngs=nnx.Rngs(2), name="second")
+    with pytest.raises(UserError, match="a DoRA adapter is on alone"):
+        qj.use_adapter(model, "default", "second")
+    qj.use_adapter(model, "default")

@@ -9,7 +9,7 @@ from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.variables import LoraParam
-from qlora_jax.modules.adapters import strength
+from qlora_jax.modules.adapters import check_together, strength
 from qlora_jax.modules.checks import check_names, check_trained
 from qlora_jax.modules.kernel import Kernel
 from qlora_jax.modules.linen.params import Params, adapters_of, replaced
@@ -22,7 +22,7 @@ def use_adapter(params: Params, *names: str) -> Any:
     Which are on is data (their scale): a compiled program serves any choice.
 
     Raises:
-      UserError: an adapter that the params do not have.
+      UserError: an adapter that the params do not have, or a DoRA adapter beside another one.
     """
     check_names(names, {name for _, name, _ in adapters_of(params)})
 
@@ -30,6 +30,7 @@ def use_adapter(params: Params, *names: str) -> Any:
         if not isinstance(leaf, Kernel):
             return leaf
         adapters = _copied(leaf.adapters)
+        check_together(path, {name: x for name, x in adapters.items() if name in names})
         for name, adapter in adapters.items():
             strength(adapter, name in names)
         return dataclasses.replace(leaf, adapters=adapters)

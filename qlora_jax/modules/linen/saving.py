@@ -9,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from qlora_jax.modules import files
+from qlora_jax.modules.adapters import check_together, on_with
 from qlora_jax.modules.kernel import Kernel
 from qlora_jax.modules.linen.choice import Given, weights
 from qlora_jax.modules.linen.params import Params, adapters_of, check_module, leaves_of, replaced
@@ -71,6 +72,7 @@ def load_adapter(
             raise UserError(
                 f"{path}: has an adapter {name!r} of another rank or variant; give another name"
             )
+        check_together(path, on_with(weight.kernel.adapters, name, adapter))
         adapters = {**weight.kernel.adapters, name: adapter}
         new[path] = dataclasses.replace(weight.kernel, adapters=adapters)
     return replaced(params, lambda path, leaf: new.get(path, leaf))
