@@ -66,6 +66,9 @@ def same(left, right):
     )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def files(tiny_model, byte_vocabulary, tmp_path_factory):
     """The tiny model as a folder and as a GGUF file, each with what opens it."""
@@ -79,11 +82,12 @@ def files(tiny_model, byte_vocabulary, tmp_path_factory):
     ("options", "quant", "dtype"),
     [
         ({}, QuantConfig(), "bfloat16"),
-        ({"codebook": None, "dtype": np.float32}, None, "float32"),
-        (
+        pytest.param({"codebook": None, "dtype": np.float32}, None, "float32", marks=SLOW),
+        pytest.param(
             {"codebook": "lloyd", "block_size": 32, "double_quant": False, "dtype": "float32"},
             QuantConfig(codebook="lloyd", block_size=32, double_quant=False),
             "float32",
+            marks=SLOW,
         ),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from flax_models import TOKENS, language, trained
+from flax_models import TOKENS, language, mostly_slow, trained
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as qj
@@ -26,7 +26,7 @@ def adapted(variant="lora", rank=4):
     return trained(model)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", mostly_slow(["lora", "dora"], "dora"))
 def test_round_trip(variant, tmp_path):
     model = adapted(variant)
     qj.save_adapter(model, tmp_path / "a")

@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from flax_models import TOKENS, language
+from flax_models import TOKENS, language, mostly_slow
 from safetensors.numpy import save_file
 
 import qlora_jax as qj
@@ -62,7 +62,7 @@ def _pure(values, folder):
     return folder / "pure"
 
 
-@pytest.mark.parametrize("source", [_function, _file, _folder, _state, _pure])
+@pytest.mark.parametrize("source", mostly_slow([_function, _file, _folder, _state, _pure], _state))
 def test_sources(values, expected, source, tmp_path):
     model = qj.fill(abstract(), source(values, tmp_path), WHERE)
     np.testing.assert_array_equal(model(TOKENS), expected)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax_models import mostly_slow
 from nnx_models import CASES, Busy, Experts, Looped, Structured, X
 
 import qlora_jax as qj
@@ -14,6 +15,7 @@ from qlora_jax.modules.nnx_model import all_adapters
 
 pytestmark = pytest.mark.quick
 SCALE = 2.0
+OFTEN = ("bfloat16", "Tied", "scan", "experts")
 """alpha / rank."""
 
 
@@ -57,7 +59,7 @@ def near(x, y, tolerance):
     np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, float(np.abs(y).max())))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, *OFTEN))
 def test_step_0_is_the_base_to_the_bit(name):
     case = CASES[name]
     run = nnx.jit(lambda model: floats(case.call(model)))
@@ -65,7 +67,7 @@ def test_step_0_is_the_base_to_the_bit(name):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, *OFTEN))
 def test_values_and_gradients_are_those_of_plain_weights(name):
     """With the weights that `merge` gives, whose gradients are those of A and B by the chain rule.
 

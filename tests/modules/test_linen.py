@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax_models import mostly_slow
 
 import qlora_jax as qj
 from qlora_jax.modules.axes import from_matrices, to_matrices
@@ -299,10 +300,11 @@ def near(a, b, tolerance):
 
 
 # where the compiler adds up in another order with more to fuse, one operation after the other
+OFTEN = ("tied", "scan", "gemma")
 UNFUSED = ("norm and dropout", "reads")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, *OFTEN))
 def test_fresh_adapters_change_no_bit(name):
     params, fresh = initial(name)[0], with_adapters(name, quantized=False)
     compiled = (lambda function: function) if name in UNFUSED else jax.jit
@@ -314,7 +316,13 @@ def test_fresh_adapters_change_no_bit(name):
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "quantized"),
-    [*((name, True) for name in CASES), *((name, False) for name in ("tied", "scan", "batched"))],
+    mostly_slow(
+        [
+            *((name, True) for name in CASES),
+            *((name, False) for name in ("tied", "scan", "batched")),
+        ],
+        *((name, True) for name in OFTEN),
+    ),
 )
 def test_results_and_gradients_are_those_of_whole_weights(name, quantized):
     params = filled(with_adapters(name, quantized))

@@ -14,6 +14,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict, freeze
+from flax_models import mostly_slow
 from jax.ad_checkpoint import print_saved_residuals
 
 import qlora_jax as qj
@@ -156,6 +157,7 @@ def test_the_dropout_of_adapters_has_a_key_of_its_own():
     np.testing.assert_allclose(mean, evaluated[0], atol=0.4)
 
 
+@pytest.mark.slow
 def test_no_float_copy_of_more_than_one_layer():
     """Stacked weights stay 4 bits in the forward and the backward pass of a scan."""
     x = jnp.ones((2, 96))
@@ -176,6 +178,7 @@ def test_no_float_copy_of_more_than_one_layer():
     assert not re.findall(r"f32\[4,(?:96,160|160,96)\]", text)
 
 
+@pytest.mark.slow
 def test_two_records_of_a_module_under_nn_jit_are_the_same():
     module = nn.jit(nn.Dense)(8)
     x = jnp.ones((2, 32))
@@ -184,6 +187,7 @@ def test_two_records_of_a_module_under_nn_jit_are_the_same():
     assert first["kernel"].axes == second["kernel"].axes == ((), (0,), (1,))
 
 
+@pytest.mark.slow
 def test_frozen_dicts_stay_frozen(model):
     params = linen.quantize(Model(), freeze(model[1]), DENSE, TOKENS)
     assert isinstance(params, FrozenDict)
@@ -193,6 +197,7 @@ def test_frozen_dicts_stay_frozen(model):
     )
 
 
+@pytest.mark.slow
 def test_mutable_params_keep_their_kernels(qlora):
     _, changed = linen.apply(Model(), qlora, TOKENS, mutable=["params"])
     assert jax.tree.structure(changed["params"]) == jax.tree.structure(qlora)
@@ -213,6 +218,7 @@ def test_mutable_params_keep_their_kernels(qlora):
         linen.apply(Writes(), params, x, mutable=["params"])
 
 
+@pytest.mark.slow
 def test_files(qlora, tmp_path):
     expected = jax.tree.leaves(qlora)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -240,6 +246,7 @@ def test_the_summary(model, qlora):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_dora_on_a_stack():
     x = jax.random.normal(KEY, (2, 96))
     params = linen.quantize(STACK, stacked(), ".*kernel", x, None)
@@ -251,7 +258,7 @@ def test_dora_on_a_stack():
     np.testing.assert_allclose(run(other), run(linen.merge(other)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
+@pytest.mark.parametrize("init", mostly_slow(["pissa", "loftq"]))
 def test_inits_that_start_from_weights(model, init):
     module, params = model
     more = {"quantization": {"block_size": 32}} if init == "loftq" else {}

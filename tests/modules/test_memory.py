@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from flax_models import mostly_slow
 
 import qlora_jax as qj
 
@@ -60,8 +61,8 @@ X = jnp.ones((4, D))
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("model", [Unrolled, Scanned])
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("model", mostly_slow([Unrolled, Scanned], Unrolled))
+@pytest.mark.parametrize("variant", mostly_slow(["lora", "dora"], "lora"))
 def test_no_residual_has_a_weights_size(model, variant):
     graph, lora, frozen = parts(model, variant)
     backward = jax.eval_shape(
@@ -73,7 +74,7 @@ def test_no_residual_has_a_weights_size(model, variant):
     assert max(sizes) < D * 4 * D
 
 
-@pytest.mark.parametrize("model", [Unrolled, Scanned])
+@pytest.mark.parametrize("model", mostly_slow([Unrolled, Scanned], Unrolled))
 def test_a_step_decodes_one_weight_at_a_time(model):
     """Neither pass keeps one: the temporaries are one weight's, and the activations."""
     graph, lora, frozen = parts(model)

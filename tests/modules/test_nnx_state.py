@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from flax_models import mostly_slow
 from nnx_models import (
     Block,
     Busy,
@@ -59,7 +60,12 @@ def numbers(model):
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
-@pytest.mark.parametrize("how", ["as it is", "jit", "grad", "jit of grad", "eval_shape"])
+@pytest.mark.parametrize(
+    "how",
+    mostly_slow(
+        ["as it is", "jit", "grad", "jit of grad", "eval_shape"], "as it is", "jit of grad"
+    ),
+)
 def test_what_a_call_changes_beside_a_kernel_is_as_in_the_plain_model(how):
     model = qlora(Busy(nnx.Rngs(0)), "w")
     plain = qj.merge(model)
@@ -178,6 +184,7 @@ def test_training_with_nnx_changes_adapters_alone():
         assert all(jax.tree.leaves(equal)) is not trained, path
 
 
+@pytest.mark.slow
 def test_training_with_jax_is_training_with_nnx():
     model = qlora(Tied(nnx.Rngs(0)))
     tokens = jnp.asarray([[1, 2]])
@@ -199,7 +206,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("make", [Block, Scanned])
+@pytest.mark.parametrize("make", mostly_slow([Block, Scanned], Block))
 def test_copies_are_the_model(how, make):
     model = qlora(make(nnx.Rngs(0)))
     again = COPIES[how](model)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax_models import mostly_slow
 from nnx_models import TOKENS, Block, D, Experts, Layers, Scanned, Tied, X
 
 import qlora_jax as qj
@@ -44,7 +45,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [*(("layers", name) for name in SETTINGS), ("scan", "dora")]
+    ("model", "name"),
+    mostly_slow([*(("layers", name) for name in SETTINGS), ("scan", "dora")], ("scan", "dora")),
 )
 def test_variants_start_as_the_base_and_merge(model, name):
     base = qj.quantize_model(MODELS[model](nnx.Rngs(0)), ".*kernel")
@@ -56,6 +58,7 @@ def test_variants_start_as_the_base_and_merge(model, name):
     near(call(adapted), call(qj.merge(adapted)), 1e-2 if name == "bfloat16" else 2e-5)
 
 
+@pytest.mark.slow
 def test_dora_follows_finite_differences():
     """In its magnitude: the norm is a constant to the other gradients."""
     adapted = trained(lora(Scanned(nnx.Rngs(0)), variant="dora"))
@@ -126,6 +129,7 @@ def test_pissa_then_quantizing():
     near(call(adapted), call(qj.merge(adapted)))
 
 
+@pytest.mark.slow
 def test_loftq_makes_up_for_what_quantizing_loses():
     plain = Scanned(nnx.Rngs(0))
     y = call(plain)
@@ -137,7 +141,7 @@ def test_loftq_makes_up_for_what_quantizing_loses():
     assert error < 0.9 * without
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", mostly_slow(MODELS))
 def test_dropout(model):
     base = qj.quantize_model(MODELS[model](nnx.Rngs(0)), ".*kernel")
     adapted = trained(lora(base, dropout=0.5))
@@ -170,11 +174,14 @@ def test_dropout_in_eval_is_off_with_a_key_too():
     near(y, call(adapted))
 
 
-@pytest.mark.parametrize(("model", "variant"), [("layers", "lora"), ("scan", "dora")])
+@pytest.mark.parametrize(
+    ("model", "variant"), mostly_slow([("layers", "lora"), ("scan", "dora")], ("scan", "dora"))
+)
 def test_adapters_are_switched_without_compiling_again(model, variant):
     base = qj.quantize_model(MODELS[model](nnx.Rngs(0)), ".*kernel")
     y = call(base)
     lora(base, name="first", variant=variant)
+    qj.use_adapter(base)
     lora(base, name="second", rank=3, rngs=nnx.Rngs(2))
     trained(base, "first", 0.02)
     trained(base, "second", -0.03)
@@ -186,7 +193,8 @@ def test_adapters_are_switched_without_compiling_again(model, variant):
         return model(X)
 
     outs = {}
-    for names in ((), ("first",), ("second",), ("first", "second"), ("first",), ()):
+    both = [] if variant == "dora" else [("first", "second")]
+    for names in ((), ("first",), ("second",), *both, ("first",), ()):
         qj.use_adapter(base, *names)
         out = run(base)
         near(out, outs.setdefault(names, out), 0)

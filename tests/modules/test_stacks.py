@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_models import trained
+from flax_models import mostly_slow, trained
 
 import qlora_jax as qj
 
@@ -35,7 +35,7 @@ class Experts(nnx.Module):
 X, CHOSEN = jax.random.normal(jax.random.key(5), (4, 64)), jnp.array([2, 0, 1, 2])
 
 
-@pytest.mark.parametrize("how", ["loop", "number", "last", "batch"])
+@pytest.mark.parametrize("how", mostly_slow(["loop", "number", "last", "batch"], "number"))
 def test_experts(how):
     model = Experts(nnx.Rngs(0), how)
     before = jax.jit(model)(X, CHOSEN)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax_models import mostly_slow
 
 from qlora_jax.modules.axes import MATRIX, TABLE, Axes
 from qlora_jax.modules.kernel import of_array
@@ -137,7 +138,9 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), few(PRODUCTS, ["x @ w"]))
+@pytest.mark.parametrize(
+    ("name", "kind"), mostly_slow(few(PRODUCTS, ["x @ w"]), *few(["x @ w"], ["x @ w"]))
+)
 def test_products_leave_the_weight_as_it_is(make_kernel, kind, name):
     check(make_kernel((K, N), **KINDS[kind]), PRODUCTS[name])
 
@@ -153,7 +156,7 @@ EINSUMS = {
 }
 
 
-@pytest.mark.parametrize(("equation", "kind"), few(EINSUMS))
+@pytest.mark.parametrize(("equation", "kind"), mostly_slow(few(EINSUMS), few(EINSUMS)[0]))
 def test_einsums_of_any_axes(make_kernel, kind, equation):
     shape, axes, x = EINSUMS[equation]
     made = make_kernel(shape, axes, **KINDS[kind])
@@ -209,7 +212,9 @@ STACKED = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), few(STACKED, ["scan"]))
+@pytest.mark.parametrize(
+    ("name", "kind"), mostly_slow(few(STACKED, ["scan"]), ("scan", "4 bits, lora"))
+)
 def test_a_stack_that_is_scanned(make_kernel, kind, name):
     check(make_kernel((K, N), stack=(4,), **KINDS[kind]), STACKED[name], tolerance=5e-5)
 
@@ -242,7 +247,7 @@ WHILES = {
 }
 
 
-@pytest.mark.parametrize("name", WHILES)
+@pytest.mark.parametrize("name", mostly_slow(WHILES))
 def test_while_loops(make_kernel, name):
     """Forward alone: they have no gradient."""
     made, uses = make_kernel((K, N), quantized=True, variant="lora"), []
@@ -269,7 +274,9 @@ DECODED = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), few(DECODED))
+@pytest.mark.parametrize(
+    ("name", "kind"), mostly_slow(few(DECODED), few(DECODED)[0], few(DECODED)[1])
+)
 def test_what_needs_the_whole_weight_gets_it(make_kernel, kind, name):
     check(make_kernel((K, N), **KINDS[kind]), DECODED[name], kinds={"decoded"})
 
@@ -302,7 +309,15 @@ PROMISED = {"index", "vmap", "jit"}
 @pytest.mark.parametrize("index", [INDEX, OUT], ids=["inside", "outside"])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, "4 bits, lora") for name in LOOKUPS), ("fill", "4 bits"), ("fill", "array, lora")],
+    mostly_slow(
+        [
+            *((name, "4 bits, lora") for name in LOOKUPS),
+            ("fill", "4 bits"),
+            ("fill", "array, lora"),
+        ],
+        ("fill", "4 bits"),
+        ("fill", "array, lora"),
+    ),
 )
 def test_rows_of_a_table(make_kernel, kind, index, name):
     if index is OUT and name in PROMISED:
