@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import beside_qwix, qwix_trials
+from experiments.benchmarks import qwix_trials
+from experiments.benchmarks.qwix_measure import compare
 from experiments.benchmarks.qwix_sides import BLOCK, bits, code_of
 
 pytestmark = pytest.mark.other_models
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.other_models
 def figures():
     pytest.importorskip("qwix")
     pytest.importorskip("tunix")
-    return beside_qwix.compare("tiny", "float32", length=16, times=9)
+    return compare("tiny", "float32", length=16, times=9)
 
 
 def test_all_sides_lower_the_loss(figures):
