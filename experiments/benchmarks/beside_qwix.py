@@ -77,7 +77,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "rank": RANK,
         "alpha": ALPHA,
         "block": BLOCK,
-        "device": describe_devices(),
+        "device": str(describe_devices()),
         "jax": jax.__version__,
         **versions,
     }
