@@ -87,7 +87,7 @@ def main() -> int:
         figures[name]["eager call"] = statistics.median(eager[name][1:])
         figures[name]["compiled call"] = statistics.median(quick[name][1:])
     if options.json:
-        about = {"device": describe_devices(), "jax": jax.__version__, **vars(options)}
+        about = {"device": str(describe_devices()), "jax": jax.__version__, **vars(options)}
         print(json.dumps({**about, "seconds": figures}))
         return 0
     columns = list(figures["unmodified"])

@@ -58,7 +58,7 @@ def main() -> int:
         "peak before": before,
         "peak": after,
         "seconds": seconds,
-        "device": describe_devices(),
+        "device": str(describe_devices()),
         "jax": jax.__version__,
     }
     if options.json:
