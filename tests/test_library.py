@@ -77,7 +77,7 @@ def files(tiny_model, byte_vocabulary, tmp_path_factory):
     return {"folder": (tiny_model, open_folder), "gguf": (path, open_gguf)}
 
 
-@pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize("kind", [pytest.param("folder", marks=SLOW), "gguf"])
 @pytest.mark.parametrize(
     ("options", "quant", "dtype"),
     [
@@ -115,6 +115,7 @@ def test_answers_are_the_command_lines(files, kind, run_cli):
     assert qj.generate(model, tokenizer, PROMPTS[0], **sampled) != alone
 
 
+@SLOW
 def test_without_the_template_a_prompt_is_continued(tiny_model):
     model, tokenizer = qj.load(tiny_model, codebook=None, dtype="float32")
     turns = tokenizer.render([{"role": "user", "content": PROMPTS[0]}], True)

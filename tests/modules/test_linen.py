@@ -300,7 +300,7 @@ def near(a, b, tolerance):
 
 
 # where the compiler adds up in another order with more to fuse, one operation after the other
-OFTEN = ("tied", "scan", "gemma")
+OFTEN = ("scan", "gemma")
 UNFUSED = ("norm and dropout", "reads")
 
 

@@ -117,6 +117,7 @@ def test_patterns_tell_bare_weights_of_one_module_apart():
     assert ranks == {"w_up": 4, "w_down": 2}
 
 
+@pytest.mark.slow
 def test_pissa_then_quantizing():
     plain = Scanned(nnx.Rngs(0))
     y = call(plain)
