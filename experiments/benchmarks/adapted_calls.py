@@ -1,4 +1,4 @@
-"""What a call of somebody's NNX model costs once it is adapted, beside the model as it was.
+"""Times calls of an NNX model: unmodified, with adapters, and with adapters on 4-bit weights.
 
 Question: how long do the first eager call, an eager call, compiling and a compiled call take for a
   model unmodified, with adapters, and with adapters on 4-bit weights?

@@ -1,4 +1,4 @@
-"""What is measured of tunix's Gemma 3 in 4 bits, on all sides alike and in one run."""
+"""Measures tunix's Gemma 3 in 4 bits: bytes, times and errors, the same for each library."""
 
 import statistics
 import time
@@ -27,7 +27,7 @@ Batch = tuple[jax.Array, jax.Array, None, jax.Array]
 
 
 class Figures(NamedTuple):
-    """What is found of one side, all in one run.
+    """The figures of one library, all from one run.
 
     Attributes:
       code: lines and statements of the user's code.

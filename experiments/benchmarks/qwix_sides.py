@@ -48,7 +48,7 @@ def gemma3(shape: str, dtype: str, **changes: Any) -> Any:
 
 
 def ours(model: Any) -> Any:
-    """What a user of this library writes."""
+    """Quantizes and adapts the model by this library, as a user writes it."""
     where = r"layers\.\d+\.(attn\.(q|kv)_einsum\.w|mlp\.\w+_proj\.kernel)"
     qj.quantize_model(model, where, block_size=BLOCK)
     return qj.add_lora(model, where, rank=RANK, alpha=ALPHA, rngs=nnx.Rngs(1))
@@ -63,7 +63,7 @@ def like_qwix(model: Any) -> Any:
 
 
 def with_qwix(model: Any) -> Any:
-    """What a user of qwix writes: tunix's own way, with the modules of its examples for Gemma."""
+    """Quantizes and adapts the model by qwix, as tunix's examples for Gemma do."""
     import qwix
 
     provider = qwix.LoraProvider(

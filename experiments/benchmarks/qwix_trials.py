@@ -1,4 +1,4 @@
-"""What this library and qwix can do on tunix's Gemma 3, found by trying: yes, or why not."""
+"""Tries what this library and qwix can do on tunix's Gemma 3, and keeps the error of what fails."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

@@ -20,7 +20,7 @@ class Case:
 
     Attributes:
       name: package and model.
-      module: what to import to know that the package is there.
+      module: name of the package, whose presence shows that it is installed.
       build: makes the model from a seed, and for Linen the module and its params.
       example: makes the arguments of the model's call.
       outputs: picks logits or other outputs from what the call returns.

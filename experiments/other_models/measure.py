@@ -1,4 +1,4 @@
-"""What is compared and counted of a case."""
+"""Compares and counts the outputs, gradients and bytes of a case."""
 
 import math
 import re

@@ -1,7 +1,7 @@
 """Adapters for matrices with any number of axes in front: layers, experts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ def _started(
     return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
 
 
-def restack(adapter: Adapter, axes: int, stack: list[int] | tuple[int, ...]) -> None:
+def restack(adapter: Adapter, axes: int, stack: Sequence[int]) -> None:
     """Replaces the first axes of an adapter's arrays, in place.
 
     Args:

@@ -115,6 +115,11 @@ def from_matrices(matrices: jax.Array, axes: Axes, shape: tuple[int, ...]) -> ja
     return apart.transpose(*range(len(stack)), *back)
 
 
+def all_matrices_shape(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns (*stack, *batch, K, N) of a weight [*stack, *shape]."""
+    return (*axes.stack(shape), *matrices_shape(axes, axes.own(shape)))
+
+
 def matrices_shape(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns (*batch, K, N) of one layer's weight of a shape."""
     sizes: Iterator[int] = (math.prod(shape[i] for i in part) for part in axes[1:])

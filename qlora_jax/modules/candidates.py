@@ -11,7 +11,7 @@ from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.variables import LoraParam
 from qlora_jax.lora.where import Where, chosen, matching
 from qlora_jax.modules.adapt import variables_of
-from qlora_jax.modules.axes import Axes, checked
+from qlora_jax.modules.axes import Axes, all_matrices_shape, checked
 from qlora_jax.modules.known import axes_of, check_stack, is_table, is_understood
 from qlora_jax.modules.variables import FOUND, QWeight
 from qlora_jax.runtime.errors import UserError
@@ -38,14 +38,14 @@ class Candidate(NamedTuple):
     table: bool
 
     @property
-    def module(self) -> nnx.Module:
-        """The first module that holds it."""
-        return self.owners[0][0]
-
-    @property
     def own_shape(self) -> tuple[int, ...]:
         """Shape of one layer's weight."""
         return self.axes.own(_shape(self.variable))
+
+    @property
+    def matrices_shape(self) -> tuple[int, ...]:
+        """Shape of its matrices, [*stack, *batch, K, N]."""
+        return all_matrices_shape(self.axes, _shape(self.variable))
 
 
 def check_model(model: Any) -> nnx.Module:

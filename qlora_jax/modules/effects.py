@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 
+from qlora_jax.modules import constants
 from qlora_jax.modules.constants import Constant
 
 
@@ -102,22 +102,19 @@ def packed(was: Before, out: Any) -> Any:
     """Returns a result as arrays and constants."""
 
     def pack(x: Any) -> Any:
-        if id(x) in was.paths:
-            return Reference(was.paths[id(x)])
-        return x if isinstance(x, jax.Array | np.ndarray) else Constant(x)
+        return Reference(was.paths[id(x)]) if id(x) in was.paths else x
 
-    return jax.tree.map(pack, out, is_leaf=lambda x: id(x) in was.paths)
+    return constants.packed(jax.tree.map(pack, out, is_leaf=lambda x: id(x) in was.paths))
 
 
 def unpacked(out: Any, objects: Any) -> Any:
     """Returns a result that has been packed, its references being to `objects`."""
 
     def unpack(x: Any) -> Any:
-        if isinstance(x, Reference):
-            return dict(_objects(objects))[x.path]
-        return x.value if isinstance(x, Constant) else x
+        return dict(_objects(objects))[x.path] if isinstance(x, Reference) else x
 
-    return jax.tree.map(unpack, out, is_leaf=lambda x: isinstance(x, Constant | Reference))
+    out = constants.unpacked(out)
+    return jax.tree.map(unpack, out, is_leaf=lambda x: isinstance(x, Reference))
 
 
 def _objects(objects: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:

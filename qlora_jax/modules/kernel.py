@@ -139,15 +139,14 @@ def _whole(
     value: jax.Array | QTensor, adapters: Mapping[str, Adapter], dtype: jnp.dtype
 ) -> jax.Array:
     """Returns one matrix with what its adapters add, dtype[K, N]."""
-    whole = to_float32(value)
+    matrix = to_float32(value)
     for adapter in adapters.values():
-        whole = merged(whole, adapter)
-    return whole.astype(dtype)
+        matrix = merged(matrix, adapter)
+    return matrix.astype(dtype)
 
 
-def without_adapters(kernel: Kernel) -> Kernel:
-    """Returns the kernel as it is without adapters."""
-    return dataclasses.replace(kernel, adapters={}, keys={})
+whole = jax.jit(Kernel.whole)
+"""`Kernel.whole`, compiled once for all kernels of a shape."""
 
 
 def of_array(value: Any, axes: Axes | None) -> Kernel:

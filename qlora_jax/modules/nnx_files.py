@@ -47,7 +47,7 @@ def load_adapter(model: Model, folder: str | Path, name: str = "default") -> Mod
     """
     variant, saved = files.read(folder)
     found = of_paths(check_model(model), saved)
-    files.check_fits(folder, saved, {p: matrices_of(c).shape for p, c in found.items()})
+    files.check_fits(folder, saved, {p: c.matrices_shape for p, c in found.items()})
     own = {path: adapters_of(*c.owners[0]).get(name) for path, c in found.items()}
     for path, adapter in own.items():
         if adapter is not None and not files.fits(adapter, saved[path]):

@@ -31,6 +31,7 @@ from qlora_jax.modules.checks import (
     check_trained,
     check_values,
 )
+from qlora_jax.modules.kernel import whole
 from qlora_jax.modules.quantizing import quantized
 from qlora_jax.modules.variables import QWeight, in_place_of, restored
 from qlora_jax.quant import QTensor
@@ -86,7 +87,8 @@ def put_quantized(candidate: Candidate, q: QTensor) -> None:
     """Puts a QTensor in the place of a weight, in each module that holds it."""
     variable = in_place_of(candidate.variable, q, candidate.axes, candidate.table)
     for module, name in candidate.owners:
-        _put(module, name, variable)
+        setattr(module, name, variable)
+        adapt(module)
 
 
 def add_lora(
@@ -202,7 +204,7 @@ def merge(model: Model) -> Model:
     merged: dict[int, nnx.Variable] = {}
     for _, module, name, variable in list(owned(plain)):
         if id(variable) not in merged and (kernel := kernel_of(module, name)):
-            merged[id(variable)] = _merged(variable, jax.jit(lambda k: k.whole())(kernel))
+            merged[id(variable)] = _merged(variable, whole(kernel))
         if id(variable) in merged:
             setattr(module, name, merged[id(variable)])
             if hasattr(module, name + ADAPTERS):
@@ -272,8 +274,3 @@ def matrices_of(candidate: Candidate) -> Any:
     """Returns a weight's matrices [*stack, *batch, K, N], an array or a QTensor."""
     value = candidate.variable.get_raw_value()
     return value if isinstance(value, QTensor) else to_matrices(value, candidate.axes)
-
-
-def _put(module: nnx.Module, name: str, variable: nnx.Variable) -> None:
-    setattr(module, name, variable)
-    adapt(module)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from safetensors.numpy import load_file
+from small_gguf import GGUF_NAMES
 
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
@@ -22,20 +23,6 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.gguf_header import read_header
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def llama_cpp_order(heads: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_gguf import GGUF_NAMES
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats import folder as folders
@@ -132,23 +133,9 @@ def write_gguf(path: Path, models: Path) -> None:
     writer.add_token_merges(["a b"])
     writer.add_token_types([1] * 255 + [3])
     writer.add_eos_token_id(255)
-    short = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "model.layers.": "blk.",
-    }
     for name in source.names():
         own = name
-        for long, brief in short.items():
+        for long, brief in {**GGUF_NAMES, "model.layers.": "blk."}.items():
             own = own.replace(long, brief)
         writer.add_tensor(own, source.read(name))
     writer.write_header_to_file()

@@ -9,7 +9,14 @@ from flax import linen as nn
 from flax.core import DenyList, meta
 
 from qlora_jax.lora.where import Where, chosen
-from qlora_jax.modules.axes import TABLE, Axes, checked, from_equation, to_matrices
+from qlora_jax.modules.axes import (
+    TABLE,
+    Axes,
+    all_matrices_shape,
+    checked,
+    from_equation,
+    to_matrices,
+)
 from qlora_jax.modules.constants import arrays_of
 from qlora_jax.modules.kernel import Kernel, of_array
 from qlora_jax.modules.linen.intercept import Probe, Record, adapted, within
@@ -46,6 +53,12 @@ class Weight(NamedTuple):
         """[*stack, *batch, K, N], an array or a QTensor."""
         value = self.kernel.value
         return value if isinstance(value, QTensor) else to_matrices(value, self.kernel.known)
+
+    @property
+    def matrices_shape(self) -> tuple[int, ...]:
+        """Shape of `matrices`."""
+        kernel = self.kernel
+        return all_matrices_shape(kernel.known, (*kernel.stack, *kernel.shape))
 
 
 def uses_of(

@@ -59,7 +59,7 @@ def load_adapter(
     if here:
         chosen = weights(check_module(module), params, lambda path, _: path in here, example, axes)
         found = {weight.path: weight for weight in chosen}
-    files.check_fits(folder, saved, {path: x.matrices.shape for path, x in found.items()})
+    files.check_fits(folder, saved, {path: x.matrices_shape for path, x in found.items()})
     new: dict[str, Kernel] = {}
     for path, weight in found.items():
         own = weight.kernel.adapters.get(name)

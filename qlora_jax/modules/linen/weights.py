@@ -21,7 +21,7 @@ from qlora_jax.modules.checks import (
     check_not_tables_alone,
     check_values,
 )
-from qlora_jax.modules.kernel import Kernel
+from qlora_jax.modules.kernel import Kernel, whole
 from qlora_jax.modules.linen.choice import Given, Weight, weights
 from qlora_jax.modules.linen.params import Params, check_module, kernels_of, replaced
 from qlora_jax.modules.quantizing import quantized
@@ -150,5 +150,4 @@ def merge(params: Params) -> Any:
       UserError: there are no adapters and no weight in 4 bits.
     """
     check_merged(kernels_of(params))
-    whole = jax.jit(lambda kernel: kernel.whole())
     return replaced(params, lambda _, leaf: whole(leaf) if isinstance(leaf, Kernel) else leaf)
