@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
 BATCH, LENGTH, VOCABULARY, HIDDEN, RANK = 2, 16, 128, 64, 4
 """Shapes of every case. A contraction of 64 is one block of 4-bit codes."""
@@ -27,6 +28,7 @@ class Case:
       kernels: `where` of the weights to quantize.
       adapted: `where` of the weights that get adapters.
       linen: whether it is a Linen module.
+      dtype: dtype of its weights and of its computation.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Case:
     kernels: str
     adapted: str
     linen: bool = False
+    dtype: DTypeLike = jnp.float32
 
 
 def random_weights(params: Any, seed: int) -> Any:

@@ -19,9 +19,10 @@ def way_of(case: Case) -> ModuleType:
 
 
 def outputs(case: Case, model: Any) -> np.ndarray:
-    """Returns what a model gives for its example, from a compiled program."""
+    """Returns what a model gives for its example, in float32, from a compiled program."""
     arrays, again = way_of(case).whole(model)
-    return np.asarray(jax.jit(lambda a: way_of(case).call(case, again(a)))(arrays))
+    found = jax.jit(lambda a: way_of(case).call(case, again(a)))(arrays)
+    return np.asarray(found, np.float32)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:

@@ -72,9 +72,9 @@ def logits(result: Any) -> jax.Array:
     return result[0]
 
 
-def _case(name: str, build: Any, kernels: str, adapted: str) -> Case:
+def _case(name: str, build: Any, kernels: str, adapted: str, **more: Any) -> Case:
     kernels = rf"layers\.\d+\.({kernels})"
-    return Case(f"tunix {name}", "tunix", build, example, logits, kernels, adapted)
+    return Case(f"tunix {name}", "tunix", build, example, logits, kernels, adapted, **more)
 
 
 CASES = (
@@ -97,6 +97,13 @@ CASES = (
         gemma3,
         r"attn\.\w+_einsum\.w|mlp\.\w+_proj\.kernel",
         r"layers\.\d+\.attn\.(q|kv)_einsum\.w",
+    ),
+    _case(
+        "Gemma 3, bfloat16",
+        lambda seed: gemma3(seed, param_dtype=jnp.bfloat16),
+        r"attn\.\w+_einsum\.w|mlp\.\w+_proj\.kernel",
+        r"layers\.\d+\.attn\.(q|kv)_einsum\.w",
+        dtype=jnp.bfloat16,
     ),
     _case(
         "Gemma 3, one kernel for q, k and v",
