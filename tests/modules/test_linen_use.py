@@ -57,7 +57,7 @@ def model():
 def qlora(model):
     """Its params in 4 bits, with the adapters "default" and "other", and dropout on the latter."""
     module, params = model
-    params = linen.quantize(module, params, ".*", TOKENS)
+    params = linen.quantize(module, params, [*DENSE, "embed"], TOKENS)
     params = linen.add_lora(module, params, DENSE, key=jax.random.key(1), rank=2)
     more = {"name": "other", "rank": 3, "dropout": 0.5}
     return linen.add_lora(module, params, ["up"], key=jax.random.key(2), **more)
@@ -74,15 +74,18 @@ def filled(params):
     return linen.join(jax.tree.map(lambda x: jnp.full_like(x, 0.1), trained), frozen)
 
 
-def test_what_is_left_alone(model, qlora):
-    assert not isinstance(qlora["embed"]["embedding"], qj.linen.Kernel)
-    assert qlora["conv"]["kernel"] is model[1]["conv"]["kernel"]
-    assert qlora["up"]["bias"] is model[1]["up"]["bias"]
+def test_what_is_left_alone(model):
+    with pytest.warns(UserWarning, match=r"where matches conv\.kernel, which no product") as told:
+        params = linen.quantize(*model, ".*", TOKENS)
+    assert [warning.filename for warning in told] == [__file__]
+    assert not isinstance(params["embed"]["embedding"], qj.linen.Kernel)
+    assert params["conv"]["kernel"] is model[1]["conv"]["kernel"]
+    assert params["up"]["bias"] is model[1]["up"]["bias"]
     found = linen.discover(Model(), jax.eval_shape(lambda: model[1]), TOKENS, deterministic=True)
     assert found["embed.embedding"].table
     assert found["conv.kernel"].axes is None
     # the result says enough to need no example
-    embeddings = linen.quantize(Model(), model[1], ".*", axes=found, embeddings=True)
+    embeddings = linen.quantize(Model(), model[1], ["embed"], axes=found, embeddings=True)
     assert isinstance(embeddings["embed"]["embedding"], qj.linen.Kernel)
 
 
@@ -274,7 +277,6 @@ def test_inits_that_start_from_weights(model, init):
     assert error < (0.8 * bound if init == "loftq" else 1e-5 * bound)
 
 
-NAN = jax.tree.map(lambda x: x * jnp.nan, Model().init(KEY, TOKENS)["params"])
 CASES = {
     "nnx module": (
         lambda m, p, q: linen.quantize(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), p, ".*", TOKENS),
@@ -328,7 +330,7 @@ CASES = {
         "adapter 'third': the model has default, other; give one of these",
     ),
     "not finite": (
-        lambda m, p, q: linen.quantize(m, NAN, ["up"], TOKENS),
+        lambda m, p, q: linen.quantize(m, jax.tree.map(lambda x: x * jnp.nan, p), ["up"], TOKENS),
         "up.kernel: holds NaN or Inf and cannot be quantized; check the checkpoint",
     ),
     "abstract": (

@@ -1,5 +1,6 @@
 """Which params of a Linen module can be quantized or adapted, and what their axes are."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ def found_in(uses: list[Use]) -> Found:
 def weights(
     module: nn.Module, params: Params, where: Where, example: tuple[Any, ...], axes: Given
 ) -> list[Weight]:
-    """Returns the weights that are asked for.
+    """Returns the weights that are asked for; warns of one that no product and no look-up has.
 
     Args:
       module: the module.
@@ -147,6 +148,12 @@ def weights(
             raise UserError(
                 f"{own[0]}: no matrix product of the call has it, only: {how}; leave it out of "
                 f"`where`, or say which axes are summed over {BY_AXES}"
+            )
+    for path in matched:
+        if known[path].axes is None:
+            warnings.warn(
+                f"where matches {path}, which no product of the call has: it stays as it is",
+                stacklevel=3,
             )
     return [_weight(path, x, known[path]) for path, x in matched.items() if known[path].axes]
 

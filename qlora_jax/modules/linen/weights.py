@@ -48,7 +48,8 @@ def quantize(
       where: which weights, by their dotted paths (`lora.where.Where`); a function gets the path
         and the array.
       example: arguments of a call, by which it is found which axes are summed over. The call is
-        abstract: nothing is computed. Weights that no product and no look-up has are left alone.
+        abstract: nothing is computed. Weights that no product and no look-up has are left alone,
+        with a warning.
       embeddings: whether tables that are looked up, such as `nn.Embed`'s, are quantized, too.
       axes: path of a weight to its axes, what `discover` has returned or an einsum of an input and
         the weight such as "...k,kn->...n"; with it `example` may be left out.
