@@ -23,14 +23,16 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "INTERPRET", True)
 
 
+BOUNDED = jax.make_user_context(False)
+"""A part of the key of all that jax caches: what was traced knows the bound of then."""
+
+
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """A bound that two tiles of rows of the wider side stay below, and three do not."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, BOUNDED(True):
         patch.setattr(parts, "LIMIT", 3 * parts.TILE * N * 2)
-        jax.clear_caches()  # what was traced knows the old bound
         yield
-    jax.clear_caches()
 
 
 @pytest.fixture

@@ -300,7 +300,7 @@ def near(a, b, tolerance):
 
 
 # where the compiler adds up in another order with more to fuse, one operation after the other
-OFTEN = ("scan", "gemma")
+OFTEN = ("scan",)
 UNFUSED = ("norm and dropout", "reads")
 
 
