@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -50,6 +51,13 @@ CHATML = (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 WORDS = ("copytree", "rmtree", "sorted", "divmod", "chr", "open", "hash", "zip", "slice", "repr")
+
+
+def pytest_collection_finish() -> None:
+    """Looks for cycles seldom, and not among what is imported: it was 6 % of a run."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -404,6 +404,7 @@ def test_a_run_below_a_folder_that_may_not_be_searched(locked: Path, run_cli: Ru
         check(run_cli(*arguments), f"{arguments[1]}", "not readable by this user; change its")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_saving(
     tmp_path: Path, write_config: WriteConfig, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,16 +450,18 @@ def test_a_loss_that_is_not_finite_is_not_the_inputs_fault(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (
+        pytest.param(
             {"model__path": "nobody/nothing"},
             ["nobody/nothing: not in the local hub cache", "cannot be reached", "smollm2"],
+            id="model",
         ),
-        (
+        pytest.param(
             {"data__source": "nobody/nothing", "data__eval_source": None},
             ["nobody/nothing: the hub cannot be reached", "python-docs"],
+            id="data",
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["model", "data"],
 )
 def test_a_hub_id_without_network(
     tmp_path: Path,

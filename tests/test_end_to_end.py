@@ -242,6 +242,7 @@ def test_a_base_that_changes_in_training_is_our_fault(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_gguf_file_trains_as_the_folder_it_was_made_from(
     tmp_path: Path,
     tiny_model: Path,

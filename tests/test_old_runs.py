@@ -65,6 +65,7 @@ def test_an_old_run_goes_on_without_a_warning(trained: Path, run_cli: Callable[.
     assert told["earlier"][-1]["base_sha256"] == trees.sha256(frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hashes", [{"base_sha256": "ab" * 32}, {"base_hash": "2:" + "ab" * 32}], ids=["1", "2"]
 )

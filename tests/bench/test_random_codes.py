@@ -83,7 +83,13 @@ def test_decoded_weights_have_the_spread_of_an_initialized_model(
 
 
 @pytest.mark.parametrize("draw", [stack, on_host])
-@pytest.mark.parametrize(("k", "block_size"), [(160, 64), (96, 32), (130, 128)])
+@pytest.mark.parametrize(
+    ("k", "block_size"),
+    [
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((160, 64), (96, 32))),
+        (130, 128),
+    ],
+)
 @pytest.mark.quick
 def test_rows_beyond_the_weight_hold_the_code_of_zero(
     k: int, block_size: int, draw: Callable[..., QTensor]

@@ -39,6 +39,7 @@ def test_other_names_are_not_built_in(source):
     assert not builtin.is_builtin(source)
 
 
+@pytest.mark.slow
 def test_package_docs_are_the_packages_own_docstrings():
     import numpy as np
 
@@ -77,6 +78,7 @@ def test_only_docstrings_go():
     assert python_source.undocumented("not python (") == "not python ("
 
 
+@pytest.mark.slow
 def test_no_docstring_of_the_library_is_left():
     records = {r.where: r.text for r in python_source.records()}
     for module in ("shutil", "json.decoder", "argparse"):

@@ -77,7 +77,9 @@ def floats(held, dtype) -> np.ndarray:
     return np.asarray(decoded(held, dtype) if isinstance(held, QTensor) else held)
 
 
-@pytest.mark.parametrize("double", [False, True], ids=["sq", "dq"])
+@pytest.mark.parametrize(
+    "double", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sq", "dq"]
+)
 @pytest.mark.quick
 def test_every_golden_weight_is_read_with_its_values_and_written_with_its_bytes(double):
     held = {None: 0, "as stored": 0, "in smaller blocks": 0}
@@ -196,7 +198,9 @@ def logits(model, tokens) -> np.ndarray:
     return np.asarray(run(state, tokens))
 
 
-@pytest.mark.parametrize("name", ["llama/bnb_nf4", "llama_bnb_fp4"])
+@pytest.mark.parametrize(
+    "name", ["llama/bnb_nf4", pytest.param("llama_bnb_fp4", marks=pytest.mark.slow)]
+)
 @pytest.mark.quick
 def test_a_models_logits_are_transformers(models, name):
     where = models / name

@@ -36,6 +36,7 @@ def test_not_a_number_is_wrong(monkeypatch, broken) -> None:
     assert not select.agrees("triton", "float16")
 
 
+@pytest.mark.slow
 def test_a_right_kernel_passes(monkeypatch) -> None:
     monkeypatch.setattr(triton, "INTERPRET", True)
     assert select.agrees("triton", "bfloat16")

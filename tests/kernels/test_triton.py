@@ -42,7 +42,7 @@ def both(x, q, g):
     return y, pull(g)[0]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     m=st.integers(1, 70),
     k=st.integers(1, 200),

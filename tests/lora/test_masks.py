@@ -120,6 +120,7 @@ def test_both_ways_give_the_same_adapters_and_leave_the_base(model: Decoder) -> 
     assert all(before[path] != after[path] for path in before)
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 def test_a_mask_alone_does_not_freeze(model: Decoder) -> None:
     graph, state = nnx.split(model)

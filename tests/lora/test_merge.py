@@ -56,7 +56,7 @@ def test_the_sum_is_rounded_once(adapter, stored, dtype):
         pytest.param("phi3", "lora", QuantConfig(), marks=pytest.mark.slow),
         pytest.param("gpt_neox", "dora", QuantConfig(), marks=pytest.mark.slow),
         ("gemma3", "lora", None),
-        ("opt", "lora", QuantConfig()),
+        pytest.param("opt", "lora", QuantConfig(), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.quick

@@ -112,7 +112,9 @@ def test_pefts_adapters_of_fused_linears(models, open_model, name):
     np.testing.assert_allclose(found, adapted["logits"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "opt"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_neox", "opt"))]
+)
 def test_gradients_of_adapters_are_those_of_a_dense_loss(models, open_model, name):
     """Remat, attention's own gradient and the loss's against plain differentiation."""
     tokens = jnp.asarray(np.load(models / name / "reference.npz")["tokens"])[:, :24]

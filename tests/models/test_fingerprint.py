@@ -149,7 +149,7 @@ def up_proj(model):
     return model.runs[0].linears()["mlp.up_proj"].weight
 
 
-@pytest.mark.parametrize("version", fingerprint.VERSIONS)
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_flipped_code_is_found(open_model, version):
     model = open_model("llama", QuantConfig())
     before = fingerprint.like(f"{version}:", model, "qlora")
@@ -161,6 +161,7 @@ def test_one_flipped_code_is_found(open_model, version):
     assert after.startswith(f"{version}:")
 
 
+@pytest.mark.slow
 def test_an_order_that_changes_is_found(open_model):
     model = open_model("llama")
     variable, seen = up_proj(model), {fingerprint.base_hash(model, "lora")}

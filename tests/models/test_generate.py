@@ -61,7 +61,10 @@ def without_cache(model, prompts, new):
     return [ids[len(p) :] for ids, p in zip(rows, prompts)]
 
 
-@pytest.mark.parametrize("name", ["mistral_window", "gemma3", "opt"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral_window", "opt"))],
+)
 def test_greedy_is_the_argmax_of_full_passes(open_model, name):
     model = open_model(name, QuantConfig())
     prompts = [[i % model.config.vocab_size for i in p] for p in PROMPTS]

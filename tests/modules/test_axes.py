@@ -33,7 +33,7 @@ def weights(draw):
     return stack, shape, Axes(*map(tuple, (order[:first], order[first:second], order[second:])))
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(weights())
 def test_matrices_are_the_weight_in_another_order(made):
     stack, shape, axes = made

@@ -46,7 +46,7 @@ def adapted(variant="lora", rank=4):
     return qj.linen.join(parts, frozen)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_round_trip(variant, tmp_path):
     params = adapted(variant)
     qj.linen.save_adapter(params, tmp_path / "a")

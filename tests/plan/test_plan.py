@@ -123,7 +123,8 @@ def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
     assert more == nbytes(whole.gradients)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_nothing_as_large_as_tokens_by_tokens_exists(remat: str) -> None:
     length = 2**15
     step = abstract(

@@ -9,7 +9,7 @@ from qlora_jax.quant import dequantize, quantize
 from qlora_jax.quant.columns import columns
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     k=st.sampled_from([32, 96, 128, 130]),
     n=st.sampled_from([1, 7, 300]),

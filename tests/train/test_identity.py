@@ -53,7 +53,9 @@ def changed(tree, path, layer, number):
         ("qlora", "bfloat16", {}),
         pytest.param("lora", "float16", {"variant": "dora"}, marks=pytest.mark.slow),
         pytest.param("qlora", "float32", {"variant": "dora"}, marks=pytest.mark.slow),
-        ("qlora", "bfloat16", {"variant": "dora", "freeze_a": True}),
+        pytest.param(
+            "qlora", "bfloat16", {"variant": "dora", "freeze_a": True}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_fresh_adapter_is_the_base_to_the_bit(monkeypatch, method, compute, more):

@@ -89,7 +89,9 @@ def test_a_head_stored_with_the_vocabulary_first() -> None:
     assert_matches(found, dense(hidden, head, targets, mask), 1, 2e-6)
 
 
-@pytest.mark.parametrize("vocab", [COLUMNS, COLUMNS + 1, 2 * COLUMNS + 1037])
+@pytest.mark.parametrize(
+    "vocab", [COLUMNS, pytest.param(COLUMNS + 1, marks=pytest.mark.slow), 2 * COLUMNS + 1037]
+)
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.quick
 def test_a_vocabulary_in_blocks(vocab, vocab_axis) -> None:

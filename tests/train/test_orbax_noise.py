@@ -61,7 +61,13 @@ gc.collect()
 )
 
 
-@pytest.mark.parametrize(("script", "lines"), [(FULL, 4), (DAMAGED, 6)], ids=["full", "damaged"])
+@pytest.mark.parametrize(
+    ("script", "lines"),
+    [
+        pytest.param(FULL, 4, id="full", marks=pytest.mark.slow),
+        pytest.param(DAMAGED, 6, id="damaged"),
+    ],
+)
 def test_our_lines_alone_are_printed(tmp_path, script, lines):
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],

@@ -71,7 +71,7 @@ def test_stacks_without_a_name_are_no_single_group(trainer) -> None:
         units.groups(tree)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["qlora", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.quick
 def test_layer_by_layer_is_all_at_once(trainer, program, make_batch, method) -> None:
     t, made = trainer(method), program(method, ON_DEVICE)
@@ -137,6 +137,7 @@ def test_moments_on_the_host_go_on_from_a_checkpoint(
         assert x.sharding.memory_kind == unbroken[path].sharding.memory_kind, path
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) -> None:
     away, most = [], [0]

@@ -55,6 +55,7 @@ def test_what_is_declared_and_not_told_fails(run: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_crash_is_the_reason_without_folders(run: Any) -> None:
     lines = run("crash")
     assert outcome(lines) == "failed with code 1: secret.py: boom"
@@ -62,6 +63,7 @@ def test_a_crash_is_the_reason_without_folders(run: Any) -> None:
     assert "copy" not in absent(lines)
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(run: Any) -> None:
     began = time.monotonic()
     lines = run("hang", PART._replace(limit=3))
@@ -88,6 +90,7 @@ def test_a_case_that_hangs_costs_that_case_alone(run: Any) -> None:
     assert report.failed(made) == ["ceilings"]
 
 
+@pytest.mark.slow
 def test_a_part_that_always_dies_is_given_up(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conduct, "PROCESSES", 2)
     lines = run("every case dies", PART._replace(limit=50))
