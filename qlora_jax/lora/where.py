@@ -1,5 +1,6 @@
 """Choosing parts of a tree or a model by their paths."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -62,8 +63,23 @@ def _has(path: str, name: str) -> bool:
     return f".{name}." in f".{path}."
 
 
+def warn_left_out(paths: Collection[str]) -> None:
+    """Warns of weights that are asked for and stay as they are, since no product has them.
+
+    The warning is at the line that called the caller's caller.
+    """
+    if paths:
+        warnings.warn(
+            "where matches weights that no product of the example call has; they stay as they "
+            f"are: {_named(paths)}",
+            stacklevel=4,
+        )
+
+
 def _listed(paths: Collection[str]) -> str:
-    if not paths:
-        return "there are none"
+    return f"there are {_named(paths)}" if paths else "there are none"
+
+
+def _named(paths: Collection[str]) -> str:
     more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
-    return f"there are {', '.join(list(paths)[:LISTED])}{more}"
+    return ", ".join(list(paths)[:LISTED]) + more

@@ -1,6 +1,5 @@
 """The weights of an NNX model that can be quantized or adapted, by their paths."""
 
-import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.variables import LoraParam
-from qlora_jax.lora.where import Where, chosen, matching
+from qlora_jax.lora.where import Where, chosen, matching, warn_left_out
 from qlora_jax.modules.adapt import variables_of
 from qlora_jax.modules.axes import Axes, all_matrices_shape, checked
 from qlora_jax.modules.known import axes_of, check_stack, is_table, is_understood
@@ -86,12 +85,7 @@ def candidates(model: nnx.Module, where: Where) -> list[Candidate]:
     by_path = _by_path(model)
     parts = {path: items[0][1] for path, items in by_path.items()}
     found = [_candidate(by_path[path]) for path in chosen(where, parts, "weights")]
-    for path in _left_out(model, where):
-        warnings.warn(
-            f"where matches {path}, which no product has in the call that discover has seen: it "
-            "stays as it is",
-            stacklevel=3,
-        )
+    warn_left_out(_left_out(model, where))
     return found
 
 

@@ -23,6 +23,9 @@ X = jax.random.normal(key(1), (2, 3, D))
 TOKENS = jnp.array([[1, 5, 2], [10, 0, 1]])
 DROPOUT = {"dropout": key(2)}
 
+# biases of a stack have two axes, and ".*" matches them
+pytestmark = pytest.mark.filterwarnings("ignore:where matches weights that no product")
+
 
 class Einsum(nn.Module):
     """As gemma's: its equation comes with the call."""

@@ -1,6 +1,5 @@
 """Which params of a Linen module can be quantized or adapted, and what their axes are."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import DenyList, meta
 
-from qlora_jax.lora.where import Where, chosen
+from qlora_jax.lora.where import Where, chosen, warn_left_out
 from qlora_jax.modules.axes import (
     TABLE,
     Axes,
@@ -149,12 +148,7 @@ def weights(
                 f"{own[0]}: no matrix product of the call has it, only: {how}; leave it out of "
                 f"`where`, or say which axes are summed over {BY_AXES}"
             )
-    for path in matched:
-        if known[path].axes is None:
-            warnings.warn(
-                f"where matches {path}, which no product of the call has: it stays as it is",
-                stacklevel=3,
-            )
+    warn_left_out([path for path in matched if known[path].axes is None])
     return [_weight(path, x, known[path]) for path, x in matched.items() if known[path].axes]
 
 
