@@ -324,6 +324,7 @@ def test_a_directory_that_holds_something_else(
     assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_stranger_in_a_finished_run(finished: Path, run_cli: RunCli) -> None:
     folder = finished.parent / "run"
     (folder / "thesis.tex").write_text("years of work")
@@ -436,6 +437,7 @@ def test_a_disk_that_fills_up_while_saving(
     assert np.isfinite(json.loads(ended.out)["eval_after"])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_not_the_inputs_fault(
     tmp_path: Path, write_config: WriteConfig, run_cli: RunCli
 ) -> None:

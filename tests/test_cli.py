@@ -261,7 +261,10 @@ def test_help_to_a_closed_stdout() -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("command", ["--help", "train --help", "sweep normality --dry-run"])
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "train --help", pytest.param("sweep normality --dry-run", marks=pytest.mark.slow)],
+)
 def test_results_that_do_not_fit_are_one_line(command: str) -> None:
     done = shell(f"qlora-jax {command} >/dev/full")
     assert done.returncode == 2

@@ -10,13 +10,8 @@ from qlora_jax.data.records import Text
 from qlora_jax.runtime.errors import UserError
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "python-docs" else pytest.mark.slow)
-        for name in builtin.SOURCES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", builtin.SOURCES)
 def test_each_has_enough_text_for_a_small_model(name):
     records = builtin.SOURCES[name]("text", Counter())
     assert all(isinstance(r, Text) and r.where.startswith(f"{name} ") for r in records)

@@ -141,6 +141,7 @@ def test_wilson_known_values():
     assert wilson(0, 20)[0] == 0
 
 
+@pytest.mark.slow
 def test_the_command_line(tiny_model, tmp_path, write_config, run_cli, restored):
     config = write_config(tmp_path, method="lora", model__storage_dtype="float32")
     for split, rows in (("test", ASKED[1:]), ("dev", SOLVED)):

@@ -91,6 +91,7 @@ def test_a_merged_adapter_of_pefts_computes_what_peft_did(models, tmp_path):
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_several_stacks_have_every_layers_adapter_exported_once(models, tmp_path):
     source = open_folder(models / "llama_bnb_fp4")
     model = adapted(source)

@@ -196,6 +196,7 @@ def test_a_weight_that_overflows_is_named_and_nothing_is_left(llama, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_says_so(run_cli, tiny_model, tmp_path, monkeypatch):
     ended = run_cli("quantize", tiny_model, tmp_path / "out", "--block-size", "128", "--json")
     assert ended.code == 0, ended.err

@@ -114,7 +114,10 @@ def assert_right(inputs: Inputs, softcap: float | None = None) -> None:
     assert max(errors(found, exact)) <= (16 if epsilon == EPSILON["float32"] else 2) * epsilon
 
 
-@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))],
+)
 def test_packed_segments(dtype: str) -> None:
     assert_right(make(dtype))
 

@@ -39,18 +39,17 @@ def assert_product(y, x, w, dtype):
     assert np.all(np.abs(wide(y) - exact) <= allowed * (1 + 1e-6))
 
 
-@pytest.mark.parametrize("implementation", [None, "xla"])
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 @pytest.mark.parametrize(("k", "n", "block_size"), SHAPES)
 @pytest.mark.quick
-def test_product_and_gradient(implementation, dtype, k, n, block_size):
+def test_product_and_gradient(dtype, k, n, block_size):
     x, q = make(k, n, block_size, dtype)
     w = dequantize(q, dtype)
     g = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, n)), dtype)
 
     @jax.jit
     def both(x, q, g):
-        y, pull = jax.vjp(lambda x: matmul(x, q, implementation), x)
+        y, pull = jax.vjp(lambda x: matmul(x, q), x)
         return y, pull(g)[0]
 
     y, gx = both(x, q, g)

@@ -64,7 +64,7 @@ def test_both_directions(m, k, n, block_size, codebook, double_quant, seed) -> N
     assert_product(gx, g, weight.T, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_16_bits(dtype: str) -> None:
     random = np.random.default_rng(0)
     q = quantize(random.normal(size=(192, 80)).astype(np.float32), "nf4", 64, False)

@@ -115,7 +115,7 @@ def reference(model, trained_of, tokens, targets_, mask):
     return value
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_whole_logits(models, kind):
     model = base(models / kind)
     names = [model.config.names.embed, "lm_head", f"{model.config.names.layers}.0.self_attn.q_proj"]

@@ -95,6 +95,7 @@ def test_workers_find_the_package_too(
     assert "told by a worker" in ended.out
 
 
+@pytest.mark.slow
 def test_ours_run_where_the_checkout_is_not_on_the_path(tmp_path: Path) -> None:
     (tmp_path / "installed").mkdir()
     (tmp_path / "installed" / "qlora_jax").symlink_to(ROOT / "qlora_jax")

@@ -156,7 +156,7 @@ def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) 
     assert most == [3]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["qlora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_update_of_a_layer_copies_no_stack(trainer, method) -> None:
     t = trainer(method)
     made, state = build(t, ON_DEVICE), t.start()
