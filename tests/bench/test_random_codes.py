@@ -66,8 +66,10 @@ def on_host(k: int, n: int, name: str, double: bool, block_size: int = 64) -> QT
 
 
 @pytest.mark.parametrize("draw", [stack, on_host])
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [c if c == "nf4" else pytest.param(c, marks=pytest.mark.slow) for c in CODEBOOKS]
+)
 def test_decoded_weights_have_the_spread_of_an_initialized_model(
     name: str, double: bool, draw: Callable[..., QTensor]
 ) -> None:
@@ -123,7 +125,9 @@ def test_a_leaf_of_more_elements_than_32_bits_count() -> None:
     assert len(np.unique(program())) == 3 * 9 * 9
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize(
+    "method", ["qlora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "full"))]
+)
 @pytest.mark.quick
 def test_a_model_is_what_a_run_would_train(method: str) -> None:
     chosen = config(method=method, lora={"rank": 4, "alpha": 16})

@@ -46,6 +46,7 @@ def logits(model, tokens):
     return model.logits(hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

@@ -96,7 +96,9 @@ def test_it_is_that_of_the_files_numbers(models, kind):
         assert found == GOLDEN
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize(
+    "dtype", [ml_dtypes.bfloat16, pytest.param(np.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.quick
 def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
     source = open_folder(models / "llama")
@@ -114,7 +116,7 @@ def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
     [
         QuantConfig(),
         *(
-            pytest.param(quant, marks=pytest.mark.quick)
+            pytest.param(quant, marks=pytest.mark.slow)
             for quant in (
                 QuantConfig(codebook="fp4_bnb", double_quant=False, block_size=32),
                 QuantConfig(codebook="int4", nested_block=64, block_size=128),

@@ -150,12 +150,29 @@ def part_of(path: str) -> str:
         (abstract, "mistral", {"quant__double_quant": False, "quant__block_size": 32}),
         (abstract, "qwen2_window", {"quant__nested_block": 7, "quant__block_size": 128}),
         (abstract, "llama_rope_linear_biases", {"lora__target_modules": r".*\.0\..*"}),
-        (abstract, "llama", {"method": "lora", "train__gradient_accumulation": 1}),
-        (loaded, "opt", {"method": "full"}),
-        (abstract, "gpt_neox", {"lora__target_modules": ["query_key_value"]}),
-        (abstract, "gemma3", {"lora__rank_pattern": {"q_proj": 2}}),
-        (abstract, "phi3", {"method": "lora"}),
-        (abstract, "qwen2", {"lora__variant": "dora", "lora__dtype": "bfloat16"}),
+        pytest.param(
+            abstract,
+            "llama",
+            {"method": "lora", "train__gradient_accumulation": 1},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(loaded, "opt", {"method": "full"}, marks=pytest.mark.slow),
+        pytest.param(
+            abstract,
+            "gpt_neox",
+            {"lora__target_modules": ["query_key_value"]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            abstract, "gemma3", {"lora__rank_pattern": {"q_proj": 2}}, marks=pytest.mark.slow
+        ),
+        pytest.param(abstract, "phi3", {"method": "lora"}, marks=pytest.mark.slow),
+        pytest.param(
+            abstract,
+            "qwen2",
+            {"lora__variant": "dora", "lora__dtype": "bfloat16"},
+            marks=pytest.mark.slow,
+        ),
         (abstract, "llama", {"lora__freeze_a": True, "optimizer__moments": "int8"}),
     ],
 )
@@ -248,7 +265,9 @@ def test_a_quantized_stack(k, n, layers, block, nested, double) -> None:
     }
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "dots", "full"])
+@pytest.mark.parametrize(
+    "remat", ["dots", *(pytest.param(r, marks=pytest.mark.slow) for r in ("none", "full"))]
+)
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
