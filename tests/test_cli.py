@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+from selection import mostly_slow
 
 from qlora_jax import cli, commands
 from qlora_jax import config as configs
@@ -263,7 +264,7 @@ def test_help_to_a_closed_stdout() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "train --help", pytest.param("sweep normality --dry-run", marks=pytest.mark.slow)],
+    mostly_slow(["--help", "train --help", "sweep normality --dry-run"], "--help", "train --help"),
 )
 def test_results_that_do_not_fit_are_one_line(command: str) -> None:
     done = shell(f"qlora-jax {command} >/dev/full")

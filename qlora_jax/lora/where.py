@@ -1,6 +1,5 @@
 """Choosing parts of a tree or a model by their paths."""
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -63,23 +62,11 @@ def _has(path: str, name: str) -> bool:
     return f".{name}." in f".{path}."
 
 
-def warn_left_out(paths: Collection[str]) -> None:
-    """Warns of weights that are asked for and stay as they are, since no product has them.
-
-    The warning is at the line that called the caller's caller.
-    """
-    if paths:
-        warnings.warn(
-            "where matches weights that no product of the example call has; they stay as they "
-            f"are: {_named(paths)}",
-            stacklevel=4,
-        )
-
-
 def _listed(paths: Collection[str]) -> str:
-    return f"there are {_named(paths)}" if paths else "there are none"
+    return f"there are {named(paths)}" if paths else "there are none"
 
 
-def _named(paths: Collection[str]) -> str:
+def named(paths: Collection[str]) -> str:
+    """Lists paths for a message: the first `LISTED`, and how many more there are."""
     more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
     return ", ".join(list(paths)[:LISTED]) + more

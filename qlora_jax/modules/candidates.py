@@ -8,9 +8,10 @@ from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.variables import LoraParam
-from qlora_jax.lora.where import Where, chosen, matching, warn_left_out
+from qlora_jax.lora.where import Where, chosen, matching
 from qlora_jax.modules.adapt import variables_of
 from qlora_jax.modules.axes import Axes, all_matrices_shape, checked
+from qlora_jax.modules.checks import warn_left_out
 from qlora_jax.modules.known import axes_of, check_stack, is_table, is_understood
 from qlora_jax.modules.variables import FOUND, QWeight
 from qlora_jax.runtime.errors import UserError

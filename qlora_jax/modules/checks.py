@@ -1,11 +1,13 @@
-"""What makes a weight or an adapter unfit for what is asked of it, an error of one line each."""
+"""Checks whether weights and adapters fit what is asked of them: one line for each fault."""
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 import jax
 
 from qlora_jax.config import LoraConfig
+from qlora_jax.lora.where import named
 from qlora_jax.quant import QTensor
 from qlora_jax.runtime.errors import UserError
 
@@ -14,6 +16,19 @@ def check_values(path: str, value: Any, remedy: str) -> None:
     """Raises UserError if a weight is abstract."""
     if isinstance(value, jax.ShapeDtypeStruct):
         raise UserError(f"{path}: is abstract and has no values; {remedy}")
+
+
+def warn_left_out(paths: Collection[str]) -> None:
+    """Warns of weights that `where` matches and no product has: they are not changed.
+
+    The warning points at the user's call, which is two calls above the caller of this function.
+    """
+    if paths:
+        warnings.warn(
+            "where matches weights that no product of the example call has; they are not changed: "
+            f"{named(paths)}",
+            stacklevel=4,
+        )
 
 
 def check_floats(path: str, value: Any) -> None:

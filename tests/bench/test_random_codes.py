@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from selection import mostly_slow
 
 from qlora_jax import config as configs
 from qlora_jax.bench import measure, random_codes
@@ -66,10 +67,8 @@ def on_host(k: int, n: int, name: str, double: bool, block_size: int = 64) -> QT
 
 
 @pytest.mark.parametrize("draw", [stack, on_host])
-@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", [c if c == "nf4" else pytest.param(c, marks=pytest.mark.slow) for c in CODEBOOKS]
-)
+@pytest.mark.parametrize("double", mostly_slow([True, False], True))
+@pytest.mark.parametrize("name", mostly_slow(CODEBOOKS, "nf4"))
 def test_decoded_weights_have_the_spread_of_an_initialized_model(
     name: str, double: bool, draw: Callable[..., QTensor]
 ) -> None:
@@ -87,10 +86,7 @@ def test_decoded_weights_have_the_spread_of_an_initialized_model(
 @pytest.mark.parametrize("draw", [stack, on_host])
 @pytest.mark.parametrize(
     ("k", "block_size"),
-    [
-        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((160, 64), (96, 32))),
-        (130, 128),
-    ],
+    mostly_slow([(160, 64), (96, 32), (130, 128)], (130, 128)),
 )
 @pytest.mark.quick
 def test_rows_beyond_the_weight_hold_the_code_of_zero(
@@ -125,9 +121,7 @@ def test_a_leaf_of_more_elements_than_32_bits_count() -> None:
     assert len(np.unique(program())) == 3 * 9 * 9
 
 
-@pytest.mark.parametrize(
-    "method", ["qlora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "full"))]
-)
+@pytest.mark.parametrize("method", mostly_slow(["qlora", "lora", "full"], "qlora"))
 @pytest.mark.quick
 def test_a_model_is_what_a_run_would_train(method: str) -> None:
     chosen = config(method=method, lora={"rank": 4, "alpha": 16})

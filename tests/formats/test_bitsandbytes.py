@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from selection import mostly_slow
 
 from qlora_jax.formats import bitsandbytes
 from qlora_jax.formats.bitsandbytes import Layout, decode, encode, read_layout
@@ -77,9 +78,7 @@ def floats(held, dtype) -> np.ndarray:
     return np.asarray(decoded(held, dtype) if isinstance(held, QTensor) else held)
 
 
-@pytest.mark.parametrize(
-    "double", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sq", "dq"]
-)
+@pytest.mark.parametrize("double", mostly_slow([False, True], True), ids=["sq", "dq"])
 @pytest.mark.quick
 def test_every_golden_weight_is_read_with_its_values_and_written_with_its_bytes(double):
     held = {None: 0, "as stored": 0, "in smaller blocks": 0}
@@ -198,9 +197,7 @@ def logits(model, tokens) -> np.ndarray:
     return np.asarray(run(state, tokens))
 
 
-@pytest.mark.parametrize(
-    "name", ["llama/bnb_nf4", pytest.param("llama_bnb_fp4", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", mostly_slow(["llama/bnb_nf4", "llama_bnb_fp4"], "llama/bnb_nf4"))
 @pytest.mark.quick
 def test_a_models_logits_are_transformers(models, name):
     where = models / name

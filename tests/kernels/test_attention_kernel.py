@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from selection import mostly_slow
 
 from qlora_jax.kernels.attention import attend, blocks, select, triton
 from qlora_jax.kernels.attention.blocks import BLOCKS, Block, Blocks, blocks_for, padded
@@ -116,7 +117,7 @@ def assert_right(inputs: Inputs, softcap: float | None = None) -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16"))],
+    mostly_slow(EPSILON, "bfloat16"),
 )
 def test_packed_segments(dtype: str) -> None:
     assert_right(make(dtype))

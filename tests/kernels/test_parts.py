@@ -24,7 +24,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BOUNDED = jax.make_user_context(False)
-"""A part of the key of all that jax caches: what was traced knows the bound of then."""
+"""Part of the key of all that jax caches: no program is used under another bound than its own."""
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selection import mostly_slow
 
 from qlora_jax.kernels import matmul, triton
 from qlora_jax.kernels.triton_tiles import TILES, tile_for
@@ -64,7 +65,7 @@ def test_both_directions(m, k, n, block_size, codebook, double_quant, seed) -> N
     assert_product(gx, g, weight.T, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float16"], "bfloat16"))
 def test_16_bits(dtype: str) -> None:
     random = np.random.default_rng(0)
     q = quantize(random.normal(size=(192, 80)).astype(np.float32), "nf4", 64, False)

@@ -29,7 +29,7 @@ def test_the_best_approximation_either_way(monkeypatch, shape, exact):
     if not exact:
         monkeypatch.setattr(splits, "EXACT", 1)
         monkeypatch.setattr(splits, "OVERSAMPLED", 8)
-    top.clear_cache()  # what was traced knows the numbers of then
+    top.clear_cache()  # a traced program holds EXACT and OVERSAMPLED as constants
     a, b = (
         np.asarray(x, np.float64) for x in top(jnp.asarray(w, "float32"), rank, scale, "float32")
     )

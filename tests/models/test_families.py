@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
+from selection import mostly_slow
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats import peft
@@ -113,9 +114,7 @@ def test_pefts_adapters_of_fused_linears(models, open_model, name):
     np.testing.assert_allclose(found, adapted["logits"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_neox", "opt"))]
-)
+@pytest.mark.parametrize("name", mostly_slow(["gemma2", "gpt_neox", "opt"], "gemma2"))
 def test_gradients_of_adapters_are_those_of_a_dense_loss(models, open_model, name):
     """Remat, attention's own gradient and the loss's against plain differentiation."""
     tokens = jnp.asarray(np.load(models / name / "reference.npz")["tokens"])[:, :24]

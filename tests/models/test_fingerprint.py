@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from selection import mostly_slow
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats import load as loading
@@ -96,9 +97,7 @@ def test_it_is_that_of_the_files_numbers(models, kind):
         assert found == GOLDEN
 
 
-@pytest.mark.parametrize(
-    "dtype", [ml_dtypes.bfloat16, pytest.param(np.float16, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", mostly_slow([ml_dtypes.bfloat16, np.float16], ml_dtypes.bfloat16))
 @pytest.mark.quick
 def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
     source = open_folder(models / "llama")
@@ -151,7 +150,7 @@ def up_proj(model):
     return model.runs[0].linears()["mlp.up_proj"].weight
 
 
-@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("version", mostly_slow(fingerprint.VERSIONS, "2"))
 def test_one_flipped_code_is_found(open_model, version):
     model = open_model("llama", QuantConfig())
     before = fingerprint.like(f"{version}:", model, "qlora")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from scipy.stats import chisquare
+from selection import mostly_slow
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.peft.plain import read_plain
@@ -63,7 +64,7 @@ def without_cache(model, prompts, new):
 
 @pytest.mark.parametrize(
     "name",
-    ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral_window", "opt"))],
+    mostly_slow(["mistral_window", "gemma3", "opt"], "gemma3"),
 )
 def test_greedy_is_the_argmax_of_full_passes(open_model, name):
     model = open_model(name, QuantConfig())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from selection import mostly_slow
 
 from qlora_jax.config import LoraConfig
 from qlora_jax.formats.huggingface import open_folder
@@ -115,7 +116,7 @@ def reference(model, trained_of, tokens, targets_, mask):
     return value
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", mostly_slow(["llama", "gemma2"], "llama"))
 def test_gradients_are_those_of_whole_logits(models, kind):
     model = base(models / kind)
     names = [model.config.names.embed, "lm_head", f"{model.config.names.layers}.0.self_attn.q_proj"]

@@ -1,11 +1,7 @@
 """Small models after the patterns of other packages, for the tests of this folder."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 
 from qlora_jax.modules.nnx_model import all_adapters
@@ -41,17 +37,6 @@ class Language(nnx.Module):
 
 
 TOKENS = jnp.arange(12).reshape(2, 6)
-
-
-def mostly_slow(cases: Iterable[Any], *often: Any) -> list[Any]:
-    """Returns cases as parameters of a test; all but those named run with the slow tests."""
-    return [
-        pytest.param(
-            *(case if isinstance(case, tuple) else (case,)),
-            marks=() if case in often else pytest.mark.slow,
-        )
-        for case in cases
-    ]
 
 
 def language(seed: int = 0, **sizes: int) -> Language:

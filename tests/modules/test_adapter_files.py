@@ -8,8 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from flax_models import TOKENS, language, mostly_slow, trained
+from flax_models import TOKENS, language, trained
 from safetensors.numpy import load_file, save_file
+from selection import mostly_slow
 
 import qlora_jax as qj
 from qlora_jax import UserError

@@ -65,7 +65,7 @@ def test_a_weight_that_is_left_out_is_told():
     model = Bare(nnx.Rngs(0))
     qj.discover(model, INDEX)
     with pytest.warns(
-        UserWarning, match="no product of the example call has; they stay as they are: summed$"
+        UserWarning, match="no product of the example call has; they are not changed: summed$"
     ):
         qj.quantize_model(model, "project|summed")
     assert isinstance(model.summed, nnx.Param)

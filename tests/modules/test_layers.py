@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_models import mostly_slow
 from nnx_models import CASES, Busy, Experts, Looped, Structured, X
+from selection import mostly_slow
 
 import qlora_jax as qj
 from qlora_jax.modules.axes import to_matrices

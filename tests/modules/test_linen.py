@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax_models import mostly_slow
+from selection import mostly_slow
 
 import qlora_jax as qj
 from qlora_jax.modules.axes import from_matrices, to_matrices

@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax_models import trained
+from selection import mostly_slow
 
 import qlora_jax as qj
 from qlora_jax import UserError
@@ -46,7 +47,7 @@ def adapted(variant="lora", rank=4):
     return qj.linen.join(parts, frozen)
 
 
-@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", mostly_slow(["lora", "dora"], "lora"))
 def test_round_trip(variant, tmp_path):
     params = adapted(variant)
     qj.linen.save_adapter(params, tmp_path / "a")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from flax_models import mostly_slow
+from selection import mostly_slow
 
 import qlora_jax as qj
 

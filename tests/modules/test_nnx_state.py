@@ -10,7 +10,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from flax_models import mostly_slow
 from nnx_models import (
     Block,
     Busy,
@@ -26,6 +25,7 @@ from nnx_models import (
     Twice,
     X,
 )
+from selection import mostly_slow
 
 import qlora_jax as qj
 from qlora_jax.modules.nnx_model import all_adapters

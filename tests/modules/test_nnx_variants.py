@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_models import mostly_slow
 from nnx_models import TOKENS, Block, D, Experts, Layers, Scanned, Tied, X
+from selection import mostly_slow
 
 import qlora_jax as qj
 from qlora_jax.modules.adapt import _compiled

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_models import mostly_slow, trained
+from flax_models import trained
+from selection import mostly_slow
 
 import qlora_jax as qj
 

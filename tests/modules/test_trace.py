@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax_models import mostly_slow
+from selection import mostly_slow
 
 from qlora_jax.modules.axes import MATRIX, TABLE, Axes
 from qlora_jax.modules.kernel import of_array

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selection import mostly_slow
 
 from qlora_jax.config import Config, from_tree
 from qlora_jax.data.packing import fill
@@ -265,9 +266,7 @@ def test_a_quantized_stack(k, n, layers, block, nested, double) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "remat", ["dots", *(pytest.param(r, marks=pytest.mark.slow) for r in ("none", "full"))]
-)
+@pytest.mark.parametrize("remat", mostly_slow(["none", "dots", "full"], "dots"))
 @pytest.mark.parametrize(
     ("name", "changes"),
     [

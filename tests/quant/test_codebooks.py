@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy import integrate, stats
+from selection import mostly_slow
 
 from qlora_jax.quant import CODEBOOKS, codebook, derive_nf4
 from qlora_jax.runtime.errors import UserError
@@ -52,9 +53,7 @@ def expected_squared_error(values: np.ndarray, block_size: int) -> float:
     return float(integrate.trapezoid([given_maximum(m) * d for m, d in zip(grid, density)], grid))
 
 
-@pytest.mark.parametrize(
-    "block_size", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 1024))]
-)
+@pytest.mark.parametrize("block_size", mostly_slow([32, 64, 1024], 64))
 def test_lloyd_is_a_minimum_of_the_expected_error(block_size):
     values = codebook("lloyd", block_size).astype(float)
     least = expected_squared_error(values, block_size)

@@ -23,8 +23,7 @@ EXTREME = ("tiny.", "subnormal.", "huge.")
 COMPARED = [f for f in FOLDERS if not f.startswith(EXTREME)]
 # Weights in bfloat16 are what most models have, and 64 is the block size of most.
 CASES = [
-    pytest.param(f, marks=() if re.search("bf16/.*b64$", f) else pytest.mark.slow)
-    for f in COMPARED
+    pytest.param(f, marks=() if re.search("bf16/.*b64$", f) else pytest.mark.slow) for f in COMPARED
 ]
 SINGLE, DOUBLE = 96, 96
 BOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from selection import mostly_slow
 
 from qlora_jax.train import loss as module
 from qlora_jax.train.loss import COLUMNS, ROWS, token_loss
@@ -90,7 +91,7 @@ def test_a_head_stored_with_the_vocabulary_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "vocab", [COLUMNS, pytest.param(COLUMNS + 1, marks=pytest.mark.slow), 2 * COLUMNS + 1037]
+    "vocab", mostly_slow([COLUMNS, COLUMNS + 1, 2 * COLUMNS + 1037], COLUMNS, 2 * COLUMNS + 1037)
 )
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.quick

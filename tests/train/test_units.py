@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from selection import mostly_slow
 
 from qlora_jax.models.trees import flatten
 from qlora_jax.train import step as steps
@@ -71,7 +72,7 @@ def test_stacks_without_a_name_are_no_single_group(trainer) -> None:
         units.groups(tree)
 
 
-@pytest.mark.parametrize("method", ["qlora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "qlora"))
 @pytest.mark.quick
 def test_layer_by_layer_is_all_at_once(trainer, program, make_batch, method) -> None:
     t, made = trainer(method), program(method, ON_DEVICE)
@@ -156,7 +157,7 @@ def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) 
     assert most == [3]
 
 
-@pytest.mark.parametrize("method", ["qlora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "qlora"))
 def test_the_update_of_a_layer_copies_no_stack(trainer, method) -> None:
     t = trainer(method)
     made, state = build(t, ON_DEVICE), t.start()

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import DenyList, meta
 
-from qlora_jax.lora.where import Where, chosen, warn_left_out
+from qlora_jax.lora.where import Where, chosen
 from qlora_jax.modules.axes import (
     TABLE,
     Axes,
@@ -17,6 +17,7 @@ from qlora_jax.modules.axes import (
     from_equation,
     to_matrices,
 )
+from qlora_jax.modules.checks import warn_left_out
 from qlora_jax.modules.constants import arrays_of
 from qlora_jax.modules.kernel import Kernel, of_array
 from qlora_jax.modules.linen.intercept import Probe, Record, adapted, within

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from selection import mostly_slow
 
 from qlora_jax.bench.gpu import reference
 from qlora_jax.quant import CODEBOOKS, dequantize, quantize
@@ -14,10 +15,10 @@ M, K, N = 40, 200, 136
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("double", mostly_slow([True, False], True))
 @pytest.mark.parametrize(
     "codebook",
-    [c if c == "nf4" else pytest.param(c, marks=pytest.mark.slow) for c in sorted(CODEBOOKS)],
+    mostly_slow(sorted(CODEBOOKS), "nf4"),
 )
 def test_it_decodes_to_the_same_bits(codebook: str, double: bool) -> None:
     w = np.random.default_rng(0).normal(size=(K, N)).astype(np.float32)

@@ -1,0 +1,22 @@
+"""Which cases of a test run by default, and which with the slow tests alone."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def mostly_slow(cases: Iterable[Any], *often: Any) -> list[Any]:
+    """Returns cases as parameters of a test; all but those named run with the slow tests.
+
+    Args:
+      cases: values of a parameter, or tuples of the values of several.
+      often: the cases that run by default.
+    """
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=() if case in often else pytest.mark.slow,
+        )
+        for case in cases
+    ]
