@@ -15,6 +15,7 @@ from qlora_jax.config.settings import DataConfig as DataConfig
 from qlora_jax.config.settings import FloatType as FloatType
 from qlora_jax.config.settings import KernelsConfig as KernelsConfig
 from qlora_jax.config.settings import LoraConfig as LoraConfig
+from qlora_jax.config.settings import MeshConfig as MeshConfig
 from qlora_jax.config.settings import ModelConfig as ModelConfig
 from qlora_jax.config.settings import ModelSettings as ModelSettings
 from qlora_jax.config.settings import OptimizerConfig as OptimizerConfig

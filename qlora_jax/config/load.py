@@ -9,7 +9,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qlora_jax.config.schema import all_settings, names, sections
 from qlora_jax.config.settings import Config
-from qlora_jax.config.tree import expand, flatten, from_tree, to_tree
+from qlora_jax.config.tree import expand, flatten, from_tree, is_none, to_tree
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
@@ -20,7 +20,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     Args:
       path: the YAML file. A section given as one word, or as a list, fills its first field:
         `model: a.gguf` means `model: {path: a.gguf}`, `data: my.jsonl` means
-        `data: {source: my.jsonl}`.
+        `data: {source: my.jsonl}`. `mesh: none` takes a section's settings back.
       overrides: dotted key to its value, e.g. `{"lora.rank": "8"}`: the text itself where the
         setting is text, with null or nothing for none, else YAML. One that is for a section, such
         as `{"model": "a.gguf"}`, keeps the section's other settings.
@@ -134,6 +134,9 @@ def _override_section(
     tree: dict[str, Any], section: str, text: str, kinds: Mapping[str, str]
 ) -> None:
     value = _parse(text)
+    if is_none(section, value):
+        tree[section] = {}
+        return
     if not isinstance(value, dict):
         first = f"{section}.{names(sections()[section])[0]}"
         value = _value(text, kinds[first])

@@ -227,6 +227,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeshConfig:
+    """The devices of a run; `mesh: none` is one device."""
+
+    data: Positive = 1
+    """Groups of devices that hold the same weights; rows of a batch are split over all devices."""
+    fsdp: Positive = 1
+    """Devices of a group: weights, adapters and moments are split over them."""
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The loop."""
 
@@ -285,3 +299,4 @@ class Config(ModelSettings):
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)

@@ -113,12 +113,21 @@ def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
     def whole(key: str, value: Any) -> Any:
         if key not in known:
             return value
+        if is_none(key, value):
+            return {}
         first = names(known[key])[0]
         lists = "list[str]" in kinds[f"{key}.{first}"].split(" | ")
         fills = isinstance(value, str) or (lists and isinstance(value, list))
         return {first: value} if fills else value
 
     return {key: whole(key, value) for key, value in tree.items()}
+
+
+def is_none(section: str, value: Any) -> bool:
+    """Whether a section was given as `none` or null: all of its settings have their defaults."""
+    first = f"{section}.{names(sections()[section])[0]}"
+    text = any(s.key == first and ("str" in s.type or "null" in s.type) for s in all_settings())
+    return not text and (value is None or value == "none")
 
 
 def _explain(error: ValidationError, *within: str) -> str:

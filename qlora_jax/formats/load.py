@@ -7,15 +7,19 @@ from collections.abc import Callable, Hashable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families import Names
 from qlora_jax.models.parts import linears
+from qlora_jax.models.sharding import LAYERS, shardings
 from qlora_jax.quant import QTensor, dequantize, quantize
 from qlora_jax.quant.stack import empty_stack, with_layer
 from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.mesh import sent
 
 Stored = jax.Array | QTensor
 Split = Callable[[str, jax.Array, Callable[[jax.Array], Stored]], Stored]
@@ -29,12 +33,14 @@ def load(
     dtype: jax.typing.DTypeLike,
     progress: Callable[[], None] = lambda: None,
     split: Split | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
-    """Builds the model on the default device, quantizing each tensor as it arrives.
+    """Builds the model, quantizing each tensor as it arrives.
 
-    Peak memory is the finished model plus a few tensors; the 16-bit model never exists. A
-    checkpoint that has 4-bit weights itself decides which those are: nothing else is quantized.
-    Consecutive layers whose weights are held alike make one stack.
+    Each is whole on the default device for a moment. Peak memory is the finished model plus a few
+    tensors; the 16-bit model never exists. A checkpoint that has 4-bit weights itself decides which
+    those are: nothing else is quantized. Consecutive layers whose weights are held alike make one
+    stack.
 
     Args:
       checkpoint: where the weights come from.
@@ -43,6 +49,7 @@ def load(
       dtype: of everything that is not quantized.
       progress: called once per tensor read.
       split: called for every linear of the layers while its weight is there in full.
+      mesh: the devices over which the weights are split; None is the default device.
 
     Raises:
       UserError: a weight with NaN or Inf, or a codebook or block size that is not allowed.
@@ -57,14 +64,15 @@ def load(
         array = checkpoint.read(name)
         if not name.startswith(layers):
             outer[name] = _outer(name, array, name == head, dtype)
+            if mesh is not None:
+                outer[name] = _split_outer(mesh, names, name, outer[name])
         else:
             layer, key = name.removeprefix(layers).split(".", 1)
             linear = key.removesuffix(".weight") in linears(config)
             value = _value(name, array, linear, quant, dtype, split)
             run, index = places[int(layer)]
-            if key not in stacks[run]:
-                stacks[run][key] = empty_stack(value, runs[run])
-            stacks[run][key] = with_layer(stacks[run][key], value, index)
+            stack = stacks[run].get(key)
+            stacks[run][key] = _put(mesh, stack, value, index, runs[run])
         progress()
     compilation.trim()  # after many short compilations
     return Decoder(
@@ -76,6 +84,24 @@ def load(
         outer.get(f"{names.norm}.bias"),
         outer.get(f"{names.positions}.weight"),
     )
+
+
+def _put(mesh: Mesh | None, stack: Stored | None, value: Stored, index: int, layers: int) -> Stored:
+    """Returns a stack of layers, which may not be there yet, with one of them replaced."""
+    homes = None
+    if mesh is not None:
+        shapes = jax.eval_shape(functools.partial(empty_stack, layers=layers), value)
+        homes = shardings(mesh, LAYERS, shapes, shapes)
+        value = sent(value, shardings(mesh, LAYERS, shapes, value))
+    if stack is None:
+        stack = empty_stack(value, layers, homes)
+    return with_layer(stack, value, index)
+
+
+def _split_outer(mesh: Mesh, names: Names, name: str, value: jax.Array) -> jax.Array:
+    """Returns an array outside the layers, on the devices of a mesh."""
+    paths = {f"{names.embed}.weight": "embed", f"{names.head}.weight": "head"}
+    return sent(value, shardings(mesh, paths.get(name, name), value, value))
 
 
 def _stacks(checkpoint: Checkpoint) -> tuple[list[tuple[int, int]], list[int]]:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from qlora_jax.quant.sharded import Sharded, whole
+
 KEPT = "product"
 """The name of what `kept` marks, for policies of `jax.checkpoint`."""
 
@@ -16,7 +18,7 @@ SLICES = 12
 
 
 @jax.custom_vjp
-def dense(x: jax.Array, w: jax.Array) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array | Sharded) -> jax.Array:
     """x @ w.astype(x.dtype), accumulated in float32.
 
     The products of the backward pass also run in x's dtype; w's gradient is accumulated in
@@ -24,12 +26,13 @@ def dense(x: jax.Array, w: jax.Array) -> jax.Array:
 
     Args:
       x: float [..., K].
-      w: float [K, N], in its storage dtype.
+      w: float [K, N], in its storage dtype. One that is in parts is gathered in each pass, what is
+        kept is the part, and its gradient is the part of what all devices add up to.
 
     Returns:
       [..., N] in x's dtype.
     """
-    return product(x, w.astype(x.dtype), 0).astype(x.dtype)
+    return product(x, whole(w).astype(x.dtype), 0).astype(x.dtype)
 
 
 def kept(y: jax.Array) -> jax.Array:
@@ -88,15 +91,23 @@ def _slice_length(features: int) -> int:
     return next((p for p in parts if p % 16 == 0), features)
 
 
-def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+Weight = jax.Array | Sharded
+
+
+def _forward(x: jax.Array, w: Weight) -> tuple[jax.Array, tuple[jax.Array, Weight]]:
     return dense(x, w), (x, w)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
+def _backward(saved: tuple[jax.Array, Weight], g: jax.Array) -> tuple[jax.Array, Weight]:
+    x, held = saved
+    w = whole(held)
     dx = product(g, w.astype(x.dtype), 1).astype(x.dtype)
     rows, columns = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return dx, product(rows.T, columns, 0).astype(w.dtype)
+    dw = product(rows.T, columns, 0)
+    if isinstance(held, Sharded):
+        # in float32 until all devices' rows are in it
+        return dx, held.part_of(dw, w.dtype)
+    return dx, dw.astype(w.dtype)
 
 
 dense.defvjp(_forward, _backward)

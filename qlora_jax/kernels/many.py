@@ -12,6 +12,7 @@ from jax.custom_batching import custom_vmap
 from qlora_jax.kernels.matmul import backward, check, kind, matmul, product_of, readable
 from qlora_jax.kernels.select import FUSED, module_of, pick
 from qlora_jax.quant import QLayer, QTensor
+from qlora_jax.quant.stack import is_sharded
 
 
 def matmul_many(
@@ -35,7 +36,12 @@ def matmul_many(
     """
     rows = math.prod(x.shape[:-1])
     name = implementation or pick(rows, x.dtype)
-    if len({kind(q) for q in qs}) != 1 or name not in FUSED or rows not in FUSED[name].together:
+    if (
+        any(map(is_sharded, qs))
+        or len({kind(q) for q in qs}) != 1
+        or name not in FUSED
+        or rows not in FUSED[name].together
+    ):
         return [matmul(x, q, implementation) for q in qs]
     for q in qs:
         check(x, q)

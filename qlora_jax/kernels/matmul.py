@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from qlora_jax.kernels.parts import Product
 from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, Fused, module_of, pick
 from qlora_jax.quant import QLayer, QTensor
 from qlora_jax.quant.qtensor import with_plain_scales
-from qlora_jax.quant.stack import cut
+from qlora_jax.quant.sharded import Sharded
+from qlora_jax.quant.stack import Matrix, cut, is_sharded
 from qlora_jax.runtime.errors import UserError
 
 
-def matmul(x: jax.Array, q: QTensor | QLayer, implementation: str | None = None) -> jax.Array:
+def matmul(x: jax.Array, q: Matrix, implementation: str | None = None) -> jax.Array:
     """x @ dequantize(q, x.dtype), accumulated in float32, with a gradient for x alone.
 
     The backward pass keeps the QTensor and decodes it again; the weight in floats is never a
@@ -26,7 +27,8 @@ def matmul(x: jax.Array, q: QTensor | QLayer, implementation: str | None = None)
 
     Args:
       x: float [..., K].
-      q: one matrix [K, N]; map or scan over a stack, or name one of it by a QLayer.
+      q: one matrix [K, N]; map or scan over a stack, or name one of it by a QLayer. One that is
+        in parts is gathered in each pass, as codes and scales; what is kept is the part.
       implementation: "xla" decodes the weight, then multiplies, on every device. "mosaic" (jax
         0.11; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
         the weight in floats is never in memory. None picks by device, dtype and rows, see
@@ -48,38 +50,42 @@ def matmul(x: jax.Array, q: QTensor | QLayer, implementation: str | None = None)
 
 def kind(q: QTensor | QLayer) -> tuple[Any, ...]:
     """Returns what weights have in common that one kernel multiplies; last is its scales' dtype."""
-    stack = q.stack if isinstance(q, QLayer) else q
+    stack = cast(QTensor, q.stack if isinstance(q, QLayer) else q)
     return q.shape[0], stack.block_size, stack.nested_block, stack.scales.dtype
 
 
-def check(x: jax.Array, q: QTensor | QLayer) -> None:
+def check(x: jax.Array, q: Matrix) -> None:
     """Raises UserError unless x @ W can be."""
     if q.ndim != 2 or x.shape[-1] != q.shape[0]:
         raise UserError(f"matmul: x {x.shape} does not match one matrix, q {q.shape}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(implementation: str, x: jax.Array, q: QTensor | QLayer) -> jax.Array:
-    return product_of(implementation, "forward")(x, q)
+def _matmul(implementation: str, x: jax.Array, q: Matrix) -> jax.Array:
+    return product_of(implementation, "forward")(x, _gathered(q))
 
 
-def _forward(
-    implementation: str, x: jax.Array, q: QTensor | QLayer
-) -> tuple[jax.Array, QTensor | QLayer]:
+def _gathered(q: Matrix) -> QTensor | QLayer:
+    if isinstance(q, Sharded) or is_sharded(q):
+        return cut(q)
+    return q
+
+
+def _forward(implementation: str, x: jax.Array, q: Matrix) -> tuple[jax.Array, Matrix]:
     return _matmul(implementation, x, q), q
 
 
-def backward(implementation: str, q: QTensor | QLayer, g: jax.Array) -> tuple[jax.Array, None]:
+def backward(implementation: str, q: Matrix, g: jax.Array) -> tuple[jax.Array, None]:
     """Returns g @ W.T [..., K] in g's dtype, and None: W has no gradient."""
     if isinstance(q, QLayer):
         # One cut for both passes would be a copy of the codes; this one is fused with its use.
         q = dataclasses.replace(q, layer=jax.lax.optimization_barrier(q.layer))
-    else:
+    elif isinstance(q, QTensor):
         # XLA would keep the weight that the forward pass has decoded. Held to g, this decoding is
         # another one, and not done before g is there. Of the leaves the codebook is the least.
         _, codebook = jax.lax.optimization_barrier((g, q.codebook))
         q = dataclasses.replace(q, codebook=codebook)
-    return product_of(implementation, "backward")(g, q), None
+    return product_of(implementation, "backward")(g, _gathered(q)), None
 
 
 _matmul.defvjp(_forward, backward)

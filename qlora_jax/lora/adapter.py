@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.kernels import dense, kept
+from qlora_jax.lora import dropout
 from qlora_jax.lora.dropout import DropoutKeys
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraB, LoraConstant, LoraParam, LoraScale
@@ -57,10 +58,13 @@ class Adapter(nnx.Module):
         return dense(self.low(x, key), self.b.get_value())
 
     def low(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Returns scale * x @ A [..., r] in x's dtype; one layer. Dropout needs a key."""
+        """Returns scale * x @ A [..., r] in x's dtype; one layer.
+
+        Dropout needs a key, or a key [B] for each place of x's first axis.
+        """
         if self.dropout and key is not None:
             keep = 1 - self.dropout
-            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+            x = jnp.where(dropout.kept(key, keep, x.shape), x / keep, 0).astype(x.dtype)
         low = dense(x, self.a.get_value()) * self.scale.get_value()
         return kept(low.astype(x.dtype))
 

@@ -18,7 +18,8 @@ from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.spec import SCALINGS, AdapterSpec
 from qlora_jax.lora.starts.fresh import init_adapter
 from qlora_jax.lora.variables import Vector, Weight
-from qlora_jax.quant import QLayer, QTensor, to_float32
+from qlora_jax.quant import QTensor, to_float32
+from qlora_jax.quant.stack import is_matrix
 
 
 class LoraLinear(nnx.Module):
@@ -99,7 +100,7 @@ class LoraLinear(nnx.Module):
     def multiply(self, x: jax.Array) -> jax.Array:
         """Returns x @ W, [..., out] in x's dtype, without bias and adapter; one layer."""
         weight = self.weight.get_value()
-        if isinstance(weight, QTensor | QLayer):
+        if is_matrix(weight):
             return matmul(x, weight, self.implementation)
         return dense(x, weight)
 
@@ -127,11 +128,7 @@ def side_by_side(
     """
     weights = [linear.weight.get_value() for linear in linears]
     implementation, *others = {linear.implementation for linear in linears}
-    if (
-        len(linears) == 1
-        or others
-        or not all(isinstance(weight, QTensor | QLayer) for weight in weights)
-    ):
+    if len(linears) == 1 or others or not all(map(is_matrix, weights)):
         return [linear(x, key) for linear, key in zip(linears, keys)]
     products = matmul_many(x, weights, implementation)
     return [linear(x, key, y) for linear, key, y in zip(linears, keys, products)]

@@ -19,6 +19,7 @@ from qlora_jax.lora import (
     LoraSet,
     LoraWeights,
     Weight,
+    dropout,
     init_adapter,
     init_embedding,
 )
@@ -30,6 +31,7 @@ from qlora_jax.models.layers import Layer, Norm
 from qlora_jax.models.rope import segment_lengths
 from qlora_jax.models.visible import in_segments, up_to
 from qlora_jax.quant import QTensor, stack
+from qlora_jax.quant.sharded import looked_up, whole
 
 INPUT = "layer input"
 """The name of what a layer reads, for policies of `jax.checkpoint`."""
@@ -107,7 +109,7 @@ class Decoder(nnx.Module):
           positions: int32[B, T], from 0 in each segment.
           dtype: compute dtype.
           remat: a key of `REMAT`.
-          key: for dropout; None is inference.
+          key: for dropout, one or one for each row [B]; None is inference.
 
         Returns:
           dtype[B, T, hidden].
@@ -179,7 +181,7 @@ class Decoder(nnx.Module):
         config = self.config
         # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens and keep it.
         embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
-        x = embed[tokens].astype(dtype)
+        x = looked_up(embed, tokens).astype(dtype)
         if self.embed_adapter is not None:
             x = x + self.embed_adapter.looked_up(tokens, dtype)
         if config.scaled_embeddings:
@@ -206,7 +208,8 @@ class Decoder(nnx.Module):
 
     def stored_head(self) -> tuple[jax.Array, int]:
         """The head as it is stored, and which of its axes is the vocabulary."""
-        return (self.embed.get_value(), 0) if self.head is None else (self.head.get_value(), 1)
+        stored, axis = (self.embed, 0) if self.head is None else (self.head, 1)
+        return whole(stored.get_value()), axis
 
     def head_update(
         self, hidden: jax.Array, key: jax.Array | None
@@ -223,7 +226,7 @@ class Decoder(nnx.Module):
         if self.head_adapter is None:
             return None
         # the layers' keys are those of 0 to num_layers - 1
-        own = None if key is None else jax.random.fold_in(key, self.config.num_layers)
+        own = None if key is None else dropout.fold_in(key, self.config.num_layers)
         return self.head_adapter.low(hidden, own), self.head_adapter.b.get_value()
 
     def outer_adapters(self) -> dict[str, Adapter]:

@@ -3,18 +3,20 @@
 import functools
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from qlora_jax.kernels.target import for_a_cpu
 from qlora_jax.lora.bank import with_rows
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.inputs import KVCache
+from qlora_jax.models.sharding import on_mesh
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.qtensor import with_plain_scales
 from qlora_jax.runtime.errors import UserError
@@ -62,6 +64,7 @@ def generate(
     seed: int = 0,
     adapters: Sequence[int] | None = None,
     on_tokens: Callable[[list[list[int]]], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Continues every prompt.
 
@@ -81,6 +84,7 @@ def generate(
       adapters: each row's slot in the model's banks; None for a model without banks.
       on_tokens: called after the first token and then every `CHUNK` with each row's new ids; an
         exception it raises ends the generation.
+      mesh: the devices over which the weights are split; None is one device.
 
     Returns:
       The new ids of each row, without the stop id.
@@ -104,7 +108,7 @@ def generate(
     sampling = Sampling(temperature, top_p, row_keys(seed, prompts, adapters))
     stops = padded_stops(stop_ids)
 
-    rows, cache = prefill(structure, weights, tokens, lengths, sampling, stops, slots, dtype)
+    rows, cache = prefill(structure, weights, tokens, lengths, sampling, stops, slots, dtype, mesh)
     new = np.asarray(rows.tokens)[:, None]
     results: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
@@ -120,7 +124,7 @@ def generate(
             return results
         steps = min(CHUNK, left)
         rows, cache, drawn = decode(
-            structure, weights, cache, rows, sampling, stops, pad_id, steps, dtype
+            structure, weights, cache, rows, sampling, stops, pad_id, steps, dtype, mesh
         )
         new = np.asarray(drawn)[:, :steps]
         left -= steps
@@ -172,7 +176,7 @@ def draw(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.lax.cond((temperature > 0).any(), sampled, likeliest)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "slots", "dtype"))
+@functools.partial(jax.jit, static_argnames=("structure", "slots", "dtype", "mesh"))
 def prefill(
     structure: nnx.GraphDef,
     weights: nnx.State,
@@ -182,20 +186,27 @@ def prefill(
     stops: jax.Array,
     slots: int,
     dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> tuple[Rows, KVCache]:
     """Reads the prompts and draws each row's first token.
 
     A padded place writes to a slot that nothing sees until the token of that position replaces it.
     """
-    model = nnx.merge(structure, weights)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = empty_cache(model.config, tokens.shape[0], slots, dtype)
-    hidden, cache = model.cached(tokens, positions, cache, dtype=dtype)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _next(model, last, lengths, sampling, stops), cache
+
+    def first(weights: nnx.State, tokens: jax.Array, lengths: jax.Array, *rest: Any) -> Any:
+        model = nnx.merge(structure, weights)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        cache = empty_cache(model.config, tokens.shape[0], slots, dtype)
+        hidden, cache = model.cached(tokens, positions, cache, dtype=dtype)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return _next(model, last, lengths, *rest), cache
+
+    return on_mesh(mesh, first, weights, tokens, lengths, sampling, stops)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "dtype"), donate_argnames=("cache",))
+@functools.partial(
+    jax.jit, static_argnames=("structure", "dtype", "mesh"), donate_argnames=("cache",)
+)
 def decode(
     structure: nnx.GraphDef,
     weights: nnx.State,
@@ -206,11 +217,28 @@ def decode(
     pad_id: jax.Array,
     steps: jax.Array,
     dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> tuple[Rows, KVCache, jax.Array]:
     """Draws up to `steps` tokens a row into int32[B, CHUNK], fewer once every row is done."""
-    if for_a_cpu():
+    if mesh is None and for_a_cpu():
         # Once, not for every token. A GPU's kernels decode them as they go, and read less.
         weights = jax.tree.map(with_plain_scales, weights, is_leaf=lambda x: isinstance(x, QTensor))
+    drawn = functools.partial(_drawn, structure, dtype)
+    return on_mesh(mesh, drawn, weights, cache, rows, sampling, stops, pad_id, steps)
+
+
+def _drawn(
+    structure: nnx.GraphDef,
+    dtype: jnp.dtype,
+    weights: nnx.State,
+    cache: KVCache,
+    rows: Rows,
+    sampling: Sampling,
+    stops: jax.Array,
+    pad_id: jax.Array,
+    steps: jax.Array,
+) -> tuple[Rows, KVCache, jax.Array]:
+    """Draws tokens as `decode` does, with the weights as a model is made of."""
     model = nnx.merge(structure, weights)
 
     def proceed(state: tuple[jax.Array, Rows, KVCache, jax.Array]) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.lora import dropout
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.rope import Rotation, by_layer, rotations
 from qlora_jax.models.visible import KeyRange
@@ -85,7 +86,7 @@ def own_inputs(config: DecoderConfig, key: jax.Array | None) -> Own:
 
     Args:
       config: shapes and switches.
-      key: of dropout; None is inference.
+      key: of dropout, one or one for each row [B]; None is inference.
     """
     everything = np.iinfo(np.int32).max
     ropes, index = by_layer(config)
@@ -94,5 +95,5 @@ def own_inputs(config: DecoderConfig, key: jax.Array | None) -> Own:
         if any(config.windows)
         else None,
         jnp.asarray(index) if len(ropes) > 1 else None,
-        None if key is None else jax.random.split(key, config.num_layers),
+        None if key is None else dropout.split(key, config.num_layers),
     )

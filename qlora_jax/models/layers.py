@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.kernels.attention import attend
+from qlora_jax.lora import dropout
 from qlora_jax.lora.linear import LoraLinear, side_by_side
 from qlora_jax.lora.variables import Vector
 from qlora_jax.models.config import DecoderConfig
@@ -164,7 +165,7 @@ class Layer(nnx.Module):
         keys = (
             dict.fromkeys(paths)
             if key is None
-            else dict(zip(paths, jax.random.split(key, len(paths))))
+            else dict(zip(paths, dropout.split(key, len(paths))))
         )
 
         def products(x: jax.Array, *paths: str) -> list[jax.Array]:
@@ -206,7 +207,7 @@ class Layer(nnx.Module):
 
         def part(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
             h, i = xs
-            own = None if key is None else jax.random.fold_in(key, i)
+            own = None if key is None else dropout.fold_in(key, i)
             return self._mlp_part(h, self._products(own))
 
         split = jnp.moveaxis(h.reshape(batch, parts, length // parts, width), 1, 0)

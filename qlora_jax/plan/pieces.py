@@ -62,6 +62,8 @@ def _by_layer(
     (trees, groups, layers), leaves = layered.taken_apart(trained, frozen)
     micro = batch["mask"].shape[0]
     rows = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
+    if key is not None:  # each row has one
+        key = jax.eval_shape(partial(jax.random.split, num=batch["mask"].shape[1]), key)
     number, index = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
 
     def entered(model: Any, rows: Any, key: Any) -> Any:

@@ -7,13 +7,14 @@ kernel that gets the stack and a place copies nothing.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.quant.qtensor import QTensor
+from qlora_jax.quant.sharded import Sharded, whole
 
 
 @nnx.register_data_type
@@ -23,11 +24,11 @@ class QLayer:
     """A matrix W[K, N] in 4 bits, as a stack of such and a place in it.
 
     Attributes:
-      stack: [L, K, N].
+      stack: [L, K, N]; inside `jax.shard_map` it may be in parts.
       layer: int32 scalar from 0 to L - 1; a value beyond is taken as the nearest of these.
     """
 
-    stack: QTensor
+    stack: QTensor | Sharded
     layer: jax.Array
 
     @property
@@ -40,13 +41,27 @@ class QLayer:
         return self.stack.ndim - 1
 
     def cut(self) -> QTensor:
-        """Returns the matrix alone."""
-        return _cut_out(self.stack, self.layer)
+        """Returns the matrix alone, gathered if it is in parts."""
+        return whole(_cut_out(self.stack, self.layer))
 
 
-def cut(q: QTensor | QLayer) -> QTensor:
-    """Returns a matrix as a QTensor of its own."""
-    return q.cut() if isinstance(q, QLayer) else q
+Matrix = QTensor | QLayer | Sharded
+"""A matrix in 4 bits: by itself, by its place in a stack, or in parts."""
+
+
+def cut(q: Matrix) -> QTensor:
+    """Returns a matrix as a QTensor of its own, gathered if it is in parts."""
+    return q.cut() if isinstance(q, QLayer) else whole(q)
+
+
+def is_matrix(x: Any) -> TypeGuard[Matrix]:
+    """Whether a weight is in 4 bits, in whichever of these forms."""
+    return isinstance(x, QLayer) or _is_q(x)
+
+
+def is_sharded(q: Matrix) -> bool:
+    """Whether a matrix is in parts."""
+    return isinstance(q.stack if isinstance(q, QLayer) else q, Sharded)
 
 
 def apart(weights: Any) -> tuple[Any, Any]:
@@ -97,12 +112,24 @@ def _cut_out(stacks: Any, layer: jax.Array) -> Any:
 
 
 def _is_q(x: Any) -> bool:
-    return isinstance(x, QTensor)
+    return isinstance(x.part if isinstance(x, Sharded) else x, QTensor)
 
 
-def empty_stack(value: jax.Array | QTensor, layers: int) -> jax.Array | QTensor:
-    """Returns a stack of zeros for as many layers like this one."""
-    return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), value)
+def empty_stack(
+    value: jax.Array | QTensor, layers: int, shardings: Any = None
+) -> jax.Array | QTensor:
+    """Returns a stack of zeros for as many layers like this one.
+
+    Args:
+      value: one layer.
+      layers: length of the stack.
+      shardings: where the stack's leaves live; None is the default device.
+    """
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), value)
+
+    return zeros() if shardings is None else jax.jit(zeros, out_shardings=shardings)()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

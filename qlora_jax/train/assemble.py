@@ -11,6 +11,7 @@ from flax import nnx
 from qlora_jax.config import Config
 from qlora_jax.kernels.target import Hardware, capability_of
 from qlora_jax.models.decoder import WHOLE_LAYERS, Decoder
+from qlora_jax.models.sharding import Layout
 from qlora_jax.models.trees import Split
 from qlora_jax.train import layered
 from qlora_jax.train import step as steps
@@ -39,7 +40,11 @@ class Training(NamedTuple):
 
 
 def assemble(
-    config: Config, parts: Split, memory: Memory | None = None, device: Hardware | None = None
+    config: Config,
+    parts: Split,
+    memory: Memory | None = None,
+    device: Hardware | None = None,
+    layout: Layout | None = None,
 ) -> Training:
     """Builds the step that a config asks for, and the state before the first one.
 
@@ -49,6 +54,7 @@ def assemble(
         memory holds it.
       memory: what is kept, and where; None is what the config asks for.
       device: where the step will run; None is the default device.
+      layout: how `parts` is split over a mesh; None is one device.
     """
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.trained))
     moments, remat = memory or memory_of(config)
@@ -58,22 +64,29 @@ def assemble(
         optimizer=optimizer_of(config),
         dynamic_scale=scales_loss(config),
         moments=moments,
+        layout=layout,
     )
     state = jax.eval_shape(first, parts.trained) if abstract else first(parts.trained)
-    program = program_of(config, parts.graph, Memory(moments, remat))
-    if remat in WHOLE_LAYERS and goes_by_layer(device or jax.devices()[0]):
+    program = program_of(config, parts.graph, Memory(moments, remat), layout)
+    if layout is None and remat in WHOLE_LAYERS and goes_by_layer(device or jax.local_devices()[0]):
         inputs = PLACEMENTS["host" if remat == "host" else "device"]
         program = layered.of(program, moments, inputs, updates_at_once(config))
     return Training(parts.graph, program, state, parts.frozen)
 
 
-def program_of(config: Config, graph: nnx.GraphDef, memory: Memory | None = None) -> steps.Program:
+def program_of(
+    config: Config,
+    graph: nnx.GraphDef,
+    memory: Memory | None = None,
+    layout: Layout | None = None,
+) -> steps.Program:
     """Builds the functions of the step that a config asks for, with a gradient in one program.
 
     Args:
       config: the run's config.
       graph: the model's structure, from `trees.split`.
       memory: what is kept, and where; None is what the config asks for.
+      layout: how the model is split over a mesh; None is one device.
     """
     memory = memory or memory_of(config)
     return steps.build(
@@ -85,6 +98,7 @@ def program_of(config: Config, graph: nnx.GraphDef, memory: Memory | None = None
         method=config.method,
         layer_inputs=config.model.layer_inputs,
         moments=memory.moments,
+        layout=layout,
     )
 
 

@@ -104,6 +104,7 @@ def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summ
         opened.text,
         opened.data.questions,
         "answering samples after training",
+        opened.mesh,
     )
     summary = _summary(asked, opened, begun, fitted, after)
     if warning := describe_no_gain(summary):

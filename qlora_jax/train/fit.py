@@ -217,4 +217,5 @@ def _before(asked: Request, opened: Opened, begun: Begun, log: MetricsLog) -> No
         opened.text,
         opened.data.questions,
         "answering samples before training",
+        opened.mesh,
     )

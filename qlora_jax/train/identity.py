@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from qlora_jax.config import Config
 from qlora_jax.lora import Adapter, LoraLinear
 from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.families import HEAD
+from qlora_jax.models.sharding import Layout
 from qlora_jax.runtime.errors import RunFailed
 
 TOLERANCE = {"lora": 0.0, "dora": 1e-5}
@@ -30,7 +32,13 @@ def starts_as_base(config: Config) -> bool:
     return config.lora.from_adapter is None and config.lora.init not in STARTS
 
 
-def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Config) -> None:
+def check_identity(
+    graph: nnx.GraphDef,
+    trained: Any,
+    frozen: Any,
+    config: Config,
+    layout: Layout | None = None,
+) -> None:
     """Checks that fresh adapters change no linear's product by more than `TOLERANCE`.
 
     Those of embedding and head must add nothing at all.
@@ -40,13 +48,14 @@ def check_identity(graph: nnx.GraphDef, trained: Any, frozen: Any, config: Confi
       trained: its trained tree.
       frozen: its frozen tree.
       config: names the variant and the compute dtype.
+      layout: how the model is split over a mesh; None is one device.
 
     Raises:
       RunFailed: an adapter changes a product; the message names the first such linear.
     """
     dtype, tolerance = jnp.dtype(config.model.compute_dtype), TOLERANCE[config.lora.variant]
     model = nnx.merge(graph, trained, frozen)
-    found = jax.device_get(unchanged(graph, trained, frozen, dtype, tolerance))
+    found = jax.device_get(unchanged(graph, trained, frozen, dtype, tolerance, layout))
     name = first_changed(model, found) or first_added(model, dtype)
     if name is not None:
         raise RunFailed(
@@ -92,9 +101,14 @@ def first_added(model: Decoder, dtype: jnp.dtype) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def unchanged(
-    graph: nnx.GraphDef, trained: Any, frozen: Any, dtype: jnp.dtype, tolerance: float
+    graph: nnx.GraphDef,
+    trained: Any,
+    frozen: Any,
+    dtype: jnp.dtype,
+    tolerance: float,
+    layout: Layout | None = None,
 ) -> list[dict[str, jax.Array]]:
     """Compares x @ W with and without the adapter, for every linear that has one.
 
@@ -108,20 +122,32 @@ def unchanged(
       frozen: its frozen tree.
       dtype: of x [16, in], which is drawn from N(0, 1).
       tolerance: the largest difference, in units of the largest number of x @ W.
+      layout: how both trees are split over a mesh; None is one device.
 
     Returns:
       For each of the model's runs the linears' paths below the layer, each with bool[L]: whether
       that layer's product is unchanged. False where a number is NaN.
     """
-    model: Decoder = nnx.merge(graph, trained, frozen)
-    return [
-        {
-            path: _unchanged(linear, dtype, tolerance)
-            for path, linear in run.linears().items()
-            if linear.adapter is not None
-        }
-        for run in model.runs
-    ]
+
+    def compared(trained: Any, frozen: Any) -> list[dict[str, jax.Array]]:
+        model: Decoder = nnx.merge(graph, trained, frozen)
+        return [
+            {
+                path: _unchanged(linear, dtype, tolerance)
+                for path, linear in run.linears().items()
+                if linear.adapter is not None
+            }
+            for run in model.runs
+        ]
+
+    if layout is None:
+        return compared(trained, frozen)
+
+    def on_a_device(trained: Any, frozen: Any) -> list[dict[str, jax.Array]]:
+        return compared(*layout.in_parts(trained, frozen))
+
+    specs = layout.specs(trained, frozen)
+    return layout.spread(on_a_device, specs, PartitionSpec())(trained, frozen)
 
 
 def _unchanged(linear: LoraLinear, dtype: jnp.dtype, tolerance: float) -> jax.Array:

@@ -73,7 +73,7 @@ def gradient(
     way, model = taken_apart(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
     steps = batch["mask"].shape[0]
-    keys = [None] * steps if key is None else jax.random.split(key, steps)
+    keys = [None] * steps if key is None else jax.random.split(key, batch["mask"].shape[:2])
     sums, total = list(parts.zeros(steps == 1, model.trained)), jnp.float32(0)
 
     def add(group: units.Group, index: int, grads: Leaves) -> None:
@@ -139,7 +139,7 @@ def step(
             moments.wait(on_way.pop(0))
 
     rows = {name: x[0] for name, x in batch.items()}
-    key = None if key is None else jax.random.split(key, 1)[0]
+    key = None if key is None else jax.random.split(key, batch["mask"].shape[:2])[0]
     model = Model(leaves, model.frozen)
     up = ascend(parts, inputs, way, model, rows, key, factor)
     if program.recipe.clip_norm:

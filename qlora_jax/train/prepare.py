@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.loader import Batch, Loader
@@ -19,12 +20,12 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.runtime import manifest, paths
-from qlora_jax.runtime.device import describe_devices
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import choice, examples, resume, rundir, step_count
 from qlora_jax.train.assemble import Training, assemble
 from qlora_jax.train.examples import Data
 from qlora_jax.train.identity import check_identity, starts_as_base
+from qlora_jax.train.mesh import describe_mesh, mesh_of, split_over
 from qlora_jax.train.offload import Memory
 from qlora_jax.train.quantization import held_quantization
 from qlora_jax.train.setup import load_model, open_model
@@ -63,6 +64,7 @@ class Opened:
       data: the examples.
       loader: the batches to train on.
       memory: what is kept, and where.
+      mesh: the devices over which the model is split; None is one device.
       device: in words.
     """
 
@@ -72,6 +74,7 @@ class Opened:
     data: Data
     loader: Loader
     memory: Memory
+    mesh: Mesh | None
     device: str
 
 
@@ -128,7 +131,8 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Memory]) -> Ope
     choice.check(config.train)
     if asked.resume and config.train.epochs is None:
         resume.check_steps(Path(config.output), config.train.step_count)
-    choose_kernel(config, jax.devices()[0])  # refuses before anything is loaded
+    mesh = mesh_of(config)
+    choose_kernel(config, jax.local_devices()[0])  # refuses before anything is loaded
     checkpoint, text = open_model(config, say)
     memory = place(checkpoint.config)
     data = examples.read_data(config, text, checkpoint.config.longest_cached)
@@ -137,14 +141,14 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Memory]) -> Ope
     counted = step_count.with_steps(config, loader.steps_of)
     if asked.resume:
         resume.check_steps(Path(config.output), counted.train.step_count)
-    device = str(describe_devices())
+    device = describe_mesh(config)
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(examples.describe_data(data))
     if (epochs := config.train.epochs) is not None:
         say(f"{epochs:g} epochs: {counted.train.step_count:,} steps")
     if warning := step_count.describe_warmup(counted):
         say(warning)
-    return Opened(counted, checkpoint, text, data, loader, memory, device)
+    return Opened(counted, checkpoint, text, data, loader, memory, mesh, device)
 
 
 def build(asked: Request, opened: Opened) -> Built:
@@ -155,17 +159,19 @@ def build(asked: Request, opened: Opened) -> Built:
       RunFailed: fresh adapters change the model's output, or a kernel is wrong on this device.
     """
     config, data, pad_id = opened.config, opened.data, opened.text.pad_id
-    model, specs = load_model(config, opened.checkpoint, asked.say)
+    model, specs = load_model(config, opened.checkpoint, asked.say, opened.mesh)
     counts = trees.parameter_counts(model, config.method)
     for line in describe_model(config, model, specs, counts):
         asked.say(line)
     base_hash = fingerprint.base_hash(model, config.method)
     changed = _base_changed(model, config) if asked.resume else None
-    parts = trees.split(model, config.method)
+    parts, layout = trees.split(model, config.method), None
+    if opened.mesh is not None:
+        parts, layout = split_over(opened.mesh, parts, asked.say)
     if specs and starts_as_base(config):
-        check_identity(*parts, config)
+        check_identity(*parts, config, layout)
     return Built(
-        assemble(config, parts, opened.memory),
+        assemble(config, parts, opened.memory, layout=layout),
         opened.loader,
         examples.held_out(config, data, pad_id),
         Facts(bool(specs), *counts, base_hash, held_quantization(config, opened.checkpoint)),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qlora_jax.config import ModelSettings
 from qlora_jax.formats.checkpoint import Checkpoint
@@ -85,6 +86,7 @@ def load_base(
     checkpoint: Checkpoint,
     warn: Callable[[str], None],
     splitter: Splitter | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Loads the weights, streamed, and chooses the kernels; the model has no adapters.
 
@@ -93,6 +95,7 @@ def load_base(
       checkpoint: where the weights come from.
       warn: called with lines for the user.
       splitter: takes what adapters start with out of the weights.
+      mesh: the devices over which the weights are split; None is the default device.
 
     Raises:
       UserError: weights that cannot be quantized.
@@ -103,8 +106,8 @@ def load_base(
     if checkpoint.quantization:
         for line in describe_stored(settings, checkpoint.quantization):
             warn(line)
-    model = _load(settings, checkpoint, splitter)
-    device = jax.devices()[0]
+    model = _load(settings, checkpoint, splitter, mesh)
+    device = jax.local_devices()[0]
     use_attention(model, trusted_attention(_attention(settings, model.config), device, warn))
     if settings.method != "full":
         use_kernel(model, trusted_kernel(settings, device, warn))
@@ -112,7 +115,11 @@ def load_base(
 
 
 def load_adapted(
-    settings: ModelSettings, checkpoint: Checkpoint, warn: Callable[[str], None], seed: int
+    settings: ModelSettings,
+    checkpoint: Checkpoint,
+    warn: Callable[[str], None],
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Decoder, dict[str, AdapterSpec]]:
     """Loads the weights, streamed, and attaches adapters.
 
@@ -124,6 +131,7 @@ def load_adapted(
       checkpoint: where the weights come from.
       warn: called with lines for the user.
       seed: of the adapters' initial values.
+      mesh: the devices over which the base is split; None is the default device.
 
     Raises:
       UserError: as `load_base`; targets that match nothing, or an adapter that is for another
@@ -134,7 +142,7 @@ def load_adapted(
     values: LoraSet = given_values(settings, warn)
     specs = targets(lora, checkpoint.config)
     splitter = Splitter(lora, specs) if lora.init in STARTS else None
-    model = load_base(settings, checkpoint, warn, splitter)
+    model = load_base(settings, checkpoint, warn, splitter, mesh)
     shapes = model.linears() | outer_modules(model.config)
     if above := ranks_above_full(specs, shapes):
         warn(_describe_ranks(above))
@@ -165,7 +173,12 @@ def _attention(settings: ModelSettings, decoder: DecoderConfig) -> Kind:
     )
 
 
-def _load(settings: ModelSettings, checkpoint: Checkpoint, splitter: Splitter | None) -> Decoder:
+def _load(
+    settings: ModelSettings,
+    checkpoint: Checkpoint,
+    splitter: Splitter | None,
+    mesh: Mesh | None,
+) -> Decoder:
     """Reads the weights, and shows how far it is."""
     full, quantized = settings.method == "full", settings.method == "qlora"
     with progress(f"loading {settings.model.path}", len(checkpoint.names())) as advance:
@@ -175,6 +188,7 @@ def _load(settings: ModelSettings, checkpoint: Checkpoint, splitter: Splitter | 
             dtype=jnp.dtype(settings.lora.dtype if full else settings.model.storage_dtype),
             progress=advance,
             split=splitter,
+            mesh=mesh,
         )
 
 

@@ -23,6 +23,8 @@ MAY_CHANGE: Mapping[str, str | None] = {
     "kernels.implementation": ROUNDING,
     "kernels.materialize": ROUNDING,
     "model.remat": ROUNDING,
+    "mesh.data": ROUNDING,
+    "mesh.fsdp": ROUNDING,
 }
 """Settings that may change on resume, each with a warning where it changes what is computed.
 

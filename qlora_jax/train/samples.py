@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qlora_jax.config import Config
 from qlora_jax.data.prompts import Question
@@ -18,8 +19,18 @@ def answer(
     text: Tokenizer,
     questions: Sequence[Question],
     description: str,
+    mesh: Mesh | None = None,
 ) -> list[str]:
-    """Returns the model's greedy answers, decoded."""
+    """Returns the model's greedy answers, decoded.
+
+    Args:
+      config: of the run.
+      model: over one device, or over those of a mesh.
+      text: its tokenizer.
+      questions: to be answered.
+      description: what the user sees meanwhile.
+      mesh: the devices over which the weights are split; None is one device.
+    """
     if not questions:
         return []
     with progress(description, len(questions)) as advance:
@@ -30,6 +41,7 @@ def answer(
             stop_ids=text.stop_ids,
             pad_id=text.pad_id,
             dtype=jnp.dtype(config.model.compute_dtype),
+            mesh=mesh,
         )
         advance(len(questions))
     return [text.decode(row) for row in rows]

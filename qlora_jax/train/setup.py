@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from qlora_jax.config import Config
 from qlora_jax.data import sources
 from qlora_jax.formats import fresh
@@ -72,14 +74,23 @@ def _own_tokenizer(config: Config) -> Tokenizer:
 
 
 def load_model(
-    config: Config, checkpoint: Checkpoint, warn: Callable[[str], None]
+    config: Config,
+    checkpoint: Checkpoint,
+    warn: Callable[[str], None],
+    mesh: Mesh | None = None,
 ) -> tuple[Decoder, dict[str, AdapterSpec]]:
     """Loads the weights, streamed, and attaches adapters unless every weight is trained.
+
+    Args:
+      config: of the run.
+      checkpoint: where the weights come from.
+      warn: called with lines for the user.
+      mesh: the devices over which pretrained weights are split; None is the default device.
 
     Raises:
       UserError: as `load_adapted`.
       RunFailed: a kernel that the config asks for is wrong on this device.
     """
     if config.method == "full":
-        return load_base(config, checkpoint, warn), {}
-    return load_adapted(config, checkpoint, warn, config.train.seed)
+        return load_base(config, checkpoint, warn, mesh=mesh), {}
+    return load_adapted(config, checkpoint, warn, config.train.seed, mesh)

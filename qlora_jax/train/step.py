@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.sharding import SPLIT, Layout, added_up
+from qlora_jax.runtime.mesh import ROWS
 from qlora_jax.train import units
 from qlora_jax.train.loss import token_loss
 from qlora_jax.train.offload import ON_DEVICE, Placement
@@ -73,6 +76,7 @@ class Recipe:
       clip_norm: largest global gradient norm; 0 does not clip.
       method: a key of `trees.TRAINED`.
       layer_inputs: how the layers' inputs wait for the backward pass: exact, or int8.
+      layout: how both trees are split over a mesh; None is one device.
     """
 
     graph: nnx.GraphDef
@@ -81,6 +85,13 @@ class Recipe:
     clip_norm: float
     method: str
     layer_inputs: str = "exact"
+    layout: Layout | None = None
+
+    def model(self, trained: Any, frozen: Any) -> Decoder:
+        """Returns the model; inside `jax.shard_map` of this device's parts."""
+        if self.layout is not None:
+            trained, frozen = self.layout.in_parts(trained, frozen)
+        return nnx.merge(self.graph, trained, frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +140,30 @@ def init(
     optimizer: optax.GradientTransformation,
     dynamic_scale: bool,
     moments: Placement = ON_DEVICE,
+    layout: Layout | None = None,
 ) -> State:
-    """The state before the first step."""
+    """The state before the first step; moments are split over a mesh as what they are of."""
     scale = jnp.float32(INITIAL_SCALE if dynamic_scale else 1.0)
     # step and finite_steps need buffers of their own: both are donated
     step, finite_steps = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    first = jax.jit(optimizer.init)
+    if layout is not None:
+        step, scale, finite_steps = layout.everywhere((step, scale, finite_steps))
+    first = jax.jit(partial(init_unit, optimizer, layout))
     states = units.init(trained, lambda unit: moments.store(first(unit)))
     return moments.begin(State(trained, states, step, scale, finite_steps))
+
+
+def init_unit(
+    optimizer: optax.GradientTransformation, layout: Layout | None, unit: Mapping[str, Any]
+) -> Any:
+    """Returns the optimizer's state of one unit before the first step."""
+    state = optimizer.init(unit)
+    return state if layout is None else split_moments(layout, unit, state)
+
+
+def split_moments(layout: Layout, unit: Mapping[str, Any], state: Any) -> Any:
+    """Returns an optimizer's state of a unit, inside `jax.jit`, where it lives on the mesh."""
+    return jax.lax.with_sharding_constraint(state, layout.moments(unit, state))
 
 
 def build(
@@ -149,6 +176,7 @@ def build(
     method: str,
     layer_inputs: str = "exact",
     moments: Placement = ON_DEVICE,
+    layout: Layout | None = None,
 ) -> Program:
     """Compiles lazily; see `Program`.
 
@@ -161,11 +189,12 @@ def build(
       method: a key of `trees.TRAINED`.
       layer_inputs: how the layers' inputs wait; the gradient in one program has no use for it.
       moments: where the optimizer's state lives.
+      layout: how both trees are split over a mesh; None is one device.
     """
     dtype = jnp.dtype(compute_dtype)
-    recipe = Recipe(graph, dtype, remat, clip_norm, method, layer_inputs)
+    recipe = Recipe(graph, dtype, remat, clip_norm, method, layer_inputs, layout)
     # each program gets a function of its own, so that jax counts what is compiled for it alone
-    unit = jax.jit(partial(update_unit, optimizer), static_argnums=0, donate_argnums=(1, 4))
+    unit = jax.jit(partial(update_unit, optimizer, layout), static_argnums=0, donate_argnums=(1, 4))
     counted = jax.jit(partial(count, dtype == jnp.float16), donate_argnums=0)
     return Program(
         recipe=recipe,
@@ -186,7 +215,7 @@ def loss_sum(
     remat: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the summed loss of a batch [B, T] and the number of its target tokens."""
-    model: Decoder = nnx.merge(recipe.graph, trained, frozen)
+    model = recipe.model(trained, frozen)
     hidden = model.hidden(
         batch["tokens"],
         batch["segments"],
@@ -223,7 +252,15 @@ def evaluate(
     recipe: Recipe, trained: Any, frozen: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the loss sum and the token count of a batch: `Program.evaluate`."""
-    return loss_sum(recipe, trained, frozen, batch, None, "none")
+
+    def sums(trained: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        found = loss_sum(recipe, trained, frozen, batch, None, "none")
+        return found if recipe.layout is None else jax.lax.psum(found, ROWS)
+
+    if recipe.layout is None:
+        return sums(trained, frozen, dict(batch))
+    mine = recipe.layout.specs(trained, frozen)
+    return recipe.layout.spread(sums, (*mine, SPLIT), P())(trained, frozen, dict(batch))
 
 
 def gradient(
@@ -239,9 +276,15 @@ def gradient(
     trained tree alone.
     """
     count, factor = factor_of(state.scale, batch["mask"])
-    micro = partial(_micro_gradient, recipe, frozen, factor)
+    one: Callable[..., tuple[Any, jax.Array]] = partial(_micro_gradient, recipe)
+    if recipe.layout is not None:
+        trees = recipe.layout.specs(state.trained, frozen)
+        rows = (trees[1], P(), trees[0], SPLIT, SPLIT)
+        one = recipe.layout.spread(one, rows, (trees[0], P()))
+    micro = partial(one, frozen, factor)
     k = batch["mask"].shape[0]
-    keys = None if key is None else jax.random.split(key, k)
+    # a key for each row, so that what is dropped in it does not depend on the device it is on
+    keys = None if key is None else jax.random.split(key, batch["mask"].shape[:2])
     if k == 1:
         grads, total = micro(state.trained, *jax.tree.map(lambda x: x[0], (dict(batch), keys)))
     else:
@@ -311,6 +354,8 @@ def _micro_gradient(
         return total * factor, total
 
     (_, total), grads = jax.value_and_grad(scaled, has_aux=True)(trained)
+    if recipe.layout is not None:
+        return added_up(grads, recipe.layout.trained), jax.lax.psum(total, ROWS)
     return grads, total
 
 
@@ -332,6 +377,7 @@ def _accumulated(
 
 def update_unit(
     optimizer: optax.GradientTransformation,
+    layout: Layout | None,
     group: units.Group,
     leaves: Sequence[jax.Array],
     grads: Sequence[jax.Array],
@@ -348,6 +394,8 @@ def update_unit(
     updates, new = optimizer.update(slopes, moments, params)
     moved = optax.apply_updates(params, updates)
     moved, new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, new), (params, moments))
+    if layout is not None:
+        new = split_moments(layout, params, new)
     return units.put(group, leaves, index, moved), new
 
 

@@ -22,6 +22,7 @@ from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraConstant, LoraVector
 from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.quant import QTensor, to_float32
+from qlora_jax.quant.sharded import whole
 
 
 class DoraAdapter(Adapter):
@@ -49,7 +50,7 @@ class DoraAdapter(Adapter):
 
     def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
         """x times the adapted weight, [..., out]; dropout is on the input of A alone."""
-        a, b = (jax.lax.stop_gradient(v.get_value()) for v in (self.a, self.b))
+        a, b = (jax.lax.stop_gradient(whole(v.get_value())) for v in (self.a, self.b))
         scale = self.scale.get_value()
         cross = multiply(a.T.astype(x.dtype)).astype(jnp.float32)
         norms = adapted_norms(self.norm.get_value(), cross, a, b, scale)

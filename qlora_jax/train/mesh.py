@@ -1,0 +1,67 @@
+"""A run on several devices: which they are, and how its model is split over them."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from qlora_jax.config import Config
+from qlora_jax.models.sharding import Layout, layout_of, undivided
+from qlora_jax.models.trees import Split
+from qlora_jax.runtime.device import describe_devices
+from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.mesh import DATA, FSDP, device_mesh
+
+
+def mesh_of(config: Config) -> Mesh | None:
+    """Returns the mesh that a config asks for; None is one device.
+
+    Raises:
+      UserError: there are fewer devices, or the rows of a batch are not a multiple of them.
+    """
+    asked = config.mesh
+    mesh = device_mesh(asked.data, asked.fsdp)
+    rows = config.train.batch_size
+    if rows % asked.devices:
+        raise UserError(
+            f"train.batch_size {rows} is divided over the {asked.devices} devices of mesh "
+            f"{{data: {asked.data}, fsdp: {asked.fsdp}}}, and is not a multiple of them; give "
+            f"--train.batch_size={-(-rows // asked.devices) * asked.devices}, or a smaller mesh"
+        )
+    return mesh
+
+
+def describe_mesh(config: Config) -> str:
+    """Returns the devices of a run in words."""
+    found, asked = describe_devices(), config.mesh
+    if asked.devices == 1 and jax.process_count() == 1:
+        return str(dataclasses.replace(found, count=1))
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    several = dataclasses.replace(found, count=asked.devices)
+    return f"{several}, {DATA} {asked.data} x {FSDP} {asked.fsdp}{processes}"
+
+
+def split_over(mesh: Mesh, parts: Split, warn: Callable[[str], None]) -> tuple[Split, Layout]:
+    """Puts a model's trees on the devices of a mesh.
+
+    Args:
+      mesh: from `mesh_of`.
+      parts: the model; its pretrained weights may be there already.
+      warn: called with a line on what could not be split.
+
+    Returns:
+      The model, and how it is split.
+    """
+    layout = layout_of(mesh, parts.trained, parts.frozen)
+    whole = undivided(parts.trained, layout.trained) | undivided(parts.frozen, layout.frozen)
+    if whole and mesh.shape[FSDP] > 1:
+        n = mesh.shape[FSDP]
+        warn(
+            f"warning: mesh.fsdp {n} divides no axis of {len(whole)} weights (first "
+            f"{next(iter(whole))}); every device holds all of them, "
+            f"{sum(whole.values()) / 2**20:.1f} MiB in place of "
+            f"{sum(whole.values()) / n / 2**20:.1f}"
+        )
+    trained, frozen = layout.placed(parts.trained, parts.frozen)
+    return Split(parts.graph, trained, frozen), layout
