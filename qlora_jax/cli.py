@@ -28,7 +28,7 @@ from qlora_jax.commands import (
     sweep,
     train,
 )
-from qlora_jax.runtime import interrupts, limits
+from qlora_jax.runtime import interrupts, limits, processes
 from qlora_jax.runtime.errors import RunFailed, Terminated, UserError
 from qlora_jax.runtime.streams import outlets, printable
 from qlora_jax.train.interrupt import Stopped
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options, settings, shlex.join(["qlora-jax", *arguments]))
         finally:
             sys.stdout.flush()  # here, so that an error of it has its line and code
+    processes.leave(code.value)
     return code.value
 
 
@@ -106,7 +107,9 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
 def _fail(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    print(f"qlora-jax: {printable(' '.join(message.split()))}", file=sys.stderr)
+    line = printable(" ".join(f"{processes.name()}{message}".split()))
+    print(f"qlora-jax: {line}", file=sys.stderr, flush=True)
+    processes.tell(message)
 
 
 class _Parser(argparse.ArgumentParser):

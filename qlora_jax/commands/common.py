@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar, get_args
 
 from qlora_jax import config as configs
+from qlora_jax.runtime import processes
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.streams import printable, to_read
 from qlora_jax.train import rundir
@@ -27,12 +28,17 @@ def show(text: str) -> None:
     print(to_read(text))
 
 
-def start_jax() -> None:
+def start_jax(distributed: bool = False) -> None:
     """Starts jax, and says so where a GPU is there and jax does not use it.
 
+    Args:
+      distributed: whether this is one of several processes of a run.
+
     Raises:
-      UserError: jax cannot start.
+      UserError: jax cannot start, or the other processes cannot be found.
     """
+    if distributed:
+        processes.join()
     from qlora_jax.runtime.device import warn_if_gpu_idle
 
     if warning := warn_if_gpu_idle():

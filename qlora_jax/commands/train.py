@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from qlora_jax import config as configs
 from qlora_jax.commands.common import config_of, count, say, show, start_jax
+from qlora_jax.config import Config
+from qlora_jax.runtime import processes
 from qlora_jax.runtime.errors import UserError
 
 TEXT = "Fine-tune a model; writes a run directory."
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `train`."""
     parser.usage = (
         "qlora-jax train CONFIG [--resume | --overwrite | --preview N] "
-        "[--force] [--json] [--debug] [--section.key=value ...]"
+        "[--force] [--distributed] [--json] [--debug] [--section.key=value ...]"
     )
     parser.epilog = _settings()
     parser.set_defaults(settings=True)
@@ -25,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
     parser.add_argument(
         "--preview", type=count, metavar="N", help="print N examples, loss marked, and stop"
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one process of several, on one host or more; srun, mpirun and torchrun need not say",
     )
     parser.add_argument(
         "--force", action="store_true", help="run even where the device's memory is too small"
@@ -44,7 +51,12 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     config = config_of(options.config, settings)
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
-    start_jax()
+    start_jax(options.distributed or processes.several())
+    with processes.heard(), processes.failing_together():
+        _run(options, config, command)
+
+
+def _run(options: argparse.Namespace, config: Config, command: str) -> None:
     from rich.console import Console
 
     from qlora_jax.plan.training import train_placed

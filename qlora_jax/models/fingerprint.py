@@ -30,12 +30,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.stored import Stored, stored
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.mesh import everywhere
 
 ROWS = (0x9E3779B9, 0xBF58476D, 0x94D049BB, 0xD6E8FEB8)
 COLUMNS = (0x7F4A7C15, 0x1CE4E5B9, 0x133111EB, 0x6659FD93)
@@ -85,8 +87,9 @@ def sums(model: Decoder) -> list[tuple[Stored, list[jax.Array]]]:
     for part in stored(model):
         rows, columns = (1, *_shape(part))[-2:]
         keys = _keys(rows, ROWS), _keys(columns, COLUMNS)
+        home = everywhere(part.value)
         layers = [
-            _sums(part.value, i if part.stacked else None, *keys, part.transposed)
+            _sums(part.value, i if part.stacked else None, *keys, part.transposed, home)
             for i in range(len(part.names))
         ]
         found.append((part, layers))
@@ -140,13 +143,14 @@ def _keys(count: int, starts: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(_mix(numbers))
 
 
-@functools.partial(jax.jit, static_argnames="transposed")
+@functools.partial(jax.jit, static_argnames=("transposed", "home"))
 def _sums(
     value: jax.Array | QTensor,
     layer: int | None,
     rows: jax.Array,
     columns: jax.Array,
     transposed: bool,
+    home: NamedSharding | None = None,
 ) -> jax.Array:
     """The four sums of one parameter, uint32[4].
 
@@ -156,9 +160,13 @@ def _sums(
       rows: their keys, uint32[4, rows].
       columns: likewise.
       transposed: whether `value` has columns before rows.
+      home: every device of the mesh that `value` is on; None for one device.
     """
     if layer is not None:
         value = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), value)
+    if home is not None:
+        # one layer, gathered as it is stored
+        value = jax.lax.with_sharding_constraint(value, home)
     number = to_float32(value)
     bits = jax.lax.bitcast_convert_type(jnp.atleast_2d(number), jnp.uint32)
     bits = jnp.where(bits & 0x7F800000 == 0, jnp.uint32(0), bits)

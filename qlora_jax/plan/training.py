@@ -41,7 +41,7 @@ def train_placed(
     planned: list[Fit] = []
 
     def place(decoder: DecoderConfig) -> Memory:
-        found = fit(config, decoder, jax.devices()[0], force)
+        found = fit(config, decoder, jax.local_devices()[0], force)
         planned.append(found)
         if found.chosen:
             say(f"to fit on the device: {found.chosen}")

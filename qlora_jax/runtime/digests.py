@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from qlora_jax.runtime import json_files
+from qlora_jax.runtime.mesh import to_host
 
 DIGESTS, OWN = "digests", "sha256"
 """Keys of sealed JSON: the digests of arrays by name, and that of everything else in it."""
@@ -19,7 +20,7 @@ class Damaged(Exception):
 
 def digest(array: jax.Array | np.ndarray) -> str:
     """Returns an array's dtype, shape and the SHA-256 of its bytes, as one line of text."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    flat = np.ascontiguousarray(to_host(array)).reshape(-1).view(np.uint8)
     return f"{array.dtype}{list(array.shape)} {hashlib.sha256(flat.data).hexdigest()}"
 
 

@@ -1,10 +1,12 @@
 """The devices of a run as a mesh of two axes, and arrays on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from qlora_jax.runtime.errors import UserError
 
@@ -58,6 +60,56 @@ def sent(tree: Any, shardings: Any) -> Any:
       shardings: of its leaves.
     """
     return jax.tree.map(_sent, tree, shardings)
+
+
+def everywhere(tree: Any) -> NamedSharding | None:
+    """Returns the place on all devices of the mesh that arrays are on; None for one device."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    return NamedSharding(sharding.mesh, PartitionSpec()) if hasattr(sharding, "mesh") else None
+
+
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns an array as numpy's; what other processes hold is brought here first, so all call."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def stack_on_hosts(arrays: Sequence[jax.Array]) -> jax.Array | np.ndarray:
+    """Stacks arrays of one shape and sharding, without room for the stack on a device.
+
+    Returns:
+      A numpy array; one on the same devices where other processes hold a part.
+    """
+    first = arrays[0]
+    if first.is_fully_addressable:
+        return np.stack([np.asarray(x) for x in arrays])
+    home = stacked_sharding(first.sharding)
+    parts = [
+        jax.device_put(
+            np.stack([np.asarray(shard.data) for shard in alike]),
+            SingleDeviceSharding(alike[0].device, memory_kind=home.memory_kind),
+        )
+        for alike in zip(*(x.addressable_shards for x in arrays))
+    ]
+    shape = (len(arrays), *first.shape)
+    return jax.make_array_from_single_device_arrays(shape, home, parts)
+
+
+def stack_like(x: Any, count: int) -> Any:
+    """Returns what `stack_on_hosts` makes of so many arrays like this one, without any content.
+
+    It is a numpy array that takes no memory, or the shape of an array on the devices.
+    """
+    shape = (count, *x.shape)
+    if x.sharding.is_fully_addressable:
+        return np.broadcast_to(np.zeros((), x.dtype), shape)
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=stacked_sharding(x.sharding))
+
+
+def stacked_sharding(one: Any) -> NamedSharding:
+    """Returns where a stack lives, each layer as one array does."""
+    return NamedSharding(one.mesh, PartitionSpec(None, *one.spec), memory_kind=one.memory_kind)
 
 
 def _sent(x: Any, sharding: Sharding) -> jax.Array:

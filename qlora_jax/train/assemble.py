@@ -38,6 +38,13 @@ class Training(NamedTuple):
         """Returns the model with what has been trained so far."""
         return nnx.merge(self.graph, self.state.trained, self.frozen)
 
+    def gathered(self) -> Decoder:
+        """Returns the same with all that has been trained on every device."""
+        layout, trained = self.program.recipe.layout, self.state.trained
+        if layout is not None:
+            trained = layout.everywhere(trained)
+        return nnx.merge(self.graph, trained, self.frozen)
+
 
 def assemble(
     config: Config,

@@ -13,7 +13,7 @@ import numpy as np
 from qlora_jax.config import Config
 from qlora_jax.formats import fresh
 from qlora_jax.models import fingerprint
-from qlora_jax.runtime import manifest, paths
+from qlora_jax.runtime import manifest, paths, processes
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train import examples, export, metrics, resume, rundir
 from qlora_jax.train.fit import Begun, Fitted
@@ -109,10 +109,14 @@ def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summ
     summary = _summary(asked, opened, begun, fitted, after)
     if warning := describe_no_gain(summary):
         asked.say(warning)
+    processes.by_first(lambda: _report(summary))
+    return summary
+
+
+def _report(summary: Summary) -> None:
     write_report(summary)
     results = {k: v for k, v in dataclasses.asdict(summary).items() if k != "samples"}
-    manifest.finish(begun.owned.folder, {"results": results})
-    return summary
+    manifest.finish(summary.run_dir, {"results": results})
 
 
 def describe_no_gain(summary: Summary) -> str | None:
@@ -134,14 +138,15 @@ def _export(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Non
       RunFailed: the frozen base changed.
     """
     config, folder, facts = asked.config, begun.owned.folder, begun.built.facts
-    model = fitted.training.model()
+    model = fitted.training.gathered()
     if facts.adapted:
         if fingerprint.base_hash(model, config.method) != facts.base_hash:
             raise RunFailed("the frozen base changed in training; this is a bug, please report it")
         asked.say(f"base unchanged: hash {facts.base_hash} before and after")
-        export.export_adapter(config, model, folder / export.FOLDER)
+        processes.by_first(lambda: export.export_adapter(config, model, folder / export.FOLDER))
     if config.model.path == fresh.NAME:
-        export.export_model(config, model, opened.text, folder / export.MODEL)
+        path = folder / export.MODEL
+        processes.by_first(lambda: export.export_model(config, model, opened.text, path))
 
 
 def _summary(
@@ -196,5 +201,5 @@ def _median_rate(folder: Path) -> float:
 
 
 def _peak_device_bytes() -> int | None:
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 
 from qlora_jax.config import Config
-from qlora_jax.runtime import manifest
+from qlora_jax.runtime import manifest, processes
 from qlora_jax.runtime.display import progress
 from qlora_jax.train import resume, rundir, step_count
 from qlora_jax.train.assemble import Training
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.choice import Evaluation, describe_losses
 from qlora_jax.train.loop import Progress, best_step, look, loop, read_progress
-from qlora_jax.train.metrics import MetricsLog
+from qlora_jax.train.metrics import Log, open_log
 from qlora_jax.train.offload import ON_DEVICE
 from qlora_jax.train.optimizer import schedule
 from qlora_jax.train.owner import Owner
@@ -126,7 +126,7 @@ def fit(asked: Request, opened: Opened, begun: Begun) -> Fitted:
     """
     training, folder, config = begun.built.training, begun.owned.folder, opened.config
     counters, held_out = begun.counters, begun.built.held_out
-    with MetricsLog(folder, start_step=int(training.state.step)) as log:
+    with open_log(folder, start_step=int(training.state.step)) as log:
         if log.lost:
             asked.say(describe_lost(log, int(training.state.step)))
         _go_on(asked, opened, begun)  # and what is there can be read
@@ -175,9 +175,14 @@ def _go_on(asked: Request, opened: Opened, begun: Begun) -> None:
     taken = int(begun.built.training.state.step) - begun.counters.skipped
     if line := step_count.describe_jump(config.optimizer, taken, before, config.train.step_count):
         asked.say(line)
-    manifest.write(folder, begun.manifest, resumed=True)
-    if not resume.is_same(begun.stored, asked.config):
-        rundir.write_config(folder, dataclasses.replace(asked.config, output=begun.stored.output))
+    described, stored = begun.manifest, begun.stored
+
+    def written() -> None:
+        manifest.write(folder, described, resumed=True)
+        if not resume.is_same(stored, asked.config):
+            rundir.write_config(folder, dataclasses.replace(asked.config, output=stored.output))
+
+    processes.by_first(written)
 
 
 def _read_best(training: Training, begun: Begun, step: int) -> Training:
@@ -190,7 +195,7 @@ def _read_best(training: Training, begun: Begun, step: int) -> Training:
     return training._replace(state=state)
 
 
-def describe_lost(log: MetricsLog, start_step: int) -> str:
+def describe_lost(log: Log, start_step: int) -> str:
     """Returns a warning of steps that a resumed run's metrics lack.
 
     Args:
@@ -203,7 +208,7 @@ def describe_lost(log: MetricsLog, start_step: int) -> str:
     )
 
 
-def _before(asked: Request, opened: Opened, begun: Begun, log: MetricsLog) -> None:
+def _before(asked: Request, opened: Opened, begun: Begun, log: Log) -> None:
     """Notes the held-out loss and the samples' answers before the first step."""
     training, counters = begun.built.training, begun.counters
     if held_out := begun.built.held_out:

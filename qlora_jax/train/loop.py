@@ -12,6 +12,7 @@ from qlora_jax.config import Config
 from qlora_jax.data.loader import Loader
 from qlora_jax.models.trees import flatten
 from qlora_jax.quant import nbytes
+from qlora_jax.runtime import processes
 from qlora_jax.runtime.display import TrainDisplay
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train.assemble import drops_out, scales_loss
@@ -25,7 +26,7 @@ from qlora_jax.train.choice import (
     read_evaluation,
 )
 from qlora_jax.train.interrupt import Requests, Stopped
-from qlora_jax.train.metrics import MetricsLog
+from qlora_jax.train.metrics import Log
 from qlora_jax.train.step import Figures, Program, State
 
 MOST_SKIPPED = 20
@@ -81,7 +82,7 @@ def look(
     state: State,
     frozen: Any,
     held_out: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
-    log: MetricsLog,
+    log: Log,
 ) -> Evaluation:
     """Evaluates on every held-out set, and logs the losses.
 
@@ -115,7 +116,7 @@ def loop(
     loader: Loader,
     held_out: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
     checkpoints: Checkpoints,
-    log: MetricsLog,
+    log: Log,
     counters: Progress,
     learning_rate: Callable[[int], Any],
     *,
@@ -185,7 +186,7 @@ def loop(
                 counters.choice = counters.choice.seen(found)
                 display.note(f"step {step}: held-out loss {describe_losses(found)}")
                 start = time.perf_counter()
-            stopped = requests.signal
+            stopped = processes.stop_at(requests.signal, step)
             if _is_over(config, counters, step) or _saves(config, counters, step) or stopped:
                 receive()
                 _save(around, state)

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat
+from typing import Any, Self, SupportsFloat
 
-from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime import json_files, paths, processes
 from qlora_jax.runtime.atomic import atomic_write, storage_error
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.events import Event, RecordWriter, SessionLog, scalar
@@ -20,16 +20,51 @@ NAME = "metrics.jsonl"
 FLUSH_SECONDS = 10
 
 
-class MetricsLog:
+class Log:
+    """Keeps nothing: the log of every process of a run but the first.
+
+    Attributes:
+      path: the file metrics.jsonl.
+      lost: steps before the first that have no line, since the file was damaged.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        """Takes note of where the file is."""
+        self.path = Path(run_dir) / NAME
+        self.lost: list[int] = []
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Adds one line."""
+
+    def close(self) -> None:
+        """Ends the log."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # What ended the run matters more than what then goes wrong in closing its log.
+        with contextlib.suppress(*([Exception] if error else [])):
+            self.close()
+
+
+def open_log(run_dir: str | Path, *, start_step: int) -> Log:
+    """Opens a run's log: in its first process `MetricsLog`."""
+    return processes.by_first(lambda: MetricsLog(run_dir, start_step=start_step)) or Log(run_dir)
+
+
+class MetricsLog(Log):
     """Appends figures to RUN_DIR/metrics.jsonl and to event files in RUN_DIR/tensorboard.
 
     Each line is one JSON object: `step` and slash-separated names such as `train/loss`. A value
     that is not finite is null, since JSON has no NaN. A line reaches the system as it is
     written, so that a killed process loses none.
 
-    Attributes:
-      path: the file metrics.jsonl.
-      lost: steps up to `start_step` that have no line, since the file was damaged.
     """
 
     def __init__(self, run_dir: str | Path, *, start_step: int) -> None:
@@ -42,7 +77,7 @@ class MetricsLog:
         """
         # it warns of every gradient norm that is not finite, which the loss scale deals with
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
-        self.path = Path(run_dir) / NAME
+        super().__init__(run_dir)
         self._start_step = start_step
         there: set[int] = set()
         if self.path.exists():
@@ -96,19 +131,6 @@ class MetricsLog:
             self._events.close()
         except OSError as e:
             raise storage_error(self.path.parent, e) or e from e
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # What ended the run matters more than what then goes wrong in closing its log.
-        with contextlib.suppress(*([Exception] if error else [])):
-            self.close()
 
     def _flush_events(self) -> None:
         self._events.flush()

@@ -53,6 +53,16 @@ class Owner:
             )
 
 
+class Guest(Owner):
+    """A process of the same run that owns nothing: the first one has the directory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def check(self) -> None:
+        """Does nothing: the owner checks."""
+
+
 @contextlib.contextmanager
 def own(folder: Path) -> Iterator[Owner]:
     """Holds a folder's lock; the kernel releases it too, however the process ends.

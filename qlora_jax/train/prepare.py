@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from qlora_jax import config as configs
 from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.loader import Batch, Loader
 from qlora_jax.formats import peft
@@ -19,7 +20,7 @@ from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant.codebooks import codebook
-from qlora_jax.runtime import manifest, paths
+from qlora_jax.runtime import manifest, paths, processes
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import choice, examples, resume, rundir, step_count
 from qlora_jax.train.assemble import Training, assemble
@@ -142,6 +143,7 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Memory]) -> Ope
     if asked.resume:
         resume.check_steps(Path(config.output), counted.train.step_count)
     device = describe_mesh(config)
+    processes.agree({"configs": configs.digest(config), "code": processes.code_digest()})
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(examples.describe_data(data))
     if (epochs := config.train.epochs) is not None:

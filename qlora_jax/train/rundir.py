@@ -10,12 +10,12 @@ from typing import Any
 
 from qlora_jax import config as configs
 from qlora_jax.config import Config
-from qlora_jax.runtime import json_files, paths
+from qlora_jax.runtime import json_files, paths, processes
 from qlora_jax.runtime.atomic import atomic_write, storage_error
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import owner
 from qlora_jax.train import resume as resume_of
-from qlora_jax.train.owner import LOCK, Owner
+from qlora_jax.train.owner import LOCK, Guest, Owner
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -134,7 +134,7 @@ def claim(
 ) -> Iterator[Owner]:
     """Makes the run directory with its manifest and config, or opens that of the run to resume.
 
-    It is this run's alone inside the `with`.
+    It is this run's alone inside the `with`. Of several processes the first one claims it.
 
     Args:
       config: of the run.
@@ -146,6 +146,18 @@ def claim(
       UserError: the directory holds a run and neither was asked for, holds something else, was
         made with another config, is another run's that is writing there, or cannot be written to.
     """
+    with contextlib.ExitStack() as held:
+
+        def claimed() -> Owner:
+            return held.enter_context(_claimed(config, manifest, resume, overwrite))
+
+        yield processes.by_first(claimed) or Guest(Path(config.output))
+
+
+@contextlib.contextmanager
+def _claimed(
+    config: Config, manifest: Mapping[str, Any], resume: bool, overwrite: bool
+) -> Iterator[Owner]:
     check(config, resume=resume, overwrite=overwrite)
     folder = Path(config.output)
     try:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from qlora_jax.lora.masks import is_variable
 from qlora_jax.models.trees import flatten
+from qlora_jax.runtime.mesh import stack_like, stack_on_hosts
 
 STACKS = "runs"
 """The part of a trained tree whose parts are stacks of layers."""
@@ -117,12 +117,15 @@ def init(trained: Any, one: Callable[[dict[str, Any]], Any]) -> tuple[Any, ...]:
 
 
 def stacked(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
-    """Per group, the states of its units as one tree of numpy arrays with a leading axis."""
+    """Per group, the states of its units as one tree of arrays with a leading axis.
+
+    They are numpy's, unless other processes hold a part of them: then they are where the units are.
+    """
     rest = list(states)
     made = []
     for group in groups(trained):
         own, rest = rest[: group.units], rest[group.units :]
-        made.append(jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *own))
+        made.append(jax.tree.map(lambda *x: stack_on_hosts(x), *own))
     return tuple(made)
 
 
@@ -132,7 +135,7 @@ def stacked_like(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
     for group in groups(trained):
         made.append(
             jax.tree.map(
-                lambda x, n=group.units: np.broadcast_to(np.zeros((), x.dtype), (n, *x.shape)),
+                lambda x, n=group.units: stack_like(x, n),
                 states[first],
             )
         )
