@@ -1,0 +1,239 @@
+"""Runs on several devices, by the command line: trained, resumed elsewhere, read by the others."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qlora_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.quick
+ROOT = Path(__file__).parents[1]
+PROGRAM = sys.executable, "-m", "qlora_jax"
+RANK = 64
+"""At which A and B are large enough to be split."""
+
+
+def losses(run: Path) -> list[float]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def adapter(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, write_config) -> Path:
+    folder = tmp_path_factory.mktemp("mesh")
+    return write_config(
+        folder,
+        lora={"rank": RANK, "alpha": 6, "dropout": 0.1},
+        train__batch_size=8,
+        train__steps=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path, run_cli: Callable[..., Any]) -> Callable[[str, str], Path]:
+    """Trains on a mesh, once; returns the run directory."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def train(data: str, fsdp: str) -> Path:
+        if (data, fsdp) not in made:
+            run = config.parent / f"run-{data}-{fsdp}"
+            # answers are asked for where the test is a slow one
+            sizes = f"--mesh.data={data}", f"--mesh.fsdp={fsdp}"
+            samples = f"--train.samples={int(fsdp == '2')}"
+            ended = run_cli("train", config, f"--output={run}", *sizes, samples)
+            assert ended.code == 0, ended.err
+            made[data, fsdp] = run
+        return made[data, fsdp]
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp"), [("2", "4"), pytest.param("1", "2", marks=pytest.mark.slow)]
+)
+def test_a_run_on_a_mesh_is_the_run_on_one_device(runs, data: str, fsdp: str) -> None:
+    alone, spread = runs("1", "1"), runs(data, fsdp)
+    np.testing.assert_allclose(losses(spread), losses(alone), rtol=1e-5)
+    one, other = adapter(alone), adapter(spread)
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_allclose(other[name], values, atol=1e-4)
+    hashes = {json.loads((r / "manifest.json").read_text())["base_hash"] for r in (alone, spread)}
+    assert len(hashes) == 1
+    assert "data 2 x fsdp 4" in (runs("2", "4") / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [("1", "1"), ("1", "2"), ("2", "2"), ("2", "4")])
+def test_a_run_resumes_on_other_devices(config, runs, run_cli, tmp_path, sizes) -> None:
+    """Saved on eight devices after two steps; the same eight give the same bits."""
+    whole, run = runs("2", "4"), tmp_path / "run"
+    both = ["--mesh.data=2", "--mesh.fsdp=4"]
+    assert run_cli("train", config, f"--output={run}", *both, "--train.steps=2").code == 0
+    data, fsdp = sizes
+    on = f"--mesh.data={data}", f"--mesh.fsdp={fsdp}"
+    ended = run_cli("train", run, "--resume", *on, "--train.steps=4")
+    assert ended.code == 0, ended.err
+    if sizes == ("2", "4"):
+        assert losses(run) == losses(whole)
+        for name, values in adapter(whole).items():
+            np.testing.assert_array_equal(adapter(run)[name], values)
+    else:
+        np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_on_one_device_resumes_on_eight(config, runs, run_cli, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert run_cli("train", config, f"--output={run}", "--train.steps=2").code == 0
+    ended = run_cli("train", run, "--resume", "--mesh.fsdp=8", "--train.steps=4")
+    assert ended.code == 0, ended.err
+    np.testing.assert_allclose(losses(run), losses(runs("1", "1")), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_other_commands_read_it_on_one_device(runs, run_cli, tmp_path) -> None:
+    run = runs("2", "4")
+    evaluated = run_cli("evaluate", run, "--json")
+    assert evaluated.code == 0, evaluated.err
+    found = json.loads(evaluated.out)
+    last = [row["eval/loss"] for row in read_metrics(run / "metrics.jsonl") if "eval/loss" in row]
+    assert last[-1] == pytest.approx(found["loss"], rel=1e-6)
+    for command in (
+        ("generate", run, "--prompt", "What?", "--max-new-tokens", "4"),
+        ("merge", run, tmp_path / "merged"),
+        ("export", run, tmp_path / "exported"),
+    ):
+        ended = run_cli(*command)
+        assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("--mesh.fsdp=16",), "is for 16 devices, and jax has 8"),
+        (("--mesh.fsdp=3",), "train.batch_size 8 is divided over the 3 devices"),
+        (("--mesh.fsdp=0",), "mesh.fsdp: input should be greater than or equal to 1"),
+        (("--mesh.fdsp=2",), "the nearest is --mesh.fsdp"),
+        (("--mesh", "some"), "mesh.data: input should be a valid integer"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(config, run_cli, tmp_path, settings, expected) -> None:
+    output = tmp_path / "run"
+    ended = run_cli("train", config, f"--output={output}", *settings)
+    assert ended.code == 2
+    assert expected in ended.message
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_split_is_told(config, run_cli, tmp_path) -> None:
+    sizes = ("--mesh.fsdp=7", "--train.batch_size=7", "--train.steps=1")
+    ended = run_cli("train", config, f"--output={tmp_path / 'run'}", *sizes)
+    assert ended.code == 0, ended.err
+    assert "mesh.fsdp 7 divides no axis of" in ended.err
+
+
+class Two:
+    """Two processes with four devices each, over the loopback."""
+
+    def __init__(
+        self,
+        config: Path,
+        run: Path,
+        *settings: str,
+        each: Sequence[Sequence[str]] = ((), ()),
+    ):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = [
+            subprocess.Popen(
+                [*PROGRAM, "train", config, f"--output={run}", *settings, *each[index]],
+                env=os.environ
+                | {
+                    "PYTHONPATH": str(ROOT),
+                    "JAX_PLATFORMS": "cpu",
+                    "JAX_NUM_CPU_DEVICES": "4",
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(index),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+
+    def wait(self) -> list[tuple[int, str, str]]:
+        """The exit code and the two streams of each."""
+        streams = [process.communicate(timeout=400) for process in self.processes]
+        return [(p.returncode, *text) for p, text in zip(self.processes, streams)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(config, runs, tmp_path) -> None:
+    run = tmp_path / "run"
+    (code, out, err), (other, silent, _) = Two(config, run, "--mesh.fsdp=8", "--json").wait()
+    assert (code, other) == (0, 0), err
+    assert json.loads(out)["steps"] == 4
+    assert not silent
+    np.testing.assert_allclose(losses(run), losses(runs("1", "1")), rtol=1e-5)
+    for name, values in adapter(runs("1", "1")).items():
+        np.testing.assert_allclose(adapter(run)[name], values, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_all(config, runs, run_cli, tmp_path, killed) -> None:
+    """The other ends with a line; what was saved is resumed by one process, or by two."""
+    run, steps = tmp_path / "run", ("--train.steps=400", "--train.eval_every=0")
+    both = Two(config, run, "--mesh.fsdp=8", "--train.save_every=1", "--train.samples=0", *steps)
+    waiting = time.monotonic()
+    while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
+        assert time.monotonic() - waiting < 300
+        assert both.processes[0].poll() is None
+        time.sleep(0.2)
+    both.processes[killed].kill()
+    began = time.monotonic()
+    ended = both.wait()
+    assert time.monotonic() - began < 60
+    assert ended[killed][0] == -signal.SIGKILL
+    code, _, err = ended[1 - killed]
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"qlora-jax: process {1 - killed} of 2: ")
+    assert "--resume goes on" in last
+    saved = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
+    again = f"--train.steps={saved + 1}"
+    resumed = run_cli("train", run, "--resume", "--mesh", "none", again, "--train.eval_every=0")
+    assert resumed.code == 0, resumed.err
+    assert len(losses(run)) == saved + 1
+    first = losses(runs("1", "1"))[:2]
+    np.testing.assert_allclose(losses(run)[:2], first, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_refused(config, tmp_path) -> None:
+    run = tmp_path / "run"
+    ended = Two(config, run, "--mesh.fsdp=8", each=((), ("--lora.rank=8",))).wait()
+    for index, (code, _, err) in enumerate(ended):
+        assert code == 2
+        assert f"process {index} of 2: processes 0 and 1 have different configs" in err
+    assert not run.exists()
