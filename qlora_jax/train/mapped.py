@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.config import Config
 from qlora_jax.lora import LoraSet, LoraWeights, plan
@@ -24,6 +25,7 @@ from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraScale
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach, detach
+from qlora_jax.runtime.mesh import DATA, sent
 from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
@@ -53,6 +55,7 @@ class Adapters(NamedTuple):
       own: the settings that are fixed for each member.
       frozen: the base, and placeholders for the scales.
       specs: module path to adapter, for each member.
+      own_batches: whether each member has batches of its own.
     """
 
     graph: nnx.GraphDef
@@ -60,6 +63,7 @@ class Adapters(NamedTuple):
     own: Own
     frozen: Any
     specs: Sequence[Mapping[str, AdapterSpec]]
+    own_batches: bool = False
 
 
 class Program(NamedTuple):
@@ -121,16 +125,55 @@ def draw(model: Decoder, configs: Sequence[Config], common: Mapping[str, Adapter
     )
 
 
-def build(config: Config, adapters: Adapters) -> Program:
-    """Compiles lazily, for any members over these linears; see `Program`."""
+def build(config: Config, adapters: Adapters, mesh: Mesh | None = None) -> Program:
+    """Compiles lazily, for any members over these linears; see `Program`.
+
+    Args:
+      config: what the members have in common.
+      adapters: of as many members as all others.
+      mesh: devices over which the members are split along `DATA`; None is one device.
+    """
     # A rate is a factor on AdamW's update, decay included: all members share one of rate 1.
     shared = dataclasses.replace(config.optimizer, learning_rate=1.0, lora_plus_ratio=1.0)
     config = dataclasses.replace(config, optimizer=shared)
     optimizer, single = optimizer_of(config), program_of(config, adapters.graph, memory_of(config))
+    init: Callable[..., Any] = jax.vmap(partial(first_moments, optimizer))
+    step: Callable[..., Any]
+    look: Callable[..., Any]
+    step, look = partial(take_step, single, optimizer), partial(evaluate, single)
+    if mesh is not None:
+        own, same = PartitionSpec(DATA), PartitionSpec()
+        init = _spread(mesh, init, own)
+        look = _spread(mesh, look, own, own, same, same)
+        each = adapters.own_batches
+        step = _spread(mesh, step, own, own, own, same, own if each else same)
     return Program(
-        init=jax.jit(jax.vmap(partial(first_moments, optimizer))),
-        step=jax.jit(partial(take_step, single, optimizer), donate_argnums=(0, 1)),
-        evaluate=jax.jit(partial(evaluate, single)),
+        init=jax.jit(init),
+        step=jax.jit(step, donate_argnums=(0, 1)),
+        evaluate=jax.jit(look),
+    )
+
+
+def _spread(mesh: Mesh, function: Callable[..., Any], *inputs: PartitionSpec) -> Callable[..., Any]:
+    """Returns a function that works on every device's own members."""
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=inputs, out_specs=PartitionSpec(DATA), check_vma=False
+    )
+
+
+def placed(mesh: Mesh | None, adapters: Adapters) -> Adapters:
+    """Returns adapters whose members are split over the devices of a mesh, and the base on all."""
+    if mesh is None:
+        return adapters
+    own, same = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((DATA,), ()))
+
+    def on(home: NamedSharding, tree: Any) -> Any:
+        return sent(tree, jax.tree.map(lambda _: home, tree))
+
+    return adapters._replace(
+        trained=on(own, adapters.trained),
+        own=on(own, adapters.own),
+        frozen=on(same, adapters.frozen),
     )
 
 

@@ -15,8 +15,9 @@ from qlora_jax.config import Config, changed
 from qlora_jax.lora import LoraSet
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.mesh import device_mesh
 from qlora_jax.train.examples import Data, held_out, loader, read_data
-from qlora_jax.train.mapped import Adapters, Program, build, draw, extract, union
+from qlora_jax.train.mapped import Adapters, Program, build, draw, extract, placed, union
 from qlora_jax.train.setup import load_model, open_model
 from qlora_jax.train.step_count import describe_warmup
 from qlora_jax.train.targets import outer_targets
@@ -77,7 +78,8 @@ def train_population(
 ) -> list[MemberResult]:
     """Trains every member as a run of its own would be trained.
 
-    Nothing is written. Dropout, float16 and moments on the host are a single run's.
+    Nothing is written. Dropout, float16 and moments on the host are a single run's. Members are
+    split over the devices of `mesh.data`, each of which has the whole base.
 
     Args:
       config: of the run; method qlora or lora.
@@ -91,23 +93,28 @@ def train_population(
       UserError: members that differ in more, or settings that a population does not have.
     """
     configs = member_configs(config, members, data_seed)
+    mesh = device_mesh(config.mesh.data, config.mesh.fsdp)
     if warning := describe_warmup(config):
         say(warning)
     checkpoint, text = open_model(config, say)
     _check_targets(configs, checkpoint.config)
     data = read_data(config, text, checkpoint.config.longest_cached)
-    model, _ = load_model(config, checkpoint, say)
+    model, _ = load_model(config, checkpoint, say, mesh)
     evaluated = next(iter(held_out(config, data, text.pad_id).values()), [])
-    common, size = union(model, configs), largest or len(configs)
+    common, most = union(model, configs), largest or len(configs)
+    each = config.mesh.data
+    size = -(-min(most, len(configs)) // each) * each
+    own_batches = data_seed is None and len({c.train.seed for c in configs}) > 1
     found: list[MemberResult] = []
     program = None
     for start in range(0, len(configs), size):
         part = configs[start : start + size]
         # the last part is filled up, for the program's sake
-        filled = part + [part[-1]] * (min(size, len(configs)) - len(part))
-        adapters = draw(model, filled, common)
-        program = program or build(config, adapters)
-        batches = _batches(filled, data, text.pad_id, data_seed)
+        filled = part + [part[-1]] * (size - len(part))
+        adapters = draw(model, filled, common)._replace(own_batches=own_batches)
+        program = program or build(config, adapters, mesh)
+        adapters = placed(mesh, adapters)
+        batches = _batches(filled, data, text.pad_id, data_seed, own_batches)
         found += run(filled, adapters, batches, evaluated, program, progress)[: len(part)]
     return found
 
@@ -182,6 +189,7 @@ def member_configs(
         "train.epochs": config.train.epochs is not None,
         "train.keep_best": config.train.keep_best,
         "train.patience": config.train.patience > 0,
+        "mesh.fsdp above 1": config.mesh.fsdp > 1,
     }
     if setting := next((name for name, used in refused.items() if used), None):
         raise UserError(f"{setting}: not for a population; change it, or train runs by themselves")
@@ -204,13 +212,13 @@ def _check_targets(configs: Sequence[Config], decoder: DecoderConfig) -> None:
 
 
 def _batches(
-    configs: Sequence[Config], data: Data, pad_id: int, data_seed: int | None
+    configs: Sequence[Config], data: Data, pad_id: int, data_seed: int | None, own: bool
 ) -> Iterator[Mapping[str, np.ndarray]]:
     seeds = [c.train.seed if data_seed is None else data_seed for c in configs]
     loaders = {seed: loader(configs[0], data, pad_id, seed) for seed in dict.fromkeys(seeds)}
     while True:
-        batches = {seed: next(own) for seed, own in loaders.items()}
-        if len(batches) == 1:
+        batches = {seed: next(each) for seed, each in loaders.items()}
+        if not own:
             yield batches[seeds[0]]
         else:
             yield {

@@ -61,7 +61,7 @@ def common(**changes: Any) -> Config:
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        tree[section] = tree[section] | {name: value} if name else value
+        tree[section] = tree.get(section, {}) | {name: value} if name else value
     return from_tree(tree, "test")
 
 
@@ -200,6 +200,7 @@ def test_padding_stays_zero_and_the_base_is_one(made: Made, make_batch: Callable
         ({"train__steps": None, "train__epochs": 2}, [{}], "train.epochs: not for a population"),
         ({"train__keep_best": True}, [{}], "train.keep_best: not for a population"),
         ({"train__patience": 1}, [{}], "train.patience: not for a population"),
+        ({"mesh": {"fsdp": 2}}, [{}], "mesh.fsdp above 1: not for a population"),
         ({"data__packing": False}, [{}, {"train.seed": "1"}], "data.packing false gives members"),
     ],
 )
@@ -219,8 +220,9 @@ def test_members_that_can_train_together_have_one_key() -> None:
     }
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_population_from_a_config_is_the_run_of_each(
-    tmp_path: Path, write_config: Callable[..., Path], run_cli: Callable[..., Any]
+    tmp_path: Path, write_config: Callable[..., Path], run_cli: Callable[..., Any], devices: int
 ) -> None:
     from qlora_jax import config as configs
 
@@ -231,7 +233,8 @@ def test_a_population_from_a_config_is_the_run_of_each(
         {"train.seed": "3", "optimizer.learning_rate": "0.02"},
     ]
     # two at a time: the last is by itself, in the program of two
-    found = population.train_population(configs.load(path), members, largest=2)
+    common = configs.load(path, {"mesh.data": str(devices)})
+    found = population.train_population(common, members, largest=2)
     settings = [f"--{key}={value}" for key, value in members[2].items()]
     ended = run_cli("train", path, *settings)
     assert ended.code == 0, ended.err
