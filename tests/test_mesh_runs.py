@@ -1,11 +1,8 @@
 """Runs on several devices, by the command line: trained, resumed elsewhere, read by the others."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,18 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.tools.devices import Devices, losses, start
 from qlora_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.quick
-ROOT = Path(__file__).parents[1]
-PROGRAM = sys.executable, "-m", "qlora_jax"
 RANK = 64
 """At which A and B are large enough to be split."""
-
-
-def losses(run: Path) -> list[float]:
-    rows = read_metrics(run / "metrics.jsonl")
-    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 def adapter(run: Path) -> dict[str, np.ndarray]:
@@ -55,8 +46,8 @@ def runs(config: Path, run_cli: Callable[..., Any]) -> Callable[[str, str], Path
             # answers are asked for where the test is a slow one
             sizes = f"--mesh.data={data}", f"--mesh.fsdp={fsdp}"
             samples = f"--train.samples={int(fsdp == '2')}"
-            ended = run_cli("train", config, f"--output={run}", *sizes, samples)
-            assert ended.code == 0, ended.err
+            done = run_cli("train", config, f"--output={run}", *sizes, samples)
+            assert done.code == 0, done.err
             made[data, fsdp] = run
         return made[data, fsdp]
 
@@ -87,8 +78,8 @@ def test_a_run_resumes_on_other_devices(config, runs, run_cli, tmp_path, sizes) 
     assert run_cli("train", config, f"--output={run}", *both, "--train.steps=2").code == 0
     data, fsdp = sizes
     on = f"--mesh.data={data}", f"--mesh.fsdp={fsdp}"
-    ended = run_cli("train", run, "--resume", *on, "--train.steps=4")
-    assert ended.code == 0, ended.err
+    done = run_cli("train", run, "--resume", *on, "--train.steps=4")
+    assert done.code == 0, done.err
     if sizes == ("2", "4"):
         assert losses(run) == losses(whole)
         for name, values in adapter(whole).items():
@@ -101,8 +92,8 @@ def test_a_run_resumes_on_other_devices(config, runs, run_cli, tmp_path, sizes) 
 def test_a_run_on_one_device_resumes_on_eight(config, runs, run_cli, tmp_path) -> None:
     run = tmp_path / "run"
     assert run_cli("train", config, f"--output={run}", "--train.steps=2").code == 0
-    ended = run_cli("train", run, "--resume", "--mesh.fsdp=8", "--train.steps=4")
-    assert ended.code == 0, ended.err
+    done = run_cli("train", run, "--resume", "--mesh.fsdp=8", "--train.steps=4")
+    assert done.code == 0, done.err
     np.testing.assert_allclose(losses(run), losses(runs("1", "1")), rtol=1e-5)
 
 
@@ -119,8 +110,8 @@ def test_the_other_commands_read_it_on_one_device(runs, run_cli, tmp_path) -> No
         ("merge", run, tmp_path / "merged"),
         ("export", run, tmp_path / "exported"),
     ):
-        ended = run_cli(*command)
-        assert ended.code == 0, ended.err
+        done = run_cli(*command)
+        assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(
@@ -135,62 +126,33 @@ def test_the_other_commands_read_it_on_one_device(runs, run_cli, tmp_path) -> No
 )
 def test_a_mesh_that_cannot_be_is_refused(config, run_cli, tmp_path, settings, expected) -> None:
     output = tmp_path / "run"
-    ended = run_cli("train", config, f"--output={output}", *settings)
-    assert ended.code == 2
-    assert expected in ended.message
+    done = run_cli("train", config, f"--output={output}", *settings)
+    assert done.code == 2
+    assert expected in done.message
     assert not output.exists()
 
 
 @pytest.mark.slow
 def test_what_cannot_be_split_is_told(config, run_cli, tmp_path) -> None:
     sizes = ("--mesh.fsdp=7", "--train.batch_size=7", "--train.steps=1")
-    ended = run_cli("train", config, f"--output={tmp_path / 'run'}", *sizes)
-    assert ended.code == 0, ended.err
-    assert "mesh.fsdp 7 divides no axis of" in ended.err
+    done = run_cli("train", config, f"--output={tmp_path / 'run'}", *sizes)
+    assert done.code == 0, done.err
+    assert "mesh.fsdp 7 divides no axis of" in done.err
 
 
-class Two:
-    """Two processes with four devices each, over the loopback."""
+TWO = Devices(data=1, fsdp=8, processes=2)
 
-    def __init__(
-        self,
-        config: Path,
-        run: Path,
-        *settings: str,
-        each: Sequence[Sequence[str]] = ((), ()),
-    ):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.processes = [
-            subprocess.Popen(
-                [*PROGRAM, "train", config, f"--output={run}", *settings, *each[index]],
-                env=os.environ
-                | {
-                    "PYTHONPATH": str(ROOT),
-                    "JAX_PLATFORMS": "cpu",
-                    "JAX_NUM_CPU_DEVICES": "4",
-                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                    "JAX_NUM_PROCESSES": "2",
-                    "JAX_PROCESS_ID": str(index),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
 
-    def wait(self) -> list[tuple[int, str, str]]:
-        """The exit code and the two streams of each."""
-        streams = [process.communicate(timeout=400) for process in self.processes]
-        return [(p.returncode, *text) for p, text in zip(self.processes, streams)]
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Waits for processes; returns the exit code and the two streams of each."""
+    streams = [process.communicate(timeout=400) for process in processes]
+    return [(process.returncode, *text) for process, text in zip(processes, streams)]
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_run(config, runs, tmp_path) -> None:
     run = tmp_path / "run"
-    (code, out, err), (other, silent, _) = Two(config, run, "--mesh.fsdp=8", "--json").wait()
+    (code, out, err), (other, silent, _) = ended(start(config, run, TWO, "--json"))
     assert (code, other) == (0, 0), err
     assert json.loads(out)["steps"] == 4
     assert not silent
@@ -204,18 +166,18 @@ def test_two_processes_train_one_run(config, runs, tmp_path) -> None:
 def test_a_process_that_is_killed_ends_all(config, runs, run_cli, tmp_path, killed) -> None:
     """The other ends with a line; what was saved is resumed by one process, or by two."""
     run, steps = tmp_path / "run", ("--train.steps=400", "--train.eval_every=0")
-    both = Two(config, run, "--mesh.fsdp=8", "--train.save_every=1", "--train.samples=0", *steps)
+    both = start(config, run, TWO, "--train.save_every=1", "--train.samples=0", *steps)
     waiting = time.monotonic()
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
         assert time.monotonic() - waiting < 300
-        assert both.processes[0].poll() is None
+        assert both[0].poll() is None
         time.sleep(0.2)
-    both.processes[killed].kill()
+    both[killed].kill()
     began = time.monotonic()
-    ended = both.wait()
+    left = ended(both)
     assert time.monotonic() - began < 60
-    assert ended[killed][0] == -signal.SIGKILL
-    code, _, err = ended[1 - killed]
+    assert left[killed][0] == -signal.SIGKILL
+    code, _, err = left[1 - killed]
     assert code == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"qlora-jax: process {1 - killed} of 2: ")
@@ -232,8 +194,8 @@ def test_a_process_that_is_killed_ends_all(config, runs, run_cli, tmp_path, kill
 @pytest.mark.slow
 def test_processes_that_differ_are_refused(config, tmp_path) -> None:
     run = tmp_path / "run"
-    ended = Two(config, run, "--mesh.fsdp=8", each=((), ("--lora.rank=8",))).wait()
-    for index, (code, _, err) in enumerate(ended):
+    both = start(config, run, TWO, each=((), ("--lora.rank=8",)))
+    for index, (code, _, err) in enumerate(ended(both)):
         assert code == 2
         assert f"process {index} of 2: processes 0 and 1 have different configs" in err
     assert not run.exists()

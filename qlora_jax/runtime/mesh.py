@@ -64,8 +64,10 @@ def sent(tree: Any, shardings: Any) -> Any:
 
 def everywhere(tree: Any) -> NamedSharding | None:
     """Returns the place on all devices of the mesh that arrays are on; None for one device."""
-    sharding = jax.tree.leaves(tree)[0].sharding
-    return NamedSharding(sharding.mesh, PartitionSpec()) if hasattr(sharding, "mesh") else None
+    first = jax.tree.leaves(tree)[0]
+    if isinstance(first, jax.core.Tracer) or not isinstance(first.sharding, NamedSharding):
+        return None
+    return NamedSharding(first.sharding.mesh, PartitionSpec())
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:

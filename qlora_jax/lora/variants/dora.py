@@ -10,11 +10,13 @@ so no weight is decoded for them. With B = 0 they are ‖W‖ to the bit: the ro
 is its number. So the adapted model starts as the base, exactly.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from qlora_jax.kernels import kept
 from qlora_jax.lora.adapter import Adapter, Multiply
@@ -23,6 +25,7 @@ from qlora_jax.lora.variables import LoraConstant, LoraVector
 from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.quant.sharded import whole
+from qlora_jax.runtime.mesh import everywhere
 
 
 class DoraAdapter(Adapter):
@@ -95,20 +98,26 @@ def dora(adapter: Adapter, weight: jax.Array | QTensor) -> DoraAdapter:
       weight: [L, in, out].
     """
     a, b, scale = (v.get_value() for v in (adapter.a, adapter.b, adapter.scale))
-    norm, magnitude = _measure(weight, a, b, scale)
+    norm, magnitude = _measure(weight, a, b, scale, everywhere(weight))
     return DoraAdapter(
         a, b, scale, adapter.specs, adapter.dropout, adapter.freeze_a, magnitude, norm
     )
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="home")
 def _measure(
-    weight: jax.Array | QTensor, a: jax.Array, b: jax.Array, scale: jax.Array
+    weight: jax.Array | QTensor,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array,
+    home: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
     def one(
         layer: tuple[jax.Array | QTensor, jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         stored, a, b, scale = layer
+        if home is not None:  # each layer is gathered as it is stored
+            stored = jax.lax.with_sharding_constraint(stored, home)
         w = to_float32(stored)
         norm = jnp.sqrt(jnp.sum(w**2, axis=0))
         cross = _dot(a.astype(jnp.float32).T, w)

@@ -1,0 +1,180 @@
+"""Does one config train alike on one device, on several, and by two processes?
+
+Expected: losses equal to 1e-5, relative to their size; float32's rounding is what differs.
+Cost: one run of the config for each mesh.
+Command: python -m experiments.tools.devices configs/quickstart.yaml \\
+           --output docs/results/devices --model.compute_dtype=float32 \\
+           --model.storage_dtype=float32 --train.batch_size=8 --train.steps=20
+  Further arguments are settings of all runs.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qlora_jax import config as configs
+from qlora_jax.runtime.device import cpu_cores, cpu_name
+from qlora_jax.runtime.processes import OWN
+from qlora_jax.runtime.versions import versions
+from qlora_jax.train.metrics import read_metrics
+
+BOUND = 1e-5
+"""Largest relative difference of a loss, as the command is asked to hold it."""
+
+
+class Devices(NamedTuple):
+    """What a run is on.
+
+    Attributes:
+      data, fsdp: sizes of its mesh.
+      processes: that share its devices.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    processes: int = 1
+
+    def __str__(self) -> str:
+        if self.data * self.fsdp == 1:
+            return "1 device"
+        shared = f", {self.processes} processes" if self.processes > 1 else ""
+        return f"data {self.data} x fsdp {self.fsdp}{shared}"
+
+
+TRIED = (Devices(), Devices(1, 2), Devices(1, 8), Devices(2, 4), Devices(1, 8, 2))
+
+
+def start(
+    config: str | Path, run: Path, on: Devices, *settings: str, each: Sequence[Sequence[str]] = ()
+) -> list[subprocess.Popen[str]]:
+    """Starts the processes of a run on devices of this CPU.
+
+    Args:
+      config: YAML file, or a run directory.
+      run: the run directory.
+      on: the mesh and the number of processes.
+      settings: further arguments of all.
+      each: further arguments of each process.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "qlora_jax", "train", str(config), f"--output={run}"]
+    command += [f"--mesh.data={on.data}", f"--mesh.fsdp={on.fsdp}", *settings]
+    devices = str(max(on.data * on.fsdp // on.processes, 1))
+    started = []
+    for index in range(on.processes):
+        place = dict(zip(OWN, (address, str(on.processes), str(index))))
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
+        started.append(
+            subprocess.Popen(
+                [*command, *(each[index] if each else ())],
+                env=environment | (place if on.processes > 1 else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def losses(run: Path) -> list[float]:
+    """Returns the loss of each step of a run."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def compare(
+    config: str, folder: Path, settings: Sequence[str], tried: Sequence[Devices] = TRIED
+) -> dict[Devices, list[float]]:
+    """Trains on each of the devices, one after another.
+
+    Args:
+      config: YAML file.
+      folder: gets a run directory for each.
+      settings: of all runs.
+      tried: what to train on.
+
+    Returns:
+      The losses of each.
+
+    Raises:
+      RuntimeError: a run failed; says how.
+    """
+    found = {}
+    for number, on in enumerate(tried):
+        run = folder / str(number)
+        print(f"{on}: {run}", file=sys.stderr, flush=True)
+        ended = [
+            (process.communicate(), process.returncode)
+            for process in start(config, run, on, "--overwrite", *settings)
+        ]
+        for (_, err), code in ended:
+            if code:
+                raise RuntimeError(f"{on}: exit code {code}: {err.strip().splitlines()[-1]}")
+        found[on] = losses(run)
+    return found
+
+
+def differences(found: Mapping[Devices, Sequence[float]]) -> dict[Devices, list[float]]:
+    """Returns how far each loss is from the first run's, relative to it."""
+    first = next(iter(found.values()))
+    return {on: [abs(x / y - 1) for x, y in zip(own, first)] for on, own in found.items()}
+
+
+def draw(found: Mapping[Devices, Sequence[float]], path: Path) -> None:
+    """Draws the losses, and below them how far they are from the first run's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for order, (on, own) in enumerate(found.items()):
+        steps = range(1, len(own) + 1)
+        # the widest first, so that equal curves are all to be seen
+        above.plot(steps, own, label=str(on), linewidth=2 * (len(found) - order), alpha=0.8)
+    for on, own in list(differences(found).items())[1:]:
+        below.semilogy(range(1, len(own) + 1), [max(x, 1e-9) for x in own], "o-", label=str(on))
+    below.axhline(BOUND, color="gray", linestyle="--", label="bound")
+    above.set_ylabel("loss")
+    below.set_ylabel("difference, relative")
+    below.set_xlabel("step")
+    above.legend()
+    below.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Compares, prints and writes OUTPUT.json and OUTPUT.png."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("config")
+    parser.add_argument("--output", type=Path, required=True, help="without .json and .png")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "devices")
+    options, settings = parser.parse_known_args()
+    configs.parse_overrides(settings)
+    found = compare(options.config, options.runs, settings)
+    far = {str(on): max(own) for on, own in differences(found).items()}
+    for on, largest in far.items():
+        print(f"{on:30} {largest:.1e}")
+    text = {
+        "command": " ".join(["python -m experiments.tools.devices", *sys.argv[1:]]),
+        "machine": f"{cpu_name()}, {cpu_cores()} cores",
+        "versions": versions(),
+        "bound": BOUND,
+        "largest_difference": far,
+        "losses": {str(on): own for on, own in found.items()},
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.with_suffix(".json").write_text(json.dumps(text, indent=1) + "\n")
+    draw(found, options.output.with_suffix(".png"))
+    if max(far.values()) > BOUND:
+        sys.exit(f"differs by more than {BOUND}")
+
+
+if __name__ == "__main__":
+    main()
