@@ -1,6 +1,7 @@
 """`qlora-jax plan`: the ledger beside the compiler's figures, for one GPU or for all."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from qlora_jax import config as configs
 from qlora_jax.commands import ahead
 from qlora_jax.commands.common import CHANGED, config_of, say
-from qlora_jax.config import Config
+from qlora_jax.config import Config, MeshConfig
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.runtime import gpu_memory
 from qlora_jax.runtime.errors import UserError
@@ -35,7 +36,7 @@ TEXT = "What a run needs on a GPU, by that GPU's compiler, before it is rented."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `plan`."""
     parser.usage = (
-        "qlora-jax plan (CONFIG | --model NAME) [--gpu NAMES] [--rank N] [--seq N] "
+        "qlora-jax plan (CONFIG | --model NAME) [--gpu NAMES] [--rank N] [--seq N] [--mesh AXES] "
         "[--no-search] [--beyond-positions] [--plot FILE] [--json] [--debug] "
         "[--section.key=value ...]"
     )
@@ -47,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rank", type=int, metavar="N", help="lora.rank")
     parser.add_argument("--seq", type=int, metavar="N", help="data.sequence_length")
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="none, fsdp=8 or data=2,fsdp=4: so many GPUs of one kind"
+    )
     parser.add_argument(
         "--gpu", default=ALL, metavar="NAMES", help="t4, rtx4090, …, or *.txtpb, with commas"
     )
@@ -64,13 +68,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def short_forms(options: argparse.Namespace) -> dict[str, str]:
-    """The overrides that `--rank` and `--seq` stand for."""
+    """The overrides that `--rank`, `--seq` and `--mesh` stand for.
+
+    Raises:
+      UserError: a mesh that is not one.
+    """
     short = {"lora.rank": options.rank, "data.sequence_length": options.seq}
-    return {key: str(value) for key, value in short.items() if value is not None}
+    given = {key: str(value) for key, value in short.items() if value is not None}
+    return given if options.mesh is None else given | mesh_settings(options.mesh)
+
+
+def mesh_settings(text: str) -> dict[str, str]:
+    """The overrides that `--mesh none` or `--mesh data=2,fsdp=4` stands for.
+
+    Raises:
+      UserError: neither.
+    """
+    if text == "none":
+        return {"mesh": text}
+    axes = dict(part.partition("=")[::2] for part in text.split(","))
+    known = [field.name for field in dataclasses.fields(MeshConfig)]
+    if not axes.keys() <= set(known):
+        raise UserError(
+            f"--mesh {text}: must be none, or sizes of {' and '.join(known)} such as fsdp=8 or "
+            "data=2,fsdp=4"
+        )
+    return {f"mesh.{axis}": size for axis, size in axes.items()}
 
 
 def of_model(name: str, overrides: dict[str, str]) -> Config:
-    """A QLoRA run of published shapes, one row a step.
+    """A QLoRA run of published shapes, one row a step on each device.
 
     Raises:
       UserError: a setting that is not allowed.
@@ -85,7 +112,10 @@ def of_model(name: str, overrides: dict[str, str]) -> Config:
         },
         "--model",
     )
-    return configs.changed(config, overrides)
+    config = configs.changed(config, overrides)
+    if "train.batch_size" in overrides:
+        return config
+    return configs.changed(config, {"train.batch_size": str(config.mesh.devices)})
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
@@ -107,9 +137,11 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.gpu.described import GPUS, read_gpu
     from qlora_jax.models.shapes import find
     from qlora_jax.plan.plan import SEARCHES, planned
+    from qlora_jax.train.mesh import check_rows
     from qlora_jax.train.start import resolved
 
     config = resolved(config)
+    check_rows(config)
     model = find(config.model.path) if options.model else shapes(config)
     names = list(GPUS) if options.gpu == ALL else options.gpu.split(",")
     for name in names:
@@ -139,7 +171,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         over = rows[-1]["device_gib"] - rows[-1]["limit_gib"]
         raise UserError(
             f"{title(config)}: does not fit; the roomiest GPU asked for, {rows[-1]['gpu']}, lacks "
-            f"{over:.2f} GiB; give a roomier --gpu, or smaller batches, rows or ranks"
+            f"{over:.2f} GiB{' a device' if config.mesh.devices > 1 else ''}; give a roomier "
+            "--gpu, or smaller batches, rows or ranks"
         )
 
 
@@ -182,6 +215,7 @@ def describe(
       answer: of `plan.planned`; None leaves the ledger alone.
     """
     from qlora_jax.gpu.described import read_gpu
+    from qlora_jax.plan import exchanged
     from qlora_jax.plan.advice import changes
     from qlora_jax.plan.ledger import ledger, total
 
@@ -209,6 +243,7 @@ def describe(
     if plan:
         row["programs"] = [{**p._asdict(), "device": p.device} for p in plan.programs]
         row["temporaries"] = [t._asdict() for t in plan.temporaries]
+        row |= exchanged.described(plan)
     if answer:
         row |= {key: value for key, value in answer.items() if key != "plan"}
     if not row["fits"]:
@@ -224,15 +259,19 @@ def title(config: Config) -> str:
     if config.method != "full":
         parts.append(f"rank {config.lora.rank}")
     parts.append(f"{config.train.batch_size} x {config.data.sequence_length} tokens")
+    if config.mesh.devices > 1:
+        parts.append(f"mesh data {config.mesh.data} x fsdp {config.mesh.fsdp}")
     return ", ".join(parts)
 
 
 def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -> str:
     """What is printed."""
-    from qlora_jax.plan import contrast
+    from qlora_jax.plan import contrast, exchanged
     from qlora_jax.plan import ledger as ledgers
 
     lines = [title(config), NOT_RUN if rows[0]["compiled"] else ESTIMATE, ""]
+    if config.mesh.devices > 1:
+        lines += [f"Each of {config.mesh.devices} GPUs holds what is listed.", ""]
     lines.append("gpu      device GiB  may use  host GiB  moments  remat  verdict")
     for row in rows:
         margin = row["limit_gib"] - row["device_gib"]
@@ -257,6 +296,8 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
         for row in shown["temporaries"]:
             place = row["source"] or row["operation"]
             lines.append(f"  {row['bytes'] / 2**20:8.1f} MiB  {row['shape']:28} {place}")
+    if "traffic" in shown:
+        lines += ["", *exchanged.lines(shown)]
     if "largest_batch" in shown:
         lines += [
             "",

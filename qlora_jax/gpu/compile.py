@@ -4,6 +4,7 @@ Needs the packages of `PLUGIN`, which need no GPU and no driver.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qlora_jax.gpu.described import Gpu, description, read_gpu
+from qlora_jax.gpu.described import description, read_gpu
 from qlora_jax.kernels.target import compiling_for
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.mesh import DATA, FSDP
 
 PLUGIN, PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-plugin"
 FLAGS = ("--xla_gpu_autotune_level=0",)
@@ -63,33 +66,18 @@ def has_plugin() -> bool:
     )
 
 
-def compile_for(
-    gpu: str,
-    function: Callable[..., Any],
-    *arguments: Any,
-    donate: tuple[int, ...] = (),
-    options: Mapping[str, Any] | None = None,
-) -> jax.stages.Compiled:
-    """Compiles `function` for a GPU.
+@functools.cache
+def mesh_for(gpu: str, data: int = 1, fsdp: int = 1) -> Mesh:
+    """Returns a mesh of GPUs that are not here, all of one kind and of one machine.
 
     Args:
       gpu: a name in `GPUS`.
-      function: takes arrays, or trees of them.
-      arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
-      donate: positions of donated arguments.
-      options: of XLA's compiler, beside `FLAGS`.
+      data, fsdp: devices along the axes of those names.
 
     Raises:
       UserError: an unknown name, or the compile-only packages are missing.
     """
-    return compile_lowered(lower_for(gpu, function, *arguments, donate=donate), options)
-
-
-def lower_for(
-    gpu: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
-) -> jax.stages.Lowered:
-    """Traces `function` for a GPU and lowers it; see `compile_for`."""
-    text = description(gpu)
+    text, name = description(gpu), read_gpu(gpu).name
     if not has_plugin():
         raise UserError(
             f"compiling for {gpu} needs packages that are not installed: make gpu-check"
@@ -99,13 +87,55 @@ def lower_for(
             f"{PACKAGE} {version} does not belong to jax {jax.__version__}; install equal "
             "versions: make gpu-check"
         )
-    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
-    place = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=text.replace(f'"{name}"', f'"{STAND_INS.get(name, name)}"'),
+        topology=f"1x1x{data * fsdp}",
+    )
+    return Mesh(np.array(topology.devices).reshape(data, fsdp), (DATA, FSDP))
+
+
+def compile_for(
+    gpu: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate: tuple[int, ...] = (),
+    options: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> jax.stages.Compiled:
+    """Compiles `function` for a GPU, or for several.
+
+    Args:
+      gpu: a name in `GPUS`.
+      function: takes arrays, or trees of them.
+      arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read, and on
+        a mesh where each lives.
+      donate: positions of donated arguments.
+      options: of XLA's compiler, beside `FLAGS`.
+      mesh: from `mesh_for`, of this GPU; arguments that live nowhere are on all of it. None is one.
+
+    Raises:
+      UserError: an unknown name, or the compile-only packages are missing.
+    """
+    return compile_lowered(lower_for(gpu, function, *arguments, donate=donate, mesh=mesh), options)
+
+
+def lower_for(
+    gpu: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate: tuple[int, ...] = (),
+    mesh: Mesh | None = None,
+) -> jax.stages.Lowered:
+    """Traces `function` for a GPU and lowers it; see `compile_for`."""
+    devices = mesh or mesh_for(gpu)
+    everywhere = NamedSharding(devices, PartitionSpec())
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        own = None if mesh is None else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own or everywhere)
 
-    with _on(read_gpu(gpu)):
+    with _on(devices, read_gpu(gpu).capability):
         return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(placed, arguments))
 
 
@@ -123,12 +153,10 @@ def compile_lowered(
 
 
 @contextlib.contextmanager
-def _on(gpu: Gpu) -> Iterator[None]:
+def _on(mesh: Mesh, capability: tuple[int, int]) -> Iterator[None]:
     # From 0.11 on, Pallas lowers for the GPU of the context, where there is none for that of jax.
-    device = AbstractDevice(STAND_INS.get(gpu.name, gpu.name), gpu.cores, "gpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    place = jax.sharding.use_abstract_mesh(mesh)
-    with place, _mosaic_on(gpu.capability), compiling_for(gpu.capability):
+    place = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with place, _mosaic_on(capability), compiling_for(capability):
         yield
 
 

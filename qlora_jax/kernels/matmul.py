@@ -77,6 +77,8 @@ def _forward(implementation: str, x: jax.Array, q: Matrix) -> tuple[jax.Array, M
 
 def backward(implementation: str, q: Matrix, g: jax.Array) -> tuple[jax.Array, None]:
     """Returns g @ W.T [..., K] in g's dtype, and None: W has no gradient."""
+    # where the forward pass is done again, XLA makes one gather of its and of this one
+    q = _gathered(q)
     if isinstance(q, QLayer):
         # One cut for both passes would be a copy of the codes; this one is fused with its use.
         q = dataclasses.replace(q, layer=jax.lax.optimization_barrier(q.layer))
@@ -85,7 +87,7 @@ def backward(implementation: str, q: Matrix, g: jax.Array) -> tuple[jax.Array, N
         # another one, and not done before g is there. Of the leaves the codebook is the least.
         _, codebook = jax.lax.optimization_barrier((g, q.codebook))
         q = dataclasses.replace(q, codebook=codebook)
-    return product_of(implementation, "backward")(g, _gathered(q)), None
+    return product_of(implementation, "backward")(g, q), None
 
 
 _matmul.defvjp(_forward, backward)

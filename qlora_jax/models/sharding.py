@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.models.trees import flatten
 from qlora_jax.quant import QTensor
@@ -37,12 +37,12 @@ class Layout(NamedTuple):
     """How a model's two trees are split over a mesh.
 
     Attributes:
-      mesh: of the axes `DATA` and `FSDP`.
+      mesh: of the axes `DATA` and `FSDP`; an abstract one where no array is.
       trained: axes of the trained tree that are split.
       frozen: those of the frozen tree.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     trained: Axes
     frozen: Axes
 
@@ -54,12 +54,16 @@ class Layout(NamedTuple):
         """Returns a device's part of both trees, inside `spread`, as a model can be made of."""
         return in_parts(trained, self.trained), in_parts(frozen, self.frozen)
 
+    def homes(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
+        """Returns where each leaf of both trees lives."""
+        return (
+            _shardings(self.mesh, trained, self.trained),
+            _shardings(self.mesh, frozen, self.frozen),
+        )
+
     def placed(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
         """Returns both trees with every leaf on the devices that hold it."""
-        return (
-            sent(trained, _shardings(self.mesh, trained, self.trained)),
-            sent(frozen, _shardings(self.mesh, frozen, self.frozen)),
-        )
+        return sent((trained, frozen), self.homes(trained, frozen))
 
     def everywhere(self, tree: Any) -> Any:
         """Returns a tree with all of every leaf on every device."""
@@ -98,12 +102,12 @@ class Layout(NamedTuple):
         )
 
 
-def layout_of(mesh: Mesh, trained: Any, frozen: Any) -> Layout:
+def layout_of(mesh: Mesh | AbstractMesh, trained: Any, frozen: Any) -> Layout:
     """Chooses how both trees of a model are split over a mesh."""
     return Layout(mesh, axes_of(mesh, trained), axes_of(mesh, frozen))
 
 
-def axes_of(mesh: Mesh, tree: Any) -> Axes:
+def axes_of(mesh: Mesh | AbstractMesh, tree: Any) -> Axes:
     """Chooses the axes of a tree, trained or frozen, that are split."""
     return tuple(_axes(mesh, path, held) for path, held in flatten(tree, _is_q).items())
 
@@ -148,7 +152,7 @@ def on_mesh(mesh: Mesh | None, function: Callable[..., Any], tree: Any, *rest: A
     )(tree, *rest)
 
 
-def _axes(mesh: Mesh, path: str, held: Any) -> tuple[int | None, ...]:
+def _axes(mesh: Mesh | AbstractMesh, path: str, held: Any) -> tuple[int | None, ...]:
     parts = mesh.shape[FSDP]
     if isinstance(held, QTensor):
         return tuple(
@@ -210,7 +214,7 @@ def _spec(ndim: int, axis: int | None) -> PartitionSpec:
     return PartitionSpec(*[FSDP if i == ndim + axis else None for i in range(ndim + axis + 1)])
 
 
-def _shardings(mesh: Mesh, tree: Any, axes: Axes) -> Any:
+def _shardings(mesh: Mesh | AbstractMesh, tree: Any, axes: Axes) -> Any:
     """Returns where each leaf of a tree lives."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, axes))
 

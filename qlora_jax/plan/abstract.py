@@ -1,19 +1,27 @@
-"""Builds what a step takes in shapes alone: the model of a run, its rows and its key."""
+"""Builds what a step takes in shapes alone: the model of a run, its rows and its key.
 
+On a mesh each shape says where it lives (`jax.ShapeDtypeStruct.sharding`).
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qlora_jax.config import Config, LoraConfig, QuantConfig
+from qlora_jax.config import Config, LoraConfig, MeshConfig, QuantConfig
 from qlora_jax.data.packing import DTYPES
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.models.parts import expected_shapes, linears
+from qlora_jax.models.sharding import Layout, layout_of
 from qlora_jax.models.trees import Split
 from qlora_jax.quant import QTensor, quantize
+from qlora_jax.runtime.mesh import DATA, FSDP
+from qlora_jax.train import units
 from qlora_jax.train.assemble import drops_out
 from qlora_jax.train.targets import targets
 
@@ -53,6 +61,52 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def abstract_key(config: Config) -> jax.ShapeDtypeStruct | None:
     """Returns the key of one step's dropout as a shape; None where nothing is dropped."""
     return jax.eval_shape(lambda: jax.random.key(0)) if drops_out(config) else None
+
+
+def mesh_in_shapes(asked: MeshConfig) -> AbstractMesh | None:
+    """Returns a mesh of no devices, to count what each would hold; None for one device."""
+    if asked.devices == 1:
+        return None
+    return AbstractMesh((asked.data, asked.fsdp), (DATA, FSDP))
+
+
+def spread(mesh: Mesh | AbstractMesh, parts: Split) -> tuple[Split, Layout]:
+    """Returns a model in shapes, each with where it lives, and how it is split over a mesh."""
+    layout = layout_of(mesh, parts.trained, parts.frozen)
+    homes = layout.homes(parts.trained, parts.frozen)
+    trained, frozen = (_living(tree, home) for tree, home in zip(parts[1:], homes))
+    return Split(parts.graph, trained, frozen), layout
+
+
+def spread_moments(layout: Layout, trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns an optimizer's states of all units in shapes, each with where it lives.
+
+    Args:
+      layout: how the model is split.
+      trained: the trained tree in shapes.
+      states: of its units, in shapes, as `units.init` gives them.
+    """
+    leaves = jax.tree.leaves(trained)
+    made: list[Any] = []
+    for group in units.groups(trained):
+        own = [leaves[place] for place in group.places]
+        unit = jax.eval_shape(lambda own, group=group: units.unit(group, own, 0), own)
+        first, *_ = alike = states[len(made) : len(made) + group.units]
+        made += [_living(first, layout.moments(unit, first))] * len(alike)
+    return tuple(made)
+
+
+def everywhere(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Returns a tree in shapes, all of each on every device of a mesh."""
+    home = NamedSharding(mesh, PartitionSpec())
+    return _living(tree, jax.tree.map(lambda _: home, tree))
+
+
+def _living(tree: Any, homes: Any) -> Any:
+    def one(x: Any, home: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home)
+
+    return jax.tree.map(one, tree, homes)
 
 
 def _of_zeros(config: Config, decoder: DecoderConfig) -> Decoder:

@@ -1,19 +1,30 @@
-"""Adds up what the programs of a step hold on the device, by the compiler's own assignment."""
+"""Adds up what the programs of a step hold on a device, by the compiler's own assignment.
+
+On a mesh the bytes are those of one of its devices, all of which hold the same.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qlora_jax.config import Config
 from qlora_jax.kernels.select import choose_kernel
 from qlora_jax.kernels.target import Hardware
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.plan.abstract import abstract_batch, abstract_key, abstract_model
+from qlora_jax.plan.abstract import (
+    abstract_batch,
+    abstract_key,
+    abstract_model,
+    everywhere,
+    spread,
+    spread_moments,
+)
 from qlora_jax.plan.exact import gradients
 from qlora_jax.plan.pieces import Piece, pieces
-from qlora_jax.quant import nbytes
+from qlora_jax.plan.share import nbytes
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
 from qlora_jax.train.assemble import assemble
@@ -64,16 +75,31 @@ class Step(NamedTuple):
     key: jax.ShapeDtypeStruct | None
 
 
-def abstract_step(config: Config, decoder: DecoderConfig, hardware: Hardware) -> Step:
+def abstract_step(
+    config: Config, decoder: DecoderConfig, hardware: Hardware, mesh: Mesh | None = None
+) -> Step:
     """Returns the step of a run in shapes, with the kernel that it would take on this hardware.
+
+    Args:
+      config: of the run.
+      decoder: the model's shapes.
+      hardware: a device.
+      mesh: the devices over which the model is split; None is one.
 
     Raises:
       UserError: settings that do not go together, or with the hardware.
     """
-    model = abstract_model(config, decoder, choose_kernel(config, hardware))
-    training = assemble(config, model, device=hardware)
-    batch, key = abstract_batch(config), abstract_key(config)
-    return step_of(training.program, training.state, training.frozen, batch, key)
+    model, layout = abstract_model(config, decoder, choose_kernel(config, hardware)), None
+    if mesh is not None:
+        model, layout = spread(mesh, model)
+    program, state, frozen = assemble(config, model, device=hardware, layout=layout)[1:]
+    rest = abstract_batch(config), abstract_key(config)
+    if layout is not None:
+        moments = spread_moments(layout, model.trained, state.optimizer)
+        state = everywhere(layout.mesh, state._replace(trained=(), optimizer=()))
+        state = state._replace(trained=model.trained, optimizer=moments)
+        rest = everywhere(layout.mesh, rest)
+    return step_of(program, state, frozen, *rest)
 
 
 def step_of(

@@ -1,4 +1,4 @@
-"""Estimates what XLA allocates within a training step's gradient.
+"""Estimates what XLA allocates on a device within a training step's gradient.
 
 What is kept of every layer follows from the code and is what JAX saves; that XLA keeps just that,
 and what it needs for a moment, was compared with its buffer assignment for GPUs (`compile`).
@@ -88,7 +88,7 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
         dropped=sum(parts[path].inputs for path in ranks) if run.lora.dropout else 0,
         scaled=sum(parts[path].outputs for path in ranks) if run.lora.variant == "dora" else 0,
         width=jnp.dtype(run.model.compute_dtype).itemsize,
-        rows=run.train.batch_size,
+        rows=run.train.batch_size // run.mesh.devices,
         length=run.data.sequence_length,
     )
     remat = memory_of(run).remat

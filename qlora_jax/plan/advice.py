@@ -16,22 +16,26 @@ class Change(NamedTuple):
     saved: int
 
 
-def _half(least: int) -> Callable[[int], int]:
-    return lambda value: max(least, value // 2)
+def _to(value: Any) -> Callable[[Config, Any], Any]:
+    return lambda config, old: value
 
 
-CHANGES: Sequence[tuple[str, str, Callable[[Any], Any]]] = (
-    ("optimizer", "offload", lambda _: "host"),
-    ("model", "remat", lambda _: "full"),
-    ("train", "batch_size", lambda _: 1),
-    ("model", "remat", lambda _: "host"),
-    ("optimizer", "moments", lambda _: "int8"),
-    ("lora", "dtype", lambda _: "bfloat16"),
+def _half(least: int) -> Callable[[Config, int], int]:
+    return lambda config, old: max(least, old // 2)
+
+
+CHANGES: Sequence[tuple[str, str, Callable[[Config, Any], Any]]] = (
+    ("optimizer", "offload", _to("host")),
+    ("model", "remat", _to("full")),
+    ("train", "batch_size", lambda config, old: config.mesh.devices),
+    ("model", "remat", _to("host")),
+    ("optimizer", "moments", _to("int8")),
+    ("lora", "dtype", _to("bfloat16")),
     ("lora", "rank", _half(8)),
     ("data", "sequence_length", _half(128)),
 )
-"""Section, key and new value. The first four leave the mathematics alone; a smaller batch goes
-with more gradient accumulation."""
+"""Section, key, and what gives the new value. The first four leave the mathematics
+alone; a smaller batch goes with more gradient accumulation."""
 
 
 def changes(model: DecoderConfig, config: Config, missing: int) -> tuple[list[Change], int]:
@@ -46,7 +50,7 @@ def changes(model: DecoderConfig, config: Config, missing: int) -> tuple[list[Ch
         if missing <= 0:
             break
         part = getattr(config, section)
-        value = new(getattr(part, key))
+        value = new(config, getattr(part, key))
         changed = dataclasses.replace(
             config, **{section: dataclasses.replace(part, **{key: value})}
         )

@@ -1,4 +1,4 @@
-"""Compiles a run's step for a GPU that is not here, and adds up what it needs there.
+"""Compiles a run's step for GPUs that are not here, and adds up what it needs on each.
 
 The real step is compiled from shapes alone. Nothing runs: the figures are XLA's own buffer
 assignment for the described device.
@@ -8,16 +8,20 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
+from qlora_jax import config as configs
 from qlora_jax.config import Config
-from qlora_jax.gpu.compile import compile_for
+from qlora_jax.gpu.compile import compile_for, mesh_for
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan import accounts
 from qlora_jax.plan.accounts import Account, Step
 from qlora_jax.plan.choose import Compiled, choose
 from qlora_jax.plan.temporaries import Temporary, temporaries
+from qlora_jax.plan.traffic import Times, Traffic, times, traffic
 from qlora_jax.runtime import gpu_memory
 
 GEMMS: Mapping[str, Mapping[str, Any]] = {
@@ -32,7 +36,7 @@ LARGEST = 12
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run needs on one GPU, in bytes.
+    """What one run needs on a GPU, one of several on a mesh, in bytes.
 
     Attributes:
       gpu: name in `described.GPUS`.
@@ -42,6 +46,8 @@ class Plan:
       host: pinned host memory.
       programs: the step's: those of the gradient by each of `GEMMS`, then updates.
       temporaries: bytes of temporaries of the largest gradient program.
+      traffic: on a mesh, what a device receives in that program.
+      times: on a mesh, modelled seconds of it.
     """
 
     gpu: str
@@ -51,6 +57,8 @@ class Plan:
     host: int
     programs: list[Account]
     temporaries: list[Temporary]
+    traffic: Traffic | None = None
+    times: Times | None = None
 
     @property
     def device(self) -> int:
@@ -61,6 +69,20 @@ class Plan:
         return self.device <= self.limit
 
 
+class Made(NamedTuple):
+    """A compiled program of the gradient.
+
+    Attributes:
+      account: its bytes.
+      largest: its largest temporaries.
+      text: the program.
+    """
+
+    account: Account
+    largest: list[Temporary]
+    text: str
+
+
 def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
     """Compiles the step for a GPU in this process, which must have `compile.environment`.
 
@@ -68,37 +90,55 @@ def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
       UserError: unknown GPU, missing packages, or settings that do not go together.
     """
     hardware = read_gpu(gpu)
-    limit = gpu_memory.usable(hardware.memory)
+    limit, mesh = gpu_memory.usable(hardware.memory), mesh_of(config, gpu)
 
     def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-        return compile_for(gpu, function, *arguments, donate=donate)
+        return compile_for(gpu, function, *arguments, donate=donate, mesh=mesh)
 
     found: dict[str, Any] = {}
 
     def step_of(config: Config) -> Compiled:
-        step = accounts.abstract_step(config, decoder, hardware)
-        gradients = [made for gemm in GEMMS for made in gradient(step, gpu, gemm)]
-        found["step"], found["worst"] = step, max(gradients, key=lambda made: made[0].device)
+        step = accounts.abstract_step(config, decoder, hardware, mesh)
+        gradients = [made for gemm in GEMMS for made in gradient(step, gpu, gemm, mesh)]
+        found["step"], found["worst"] = step, max(gradients, key=lambda made: made.account.device)
         updates = accounts.update_accounts(step, compiled)
-        return Compiled(step, [account for account, _ in gradients], updates)
+        return Compiled(step, [made.account for made in gradients], updates)
 
     choice = choose(config, limit, step_of)
-    account, largest = found["worst"]
+    account, largest, text = found["worst"]
     away = choice.offload == "host"
     host = accounts.held_moments(found["step"], away, False)[1] + account.host
-    return Plan(gpu, choice.offload, choice.remat, limit, host, choice.programs, largest)
+    plan = Plan(gpu, choice.offload, choice.remat, limit, host, choice.programs, largest)
+    if mesh is None:
+        return plan
+    sent = traffic(text, found["step"], decoder, config.mesh.fsdp)
+    decided = configs.changed(config, {"model.remat": choice.remat})
+    took = times(decided, decoder, gpu, sent.total)
+    return dataclasses.replace(plan, traffic=sent, times=took)
 
 
-def gradient(step: Step, gpu: str, gemm: str) -> list[tuple[Account, list[Temporary]]]:
+def mesh_of(config: Config, gpu: str) -> Mesh | None:
+    """Returns the mesh that a config asks for, of GPUs that are not here; None is one GPU."""
+    asked = config.mesh
+    return None if asked.devices == 1 else mesh_for(gpu, asked.data, asked.fsdp)
+
+
+def gradient(step: Step, gpu: str, gemm: str, mesh: Mesh | None) -> list[Made]:
     """Compiles the gradient's programs with one of `GEMMS`; moments on the device do not count."""
     made = []
     for piece in accounts.gradient_pieces(step):
         with tempfile.TemporaryDirectory() as folder:
             options = {"xla_dump_to": folder, **GEMMS[gemm]}
             program = compile_for(
-                gpu, piece.function, *piece.arguments, donate=piece.donate, options=options
+                gpu,
+                piece.function,
+                *piece.arguments,
+                donate=piece.donate,
+                options=options,
+                mesh=mesh,
             )
             account = accounts.account_of(piece, program)
             named = account._replace(name=f"{account.name}, {gemm}")
-            made.append((named, temporaries(Path(folder), LARGEST)))
+            text: str = program.as_text()  # type: ignore[assignment]
+            made.append(Made(named, temporaries(Path(folder), LARGEST), text))
     return made

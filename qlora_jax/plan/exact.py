@@ -1,4 +1,4 @@
-"""Counts, to the byte, what a training step takes and gives.
+"""Counts, to the byte, what a training step takes and gives on a device.
 
 What is counted is the model as `abstract_model` builds it, and the state that the optimizer's own
 `init` makes for it, all in shapes: no array is made, and no size is worked out here.
@@ -17,8 +17,16 @@ from qlora_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, T
 from qlora_jax.lora.variables import LoraConstant, LoraParam, LoraScale, Vector, Weight
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.plan.abstract import abstract_key, abstract_model
-from qlora_jax.quant import QTensor, nbytes
+from qlora_jax.models.sharding import Layout
+from qlora_jax.plan.abstract import (
+    abstract_key,
+    abstract_model,
+    mesh_in_shapes,
+    spread,
+    spread_moments,
+)
+from qlora_jax.plan.share import nbytes
+from qlora_jax.quant import QTensor
 from qlora_jax.train import step as steps
 from qlora_jax.train import units
 from qlora_jax.train.assemble import optimizer_of
@@ -65,7 +73,7 @@ CONFIG = TypeAdapter(Config)
 
 
 class Exact(NamedTuple):
-    """Bytes of a run's trees.
+    """Bytes of a run's trees on a device.
 
     Attributes:
       model: bytes of the trained and the frozen tree, by part, in `ORDER`.
@@ -88,7 +96,7 @@ class Exact(NamedTuple):
 
 
 def count(model: DecoderConfig, run: Config) -> Exact:
-    """Returns the bytes of a run's trees.
+    """Returns the bytes of a run's trees on a device.
 
     Args:
       model: shapes of the pretrained decoder.
@@ -110,6 +118,7 @@ def _read(run: Config) -> Config:
         method=run.method,
         quant=run.quant,
         lora=run.lora,
+        mesh=run.mesh,
         optimizer=OptimizerConfig(moments=run.optimizer.moments),
         train=TrainConfig(gradient_accumulation=run.train.gradient_accumulation),
     )
@@ -119,8 +128,10 @@ def _read(run: Config) -> Config:
 def _count(model: DecoderConfig, settings: bytes) -> Exact:
     """Counts a run whose config is given as JSON, since a config itself has no hash."""
     run = CONFIG.validate_json(settings)
-    parts = abstract_model(run, model, None)
-    moments, counters = optimizer_bytes(parts.trained, run)
+    parts, layout = abstract_model(run, model, None), None
+    if (mesh := mesh_in_shapes(run.mesh)) is not None:
+        parts, layout = spread(mesh, parts)
+    moments, counters = optimizer_bytes(parts.trained, run, layout)
     slopes = gradients(parts.trained, run.train.gradient_accumulation)
     return Exact(
         by_part(parts.trained, parts.frozen),
@@ -156,10 +167,11 @@ def _part(variable: nnx.Variable, name: Any) -> str:
 def gradients(trained: Any, micro_batches: int) -> Any:
     """Returns the gradients of a trained tree, as shapes; sums of micro-batches are in float32."""
 
-    def kept(x: jax.Array) -> jax.Array:
-        return x.astype(steps.gradient_dtype(x.dtype if micro_batches == 1 else jnp.float32))
+    def kept(x: Any) -> jax.ShapeDtypeStruct:
+        dtype = steps.gradient_dtype(x.dtype if micro_batches == 1 else jnp.float32)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
-    return jax.eval_shape(lambda tree: jax.tree.map(kept, tree), trained)
+    return jax.tree.map(kept, trained)
 
 
 def largest_unit(trained: Any, slopes: Any) -> int:
@@ -170,7 +182,7 @@ def largest_unit(trained: Any, slopes: Any) -> int:
     )
 
 
-def optimizer_bytes(trained: Any, run: Config) -> tuple[int, int]:
+def optimizer_bytes(trained: Any, run: Config, layout: Layout | None = None) -> tuple[int, int]:
     """Returns the bytes of the moments and of the counters of a run's state, of all units.
 
     Moments are the arrays with axes. A group's units are alike, so one of each group is made.
@@ -181,11 +193,13 @@ def optimizer_bytes(trained: Any, run: Config) -> tuple[int, int]:
     for place in (place for group in groups if group.layers for place in group.places):
         stack = leaves[place]
         leaves[place] = jax.ShapeDtypeStruct((1, *stack.shape[1:]), stack.dtype)
-    state = jax.eval_shape(
-        lambda tree: steps.init(tree, optimizer, False), jax.tree.unflatten(structure, leaves)
-    )
+    single = jax.tree.unflatten(structure, leaves)
+    state = jax.eval_shape(lambda tree: steps.init(tree, optimizer, False), single)
+    each = state.optimizer
+    if layout is not None:
+        each = spread_moments(layout, single, each)
     moments, counters = 0, nbytes((state.step, state.scale, state.finite_steps))
-    for group, unit in zip(groups, state.optimizer, strict=True):
+    for group, unit in zip(groups, each, strict=True):
         arrays = jax.tree.leaves(unit)
         moments += group.units * nbytes([x for x in arrays if x.ndim])
         counters += group.units * nbytes([x for x in arrays if not x.ndim])

@@ -1,4 +1,4 @@
-"""Decides whether a run fits on the device that is here, before a weight is read."""
+"""Decides whether a run fits on the devices that are here, before a weight is read."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from qlora_jax.plan import accounts
 from qlora_jax.plan.advice import changes
 from qlora_jax.plan.choose import POLICIES, Compiled, choose
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.train.mesh import mesh_of
 
 GIB = 2**30
 
@@ -20,7 +21,7 @@ class Fit(NamedTuple):
 
     Attributes:
       offload, remat: values of the settings.
-      device: bytes; None where they are unknown.
+      device: bytes, of each device of a mesh; None where they are unknown.
       chosen: settings that are not the fastest, since those do not fit; in words.
     """
 
@@ -33,12 +34,13 @@ class Fit(NamedTuple):
 def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool) -> Fit:
     """Compiles the step for the device, from shapes alone, and compares with its memory.
 
-    A device that does not tell its memory (a CPU) is taken to hold any run.
+    A device that does not tell its memory (a CPU) is taken to hold any run. On a mesh what each of
+    its devices holds is compared, which is the same for all.
 
     Args:
       config: of the run.
       decoder: the model's shapes.
-      device: that it would run on.
+      device: that it would run on, or one of them.
       force: go on where it does not fit.
 
     Raises:
@@ -51,8 +53,10 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
             "host" if asked == "host" else "device", POLICIES[0] if remat == "auto" else remat, None
         )
 
+    mesh = mesh_of(config)
+
     def step_of(config: Config) -> Compiled:
-        step = accounts.abstract_step(config, decoder, device)
+        step = accounts.abstract_step(config, decoder, device, mesh)
         gradients = accounts.gradient_accounts(step, compiled)
         return Compiled(step, gradients, accounts.update_accounts(step, compiled))
 
@@ -65,8 +69,9 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
     tried = configs.changed(config, decided)
     made, missing = changes(decoder, tried, held - limit)
     remedy = ", ".join(change.setting for change in made) or "a smaller model"
+    where = device.device_kind if mesh is None else f"each of {mesh.size} {device.device_kind}"
     raise UserError(
-        f"this run needs {held / GIB:.2f} GiB on {device.device_kind}, which has "
+        f"this run needs {held / GIB:.2f} GiB on {where}, which has "
         f"{limit / GIB:.2f}; to fit: {remedy}"
         + (f" (still missing: {missing / GIB:.2f} GiB)" if missing > 0 else "")
         + "; --force runs it all the same"

@@ -1,4 +1,4 @@
-"""Lists what a training step holds in memory, part by part, without compiling anything.
+"""Lists what a training step holds in a device's memory, part by part, without compiling anything.
 
 What the step takes and gives (weights, adapters, gradients, moments, counters, batch) is exact to
 the byte: it is counted on the real trees in shapes (`exact`). What XLA allocates in between
@@ -16,7 +16,7 @@ from qlora_jax.models.parts import expected_shapes
 from qlora_jax.plan.abstract import abstract_batch
 from qlora_jax.plan.activations import estimates
 from qlora_jax.plan.exact import count
-from qlora_jax.quant import nbytes
+from qlora_jax.plan.share import nbytes
 from qlora_jax.train.assemble import updates_at_once
 from qlora_jax.train.offload import memory_of
 
@@ -51,7 +51,7 @@ def ledger(model: DecoderConfig, run: Config) -> dict[str, Part]:
     counted = count(model, run)
     host = run.optimizer.offload == "host"
     remat = memory_of(run).remat
-    by_layer = remat in WHOLE_LAYERS
+    by_layer = remat in WHOLE_LAYERS and run.mesh.devices == 1
     at_once = by_layer and updates_at_once(run)
     exact = {
         **counted.model,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.plan.exact import gradients
-from qlora_jax.quant import nbytes
+from qlora_jax.plan.share import nbytes
 from qlora_jax.train import layered
 from qlora_jax.train import step as steps
 

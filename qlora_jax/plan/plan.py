@@ -20,6 +20,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan.accounts import Account
 from qlora_jax.plan.compiled import Plan
 from qlora_jax.plan.temporaries import Temporary
+from qlora_jax.plan.traffic import Times, as_traffic
 from qlora_jax.runtime.errors import RunFailed, UserError
 
 COMMAND = [sys.executable, "-m", "qlora_jax.plan.worker"]
@@ -71,6 +72,8 @@ def planned(
     raw = answer.pop("plan")
     raw["programs"] = [Account(*account) for account in raw["programs"]]
     raw["temporaries"] = [Temporary(*row) for row in raw["temporaries"]]
+    raw["traffic"] = raw["traffic"] and as_traffic(raw["traffic"])
+    raw["times"] = raw["times"] and Times(*raw["times"])
     return {"plan": Plan(**raw), **answer}
 
 

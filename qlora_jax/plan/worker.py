@@ -17,7 +17,7 @@ from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan import accounts
 from qlora_jax.plan.choose import POLICIES
-from qlora_jax.plan.compiled import GEMMS, Plan, gradient, make
+from qlora_jax.plan.compiled import GEMMS, Plan, gradient, make, mesh_of
 from qlora_jax.plan.plan import DECODER
 from qlora_jax.plan.search import largest
 from qlora_jax.runtime import json_files
@@ -30,7 +30,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     gpu = request["gpu"]
 
     train, data = config.train, config.data
-    _say(f"compiling for {gpu}: batch {train.batch_size}, {data.sequence_length} tokens")
+    devices = f"{config.mesh.devices} x " if config.mesh.devices > 1 else ""
+    _say(f"compiling for {devices}{gpu}: batch {train.batch_size}, {data.sequence_length} tokens")
     first = make(config, decoder, gpu)
     answer: dict[str, Any] = {"plan": dataclasses.asdict(first)}
     if request["search"] and first.fits:
@@ -58,15 +59,16 @@ def _largest(
     worst = max(first.programs, key=lambda program: program.device).name
     gemm = next((name for name in GEMMS if worst.endswith(name)), next(iter(GEMMS)))
     batch, length = config.train.batch_size, config.data.sequence_length
+    devices, mesh = config.mesh.devices, mesh_of(config, first.gpu)
 
     def needs(section: str, key: str) -> Callable[[int], int]:
         def of(value: int) -> int:
             part = dataclasses.replace(getattr(config, section), **{key: value})
             changed = dataclasses.replace(config, **{section: part})
             _say(f"compiling for {first.gpu}: {key} {value}")
-            step = accounts.abstract_step(changed, decoder, hardware)
-            made = gradient(step, first.gpu, gemm)
-            return max(accounts.with_moments(step, away, x, False).device for x, _ in made)
+            step = accounts.abstract_step(changed, decoder, hardware, mesh)
+            made = gradient(step, first.gpu, gemm, mesh)
+            return max(accounts.with_moments(step, away, x.account, False).device for x in made)
 
         return of
 
@@ -75,7 +77,7 @@ def _largest(
     now = first.device if same else tokens(length)
     longest = max(positions, length)
     ways: dict[str, tuple[Any, ...]] = {
-        "batch": (rows, first.limit, (batch, now), 1, 1024),
+        "batch": (rows, first.limit, (batch, now), devices, 1024 * devices),
         "sequence": (tokens, first.limit, (length, now), 128, longest),
     }
     return {f"largest_{what}": largest(*ways[what]) for what in search}

@@ -71,7 +71,7 @@ def assemble(
         optimizer=optimizer_of(config),
         dynamic_scale=scales_loss(config),
         moments=moments,
-        layout=layout,
+        layout=None if abstract else layout,
     )
     state = jax.eval_shape(first, parts.trained) if abstract else first(parts.trained)
     program = program_of(config, parts.graph, Memory(moments, remat), layout)

@@ -20,16 +20,20 @@ def mesh_of(config: Config) -> Mesh | None:
     Raises:
       UserError: there are fewer devices, or the rows of a batch are not a multiple of them.
     """
-    asked = config.mesh
-    mesh = device_mesh(asked.data, asked.fsdp)
-    rows = config.train.batch_size
+    mesh = device_mesh(config.mesh.data, config.mesh.fsdp)
+    check_rows(config)
+    return mesh
+
+
+def check_rows(config: Config) -> None:
+    """Raises UserError unless the rows of a batch are a multiple of the devices."""
+    asked, rows = config.mesh, config.train.batch_size
     if rows % asked.devices:
         raise UserError(
             f"train.batch_size {rows} is divided over the {asked.devices} devices of mesh "
             f"{{data: {asked.data}, fsdp: {asked.fsdp}}}, and is not a multiple of them; give "
             f"--train.batch_size={-(-rows // asked.devices) * asked.devices}, or a smaller mesh"
         )
-    return mesh
 
 
 def describe_mesh(config: Config) -> str:
