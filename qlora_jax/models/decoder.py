@@ -31,7 +31,7 @@ from qlora_jax.models.layers import Layer, Norm
 from qlora_jax.models.rope import segment_lengths
 from qlora_jax.models.visible import in_segments, up_to
 from qlora_jax.quant import QTensor, stack
-from qlora_jax.quant.sharded import looked_up, whole
+from qlora_jax.quant.sharded import Sharded, looked_up, whole
 
 INPUT = "layer input"
 """The name of what a layer reads, for policies of `jax.checkpoint`."""
@@ -198,7 +198,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden @ head, soft-capped where the family does it, in float32: [..., vocab]."""
-        weight, vocab_axis = self.stored_head()
+        stored, vocab_axis = self.stored_head()
+        weight = whole(stored)
         logits = product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
         if (update := self.head_update(hidden, None)) is not None:
             low, b = update
@@ -206,10 +207,10 @@ class Decoder(nnx.Module):
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def stored_head(self) -> tuple[jax.Array, int]:
-        """The head as it is stored, and which of its axes is the vocabulary."""
+    def stored_head(self) -> tuple[jax.Array | Sharded, int]:
+        """The head as it is stored, maybe in parts, and which of its axes is the vocabulary."""
         stored, axis = (self.embed, 0) if self.head is None else (self.head, 1)
-        return whole(stored.get_value()), axis
+        return stored.get_value(), axis
 
     def head_update(
         self, hidden: jax.Array, key: jax.Array | None

@@ -76,21 +76,22 @@ def whole(x: Any) -> Any:
     return x.whole() if isinstance(x, Sharded) else x
 
 
-def looked_up(table: jax.Array | Sharded, index: jax.Array) -> jax.Array:
-    """Returns rows of a table [..., D].
+def looked_up(table: jax.Array | Sharded, index: jax.Array, axis: int = 0) -> jax.Array:
+    """Returns vectors of a table, [..., D].
 
-    Of a table whose columns are split, each device reads its columns of the rows of all devices,
+    Of a table whose vectors are split, each device reads its part of the vectors of all devices,
     which then go to the device that asked: the table does not move.
 
     Args:
-      table: [rows, D].
-      index: integers [B, ...].
+      table: [vectors, D], or [D, vectors] with axis 1.
+      index: integers [B, ...]; [B] with axis 1.
+      axis: which axis of the table counts the vectors.
     """
     if not isinstance(table, Sharded):
-        return table[index]
+        return table[:, index].T if axis else table[index]
     everyone = jax.lax.all_gather(index, FSDP, axis=0, tiled=True)
-    columns = table.part[everyone]
-    return jax.lax.all_to_all(columns, FSDP, 0, columns.ndim - 1, tiled=True)
+    parts = table.part[:, everyone].T if axis else table.part[everyone]
+    return jax.lax.all_to_all(parts, FSDP, 0, parts.ndim - 1, tiled=True)
 
 
 def _gathered(leaf: jax.Array, axis: int | None) -> jax.Array:

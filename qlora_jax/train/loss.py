@@ -1,15 +1,20 @@
 """Next-token cross-entropy as (sum, count), without the logits of a batch or of a vocabulary."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qlora_jax.kernels.dense import product
+from qlora_jax.quant.sharded import Sharded, looked_up, whole
+from qlora_jax.runtime import mesh
 
 ROWS = 256
 """Positions taken at a time."""
+
+ROWS_OF_PARTS = 2048
+"""Positions taken at a time with a head in parts, which is gathered anew for the next ones."""
 
 COLUMNS = 4096
 """Most tokens of the vocabulary whose logits exist at one time."""
@@ -21,6 +26,9 @@ probabilities of a large vocabulary would be subnormal."""
 
 Arrays = tuple[jax.Array, ...]
 """One array for each matrix of a head."""
+
+Matrices = tuple[jax.Array | Sharded, ...]
+"""The matrices of a head; one in parts has all of the vocabulary, and part of each vector."""
 
 
 class _Head(NamedTuple):
@@ -64,7 +72,7 @@ class _Online(NamedTuple):
 
 def token_loss(
     hidden: jax.Array,
-    head: jax.Array,
+    head: jax.Array | Sharded,
     targets: jax.Array,
     mask: jax.Array,
     *,
@@ -81,9 +89,12 @@ def token_loss(
     distribution, less the target's, as attention over the vocabulary would compute it. The
     gradient of the head, or of the matrix b of an update, takes the logits a second time.
 
+    A head in parts is gathered a block of the vocabulary at a time, for `ROWS_OF_PARTS` positions,
+    which are skipped where no device has loss in its own.
+
     Args:
       hidden: [..., D] in the compute dtype.
-      head: [D, vocab], or [vocab, D] with vocab_axis 0.
+      head: [D, vocab], or [vocab, D] with vocab_axis 0; inside `jax.shard_map` maybe in parts.
       targets: int32[...].
       mask: bool[...].
       vocab_axis: which axis of the head is the vocabulary.
@@ -101,7 +112,8 @@ def token_loss(
         products.append((*update, 1, True))
     inputs, matrices, axes, trained = zip(*products)
     mask = mask.reshape(-1)
-    rows = min(ROWS, len(mask))
+    split = isinstance(head, Sharded)
+    rows = min(ROWS_OF_PARTS if split else ROWS, len(mask))
     order = jnp.argsort(~mask, stable=True)
     # Rows without loss read as zeros, so that what is not finite there reaches no gradient.
     order = jnp.where(jnp.arange(len(order)) < mask.sum(), order, len(order))
@@ -111,12 +123,17 @@ def token_loss(
         taken = x.at[order].get(mode="fill", fill_value=0)
         return taken.reshape(-1, rows, *x.shape[1:])
 
+    carrying = chunks(mask)
+    busy = carrying.any(axis=-1)
+    if split:  # devices gather together, or none does
+        busy = jax.lax.pmax(busy.astype(jnp.int32), mesh.ROWS) > 0
     total = _total(
         _Head(axes, trained, softcap),
         tuple(chunks(x.reshape(-1, x.shape[-1])) for x in inputs),
         matrices,
         chunks(targets.reshape(-1)),
-        chunks(mask),
+        carrying,
+        busy,
     )
     return total, mask.sum().astype(jnp.float32)
 
@@ -125,24 +142,25 @@ def token_loss(
 def _total(
     kind: _Head,
     hidden: Arrays,
-    head: Arrays,
+    head: Matrices,
     targets: jax.Array,
     mask: jax.Array,
+    busy: jax.Array,
 ) -> jax.Array:
-    def chunk(total: jax.Array, xs: tuple[Arrays, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        h, t, m = xs
+    def chunk(total: jax.Array, xs: tuple[Any, ...]) -> tuple[jax.Array, None]:
+        h, t, m, computes = xs
 
         def compute() -> jax.Array:
             return _loss(_over_vocabulary(kind, h, head, t, with_mean=False), m)
 
-        return total + jax.lax.cond(m.any(), compute, lambda: jnp.float32(0)), None
+        return total + jax.lax.cond(computes, compute, lambda: jnp.float32(0)), None
 
-    return jax.lax.scan(chunk, jnp.float32(0), (hidden, targets, mask))[0]
+    return jax.lax.scan(chunk, jnp.float32(0), (hidden, targets, mask, busy))[0]
 
 
-def _forward(kind, hidden, head, targets, mask):
+def _forward(kind, hidden, head, targets, mask, busy):
     def chunk(carry, xs):
-        h, t, m = xs
+        h, t, m, computes = xs
 
         def compute(dhead):
             seen = _over_vocabulary(kind, h, head, t, with_mean=True)
@@ -158,22 +176,27 @@ def _forward(kind, hidden, head, targets, mask):
             return jnp.float32(0), tuple(jnp.zeros(x.shape, jnp.float32) for x in h), dhead
 
         total, dhead = carry
-        loss, dh, dhead = jax.lax.cond(m.any(), compute, skip, dhead)
+        loss, dh, dhead = jax.lax.cond(computes, compute, skip, dhead)
         return (total + loss, dhead), dh
 
     dhead = tuple(
-        jnp.zeros(weight.shape if trained else (), jnp.float32)
+        jnp.zeros(_held(weight).shape if trained else (), jnp.float32)
         for weight, trained in zip(head, kind.trained)
     )
-    (total, dhead), dh = jax.lax.scan(chunk, (jnp.float32(0), dhead), (hidden, targets, mask))
-    return total, (dh, dhead, tuple(x[:0] for x in hidden), tuple(w[:0] for w in head))
+    xs = hidden, targets, mask, busy
+    (total, dhead), dh = jax.lax.scan(chunk, (jnp.float32(0), dhead), xs)
+    nothing = jax.tree.map(lambda x: x[:0], (hidden, head))
+    return total, (dh, dhead, *nothing)
 
 
 def _input_gradient(kind, seen, mean, weight, vocab_axis, targets, mask, dtype):
     """Gradient with respect to what one matrix of the head is multiplied by, float32[R, D]."""
     # rounded as the product before it rounded the other vectors
-    of_target = jnp.take(weight, targets, axis=vocab_axis, mode="clip").astype(dtype)
-    of_target = of_target.T if vocab_axis else of_target
+    if isinstance(weight, Sharded):
+        of_target = looked_up(weight, targets, vocab_axis).astype(dtype)
+    else:
+        of_target = jnp.take(weight, targets, axis=vocab_axis, mode="clip").astype(dtype)
+        of_target = of_target.T if vocab_axis else of_target
     of_target = kind.sloped(of_target, seen.target[:, None])
     return (mean / seen.total[:, None] - of_target) * mask[:, None]
 
@@ -182,13 +205,23 @@ def _backward(kind, saved, g):
     dh, dhead, hidden, head = saved
     dhidden = tuple((slope * g).astype(x.dtype) for slope, x in zip(dh, hidden))
     grads = tuple(
-        (slope * g).astype(weight.dtype) if trained else None
+        _like(weight, (slope * g).astype(_held(weight).dtype)) if trained else None
         for slope, weight, trained in zip(dhead, head, kind.trained)
     )
-    return dhidden, grads, None, None
+    return dhidden, grads, None, None, None
 
 
 _total.defvjp(_forward, _backward)
+
+
+def _held(weight: jax.Array | Sharded) -> Any:
+    """Returns what this device has of a matrix."""
+    return weight.part if isinstance(weight, Sharded) else weight
+
+
+def _like(weight: jax.Array | Sharded, held: jax.Array) -> jax.Array | Sharded:
+    """Returns an array as a matrix in the parts that another is in."""
+    return Sharded(held, weight.axes) if isinstance(weight, Sharded) else held
 
 
 def _loss(seen: _Online, mask: jax.Array) -> jax.Array:
@@ -197,21 +230,21 @@ def _loss(seen: _Online, mask: jax.Array) -> jax.Array:
 
 
 def _over_vocabulary(
-    kind: _Head, h: Arrays, head: Arrays, targets: jax.Array, *, with_mean: bool
+    kind: _Head, h: Arrays, head: Matrices, targets: jax.Array, *, with_mean: bool
 ) -> _Online:
     """One pass over the head, block by block; `mean` stays zero unless it is asked for."""
 
     def block(i: jax.Array, seen: _Online) -> _Online:
         weights, ids, new = _block(kind.vocab_axes, head, i)
-        whole = kind.logits(h, weights)
-        logits = jnp.where(new, whole, -jnp.inf)
+        every = kind.logits(h, weights)
+        logits = jnp.where(new, every, -jnp.inf)
         highest = jnp.maximum(seen.highest, logits.max(axis=-1))
         powers = jnp.exp(logits - highest[:, None])
         shrink = jnp.exp(seen.highest - highest)
         hit = ids == targets[:, None]
         mean = seen.mean
         if with_mean:
-            lifted = (kind.sloped(powers, whole) * LIFT).astype(h[0].dtype)
+            lifted = (kind.sloped(powers, every) * LIFT).astype(h[0].dtype)
             mean = tuple(
                 old * shrink[:, None] + product(lifted, weight.astype(lifted.dtype), axis) / LIFT
                 for old, weight, axis in zip(mean, weights, kind.vocab_axes)
@@ -233,7 +266,7 @@ def _add_head_gradient(
     kind: _Head,
     dhead: Arrays,
     h: Arrays,
-    head: Arrays,
+    head: Matrices,
     targets: jax.Array,
     mask: jax.Array,
     seen: _Online,
@@ -248,19 +281,23 @@ def _add_head_gradient(
         dlogits = (jnp.exp(logits - normalizer[:, None]) - hit) * (mask[:, None] & new)
         dlogits = (kind.sloped(dlogits, logits) * LIFT).astype(h[0].dtype)
 
-        def added(whole: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+        def added(all: jax.Array, x: jax.Array, axis: int, weight: Any) -> jax.Array:
             rows, columns = (x, dlogits) if axis else (dlogits, x)
             part = product(rows.T, columns, 0) / LIFT
-            old = jax.lax.dynamic_slice_in_dim(whole, ids[0], len(ids), axis)
-            return jax.lax.dynamic_update_slice_in_dim(whole, old + part, ids[0], axis)
+            if isinstance(weight, Sharded):
+                part = _held(weight.part_of(part, part.dtype))
+            old = jax.lax.dynamic_slice_in_dim(all, ids[0], len(ids), axis)
+            return jax.lax.dynamic_update_slice_in_dim(all, old + part, ids[0], axis)
 
-        parts = zip(dhead, h, kind.vocab_axes, kind.trained)
-        return tuple(added(d, x, axis) if trained else d for d, x, axis, trained in parts)
+        parts = zip(dhead, h, kind.vocab_axes, head, kind.trained)
+        return tuple(
+            added(d, x, axis, weight) if trained else d for d, x, axis, weight, trained in parts
+        )
 
     return jax.lax.fori_loop(0, _blocks(_vocabulary(kind.vocab_axes, head))[0], block, dhead)
 
 
-def _vocabulary(vocab_axes: tuple[int, ...], head: Arrays) -> int:
+def _vocabulary(vocab_axes: tuple[int, ...], head: Matrices) -> int:
     return head[0].shape[vocab_axes[0]]
 
 
@@ -272,7 +309,7 @@ def _blocks(vocabulary: int) -> tuple[int, int]:
 
 
 def _block(
-    vocab_axes: tuple[int, ...], head: Arrays, i: jax.Array
+    vocab_axes: tuple[int, ...], head: Matrices, i: jax.Array
 ) -> tuple[Arrays, jax.Array, jax.Array]:
     """Block i of each matrix, the tokens in it, and which of them no block before it held."""
     vocabulary = _vocabulary(vocab_axes, head)
@@ -282,7 +319,7 @@ def _block(
     # Held to the block: XLA:CPU would convert the whole head before the loop, and keep that.
     head, start = jax.lax.optimization_barrier((head, start))
     weights = tuple(
-        jax.lax.dynamic_slice_in_dim(weight, start, size, axis)
+        whole(_like(weight, jax.lax.dynamic_slice_in_dim(_held(weight), start, size, axis)))
         for weight, axis in zip(head, vocab_axes)
     )
     return weights, ids, ids >= i * size
