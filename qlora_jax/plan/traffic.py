@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from qlora_jax.config import Config
 from qlora_jax.gpu import roofline
 from qlora_jax.gpu.collectives import Collective, collectives, gathers
+from qlora_jax.gpu.hlo import FLOATS
 from qlora_jax.gpu.links import link_of
 from qlora_jax.gpu.roofline import RATES
 from qlora_jax.models.config import DecoderConfig
@@ -16,6 +19,9 @@ from qlora_jax.models.trees import flatten
 from qlora_jax.plan.accounts import Step
 
 WEIGHTS, ADAPTERS, GRADIENTS, REST = PARTS = ("weights", "adapters", "gradients", "rest")
+
+CODES = jnp.uint8, "u8"
+"""Dtype of codes and of their scales, as jax and as HLO write it."""
 
 ADAPTER = ".adapter."
 """In the path of an adapter's array."""
@@ -169,11 +175,14 @@ def _matrices(decoder: DecoderConfig) -> list[tuple[int, int]]:
 
 
 def _layer_shapes(step: Step) -> dict[tuple[int, ...], str]:
-    """Maps the sizes of the arrays of a layer, sorted, to the part that they are of."""
+    """Maps the sizes of the arrays of a layer, sorted, to the part that they are of.
+
+    Codes are left out: nothing else that moves is of bytes.
+    """
     found: dict[tuple[int, ...], str] = {}
     for tree in (step.frozen, step.state.trained):
         for path, leaf in flatten(tree).items():
-            if path.startswith(LAYERS):
+            if path.startswith(LAYERS) and leaf.dtype != CODES[0]:
                 part = ADAPTERS if ADAPTER in path else WEIGHTS
                 found.setdefault(_sizes(leaf.shape[1:]), part)
     return found
@@ -184,8 +193,10 @@ def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _part(one: Collective, shapes: Mapping[tuple[int, ...], str]) -> str:
+    if one.kind == "all-gather" and one.dtype in FLOATS:
+        return shapes.get(_sizes(one.shape), REST)
     if one.kind == "all-gather":
-        return WEIGHTS if one.dtype == "u8" else shapes.get(_sizes(one.shape), REST)
+        return WEIGHTS if one.dtype == CODES[1] else REST
     if one.kind == "reduce-scatter" or (one.kind == "all-reduce" and len(one.shape) > 1):
         return GRADIENTS
     return REST

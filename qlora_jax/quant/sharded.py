@@ -90,7 +90,8 @@ def looked_up(table: jax.Array | Sharded, index: jax.Array, axis: int = 0) -> ja
     if not isinstance(table, Sharded):
         return table[:, index].T if axis else table[index]
     everyone = jax.lax.all_gather(index, FSDP, axis=0, tiled=True)
-    parts = table.part[:, everyone].T if axis else table.part[everyone]
+    own: Any = table.part
+    parts = own[:, everyone].T if axis else own[everyone]
     return jax.lax.all_to_all(parts, FSDP, 0, parts.ndim - 1, tiled=True)
 
 

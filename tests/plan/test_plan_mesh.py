@@ -1,9 +1,6 @@
 """Plans on a mesh: bytes of one device, what devices exchange, how long that would take."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,75 +8,104 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from selection import mostly_slow
 
 from qlora_jax.commands import plan as command
-from qlora_jax.config import Config, changed
+from qlora_jax.config import Config, changed, from_tree
+from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.gpu.compile import has_plugin
 from qlora_jax.gpu.links import link_of
+from qlora_jax.models import sharding, trees
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import exchanged, share
+from qlora_jax.plan import accounts, exchanged, fit, share
 from qlora_jax.plan.advice import changes
 from qlora_jax.plan.exact import count
 from qlora_jax.plan.ledger import ledger, total
-from qlora_jax.plan.traffic import times
+from qlora_jax.plan.traffic import as_traffic, times, traffic
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.mesh import device_mesh
+from qlora_jax.train.assemble import assemble
+from qlora_jax.train.mesh import split_over
+from qlora_jax.train.setup import load_model
 
-SCRIPT = Path(__file__).parent / "eight_devices.py"
+LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
+ROW_OF_EACH = {"data": 2, "fsdp": 4}
 
 
-def on_eight_devices(**overrides: str) -> dict[str, Any]:
-    """What `eight_devices` prints."""
-    given = json.dumps({key.replace("__", "."): text for key, text in overrides.items()})
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(SCRIPT.parents[2]),
+class Card:
+    """A device with so much memory."""
+
+    device_kind = "a card"
+
+    def __init__(self, limit: int):
+        self.limit = limit
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": self.limit}
+
+
+@pytest.fixture
+def small_arrays_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "WHOLE_BELOW", 64)
+
+
+def small(**more: str) -> Config:
+    tree = {
+        "model": {"path": str(LLAMA), "remat": "full"},
+        "data": {"source": "none", "sequence_length": 16},
+        "output": "none",
+        "lora": {"rank": 8},
+        "train": {"batch_size": 8},
+        "mesh": ROW_OF_EACH,
     }
-    command = [sys.executable, str(SCRIPT), given]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(ended.stdout.splitlines()[-1])
+    return changed(from_tree(tree, "test"), {k.replace("__", "."): x for k, x in more.items()})
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return on_eight_devices()
+def planned(run: Config) -> accounts.Step:
+    decoder = open_folder(LLAMA).config
+    return accounts.abstract_step(run, decoder, jax.devices()[0], device_mesh(**ROW_OF_EACH))
 
 
-def test_a_plan_has_every_array_where_the_run_has_it(found: dict[str, Any]) -> None:
-    assert found["planned"] == found["real"]
+def homes(tree: Any) -> list[tuple[Any, ...]]:
+    leaves = jax.tree.leaves(tree)
+    return [(x.sharding.shard_shape(x.shape), x.dtype, x.sharding.spec) for x in leaves]
 
 
-def test_a_program_takes_the_bytes_of_one_device(found: dict[str, Any]) -> None:
-    """XLA counts one device's arguments; the loss scale is one more."""
-    gradient = found["gradient"]
-    assert gradient["arguments"] == found["trees"] + 4
-    assert 0 >= gradient["elsewhere"] >= -4
+@pytest.mark.parametrize("method", mostly_slow(["qlora", "lora", "full"], "qlora"))
+def test_a_plan_has_every_array_where_the_run_has_it(method: str, small_arrays_split: None) -> None:
+    run, mesh = small(method=method), device_mesh(**ROW_OF_EACH)
+    model, _ = load_model(run, open_folder(LLAMA), print, mesh)
+    parts, layout = split_over(mesh, trees.split(model, method), print)
+    real, step = assemble(run, parts, layout=layout), planned(run)
+    assert homes((step.state, step.frozen)) == homes((real.state, real.frozen))
 
 
-def test_weights_are_gathered_as_codes_once_in_each_pass(found: dict[str, Any]) -> None:
-    """4 bits and a scale of 8 for 64 of them, in place of 16, where layers are computed again."""
-    traffic = found["traffic"]
-    received = traffic["received"]
-    assert received["weights"] / traffic["in_bfloat16"] == pytest.approx((4 + 8 / 64) / 16)
-    assert {kind for kind, *_ in traffic["collectives"]} >= {"all-gather", "reduce-scatter"}
-    assert all(received.values())
+@pytest.mark.parametrize("method", mostly_slow(["qlora", "lora", "full"], "qlora"))
+def test_what_a_compiled_gradient_takes_and_exchanges(
+    method: str, small_arrays_split: None
+) -> None:
+    step, kept = planned(small(method=method)), []
+
+    def compiled(*arguments: Any, **options: Any) -> Any:
+        kept.append(fit.compiled(*arguments, **options))
+        return kept[-1]
+
+    (gradient,) = accounts.gradient_accounts(step, compiled)
+    trees_ = share.nbytes((step.state.trained, step.frozen, dict(step.batch)))
+    assert gradient.arguments == trees_ + 4  # the loss scale
+    sent = traffic(kept[0].as_text(), step, open_folder(LLAMA).config, ROW_OF_EACH["fsdp"])
+    assert {one.kind for one in sent.collectives} >= {"all-gather", "reduce-scatter"}
+    assert all(sent.received[part] for part in ("weights", "gradients", "rest"))
+    assert bool(sent.received["adapters"]) == (method != "full")
+    if method == "qlora":  # once in each pass, although layers are computed again
+        assert sent.ratio == pytest.approx((4 + 8 / 64) / 16)
+    assert as_traffic(json.loads(json.dumps(sent))) == sent
 
 
-def test_a_run_that_does_not_fit_says_so_of_each_device(found: dict[str, Any]) -> None:
-    assert "on each of 8 a card, which has 0.00" in found["refusal"]
-    assert "--train.batch_size" not in found["refusal"]  # a row a device already
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_other_methods(method: str) -> None:
-    found = on_eight_devices(method=method)
-    assert found["planned"] == found["real"]
-    assert found["gradient"]["arguments"] == found["trees"] + 4
-    received = found["traffic"]["received"]
-    assert bool(received["adapters"]) == (method == "lora")
-    assert received["weights"]
+def test_a_run_that_does_not_fit_says_so_of_each_device(small_arrays_split: None) -> None:
+    with pytest.raises(UserError, match=r"on each of 8 a card, which has 0\.00; to fit") as told:
+        fit.fit(small(), open_folder(LLAMA).config, Card(2**10), False)
+    assert "--train.batch_size" not in str(told.value)  # a row a device already
 
 
 def of_model(name: str, **overrides: str) -> Config:
