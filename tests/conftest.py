@@ -21,7 +21,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from qlora_jax import cli
-from qlora_jax.runtime import compilation
+from qlora_jax.runtime import compilation, cpu_devices
 
 # What is compared to the bit with the program's own process is compiled alike.
 compilation.widen()
@@ -36,6 +36,7 @@ if compilation.FOLDER not in os.environ:
 # Runs on several devices are tested on a CPU that counts as eight; a program is on the first
 # unless it says otherwise. Processes that tests start inherit it.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+cpu_devices.give_threads()
 
 # A shell starts what it puts into the background with SIGINT ignored; so are its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

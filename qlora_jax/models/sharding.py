@@ -195,8 +195,9 @@ def undivided(tree: Any, axes: Axes) -> dict[str, int]:
     found: dict[str, int] = {}
     for (path, held), own in zip(flatten(tree, _is_q).items(), axes):
         leaves = jax.tree.leaves(held)
-        large = isinstance(held, QTensor) or path in OUTER or path.startswith(LAYERS)
-        if large and own[0] is None and math.prod(held.shape[-2:]) >= WHOLE_BELOW:
+        shape = held.shape[1:] if path.startswith(LAYERS) else held.shape
+        meant = path in OUTER or (path.startswith(LAYERS) and len(shape) == 2)
+        if meant and own[0] is None and math.prod(shape) >= WHOLE_BELOW:
             found[path] = sum(x.size * x.dtype.itemsize for x in leaves)
     return found
 

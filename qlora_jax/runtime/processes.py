@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import FULL_MEMORY, RunFailed, UserError, first_line
 from qlora_jax.runtime.liveness import RESUME, SILENT_S, Watch
 from qlora_jax.runtime.versions import versions
@@ -157,7 +158,8 @@ def agree(values: Mapping[str, str]) -> None:
     key, client = f"qlora_jax/{next(_numbers)}", _client()
     client.key_value_set(f"{key}/{index()}", json.dumps(dict(values)))
     there = [
-        json.loads(client.blocking_key_value_get(f"{key}/{i}", WAIT_MS)) for i in range(count())
+        json_files.parse(client.blocking_key_value_get(f"{key}/{i}", WAIT_MS).encode())
+        for i in range(count())
     ]
     for i, found in enumerate(there):
         for what, value in found.items():

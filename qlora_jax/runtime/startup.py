@@ -1,6 +1,6 @@
 """Sets up a process of ours before it imports jax."""
 
-from qlora_jax.runtime import compilation, cuda_toolkit, gpu_memory, hugepages
+from qlora_jax.runtime import compilation, cpu_devices, cuda_toolkit, gpu_memory, hugepages
 
 
 def prepare() -> None:
@@ -10,6 +10,7 @@ def prepare() -> None:
     """
     hugepages.restart()
     compilation.widen()
+    cpu_devices.give_threads()
     gpu_memory.claim()
     cuda_toolkit.point()
     compilation.keep()
