@@ -54,9 +54,8 @@ def runs(config: Path, run_cli: Callable[..., Any]) -> Callable[[str, str], Path
     return train
 
 
-@pytest.mark.parametrize(
-    ("data", "fsdp"), [("2", "4"), pytest.param("1", "2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "fsdp"), [("2", "4"), ("1", "2")])
 def test_a_run_on_a_mesh_is_the_run_on_one_device(runs, data: str, fsdp: str) -> None:
     alone, spread = runs("1", "1"), runs(data, fsdp)
     np.testing.assert_allclose(losses(spread), losses(alone), rtol=1e-5)

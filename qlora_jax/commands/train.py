@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qlora_jax import config as configs
 from qlora_jax.commands.common import config_of, count, say, show, start_jax
 from qlora_jax.config import Config
-from qlora_jax.runtime import processes
+from qlora_jax.runtime import compilation, processes
 from qlora_jax.runtime.errors import UserError
 
 TEXT = "Fine-tune a model; writes a run directory."
@@ -51,6 +51,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     config = config_of(options.config, settings)
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
+    if config.mesh.devices > 1:
+        compilation.overlap()
     start_jax(options.distributed or processes.several())
     with processes.heard(), processes.failing_together():
         _run(options, config, command)

@@ -21,6 +21,7 @@ from qlora_jax.plan.accounts import Account
 from qlora_jax.plan.compiled import Plan
 from qlora_jax.plan.temporaries import Temporary
 from qlora_jax.plan.traffic import Times, as_traffic
+from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import RunFailed, UserError
 
 COMMAND = [sys.executable, "-m", "qlora_jax.plan.worker"]
@@ -77,6 +78,14 @@ def planned(
     return {"plan": Plan(**raw), **answer}
 
 
+def _environment(mesh: Mapping[str, int]) -> dict[str, str]:
+    """Returns what a compiling process sets: on a mesh, what a run on one does."""
+    made = environment()
+    if mesh["data"] * mesh["fsdp"] > 1:
+        compilation.overlap(made)
+    return made
+
+
 def _answer(request: Mapping[str, Any], say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Returns what a process answers to a request, and with what code and last words it ended."""
     answer: dict[str, Any] = {}
@@ -88,7 +97,7 @@ def _answer(request: Mapping[str, Any], say: Callable[[str], None]) -> tuple[dic
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
-            env=environment(),
+            env=_environment(request["config"]["mesh"]),
         ) as process:
             stdin, stdout = process.stdin, process.stdout
             assert stdin is not None

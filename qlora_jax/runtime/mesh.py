@@ -117,7 +117,5 @@ def stacked_sharding(one: Any) -> NamedSharding:
 def _sent(x: Any, sharding: Sharding) -> jax.Array:
     if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_sent(jax.random.key_data(x), sharding))
     held = np.asarray(x)
     return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])

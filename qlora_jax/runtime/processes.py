@@ -145,7 +145,7 @@ def by_first(action: Callable[[], T]) -> T | None:
 
 
 def agree(values: Mapping[str, str]) -> None:
-    """Makes sure that values are the same in all processes, and waits for all.
+    """Makes sure that values and the code are the same in all processes, and waits for all.
 
     Args:
       values: what it is, in words, to the value.
@@ -156,7 +156,7 @@ def agree(values: Mapping[str, str]) -> None:
     if count() == 1:
         return
     key, client = f"qlora_jax/{next(_numbers)}", _client()
-    client.key_value_set(f"{key}/{index()}", json.dumps(dict(values)))
+    client.key_value_set(f"{key}/{index()}", json.dumps({**values, "code": code_digest()}))
     there = [
         json_files.parse(client.blocking_key_value_get(f"{key}/{i}", WAIT_MS).encode())
         for i in range(count())

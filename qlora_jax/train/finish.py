@@ -138,13 +138,16 @@ def _export(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Non
       RunFailed: the frozen base changed.
     """
     config, folder, facts = asked.config, begun.owned.folder, begun.built.facts
+    from_scratch = config.model.path == fresh.NAME
+    if not facts.adapted and not from_scratch:
+        return
     model = fitted.training.gathered()
     if facts.adapted:
         if fingerprint.base_hash(model, config.method) != facts.base_hash:
             raise RunFailed("the frozen base changed in training; this is a bug, please report it")
         asked.say(f"base unchanged: hash {facts.base_hash} before and after")
         processes.by_first(lambda: export.export_adapter(config, model, folder / export.FOLDER))
-    if config.model.path == fresh.NAME:
+    if from_scratch:
         path = folder / export.MODEL
         processes.by_first(lambda: export.export_model(config, model, opened.text, path))
 

@@ -143,7 +143,7 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Memory]) -> Ope
     if asked.resume:
         resume.check_steps(Path(config.output), counted.train.step_count)
     device = describe_mesh(config)
-    processes.agree({"configs": configs.digest(config), "code": processes.code_digest()})
+    processes.agree({"configs": configs.digest(config)})
     say(f"{config.method} of {config.model.path} ({checkpoint.description}) on {device}")
     say(examples.describe_data(data))
     if (epochs := config.train.epochs) is not None:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from selection import mostly_slow
 
 from qlora_jax.commands import plan as command
 from qlora_jax.config import Config, changed, from_tree
@@ -71,7 +70,8 @@ def homes(tree: Any) -> list[tuple[Any, ...]]:
     return [(x.sharding.shard_shape(x.shape), x.dtype, x.sharding.spec) for x in leaves]
 
 
-@pytest.mark.parametrize("method", mostly_slow(["qlora", "lora", "full"], "qlora"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_a_plan_has_every_array_where_the_run_has_it(method: str, small_arrays_split: None) -> None:
     run, mesh = small(method=method), device_mesh(**ROW_OF_EACH)
     model, _ = load_model(run, open_folder(LLAMA), print, mesh)
@@ -80,7 +80,8 @@ def test_a_plan_has_every_array_where_the_run_has_it(method: str, small_arrays_s
     assert homes((step.state, step.frozen)) == homes((real.state, real.frozen))
 
 
-@pytest.mark.parametrize("method", mostly_slow(["qlora", "lora", "full"], "qlora"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_what_a_compiled_gradient_takes_and_exchanges(
     method: str, small_arrays_split: None
 ) -> None:

@@ -128,3 +128,16 @@ def test_the_compilers_memory_is_given_back() -> None:
     kept, given = resident("keep"), resident("give back")
     print(f"MiB after compiling: {kept} kept, {given} given back")
     assert given < kept - 20
+
+
+def test_a_mesh_asks_for_gathers_beside_work() -> None:
+    environment = {"XLA_FLAGS": "--a=b --xla_gpu_enable_latency_hiding_scheduler=false"}
+    compilation.overlap(environment)
+    flags = environment["XLA_FLAGS"].split()
+    assert flags == [
+        "--a=b",
+        "--xla_gpu_enable_latency_hiding_scheduler=false",
+        "--xla_gpu_enable_pipelined_all_gather=true",
+    ]
+    compilation.overlap(environment)
+    assert environment["XLA_FLAGS"].split() == flags
