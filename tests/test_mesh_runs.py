@@ -69,6 +69,18 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(runs, data: str, fsdp: str) ->
 
 
 @pytest.mark.slow
+def test_rows_by_themselves_and_micro_batches_too(config, run_cli, tmp_path) -> None:
+    settings = ("--data.packing=false", "--train.gradient_accumulation=2", "--train.steps=2")
+    found = []
+    for sizes in (("--mesh", "none"), ("--mesh.data=2", "--mesh.fsdp=4")):
+        run = tmp_path / str(len(found))
+        done = run_cli("train", config, f"--output={run}", *settings, *sizes)
+        assert done.code == 0, done.err
+        found.append(losses(run))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [("1", "1"), ("1", "2"), ("2", "2"), ("2", "4")])
 def test_a_run_resumes_on_other_devices(config, runs, run_cli, tmp_path, sizes) -> None:
     """Saved on eight devices after two steps; the same eight give the same bits."""
