@@ -47,7 +47,7 @@ class Devices(NamedTuple):
         return f"data {self.data} x fsdp {self.fsdp}{shared}"
 
 
-TRIED = (Devices(), Devices(1, 2), Devices(1, 8), Devices(2, 4), Devices(1, 8, 2))
+TRIED = (Devices(), Devices(1, 2), Devices(1, 8), Devices(1, 8, 2))
 
 
 def start(
@@ -93,7 +93,7 @@ def losses(run: Path) -> list[float]:
 def compare(
     config: str, folder: Path, settings: Sequence[str], tried: Sequence[Devices] = TRIED
 ) -> dict[Devices, list[float]]:
-    """Trains on each of the devices, one after another.
+    """Trains on each of the devices, one after another; a run that is finished is taken as it is.
 
     Args:
       config: YAML file.
@@ -108,12 +108,12 @@ def compare(
       RuntimeError: a run failed; says how.
     """
     found = {}
-    for number, on in enumerate(tried):
-        run = folder / str(number)
+    for on in tried:
+        run = folder / "-".join(map(str, on))
         print(f"{on}: {run}", file=sys.stderr, flush=True)
         ended = [
             (process.communicate(), process.returncode)
-            for process in start(config, run, on, "--overwrite", *settings)
+            for process in start(config, run, on, "--resume", *settings)
         ]
         for (_, err), code in ended:
             if code:
