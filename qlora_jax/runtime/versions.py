@@ -27,6 +27,12 @@ def versions(more: Sequence[str] = ()) -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: _version(name) for name in names}
 
 
+def jax() -> tuple[int, int]:
+    """Returns the first two numbers of jax's version, without importing it."""
+    major, minor = importlib.metadata.version("jax").split(".")[:2]
+    return int(major), int(minor)
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.runtime import compilation
+from qlora_jax.runtime import compilation, versions
 
 CHILD = """
 import json
@@ -130,7 +130,8 @@ def test_the_compilers_memory_is_given_back() -> None:
     assert given < kept - 20
 
 
-def test_a_mesh_asks_for_gathers_beside_work() -> None:
+def test_a_mesh_asks_for_gathers_beside_work(monkeypatch) -> None:
+    monkeypatch.setattr(versions, "jax", lambda: (0, 10))
     environment = {"XLA_FLAGS": "--a=b --xla_gpu_enable_latency_hiding_scheduler=false"}
     compilation.overlap(environment)
     flags = environment["XLA_FLAGS"].split()
@@ -141,3 +142,13 @@ def test_a_mesh_asks_for_gathers_beside_work() -> None:
     ]
     compilation.overlap(environment)
     assert environment["XLA_FLAGS"].split() == flags
+    monkeypatch.setattr(versions, "jax", lambda: (0, 12))
+    newer = {"XLA_FLAGS": "--a=b"}
+    compilation.overlap(newer)
+    assert newer == {"XLA_FLAGS": "--a=b"}
+
+
+def test_the_version_of_jax_is_known_without_it() -> None:
+    import jax
+
+    assert versions.jax() == jax.__version_info__[:2]
