@@ -32,7 +32,7 @@ def dense(x: jax.Array, w: jax.Array | Sharded) -> jax.Array:
     Returns:
       [..., N] in x's dtype.
     """
-    return product(x, whole(w.astype(x.dtype)), 0).astype(x.dtype)
+    return product(x, whole(w).astype(x.dtype), 0).astype(x.dtype)
 
 
 def kept(y: jax.Array) -> jax.Array:
@@ -99,13 +99,14 @@ def _forward(x: jax.Array, w: Weight) -> tuple[jax.Array, tuple[jax.Array, Weigh
 
 
 def _backward(saved: tuple[jax.Array, Weight], g: jax.Array) -> tuple[jax.Array, Weight]:
-    x, w = saved
-    dx = product(g, whole(w.astype(x.dtype)), 1).astype(x.dtype)
+    x, held = saved
+    w = whole(held)
+    dx = product(g, w.astype(x.dtype), 1).astype(x.dtype)
     rows, columns = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     dw = product(rows.T, columns, 0)
-    if isinstance(w, Sharded):
+    if isinstance(held, Sharded):
         # in float32 until all devices' rows are in it
-        return dx, w.part_of(dw, w.dtype)
+        return dx, held.part_of(dw, w.dtype)
     return dx, dw.astype(w.dtype)
 
 

@@ -6,10 +6,9 @@ parts of its codes and scales, so what moves between devices is 4 bits a weight.
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.quant.qtensor import QTensor
@@ -46,14 +45,6 @@ class Sharded:
     @property
     def ndim(self) -> int:
         return self.part.ndim
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.part.dtype
-
-    def astype(self, dtype: jax.typing.DTypeLike) -> "Sharded":
-        """Returns an array in parts, each in another dtype: what is narrower is gathered faster."""
-        return Sharded(cast(jax.Array, self.part).astype(dtype), self.axes)
 
     def whole(self) -> Any:
         """Gathers the weight from all devices: an array or a QTensor, bit for bit what was split.
