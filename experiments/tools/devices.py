@@ -47,7 +47,7 @@ class Devices(NamedTuple):
         return f"data {self.data} x fsdp {self.fsdp}{shared}"
 
 
-TRIED = (Devices(), Devices(1, 2), Devices(1, 8), Devices(1, 8, 2))
+TRIED = (Devices(), Devices(1, 2), Devices(1, 8))
 
 
 def start(
@@ -155,9 +155,13 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--output", type=Path, required=True, help="without .json and .png")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "devices")
+    parser.add_argument(
+        "--processes", action="append", type=int, default=[], help="that share eight devices, too"
+    )
     options, settings = parser.parse_known_args()
     configs.parse_overrides(settings)
-    found = compare(options.config, options.runs, settings)
+    tried = [*TRIED, *(Devices(1, 8, count) for count in options.processes)]
+    found = compare(options.config, options.runs, settings, tried)
     far = {str(on): max(own) for on, own in differences(found).items()}
     for on, largest in far.items():
         print(f"{on:30} {largest:.1e}")
