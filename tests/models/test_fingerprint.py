@@ -278,7 +278,7 @@ for axis in (-1, -2):
 @pytest.mark.slow
 def test_shards_do_not_matter():
     environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_NUM_CPU_DEVICES": "2",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
     }
