@@ -29,11 +29,11 @@ BOUND = 1e-5
 
 
 class Devices(NamedTuple):
-    """What a run is on.
+    """Names the devices of a run.
 
     Attributes:
       data, fsdp: sizes of its mesh.
-      processes: that share its devices.
+      processes: number of processes that share its devices.
     """
 
     data: int = 1
@@ -59,7 +59,7 @@ def start(
       config: YAML file, or a run directory.
       run: the run directory.
       on: the mesh and the number of processes.
-      settings: further arguments of all.
+      settings: further arguments of every process.
       each: further arguments of each process.
     """
     with socket.socket() as free:
@@ -98,8 +98,8 @@ def compare(
     Args:
       config: YAML file.
       folder: gets a run directory for each.
-      settings: of all runs.
-      tried: what to train on.
+      settings: further arguments of every run.
+      tried: the devices of each run.
 
     Returns:
       The losses of each.

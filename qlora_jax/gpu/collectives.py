@@ -35,9 +35,9 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of `KINDS`.
       dtype: as HLO writes it, u8 or bf16.
-      shape: of the result on a device.
-      devices: that take part.
-      times: that a program does it.
+      shape: shape of the result on a device.
+      devices: number of devices that take part.
+      times: how often a program does it.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Gather(NamedTuple):
 
     Attributes:
       received: bytes that a device receives, each time.
-      times: that the program does it.
+      times: how often the program does it.
       beside: operations that run between its start and its end.
       products: matrix products and kernels among them.
     """

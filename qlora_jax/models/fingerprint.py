@@ -37,7 +37,7 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.stored import Stored, stored
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.runtime.mesh import everywhere
+from qlora_jax.runtime.mesh import mesh_place
 
 ROWS = (0x9E3779B9, 0xBF58476D, 0x94D049BB, 0xD6E8FEB8)
 COLUMNS = (0x7F4A7C15, 0x1CE4E5B9, 0x133111EB, 0x6659FD93)
@@ -87,7 +87,7 @@ def sums(model: Decoder) -> list[tuple[Stored, list[jax.Array]]]:
     for part in stored(model):
         rows, columns = (1, *_shape(part))[-2:]
         keys = _keys(rows, ROWS), _keys(columns, COLUMNS)
-        home = everywhere(part.value)
+        home = mesh_place(part.value)
         layers = [
             _sums(part.value, i if part.stacked else None, *keys, part.transposed, home)
             for i in range(len(part.names))

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from qlora_jax.models.trees import flatten
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.sharded import Sharded
-from qlora_jax.runtime.mesh import DATA, FSDP, ROWS, sent
+from qlora_jax.runtime.mesh import DATA, FSDP, ROWS, on_devices, sent
 
 WHOLE_BELOW = 2**12
 """Elements of one layer's array below which every device has all of it."""
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
         return specs(trained, self.trained), specs(frozen, self.frozen)
 
     def in_parts(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
-        """Returns a device's part of both trees, inside `spread`, as a model can be made of."""
+        """Returns a device's part of both trees, inside `on_devices`, as a model can be made of."""
         return in_parts(trained, self.trained), in_parts(frozen, self.frozen)
 
     def homes(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
@@ -88,18 +88,6 @@ class Layout(NamedTuple):
             return NamedSharding(self.mesh, _spec(x.ndim, axis))
 
         return jax.tree.map(one, state)
-
-    def spread(self, function: Callable[..., Any], inputs: Any, results: Any) -> Callable[..., Any]:
-        """Returns a function that runs on every device, on its part of the arguments.
-
-        Args:
-          function: gets parts, and may talk to the other devices.
-          inputs: partition specs of the arguments.
-          results: those of the results.
-        """
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=inputs, out_specs=results, check_vma=False
-        )
 
 
 def layout_of(mesh: Mesh | AbstractMesh, trained: Any, frozen: Any) -> Layout:
@@ -143,13 +131,8 @@ def on_mesh(mesh: Mesh | None, function: Callable[..., Any], tree: Any, *rest: A
     def on_a_device(tree: Any, *rest: Any) -> Any:
         return function(in_parts(tree, axes), *rest)
 
-    return jax.shard_map(
-        on_a_device,
-        mesh=mesh,
-        in_specs=(specs(tree, axes), *[same] * len(rest)),
-        out_specs=same,
-        check_vma=False,
-    )(tree, *rest)
+    inputs = specs(tree, axes), *[same] * len(rest)
+    return on_devices(mesh, on_a_device, inputs, same)(tree, *rest)
 
 
 def _axes(mesh: Mesh | AbstractMesh, path: str, held: Any) -> tuple[int | None, ...]:

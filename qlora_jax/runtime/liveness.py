@@ -1,6 +1,7 @@
 """Signs of life between the processes of a run: when one ends, all end, each with a clear line."""
 
 import contextlib
+import ctypes
 import itertools
 import os
 import signal
@@ -33,8 +34,8 @@ class Signs:
     """What is known of the other processes.
 
     Args:
-      index: of this process.
-      count: of all processes.
+      index: number of this process, from 0.
+      count: number of all processes.
       now: seconds of a clock that only goes forward.
     """
 
@@ -68,8 +69,8 @@ class Watch:
 
     Args:
       client: of the coordination service of `jax.distributed`.
-      index: of this process.
-      count: of all processes.
+      index: number of this process, from 0.
+      count: number of all processes.
     """
 
     def __init__(self, client: Any, index: int, count: int):
@@ -77,8 +78,6 @@ class Watch:
         self._told = False
         # jax aborts a process once the first one, or its host, is gone. Python's own handlers would
         # come too late: they run between two steps of the main thread, and an abort does not return
-        import ctypes
-
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
         ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
         threading.Thread(target=self._run, daemon=True).start()

@@ -1,12 +1,19 @@
 """The devices of a run as a mesh of two axes, and arrays on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from qlora_jax.runtime.errors import UserError
 
@@ -31,7 +38,7 @@ def device_mesh(data: int, fsdp: int) -> Mesh | None:
       The mesh; None for one device, which needs none.
 
     Raises:
-      UserError: there are fewer devices, or several processes and more devices.
+      UserError: there are fewer devices; or there are several processes, and more devices.
     """
     devices, asked = jax.devices(), data * fsdp
     if asked == 1 and jax.process_count() == 1:
@@ -52,18 +59,32 @@ def device_mesh(data: int, fsdp: int) -> Mesh | None:
     return Mesh(np.array(devices[:asked]).reshape(data, fsdp), (DATA, FSDP))
 
 
+def on_devices(
+    mesh: Mesh | AbstractMesh, function: Callable[..., Any], inputs: Any, results: Any
+) -> Callable[..., Any]:
+    """Returns a function that runs on every device of a mesh, on its part of the arguments.
+
+    Args:
+      mesh: the devices.
+      function: gets parts, and may talk to the other devices.
+      inputs: partition specs of the arguments.
+      results: partition specs of the results.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=results, check_vma=False)
+
+
 def sent(tree: Any, shardings: Any) -> Any:
     """Puts arrays where they live; every process has all of each array and keeps its own parts.
 
     Args:
       tree: arrays, the same in every process, or arrays that are on the mesh already.
-      shardings: of its leaves.
+      shardings: a tree with where each of its leaves lives.
     """
     return jax.tree.map(_sent, tree, shardings)
 
 
-def everywhere(tree: Any) -> NamedSharding | None:
-    """Returns the place on all devices of the mesh that arrays are on; None for one device."""
+def mesh_place(tree: Any) -> NamedSharding | None:
+    """Returns where an array is whole on all devices of a tree's mesh; None for one device."""
     first = jax.tree.leaves(tree)[0]
     if isinstance(first, jax.core.Tracer) or not isinstance(first.sharding, NamedSharding):
         return None

@@ -33,6 +33,9 @@ WAIT_MS = 30 * 60 * 1000
 NEVER_S = 24 * 60 * 60
 """After which jax itself aborts a process of which others have died, without a clear line."""
 
+DONE, FAULT = "done", "fault: "
+"""How the first process tells the others that an action ended; an error's text follows `FAULT`."""
+
 AHEAD = 3
 """Steps from a signal to the one after which all stop: no process is further ahead than that."""
 
@@ -100,12 +103,12 @@ def _arguments(address: str, count: int, index: int) -> dict[str, Any]:
 
 
 def count() -> int:
-    """The number of the run's processes."""
+    """Returns the number of the run's processes."""
     return _here[0]
 
 
 def index() -> int:
-    """Which of the run's processes this is."""
+    """Returns which of the run's processes this is, from 0."""
     return _here[1]
 
 
@@ -115,7 +118,7 @@ def is_first() -> bool:
 
 
 def name() -> str:
-    """This process in words, for messages; nothing where it is the only one."""
+    """Names this process, for messages; nothing where it is the only one."""
     return f"process {index()} of {count()}: " if count() > 1 else ""
 
 
@@ -132,15 +135,16 @@ def by_first(action: Callable[[], T]) -> T | None:
         return action()
     key, client = f"qlora_jax/{next(_numbers)}", _client()
     if not is_first():
-        if text := client.blocking_key_value_get(key, WAIT_MS).removeprefix("done"):
-            raise UserError(text)
+        found = client.blocking_key_value_get(key, WAIT_MS)
+        if found != DONE:
+            raise UserError(found.removeprefix(FAULT))
         return None
     try:
         result = action()
     except UserError as e:
-        client.key_value_set(key, str(e))
+        client.key_value_set(key, f"{FAULT}{e}")
         raise
-    client.key_value_set(key, "done")
+    client.key_value_set(key, DONE)
     return result
 
 
@@ -148,7 +152,7 @@ def agree(values: Mapping[str, str]) -> None:
     """Makes sure that values and the code are the same in all processes, and waits for all.
 
     Args:
-      values: what it is, in words, to the value.
+      values: name of a value, such as configs, to the value.
 
     Raises:
       UserError: one differs from the first process's, in every process.

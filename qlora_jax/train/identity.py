@@ -17,6 +17,7 @@ from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.families import HEAD
 from qlora_jax.models.sharding import Layout
 from qlora_jax.runtime.errors import RunFailed
+from qlora_jax.runtime.mesh import on_devices
 
 TOLERANCE = {"lora": 0.0, "dora": 1e-5}
 """How far a fresh adapter may move a product, in units of the product's largest number. DoRA
@@ -147,7 +148,7 @@ def unchanged(
         return compared(*layout.in_parts(trained, frozen))
 
     specs = layout.specs(trained, frozen)
-    return layout.spread(on_a_device, specs, PartitionSpec())(trained, frozen)
+    return on_devices(layout.mesh, on_a_device, specs, PartitionSpec())(trained, frozen)
 
 
 def _unchanged(linear: LoraLinear, dtype: jnp.dtype, tolerance: float) -> jax.Array:

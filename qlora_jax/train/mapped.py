@@ -25,7 +25,7 @@ from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraScale
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach, detach
-from qlora_jax.runtime.mesh import DATA, sent
+from qlora_jax.runtime.mesh import DATA, on_devices, sent
 from qlora_jax.train import export, units
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
@@ -143,21 +143,14 @@ def build(config: Config, adapters: Adapters, mesh: Mesh | None = None) -> Progr
     step, look = partial(take_step, single, optimizer), partial(evaluate, single)
     if mesh is not None:
         own, same = PartitionSpec(DATA), PartitionSpec()
-        init = _spread(mesh, init, own)
-        look = _spread(mesh, look, own, own, same, same)
-        each = adapters.own_batches
-        step = _spread(mesh, step, own, own, own, same, own if each else same)
+        batch = own if adapters.own_batches else same
+        init = on_devices(mesh, init, (own,), own)
+        look = on_devices(mesh, look, (own, own, same, same), own)
+        step = on_devices(mesh, step, (own, own, own, same, batch), own)
     return Program(
         init=jax.jit(init),
         step=jax.jit(step, donate_argnums=(0, 1)),
         evaluate=jax.jit(look),
-    )
-
-
-def _spread(mesh: Mesh, function: Callable[..., Any], *inputs: PartitionSpec) -> Callable[..., Any]:
-    """Returns a function that works on every device's own members."""
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=inputs, out_specs=PartitionSpec(DATA), check_vma=False
     )
 
 

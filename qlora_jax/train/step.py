@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.sharding import SPLIT, Layout, added_up
-from qlora_jax.runtime.mesh import ROWS
+from qlora_jax.runtime.mesh import ROWS, on_devices
 from qlora_jax.train import units
 from qlora_jax.train.loss import token_loss
 from qlora_jax.train.offload import ON_DEVICE, Placement
@@ -260,7 +260,7 @@ def evaluate(
     if recipe.layout is None:
         return sums(trained, frozen, dict(batch))
     mine = recipe.layout.specs(trained, frozen)
-    return recipe.layout.spread(sums, (*mine, SPLIT), P())(trained, frozen, dict(batch))
+    return on_devices(recipe.layout.mesh, sums, (*mine, SPLIT), P())(trained, frozen, dict(batch))
 
 
 def gradient(
@@ -280,7 +280,7 @@ def gradient(
     if recipe.layout is not None:
         trees = recipe.layout.specs(state.trained, frozen)
         rows = (trees[1], P(), trees[0], SPLIT, SPLIT)
-        one = recipe.layout.spread(one, rows, (trees[0], P()))
+        one = on_devices(recipe.layout.mesh, one, rows, (trees[0], P()))
     micro = partial(one, frozen, factor)
     k = batch["mask"].shape[0]
     # a key for each row, so that what is dropped in it does not depend on the device it is on

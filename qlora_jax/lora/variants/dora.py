@@ -25,7 +25,7 @@ from qlora_jax.lora.variables import LoraConstant, LoraVector
 from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.quant.sharded import whole
-from qlora_jax.runtime.mesh import everywhere
+from qlora_jax.runtime.mesh import mesh_place
 
 
 class DoraAdapter(Adapter):
@@ -98,7 +98,7 @@ def dora(adapter: Adapter, weight: jax.Array | QTensor) -> DoraAdapter:
       weight: [L, in, out].
     """
     a, b, scale = (v.get_value() for v in (adapter.a, adapter.b, adapter.scale))
-    norm, magnitude = _measure(weight, a, b, scale, everywhere(weight))
+    norm, magnitude = _measure(weight, a, b, scale, mesh_place(weight))
     return DoraAdapter(
         a, b, scale, adapter.specs, adapter.dropout, adapter.freeze_a, magnitude, norm
     )
