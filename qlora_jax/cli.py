@@ -100,6 +100,10 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
         elif line := limits.told(e):
             code.value = USER_ERROR
             _fail(line, debug)
+        elif processes.count() > 1:  # the others would wait for this one
+            code.value = FAILED
+            traceback.print_exc()
+            processes.tell(repr(e))
         else:
             raise
 

@@ -163,8 +163,8 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, st
 @pytest.mark.slow
 def test_two_processes_train_one_run(config, runs, tmp_path) -> None:
     run = tmp_path / "run"
-    (code, out, err), (other, silent, _) = ended(start(config, run, TWO, "--json"))
-    assert (code, other) == (0, 0), err
+    (code, out, err), (other, silent, lost) = ended(start(config, run, TWO, "--json"))
+    assert (code, other) == (0, 0), err + lost
     assert json.loads(out)["steps"] == 4
     assert not silent
     np.testing.assert_allclose(losses(run), losses(runs("1", "1")), rtol=1e-5)

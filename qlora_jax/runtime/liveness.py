@@ -24,10 +24,15 @@ GRACE_S = 2
 FOLDER = "qlora_jax/signs"
 """Begins the keys of signs in the coordination service; the number of the process follows."""
 
+GONE = "process 0, or the network to it, is gone"
+
 RESUME = "--resume goes on from the last checkpoint"
 
 ENDED = "ended: "
-"""Begins the last sign of a process that ends; why follows."""
+"""Begins the last sign of a process that fails; why follows."""
+
+FINISHED = "finished"
+"""The last sign of a process that has done its part of the run."""
 
 
 class Signs:
@@ -59,9 +64,13 @@ class Signs:
             sign, since = self._newest.get(process, ("", now))
             if sign.startswith(ENDED) and now - since > GRACE_S:
                 return f"process {process} ended: {sign.removeprefix(ENDED)}"
-            if not sign.startswith(ENDED) and now - since > SILENT_S:
+            if not sign.startswith((ENDED, FINISHED)) and now - since > SILENT_S:
                 return f"process {process} has given no sign of life for {SILENT_S} s"
         return None
+
+    def finished(self) -> bool:
+        """Whether all other processes have done their part of the run."""
+        return all(self._newest.get(i, ("", 0))[0] == FINISHED for i in self._others)
 
 
 class Watch:
@@ -75,40 +84,66 @@ class Watch:
 
     def __init__(self, client: Any, index: int, count: int):
         self._client, self._index, self._count = client, index, count
-        self._told = False
+        self._signs = Signs(index, count, time.monotonic())
+        self._last: str | None = None
+        self._giving, self._over = threading.Lock(), threading.Event()
         # jax aborts a process once the first one, or its host, is gone. Python's own handlers would
         # come too late: they run between two steps of the main thread, and an abort does not return
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
         ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def tell(self, message: str) -> None:
-        """Tells the other processes why this one ends; a first process waits until they know."""
-        self._told = True
+        """Tells the other processes why this one fails; a first process waits until they know."""
         with contextlib.suppress(Exception):  # they may be gone, and so may the service
-            self._give(f"{ENDED}{message}")
+            self._give(f"{ENDED}{message}", last=True)
         if self._index == 0:
             time.sleep(GRACE_S + 3 * BEAT_S)
 
-    def _give(self, sign: str) -> None:
-        self._client.key_value_set(f"{FOLDER}/{self._index}", sign, allow_overwrite=True)
+    def finish(self) -> None:
+        """Ends this process, the first one excepted: it waits until all others have ended.
+
+        jax has no such wait for processes that may fail one by one, and the end of the first
+        process ends the service, without which jax aborts the others.
+        """
+        if self._index == 0:
+            while not self._signs.finished():
+                time.sleep(BEAT_S / 10)
+            # Python crashes when it ends while a thread is within jax
+            self._over.set()
+            self._thread.join()
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)
+            return
+        try:
+            self._give(FINISHED, last=True)
+        except Exception:
+            self._end(GONE)
+        os._exit(0)
+
+    def _give(self, sign: str, last: bool = False) -> None:
+        with self._giving:
+            if self._last is None:
+                self._last = sign if last else None
+                key = f"{FOLDER}/{self._index}"
+                self._client.key_value_set(key, sign, allow_overwrite=True)
 
     def _run(self) -> None:
-        signs = Signs(self._index, self._count, time.monotonic())
         for beat in itertools.count():
-            with contextlib.suppress(Exception):  # without an answer `signs` finds the fault
-                if not self._told:
-                    self._give(str(beat))
+            with contextlib.suppress(Exception):  # without an answer `Signs` finds the fault
+                self._give(str(beat))
                 found = self._client.key_value_dir_get(FOLDER)
                 newest = {int(key.rpartition("/")[2]): sign for key, sign in found}
-                signs.update(newest, time.monotonic())
-            if not self._told and (fault := signs.fault(time.monotonic())):
+                self._signs.update(newest, time.monotonic())
+            if self._last is None and (fault := self._signs.fault(time.monotonic())):
                 self._end(fault)
-            time.sleep(BEAT_S)
+            if self._over.wait(BEAT_S):
+                return
 
     def _aborted(self, number: int) -> None:
-        gone = "aborted" if self._index == 0 else "process 0, or the network to it, is gone"
-        self._end(gone)
+        if self._last == FINISHED:
+            os._exit(0)
+        self._end("aborted" if self._index == 0 else GONE)
 
     def _end(self, fault: str) -> None:
         line = f"process {self._index} of {self._count}: {fault}; start all again, {RESUME}"

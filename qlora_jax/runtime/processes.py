@@ -232,9 +232,19 @@ def tell(message: str) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once where it is one of several, without waiting for the others."""
-    if _watch is not None and code:
+    """Ends this process where it is one of several.
+
+    Does nothing for a process alone, and returns in the first process of a run that went well,
+    once the others have ended.
+
+    Args:
+      code: exit code; other than 0, the others are not waited for.
+    """
+    if _watch is None:
+        return
+    if code:
         os._exit(code)
+    _watch.finish()
 
 
 @contextlib.contextmanager

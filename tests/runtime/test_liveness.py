@@ -1,4 +1,65 @@
-from qlora_jax.runtime.liveness import ENDED, GRACE_S, SILENT_S, Signs
+"""Signs of life between processes, and how the processes of a run end."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from qlora_jax.runtime.liveness import ENDED, FINISHED, GRACE_S, SILENT_S, Signs
+from qlora_jax.runtime.processes import OWN
+
+PART = """
+import sys, time
+from qlora_jax.runtime import processes
+
+processes.join()
+with processes.failing_together():
+    time.sleep(float(sys.argv[1]))
+processes.leave(0)
+print("first" if processes.is_first() else "other", flush=True)
+"""
+"""What one process of a run does: some seconds of work."""
+
+
+def ended(*seconds: int) -> list[tuple[int, str, str]]:
+    """Runs processes that work for so long each; returns exit codes and both streams."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for index, work in enumerate(seconds):
+        place = dict(zip(OWN, (address, str(len(seconds)), str(index))))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PART, str(work)],
+                env=os.environ | {"JAX_PLATFORMS": "cpu"} | place,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    streams = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode, *text) for process, text in zip(started, streams)]
+
+
+@pytest.mark.parametrize("seconds", [(0, 4), (4, 0)])
+def test_a_slow_process_is_waited_for(seconds) -> None:
+    """The end of the first one ends the service that the other one needs, and so must be last."""
+    (first, printed, err), (other, _, lost) = ended(*seconds)
+    assert (first, other) == (0, 0), err + lost
+    assert printed == "first\n"
+
+
+def test_a_process_that_finished_is_not_missed() -> None:
+    signs = Signs(index=0, count=3, now=0)
+    signs.update({1: FINISHED, 2: "1"}, 1)
+    signs.update({1: FINISHED, 2: "2"}, 2 + SILENT_S)
+    assert signs.fault(2 + SILENT_S) is None
+    assert not signs.finished()
+    signs.update({1: FINISHED, 2: FINISHED}, 3 + SILENT_S)
+    assert signs.finished()
 
 
 def test_a_process_that_beats_is_alive() -> None:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from qlora_jax import cli
 from qlora_jax.runtime import processes
 from qlora_jax.runtime.errors import UserError
 
@@ -150,3 +151,16 @@ def test_other_code_has_another_digest(monkeypatch, tmp_path) -> None:
     assert processes.code_digest() == one
     (tmp_path / "a.py").write_text("x = 2\n")
     assert processes.code_digest() != one
+
+
+def test_the_others_hear_of_a_fault_of_the_program(pretend, monkeypatch, capsys) -> None:
+    """Python's own end after an error waits for threads, and the others would wait for it."""
+    pretend(1)
+    told, left = [], []
+    monkeypatch.setattr(processes, "tell", told.append)
+    monkeypatch.setattr(processes, "leave", left.append)
+    monkeypatch.setattr(cli.limits, "check", lambda: 1 / 0)
+    cli.main(["train", "config.yaml"])
+    assert told == ["ZeroDivisionError('division by zero')"]
+    assert left == [cli.FAILED]
+    assert "test_processes.py" in capsys.readouterr().err
