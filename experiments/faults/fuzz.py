@@ -21,6 +21,7 @@ from pathlib import Path
 
 from experiments.faults import formats, mutate
 from experiments.faults.common import HANGS_AFTER, HUGE, MIB, Campaign, Row, resident
+from qlora_jax.runtime import paths
 
 INPUTS = 10_000
 WORKERS = 2
@@ -64,7 +65,7 @@ def attempt(seeds: Path, seed: int, number: int, folder: Path) -> tuple[str, str
     except MemoryError:
         fault = "needs too much memory"
     except BaseException as e:
-        own = [f for f in traceback.extract_tb(e.__traceback__) if "qlora_jax" in f.filename]
+        own = [f for f in traceback.extract_tb(e.__traceback__) if paths.in_package(f.filename)]
         place = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "nowhere"
         fault = f"{type(e).__name__} at {place}: {str(e)[:120]!r}"
     grown = resident(multiprocessing.current_process().pid or 0, "VmHWM") - before

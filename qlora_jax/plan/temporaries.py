@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from qlora_jax.runtime import paths
+
 _VALUE = re.compile(r"value: <\d+ ([\w.-]+)\S* @\d+> \(size=(\d+),offset=(\d+)\): (.*)")
 _MADE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = .*metadata=\{(.*?)\}")
 _ENTRY = re.compile(r"(\d+) (?:\{(.*)\}|\"(.*)\")$")
-OURS = "qlora_jax"
 
 
 class Temporary(NamedTuple):
@@ -77,20 +78,20 @@ def _origins(program: str) -> dict[str, tuple[str, str]]:
         frame = re.search(r"stack_frame_id=(\d+)", data)
         file = re.search(r'source_file="([^"]*)".*?source_line=(\d+)', data)
         source = frames.get(int(frame[1]), "") if frame else ""
-        if file and f"{OURS}/" in file[1]:
-            source = f"{_short(file[1])}:{file[2]}"
+        if file and (name := paths.in_package(file[1])):
+            source = f"{name}:{file[2]}"
         found[match[1]] = "/".join(operation[1].split("/")[-2:]) if operation else "", source
     return found
 
 
 def _frames(program: str) -> dict[int, str]:
     """Maps a stack frame to the innermost line of this package in it."""
-    files = {i: _short(text) for i, text in _table(program, "FileNames").items()}
+    files = {i: paths.in_package(text) for i, text in _table(program, "FileNames").items()}
     lines: dict[int, str] = {}
     for i, text in _table(program, "FileLocations").items():
         fields = _fields(text)
         name = files.get(fields.get("file_name_id", 0), "")
-        lines[i] = f"{name}:{fields.get('line', 0)}" if name.startswith(f"{OURS}/") else ""
+        lines[i] = f"{name}:{fields.get('line', 0)}" if name else ""
     frames = {i: _fields(text) for i, text in _table(program, "StackFrames").items()}
 
     def innermost(i: int) -> str:
@@ -113,8 +114,3 @@ def _table(program: str, heading: str) -> Mapping[int, str]:
 
 def _fields(text: str) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", text)}
-
-
-def _short(path: str) -> str:
-    _, found, rest = path.rpartition(f"/{OURS}/")
-    return f"{OURS}/{rest}" if found else path

@@ -6,12 +6,22 @@ from pathlib import Path
 
 from qlora_jax.runtime.errors import UserError
 
+PACKAGE = Path(__file__).parents[1]
+
 
 def cache_folder() -> Path:
     """`$QLORA_JAX_CACHE`, else `$XDG_CACHE_HOME/qlora_jax`, else `~/.cache/qlora_jax`."""
     if own := os.environ.get("QLORA_JAX_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_jax"
+
+
+def in_package(file: str) -> str:
+    """Returns a file of this package as `qlora_jax/...`; an empty string for any other file."""
+    path = Path(file)
+    if not path.is_relative_to(PACKAGE):
+        return ""
+    return path.relative_to(PACKAGE.parent).as_posix()
 
 
 def exists(path: str | os.PathLike[str]) -> bool:

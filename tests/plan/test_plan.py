@@ -27,6 +27,7 @@ from qlora_jax.plan.temporaries import Temporary, temporaries
 from qlora_jax.quant import nbytes
 from qlora_jax.runtime import gpu_memory
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.runtime.paths import PACKAGE
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
 
@@ -206,11 +207,15 @@ INLINE = """
   %wide.2 = bf16[32,32] convert(%p), metadata={op_name="jit(f)/a/mul" FILE/b.py" source_line=7}
   ROOT %other = f32[256] add(%p), metadata={op_name="jit(f)/while/add" FILE/b" source_line=3}
 """
-INLINE = INLINE.replace("FILE", 'source_file="/x/qlora_jax', 1).replace("FILE", 'source_file="/y')
+OTHER = "/home/you/qlora_jax/.venv/lib"
+"""An environment in a clone of this project: what lies there is not of this package."""
+
+INLINE = INLINE.replace("FILE", f'source_file="{PACKAGE}', 1)
+INLINE = INLINE.replace("FILE", f'source_file="{OTHER}')
 FRAMES = """
 FileNames
-1 "/x/qlora_jax/b.py"
-2 "/y/optax.py"
+1 "PACKAGE/b.py"
+2 "OTHER/optax.py"
 
 FunctionNames
 1 "f"
@@ -226,6 +231,7 @@ StackFrames
   %wide.2 = bf16[32,32]{1,0} convert(%p), metadata={op_name="jit(f)/a/mul" stack_frame_id=1}
   ROOT %other = f32[256]{0} add(%p), metadata={op_name="jit(f)/while/add" stack_frame_id=2}
 """
+FRAMES = FRAMES.replace("PACKAGE", str(PACKAGE)).replace("OTHER", OTHER)
 
 
 @pytest.mark.parametrize(("program", "outer"), [(INLINE, ""), (FRAMES, "qlora_jax/b.py:7")])
