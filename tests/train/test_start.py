@@ -174,8 +174,11 @@ def test_pissa_splits_the_weight_at_its_largest_values(tmp_path):
         )
         assert not a[:, rank:].any()
         update = float(linear.adapter.scale.get_value()[i]) * a @ b
-        np.testing.assert_allclose(update, top, atol=2e-6)
-        np.testing.assert_allclose(base[path], w - top, atol=2e-6)
+        # singular vectors turn with rounding, the more the nearer the next value is (Davis-Kahan)
+        turned = s[0] * (1 + 2 * s[rank - 1] / (s[rank - 1] - s[rank]))
+        assert np.linalg.norm(update - top, 2) <= 4 * np.finfo(np.float32).eps * turned
+        np.testing.assert_allclose(np.linalg.norm(w - update), np.linalg.norm(w - top), rtol=1e-7)
+        np.testing.assert_allclose(base[path] + update, w, atol=5e-7)
         np.testing.assert_allclose(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1), rtol=1e-4)
     tokens = np.load(LLAMA / "reference.npz")["tokens"]
     reference = np.load(LLAMA / "reference.npz")["logits"]
