@@ -2,9 +2,8 @@
 
 import json
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.tools.devices import Devices, losses, start
+from experiments.tools.devices import Devices, ended, losses, start
 from qlora_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.quick
@@ -152,18 +151,13 @@ def test_what_cannot_be_split_is_told(config, run_cli, tmp_path) -> None:
 
 
 TWO = Devices(data=1, fsdp=8, processes=2)
-
-
-def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Waits for processes; returns the exit code and the two streams of each."""
-    streams = [process.communicate(timeout=400) for process in processes]
-    return [(process.returncode, *text) for process, text in zip(processes, streams)]
+WAIT_S = 400
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_run(config, runs, tmp_path) -> None:
     run = tmp_path / "run"
-    (code, out, err), (other, silent, lost) = ended(start(config, run, TWO, "--json"))
+    (code, out, err), (other, silent, lost) = ended(start(config, run, TWO, "--json"), WAIT_S)
     assert (code, other) == (0, 0), err + lost
     assert json.loads(out)["steps"] == 4
     assert not silent
@@ -185,7 +179,7 @@ def test_a_process_that_is_killed_ends_all(config, runs, run_cli, tmp_path, kill
         time.sleep(0.2)
     both[killed].kill()
     began = time.monotonic()
-    left = ended(both)
+    left = ended(both, WAIT_S)
     assert time.monotonic() - began < 60
     assert left[killed][0] == -signal.SIGKILL
     code, _, err = left[1 - killed]
@@ -206,7 +200,7 @@ def test_a_process_that_is_killed_ends_all(config, runs, run_cli, tmp_path, kill
 def test_processes_that_differ_are_refused(config, tmp_path) -> None:
     run = tmp_path / "run"
     both = start(config, run, TWO, each=((), ("--lora.rank=8",)))
-    for index, (code, _, err) in enumerate(ended(both)):
+    for index, (code, _, err) in enumerate(ended(both, WAIT_S)):
         assert code == 2
         assert f"process {index} of 2: processes 0 and 1 have different configs" in err
     assert not run.exists()

@@ -13,7 +13,6 @@ Command: python -m experiments.benchmarks.compare all --peer PYTHON [--peer PYTH
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -23,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import qlora_jax
 from experiments.tools import pages
 from qlora_jax.bench import plot, tools
 from qlora_jax.bench.compare import round_of, summarize
@@ -33,6 +31,7 @@ from qlora_jax.bench.tools import Tool
 from qlora_jax.commands.bench import with_model
 from qlora_jax.runtime.atomic import write_text
 from qlora_jax.runtime.errors import RunFailed, UserError
+from qlora_jax.runtime.processes import code_digest
 
 SMALL, LARGE = "random-smollm2-135m", "random-tinyllama-1.1b"
 
@@ -130,13 +129,8 @@ def _round(section: Section, sides: Sequence[Tool]) -> list[dict[str, Any]]:
 
 def _key(section: Section, sides: Sequence[Tool]) -> dict[str, Any]:
     """What must be the same for rounds to belong together."""
-    root = Path(qlora_jax.__file__).parent
-    code = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        code.update(str(file.relative_to(root)).encode() + file.read_bytes())
-
     return {
-        "code": code.hexdigest(),
+        "code": code_digest(),
         "python": platform.python_version(),
         "jax": importlib.metadata.version("jax"),
         "sides": [side.name for side in sides],

@@ -50,6 +50,36 @@ class Devices(NamedTuple):
 TRIED = (Devices(), Devices(1, 2), Devices(1, 8))
 
 
+def places(count: int) -> list[dict[str, str]]:
+    """Returns the variables that make each of several processes of this machine one of a run.
+
+    Args:
+      count: number of processes; a single one needs no variables.
+    """
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [dict(zip(OWN, (address, str(count), str(index)))) for index in range(count)]
+
+
+def ended(
+    processes: Sequence[subprocess.Popen[str]], timeout: float | None = None
+) -> list[tuple[int, str, str]]:
+    """Waits for processes; returns the exit code, stdout and stderr of each.
+
+    Args:
+      processes: with pipes for both streams.
+      timeout: seconds for each; None waits for any time.
+
+    Raises:
+      subprocess.TimeoutExpired: one took longer.
+    """
+    streams = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *text) for process, text in zip(processes, streams)]
+
+
 def start(
     config: str | Path, run: Path, on: Devices, *settings: str, each: Sequence[Sequence[str]] = ()
 ) -> list[subprocess.Popen[str]]:
@@ -62,20 +92,16 @@ def start(
       settings: further arguments of every process.
       each: further arguments of each process.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "qlora_jax", "train", str(config), f"--output={run}"]
     command += [f"--mesh.data={on.data}", f"--mesh.fsdp={on.fsdp}", *settings]
     devices = str(max(on.data * on.fsdp // on.processes, 1))
     started = []
-    for index in range(on.processes):
-        place = dict(zip(OWN, (address, str(on.processes), str(index))))
+    for index, place in enumerate(places(on.processes)):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
         started.append(
             subprocess.Popen(
                 [*command, *(each[index] if each else ())],
-                env=environment | (place if on.processes > 1 else {}),
+                env=environment | place,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -111,11 +137,7 @@ def compare(
     for on in tried:
         run = folder / "-".join(map(str, on))
         print(f"{on}: {run}", file=sys.stderr, flush=True)
-        ended = [
-            (process.communicate(), process.returncode)
-            for process in start(config, run, on, "--resume", *settings)
-        ]
-        for (_, err), code in ended:
+        for code, _, err in ended(start(config, run, on, "--resume", *settings)):
             if code:
                 raise RuntimeError(f"{on}: exit code {code}: {err.strip().splitlines()[-1]}")
         found[on] = losses(run)

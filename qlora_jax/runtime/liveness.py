@@ -25,6 +25,7 @@ FOLDER = "qlora_jax/signs"
 """Begins the keys of signs in the coordination service; the number of the process follows."""
 
 GONE = "process 0, or the network to it, is gone"
+"""What is wrong where the coordination service cannot be reached."""
 
 RESUME = "--resume goes on from the last checkpoint"
 
@@ -102,15 +103,15 @@ class Watch:
             time.sleep(GRACE_S + 3 * BEAT_S)
 
     def finish(self) -> None:
-        """Ends this process, the first one excepted: it waits until all others have ended.
+        """Ends this process; in the first one, waits for all others instead, and returns.
 
-        jax has no such wait for processes that may fail one by one, and the end of the first
-        process ends the service, without which jax aborts the others.
+        The first process runs the coordination service, and jax aborts the others when it ends.
+        With `jax_enable_recoverability` jax itself waits for none of them.
         """
         if self._index == 0:
             while not self._signs.finished():
                 time.sleep(BEAT_S / 10)
-            # Python crashes when it ends while a thread is within jax
+            # Python can crash at its end while another thread calls jax
             self._over.set()
             self._thread.join()
             signal.signal(signal.SIGABRT, signal.SIG_DFL)

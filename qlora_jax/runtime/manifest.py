@@ -13,6 +13,7 @@ from typing import Any
 from qlora_jax.runtime import format_version, json_files
 from qlora_jax.runtime.atomic import write_text
 from qlora_jax.runtime.device import cpu_cores, cpu_name, describe_devices
+from qlora_jax.runtime.paths import PACKAGE
 from qlora_jax.runtime.versions import versions
 
 NAME = "manifest.json"
@@ -120,7 +121,7 @@ def base_hash(manifest: Mapping[str, Any]) -> str | None:
     return None if old is None else f"1:{old}"
 
 
-def git_state(folder: str | Path = Path(__file__).parents[1]) -> dict[str, Any] | None:
+def git_state(folder: str | Path = PACKAGE) -> dict[str, Any] | None:
     """Commit of the checkout that holds this code, and whether it has uncommitted changes.
 
     None for an installed package, also inside somebody else's repository, or without git.

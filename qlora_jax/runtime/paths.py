@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora_jax.runtime.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
+"""The folder of this package."""
 
 
 def cache_folder() -> Path:

@@ -11,10 +11,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_jax.runtime import json_files
+from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import FULL_MEMORY, RunFailed, UserError, first_line
 from qlora_jax.runtime.liveness import RESUME, SILENT_S, Watch
 from qlora_jax.runtime.versions import versions
@@ -201,9 +200,9 @@ def stop_at(asked: int | None, step: int) -> int | None:
 
 def code_digest() -> str:
     """Returns a hash of this package's code and of the versions of others, as hex."""
-    digest, root = hashlib.sha256(repr(versions()).encode()), Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    digest = hashlib.sha256(repr(versions()).encode())
+    for path in sorted(paths.PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(paths.PACKAGE)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

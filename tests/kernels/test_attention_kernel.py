@@ -142,7 +142,7 @@ def test_a_soft_cap(dtype: str) -> None:
 
 
 def test_a_soft_cap_of_scores_far_above_it() -> None:
-    """The scores are whole numbers, so none is rounded: 0, or where the cap's slope is 0."""
+    """Each score is 0 or at least 2500 in size, and exact, whatever the order of its sum."""
     inputs = make()
     assert_right(inputs._replace(q=jnp.round(inputs.q) * 1e4, k=jnp.round(inputs.k)), softcap=1.5)
 

@@ -203,15 +203,13 @@ allocation 9: size 4096, page 0, preallocated-temp:
  value: <3 wide.2 @0> (size=2048,offset=0): bf16[32,32]{1,0}
  value: <4 other{} @0> (size=1024,offset=2048): f32[256]{0}
 """
-INLINE = """
-  %wide.2 = bf16[32,32] convert(%p), metadata={op_name="jit(f)/a/mul" FILE/b.py" source_line=7}
-  ROOT %other = f32[256] add(%p), metadata={op_name="jit(f)/while/add" FILE/b" source_line=3}
-"""
 OTHER = "/home/you/qlora_jax/.venv/lib"
 """An environment in a clone of this project: what lies there is not of this package."""
 
-INLINE = INLINE.replace("FILE", f'source_file="{PACKAGE}', 1)
-INLINE = INLINE.replace("FILE", f'source_file="{OTHER}')
+INLINE = """
+  %wide.2 = bf16[] convert(), metadata={op_name="f/a/mul" source_file="PACKAGE/b.py" source_line=7}
+  ROOT %other = f32[] add(), metadata={op_name="while/add" source_file="OTHER/b.py" source_line=3}
+"""
 FRAMES = """
 FileNames
 1 "PACKAGE/b.py"
@@ -231,13 +229,13 @@ StackFrames
   %wide.2 = bf16[32,32]{1,0} convert(%p), metadata={op_name="jit(f)/a/mul" stack_frame_id=1}
   ROOT %other = f32[256]{0} add(%p), metadata={op_name="jit(f)/while/add" stack_frame_id=2}
 """
-FRAMES = FRAMES.replace("PACKAGE", str(PACKAGE)).replace("OTHER", OTHER)
 
 
 @pytest.mark.parametrize(("program", "outer"), [(INLINE, ""), (FRAMES, "qlora_jax/b.py:7")])
 def test_temporaries_with_their_lines(tmp_path: Path, program: str, outer: str) -> None:
     stem = "module_1.f.sm_8.0_gpu_after_optimizations"
     (tmp_path / f"{stem}-buffer-assignment.txt").write_text(BUFFERS)
+    program = program.replace("PACKAGE", str(PACKAGE)).replace("OTHER", OTHER)
     (tmp_path / f"{stem}.txt").write_text(program)
     assert temporaries(tmp_path, 5) == [
         Temporary(2048, "bf16[32,32]", "a/mul", "qlora_jax/b.py:7"),

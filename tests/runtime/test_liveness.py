@@ -1,55 +1,47 @@
 """Signs of life between processes, and how the processes of a run end."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from experiments.tools.devices import ended, places
 from qlora_jax.runtime.liveness import ENDED, FINISHED, GRACE_S, SILENT_S, Signs
-from qlora_jax.runtime.processes import OWN
 
 PART = """
 import sys, time
 from qlora_jax.runtime import processes
 
 processes.join()
-with processes.failing_together():
-    time.sleep(float(sys.argv[1]))
+time.sleep(float(sys.argv[1]))
 processes.leave(0)
-print("first" if processes.is_first() else "other", flush=True)
+print("returned")
 """
-"""What one process of a run does: some seconds of work."""
+"""The program of a process that joins a run, works for some seconds and leaves."""
 
 
-def ended(*seconds: int) -> list[tuple[int, str, str]]:
-    """Runs processes that work for so long each; returns exit codes and both streams."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = []
-    for index, work in enumerate(seconds):
-        place = dict(zip(OWN, (address, str(len(seconds)), str(index))))
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PART, str(work)],
-                env=os.environ | {"JAX_PLATFORMS": "cpu"} | place,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+def run_parts(*seconds: int) -> list[tuple[int, str, str]]:
+    """Runs a process for each number of seconds; returns exit codes, stdouts and stderrs."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PART, str(work)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    streams = [process.communicate(timeout=120) for process in started]
-    return [(process.returncode, *text) for process, text in zip(started, streams)]
+        for work, place in zip(seconds, places(len(seconds)))
+    ]
+    return ended(started, timeout=120)
 
 
-@pytest.mark.parametrize("seconds", [(0, 4), (4, 0)])
+@pytest.mark.parametrize("seconds", [(0, 2), (2, 0)])
 def test_a_slow_process_is_waited_for(seconds) -> None:
-    """The end of the first one ends the service that the other one needs, and so must be last."""
-    (first, printed, err), (other, _, lost) = ended(*seconds)
+    """The first process runs the service that the other one needs, so it ends last."""
+    (first, printed, err), (other, silent, lost) = run_parts(*seconds)
     assert (first, other) == (0, 0), err + lost
-    assert printed == "first\n"
+    assert (printed, silent) == ("returned\n", "")
 
 
 def test_a_process_that_finished_is_not_missed() -> None:

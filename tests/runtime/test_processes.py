@@ -144,8 +144,7 @@ def test_a_variable_that_is_no_number_is_refused(place) -> None:
 
 
 def test_other_code_has_another_digest(monkeypatch, tmp_path) -> None:
-    (tmp_path / "runtime").mkdir()
-    monkeypatch.setattr(processes, "__file__", str(tmp_path / "runtime" / "processes.py"))
+    monkeypatch.setattr(processes.paths, "PACKAGE", tmp_path)
     (tmp_path / "a.py").write_text("x = 1\n")
     one = processes.code_digest()
     assert processes.code_digest() == one
@@ -154,7 +153,6 @@ def test_other_code_has_another_digest(monkeypatch, tmp_path) -> None:
 
 
 def test_the_others_hear_of_a_fault_of_the_program(pretend, monkeypatch, capsys) -> None:
-    """Python's own end after an error waits for threads, and the others would wait for it."""
     pretend(1)
     told, left = [], []
     monkeypatch.setattr(processes, "tell", told.append)

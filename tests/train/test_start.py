@@ -174,7 +174,7 @@ def test_pissa_splits_the_weight_at_its_largest_values(tmp_path):
         )
         assert not a[:, rank:].any()
         update = float(linear.adapter.scale.get_value()[i]) * a @ b
-        # singular vectors turn with rounding, the more the nearer the next value is (Davis-Kahan)
+        # rounding turns singular vectors by its size over the gap of values (Davis and Kahan)
         turned = s[0] * (1 + 2 * s[rank - 1] / (s[rank - 1] - s[rank]))
         assert np.linalg.norm(update - top, 2) <= 4 * np.finfo(np.float32).eps * turned
         np.testing.assert_allclose(np.linalg.norm(w - update), np.linalg.norm(w - top), rtol=1e-7)
