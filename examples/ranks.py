@@ -35,7 +35,9 @@ def overrides(cell: Cell) -> dict[str, str]:
 
 def together(cells: Sequence[Cell], context: Context) -> list[Rows]:
     members = [overrides(cell) for cell in cells]
-    found = population.train_population(configs.load(cells[0]["config"]), members, data_seed=0)
+    found = population.train_population(
+        configs.load_config(cells[0]["config"]), members, data_seed=0
+    )
     return [measured(METRICS, member) for member in found]
 
 

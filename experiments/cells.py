@@ -22,7 +22,7 @@ RUN = "run"
 def config_of(path: str, settings: Mapping[str, Any]) -> Config:
     """The config of a YAML file with settings laid over it, given as Python values."""
     text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
-    return configs.load(inputs.in_checkout(path), text)
+    return configs.load_config(inputs.in_checkout(path), text)
 
 
 def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def text_ids(tokenizer: Path, source: str, tokens: int) -> np.ndarray:
     from qlora_jax.text import tokenizer as tokenizers
 
     split = sources.read(DataConfig(source=source, format="text"))
-    text = tokenizers.load(tokenizer)
+    text = tokenizers.load_tokenizer(tokenizer)
     ids: list[int] = []
     for record in next(iter(split.held_out.values()), []):
         ids += text.encode(record.key)
@@ -121,12 +121,12 @@ def short(model: str) -> str:
 
 def linears(path: str, targets: str | list[str]) -> dict[str, tuple[int, int]]:
     """The linears that a config's model has and the targets name, by path: (in, out)."""
-    from qlora_jax.lora import plan
+    from qlora_jax.lora import choose_adapters
     from qlora_jax.models.parts import layer_linears
 
     config = config_of(path, {"lora.target_modules": targets})
     shapes = layer_linears(described(config.model.path).config)
-    return {name: shapes[name] for name in plan(config.lora, shapes)}
+    return {name: shapes[name] for name in choose_adapters(config.lora, shapes)}
 
 
 def population(
@@ -198,18 +198,18 @@ def answers(restored: Any, count: int, tokens: int = 48) -> list[tuple[Any, str]
     from qlora_jax.models.generate import generate
     from qlora_jax.train.examples import read_data
 
-    config, text = restored.config, restored.tokenizer
+    config, tokenizer = restored.config, restored.tokenizer
     asking = configs.changed(config, {"train.samples": str(count)})
-    questions = read_data(asking, text, restored.model.config.longest_cached).questions
+    questions = read_data(asking, tokenizer, restored.model.config.longest_cached).questions
     rows = generate(
         restored.model,
         [q.ids for q in questions],
         max_new_tokens=tokens,
-        stop_ids=text.stop_ids,
-        pad_id=text.pad_id,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
         dtype=jnp.dtype(config.model.compute_dtype),
     )
-    return [(q, text.decode(row)) for q, row in zip(questions, rows)]
+    return [(q, tokenizer.decode(row)) for q, row in zip(questions, rows)]
 
 
 def rouge_of(run: Path, count: int) -> float:
@@ -226,9 +226,9 @@ def base_loss(model: str, source: str) -> float:
     import jax.numpy as jnp
 
     from qlora_jax.evaluate.perplexity import text_loss
-    from qlora_jax.formats.load import load
+    from qlora_jax.formats.load import load_model
 
     checkpoint = opened(model)
-    loaded = load(checkpoint, quant=None, dtype=jnp.float32)
+    loaded = load_model(checkpoint, quant=None, dtype=jnp.float32)
     ids = text_ids(checkpoint.tokenizer_path, source, inputs.TOKENS)
     return text_loss(loaded, ids, window=inputs.WINDOW, dtype=jnp.float32).loss

@@ -51,7 +51,7 @@ def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
 
     from qlora_jax.config import QuantConfig
-    from qlora_jax.formats.load import load
+    from qlora_jax.formats.load import load_model
 
     quant = None
     if cell["codebook"] != PLAIN:
@@ -61,7 +61,7 @@ def run(cell: Cell, context: Context) -> Rows:
             double_quant=cell["double_quant"],
         )
     checkpoint = cells.opened(cell["model"])
-    model = load(checkpoint, quant=quant, dtype=jnp.float32)
+    model = load_model(checkpoint, quant=quant, dtype=jnp.float32)
     figures = measured(METRICS, _Quantized(checkpoint, quant))
     return [
         {"text": text, "loss": loss, **figures}

@@ -35,7 +35,7 @@ def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
 
     from qlora_jax.config import QuantConfig
-    from qlora_jax.formats.load import load
+    from qlora_jax.formats.load import load_model
 
     double = cell["double_quant"]
     if cell["stage"] == "fine-tuned":
@@ -43,7 +43,7 @@ def run(cell: Cell, context: Context) -> Rows:
         found = cells.finetuned(cell["model"], context.folder, settings)
         return {"text": "held out", "loss": found["loss"]}
     checkpoint = cells.opened(cell["model"])
-    model = load(checkpoint, quant=QuantConfig(double_quant=double), dtype=jnp.float32)
+    model = load_model(checkpoint, quant=QuantConfig(double_quant=double), dtype=jnp.float32)
     figures = measured(METRICS, model)
     return [
         {"text": text, "loss": loss, **figures}

@@ -82,6 +82,6 @@ def _model(value: str) -> str:
     if not value.endswith(".yaml"):
         return value
     try:
-        return configs.load(in_checkout(value)).model.path
+        return configs.load_config(in_checkout(value)).model.path
     except UserError:
         return ""

@@ -47,7 +47,7 @@ def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
 
     from qlora_jax.evaluate.score import encode_pair, score
-    from qlora_jax.formats.load import load
+    from qlora_jax.formats.load import load_model
     from qlora_jax.train.setup import open_model
 
     settings = {**PLAYERS[cell["player"]], "train.seed": cell["seed"], "train.eval_every": 0}
@@ -56,7 +56,7 @@ def run(cell: Cell, context: Context) -> Rows:
     answered = cells.answers(restored, PROMPTS, 64)
     config = cells.config_of(cell["config"], {"model.path": inputs.JUDGE})
     checkpoint, text = open_model(config)
-    judge = load(checkpoint, quant=None, dtype=jnp.float32)
+    judge = load_model(checkpoint, quant=None, dtype=jnp.float32)
     pairs = [
         encode_pair(text, told(question.prompt, answer), f" {question.answer.strip()}")
         for question, answer in answered

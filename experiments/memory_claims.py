@@ -73,13 +73,13 @@ def run(cell: Cell, context: Context) -> Rows:
     from qlora_jax.gpu.compile import has_plugin
     from qlora_jax.gpu.described import read_gpu
     from qlora_jax.models.shapes import find
-    from qlora_jax.plan import contrast
+    from qlora_jax.plan import paper_claims
     from qlora_jax.plan.plan import planned
 
     if cell["claim"] == "the papers' sums":
         return [
             {"line": line.what, "ours": str(line).split(";")[0], "said": line.paper}
-            for line in contrast.lines()
+            for line in paper_claims.paper_claims()
         ]
     claim = CLAIMS[cell["claim"]]
     config = plan.of_model(

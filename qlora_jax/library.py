@@ -28,7 +28,7 @@ from qlora_jax.serve.loading import regular_folder
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
 from qlora_jax.train.interrupt import Stopped
-from qlora_jax.train.report import Summary, describe_losses
+from qlora_jax.train.report import RunSummary, describe_losses
 
 QUANT = QuantConfig()
 """The defaults of a model in 4 bits."""
@@ -164,7 +164,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     force: bool = False,
-) -> Summary:
+) -> RunSummary:
     """Fine-tunes; leaves a run directory, which `load` takes.
 
     A signal is handled as on the command line: after the step the state is saved, and then the

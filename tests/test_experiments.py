@@ -10,7 +10,7 @@ from experiments import inputs
 from qlora_jax import config as configs
 from qlora_jax.sweep import table
 from qlora_jax.sweep.conclude import VERDICT, arranged
-from qlora_jax.sweep.find import NAME, load
+from qlora_jax.sweep.find import NAME, load_experiment
 from qlora_jax.sweep.results import read
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ RESULTS = sorted(path.parent for path in (ROOT / "docs" / "results").glob(f"**/{
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_experiment_says_what_it_is_and_how_to_run_it(path):
-    experiment = load(path)
+    experiment = load_experiment(path)
     assert experiment.name == path.stem
     assert f"\nqlora-jax sweep {path.stem}\n" in path.read_text()
     ids = [cell.id for cell in experiment.cells()]
@@ -32,7 +32,7 @@ def test_an_experiment_says_what_it_is_and_how_to_run_it(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_its_estimate_is_what_its_cells_took(path):
-    experiment = load(path)
+    experiment = load_experiment(path)
     records = read(ROOT / "docs" / "results" / "sweeps" / path.stem, experiment)
     cells = [cell for cell in experiment.cells() if not experiment.skip(cell)]
     told = sum(experiment.estimate(cell).seconds for cell in cells)
@@ -55,14 +55,16 @@ def test_a_dry_run_needs_nothing(name, tmp_path, monkeypatch, run_cli):
 
 
 def test_what_is_told_to_be_made_is_what_the_cells_read():
-    small, whole = (load(ROOT / "experiments" / f"{name}.py") for name in ("rank", "datatypes"))
+    small, whole = (
+        load_experiment(ROOT / "experiments" / f"{name}.py") for name in ("rank", "datatypes")
+    )
     assert {one.path for cell in small.cells() for one in small.inputs(cell)} == {
         Path("runs/pretrain_1m/model")
     }
     read = {str(one.path) for cell in whole.cells() for one in whole.inputs(cell)}
     assert read == set(inputs.PRETRAINED)
     for model, config in inputs.PRETRAINED.items():
-        assert f"{configs.load(ROOT / config).output}/model" == model
+        assert f"{configs.load_config(ROOT / config).output}/model" == model
 
 
 def test_no_program_reaches_into_the_path_of_imports():
@@ -90,7 +92,7 @@ def test_there_are_those_of_the_papers():
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 def test_committed_rows_still_give_the_committed_verdict(folder):
-    experiment = load(ROOT / "experiments" / f"{folder.name}.py")
+    experiment = load_experiment(ROOT / "experiments" / f"{folder.name}.py")
     analysis = experiment.analyse(table.of(arranged(experiment, read(folder, experiment).values())))
     told = json.loads((folder / VERDICT).read_text())
     assert analysis.verdict.ours == told["ours"]

@@ -77,7 +77,7 @@ def test_three_steps_taken_on_to_six_are_a_run_of_six(
     assert (parts / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     assert trained(parts) == trained(whole)
     assert losses(parts) == losses(whole)
-    assert configs.load(parts / "config.yaml").train.steps == 6
+    assert configs.load_config(parts / "config.yaml").train.steps == 6
     told = manifest.read(parts)
     assert told["config"]["train"]["steps"] == told["results"]["steps"] == 6
     assert len(told["earlier"]) == 1
@@ -116,7 +116,7 @@ def test_a_kill_between_manifest_and_config_is_resumed(
         with pytest.raises(Killed):
             run_cli("train", config, "--train.steps=4", "--resume")
     run = tmp_path / "run"
-    assert configs.load(run / "config.yaml").train.steps == 2
+    assert configs.load_config(run / "config.yaml").train.steps == 2
     assert manifest.read(run)["finished"] is None
     copy = shutil.copytree(run, tmp_path / "copy")
     ended = run_cli("train", config, "--train.steps=4", "--resume")
@@ -223,5 +223,5 @@ def test_epochs_are_steps_that_pass_the_data(
     ended = run_cli("train", run, "--resume", "--train.epochs=2", "--json")
     assert ended.code == 0, ended.err
     assert losses(run, "train/epoch")[json.loads(ended.out)["steps"]] == 2
-    stored = configs.load(run / "config.yaml").train
+    stored = configs.load_config(run / "config.yaml").train
     assert (stored.epochs, stored.steps) == (2.0, None)

@@ -20,7 +20,7 @@ from qlora_jax import library
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load as read
+from qlora_jax.formats.load import load_model as read
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.interrupt import Stopped
 
@@ -176,7 +176,7 @@ def asked(monkeypatch):
 def test_settings_may_be_a_file_a_dict_or_a_config(asked, tmp_path, write_config):
     path = write_config(tmp_path)
     tree = json.loads(path.read_text("utf-8"))
-    config = configs.load(path)
+    config = configs.load_config(path)
     shorter = tree | {"model": Path(tree["model"]["path"]), "output": Path(tree["output"])}
     for given in (path, str(path), tree, config, shorter):
         with pytest.raises(UserError, match="not run"):

@@ -25,7 +25,7 @@ import numpy as np
 from qlora_jax.bench import random_models
 from qlora_jax.bench.measure import random_tokens
 from qlora_jax.config import ModelConfig, QuantConfig
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights
 from qlora_jax.models.adapters import attach_bank, put_adapter
@@ -100,7 +100,7 @@ def cases(setting: Setting) -> tuple[dict[str, Callable[[], int]], str]:
     quant = QuantConfig() if setting.bits == 4 else None
 
     def fresh() -> Decoder:
-        return load(checkpoint, quant=quant, dtype=setting.dtype)
+        return load_model(checkpoint, quant=quant, dtype=setting.dtype)
 
     base = fresh()
     adapters = [updates(base.linears(), setting.rank, seed) for seed in range(ADAPTERS)]

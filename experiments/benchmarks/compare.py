@@ -25,7 +25,14 @@ from typing import Any, NamedTuple
 from experiments.tools import pages
 from qlora_jax.bench import plot, tools
 from qlora_jax.bench.compare import round_of, summarize
-from qlora_jax.bench.options import Generate, Kernels, Load, Options, Step, to_tree
+from qlora_jax.bench.options import (
+    GenerateOptions,
+    KernelOptions,
+    LoadOptions,
+    Options,
+    StepOptions,
+    to_tree,
+)
 from qlora_jax.bench.table import remarks, table
 from qlora_jax.bench.tools import Tool
 from qlora_jax.commands.bench import with_model
@@ -47,18 +54,25 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "quantizer": Section(
-        "Quantizing and decoding", "kernels", Kernels(operations=("quantize", "dequantize"))
+        "Quantizing and decoding", "kernels", KernelOptions(operations=("quantize", "dequantize"))
     ),
-    "forward": Section("x @ W", "kernels", Kernels(operations=("forward",))),
-    "backward": Section("Its backward pass", "kernels", Kernels(operations=("backward",))),
-    "step": Section("Training step, SmolLM2-135M's shape, 2 x 256", "step", Step(SMALL)),
-    "step-full": Section("The same, recomputing everything", "step", Step(SMALL, remat="full")),
+    "forward": Section("x @ W", "kernels", KernelOptions(operations=("forward",))),
+    "backward": Section("Its backward pass", "kernels", KernelOptions(operations=("backward",))),
+    "step": Section("Training step, SmolLM2-135M's shape, 2 x 256", "step", StepOptions(SMALL)),
+    "step-full": Section(
+        "The same, recomputing everything", "step", StepOptions(SMALL, remat="full")
+    ),
     "step-lora": Section(
-        "QLoRA against our 16-bit LoRA", "step", Step(SMALL), ("16-bit LoRA", Step(SMALL, "lora"))
+        "QLoRA against our 16-bit LoRA",
+        "step",
+        StepOptions(SMALL),
+        ("16-bit LoRA", StepOptions(SMALL, "lora")),
     ),
-    "load": Section("Loading 1.1B parameters into NF4", "load", Load(LARGE)),
+    "load": Section("Loading 1.1B parameters into NF4", "load", LoadOptions(LARGE)),
     "generate": Section(
-        "Generation, SmolLM2-135M's shape in NF4, 34 + 64 tokens", "generate", Generate(SMALL)
+        "Generation, SmolLM2-135M's shape in NF4, 34 + 64 tokens",
+        "generate",
+        GenerateOptions(SMALL),
     ),
 }
 

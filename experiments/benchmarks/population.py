@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax.bench import measure, random_models, tools
-from qlora_jax.bench.options import Step
+from qlora_jax.bench.options import StepOptions
 from qlora_jax.commands.bench import with_model
 from qlora_jax.runtime.atomic import write_text
 from qlora_jax.sweep import markdown
@@ -56,7 +56,7 @@ def runs(tool: tools.Tool, options: argparse.Namespace, count: int) -> dict[str,
     """The seconds of `count` runs of one tool after another, and the largest one's memory."""
     began, reports = time.perf_counter(), []
     for i in range(count):
-        step = Step(
+        step = StepOptions(
             options.model,
             batch=options.batch,
             seq=options.seq,
@@ -103,7 +103,7 @@ def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: 
     from qlora_jax.config import from_tree
     from qlora_jax.formats.source import open_checkpoint
     from qlora_jax.train import mapped, population
-    from qlora_jax.train.setup import load_model
+    from qlora_jax.train.setup import load_run_model
 
     memory = measure.PeakMemory()
     compiled: list[float] = []
@@ -129,7 +129,7 @@ def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: 
     ]
     configs = population.member_configs(config, members)
     checkpoint = open_checkpoint(config.model)
-    loaded, _ = load_model(config, checkpoint, _say)
+    loaded, _ = load_run_model(config, checkpoint, _say)
     common = mapped.union(loaded, configs)
     rows = _batches(checkpoint.config.vocab_size, batch, seq)
     program, losses = None, []
@@ -157,8 +157,8 @@ def _batches(vocabulary: int, batch: int, seq: int) -> Iterator[dict[str, np.nda
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every side in turn, each population with its share of the time of as many runs."""
-    model = with_model(Step(options.model), bool(options.peer), _say)
-    assert isinstance(model, Step)
+    model = with_model(StepOptions(options.model), bool(options.peer), _say)
+    assert isinstance(model, StepOptions)
     options.model = model.model
     rows = []
     for count in options.members:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_jax.bench.options import Step
+from qlora_jax.bench.options import StepOptions
 from qlora_jax.commands.bench import options_of, step_arguments, with_model
 from qlora_jax.runtime import compilation, hugepages
 from qlora_jax.runtime.errors import UserError
@@ -38,7 +38,7 @@ def main() -> None:
 
     from qlora_jax.bench.step import prepare
 
-    assert isinstance(step, Step)
+    assert isinstance(step, StepOptions)
     program, state, frozen, batch = prepare(step)[:4]
     if program.parts is not None:
         raise UserError(f"--remat {step.remat} is a program for each layer; give none or dots")

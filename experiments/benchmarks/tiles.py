@@ -25,10 +25,10 @@ import numpy as np
 from experiments.tools import program
 from qlora_jax.bench import jax_timing
 from qlora_jax.bench.gpu.facts import facts
-from qlora_jax.bench.gpu.programs import Program, compile_all, usable
-from qlora_jax.gpu.case import DIRECTIONS, Case
+from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
+from qlora_jax.gpu.case import DIRECTIONS, GpuProduct
 from qlora_jax.kernels.mosaic import tiles
-from qlora_jax.kernels.mosaic.tiles import Tile
+from qlora_jax.kernels.mosaic.tiles import MosaicTile
 from qlora_jax.kernels.select import module_of
 from qlora_jax.quant import quantize
 from qlora_jax.runtime.atomic import write_text
@@ -40,25 +40,25 @@ L2 = 130_000_000
 """Bytes of codes that take turns, more than a level 2 cache holds."""
 
 FEW = tuple(
-    Tile(16, o, 256, stages, "split", blocks=blocks)
+    MosaicTile(16, o, 256, stages, "split", blocks=blocks)
     for o, (stages, blocks) in itertools.product(
         (64, 32), ((3, 264), (3, 0), (3, 528), (2, 264), (5, 264))
     )
 )
 SOME = tuple(
-    Tile(64, o, c, stages, "wgmma", blocks=blocks)
+    MosaicTile(64, o, c, stages, "wgmma", blocks=blocks)
     for o, c, stages in ((128, 64, 3), (128, 64, 5), (128, 128, 2), (64, 64, 4), (64, 128, 3))
     for blocks in (0, 264, 528)
 )
 MANY = tuple(
-    Tile(m, o, c, stages, "wgmma", blocks=blocks)
+    MosaicTile(m, o, c, stages, "wgmma", blocks=blocks)
     for m, o, c, stages in (
         *((256, 64, 64, 2), (256, 64, 64, 3), (128, 128, 64, 2), (128, 128, 64, 3)),
         *((128, 128, 64, 4), (128, 128, 128, 2), (128, 64, 64, 4)),
     )
     for blocks in (0, 264)
 )
-CANDIDATES: Mapping[int, Sequence[Tile]] = {
+CANDIDATES: Mapping[int, Sequence[MosaicTile]] = {
     **dict.fromkeys((1, 4, 16), FEW),
     **dict.fromkeys((32, 64, 128), SOME),
     **dict.fromkeys((256, 512, 1024, 2048, 8192), MANY),
@@ -68,9 +68,9 @@ CANDIDATES: Mapping[int, Sequence[Tile]] = {
 FIELDS = ("rows", "k", "n", "direction")
 
 
-def measured(product: Case, sets: Sequence[Any]) -> list[dict[str, Any]]:
+def measured(product: GpuProduct, sets: Sequence[Any]) -> list[dict[str, Any]]:
     """Times decoding first and every candidate, in microseconds, and compares their results."""
-    names: list[tuple[str, Tile | None]] = [("xla", None)]
+    names: list[tuple[str, MosaicTile | None]] = [("xla", None)]
     names += [("mosaic", tile) for tile in CANDIDATES[product.rows] if fits(tile, product)]
     rows: list[dict[str, Any]] = []
     expected = None
@@ -96,7 +96,7 @@ def measured(product: Case, sets: Sequence[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def fits(tile: Tile, product: Case) -> bool:
+def fits(tile: MosaicTile, product: GpuProduct) -> bool:
     """Whether a tile divides a product; backward, a byte of codes holds rows that are 32 apart."""
     return (
         product.inner % tile.c == 0
@@ -106,8 +106,8 @@ def fits(tile: Tile, product: Case) -> bool:
 
 
 def programs(
-    product: Case, names: Sequence[tuple[str, Tile | None]], sets: Sequence[Any]
-) -> Iterator[Program]:
+    product: GpuProduct, names: Sequence[tuple[str, MosaicTile | None]], sets: Sequence[Any]
+) -> Iterator[BenchProgram]:
     """Yields a timed program for each implementation and tile; it is traced before the next."""
     for name, tile in names:
         if tile is not None:
@@ -115,7 +115,7 @@ def programs(
         # a function of its own for each tile: jax keeps what it has traced of a function
         call = jax.jit(functools.partial(getattr(module_of(name), product.direction)))
         over = functools.partial(jax_timing.over_all, call)
-        yield Program(name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
+        yield BenchProgram(name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
 
 
 def weights(k: int, n: int) -> list[Any]:
@@ -152,7 +152,7 @@ def main() -> int:
         k, n = map(int, shape.split("x"))
         own = weights(k, n)
         for count, direction in itertools.product(options.rows, DIRECTIONS):
-            product = Case(gpu, "", count, k, n, "bfloat16", direction)
+            product = GpuProduct(gpu, "", count, k, n, "bfloat16", direction)
             keys = jax.random.split(jax.random.key(1), len(own))
             xs = [jax.random.normal(key, (count, product.inner), jnp.bfloat16) for key in keys]
             rows += measured(product, list(zip(xs, own)))

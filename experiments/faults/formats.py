@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path) -> None:
     from qlora_jax.text import tokenizer
 
     path = folder / "model.gguf"
-    text = tokenizer.load(path if path.exists() else folder)
+    text = tokenizer.load_tokenizer(path if path.exists() else folder)
     text.decode(text.encode("What does zip do? \u00e9\u4f60 1234"))
     if text.has_chat_template:
         text.render([{"role": "user", "content": "a"}], add_generation_prompt=True)
@@ -76,7 +76,7 @@ def read_data(folder: Path) -> None:
     (path,) = folder.iterdir()
     config = DataConfig(source=str(path), sequence_length=128, eval_fraction=0.1)
     split = sources.read(config)
-    encode.encode(split.train, tokenizer.load(folder.parent / "base"), config)
+    encode.encode(split.train, tokenizer.load_tokenizer(folder.parent / "base"), config)
 
 
 def read_questions(folder: Path) -> None:
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> None:
     """Reads a config."""
     from qlora_jax import config
 
-    config.load(folder / "config.yaml")
+    config.load_config(folder / "config.yaml")
 
 
 def read_run(folder: Path) -> None:
@@ -110,7 +110,7 @@ def read_results(folder: Path) -> None:
     from qlora_jax.sweep import find, results
     from qlora_jax.sweep.conclude import conclude
 
-    experiment = find.load(folder / "experiment.py")
+    experiment = find.load_experiment(folder / "experiment.py")
     with contextlib.suppress(RunFailed):  # figures from which nothing can be concluded
         conclude(experiment, results.read(folder, experiment), folder)
 

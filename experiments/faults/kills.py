@@ -63,7 +63,7 @@ def settings(cell):
     return {{"lora.rank": str(cell["rank"]), "train.seed": str(cell["seed"])}}
 
 def together(cells, context):
-    found = train_population(configs.load({config!r}), [settings(cell) for cell in cells])
+    found = train_population(configs.load_config({config!r}), [settings(cell) for cell in cells])
     return [{{"loss": result.losses[-1], "held_out": result.held_out[6]}} for result in found]
 
 def run(cell, context):

@@ -97,7 +97,7 @@ def compare(path: Path) -> list[tuple[bool, str]]:
         read_adapter(adapter)
         return []
     if not adapter and path.is_dir() and not any(path.glob("*.safetensors")):
-        return [_ids(tokenizer.load(path), path / "tokenizer.json")]
+        return [_ids(tokenizer.load_tokenizer(path), path / "tokenizer.json")]
     base = open_base(
         str(models[0]), bits=16, dtype="float32", warn=lambda line: None, adapter=adapter
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.tools import program
 from qlora_jax.bench.gpu import compile_check
-from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, Case
+from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, GpuProduct
 from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.product import compile_all
 from qlora_jax.kernels.select import FUSED, usable
@@ -29,16 +29,16 @@ PLAIN = tuple(gpu for gpu in GPUS if not usable(read_gpu(gpu).capability, "float
 """GPUs without a fused kernel."""
 
 
-def cases() -> list[Case]:
+def cases() -> list[GpuProduct]:
     """Every kernel for every GPU, and decoding first for the GPUs that have none."""
     fused = [
-        Case(gpu, name, *product, dtype, direction)
+        GpuProduct(gpu, name, *product, dtype, direction)
         for gpu, name in itertools.product(GPUS, FUSED)
         for product, dtype, direction in itertools.product(PRODUCTS, FUSED[name].dtypes, DIRECTIONS)
         if name in usable(read_gpu(gpu).capability, dtype)
     ]
     plain = [
-        Case(gpu, DECODE_FIRST, *product, "float16", direction)
+        GpuProduct(gpu, DECODE_FIRST, *product, "float16", direction)
         for gpu, product, direction in itertools.product(PLAIN, PRODUCTS, DIRECTIONS)
     ]
     return fused + plain

@@ -26,9 +26,9 @@ import jaxlib
 
 from experiments.tools import pages, program
 from qlora_jax.gpu import measured, picks
-from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, Case, tile
+from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, GpuProduct, tile
 from qlora_jax.gpu.described import GPUS, read_gpu
-from qlora_jax.gpu.measured import Report
+from qlora_jax.gpu.measured import GpuReport
 from qlora_jax.gpu.product import compile_all
 from qlora_jax.gpu.times import seconds_at
 from qlora_jax.kernels.select import EVERY, FUSED, usable
@@ -48,7 +48,7 @@ REPORTS = Path(__file__).parents[2] / "docs" / "results" / "gpu"
 Record = Mapping[str, Any]
 
 
-def cases(gpus: Sequence[str]) -> list[Case]:
+def cases(gpus: Sequence[str]) -> list[GpuProduct]:
     """All products, grouped by GPU and implementation."""
     found = []
     for gpu in gpus:
@@ -56,11 +56,11 @@ def cases(gpus: Sequence[str]) -> list[Case]:
         dtype = half_dtype(capability)
         for name in (DECODE_FIRST, *usable(capability, dtype)):
             for (k, n), m, direction in itertools.product(SHAPES, ROWS, DIRECTIONS):
-                found.append(Case(gpu, name, m, k, n, dtype, direction))
+                found.append(GpuProduct(gpu, name, m, k, n, dtype, direction))
     return found
 
 
-def tables(records: Sequence[Record], reports: Sequence[Report] = ()) -> str:
+def tables(records: Sequence[Record], reports: Sequence[GpuReport] = ()) -> str:
     """Markdown: what the kernels are made of, the modelled times, and those at measured rates."""
     parts = [
         f"Compiled, not run: jax {jax.__version__}, jaxlib {jaxlib.__version__}.",
@@ -77,7 +77,7 @@ def tables(records: Sequence[Record], reports: Sequence[Report] = ()) -> str:
     return "\n\n".join(parts)
 
 
-def at_measured_rates(records: Sequence[Record], report: Report) -> list[Record]:
+def at_measured_rates(records: Sequence[Record], report: GpuReport) -> list[Record]:
     """The records of a report's GPU: `seconds` at its rates, `measured` seconds or None."""
     found: list[Record] = []
     for r in records:
@@ -88,7 +88,7 @@ def at_measured_rates(records: Sequence[Record], report: Report) -> list[Record]
     return found
 
 
-def rows_table(reports: Sequence[Report]) -> str:
+def rows_table(reports: Sequence[GpuReport]) -> str:
     """`FUSED_ROWS` as Python, from the times of the reports."""
     lines = ["FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {"]
     for name, by_capability in picks.table(reports).items():
@@ -105,8 +105,8 @@ def _range(rows: range) -> str:
     return f"range({rows.start}, {stop})" if rows.start else f"range({stop})"
 
 
-def _case(record: Record) -> Case:
-    return Case(*(record[field] for field in Case._fields))
+def _case(record: Record) -> GpuProduct:
+    return GpuProduct(*(record[field] for field in GpuProduct._fields))
 
 
 def _kernels(records: Sequence[Record]) -> str:
@@ -193,7 +193,7 @@ def main() -> int:
         print(rows_table(reports))
         return 0
     everything = cases(GPUS)
-    known: dict[Case, Record] = {}
+    known: dict[GpuProduct, Record] = {}
     if options.json and options.json.exists():
         kept = json.loads(options.json.read_text("utf-8"))
         known = {_case(record): record for record in kept}

@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options, settings = parser.parse_known_args()
-    steps = configs.load(options.config, configs.parse_overrides(settings)).train.step_count
+    steps = configs.load_config(options.config, configs.parse_overrides(settings)).train.step_count
     rng = random.Random(options.seed)
     trial = Trial(options.config, settings)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from qlora_jax import config as configs
 from qlora_jax.commands import plan as command
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import contrast
+from qlora_jax.plan import paper_claims
 from qlora_jax.plan.ledger import ledger, total
 from qlora_jax.plan.plan import planned
 from qlora_jax.runtime import gpu_memory
@@ -179,7 +179,7 @@ def main() -> int:
     print(table(rows))
     contexts = [longest(context) for context in CONTEXTS]
     print("\n" + contexts_table(contexts))
-    print("\n" + "\n".join(map(str, contrast.lines())))
+    print("\n" + "\n".join(map(str, paper_claims.paper_claims())))
     if options.json:
         write_text(options.json, json.dumps({"runs": rows, "contexts": contexts}, indent=1) + "\n")
     if options.write:

@@ -67,14 +67,16 @@ def here(home: str, steps: int) -> dict[str, Any]:
 
     from qlora_jax.bench import step as bench
     from qlora_jax.bench.measure import PeakMemory
-    from qlora_jax.bench.options import Step
+    from qlora_jax.bench.options import StepOptions
     from qlora_jax.commands.bench import with_model
     from qlora_jax.models import trees
     from qlora_jax.quant import nbytes
     from qlora_jax.train import step as train
 
-    chosen = with_model(Step(MODEL, rank=64, batch=1, remat="full", offload=home), False, print)
-    assert isinstance(chosen, Step)
+    chosen = with_model(
+        StepOptions(MODEL, rank=64, batch=1, remat="full", offload=home), False, print
+    )
+    assert isinstance(chosen, StepOptions)
     program, state, frozen = bench.prepare(chosen)[:3]
     memory, random = PeakMemory(), np.random.default_rng(0)
     rows: list[dict[str, float | None]] = []
@@ -98,7 +100,7 @@ def here(home: str, steps: int) -> dict[str, Any]:
             }
         )
     digest = hashlib.sha256()
-    for path, leaf in trees.flatten(train.State(*state)).items():
+    for path, leaf in trees.flatten(train.TrainState(*state)).items():
         digest.update(path.encode() + np.ascontiguousarray(leaf).tobytes())
     moved = 2 * nbytes(state.optimizer) / 2**20 if home == "host" else 0
     return {"steps": rows, "moved_mib_per_step": moved, "sha256": digest.hexdigest()}

@@ -15,7 +15,7 @@ from qlora_jax.gpu.compile import FLAGS, compile_for, environment
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.hlo import Pass, passes
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import accounts
+from qlora_jax.plan import compiled_memory
 
 NAME = "experiments.tools.passes"
 
@@ -24,9 +24,9 @@ def of_model(model: str, gpu: str, length: int) -> dict[str, list[Pass]]:
     """The passes over arrays of tokens x hidden or more, by program; layers are recomputed."""
     settings = {"data.sequence_length": str(length), "model.remat": "full", "lora.rank": "32"}
     decoder = find(model)
-    step = accounts.abstract_step(command.of_model(model, settings), decoder, read_gpu(gpu))
+    step = compiled_memory.abstract_step(command.of_model(model, settings), decoder, read_gpu(gpu))
     found = {}
-    for piece in accounts.gradient_pieces(step):
+    for piece in compiled_memory.gradient_pieces(step):
         compiled = compile_for(gpu, piece.function, *piece.arguments, donate=piece.donate)
         found[piece.name] = passes(compiled.as_text() or "", 2 * length * decoder.hidden_size)
     return found

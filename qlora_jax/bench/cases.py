@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.measure import Figure
-from qlora_jax.bench.options import Kernels
+from qlora_jax.bench.options import KernelOptions
 
 BLOCK_SIZE = 64
 NESTED_BLOCK = 256
@@ -28,8 +28,8 @@ MOST_COPIES = 64
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 BY_DEVICE = {
-    "cpu": Kernels(((4096, 4096),), (1, 16, 512, 2048), ("bfloat16", "float32")),
-    "gpu": Kernels(
+    "cpu": KernelOptions(((4096, 4096),), (1, 16, 512, 2048), ("bfloat16", "float32")),
+    "gpu": KernelOptions(
         ((4096, 4096), (4096, 11008), (8192, 28672)),
         (1, 4, 16, 64, 512, 2048, 8192),
         ("bfloat16",),
@@ -37,7 +37,7 @@ BY_DEVICE = {
 }
 
 
-class Case(NamedTuple):
+class OperationCase(NamedTuple):
     """One operation on a weight W [k, n] in blocks of 64.
 
     Attributes:
@@ -101,7 +101,7 @@ class Case(NamedTuple):
         return np.random.default_rng(1).standard_normal(self.operand_shape, np.float32)
 
 
-def settle(options: Kernels, device: str) -> Kernels:
+def settle(options: KernelOptions, device: str) -> KernelOptions:
     """The options with what was left to the device filled in.
 
     Args:
@@ -118,26 +118,26 @@ def settle(options: Kernels, device: str) -> Kernels:
     )
 
 
-def cases(options: Kernels) -> Iterator[Case]:
+def cases(options: KernelOptions) -> Iterator[OperationCase]:
     """All cases of settled options: those on the weight alone first."""
     return (case for case in _all(options) if case.operation in options.operations)
 
 
-def _all(options: Kernels) -> Iterator[Case]:
+def _all(options: KernelOptions) -> Iterator[OperationCase]:
     for k, n in options.shapes:
         for double in (True, False):
-            yield Case("quantize", k, n, "float32", double=double)
+            yield OperationCase("quantize", k, n, "float32", double=double)
         for dtype in options.dtypes:
             for double in (True, False):
-                yield Case("dequantize", k, n, dtype, double=double)
+                yield OperationCase("dequantize", k, n, dtype, double=double)
     for k, n in options.shapes:
         for operation in ("forward", "backward"):
             for dtype in options.dtypes:
                 for rows in options.rows:
-                    yield Case(operation, k, n, dtype, rows)
+                    yield OperationCase(operation, k, n, dtype, rows)
 
 
-def case_figure(case: Case, seconds: Sequence[float], quantized: bool = True) -> Figure:
+def case_figure(case: OperationCase, seconds: Sequence[float], quantized: bool = True) -> Figure:
     """The median of a case's times, as a figure with its `case` and what that time amounts to.
 
     Args:
@@ -146,7 +146,7 @@ def case_figure(case: Case, seconds: Sequence[float], quantized: bool = True) ->
       quantized: whether a product's weight is in 4 bits.
 
     Returns:
-      A figure in ms, with `GB/s` of operands and result (`Case.nbytes`) and, of a product,
+      A figure in ms, with `GB/s` of operands and result (`OperationCase.nbytes`) and, of a product,
       `TFLOP/s`.
     """
     median = statistics.median(seconds)

@@ -11,17 +11,17 @@ from flax import nnx
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
-from qlora_jax.bench.options import Generate, to_tree
+from qlora_jax.bench.options import GenerateOptions, to_tree
 from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, ModelConfig, QuantConfig, from_tree
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.models.decoder import Decoder, detach, use_kernel
 from qlora_jax.models.generate import (
     Sampling,
-    decode,
     generate,
+    generate_chunk,
     padded_size,
     padded_stops,
     prefill,
@@ -33,7 +33,7 @@ from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
 from qlora_jax.runtime.manifest import git_state
 
 
-class Prepared(NamedTuple):
+class PreparedGeneration(NamedTuple):
     """A model and its prompts; `answer` generates once.
 
     `answer` returns the ids of each row, and the seconds from the start to each look at new tokens.
@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
     answer: Callable[[], tuple[list[list[int]], list[float]]]
 
 
-def prepare(options: Generate) -> Prepared:
+def prepare(options: GenerateOptions) -> PreparedGeneration:
     """Loads or makes the model.
 
     Raises:
@@ -55,7 +55,7 @@ def prepare(options: Generate) -> Prepared:
         model = _without_adapters(nnx.merge(*random_model(config, decoder, options.kernel)))
     else:
         checkpoint = open_checkpoint(ModelConfig(path=options.model))
-        model = load(checkpoint, quant=QuantConfig(), dtype=options.dtype)
+        model = load_model(checkpoint, quant=QuantConfig(), dtype=options.dtype)
         use_kernel(model, options.kernel)
     shape = (options.rows, options.prompt)
     prompts = measure.random_tokens(model.config.vocab_size, shape, options.seed).tolist()
@@ -74,10 +74,10 @@ def prepare(options: Generate) -> Prepared:
         )
         return ids, seen
 
-    return Prepared(model, prompts, answer)
+    return PreparedGeneration(model, prompts, answer)
 
 
-def run(options: Generate) -> dict[str, Any]:
+def run(options: GenerateOptions) -> dict[str, Any]:
     """Loads the model and answers random prompts again and again.
 
     Raises:
@@ -123,7 +123,7 @@ class Compilable(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def programs(options: Generate) -> Iterator[Compilable]:
+def programs(options: GenerateOptions) -> Iterator[Compilable]:
     """Yields what `prepare(options).answer` runs, for published shapes: prefill, then decode."""
     made = abstract_model(_config(options), SHAPES[options.model], options.kernel)
     graphs: list[nnx.GraphDef] = []
@@ -147,7 +147,7 @@ def programs(options: Generate) -> Iterator[Compilable]:
 
     def write(weights: Any, cache: Any, rows: Any, keys: Any, steps: Any) -> Any:
         drawn = sampling._replace(keys=keys)
-        return decode(graph, weights, cache, rows, drawn, stops, 0, steps, dtype)
+        return generate_chunk(graph, weights, cache, rows, drawn, stops, 0, steps, dtype)
 
     yield Compilable("prefill", read, (weights, tokens, lengths, keys))
     rows, cache = jax.eval_shape(read, weights, tokens, lengths, keys)
@@ -160,7 +160,7 @@ def _without_adapters(model: Decoder) -> Decoder:
     return model
 
 
-def _config(options: Generate) -> Config:
+def _config(options: GenerateOptions) -> Config:
     """The run whose model has these weights; its adapters are taken off."""
     return from_tree(
         {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.cases import Case
+from qlora_jax.bench.cases import OperationCase
 
 ROUNDS = 10
 """Rounds over the inputs within one pass: between passes a GPU waits for the host."""
@@ -43,7 +43,7 @@ def seconds(
     return one_by_one(jax.jit(function) if jit else function, sets, samples)
 
 
-def drawn(case: Case) -> tuple[jax.Array, jax.Array]:
+def drawn(case: OperationCase) -> tuple[jax.Array, jax.Array]:
     """A case's float32 weight [k, n] and operand [rows, k or n]; on a GPU they are drawn there."""
     if jax.default_backend() != "gpu":
         return jnp.asarray(case.weight()), jnp.asarray(case.operand())

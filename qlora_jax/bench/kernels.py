@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases, settle
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, OperationCase, case_figure, cases, settle
 from qlora_jax.bench.jax_timing import Inputs, copies, drawn, seconds
 from qlora_jax.bench.measure import Figure, Neighbours
-from qlora_jax.bench.options import Kernels, to_tree
+from qlora_jax.bench.options import KernelOptions, to_tree
 from qlora_jax.bench.worker import OURS
 from qlora_jax.kernels import IMPLEMENTATIONS, dense, matmul
 from qlora_jax.quant import QTensor, dequantize, quantize
@@ -27,7 +27,7 @@ PICKED = ""
 UNQUANTIZED = "never quantized"
 
 
-def run(options: Kernels) -> dict[str, Any]:
+def run(options: KernelOptions) -> dict[str, Any]:
     """Times every case of `cases.cases`.
 
     Raises:
@@ -63,7 +63,7 @@ def run(options: Kernels) -> dict[str, Any]:
     )
 
 
-def variants(case: Case, backend: str) -> Iterator[str]:
+def variants(case: OperationCase, backend: str) -> Iterator[str]:
     """What else is timed on a case, after what a user gets."""
     yield PICKED
     if case.rows:
@@ -72,7 +72,7 @@ def variants(case: Case, backend: str) -> Iterator[str]:
         yield UNQUANTIZED
 
 
-def median_time(case: Case, variant: str, samples: int) -> Figure:
+def median_time(case: OperationCase, variant: str, samples: int) -> Figure:
     """Milliseconds of one call, as `cases.case_figure` has them.
 
     Args:
@@ -89,7 +89,7 @@ def median_time(case: Case, variant: str, samples: int) -> Figure:
     return case_figure(case, times, quantized)
 
 
-def operation(case: Case, implementation: str | None) -> Callable[..., Any]:
+def operation(case: OperationCase, implementation: str | None) -> Callable[..., Any]:
     """The function of one case; of (w), (q) or (x or g, weight)."""
     dtype = jnp.dtype(case.dtype)
     if case.operation == "quantize":
@@ -113,7 +113,7 @@ def operation(case: Case, implementation: str | None) -> Callable[..., Any]:
     return backward
 
 
-def arguments(case: Case, quantized: bool = True) -> Inputs:
+def arguments(case: OperationCase, quantized: bool = True) -> Inputs:
     """What `operation` takes; the weight in 4 bits or, for a product, in floats."""
     w, x = drawn(case)
     if case.operation == "quantize":

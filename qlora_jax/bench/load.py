@@ -8,10 +8,10 @@ import jax
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
-from qlora_jax.bench.options import Load, to_tree
+from qlora_jax.bench.options import LoadOptions, to_tree
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import ModelConfig, QuantConfig
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.models import trees
 from qlora_jax.quant import nbytes
@@ -19,7 +19,7 @@ from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
 from qlora_jax.runtime.manifest import git_state
 
 
-def run(options: Load) -> dict[str, Any]:
+def run(options: LoadOptions) -> dict[str, Any]:
     """Loads the model once.
 
     Raises:
@@ -30,7 +30,7 @@ def run(options: Load) -> dict[str, Any]:
     imported = time.perf_counter()
     with Neighbours() as neighbours:
         checkpoint = open_checkpoint(ModelConfig(path=options.model))
-        model = load(checkpoint, quant=QuantConfig(), dtype="bfloat16")
+        model = load_model(checkpoint, quant=QuantConfig(), dtype="bfloat16")
         weights = jax.block_until_ready(trees.split(model, "full")[1])
         loaded = time.perf_counter()
     return measure.report(

@@ -16,7 +16,7 @@ KERNELS = ("xla", "triton", "mosaic")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernels:
+class KernelOptions:
     """Quantizing, decoding and multiplying by 4-bit weights.
 
     Attributes:
@@ -37,7 +37,7 @@ class Kernels:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepOptions:
     """One optimizer step: forward, loss, backward, clipping and AdamW, on random tokens.
 
     Attributes:
@@ -82,14 +82,14 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class LoadOptions:
     """Reading a checkpoint into NF4 with double quantization."""
 
     model: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate:
+class GenerateOptions:
     """Greedy text from a model in NF4 with double quantization.
 
     Attributes:
@@ -114,13 +114,13 @@ class Generate:
     kernel: str | None = None
 
 
-Options = Kernels | Step | Load | Generate
+Options = KernelOptions | StepOptions | LoadOptions | GenerateOptions
 
 BENCHMARKS: dict[str, type[Options]] = {
-    "kernels": Kernels,
-    "step": Step,
-    "load": Load,
-    "generate": Generate,
+    "kernels": KernelOptions,
+    "step": StepOptions,
+    "load": LoadOptions,
+    "generate": GenerateOptions,
 }
 
 

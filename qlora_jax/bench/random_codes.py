@@ -19,11 +19,11 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import Config, LoraConfig
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.spec import SCALINGS
-from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.trees import Split, flatten
+from qlora_jax.models.trees import SplitModel, flatten
 from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.codebooks import codebook
@@ -41,7 +41,7 @@ NESTED = 0.1, 0.3
 """Range of the scales of scales, in units of the offset."""
 
 
-def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Split:
+def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> SplitModel:
     """The model that a run of this config would train, with random weights and fresh adapters.
 
     Args:
@@ -57,7 +57,7 @@ def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> 
     if config.method != "full":
         _check_adapters(nnx.merge(*abstract), config.lora)
     trained, frozen = (fill(tree, config, config.train.seed) for tree in abstract[1:])
-    return Split(abstract.graph, trained, frozen)
+    return SplitModel(abstract.graph, trained, frozen)
 
 
 def fill(tree: Any, config: Config, seed: int) -> Any:
@@ -265,7 +265,7 @@ def _is_quantized(x: Any) -> bool:
 
 
 def _check_adapters(model: Decoder, lora: LoraConfig) -> None:
-    if lora.init in STARTS or lora.from_adapter is not None:
+    if lora.init in INITIALIZERS or lora.from_adapter is not None:
         raise UserError(
             "random weights have fresh adapters alone: remove lora.from_adapter, and set lora.init "
             "to kaiming-uniform or gaussian"

@@ -13,7 +13,7 @@ from flax import nnx
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
-from qlora_jax.bench.options import Step, to_tree
+from qlora_jax.bench.options import StepOptions, to_tree
 from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import Config, from_tree
@@ -22,7 +22,7 @@ from qlora_jax.kernels.select import choose_kernel
 from qlora_jax.models import shapes, trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.plan import accounts, fit
+from qlora_jax.plan import compiled_memory, fit
 from qlora_jax.quant import nbytes
 from qlora_jax.runtime import compilation
 from qlora_jax.runtime.device import describe_devices, warn_if_gpu_idle
@@ -30,24 +30,24 @@ from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.runtime.manifest import git_state
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import assemble
-from qlora_jax.train.setup import load_model
+from qlora_jax.train.setup import load_run_model
 
 UPDATES = 3
 """Updates that are timed alone, at most."""
 
 
-class Prepared(NamedTuple):
+class PreparedStep(NamedTuple):
     """What a step takes: the program's functions and their arguments."""
 
-    program: steps.Program
-    state: steps.State
+    program: steps.StepProgram
+    state: steps.TrainState
     frozen: Any
     batch: dict[str, np.ndarray]
     trainable: int
     parameters: int
 
 
-def run(options: Step) -> dict[str, Any]:
+def run(options: StepOptions) -> dict[str, Any]:
     """Loads or makes the model, compiles and runs the step.
 
     Raises:
@@ -67,7 +67,7 @@ def run(options: Step) -> dict[str, Any]:
         ) from None
 
 
-def _measured(options: Step) -> dict[str, Any]:
+def _measured(options: StepOptions) -> dict[str, Any]:
     memory = PeakMemory()
     jax.devices()
     imported = time.perf_counter()
@@ -128,7 +128,7 @@ def _measured(options: Step) -> dict[str, Any]:
     )
 
 
-def prepare(options: Step) -> Prepared:
+def prepare(options: StepOptions) -> PreparedStep:
     """Loads or makes the model and builds its step; the step is not compiled yet.
 
     Raises:
@@ -141,10 +141,10 @@ def prepare(options: Step) -> Prepared:
     parts = trees.split(model, config.method)
     training = assemble(config, parts)
     batch = _batch(options, model.config.vocab_size)
-    return Prepared(training.program, training.state, training.frozen, batch, *counts)
+    return PreparedStep(training.program, training.state, training.frozen, batch, *counts)
 
 
-def compiled_gradient(prepared: Prepared) -> Callable[..., Any]:
+def compiled_gradient(prepared: PreparedStep) -> Callable[..., Any]:
     """Returns the gradient, compiled; programs for each layer run once to be so."""
     program, *arguments = prepared[:4]
     if program.parts is None:
@@ -154,7 +154,7 @@ def compiled_gradient(prepared: Prepared) -> Callable[..., Any]:
     return program.gradient
 
 
-def planned_bytes(prepared: Prepared, gradient: Callable[..., Any], offload: str) -> int | None:
+def planned_bytes(prepared: PreparedStep, gradient: Callable[..., Any], offload: str) -> int | None:
     """What the step holds on the device at most, by the compiler; None where it does not tell.
 
     Args:
@@ -169,18 +169,18 @@ def planned_bytes(prepared: Prepared, gradient: Callable[..., Any], offload: str
     state, frozen, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prepared[1:4]
     )
-    step = accounts.step_of(prepared.program, state, frozen, batch, None)
+    step = compiled_memory.step_of(prepared.program, state, frozen, batch, None)
 
     def compiled(*arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
         return whole or fit.compiled(*arguments, donate=donate)
 
-    gradients = accounts.gradient_accounts(step, compiled)
-    updates = accounts.update_accounts(step, fit.compiled)
-    _, programs = accounts.settle(step, offload, gradients, updates, 0)
+    gradients = compiled_memory.gradient_memory(step, compiled)
+    updates = compiled_memory.update_memory(step, fit.compiled)
+    _, programs = compiled_memory.place_moments(step, offload, gradients, updates, 0)
     return max(program.device for program in programs)
 
 
-def _model(config: Config, options: Step) -> Decoder:
+def _model(config: Config, options: StepOptions) -> Decoder:
     if options.model in shapes.SHAPES:
         decoder = shapes.SHAPES[options.model]
         check_length(options, decoder)
@@ -189,10 +189,10 @@ def _model(config: Config, options: Step) -> Decoder:
         return nnx.merge(*random_model(config, decoder, kernel))
     checkpoint = open_checkpoint(config.model)
     check_length(options, checkpoint.config)
-    return load_model(config, checkpoint, _say)[0]
+    return load_run_model(config, checkpoint, _say)[0]
 
 
-def check_length(options: Step, decoder: DecoderConfig) -> None:
+def check_length(options: StepOptions, decoder: DecoderConfig) -> None:
     """Raises UserError if rows are longer than the model can read."""
     if options.seq > decoder.longest:
         raise UserError(
@@ -201,7 +201,7 @@ def check_length(options: Step, decoder: DecoderConfig) -> None:
         )
 
 
-def config_of(options: Step) -> Config:
+def config_of(options: StepOptions) -> Config:
     """Returns the run whose step is measured."""
     return from_tree(
         {
@@ -227,7 +227,7 @@ def config_of(options: Step) -> Config:
     )
 
 
-def _batch(options: Step, vocabulary: int) -> dict[str, np.ndarray]:
+def _batch(options: StepOptions, vocabulary: int) -> dict[str, np.ndarray]:
     tokens, targets = measure.inputs_and_targets(
         vocabulary, options.batch, options.seq, options.seed
     )

@@ -17,10 +17,10 @@ from qlora_jax.bench.options import (
     OFFLOAD,
     OPERATIONS,
     REMAT,
-    Generate,
-    Kernels,
+    GenerateOptions,
+    KernelOptions,
     Options,
-    Step,
+    StepOptions,
 )
 from qlora_jax.commands import ahead, gpu_report
 from qlora_jax.commands.common import count as _count
@@ -131,16 +131,16 @@ def _amounts(options: Options) -> dict[str, float]:
     from qlora_jax.bench.cases import cases, settle
     from qlora_jax.commands.plan import of_model, shapes
 
-    if isinstance(options, Kernels):
+    if isinstance(options, KernelOptions):
         return {"calls": options.samples * len(list(cases(settle(options, "cpu"))))}
     decoder = shapes(of_model(options.model, {}))
     found: dict[str, float] = {"parameters": ahead.parameters(decoder)}
-    if isinstance(options, Step):
+    if isinstance(options, StepOptions):
         from qlora_jax.bench.step import check_length
 
         check_length(options, decoder)
         found["tokens"] = (options.steps + 1) * options.batch * options.seq
-    if isinstance(options, Generate):
+    if isinstance(options, GenerateOptions):
         found["tokens"] = (options.samples + 1) * options.tokens
     return found
 
@@ -157,7 +157,7 @@ def with_model(options: Options, peers: bool, say: Callable[[str], None]) -> Opt
     from qlora_jax.bench import random_models
     from qlora_jax.models.shapes import SHAPES
 
-    if isinstance(options, Step) and model in SHAPES:
+    if isinstance(options, StepOptions) and model in SHAPES:
         return options
     if model in random_models.SHAPES:
         return dataclasses.replace(options, model=str(random_models.folder(model, say)))  # type: ignore[arg-type]

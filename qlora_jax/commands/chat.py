@@ -95,7 +95,7 @@ def _opened(options: argparse.Namespace) -> "_Chat":
     start_jax()
     from qlora_jax.serve.base import read_named
     from qlora_jax.serve.conversation import Conversation
-    from qlora_jax.serve.engine import Settings
+    from qlora_jax.serve.engine import SamplingSettings
     from qlora_jax.serve.lineup import open_lineup
     from qlora_jax.serve.rows import open_rows
 
@@ -124,7 +124,7 @@ def _opened(options: argparse.Namespace) -> "_Chat":
         scheduler,
         base.tokenizer,
         length=length,
-        settings=Settings(options.temperature, options.top_p, options.seed),
+        settings=SamplingSettings(options.temperature, options.top_p, options.seed),
         most=options.max_new_tokens,
         system=base.asking.system_prompt if options.system is None else options.system,
     )

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, command: str) -> None:
         scale = lane.REHEARSAL if options.rehearse else lane.FULL
         budget = options.budget or (REHEARSAL_SECONDS if options.rehearse else SECONDS)
         peers = options.peer or [sys.executable]
-        conduct.run(conduct.Request(chosen, scale, budget, options.output, peers), say)
+        conduct.run(conduct.BenchRequest(chosen, scale, budget, options.output, peers), say)
     files = options.lines or [options.output / conduct.LINES]
     for file in files:
         if not paths.is_file(file):

@@ -266,7 +266,7 @@ def title(config: Config) -> str:
 
 def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -> str:
     """What is printed."""
-    from qlora_jax.plan import contrast, exchanged
+    from qlora_jax.plan import exchanged, paper_claims
     from qlora_jax.plan import ledger as ledgers
 
     lines = [title(config), NOT_RUN if rows[0]["compiled"] else ESTIMATE, ""]
@@ -312,7 +312,7 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
         ]
         if shown["missing_after_changes_gib"]:
             lines.append(f"  still missing: {shown['missing_after_changes_gib']:.2f} GiB")
-    full = contrast.full_fine_tuning(ledgers.parameters(model))
+    full = paper_claims.full_fine_tuning(ledgers.parameters(model))
     lines += ["", f"full fine-tuning, for contrast: {ledgers.text(full)}"]
     return "\n".join(lines)
 

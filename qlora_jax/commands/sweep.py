@@ -11,7 +11,7 @@ from qlora_jax.commands.common import count, say
 from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.sweep.experiment import Cell, Experiment
-from qlora_jax.sweep.find import find, load, where, with_axes
+from qlora_jax.sweep.find import find, load_experiment, where, with_axes
 from qlora_jax.sweep.inputs import make, missing
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
       RunFailed: cells failed, the analysis, or what makes an input.
     """
     path = find(options.experiment)
-    experiment = with_axes(load(path), options.set)
+    experiment = with_axes(load_experiment(path), options.set)
     cells = where(experiment.cells(options.seeds), options.where)
     out = options.out or FOLDER / experiment.name
     if options.resource and options.engine == "local":

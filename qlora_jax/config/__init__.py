@@ -4,7 +4,7 @@ from qlora_jax.config.load import changed as changed
 from qlora_jax.config.load import difference as difference
 from qlora_jax.config.load import digest as digest
 from qlora_jax.config.load import dump as dump
-from qlora_jax.config.load import load as load
+from qlora_jax.config.load import load_config as load_config
 from qlora_jax.config.load import parse_overrides as parse_overrides
 from qlora_jax.config.schema import Setting as Setting
 from qlora_jax.config.schema import all_settings as all_settings

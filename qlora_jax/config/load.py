@@ -14,7 +14,7 @@ from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
 
-def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
     """Reads a YAML file and lays dotted overrides over it.
 
     Args:

@@ -23,7 +23,7 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 def from_settings(settings: Mapping[str, Any], where: str) -> Config:
     """Builds a Config from a dict that is written as a YAML file is.
 
-    A section may be one word or a list, as for `load`. A path may be a `Path`.
+    A section may be one word or a list, as for `load_config`. A path may be a `Path`.
 
     Raises:
       UserError: as `from_tree`.

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from qlora_jax.config import DataConfig
 from qlora_jax.data.bad_records import BadRecords
-from qlora_jax.data.layouts import Layout, lay_out
+from qlora_jax.data.layouts import RecordText, lay_out
 from qlora_jax.data.records import Record
 from qlora_jax.data.tokens import Tokens, mark, parted
 from qlora_jax.runtime.errors import UserError
@@ -125,7 +125,7 @@ def _wholes(
     config: DataConfig,
     bad: BadRecords,
     notes: Counter[str],
-) -> Iterator[tuple[Record, Layout, list[Example]]]:
+) -> Iterator[tuple[Record, RecordText, list[Example]]]:
     """Yields each record, its layout, and all of it as one example or, of some chats, several.
 
     Args:
@@ -136,7 +136,7 @@ def _wholes(
       notes: counts what is to be told; it is added to.
     """
     for start in range(0, len(records), BATCH):
-        laid: list[tuple[Record, Layout]] = []
+        laid: list[tuple[Record, RecordText]] = []
         for record in records[start : start + BATCH]:
             with bad.guard(record.where):
                 laid.append((record, lay_out(record, tokenizer, config)))
@@ -148,8 +148,8 @@ def _wholes(
 
 
 def _tokenized(
-    laid: Sequence[tuple[Record, Layout]], tokenizer: Tokenizer, bad: BadRecords
-) -> Iterator[tuple[Record, Layout, Tokens]]:
+    laid: Sequence[tuple[Record, RecordText]], tokenizer: Tokenizer, bad: BadRecords
+) -> Iterator[tuple[Record, RecordText, Tokens]]:
     """Yields records with their layouts and tokens, but for those whose text has none."""
     try:
         encoded = tokenizer.encode_batch([layout.text for _, layout in laid])
@@ -164,7 +164,7 @@ def _tokenized(
 
 
 def _examples(
-    layout: Layout,
+    layout: RecordText,
     tokens: Tokens,
     tokenizer: Tokenizer,
     config: DataConfig,
@@ -185,7 +185,7 @@ def _examples(
 
 
 def _whole(
-    layout: Layout,
+    layout: RecordText,
     text: str,
     spans: Sequence[Span],
     tokens: Tokens,
@@ -204,14 +204,14 @@ def _whole(
     )
 
 
-def _end(layout: Layout, offsets: np.ndarray, limit: int) -> int:
+def _end(layout: RecordText, offsets: np.ndarray, limit: int) -> int:
     """Returns the character after the last token that is kept of a layout."""
     cut = not layout.chunked and len(offsets) > limit
     return int(offsets[limit - 1, 1]) if cut else len(layout.text)
 
 
 def _finish(
-    layout: Layout, ids: list[int], target: np.ndarray, tokenizer: Tokenizer, loss_on_all: bool
+    layout: RecordText, ids: list[int], target: np.ndarray, tokenizer: Tokenizer, loss_on_all: bool
 ) -> Example:
     answered = np.flatnonzero(target)
     stopped = len(answered) > 0 and ids[answered[-1]] in tokenizer.stop_ids

@@ -8,7 +8,7 @@ from qlora_jax.config import DataConfig
 from qlora_jax.data.records import Chat, Prompt, Record, Text
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tool_calls
-from qlora_jax.text.chat import Found, Span, render_with_answers
+from qlora_jax.text.chat import LocatedAnswers, Span, render_with_answers
 from qlora_jax.text.ignored import ignored
 from qlora_jax.text.messages import Message, Variables
 from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
@@ -21,7 +21,7 @@ WITHIN = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class RecordText:
     """A record as text.
 
     Attributes:
@@ -35,14 +35,14 @@ class Layout:
     """
 
     text: str
-    answers: Callable[[int], Found]
+    answers: Callable[[int], LocatedAnswers]
     bos: bool
     eos: bool
     chunked: bool = False
     notes: Sequence[str] = ()
 
 
-class Conversation(NamedTuple):
+class TemplateInput(NamedTuple):
     """What goes through the chat template.
 
     Attributes:
@@ -56,16 +56,16 @@ class Conversation(NamedTuple):
     without_loss: frozenset[int] = frozenset()
 
 
-def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Conversation | None:
+def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> TemplateInput | None:
     """Returns what goes through the chat template, or None for a record that is raw text.
 
     Raises:
       UserError: it holds tool calls, and the chat template writes none.
     """
     if isinstance(record, Chat):
-        found = Conversation(record.messages, record.variables, record.without_loss)
+        found = TemplateInput(record.messages, record.variables, record.without_loss)
     elif isinstance(record, Prompt) and config.template == "auto" and tokenizer.has_chat_template:
-        found = Conversation(
+        found = TemplateInput(
             (
                 {"role": "user", "content": record.prompt},
                 {"role": "assistant", "content": record.completion},
@@ -93,7 +93,7 @@ def _unwritten(name: str, tokenizer: Tokenizer) -> UserError:
     )
 
 
-def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
+def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> RecordText:
     """The text of a record and where its answers lie.
 
     Raises:
@@ -105,15 +105,15 @@ def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Layout:
     if isinstance(record, Prompt):
         prompt = raw_prompt(record.prompt, config.system_prompt)
         text, start = prompt + record.completion, len(prompt)
-        return Layout(text=text, answers=_always([(start, len(text))]), bos=True, eos=True)
+        return RecordText(text=text, answers=_always([(start, len(text))]), bos=True, eos=True)
     assert isinstance(record, Text)
     text = record.text
-    return Layout(
+    return RecordText(
         text=text, answers=_always([(0, len(text))]), bos=True, eos=record.ends, chunked=True
     )
 
 
-def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
+def _lay_out_chat(chat: TemplateInput, tokenizer: Tokenizer) -> RecordText:
     unread = ignored(
         chat.messages, chat.variables, lambda m, variables: tokenizer.render(m, False, variables)
     )
@@ -121,7 +121,7 @@ def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
         if name in unread:
             raise _unwritten(name, tokenizer)
     text, answers = render_with_answers(chat.messages, tokenizer, chat.variables, chat.without_loss)
-    return Layout(
+    return RecordText(
         text=text,
         answers=answers,
         bos=False,
@@ -133,15 +133,15 @@ def _lay_out_chat(chat: Conversation, tokenizer: Tokenizer) -> Layout:
     )
 
 
-def _marks(chat: Conversation, tokenizer: Tokenizer) -> list[str]:
+def _marks(chat: TemplateInput, tokenizer: Tokenizer) -> list[str]:
     """Returns the tokens that begin a text or end a turn and that contents hold themselves."""
     texts = [m["content"] for m in chat.messages if isinstance(m.get("content"), str)]
     tokens = {*tokenizer.stop_texts, tokenizer.fast.bos_token} - {None}
     return sorted(token for token in tokens if any(token in text for text in texts))
 
 
-def _always(spans: list[Span]) -> Callable[[int], Found]:
-    return lambda end: Found(spans, [], {})
+def _always(spans: list[Span]) -> Callable[[int], LocatedAnswers]:
+    return lambda end: LocatedAnswers(spans, [], {})
 
 
 def raw_prompt(prompt: str, system_prompt: str | None) -> str:

@@ -17,7 +17,7 @@ from qlora_jax.runtime.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
-class Step(NamedTuple):
+class BatchRows(NamedTuple):
     """The rows of one batch, each a list of examples, and their length."""
 
     rows: list[list[int]]
@@ -108,7 +108,7 @@ class Loader:
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
         self._steps = self._plan(self._epoch)
 
-    def _plan(self, epoch: int) -> list[Step]:
+    def _plan(self, epoch: int) -> list[BatchRows]:
         rng = np.random.default_rng([self._seed, epoch])
         k, b = self._shape
         lengths = [len(e.ids) - 1 for e in self._examples]
@@ -117,7 +117,7 @@ class Loader:
 
 def plan_epoch(
     lengths: Sequence[int], config: DataConfig, rows_per_step: int, rng: np.random.Generator
-) -> list[Step]:
+) -> list[BatchRows]:
     """The steps of one epoch.
 
     Args:
@@ -132,7 +132,7 @@ def plan_epoch(
         rows = pack(lengths, capacity, order)
         rows = [rows[i] for i in rng.permutation(len(rows))]
         return deal(rows, capacity, rows_per_step)
-    steps: list[Step] = []
+    steps: list[BatchRows] = []
     waiting: list[int] = []
     low = 0
     for length in bucket_lengths(capacity):
@@ -144,11 +144,11 @@ def plan_epoch(
     return [steps[i] for i in rng.permutation(len(steps))]
 
 
-def deal(rows: Sequence[list[int]], length: int, rows_per_step: int) -> list[Step]:
+def deal(rows: Sequence[list[int]], length: int, rows_per_step: int) -> list[BatchRows]:
     """Deals rows over the fewest steps that hold them, as evenly as can be."""
     count = -(-len(rows) // rows_per_step)
     edges = [i * len(rows) // count for i in range(count + 1)] if count else [0]
-    return [Step(list(rows[a:b]), length) for a, b in itertools.pairwise(edges)]
+    return [BatchRows(list(rows[a:b]), length) for a, b in itertools.pairwise(edges)]
 
 
 def held_out_batches(

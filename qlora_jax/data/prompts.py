@@ -14,7 +14,7 @@ TEXT_PROMPT = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class SamplePrompt:
     """A prompt as the model sees it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Question:
     answer: str
 
 
-def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Question | None:
+def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> SamplePrompt | None:
     """The last answer of an example as a question, tokenized as in training; None if it has none.
 
     Of a plain text the first 32 tokens, at most half of it, are the prompt and the rest the answer.
@@ -40,12 +40,12 @@ def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Questi
         ids = tokenizer.encode(record.text)
         cut = min(TEXT_PROMPT, len(ids) // 2)
         prompt, answer = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
-        return Question(tokenizer.with_bos(ids[:cut]), prompt, answer) if cut else None
+        return SamplePrompt(tokenizer.with_bos(ids[:cut]), prompt, answer) if cut else None
     chat = conversation(record, tokenizer, config)
     if chat is None:
         assert isinstance(record, Prompt)
         ids = _raw(record.prompt, tokenizer, config.system_prompt)
-        return Question(ids, record.prompt, record.completion)
+        return SamplePrompt(ids, record.prompt, record.completion)
     messages = chat.messages
     turn = max((i for i, m in enumerate(messages) if i and m["role"] == "assistant"), default=0)
     if not turn:
@@ -54,7 +54,7 @@ def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Questi
         text = tokenizer.render(messages[:turn], True, chat.variables)
     except UserError as e:
         raise UserError(f"{record.where}: {e}") from None
-    return Question(tokenizer.encode(text), _shown(messages[turn - 1]), _shown(messages[turn]))
+    return SamplePrompt(tokenizer.encode(text), _shown(messages[turn - 1]), _shown(messages[turn]))
 
 
 def _shown(message: Message) -> str:
@@ -64,17 +64,17 @@ def _shown(message: Message) -> str:
 
 def ask(
     prompt: str, tokenizer: Tokenizer, *, system_prompt: str | None = None, template: str = "auto"
-) -> Question:
+) -> SamplePrompt:
     """A prompt that a user typed: through the chat template if there is one, else as it is.
 
     Raises:
       UserError: the template refuses it, as some do a system turn.
     """
     if template == "none" or not tokenizer.has_chat_template:
-        return Question(_raw(prompt, tokenizer, system_prompt), prompt, "")
+        return SamplePrompt(_raw(prompt, tokenizer, system_prompt), prompt, "")
     system: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
     text = tokenizer.render([*system, {"role": "user", "content": prompt}], True)
-    return Question(tokenizer.encode(text), prompt, "")
+    return SamplePrompt(tokenizer.encode(text), prompt, "")
 
 
 def _raw(prompt: str, tokenizer: Tokenizer, system_prompt: str | None) -> list[int]:

@@ -19,7 +19,7 @@ from qlora_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class DataSplit:
     """The examples of a run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Split:
     found: Findings
 
 
-def read(config: DataConfig) -> Split:
+def read(config: DataConfig) -> DataSplit:
     """Reads the source, its first `max_examples` records, and sets the held-out part aside.
 
     Several sources are read one after the other. Empty records are left out and do not count; bad
@@ -52,7 +52,7 @@ def read(config: DataConfig) -> Split:
     records = _read(config, config.source, config.split, found)
     if config.eval_source is None and config.eval_split is None:
         train, held_out = hold_out(records, config.eval_fraction)
-        return Split(train, {"": held_out} if held_out else {}, found)
+        return DataSplit(train, {"": held_out} if held_out else {}, found)
     single = next(filter(_is_single, listed(config.source)), None)
     if config.eval_source is None and single is not None:
         raise UserError(
@@ -62,7 +62,7 @@ def read(config: DataConfig) -> Split:
     sets = {
         name: _read(config, source, split, found) for name, source in eval_sources(config).items()
     }
-    return Split(records, sets, found)
+    return DataSplit(records, sets, found)
 
 
 def eval_sources(config: DataConfig) -> dict[str, str | list[str]]:

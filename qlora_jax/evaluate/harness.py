@@ -200,7 +200,7 @@ def _restore(run: str | None, config: str | None, base: bool) -> Restored:
         print(line, file=sys.stderr)
 
     if run is None:
-        return from_config(configs.load(str(config)), say)
+        return from_config(configs.load_config(str(config)), say)
     if not paths.is_dir(run):
         raise UserError(f"model_args: run={run} is not a run directory; give one, or config=FILE")
     return restore(run, base=base, warn=say)

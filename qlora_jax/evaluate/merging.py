@@ -16,7 +16,7 @@ from qlora_jax.config import Config, QuantConfig
 from qlora_jax.data.loader import held_out_batches
 from qlora_jax.evaluate.divergence import Divergence, divergence, see
 from qlora_jax.formats.checkpoint import Checkpoint
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.quant import dequantize, quantize, to_float32
 from qlora_jax.quant.qtensor import block_scales
@@ -74,7 +74,7 @@ class Route:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class MergeReport:
     """`quantization` is what was rounded to; `routes` is empty where nothing is held out."""
 
     run: str
@@ -92,7 +92,7 @@ def compare(
     dtype: str,
     rows: int,
     counted: Counted = _silent,
-) -> Report:
+) -> MergeReport:
     """Measures every way to merge a run.
 
     Args:
@@ -115,12 +115,12 @@ def compare(
     )
     own = MergedCheckpoint(model, checkpoint)
     ways: dict[str, Callable[[], Any]] = {
-        "merged": lambda: load(own, quant=None, dtype=jnp.dtype(dtype)),
+        "merged": lambda: load_model(own, quant=None, dtype=jnp.dtype(dtype)),
     }
     if has_original(config, checkpoint):
         original = MergedCheckpoint(model, checkpoint, original=True)
-        ways["original"] = lambda: load(original, quant=None, dtype=jnp.dtype(dtype))
-    ways["requantized"] = lambda: load(own, quant=quant, dtype=jnp.dtype(dtype))
+        ways["original"] = lambda: load_model(original, quant=None, dtype=jnp.dtype(dtype))
+    ways["requantized"] = lambda: load_model(own, quant=quant, dtype=jnp.dtype(dtype))
     routes = []
     if batches:
         compute = jnp.dtype(config.model.compute_dtype)
@@ -131,7 +131,9 @@ def compare(
                 seen = see(make(), batches, compute, advance)
                 routes.append(_route(name, divergence(live, seen)))
                 del seen  # a model at a time beside the live one
-    return Report(run, dtype, describe_quantization(quant), routes, shares(model, quant, counted))
+    return MergeReport(
+        run, dtype, describe_quantization(quant), routes, shares(model, quant, counted)
+    )
 
 
 def has_original(config: Config, checkpoint: Checkpoint) -> bool:
@@ -203,7 +205,7 @@ def by_kind(shares: Sequence[Share]) -> list[tuple[str, int, Mapping[str, float]
     ]
 
 
-def tables(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(report: MergeReport) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, columns and rows of each table of a report."""
     routes = [
         [r.name, f"{r.kl:.3g}", f"{r.loss:.4f}", f"{r.perplexity:.4f}"] for r in report.routes
@@ -244,7 +246,7 @@ of it is rounded away and what is left is noise, so a merged model is best kept 
 """
 
 
-def write(report: Report, folder: Path) -> None:
+def write(report: MergeReport, folder: Path) -> None:
     """Writes merge_report.md, .json and .png.
 
     Raises:
@@ -266,7 +268,7 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _draw(report: Report, path: Path) -> None:
+def _draw(report: MergeReport, path: Path) -> None:
     import matplotlib.figure
 
     panels = bool(report.routes) + 2 * bool(report.shares)

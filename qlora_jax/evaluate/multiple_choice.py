@@ -61,7 +61,7 @@ class Result:
 
 def evaluate(
     model: Decoder,
-    text: Tokenizer,
+    tokenizer: Tokenizer,
     questions: Sequence[Question],
     examples: Mapping[str, Sequence[Question]],
     *,
@@ -93,10 +93,10 @@ def evaluate(
     for question in questions:
         solved = list(examples.get(question.subject, ()))[:shots]
         wanted = len(solved)
-        own = _pairs(question, solved, text, by)
+        own = _pairs(question, solved, tokenizer, by)
         while solved and _longest(own) > limit:
             solved.pop()
-            own = _pairs(question, solved, text, by)
+            own = _pairs(question, solved, tokenizer, by)
         shortened += len(solved) < wanted
         cut += _longest(own) > limit
         pairs += own
@@ -104,7 +104,7 @@ def evaluate(
         model,
         pairs,
         dtype=dtype,
-        pad_id=text.pad_id,
+        pad_id=tokenizer.pad_id,
         batch_size=batch_size,
         advance=advance,
     )

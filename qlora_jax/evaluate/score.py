@@ -90,7 +90,7 @@ def score(
     return scores
 
 
-def encode_pair(text: Tokenizer, context: str, continuation: str) -> Pair:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Ids of a text and where its continuation begins.
 
     Both are encoded as one, so that the continuation's tokens are those that the model saw in
@@ -99,11 +99,11 @@ def encode_pair(text: Tokenizer, context: str, continuation: str) -> Pair:
     """
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped) :] + continuation
-    head = [text.bos_id] if text.bos_id is not None else []
+    head = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     if not context:
-        return Pair(head or [text.eos_id], text.encode(continuation))
-    given = text.encode(context)
-    return Pair([*head, *given], text.encode(context + continuation)[len(given) :])
+        return Pair(head or [tokenizer.eos_id], tokenizer.encode(continuation))
+    given = tokenizer.encode(context)
+    return Pair([*head, *given], tokenizer.encode(context + continuation)[len(given) :])
 
 
 def rolling(ids: Sequence[int], first: int, length: int) -> list[Pair]:

@@ -52,7 +52,7 @@ _ORDER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class StoredLayout:
     """How one weight is stored; layers whose weights are stored alike can be stacked.
 
     Attributes:
@@ -94,7 +94,7 @@ class Quantization:
     """
 
     config: QuantConfig
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, StoredLayout]
 
     @property
     def dequantized(self) -> list[str]:
@@ -102,7 +102,7 @@ class Quantization:
         return [name for name, layout in self.layouts.items() if layout.held_block is None]
 
 
-def quantization(layouts: Mapping[str, Layout]) -> Quantization | None:
+def quantization(layouts: Mapping[str, StoredLayout]) -> Quantization | None:
     """What a checkpoint of these weights is; None where there are none."""
     if not layouts:
         return None
@@ -116,7 +116,7 @@ def quantization(layouts: Mapping[str, Layout]) -> Quantization | None:
     return Quantization(config, layouts)
 
 
-def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | None) -> Layout:
+def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | None) -> StoredLayout:
     """The layout that a `quant_state` tells.
 
     Args:
@@ -137,7 +137,7 @@ def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | Non
     try:
         out, inner = (int(size) for size in raw["shape"])
         nested = "nested_blocksize" in raw
-        layout = Layout(
+        layout = StoredLayout(
             kind=raw["quant_type"],
             block=int(raw["blocksize"]),
             dtype=str(raw["dtype"]),
@@ -163,7 +163,7 @@ def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | Non
 
 
 def check_parts(
-    name: str, layout: Layout, found: Mapping[str, tuple[tuple[int, ...], str, int]]
+    name: str, layout: StoredLayout, found: Mapping[str, tuple[tuple[int, ...], str, int]]
 ) -> None:
     """Compares the tensors beside a weight, and its bytes, with what its layout asks for.
 
@@ -195,8 +195,12 @@ def check_parts(
             )
 
 
-def decode(
-    name: str, layout: Layout, packed: np.ndarray, parts: Mapping[str, np.ndarray], state: bytes
+def read_weight(
+    name: str,
+    layout: StoredLayout,
+    packed: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    state: bytes,
 ) -> QTensor | jax.Array:
     """The weight [in, out] as the model holds it, with bitsandbytes' very values.
 
@@ -243,10 +247,10 @@ def decode(
     )
 
 
-def encode(q: QTensor, layout: Layout) -> dict[str, np.ndarray]:
+def encode(q: QTensor, layout: StoredLayout) -> dict[str, np.ndarray]:
     """A QTensor as bitsandbytes' tensors, by what follows the name of the weight.
 
-    The inverse of `decode` where `layout.held_block` is the QTensor's. A weight whose blocks cross
+    The inverse of `read_weight` where `layout.held_block` is the QTensor's. A weight whose blocks cross
     the ends of rows may come as one column of all elements in bitsandbytes' order. Scales of a
     format that bitsandbytes lacks are written as absmax in float32.
 
@@ -310,7 +314,9 @@ def pack(name: str, weight: np.ndarray, quant: QuantConfig, dtype: str) -> dict[
         name=name,
     )
     nested = NESTED_BLOCK if quant.double_quant else None
-    return encode(q, Layout(kind_of(quant.codebook), quant.block_size, dtype, (out, inner), nested))
+    return encode(
+        q, StoredLayout(kind_of(quant.codebook), quant.block_size, dtype, (out, inner), nested)
+    )
 
 
 def quantization_config(quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from qlora_jax.formats.shards import INDEX, WEIGHTS
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.atomic import atomic_folder
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.text import tokenizer
-from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.text.tokenizer import FILES, Tokenizer, load_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
@@ -38,7 +37,7 @@ def write_folder(
     dtype: str,
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
-    text: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     replace: bool = False,
     add: Callable[[Path], None] = lambda folder: None,
     shard_bytes: int = SHARD_BYTES,
@@ -51,7 +50,7 @@ def write_folder(
       changes: to config.json.
       dtype: that config.json gives.
       tensors: parameter names and values, taken one at a time.
-      text: the tokenizer, where the source has none; a GGUF file's is converted.
+      tokenizer: the tokenizer, where the source has none; a GGUF file's is converted.
       replace: put it in the place of the model folder that is there.
       add: puts more files into the folder, before it is there under its name.
       shard_bytes: weights beyond this go to a further file.
@@ -66,36 +65,38 @@ def write_folder(
         check_new(folder)
     with atomic_folder(folder) as new:
         total = _write_weights(new, tensors, shard_bytes)
-        if text is None and not source.path.is_dir():
-            text = tokenizer.load(source.tokenizer_path).for_embedding(source.config.vocab_size)
-        _write_json(new / CONFIG, _config(source, text, dtype) | dict(changes))
-        _write_tokenizer(source, text, new)
+        if tokenizer is None and not source.path.is_dir():
+            tokenizer = load_tokenizer(source.tokenizer_path).for_embedding(
+                source.config.vocab_size
+            )
+        _write_json(new / CONFIG, _config(source, tokenizer, dtype) | dict(changes))
+        _write_tokenizer(source, tokenizer, new)
         add(new)
     return total
 
 
-def _config(source: Checkpoint, text: Tokenizer | None, dtype: str) -> dict[str, Any]:
-    if text is None:
+def _config(source: Checkpoint, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
+    if tokenizer is None:
         raw = json_files.read_object(source.path / CONFIG, "download it again")
         raw.pop("quantization_config", None)
     else:
         raw = to_hugging_face(source.config)
-        ids = {"bos": text.bos_id, "eos": text.eos_id, "pad": text.pad_id}
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         raw |= {f"{name}_token_id": value for name, value in ids.items()}
     raw["tie_word_embeddings"] = source.config.tie_embeddings
     old = "torch_dtype" in raw and "dtype" not in raw  # as transformers 4 wrote it
     return raw | {"torch_dtype" if old else "dtype": dtype}
 
 
-def _write_tokenizer(source: Checkpoint, text: Tokenizer | None, folder: Path) -> None:
-    if text is None:
-        for pattern in tokenizer.FILES:
+def _write_tokenizer(source: Checkpoint, tokenizer: Tokenizer | None, folder: Path) -> None:
+    if tokenizer is None:
+        for pattern in FILES:
             for file in source.path.glob(pattern):
                 if file.name != CONFIG:
                     _copy(file, folder / file.name)
         return
-    text.save(folder)
-    ends = {"eos_token_id": list(text.stop_ids), "pad_token_id": text.pad_id}
+    tokenizer.save(folder)
+    ends = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     _write_json(folder / GENERATION, ends)
 
 

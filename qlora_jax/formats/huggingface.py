@@ -65,7 +65,7 @@ class HuggingFaceCheckpoint:
         names = {p: f"{name}.{p}" for p in bitsandbytes.PARTS}
         parts = {p: self.stored[n].read() for p, n in names.items() if n in self.stored}
         state = self.stored[f"{name}.quant_state.bitsandbytes__{layout.kind}"].read().tobytes()
-        return bitsandbytes.decode(name, layout, self.stored[name].read(), parts, state)
+        return bitsandbytes.read_weight(name, layout, self.stored[name].read(), parts, state)
 
 
 def open_folder(folder: Path) -> HuggingFaceCheckpoint:
@@ -139,7 +139,7 @@ def _tie(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> tying.Tie
 
 
 def _shapes(
-    stored: Mapping[str, StoredTensor], layouts: Mapping[str, bitsandbytes.Layout]
+    stored: Mapping[str, StoredTensor], layouts: Mapping[str, bitsandbytes.StoredLayout]
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights; the tensors beside a 4-bit weight are left out."""
     shapes = {
@@ -150,7 +150,7 @@ def _shapes(
     return shapes | {name: layout.shape for name, layout in layouts.items()}
 
 
-def _layouts(stored: Mapping[str, StoredTensor]) -> dict[str, bitsandbytes.Layout]:
+def _layouts(stored: Mapping[str, StoredTensor]) -> dict[str, bitsandbytes.StoredLayout]:
     """Returns every weight that is stored in 4 bits; the tensors beside it have been checked."""
     by_file: dict[Path, list[tuple[StoredTensor, str, str]]] = defaultdict(list)
     for name, tensor in stored.items():

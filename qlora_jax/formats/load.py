@@ -21,12 +21,12 @@ from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.mesh import sent
 
-Stored = jax.Array | QTensor
-Split = Callable[[str, jax.Array, Callable[[jax.Array], Stored]], Stored]
+StoredWeight = jax.Array | QTensor
+Split = Callable[[str, jax.Array, Callable[[jax.Array], StoredWeight]], StoredWeight]
 """(module path, W float32[in, out], how W would be stored) to what is stored instead."""
 
 
-def load(
+def load_model(
     checkpoint: Checkpoint,
     *,
     quant: QuantConfig | None,
@@ -86,7 +86,9 @@ def load(
     )
 
 
-def _put(mesh: Mesh | None, stack: Stored | None, value: Stored, index: int, layers: int) -> Stored:
+def _put(
+    mesh: Mesh | None, stack: StoredWeight | None, value: StoredWeight, index: int, layers: int
+) -> StoredWeight:
     """Returns a stack of layers, which may not be there yet, with one of them replaced."""
     homes = None
     if mesh is not None:
@@ -135,7 +137,7 @@ def read_linear(checkpoint: Checkpoint, name: str) -> jax.Array:
 
 def storing(
     name: str, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
-) -> Callable[[jax.Array], Stored]:
+) -> Callable[[jax.Array], StoredWeight]:
     """How the model holds a linear's W float32[in, out]; `name` is for errors."""
     if quant is None:
         return lambda w: _plain(name, w, False, dtype)
@@ -156,7 +158,7 @@ def _value(
     quant: QuantConfig | None,
     dtype: jax.typing.DTypeLike,
     split: Split | None,
-) -> Stored:
+) -> StoredWeight:
     if not isinstance(array, np.ndarray):
         return array
     if not linear or array.ndim == 1 or (quant is None and split is None):

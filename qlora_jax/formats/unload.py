@@ -1,4 +1,4 @@
-"""From a model back to parameters under their Hugging Face names: the inverse of `load`."""
+"""From a model back to parameters under their Hugging Face names: the inverse of `load_model`."""
 
 import numpy as np
 

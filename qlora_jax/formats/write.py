@@ -24,7 +24,7 @@ def write_model(
     dtype: str,
     progress: Callable[[], None] = lambda: None,
     *,
-    text: Tokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     replace: bool = False,
     add: Callable[[Path], None] = lambda folder: None,
 ) -> int:
@@ -36,7 +36,7 @@ def write_model(
       quant: how the layers' linears are stored; None leaves them floats.
       dtype: of everything that is not quantized, and that to compute in.
       progress: called once per tensor read.
-      text: the tokenizer, where the checkpoint has none.
+      tokenizer: the tokenizer, where the checkpoint has none.
       replace: put it in the place of the model folder that is there.
       add: puts more files into the folder, before it is there under its name.
 
@@ -64,7 +64,7 @@ def write_model(
             progress()
 
     return write_folder(
-        folder, checkpoint, changes, dtype, tensors(), text=text, replace=replace, add=add
+        folder, checkpoint, changes, dtype, tensors(), tokenizer=tokenizer, replace=replace, add=add
     )
 
 

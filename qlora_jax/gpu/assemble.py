@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_jax.gpu.sass import Kernel, Launch, parse
+from qlora_jax.gpu.sass import Launch, SassKernel, parse
 from qlora_jax.runtime.errors import UserError
 
 
@@ -33,7 +33,7 @@ def dumping(folder: Path) -> Iterator[dict[str, str | bool]]:
             os.environ["MOSAIC_GPU_DUMP_TO"] = before
 
 
-def kernels(folder: Path) -> list[Kernel]:
+def kernels(folder: Path) -> list[SassKernel]:
     """Assembles and disassembles all kernels whose PTX is in `folder`.
 
     Raises:
@@ -65,7 +65,7 @@ def program(name: str) -> str:
     return found
 
 
-def _assemble(ptx: Path, text: str, launches: Mapping[str, Launch]) -> list[Kernel]:
+def _assemble(ptx: Path, text: str, launches: Mapping[str, Launch]) -> list[SassKernel]:
     target = re.search(r"^\.target (\w+)", text, re.M)[1]  # type: ignore[index]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -78,7 +78,7 @@ def _assemble(ptx: Path, text: str, launches: Mapping[str, Launch]) -> list[Kern
         return sum(map(int, re.findall(pattern, report)))
 
     return [
-        Kernel(
+        SassKernel(
             name=name,
             target=target,
             registers=figure(report, r"Used (\d+) registers"),

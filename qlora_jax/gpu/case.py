@@ -10,7 +10,7 @@ DECODE_FIRST = "xla"
 """The implementation that decodes the weight to memory, then multiplies."""
 
 
-class Case(NamedTuple):
+class GpuProduct(NamedTuple):
     """One product, W in NF4 with double quantization.
 
     `direction` is forward, x @ W with x [rows, k], or backward, g @ W.T with g [rows, n].
@@ -33,7 +33,7 @@ class Case(NamedTuple):
         return self.n if self.direction == "forward" else self.k
 
 
-def tile(case: Case) -> tuple[int, int]:
+def tile(case: GpuProduct) -> tuple[int, int]:
     """Returns the rows and columns of the result that one block of a fused kernel computes."""
     return FUSED[case.implementation].tile(
         case.rows,

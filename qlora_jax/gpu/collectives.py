@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from qlora_jax.gpu import hlo
-from qlora_jax.gpu.hlo import ENTRY, Line
+from qlora_jax.gpu.hlo import ENTRY, HloInstruction
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -118,7 +118,7 @@ def gathers(text: str) -> list[Gather]:
     return [gather for gather in made if gather.times]
 
 
-def executions(lines: Sequence[Line]) -> dict[str, int]:
+def executions(lines: Sequence[HloInstruction]) -> dict[str, int]:
     """Returns how often each computation runs in a run of the program.
 
     A loop whose number of turns the compiler does not tell counts as one turn, and each branch of
@@ -138,14 +138,14 @@ def executions(lines: Sequence[Line]) -> dict[str, int]:
     return counts
 
 
-def _by_computation(lines: Sequence[Line]) -> Mapping[str, list[Line]]:
-    found: dict[str, list[Line]] = collections.defaultdict(list)
+def _by_computation(lines: Sequence[HloInstruction]) -> Mapping[str, list[HloInstruction]]:
+    found: dict[str, list[HloInstruction]] = collections.defaultdict(list)
     for line in lines:
         found[line.computation].append(line)
     return found
 
 
-def _called(line: Line) -> set[str]:
+def _called(line: HloInstruction) -> set[str]:
     if line.opcode in ("async-done", "async-update"):
         return set()
     branches = _BRANCHES.search(line.rest)
@@ -153,20 +153,22 @@ def _called(line: Line) -> set[str]:
     return {*_CALLED.findall(line.rest), *names}
 
 
-def _kind(line: Line) -> str | None:
+def _kind(line: HloInstruction) -> str | None:
     """Returns which collective an instruction is or starts; None if it is none."""
     kind = line.opcode.removesuffix(START)
     return kind if kind in KINDS else None
 
 
-def _ends(lines: Sequence[Line]) -> dict[str, Line]:
+def _ends(lines: Sequence[HloInstruction]) -> dict[str, HloInstruction]:
     """Maps the name of what starts an exchange to the instruction that waits for it."""
     return {
         line.operands[0]: line for line in lines if line.opcode.endswith(DONE) and line.operands
     }
 
 
-def _exchanged(line: Line, ends: Mapping[str, Line], every: int) -> Iterator[Collective]:
+def _exchanged(
+    line: HloInstruction, ends: Mapping[str, HloInstruction], every: int
+) -> Iterator[Collective]:
     kind = _kind(line)
     if kind is None:
         return
@@ -191,13 +193,13 @@ def _devices(rest: str) -> int | None:
     return int(counted[1]) if counted else None
 
 
-def _works(line: Line) -> bool:
+def _works(line: HloInstruction) -> bool:
     if line.opcode.removesuffix(DONE) in KINDS or _kind(line) is not None:
         return False
     return line.opcode not in IDLE
 
 
-def _multiplies(line: Line) -> bool:
+def _multiplies(line: HloInstruction) -> bool:
     return line.opcode in ("dot", "custom-call", "convolution")
 
 

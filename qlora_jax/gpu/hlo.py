@@ -17,7 +17,7 @@ WITHIN = ("fusion", "reduce", "map", "sort", "scatter", "reduce-window", "all-re
 """Operations whose called computations have no buffers of their own."""
 
 
-class Line(NamedTuple):
+class HloInstruction(NamedTuple):
     """One instruction: where it stands, what it gives, what it takes and what follows that."""
 
     computation: str
@@ -52,7 +52,7 @@ _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(
 _HEADING = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
-def lines(hlo: str) -> Iterator[Line]:
+def lines(hlo: str) -> Iterator[HloInstruction]:
     """Yields all instructions; those of the entry have `ENTRY` for their computation."""
     computation = ""
     for text in hlo.splitlines():
@@ -61,7 +61,7 @@ def lines(hlo: str) -> Iterator[Line]:
         elif match := _LINE.match(text):
             name, shape, opcode, operands, rest = match.groups()
             names = tuple(re.findall(r"%([\w.-]+)", operands))
-            yield Line(computation, name, shape, opcode, names, rest)
+            yield HloInstruction(computation, name, shape, opcode, names, rest)
 
 
 def operations(hlo: str) -> list[Operation]:
@@ -183,7 +183,7 @@ def products_of(hlo: str, dtype: str) -> list[str]:
     ]
 
 
-def _is_product(line: Line) -> bool:
+def _is_product(line: HloInstruction) -> bool:
     return line.opcode == "dot" or (line.opcode == "custom-call" and "__cublas" in line.rest)
 
 

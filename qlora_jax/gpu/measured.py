@@ -1,6 +1,6 @@
 """Reads reports of `qlora-jax bench gpu`: the rates and times that were measured on a GPU.
 
-A report is DEVICE.json in a folder of reports, in the form `Report` describes.
+A report is DEVICE.json in a folder of reports, in the form `GpuReport` describes.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from qlora_jax.gpu.case import Case
+from qlora_jax.gpu.case import GpuProduct
 from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.roofline import Ceilings
 from qlora_jax.runtime import json_files, paths
@@ -66,7 +66,7 @@ class Head:
     figures: list[dict[str, Any]]
 
 
-class Report:
+class GpuReport:
     """One report.
 
     Attributes:
@@ -92,7 +92,7 @@ class Report:
                 f"{path}: capability: {head.capability}, but that of {head.device} is "
                 f"{'.'.join(map(str, known))}; measure again"
             )
-        self.times: dict[Case, float] = {}
+        self.times: dict[GpuProduct, float] = {}
         self._copy: float | None = None
         self._matmul: dict[str, float] = {}
         for i, figure in enumerate(head.figures):
@@ -113,21 +113,21 @@ class Report:
         elif part == "times" and field == "time":
             t: Timed = _checked(self.path, key, Timed, figure)
             gpu = self.gpu or self.device
-            case = Case(gpu, t.implementation, t.rows, t.k, t.n, t.dtype, t.direction)
+            case = GpuProduct(gpu, t.implementation, t.rows, t.k, t.n, t.dtype, t.direction)
             if case in self.times:
                 raise UserError(f"{self.path}: {key}: a second time of {case[1:]}; measure again")
             self.times[case] = 1e-6 * t.value
 
 
-def reports(folder: Path) -> list[Report]:
+def reports(folder: Path) -> list[GpuReport]:
     """Reads the reports in a folder, which need not be there, by file name.
 
     Raises:
       UserError: one is damaged, or two are of one device.
     """
-    found: dict[str, Report] = {}
+    found: dict[str, GpuReport] = {}
     for path in sorted(folder.glob("*.json")):
-        report = Report(path)
+        report = GpuReport(path)
         if report.device in found:
             raise UserError(
                 f"{path}: device: {report.device}, as in {found[report.device].path.name}; "

@@ -3,14 +3,14 @@
 import itertools
 from collections.abc import Iterable, Mapping
 
-from qlora_jax.gpu.case import DECODE_FIRST, Case
+from qlora_jax.gpu.case import DECODE_FIRST, GpuProduct
 from qlora_jax.gpu.described import GPUS, read_gpu
-from qlora_jax.gpu.measured import Report
+from qlora_jax.gpu.measured import GpuReport
 from qlora_jax.kernels.select import EVERY, FUSED, FUSED_ROWS
 from qlora_jax.kernels.target import Capability
 
 
-def fused_rows(implementation: str, times: Mapping[Case, float]) -> tuple[range, ...]:
+def fused_rows(implementation: str, times: Mapping[GpuProduct, float]) -> tuple[range, ...]:
     """Returns the rows of x for which a fused implementation was measured to be no slower than xla.
 
     At a measured number of rows it has to be so for every shape, direction and dtype that xla was
@@ -38,13 +38,13 @@ def fused_rows(implementation: str, times: Mapping[Case, float]) -> tuple[range,
     return tuple(found)
 
 
-def table(known: Iterable[Report]) -> dict[str, dict[Capability, tuple[range, ...]]]:
+def table(known: Iterable[GpuReport]) -> dict[str, dict[Capability, tuple[range, ...]]]:
     """Returns `select.FUSED_ROWS` with the rows of measured GPUs in place of modelled ones.
 
     GPUs of one capability count as one, whose times are all of theirs. A capability that has the
     ranges of the one before it is left out, as there.
     """
-    times: dict[Capability, dict[Case, float]] = {}
+    times: dict[Capability, dict[GpuProduct, float]] = {}
     for report in known:
         if any(case.implementation == DECODE_FIRST for case in report.times):
             times.setdefault(report.capability, {}).update(report.times)

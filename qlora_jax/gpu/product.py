@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.gpu import assemble, hlo, roofline, sass, times
-from qlora_jax.gpu.case import DECODE_FIRST, Case
+from qlora_jax.gpu.case import DECODE_FIRST, GpuProduct
 from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment, has_plugin
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.processes import Died, answers
-from qlora_jax.gpu.sass import Kernel
+from qlora_jax.gpu.sass import SassKernel
 from qlora_jax.kernels.select import FUSED, module_of
 from qlora_jax.quant import quantize
 from qlora_jax.runtime.errors import UserError
@@ -29,7 +29,7 @@ from qlora_jax.runtime.errors import UserError
 COMMAND = [sys.executable, "-m", "qlora_jax.gpu.product"]
 
 
-def describe(case: Case) -> dict[str, Any]:
+def describe(case: GpuProduct) -> dict[str, Any]:
     """Compiles one case in this process and returns its record.
 
     Returns:
@@ -66,10 +66,10 @@ def describe(case: Case) -> dict[str, Any]:
     return {**record, "seconds": seconds}
 
 
-_dumped: dict[str, list[Kernel]] = {}
+_dumped: dict[str, list[SassKernel]] = {}
 
 
-def with_earlier(text: str, kernels: list[Kernel]) -> list[Kernel]:
+def with_earlier(text: str, kernels: list[SassKernel]) -> list[SassKernel]:
     """Returns the kernels of a program, its Mosaic kernel from an earlier compilation if need be.
 
     A program has one at most. Mosaic GPU compiles, and dumps, equal kernels once in a process:
@@ -83,7 +83,7 @@ def with_earlier(text: str, kernels: list[Kernel]) -> list[Kernel]:
     return kernels if mosaic else [*kernels, *known]
 
 
-def widened(case: Case, text: str) -> str | None:
+def widened(case: GpuProduct, text: str) -> str | None:
     """Returns a complaint if products of 16-bit operands are done in float32; None if not.
 
     A product with one row, which XLA widens on every GPU, is bound by its bytes and may be.
@@ -94,7 +94,9 @@ def widened(case: Case, text: str) -> str | None:
     return f"products of {case.dtype} are done in float32: {', '.join(wide)}" if wide else None
 
 
-def broken_rule(case: Case, text: str, temp_bytes: int, kernels: Sequence[Kernel]) -> str | None:
+def broken_rule(
+    case: GpuProduct, text: str, temp_bytes: int, kernels: Sequence[SassKernel]
+) -> str | None:
     """Returns what is wrong with a program that is to decode within its kernel; None if nothing."""
     limit = read_gpu(case.gpu).shared
     if FUSED[case.implementation].target not in text or not sass.launched(kernels):
@@ -109,7 +111,7 @@ def broken_rule(case: Case, text: str, temp_bytes: int, kernels: Sequence[Kernel
     return None
 
 
-def _figures(case: Case, kernel: Kernel) -> dict[str, Any]:
+def _figures(case: GpuProduct, kernel: SassKernel) -> dict[str, Any]:
     loop = kernel.main_loop()
     classes = sass.histogram(loop)
     return {
@@ -125,7 +127,7 @@ def _figures(case: Case, kernel: Kernel) -> dict[str, Any]:
     }
 
 
-def compile_all(cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
+def compile_all(cases: Iterable[GpuProduct]) -> Iterator[dict[str, Any]]:
     """Yields `describe` of each case, in their order, one process per GPU and implementation.
 
     Raises:
@@ -146,7 +148,7 @@ def compile_all(cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Reads cases from standard input, one a line, and writes their records likewise."""
     for line in sys.stdin:
-        print(json.dumps(describe(Case(*json.loads(line)))), flush=True)
+        print(json.dumps(describe(GpuProduct(*json.loads(line)))), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qlora_jax.gpu.described import read_gpu
-from qlora_jax.gpu.sass import Instruction, Kernel, classify, mma_flop
+from qlora_jax.gpu.sass import Instruction, SassKernel, classify, mma_flop
 
 SCHEDULERS = 4
 """Per multiprocessor, each with a quarter of its lanes."""
@@ -86,7 +86,7 @@ def data_sheet(gpu: str) -> Ceilings:
     return Ceilings(limits.bandwidth, rates.tensor * rates.clock * limits.cores)
 
 
-class Time(NamedTuple):
+class KernelTime(NamedTuple):
     """Seconds that a kernel takes by each measure alone; it takes the largest."""
 
     bytes: float
@@ -102,20 +102,20 @@ class Time(NamedTuple):
         """Tells which of the three it is."""
         return self._fields[self.index(max(self))]
 
-    def at(self, old: Ceilings, new: Ceilings) -> "Time":
+    def at(self, old: Ceilings, new: Ceilings) -> "KernelTime":
         """Returns the time of the same kernel under other ceilings.
 
         What a tensor instruction reaches of the peak (`Rates.mma`) stays the same share; the rate
         of issue is the clock's and no ceiling.
         """
-        return Time(
+        return KernelTime(
             self.bytes * old.bandwidth / new.bandwidth,
             self.tensor * old.tensor / new.tensor,
             self.issue,
         )
 
 
-def occupancy(kernel: Kernel, gpu: str) -> int:
+def occupancy(kernel: SassKernel, gpu: str) -> int:
     """Returns how many blocks of a kernel one multiprocessor holds at one time.
 
     A warp's registers come in steps of 256 from its scheduler's quarter; a block takes 1 KiB of
@@ -134,7 +134,7 @@ def occupancy(kernel: Kernel, gpu: str) -> int:
     )
 
 
-def fused_time(kernel: Kernel, gpu: str, flop: float, moved: int) -> Time:
+def fused_time(kernel: SassKernel, gpu: str, flop: float, moved: int) -> KernelTime:
     """Models a kernel whose main loop multiplies.
 
     Args:
@@ -151,26 +151,28 @@ def fused_time(kernel: Kernel, gpu: str, flop: float, moved: int) -> Time:
     return _time(gpu, loop, kernel.launch.blocks, warps * turns, moved)
 
 
-def straight_time(kernel: Kernel, gpu: str, moved: int) -> Time:
+def straight_time(kernel: SassKernel, gpu: str, moved: int) -> KernelTime:
     """Models a kernel that runs each of its instructions once, such as an elementwise fusion."""
     assert kernel.launch is not None
     return _time(gpu, kernel.code, kernel.launch.blocks, kernel.launch.threads / 32, moved)
 
 
-def product_time(gpu: str, m: int, k: int, n: int, moved: int) -> Time:
+def product_time(gpu: str, m: int, k: int, n: int, moved: int) -> KernelTime:
     """Models a matrix product by a library at the data sheet's peak, rows padded to 16."""
     sheet = data_sheet(gpu)
     flop = 2 * math.ceil(m / 16) * 16 * k * n
-    return Time(moved / sheet.bandwidth, flop / sheet.tensor, 0.0)
+    return KernelTime(moved / sheet.bandwidth, flop / sheet.tensor, 0.0)
 
 
-def _time(gpu: str, code: Sequence[Instruction], blocks: int, repeats: float, moved: int) -> Time:
+def _time(
+    gpu: str, code: Sequence[Instruction], blocks: int, repeats: float, moved: int
+) -> KernelTime:
     limits, rates = read_gpu(gpu), RATES[gpu]
     clocks = pipe_clocks(code, rates)
     tensor = clocks.pop("tensor")
     # The fullest multiprocessor decides; its warps are spread over the schedulers.
     each = math.ceil(blocks / limits.cores) * repeats / SCHEDULERS / rates.clock
-    return Time(moved / limits.bandwidth, tensor * each, max(clocks.values()) * each)
+    return KernelTime(moved / limits.bandwidth, tensor * each, max(clocks.values()) * each)
 
 
 def pipe_clocks(code: Sequence[Instruction], rates: Rates) -> dict[str, float]:

@@ -70,7 +70,7 @@ class Instruction(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class SassKernel:
     """One kernel as the GPU would get it.
 
     Attributes:
@@ -123,7 +123,7 @@ def parse(sass: str) -> tuple[Instruction, ...]:
     return tuple(code)
 
 
-def launched(kernels: Iterable[Kernel]) -> list[Kernel]:
+def launched(kernels: Iterable[SassKernel]) -> list[SassKernel]:
     """Returns the kernels whose launch the compiler told."""
     return [kernel for kernel in kernels if kernel.launch is not None]
 

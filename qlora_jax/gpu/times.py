@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from qlora_jax.gpu import hlo, roofline, sass
-from qlora_jax.gpu.case import DECODE_FIRST, Case, tile
-from qlora_jax.gpu.roofline import Ceilings, Time
-from qlora_jax.gpu.sass import Kernel
+from qlora_jax.gpu.case import DECODE_FIRST, GpuProduct, tile
+from qlora_jax.gpu.roofline import Ceilings, KernelTime
+from qlora_jax.gpu.sass import SassKernel
 
 
-def fused(case: Case, moved: int, kernels: Sequence[Kernel]) -> dict[str, float]:
+def fused(case: GpuProduct, moved: int, kernels: Sequence[SassKernel]) -> dict[str, float]:
     """Models a program whose kernel decodes, by the one that multiplies; what else it runs is in
     `moved` alone."""
     m, o = tile(case)
@@ -25,7 +25,7 @@ def fused(case: Case, moved: int, kernels: Sequence[Kernel]) -> dict[str, float]
 
 
 def decode_first(
-    case: Case, operations: Sequence[hlo.Operation], kernels: Sequence[Kernel]
+    case: GpuProduct, operations: Sequence[hlo.Operation], kernels: Sequence[SassKernel]
 ) -> dict[str, float]:
     """Models the decoding kernels as they were compiled, then the product as a library does it."""
     by_name = {kernel.name: kernel for kernel in sass.launched(kernels)}
@@ -56,9 +56,9 @@ def seconds_at(record: Mapping[str, Any], new: Ceilings) -> dict[str, float]:
       record: a record that `product.describe` returns, without an error.
       new: the other rates; at those of the data sheet the result is `record["seconds"]`.
     """
-    case = Case(*(record[field] for field in Case._fields))
+    case = GpuProduct(*(record[field] for field in GpuProduct._fields))
     old, seconds = roofline.data_sheet(case.gpu), record["seconds"]
-    whole = Time(*(seconds[measure] for measure in Time._fields))
+    whole = KernelTime(*(seconds[measure] for measure in KernelTime._fields))
     if case.implementation != DECODE_FIRST:
         time = whole.at(old, new)
         return {**time._asdict(), "total": time.seconds}
@@ -71,8 +71,8 @@ def seconds_at(record: Mapping[str, Any], new: Ceilings) -> dict[str, float]:
         elements = case.rows * (case.k + case.n) + case.k * case.n
         moved = elements * jnp.dtype(case.dtype).itemsize / old.bandwidth
     parts = {
-        "decode": (decode, Time(whole.bytes - moved, 0.0, whole.issue)),
-        "product": (product, Time(moved, whole.tensor, 0.0)),
+        "decode": (decode, KernelTime(whole.bytes - moved, 0.0, whole.issue)),
+        "product": (product, KernelTime(moved, whole.tensor, 0.0)),
     }
     changed = {
         name: total - time.seconds + time.at(old, new).seconds

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from qlora_jax.quant.sharded import Sharded, whole
 
 KEPT = "product"
-"""The name of what `kept` marks, for policies of `jax.checkpoint`."""
+"""The name of what `saved_for_backward` marks, for policies of `jax.checkpoint`."""
 
 SLICES = 12
 """Slices of a 16-bit weight that `_one_row` adds up in one expression, at most. With 16, XLA of jax
@@ -35,7 +35,7 @@ def dense(x: jax.Array, w: jax.Array | Sharded) -> jax.Array:
     return product(x, whole(w).astype(x.dtype), 0).astype(x.dtype)
 
 
-def kept(y: jax.Array) -> jax.Array:
+def saved_for_backward(y: jax.Array) -> jax.Array:
     """y, marked as a product that rather takes memory than is computed again."""
     return checkpoint_name(y, KEPT)
 

@@ -20,7 +20,7 @@ def matmul_many(
 ) -> list[jax.Array]:
     """Returns matmul(x, q, implementation) for each q, to the bit, from one launch if it can be.
 
-    It can for the rows in `Fused.together`, if the weights have one block size and one format of
+    It can for the rows in `FusedProduct.together`, if the weights have one block size and one format of
     scales. A small product alone does not fill a GPU.
 
     Args:

@@ -11,7 +11,7 @@ from jax.custom_batching import custom_vmap
 
 from qlora_jax.kernels import parts
 from qlora_jax.kernels.parts import Product
-from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, Fused, module_of, pick
+from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, FusedProduct, module_of, pick
 from qlora_jax.quant import QLayer, QTensor
 from qlora_jax.quant.qtensor import with_plain_scales
 from qlora_jax.quant.sharded import Sharded
@@ -93,7 +93,7 @@ def backward(implementation: str, q: Matrix, g: jax.Array) -> tuple[jax.Array, N
 _matmul.defvjp(_forward, backward)
 
 
-def readable(kernel: Fused | None, q: QTensor | QLayer) -> QTensor | QLayer:
+def readable(kernel: FusedProduct | None, q: QTensor | QLayer) -> QTensor | QLayer:
     """Returns the weight in a form that an implementation takes; None is xla, which takes one."""
     if kernel is None:
         return cut(q)

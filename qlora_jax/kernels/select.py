@@ -36,7 +36,7 @@ IMPLEMENTATIONS: Mapping[str, str] = {
 """Name to module, each with `forward(x, q)` and `backward(g, q)`. xla runs on every device."""
 
 
-class Fused(NamedTuple):
+class FusedProduct(NamedTuple):
     """Where an implementation that decodes inside the product runs, and what it looks like.
 
     Attributes:
@@ -69,8 +69,8 @@ class Fused(NamedTuple):
         return f"NVIDIA GPUs from sm_{major}{minor}, jax from {version}, {dtypes}"
 
 
-FUSED: Mapping[str, Fused] = {
-    "mosaic": Fused(
+FUSED: Mapping[str, FusedProduct] = {
+    "mosaic": FusedProduct(
         capability=(8, 0),
         jax=(0, 11),
         dtypes=("bfloat16", "float16"),
@@ -80,7 +80,7 @@ FUSED: Mapping[str, Fused] = {
         target="mosaic_gpu",
         tile=mosaic_tiles.block,
     ),
-    "triton": Fused(
+    "triton": FusedProduct(
         capability=(8, 0),
         jax=(0, 10),
         dtypes=("bfloat16", "float16", "float32"),

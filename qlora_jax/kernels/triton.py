@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from qlora_jax.kernels.triton_tiles import Tile, tile_for
+from qlora_jax.kernels.triton_tiles import TritonTile, tile_for
 from qlora_jax.quant.double_quant import unfused
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import GROUP, QTensor
@@ -46,7 +46,7 @@ def backward(g: jax.Array, q: QTensor) -> jax.Array:
 def _call(
     kernel: Callable[..., None],
     grid: tuple[int, int],
-    tile: Tile,
+    tile: TritonTile,
     rows: jax.Array,
     q: QTensor,
     features: int,
@@ -66,7 +66,7 @@ def _call(
     return call(rows, q, jnp.asarray(dynamic_map()))
 
 
-def _forward_kernel(tile: Tile, x, q, table, y) -> None:
+def _forward_kernel(tile: TritonTile, x, q, table, y) -> None:
     rows = pl.program_id(0) * tile.m + jnp.arange(tile.m)[:, None]
     columns = pl.program_id(1) * tile.n + jnp.arange(tile.n)[None, :]
 
@@ -81,7 +81,7 @@ def _forward_kernel(tile: Tile, x, q, table, y) -> None:
     _store(y, rows, columns, total)
 
 
-def _backward_kernel(tile: Tile, g, q, table, dx) -> None:
+def _backward_kernel(tile: TritonTile, g, q, table, dx) -> None:
     rows = pl.program_id(0) * tile.m + jnp.arange(tile.m)[:, None]
     i = pl.program_id(1)
 

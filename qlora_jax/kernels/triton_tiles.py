@@ -9,7 +9,7 @@ from qlora_jax.kernels.target import Capability
 from qlora_jax.quant.qtensor import GROUP
 
 
-class Tile(NamedTuple):
+class TritonTile(NamedTuple):
     """One program's share of a kernel.
 
     Attributes:
@@ -26,13 +26,13 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    2: (Tile(16, 32), Tile(32, 64), Tile(64, 64)),
-    4: (Tile(16, 32),),
+    2: (TritonTile(16, 32), TritonTile(32, 64), TritonTile(64, 64)),
+    4: (TritonTile(16, 32),),
 }
 """Bytes of x's dtype to tiles by m. Larger ones spill registers on an sm_80."""
 
 
-def tile_for(m: int, dtype: DTypeLike) -> Tile:
+def tile_for(m: int, dtype: DTypeLike) -> TritonTile:
     """Returns the smallest tile that holds m rows, or the largest there is."""
     tiles = TILES[jnp.dtype(dtype).itemsize]
     return next((tile for tile in tiles if m <= tile.m), tiles[-1])
@@ -41,6 +41,6 @@ def tile_for(m: int, dtype: DTypeLike) -> Tile:
 def block(
     m: int, dtype: DTypeLike, inner: int, outer: int, direction: str, capability: Capability
 ) -> tuple[int, int]:
-    """Returns the rows and columns of the result that one program computes; see `select.Fused`."""
+    """Returns the rows and columns of the result that one program computes; see `select.FusedProduct`."""
     tile = tile_for(m, dtype)
     return tile.m, tile.n if direction == "forward" else GROUP

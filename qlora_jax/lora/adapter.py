@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qlora_jax.kernels import dense, kept
+from qlora_jax.kernels import dense, saved_for_backward
 from qlora_jax.lora import dropout
 from qlora_jax.lora.dropout import DropoutKeys
 from qlora_jax.lora.spec import AdapterSpec
@@ -64,9 +64,9 @@ class Adapter(nnx.Module):
         """
         if self.dropout and key is not None:
             keep = 1 - self.dropout
-            x = jnp.where(dropout.kept(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+            x = jnp.where(dropout.keep_mask(key, keep, x.shape), x / keep, 0).astype(x.dtype)
         low = dense(x, self.a.get_value()) * self.scale.get_value()
-        return kept(low.astype(x.dtype))
+        return saved_for_backward(low.astype(x.dtype))
 
     def looked_up(self, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Returns scale * A[tokens] @ B: what the adapter of an embedding adds to its rows.

@@ -28,7 +28,7 @@ def fold_in(key: jax.Array, number: int | jax.Array) -> jax.Array:
     return jax.vmap(fold, (0, None))(key, number) if _of_rows(key) else fold(key, number)
 
 
-def kept(key: jax.Array, share: float, shape: Sequence[int]) -> jax.Array:
+def keep_mask(key: jax.Array, share: float, shape: Sequence[int]) -> jax.Array:
     """Draws which elements stay.
 
     Args:

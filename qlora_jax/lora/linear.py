@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.kernels import dense, kept, matmul, matmul_many
+from qlora_jax.kernels import dense, matmul, matmul_many, saved_for_backward
 from qlora_jax.lora.adapter import Adapter
+from qlora_jax.lora.initializers.random_init import init_adapter
 from qlora_jax.lora.spec import SCALINGS, AdapterSpec
-from qlora_jax.lora.starts.fresh import init_adapter
 from qlora_jax.lora.variables import Vector, Weight
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.quant.stack import is_matrix
@@ -64,7 +64,7 @@ class LoraLinear(nnx.Module):
           rank: r.
           alpha: numerator of the scale.
           scaling: a key of `spec.SCALINGS`.
-          init: distribution of A, a key of `starts.fresh.INITS`.
+          init: distribution of A, a key of `initializers.random_init.INITS`.
           dropout: rate on the input of A, in training.
           dtype: dtype of A and B.
         """
@@ -95,7 +95,7 @@ class LoraLinear(nnx.Module):
         y = multiply(x) if self.adapter is None else self.adapter.product(x, multiply, key)
         if self.bias is not None:
             y = y + self.bias.get_value().astype(x.dtype)
-        return kept(y)
+        return saved_for_backward(y)
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """Returns x @ W, [..., out] in x's dtype, without bias and adapter; one layer."""

@@ -35,7 +35,7 @@ OLD_NAMES = {"lm_head": "embed_out"}
 NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 
 
-def plan(
+def choose_adapters(
     config: LoraConfig,
     linears: Mapping[str, tuple[int, int]],
     outer: Mapping[str, tuple[int, int]] = MappingProxyType({}),

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.lora.initializers.random_init import INITS
 from qlora_jax.lora.spec import SCALINGS
-from qlora_jax.lora.starts.fresh import INITS
 from qlora_jax.lora.where import Where, chosen
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.runtime.errors import UserError

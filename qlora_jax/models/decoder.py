@@ -26,7 +26,14 @@ from qlora_jax.lora import (
 from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD
-from qlora_jax.models.inputs import KVCache, Own, Shared, Slots, own_inputs, shared_inputs
+from qlora_jax.models.inputs import (
+    KVCache,
+    LayerInputs,
+    SharedInputs,
+    Slots,
+    own_inputs,
+    shared_inputs,
+)
 from qlora_jax.models.layers import Layer, Norm
 from qlora_jax.models.rope import segment_lengths
 from qlora_jax.models.visible import in_segments, up_to
@@ -134,7 +141,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         dtype: jax.typing.DTypeLike,
         key: jax.Array | None,
-    ) -> tuple[jax.Array, Shared, Own]:
+    ) -> tuple[jax.Array, SharedInputs, LayerInputs]:
         """Returns the first layer's input, and what the layers share and own, as a stack of all.
 
         The arguments are those of `hidden`.
@@ -298,7 +305,7 @@ def attach(
       model: without adapters.
       specs: by Hugging Face module path.
       key: of the fresh values.
-      init: a key of `lora.starts.fresh.INITS`.
+      init: a key of `lora.initializers.random_init.INITS`.
       dropout: rate on the input of A, in training.
       dtype: of A and B.
       variant: a key of `VARIANTS`; embedding and head are adapted by plain LoRA alone.

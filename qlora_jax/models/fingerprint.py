@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding
 
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.stored import Stored, stored
+from qlora_jax.models.stored import StoredParameter, stored
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.mesh import mesh_place
@@ -76,7 +76,7 @@ def like(before: str | None, model: Decoder, method: str) -> str:
     return _hash(model, method, version)
 
 
-def sums(model: Decoder) -> list[tuple[Stored, list[jax.Array]]]:
+def sums(model: Decoder) -> list[tuple[StoredParameter, list[jax.Array]]]:
     """Every parameter, or stack of one, with the four sums of each layer, uint32[4] each.
 
     Layers of a stack are summed by one program, one after the other, so no more than one layer's
@@ -129,7 +129,7 @@ def _digest(parameters: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> str
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _shape(part: Stored) -> tuple[int, ...]:
+def _shape(part: StoredParameter) -> tuple[int, ...]:
     shape = part.value.shape[1:] if part.stacked else part.value.shape
     return shape[::-1] if part.transposed else shape
 

@@ -40,7 +40,7 @@ class Sampling(NamedTuple):
     """One random key per row."""
 
 
-class Rows(NamedTuple):
+class RowState(NamedTuple):
     """Where each row stands."""
 
     tokens: jax.Array
@@ -123,7 +123,7 @@ def generate(
         if not left or not open_rows:
             return results
         steps = min(CHUNK, left)
-        rows, cache, drawn = decode(
+        rows, cache, drawn = generate_chunk(
             structure, weights, cache, rows, sampling, stops, pad_id, steps, dtype, mesh
         )
         new = np.asarray(drawn)[:, :steps]
@@ -187,7 +187,7 @@ def prefill(
     slots: int,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-) -> tuple[Rows, KVCache]:
+) -> tuple[RowState, KVCache]:
     """Reads the prompts and draws each row's first token.
 
     A padded place writes to a slot that nothing sees until the token of that position replaces it.
@@ -207,18 +207,18 @@ def prefill(
 @functools.partial(
     jax.jit, static_argnames=("structure", "dtype", "mesh"), donate_argnames=("cache",)
 )
-def decode(
+def generate_chunk(
     structure: nnx.GraphDef,
     weights: nnx.State,
     cache: KVCache,
-    rows: Rows,
+    rows: RowState,
     sampling: Sampling,
     stops: jax.Array,
     pad_id: jax.Array,
     steps: jax.Array,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-) -> tuple[Rows, KVCache, jax.Array]:
+) -> tuple[RowState, KVCache, jax.Array]:
     """Draws up to `steps` tokens a row into int32[B, CHUNK], fewer once every row is done."""
     if mesh is None and for_a_cpu():
         # Once, not for every token. A GPU's kernels decode them as they go, and read less.
@@ -232,28 +232,28 @@ def _drawn(
     dtype: jnp.dtype,
     weights: nnx.State,
     cache: KVCache,
-    rows: Rows,
+    rows: RowState,
     sampling: Sampling,
     stops: jax.Array,
     pad_id: jax.Array,
     steps: jax.Array,
-) -> tuple[Rows, KVCache, jax.Array]:
-    """Draws tokens as `decode` does, with the weights as a model is made of."""
+) -> tuple[RowState, KVCache, jax.Array]:
+    """Draws tokens as `generate_chunk` does, with the weights as a model is made of."""
     model = nnx.merge(structure, weights)
 
-    def proceed(state: tuple[jax.Array, Rows, KVCache, jax.Array]) -> jax.Array:
+    def proceed(state: tuple[jax.Array, RowState, KVCache, jax.Array]) -> jax.Array:
         step, rows, _, _ = state
         return (step < steps) & ~rows.done.all()
 
     def step_once(
-        state: tuple[jax.Array, Rows, KVCache, jax.Array],
-    ) -> tuple[jax.Array, Rows, KVCache, jax.Array]:
+        state: tuple[jax.Array, RowState, KVCache, jax.Array],
+    ) -> tuple[jax.Array, RowState, KVCache, jax.Array]:
         step, rows, cache, drawn = state
         hidden, cache = model.cached(
             rows.tokens[:, None], rows.positions[:, None], cache, dtype=dtype
         )
         after = _next(model, hidden[:, 0], rows.positions + 1, sampling, stops)
-        after = Rows(
+        after = RowState(
             tokens=jnp.where(rows.done, pad_id, after.tokens),
             positions=jnp.where(rows.done, rows.positions, after.positions),
             done=rows.done | after.done,
@@ -269,10 +269,10 @@ def _drawn(
 
 def _next(
     model: Decoder, hidden: jax.Array, positions: jax.Array, sampling: Sampling, stops: jax.Array
-) -> Rows:
+) -> RowState:
     keys = jax.vmap(jax.random.fold_in)(sampling.keys, positions)
     tokens = draw(model.logits(hidden), sampling._replace(keys=keys))
-    return Rows(tokens, positions, (tokens[:, None] == stops).any(axis=-1))
+    return RowState(tokens, positions, (tokens[:, None] == stops).any(axis=-1))
 
 
 @jax.jit

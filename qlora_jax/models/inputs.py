@@ -31,7 +31,7 @@ class Slots(NamedTuple):
         return jax.tree.map(lambda all, x: all.at[rows, self.positions].set(x), self.cache, new)
 
 
-class Shared(NamedTuple):
+class SharedInputs(NamedTuple):
     """What all layers read.
 
     Attributes:
@@ -43,7 +43,7 @@ class Shared(NamedTuple):
     rotations: Rotation | None
 
 
-class Own(NamedTuple):
+class LayerInputs(NamedTuple):
     """What one layer reads, or a stack of layers with a leading axis.
 
     Attributes:
@@ -56,11 +56,11 @@ class Own(NamedTuple):
     rotation: jax.Array | None
     key: jax.Array | None
 
-    def keys(self, shared: Shared) -> KeyRange:
+    def keys(self, shared: SharedInputs) -> KeyRange:
         """Returns what each token sees in this layer."""
         return shared.keys if self.window is None else shared.keys.within(self.window)
 
-    def turns(self, shared: Shared) -> Rotation | None:
+    def turns(self, shared: SharedInputs) -> Rotation | None:
         """Returns this layer's rotation."""
         if self.rotation is None:
             return shared.rotations
@@ -69,7 +69,7 @@ class Own(NamedTuple):
 
 def shared_inputs(
     config: DecoderConfig, keys: KeyRange, positions: jax.Array, lengths: jax.Array | None
-) -> Shared:
+) -> SharedInputs:
     """Returns what all layers read.
 
     Args:
@@ -78,10 +78,10 @@ def shared_inputs(
       positions: int32[B, T].
       lengths: int32[B, T], as `rope.frequencies` takes them.
     """
-    return Shared(keys, rotations(config, positions, lengths))
+    return SharedInputs(keys, rotations(config, positions, lengths))
 
 
-def own_inputs(config: DecoderConfig, key: jax.Array | None) -> Own:
+def own_inputs(config: DecoderConfig, key: jax.Array | None) -> LayerInputs:
     """Returns what each layer reads, as one stack of all layers.
 
     Args:
@@ -90,7 +90,7 @@ def own_inputs(config: DecoderConfig, key: jax.Array | None) -> Own:
     """
     everything = np.iinfo(np.int32).max
     ropes, index = by_layer(config)
-    return Own(
+    return LayerInputs(
         jnp.array([w or everything for w in config.windows], jnp.int32)
         if any(config.windows)
         else None,

@@ -13,7 +13,7 @@ from qlora_jax.lora import dropout
 from qlora_jax.lora.linear import LoraLinear, side_by_side
 from qlora_jax.lora.variables import Vector
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.inputs import KVCache, Own, Shared, Slots
+from qlora_jax.models.inputs import KVCache, LayerInputs, SharedInputs, Slots
 from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import rotate
 from qlora_jax.quant import QTensor
@@ -110,8 +110,8 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        shared: Shared,
-        own: Own,
+        shared: SharedInputs,
+        own: LayerInputs,
         slots: Slots | None = None,
         recompute: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:

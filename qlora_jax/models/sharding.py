@@ -33,7 +33,7 @@ Axes = tuple[tuple[int | None, ...], ...]
 counted from the last; None where every device has the whole leaf."""
 
 
-class Layout(NamedTuple):
+class MeshLayout(NamedTuple):
     """How a model's two trees are split over a mesh.
 
     Attributes:
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
         """Returns where an optimizer's state of a unit lives: each leaf as what it is of.
 
         Args:
-          unit: path to array, as `units.unit` gives.
+          unit: path to array, as `layer_groups.take_layer` gives.
           state: arrays or shapes; leaves of other shapes than the unit's are split if they can be.
         """
         parts = self.mesh.shape[FSDP]
@@ -90,9 +90,9 @@ class Layout(NamedTuple):
         return jax.tree.map(one, state)
 
 
-def layout_of(mesh: Mesh | AbstractMesh, trained: Any, frozen: Any) -> Layout:
+def layout_of(mesh: Mesh | AbstractMesh, trained: Any, frozen: Any) -> MeshLayout:
     """Chooses how both trees of a model are split over a mesh."""
-    return Layout(mesh, axes_of(mesh, trained), axes_of(mesh, frozen))
+    return MeshLayout(mesh, axes_of(mesh, trained), axes_of(mesh, frozen))
 
 
 def axes_of(mesh: Mesh | AbstractMesh, tree: Any) -> Axes:

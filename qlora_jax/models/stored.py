@@ -9,7 +9,7 @@ from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.quant import QTensor
 
 
-class Stored(NamedTuple):
+class StoredParameter(NamedTuple):
     """One parameter, or the same parameter of all layers of a run.
 
     Attributes:
@@ -25,7 +25,7 @@ class Stored(NamedTuple):
     transposed: bool
 
 
-def stored(model: Decoder) -> Iterator[Stored]:
+def stored(model: Decoder) -> Iterator[StoredParameter]:
     """Yields every pretrained parameter, the outer ones first; nothing of adapters."""
     names = model.config.names
     outer = {
@@ -37,7 +37,7 @@ def stored(model: Decoder) -> Iterator[Stored]:
     }
     for name, variable in outer.items():
         if variable is not None:
-            yield Stored((name,), variable.get_value(), False, variable is model.head)
+            yield StoredParameter((name,), variable.get_value(), False, variable is model.head)
     start = 0
     for run in model.runs:
         layers = range(start, start + run_length(run))
@@ -48,4 +48,4 @@ def stored(model: Decoder) -> Iterator[Stored]:
                 if (variable := getattr(part, leaf)) is not None:
                     found = tuple(f"{names.layers}.{i}.{path}.{leaf}" for i in layers)
                     matrix = path in linears and leaf == "weight"
-                    yield Stored(found, variable.get_value(), True, matrix)
+                    yield StoredParameter(found, variable.get_value(), True, matrix)

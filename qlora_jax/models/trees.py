@@ -17,7 +17,7 @@ TRAINED = {"qlora": LoraParam, "lora": LoraParam, "full": Weight}
 """Method to the kind of variable that is differentiated and updated; the rest is frozen."""
 
 
-class Split(NamedTuple):
+class SplitModel(NamedTuple):
     """A model taken apart, of arrays or of shapes.
 
     Attributes:
@@ -31,10 +31,10 @@ class Split(NamedTuple):
     frozen: nnx.State
 
 
-def split(model: Decoder, method: str) -> Split:
+def split(model: Decoder, method: str) -> SplitModel:
     """Takes a model apart; `nnx.merge(*parts)` puts it together again, inside jit as well."""
     graph, *states = nnx.split(model, TRAINED[method], ...)
-    return Split(graph, states[0], states[1])
+    return SplitModel(graph, states[0], states[1])
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

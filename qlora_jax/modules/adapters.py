@@ -12,16 +12,16 @@ from qlora_jax.config import LoraConfig
 from qlora_jax.config.tree import section
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.dropout import DropoutKeys
+from qlora_jax.lora.initializers import INITIALIZERS
+from qlora_jax.lora.initializers.decompose import InitInput
+from qlora_jax.lora.initializers.random_init import init_adapter
 from qlora_jax.lora.spec import AdapterSpec
-from qlora_jax.lora.starts import STARTS
-from qlora_jax.lora.starts.fresh import init_adapter
-from qlora_jax.lora.starts.split import Task
 from qlora_jax.lora.variants import VARIANTS
 from qlora_jax.lora.variants.dora import DoraAdapter
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.runtime.errors import UserError
 
-Stored = jax.Array | QTensor
+StoredWeight = jax.Array | QTensor
 
 ELSEWHERE = {
     "target_modules": "`where` chooses the weights",
@@ -51,12 +51,12 @@ def names_of(path: str) -> tuple[str, str]:
 
 def made(
     path: str,
-    weight: Stored,
+    weight: StoredWeight,
     lora: LoraConfig,
     spec: AdapterSpec,
     key: jax.Array,
     quantization: Mapping[str, Any] | None = None,
-) -> tuple[Stored, Adapter]:
+) -> tuple[StoredWeight, Adapter]:
     """Makes the adapter of a weight.
 
     Args:
@@ -82,7 +82,7 @@ def made(
     dtype = jnp.dtype(lora.dtype)
     specs = [spec] * count
     adapter = init_adapter(own, specs, k, n, lora.init, lora.dropout, dtype, lora.freeze_a)
-    if lora.init in STARTS:
+    if lora.init in INITIALIZERS:
         flat = _started(path, flat, lora, spec, adapter, quantization)
     adapter = VARIANTS[lora.variant](adapter, flat)
     restack(adapter, 1, stack)
@@ -93,12 +93,12 @@ def made(
 
 def _started(
     path: str,
-    weight: Stored,
+    weight: StoredWeight,
     lora: LoraConfig,
     spec: AdapterSpec,
     adapter: Adapter,
     quantization: Mapping[str, Any] | None,
-) -> Stored:
+) -> StoredWeight:
     """Fills an adapter from a weight [L, K, N], and returns what is stored of the weight."""
     if isinstance(weight, QTensor):
         raise UserError(
@@ -111,15 +111,15 @@ def _started(
         )
     dtype = weight.dtype
 
-    def store(w: jax.Array) -> Stored:
+    def store(w: jax.Array) -> StoredWeight:
         if lora.init != "loftq":
             return w.astype(dtype)
         return quantize(w, name=path, **(quantization or {}))
 
-    start, parts, values = STARTS[lora.init], [], []
+    start, parts, values = INITIALIZERS[lora.init], [], []
     for one in weight:
         wide = one.astype(jnp.float32)
-        task = Task(wide, spec, jnp.dtype(lora.dtype), store, lora.loftq_iterations)
+        task = InitInput(wide, spec, jnp.dtype(lora.dtype), store, lora.loftq_iterations)
         stored, value = start(task)
         parts.append(stored)
         values.append(value)

@@ -11,7 +11,7 @@ from qlora_jax.modules.axes import TABLE, Axes
 from qlora_jax.modules.candidates import check_model, owned
 from qlora_jax.modules.known import axes_of
 from qlora_jax.modules.uses import PATH, Use, recording
-from qlora_jax.modules.variables import FOUND, Found
+from qlora_jax.modules.variables import FOUND, KnownVariable
 
 
 def discover(
@@ -40,7 +40,7 @@ def discover(
         table = any(use.kind == "rows" for use in uses[path])
         # a table that is multiplied as well is held by rows
         first = TABLE if table else next(iter(axes), None)
-        variable.set_metadata(FOUND, Found(first, table))
+        variable.set_metadata(FOUND, KnownVariable(first, table))
         if first is not None:
             found[path] = first
     return found

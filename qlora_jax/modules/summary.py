@@ -18,7 +18,7 @@ from qlora_jax.modules.variables import QWeight
 from qlora_jax.quant import QTensor, nbytes
 
 
-class Part(NamedTuple):
+class KindSummary(NamedTuple):
     """The variables of one kind.
 
     Attributes:
@@ -45,10 +45,10 @@ class Summary(NamedTuple):
         operations that do; None where no example was given.
     """
 
-    quantized: Part
-    trained: Part
-    frozen: Part
-    other: Part
+    quantized: KindSummary
+    trained: KindSummary
+    frozen: KindSummary
+    other: KindSummary
     adapters: dict[str, int]
     decoded: dict[str, tuple[str, ...]] | None
 
@@ -122,19 +122,19 @@ def kind_of(variable: nnx.Variable) -> str:
     return "frozen" if isinstance(variable, nnx.Param | LoraConstant) else "other"
 
 
-def _part(values: Sequence[Any]) -> Part:
+def _part(values: Sequence[Any]) -> KindSummary:
     parameters = 0
     for value in values:
         shapes = [value] if isinstance(value, QTensor) else jax.tree.leaves(value)
         parameters += sum(math.prod(x.shape) for x in shapes)
-    return Part(len(values), parameters, nbytes(list(values)))
+    return KindSummary(len(values), parameters, nbytes(list(values)))
 
 
 def _lines(found: Summary) -> Iterator[str]:
     parts = {"quantized": found.quantized, "frozen": found.frozen, "trained": found.trained}
     if found.other.variables:
         parts["other"] = found.other
-    total = Part(*(sum(column) for column in zip(*parts.values())))
+    total = KindSummary(*(sum(column) for column in zip(*parts.values())))
     yield f"{'':<10}{'variables':>10}{'parameters':>16}{'bytes':>16}"
     for name, part in {**parts, "total": total}.items():
         line = f"{name:<10}{part.variables:>10,}{part.parameters:>16,}{part.bytes:>16,}"

@@ -17,10 +17,10 @@ ARRAY = frozenset(name for name in dir(jax.Array) if not name.startswith("_"))
 """Attributes and methods of an array."""
 
 FOUND = "kernel_found"
-"""The key of a variable's metadata that holds a `Found`: a `QWeight`'s, or from `discover`."""
+"""The key of a variable's metadata that holds a `KnownVariable`: a `QWeight`'s, or from `discover`."""
 
 
-class Found(NamedTuple):
+class KnownVariable(NamedTuple):
     """What is known of a variable itself, whatever its class says.
 
     Attributes:
@@ -111,7 +111,7 @@ def in_place_of(variable: nnx.Variable, q: QTensor, axes: Axes, table: bool) -> 
     """
     value, metadata = variable.get_raw_value(), tuple(variable.get_metadata().items())
     was = StandsFor(axes.own(value.shape), value.dtype.name, type(variable), metadata)
-    return QWeight(q, stands_for=was, kernel_found=Found(axes, table))
+    return QWeight(q, stands_for=was, kernel_found=KnownVariable(axes, table))
 
 
 def restored(was: StandsFor, value: jax.Array) -> nnx.Variable:

@@ -1,1 +1,1 @@
-"""Says what a run needs: by counting shapes (`ledger`), or by compiling its step (`accounts`)."""
+"""Says what a run needs: by counting shapes (`ledger`), or by compiling its step (`compiled_memory`)."""

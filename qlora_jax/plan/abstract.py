@@ -17,16 +17,16 @@ from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.models.parts import expected_shapes, linears
-from qlora_jax.models.sharding import Layout, layout_of
-from qlora_jax.models.trees import Split
+from qlora_jax.models.sharding import MeshLayout, layout_of
+from qlora_jax.models.trees import SplitModel
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.runtime.mesh import DATA, FSDP
-from qlora_jax.train import units
+from qlora_jax.train import layer_groups
 from qlora_jax.train.assemble import drops_out
 from qlora_jax.train.targets import targets
 
 
-def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> Split:
+def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> SplitModel:
     """Returns the model that a run of this config would train, with shapes in place of arrays.
 
     Args:
@@ -70,28 +70,28 @@ def mesh_in_shapes(asked: MeshConfig) -> AbstractMesh | None:
     return AbstractMesh((asked.data, asked.fsdp), (DATA, FSDP))
 
 
-def spread(mesh: Mesh | AbstractMesh, parts: Split) -> tuple[Split, Layout]:
+def spread(mesh: Mesh | AbstractMesh, parts: SplitModel) -> tuple[SplitModel, MeshLayout]:
     """Returns a model in shapes, each with where it lives, and how it is split over a mesh."""
     layout = layout_of(mesh, parts.trained, parts.frozen)
     homes = layout.homes(parts.trained, parts.frozen)
     trained, frozen = (_living(tree, home) for tree, home in zip(parts[1:], homes))
-    return Split(parts.graph, trained, frozen), layout
+    return SplitModel(parts.graph, trained, frozen), layout
 
 
-def spread_moments(layout: Layout, trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
+def spread_moments(layout: MeshLayout, trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
     """Returns an optimizer's states of all units in shapes, each with where it lives.
 
     Args:
       layout: how the model is split.
       trained: the trained tree in shapes.
-      states: of its units, in shapes, as `units.init` gives them.
+      states: of its units, in shapes, as `layer_groups.init_layers` gives them.
     """
     leaves = jax.tree.leaves(trained)
     made: list[Any] = []
-    for group in units.groups(trained):
+    for group in layer_groups.find_groups(trained):
         own = [leaves[place] for place in group.places]
-        unit = jax.eval_shape(lambda own, group=group: units.unit(group, own, 0), own)
-        first, *_ = alike = states[len(made) : len(made) + group.units]
+        unit = jax.eval_shape(lambda own, group=group: layer_groups.take_layer(group, own, 0), own)
+        first, *_ = alike = states[len(made) : len(made) + group.size]
         made += [_living(first, layout.moments(unit, first))] * len(alike)
     return tuple(made)
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from qlora_jax import config as configs
 from qlora_jax.config import Config
-from qlora_jax.plan import accounts
-from qlora_jax.plan.accounts import Account, Step
+from qlora_jax.plan import compiled_memory
+from qlora_jax.plan.compiled_memory import AbstractStep, ProgramMemory
 
 POLICIES = ("dots", "full", "host")
 """What `model.remat: auto` may be, the fastest first."""
@@ -15,12 +15,12 @@ POLICIES = ("dots", "full", "host")
 class Compiled(NamedTuple):
     """A step with the accounts of its programs, without moments."""
 
-    step: Step
-    gradients: Sequence[Account]
-    updates: Sequence[Account]
+    step: AbstractStep
+    gradients: Sequence[ProgramMemory]
+    updates: Sequence[ProgramMemory]
 
 
-class Choice(NamedTuple):
+class MemoryChoice(NamedTuple):
     """What is kept and where, and what the step then holds.
 
     Attributes:
@@ -30,7 +30,7 @@ class Choice(NamedTuple):
 
     remat: str
     offload: str
-    programs: list[Account]
+    programs: list[ProgramMemory]
 
     @property
     def device(self) -> int:
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
         return found
 
 
-def choose(config: Config, limit: int, compile_: Callable[[Config], Compiled]) -> Choice:
+def choose(config: Config, limit: int, compile_: Callable[[Config], Compiled]) -> MemoryChoice:
     """Compiles a run's step by one policy after another, until it fits; the last one otherwise.
 
     Args:
@@ -57,10 +57,10 @@ def choose(config: Config, limit: int, compile_: Callable[[Config], Compiled]) -
     asked = config.model.remat
     for remat in POLICIES if asked == "auto" else (asked,):
         step, gradients, updates = compile_(configs.changed(config, {"model.remat": remat}))
-        offload, programs = accounts.settle(
+        offload, programs = compiled_memory.place_moments(
             step, config.optimizer.offload, gradients, updates, limit
         )
-        choice = Choice(remat, offload, programs)
+        choice = MemoryChoice(remat, offload, programs)
         if choice.device <= limit:
             break
     return choice

@@ -17,9 +17,9 @@ from qlora_jax.config import Config
 from qlora_jax.gpu.compile import compile_for, mesh_for
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.plan import accounts
-from qlora_jax.plan.accounts import Account, Step
+from qlora_jax.plan import compiled_memory
 from qlora_jax.plan.choose import Compiled, choose
+from qlora_jax.plan.compiled_memory import AbstractStep, ProgramMemory
 from qlora_jax.plan.temporaries import Temporary, temporaries
 from qlora_jax.plan.traffic import Times, Traffic, times, traffic
 from qlora_jax.runtime import gpu_memory
@@ -55,7 +55,7 @@ class Plan:
     remat: str
     limit: int
     host: int
-    programs: list[Account]
+    programs: list[ProgramMemory]
     temporaries: list[Temporary]
     traffic: Traffic | None = None
     times: Times | None = None
@@ -78,7 +78,7 @@ class Made(NamedTuple):
       text: the program.
     """
 
-    account: Account
+    account: ProgramMemory
     largest: list[Temporary]
     text: str
 
@@ -98,16 +98,16 @@ def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
     found: dict[str, Any] = {}
 
     def step_of(config: Config) -> Compiled:
-        step = accounts.abstract_step(config, decoder, hardware, mesh)
+        step = compiled_memory.abstract_step(config, decoder, hardware, mesh)
         gradients = [made for gemm in GEMMS for made in gradient(step, gpu, gemm, mesh)]
         found["step"], found["worst"] = step, max(gradients, key=lambda made: made.account.device)
-        updates = accounts.update_accounts(step, compiled)
+        updates = compiled_memory.update_memory(step, compiled)
         return Compiled(step, [made.account for made in gradients], updates)
 
     choice = choose(config, limit, step_of)
     account, largest, text = found["worst"]
     away = choice.offload == "host"
-    host = accounts.held_moments(found["step"], away, False)[1] + account.host
+    host = compiled_memory.held_moments(found["step"], away, False)[1] + account.host
     plan = Plan(gpu, choice.offload, choice.remat, limit, host, choice.programs, largest)
     if mesh is None:
         return plan
@@ -123,10 +123,10 @@ def mesh_of(config: Config, gpu: str) -> Mesh | None:
     return None if asked.devices == 1 else mesh_for(gpu, asked.data, asked.fsdp)
 
 
-def gradient(step: Step, gpu: str, gemm: str, mesh: Mesh | None) -> list[Made]:
+def gradient(step: AbstractStep, gpu: str, gemm: str, mesh: Mesh | None) -> list[Made]:
     """Compiles the gradient's programs with one of `GEMMS`; moments on the device do not count."""
     made = []
-    for piece in accounts.gradient_pieces(step):
+    for piece in compiled_memory.gradient_pieces(step):
         with tempfile.TemporaryDirectory() as folder:
             options = {"xla_dump_to": folder, **GEMMS[gemm]}
             program = compile_for(
@@ -137,7 +137,7 @@ def gradient(step: Step, gpu: str, gemm: str, mesh: Mesh | None) -> list[Made]:
                 options=options,
                 mesh=mesh,
             )
-            account = accounts.account_of(piece, program)
+            account = compiled_memory.memory_of(piece, program)
             named = account._replace(name=f"{account.name}, {gemm}")
             text: str = program.as_text()  # type: ignore[assignment]
             made.append(Made(named, temporaries(Path(folder), LARGEST), text))

@@ -17,7 +17,7 @@ from qlora_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, T
 from qlora_jax.lora.variables import LoraConstant, LoraParam, LoraScale, Vector, Weight
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.sharding import Layout
+from qlora_jax.models.sharding import MeshLayout
 from qlora_jax.plan.abstract import (
     abstract_key,
     abstract_model,
@@ -27,8 +27,8 @@ from qlora_jax.plan.abstract import (
 )
 from qlora_jax.plan.share import nbytes
 from qlora_jax.quant import QTensor
+from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
-from qlora_jax.train import units
 from qlora_jax.train.assemble import optimizer_of
 
 PARTS: Sequence[tuple[type[nnx.Variable], str | None, str]] = (
@@ -178,18 +178,19 @@ def largest_unit(trained: Any, slopes: Any) -> int:
     """Returns the bytes of the largest unit's gradients."""
     leaves = jax.tree.leaves(slopes)
     return max(
-        nbytes([leaves[p] for p in group.places]) // group.units for group in units.groups(trained)
+        nbytes([leaves[p] for p in group.places]) // group.size
+        for group in layer_groups.find_groups(trained)
     )
 
 
-def optimizer_bytes(trained: Any, run: Config, layout: Layout | None = None) -> tuple[int, int]:
+def optimizer_bytes(trained: Any, run: Config, layout: MeshLayout | None = None) -> tuple[int, int]:
     """Returns the bytes of the moments and of the counters of a run's state, of all units.
 
     Moments are the arrays with axes. A group's units are alike, so one of each group is made.
     """
     optimizer = optimizer_of(run)
     leaves, structure = jax.tree.flatten(trained)
-    groups = units.groups(trained)
+    groups = layer_groups.find_groups(trained)
     for place in (place for group in groups if group.layers for place in group.places):
         stack = leaves[place]
         leaves[place] = jax.ShapeDtypeStruct((1, *stack.shape[1:]), stack.dtype)
@@ -201,8 +202,8 @@ def optimizer_bytes(trained: Any, run: Config, layout: Layout | None = None) -> 
     moments, counters = 0, nbytes((state.step, state.scale, state.finite_steps))
     for group, unit in zip(groups, each, strict=True):
         arrays = jax.tree.leaves(unit)
-        moments += group.units * nbytes([x for x in arrays if x.ndim])
-        counters += group.units * nbytes([x for x in arrays if not x.ndim])
+        moments += group.size * nbytes([x for x in arrays if x.ndim])
+        counters += group.size * nbytes([x for x in arrays if not x.ndim])
     return moments, counters
 
 

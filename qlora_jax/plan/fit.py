@@ -7,7 +7,7 @@ import jax
 from qlora_jax import config as configs
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.plan import accounts
+from qlora_jax.plan import compiled_memory
 from qlora_jax.plan.advice import changes
 from qlora_jax.plan.choose import POLICIES, Compiled, choose
 from qlora_jax.runtime.errors import UserError
@@ -56,9 +56,9 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
     mesh = mesh_of(config)
 
     def step_of(config: Config) -> Compiled:
-        step = accounts.abstract_step(config, decoder, device, mesh)
-        gradients = accounts.gradient_accounts(step, compiled)
-        return Compiled(step, gradients, accounts.update_accounts(step, compiled))
+        step = compiled_memory.abstract_step(config, decoder, device, mesh)
+        gradients = compiled_memory.gradient_memory(step, compiled)
+        return Compiled(step, gradients, compiled_memory.update_memory(step, compiled))
 
     choice = choose(config, limit, step_of)
     held = choice.device
@@ -79,5 +79,5 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
 
 
 def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
-    """Compiles for the default device: an `accounts.Compile`."""
+    """Compiles for the default device: an `compiled_memory.Compile`."""
     return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()

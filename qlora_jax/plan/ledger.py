@@ -21,7 +21,7 @@ from qlora_jax.train.assemble import updates_at_once
 from qlora_jax.train.offload import memory_of
 
 
-class Part(NamedTuple):
+class LedgerLine(NamedTuple):
     """One line of the ledger.
 
     Attributes:
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     exact: bool = True
 
 
-def ledger(model: DecoderConfig, run: Config) -> dict[str, Part]:
+def ledger(model: DecoderConfig, run: Config) -> dict[str, LedgerLine]:
     """Returns the parts of a step's memory by name, exact ones first, none of zero bytes.
 
     `optimizer.offload: auto` is counted as device: who knows the device decides. A layer's moments
@@ -60,20 +60,20 @@ def ledger(model: DecoderConfig, run: Config) -> dict[str, Part]:
         "counters": counted.counters,
         "batch": nbytes(abstract_batch(run)),
     }
-    parts = {name: Part(size) for name, size in exact.items()}
-    parts["moments on the host"] = Part(counted.moments if host else 0, "host")
+    parts = {name: LedgerLine(size) for name, size in exact.items()}
+    parts["moments on the host"] = LedgerLine(counted.moments if host else 0, "host")
     guessed = estimates(model, run, counted.ranks)
     if run.train.gradient_accumulation > 1 and not by_layer:
         guessed["gradients of a micro-batch"] = counted.trained
     away = remat == "host"
     parts |= {
-        name: Part(size, "host" if away and name == "activations" else "device", exact=False)
+        name: LedgerLine(size, "host" if away and name == "activations" else "device", exact=False)
         for name, size in guessed.items()
     }
     return {name: part for name, part in parts.items() if part.nbytes}
 
 
-def total(parts: Mapping[str, Part], place: str = "device", exact: bool | None = None) -> int:
+def total(parts: Mapping[str, LedgerLine], place: str = "device", exact: bool | None = None) -> int:
     """Returns the bytes in one place, of all parts or of those that are exact (or are not).
 
     The estimates are not all alive at the same moment. For steps of 1.7B to 65B models with

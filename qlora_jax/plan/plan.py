@@ -17,8 +17,8 @@ from qlora_jax import config as configs
 from qlora_jax.config import Config
 from qlora_jax.gpu.compile import environment
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.plan.accounts import Account
 from qlora_jax.plan.compiled import Plan
+from qlora_jax.plan.compiled_memory import ProgramMemory
 from qlora_jax.plan.temporaries import Temporary
 from qlora_jax.plan.traffic import Times, as_traffic
 from qlora_jax.runtime import compilation
@@ -71,7 +71,7 @@ def planned(
     if "plan" not in answer:
         raise RunFailed(f"the compiler for {gpu} ended with {ended}")
     raw = answer.pop("plan")
-    raw["programs"] = [Account(*account) for account in raw["programs"]]
+    raw["programs"] = [ProgramMemory(*account) for account in raw["programs"]]
     raw["temporaries"] = [Temporary(*row) for row in raw["temporaries"]]
     raw["traffic"] = raw["traffic"] and as_traffic(raw["traffic"])
     raw["times"] = raw["times"] and Times(*raw["times"])

@@ -16,7 +16,7 @@ from qlora_jax.models.decoder import WHOLE_LAYERS
 from qlora_jax.models.parts import linears
 from qlora_jax.models.sharding import LAYERS
 from qlora_jax.models.trees import flatten
-from qlora_jax.plan.accounts import Step
+from qlora_jax.plan.compiled_memory import AbstractStep
 
 WEIGHTS, ADAPTERS, GRADIENTS, REST = PARTS = ("weights", "adapters", "gradients", "rest")
 
@@ -84,7 +84,7 @@ class Times(NamedTuple):
         return "the links" if self.sending > self.compute else "compute"
 
 
-def traffic(text: str, step: Step, decoder: DecoderConfig, fsdp: int) -> Traffic:
+def traffic(text: str, step: AbstractStep, decoder: DecoderConfig, fsdp: int) -> Traffic:
     """Returns what a device receives in a compiled gradient.
 
     Args:
@@ -174,7 +174,7 @@ def _matrices(decoder: DecoderConfig) -> list[tuple[int, int]]:
     return [(linear.inputs, linear.outputs) for linear in linears(decoder).values()]
 
 
-def _layer_shapes(step: Step) -> dict[tuple[int, ...], str]:
+def _layer_shapes(step: AbstractStep) -> dict[tuple[int, ...], str]:
     """Maps the sizes of the arrays of a layer, sorted, to the part that they are of.
 
     Codes are left out: nothing else that moves is of bytes.

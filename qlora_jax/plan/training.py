@@ -8,7 +8,7 @@ from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan.fit import GIB, Fit, fit
 from qlora_jax.train.offload import PLACEMENTS, Memory
-from qlora_jax.train.report import Summary
+from qlora_jax.train.report import RunSummary
 from qlora_jax.train.run import train
 from qlora_jax.train.start import resolved
 
@@ -21,7 +21,7 @@ def train_placed(
     resume: bool = False,
     overwrite: bool = False,
     force: bool = False,
-) -> Summary:
+) -> RunSummary:
     """Fine-tunes, with what the device has no room for kept on the host.
 
     Args:

@@ -15,7 +15,7 @@ from qlora_jax import config as configs
 from qlora_jax.config import Config
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.plan import accounts
+from qlora_jax.plan import compiled_memory
 from qlora_jax.plan.choose import POLICIES
 from qlora_jax.plan.compiled import GEMMS, Plan, gradient, make, mesh_of
 from qlora_jax.plan.plan import DECODER
@@ -66,9 +66,11 @@ def _largest(
             part = dataclasses.replace(getattr(config, section), **{key: value})
             changed = dataclasses.replace(config, **{section: part})
             _say(f"compiling for {first.gpu}: {key} {value}")
-            step = accounts.abstract_step(changed, decoder, hardware, mesh)
+            step = compiled_memory.abstract_step(changed, decoder, hardware, mesh)
             made = gradient(step, first.gpu, gemm, mesh)
-            return max(accounts.with_moments(step, away, x.account, False).device for x in made)
+            return max(
+                compiled_memory.with_moments(step, away, x.account, False).device for x in made
+            )
 
         return of
 

@@ -34,7 +34,7 @@ class Dynamic8:
     signed: bool
 
 
-def encode(x: jax.Array, signed: bool = True) -> Dynamic8:
+def encode8(x: jax.Array, signed: bool = True) -> Dynamic8:
     """Rounds an array to 8 bits a value, block by block.
 
     Args:
@@ -46,8 +46,8 @@ def encode(x: jax.Array, signed: bool = True) -> Dynamic8:
     return Dynamic8(codes.reshape(x.shape), absmax, signed)
 
 
-def decode(q: Dynamic8) -> jax.Array:
-    """The array that `encode` stored, float32 of its shape."""
+def decode8(q: Dynamic8) -> jax.Array:
+    """The array that `encode8` stored, float32 of its shape."""
     scales = jnp.repeat(q.absmax, BLOCK)[: q.codes.size].reshape(q.codes.shape)
     return jnp.asarray(dynamic_map(q.signed))[q.codes] * scales
 

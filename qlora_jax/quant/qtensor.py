@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.quant.codebooks import codebook as codebook_values
-from qlora_jax.quant.scales import DOUBLE, PLAIN, SCALES, Stored
+from qlora_jax.quant.scales import DOUBLE, PLAIN, SCALES, StoredScales
 from qlora_jax.runtime.errors import UserError
 
 GROUP = 64
@@ -157,14 +157,14 @@ def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Arr
     # XLA:CPU from vectorizing it.
     grouped = q.codes.reshape(*lead, -1, 1, GROUP // 2, n)
     high = jnp.arange(2)[:, None, None] == 1
-    values = decode(jnp.where(high, grouped >> 4, grouped & 15), q.codebook)
+    values = look_up_codes(jnp.where(high, grouped >> 4, grouped & 15), q.codebook)
     values = (values * group_scales(block_scales(q), q)).astype(dtype)
     return values.reshape(*lead, 2 * rows, n)[..., : q.in_features, :]
 
 
 def block_scales(q: QTensor) -> jax.Array:
     """The absmax of every block, float32[..., nb, N]."""
-    stored = Stored(q.scales, q.nested, q.offset)
+    stored = StoredScales(q.scales, q.nested, q.offset)
     return SCALES[q.scales.dtype.name].decode(stored, q.nested_block)
 
 
@@ -198,7 +198,7 @@ def group_scales(scales: jax.Array, q: QTensor) -> jax.Array:
     return repeated[..., :groups, :].reshape(*lead, groups, 1, 1, n)
 
 
-def decode(indices: jax.Array, codebook: jax.Array) -> jax.Array:
+def look_up_codes(indices: jax.Array, codebook: jax.Array) -> jax.Array:
     """codebook[..., indices].
 
     On a CPU it is a tree of selections, which vectorizes where a lookup does not; on a GPU the

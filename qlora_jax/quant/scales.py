@@ -12,7 +12,7 @@ import jax
 from qlora_jax.quant.double_quant import dequantize_scales, quantize_scales
 
 
-class Stored(NamedTuple):
+class StoredScales(NamedTuple):
     """Block scales as a `QTensor` holds them.
 
     Attributes:
@@ -34,11 +34,11 @@ class ScaleFormat(NamedTuple):
       decode: (what is stored, nested_block) to float32[..., nb, N].
     """
 
-    encode: Callable[[jax.Array, int], Stored]
-    decode: Callable[[Stored, int], jax.Array]
+    encode: Callable[[jax.Array, int], StoredScales]
+    decode: Callable[[StoredScales, int], jax.Array]
 
 
-def _decode_double(stored: Stored, nested_block: int) -> jax.Array:
+def _decode_double(stored: StoredScales, nested_block: int) -> jax.Array:
     assert stored.nested is not None
     assert stored.offset is not None
     return dequantize_scales(stored.scales, stored.nested, stored.offset, nested_block)
@@ -46,10 +46,11 @@ def _decode_double(stored: Stored, nested_block: int) -> jax.Array:
 
 SCALES: Mapping[str, ScaleFormat] = {
     "float32": ScaleFormat(
-        lambda absmax, nested_block: Stored(absmax), lambda stored, _: stored[0]
+        lambda absmax, nested_block: StoredScales(absmax), lambda stored, _: stored[0]
     ),
     "uint8": ScaleFormat(
-        lambda absmax, nested_block: Stored(*quantize_scales(absmax, nested_block)), _decode_double
+        lambda absmax, nested_block: StoredScales(*quantize_scales(absmax, nested_block)),
+        _decode_double,
     ),
 }
 """Dtype of `QTensor.scales` to its format: absmax as it is, and double quantization."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
-from qlora_jax.runtime.notebook import Place
+from qlora_jax.runtime.notebook import CellOutput
 from qlora_jax.runtime.streams import printable
 
 PLAIN_SECONDS = 10.0
@@ -40,7 +40,7 @@ class TrainDisplay:
         self._total = total
         self._clock = clock
         self._first: tuple[int, float] | None = None
-        self._line = Line(description, total, start, console, clock)
+        self._line = ProgressLine(description, total, start, console, clock)
 
     def __enter__(self) -> "TrainDisplay":
         self._line.start("compiling the first step")
@@ -77,7 +77,7 @@ def progress(
 
     Yields `advance(n=1)`, to be called as items are done. `total` is None when it is unknown.
     """
-    line = Line(description, total, 0, console, clock)
+    line = ProgressLine(description, total, 0, console, clock)
     done = 0
 
     def advance(n: int = 1) -> None:
@@ -104,7 +104,7 @@ def counted(
 
     Yields `advance()`, to be called as items are done, by any thread.
     """
-    line, began, done = Line(description, total, 0, console, clock), clock(), 0
+    line, began, done = ProgressLine(description, total, 0, console, clock), clock(), 0
     lock = threading.Lock()
 
     def advance() -> None:
@@ -130,7 +130,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class Line:
+class ProgressLine:
     """What was done of a total, as a bar or as text; `start` and `stop` go around it."""
 
     def __init__(
@@ -150,7 +150,7 @@ class Line:
         self._bar: Progress | None = None
         self._notebook = self._console.is_jupyter
         self._seconds = NOTEBOOK_SECONDS if self._notebook else PLAIN_SECONDS
-        self._write = Place() if self._notebook else self.note
+        self._write = CellOutput() if self._notebook else self.note
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
                 SpinnerColumn(finished_text=" "),

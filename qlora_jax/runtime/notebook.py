@@ -11,7 +11,7 @@ def in_notebook() -> bool:
     return Console().is_jupyter
 
 
-class Place:
+class CellOutput:
     """A piece of plain text in a cell's output; each call replaces it. Needs no widgets."""
 
     def __init__(self) -> None:

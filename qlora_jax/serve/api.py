@@ -151,7 +151,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class Request(_Strict):
+class GenerationRequest(_Strict):
     """What both kinds of completion take.
 
     Fields that would change the answer and are not supported take their neutral value alone.
@@ -174,7 +174,7 @@ class Request(_Strict):
     logit_bias: dict[str, float] = Field({}, max_length=0)
 
 
-class Completion(Request):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
@@ -197,7 +197,7 @@ class TextFormat(_Strict):
     type: Literal["text"]
 
 
-class Chat(Request):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: list[Turn] = Field(min_length=1)
@@ -288,7 +288,7 @@ def _present(value: Any) -> Any:
     return [_present(v) for v in value] if isinstance(value, list) else value
 
 
-class Reply:
+class AnswerReply:
     """The JSON of one answer, whole or in pieces.
 
     Args:
@@ -296,9 +296,9 @@ class Reply:
       prompt_tokens: of the prompt.
     """
 
-    def __init__(self, request: Completion | Chat, prompt_tokens: int):
+    def __init__(self, request: CompletionRequest | ChatRequest, prompt_tokens: int):
         self._request, self._prompt_tokens = request, prompt_tokens
-        self._chat = isinstance(request, Chat)
+        self._chat = isinstance(request, ChatRequest)
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 

@@ -22,13 +22,13 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve import api
-from qlora_jax.serve.api import Chat, Completion, Problem, Reply, event
+from qlora_jax.serve.api import AnswerReply, ChatRequest, CompletionRequest, Problem, event
 from qlora_jax.serve.door import HEALTH, Check, Door
 from qlora_jax.serve.ending import LastWords
-from qlora_jax.serve.engine import Settings
+from qlora_jax.serve.engine import SamplingSettings
 from qlora_jax.serve.loading import read_regular
 from qlora_jax.serve.pool import Pool
-from qlora_jax.serve.scheduler import Job, Piece, Refused
+from qlora_jax.serve.scheduler import AnswerPiece, Job, Refused
 from qlora_jax.serve.worker import Worker
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -98,10 +98,10 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
     """
 
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, await _parsed(service, request, Completion))
+        return await _answer(service, request, await _parsed(service, request, CompletionRequest))
 
     async def chat(request: Request) -> Response:
-        return await _answer(service, request, await _parsed(service, request, Chat))
+        return await _answer(service, request, await _parsed(service, request, ChatRequest))
 
     async def models(request: Request) -> Response:
         names = await _ask(service, lambda scheduler: scheduler.models)
@@ -263,21 +263,23 @@ async def _ask(service: Service, function: Callable[[Any], T]) -> T:
     return await asyncio.wrap_future(service.worker.call(function))
 
 
-async def _answer(service: Service, request: Request, asked: Completion | Chat) -> Response:
-    pieces: asyncio.Queue[Piece | Refused] = asyncio.Queue()
+async def _answer(
+    service: Service, request: Request, asked: CompletionRequest | ChatRequest
+) -> Response:
+    pieces: asyncio.Queue[AnswerPiece | Refused] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
-    def listen(piece: Piece | Refused) -> None:
+    def listen(piece: AnswerPiece | Refused) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     prompt = await service.parsers.run(_prompt, service, asked)
-    limit = asked.limit if isinstance(asked, Chat) else asked.max_tokens
+    limit = asked.limit if isinstance(asked, ChatRequest) else asked.max_tokens
     job = Job(
         prompt=prompt,
         model=asked.model,
         max_tokens=limit or max(1, service.length - len(prompt)),
-        settings=Settings(
+        settings=SamplingSettings(
             asked.temperature,
             asked.top_p,
             secrets.randbits(32) if asked.seed is None else asked.seed,
@@ -286,7 +288,7 @@ async def _answer(service: Service, request: Request, asked: Completion | Chat) 
         timeout=service.timeout,
         listen=listen,
     )
-    reply = Reply(asked, len(prompt))
+    reply = AnswerReply(asked, len(prompt))
 
     def cancel() -> None:
         service.worker.call(lambda scheduler: scheduler.cancel(job))
@@ -302,9 +304,9 @@ async def _answer(service: Service, request: Request, asked: Completion | Chat) 
         raise
 
 
-def _prompt(service: Service, asked: Completion | Chat) -> list[int]:
+def _prompt(service: Service, asked: CompletionRequest | ChatRequest) -> list[int]:
     tokenizer = service.tokenizer
-    if isinstance(asked, Chat):
+    if isinstance(asked, ChatRequest):
         if not tokenizer.has_chat_template:
             raise Problem(
                 HTTPStatus.BAD_REQUEST,
@@ -330,14 +332,16 @@ def _prompt(service: Service, asked: Completion | Chat) -> list[int]:
     return ids
 
 
-async def _next(pieces: asyncio.Queue[Piece | Refused]) -> Piece:
+async def _next(pieces: asyncio.Queue[AnswerPiece | Refused]) -> AnswerPiece:
     piece = await pieces.get()
     if isinstance(piece, Refused):
         raise piece
     return piece
 
 
-async def _collect(reply: Reply, pieces: asyncio.Queue[Piece | Refused]) -> dict[str, Any]:
+async def _collect(
+    reply: AnswerReply, pieces: asyncio.Queue[AnswerPiece | Refused]
+) -> dict[str, Any]:
     text = ""
     while True:
         piece = await _next(pieces)
@@ -362,7 +366,7 @@ async def _unless_gone(request: Request, result: Awaitable[T]) -> T:
 
 
 async def _events(
-    reply: Reply, piece: Piece, pieces: asyncio.Queue[Piece | Refused]
+    reply: AnswerReply, piece: AnswerPiece, pieces: asyncio.Queue[AnswerPiece | Refused]
 ) -> AsyncIterator[str]:
     """Server-sent events from the first piece to [DONE], or to an error."""
     if first := reply.first():

@@ -16,7 +16,7 @@ from qlora_jax.config import (
 from qlora_jax.formats import huggingface
 from qlora_jax.formats.peft import AdapterSet, read_adapter
 from qlora_jax.formats.peft.plain import IN_RUN, check_shared, plain
-from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import Decoder, detach
 from qlora_jax.runtime import paths
@@ -199,7 +199,7 @@ def _unsplit(path: str, config: Config, warn: Callable[[str], None]) -> Config:
 
     The run's adapter is for whole weights. Rounded to 4 bits they are not the sum that was trained.
     """
-    if config.lora.init not in STARTS:
+    if config.lora.init not in INITIALIZERS:
         return config
     if config.method == "qlora":
         warn(

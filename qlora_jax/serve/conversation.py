@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.serve.engine import Settings
-from qlora_jax.serve.scheduler import Job, Piece, Refused, Scheduler
+from qlora_jax.serve.engine import SamplingSettings
+from qlora_jax.serve.scheduler import AnswerPiece, Job, Refused, Scheduler
 from qlora_jax.text.messages import Message
 from qlora_jax.text.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         length: int,
-        settings: Settings,
+        settings: SamplingSettings,
         most: int,
         system: str | None,
     ):
@@ -90,11 +90,11 @@ class Conversation:
         asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
         prompt = self._prompt(asked)
         room = self._length - len(prompt)
-        pieces: list[Piece] = []
+        pieces: list[AnswerPiece] = []
         times: list[float] = []
 
-        def listen(piece: Piece | Refused) -> None:
-            assert isinstance(piece, Piece), piece  # one job at a time is never refused later
+        def listen(piece: AnswerPiece | Refused) -> None:
+            assert isinstance(piece, AnswerPiece), piece  # one job at a time is never refused later
             pieces.append(piece)
             times.append(time.monotonic())
             if piece.text:

@@ -15,9 +15,9 @@ from qlora_jax.models.adapters import put_adapter
 from qlora_jax.models.decoder import Decoder, empty_cache
 from qlora_jax.models.generate import (
     SMALLEST,
-    Rows,
+    RowState,
     Sampling,
-    decode,
+    generate_chunk,
     padded_size,
     padded_stops,
     prefill,
@@ -26,7 +26,7 @@ from qlora_jax.models.generate import (
 from qlora_jax.models.inputs import KVCache
 
 
-class Settings(NamedTuple):
+class SamplingSettings(NamedTuple):
     """How a row is drawn; as for `generate`."""
 
     temperature: float
@@ -34,11 +34,11 @@ class Settings(NamedTuple):
     seed: int
 
 
-class State(NamedTuple):
+class EngineState(NamedTuple):
     """All rows, on the device."""
 
     cache: KVCache
-    rows: Rows
+    rows: RowState
     sampling: Sampling
 
 
@@ -84,16 +84,16 @@ class Engine:
         self._open = np.zeros(rows, bool)
         self._ends = np.zeros(rows, np.int64)  # positions of each row that may be written
         zeros = jnp.zeros(rows, jnp.int32)
-        self._state = State(
+        self._state = EngineState(
             empty_cache(model.config, rows, min(smallest, length), dtype),
-            Rows(zeros, zeros, jnp.ones(rows, bool)),
+            RowState(zeros, zeros, jnp.ones(rows, bool)),
             Sampling(jnp.zeros(rows), jnp.ones(rows), jax.random.split(jax.random.key(0), rows)),
         )
         self._set_rows()
 
     def warm_up(self) -> None:
         """Compiles what decodes and what reads short prompts."""
-        self.enter(0, [self._pad], 0, Settings(1.0, 1.0, 0))
+        self.enter(0, [self._pad], 0, SamplingSettings(1.0, 1.0, 0))
         self.advance(1)
         self.leave(0)
 
@@ -103,7 +103,9 @@ class Engine:
         self._structure, self._weights = nnx.split(self._model)
         self._set_rows()
 
-    def enter(self, row: int, prompt: Sequence[int], adapter: int, settings: Settings) -> int:
+    def enter(
+        self, row: int, prompt: Sequence[int], adapter: int, settings: SamplingSettings
+    ) -> int:
         """Reads a prompt into a free row and draws its first token.
 
         Args:
@@ -127,7 +129,7 @@ class Engine:
         entered, cache = prefill(
             self._structure, weights, tokens, lengths, sampling, self._stops, size, self._dtype
         )
-        part = State(cache, entered, sampling)
+        part = EngineState(cache, entered, sampling)
         self._state = _placed(self._state.cache, self._state.rows, self._state.sampling, part, row)
         self._adapters[row], self._open[row] = adapter, True
         self._set_rows()
@@ -142,7 +144,7 @@ class Engine:
         self._ends += steps
         self._fit(0)
         cache, rows, sampling = self._state
-        rows, cache, drawn = decode(
+        rows, cache, drawn = generate_chunk(
             self._structure,
             self._decoding,
             cache,
@@ -153,7 +155,7 @@ class Engine:
             steps,
             self._dtype,
         )
-        self._state = State(cache, rows, sampling)
+        self._state = EngineState(cache, rows, sampling)
         return np.asarray(drawn)[:, :steps]
 
     def leave(self, row: int) -> None:
@@ -179,8 +181,8 @@ class Engine:
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _placed(
-    cache: KVCache, rows: Rows, sampling: Sampling, one: State, row: jax.typing.ArrayLike
-) -> State:
+    cache: KVCache, rows: RowState, sampling: Sampling, one: EngineState, row: jax.typing.ArrayLike
+) -> EngineState:
     """The state with one row's own in its place; the cache's later positions keep what they have.
 
     Nothing sees a position before the token that belongs there has been written.
@@ -192,7 +194,7 @@ def _placed(
     def put(all: jax.Array, part: jax.Array) -> jax.Array:
         return all.at[row].set(part[0])
 
-    return State(
+    return EngineState(
         jax.tree.map(cached, cache, one.cache),
         jax.tree.map(put, rows, one.rows),
         jax.tree.map(put, sampling, one.sampling),

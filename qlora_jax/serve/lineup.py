@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora_jax.config import Config, FloatType
-from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.models.decoder import detach
 from qlora_jax.models.families import EMBEDDINGS, HEAD
@@ -105,7 +105,7 @@ def _of_run(
 
 def _changes_base(config: Config) -> bool:
     """Whether the run's model without its adapter is not the pretrained one."""
-    return config.method == "full" or config.lora.init in STARTS
+    return config.method == "full" or config.lora.init in INITIALIZERS
 
 
 def _with(base: Base, own: dict[str, LoraSet], named: Sequence[Named], plain: bool) -> Lineup:

@@ -11,7 +11,7 @@ import numpy as np
 from qlora_jax.lora.weights import LoraSet
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.answer import Answer
-from qlora_jax.serve.engine import Settings
+from qlora_jax.serve.engine import SamplingSettings
 
 BURST = 8
 """Tokens that rows of a server decode between two looks at who is waiting."""
@@ -29,7 +29,7 @@ class Refused(Exception):
         self.reason = reason
 
 
-class Piece(NamedTuple):
+class AnswerPiece(NamedTuple):
     """A further piece of an answer.
 
     Attributes:
@@ -60,13 +60,13 @@ class Job:
     prompt: Sequence[int]
     model: str
     max_tokens: int
-    settings: Settings
+    settings: SamplingSettings
     stop: Sequence[str] = ()
     timeout: float = float("inf")
-    listen: Callable[[Piece | Refused], None]
+    listen: Callable[[AnswerPiece | Refused], None]
 
 
-class Rows(Protocol):
+class BatchEngine(Protocol):
     """What the scheduler asks of an `Engine`."""
 
     rows: int
@@ -75,7 +75,9 @@ class Rows(Protocol):
     stop_ids: frozenset[int]
 
     def put_adapter(self, slot: int, adapter: LoraSet) -> None: ...
-    def enter(self, row: int, prompt: Sequence[int], adapter: int, settings: Settings) -> int: ...
+    def enter(
+        self, row: int, prompt: Sequence[int], adapter: int, settings: SamplingSettings
+    ) -> int: ...
     def advance(self, steps: int) -> np.ndarray: ...
     def leave(self, row: int) -> None: ...
 
@@ -107,7 +109,7 @@ class Scheduler:
 
     def __init__(
         self,
-        engine: Rows,
+        engine: BatchEngine,
         decode: Callable[[Sequence[int]], str],
         *,
         base: str,
@@ -256,7 +258,7 @@ class Scheduler:
             text += answer.finish()
             self._drop(active)
         if text or finish:
-            job.listen(Piece(text, active.drawn, finish))
+            job.listen(AnswerPiece(text, active.drawn, finish))
 
     def _all(self) -> list[_Active]:
         return [*self._queue, *self._running.values()]

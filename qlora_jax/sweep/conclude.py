@@ -10,7 +10,7 @@ from qlora_jax.runtime.atomic import atomic_write, write_text
 from qlora_jax.runtime.errors import RunFailed, UserError, first_line
 from qlora_jax.sweep import table
 from qlora_jax.sweep.experiment import SEED, Analysis, Experiment, text
-from qlora_jax.sweep.record import DONE, Record
+from qlora_jax.sweep.record import DONE, CellRecord
 from qlora_jax.sweep.results import write_parquet
 
 PAGE = "analysis.md"
@@ -18,7 +18,7 @@ VERDICT = "verdict.json"
 
 
 def conclude(
-    experiment: Experiment, records: Mapping[str, Record], out: Path
+    experiment: Experiment, records: Mapping[str, CellRecord], out: Path
 ) -> dict[str, Any] | None:
     """Writes results.parquet, analysis.md, its pictures and verdict.json.
 
@@ -53,14 +53,14 @@ def conclude(
     return verdict
 
 
-def arranged(experiment: Experiment, records: Iterable[Record]) -> list[Record]:
+def arranged(experiment: Experiment, records: Iterable[CellRecord]) -> list[CellRecord]:
     """Records in the order of the axes, seeds innermost, in whatever order cells were finished."""
     places = {
         axis: {text(value): place for place, value in enumerate(values)}
         for axis, values in experiment.axes.items()
     }
 
-    def place(record: Record) -> list[int]:
+    def place(record: CellRecord) -> list[int]:
         of_axes = [own.get(text(record.values.get(axis)), len(own)) for axis, own in places.items()]
         return [*of_axes, record.values.get(SEED, 0)]
 
@@ -80,7 +80,7 @@ def _verdict(experiment: Experiment, analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _page(experiment: Experiment, analysis: Analysis, records: Mapping[str, Record]) -> str:
+def _page(experiment: Experiment, analysis: Analysis, records: Mapping[str, CellRecord]) -> str:
     verdict = analysis.verdict
     lines = [
         f"# {experiment.name}",

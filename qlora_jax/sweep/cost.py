@@ -9,7 +9,7 @@ from qlora_jax.runtime import manifest, paths
 from qlora_jax.runtime.device import cpu_cores, cpu_name
 from qlora_jax.runtime.expected import about
 from qlora_jax.sweep.experiment import Cell, Estimate, Experiment
-from qlora_jax.sweep.record import DONE, Record
+from qlora_jax.sweep.record import DONE, CellRecord
 from qlora_jax.sweep.results import NAME, read
 from qlora_jax.sweep.run import left, unfinished
 
@@ -25,7 +25,7 @@ class Work(NamedTuple):
         runs whole, finished cells too.
     """
 
-    records: Mapping[str, Record]
+    records: Mapping[str, CellRecord]
     reasons: Mapping[str, str]
     left: Sequence[Cell]
     tasks: Sequence[Sequence[Cell]]
@@ -36,7 +36,7 @@ class Work(NamedTuple):
         return [cell for task in self.tasks for cell in task]
 
 
-class Time(NamedTuple):
+class CellTime(NamedTuple):
     """The time that cells take.
 
     Attributes:
@@ -83,7 +83,7 @@ def work(
     )
 
 
-def time_of(experiment: Experiment, found: Work, out: Path, jobs: int = 1) -> Time:
+def time_of(experiment: Experiment, found: Work, out: Path, jobs: int = 1) -> CellTime:
     """Estimates how long the tasks take.
 
     A cell takes the mean time of the finished cells of its kind, if any ran in this folder and on
@@ -116,10 +116,10 @@ def time_of(experiment: Experiment, found: Work, out: Path, jobs: int = 1) -> Ti
         times.append(seconds)
     at_a_time = min(jobs, max(len(times), 1))
     total = max(sum(times) / at_a_time, max(times, default=0.0))
-    return Time(total, memory * at_a_time, measured_cells, declared_cells, unknown)
+    return CellTime(total, memory * at_a_time, measured_cells, declared_cells, unknown)
 
 
-def sentence(found: Time, jobs: int = 1) -> str:
+def sentence(found: CellTime, jobs: int = 1) -> str:
     """The time of at least one cell in words, with where it comes from."""
     parts = {
         "finished cells of their kind, measured on this machine": found.measured,
@@ -153,7 +153,7 @@ def _unknown(cell: Cell) -> Estimate | None:
 
 
 def _measured(
-    experiment: Experiment, records: Mapping[str, Record]
+    experiment: Experiment, records: Mapping[str, CellRecord]
 ) -> dict[Estimate | None, float]:
     """Returns the mean seconds of finished cells, by kind."""
     times: dict[Estimate | None, list[float]] = {}

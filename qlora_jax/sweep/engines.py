@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.sweep.perform import Reply, Task, failed, perform
+from qlora_jax.sweep.perform import CellTask, WorkerReply, failed, perform
 
 POLL_SECONDS = 2.0
 """Between looks at SLURM's jobs."""
@@ -72,21 +72,21 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, _Held(lock)))
         self.process.start()
         theirs.close()
-        self.task: Task | None = None
+        self.task: CellTask | None = None
         self.began = 0.0
 
-    def give(self, task: Task) -> None:
+    def give(self, task: CellTask) -> None:
         self.task, self.began = task, time.perf_counter()
         with contextlib.suppress(BrokenPipeError):  # it died: `reply` tells
             self.pipe.send(task)
 
-    def reply(self, progress: Callable[[str], None]) -> Reply | None:
+    def reply(self, progress: Callable[[str], None]) -> WorkerReply | None:
         """What it says of its task; None where it only tells how far it is."""
         assert self.task is not None
         try:
             if self.pipe.poll():
                 said = self.pipe.recv()
-                if isinstance(said, Reply):
+                if isinstance(said, WorkerReply):
                     return said
                 progress(said)
                 return None
@@ -105,7 +105,7 @@ class _Worker:
             self.process.join()
 
 
-def local(tasks: Sequence[Task], setup: Setup) -> Iterator[tuple[Task, Reply]]:
+def local(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, WorkerReply]]:
     """Processes of this machine, `setup.jobs` of them; a task whose process dies has failed."""
     waiting = collections.deque(tasks)
     workers: list[_Worker] = []
@@ -154,7 +154,7 @@ def _death(process: SpawnProcess) -> str:
     return f"worker died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
 
-def ray(tasks: Sequence[Task], setup: Setup) -> Iterator[tuple[Task, Reply]]:
+def ray(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, WorkerReply]]:
     """Tasks of Ray: of the cluster that `RAY_ADDRESS` names, else of one started here.
 
     Resources are those of `ray.remote`, such as num_gpus.
@@ -178,7 +178,7 @@ def ray(tasks: Sequence[Task], setup: Setup) -> Iterator[tuple[Task, Reply]]:
             library.shutdown()
 
 
-def slurm(tasks: Sequence[Task], setup: Setup) -> Iterator[tuple[Task, Reply]]:
+def slurm(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, WorkerReply]]:
     """An array of SLURM's jobs by submitit; its files are in the folder slurm.
 
     Resources are those of `submitit.AutoExecutor.update_parameters`, such as slurm_partition or
@@ -204,7 +204,9 @@ def slurm(tasks: Sequence[Task], setup: Setup) -> Iterator[tuple[Task, Reply]]:
             job.cancel()
 
 
-ENGINES: Mapping[str, Callable[[Sequence[Task], Setup], Iterator[tuple[Task, Reply]]]] = {
+ENGINES: Mapping[
+    str, Callable[[Sequence[CellTask], Setup], Iterator[tuple[CellTask, WorkerReply]]]
+] = {
     "local": local,
     "ray": ray,
     "slurm": slurm,

@@ -44,7 +44,7 @@ def find(name: str, folders: Iterable[Path] = FOLDERS) -> Path:
     )
 
 
-def load(path: Path) -> Experiment:
+def load_experiment(path: Path) -> Experiment:
     """The experiment that a file declares.
 
     A file in a package is loaded as a module of it: it imports the package's other modules as

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from qlora_jax.runtime.errors import first_line
 from qlora_jax.runtime.versions import versions
 from qlora_jax.sweep.experiment import Cell, Context, Experiment, Row, Rows
-from qlora_jax.sweep.find import load
+from qlora_jax.sweep.find import load_experiment
 from qlora_jax.sweep.record import DONE, FAILED
 from qlora_jax.sweep.results import RESERVED, plain
 
@@ -24,7 +24,7 @@ LOG = "log.txt"
 DISK_FULL = errno.ENOSPC, errno.EDQUOT
 
 
-class Task(NamedTuple):
+class CellTask(NamedTuple):
     """Cells for one worker, to be run together.
 
     Attributes:
@@ -38,7 +38,7 @@ class Task(NamedTuple):
     folder: Path
 
 
-class Outcome(NamedTuple):
+class CellOutcome(NamedTuple):
     """Of one cell: done with rows, or failed with an error."""
 
     status: str
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-class Reply(NamedTuple):
+class WorkerReply(NamedTuple):
     """What a worker says of a task.
 
     Attributes:
@@ -56,23 +56,23 @@ class Reply(NamedTuple):
       disk_full: what ended the task, where that is what did: its cells have no outcome then.
     """
 
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[CellOutcome]
     wall_s: float
     versions: Mapping[str, str | None]
     disk_full: str = ""
 
 
-def failed(task: Task, error: str, wall_s: float = 0.0) -> Reply:
+def failed(task: CellTask, error: str, wall_s: float = 0.0) -> WorkerReply:
     """A reply in the name of a worker that cannot."""
-    return Reply([Outcome(FAILED, error, [])] * len(task.cells), wall_s, versions())
+    return WorkerReply([CellOutcome(FAILED, error, [])] * len(task.cells), wall_s, versions())
 
 
-def perform(task: Task, progress: Callable[[str], None] = lambda words: None) -> Reply:
+def perform(task: CellTask, progress: Callable[[str], None] = lambda words: None) -> WorkerReply:
     """Runs a task in this process; an exception of its cells is their outcome."""
     began = time.perf_counter()
 
-    def reply(outcomes: Sequence[Outcome], disk_full: str = "") -> Reply:
-        return Reply(outcomes, time.perf_counter() - began, versions(), disk_full)
+    def reply(outcomes: Sequence[CellOutcome], disk_full: str = "") -> WorkerReply:
+        return WorkerReply(outcomes, time.perf_counter() - began, versions(), disk_full)
 
     try:
         task.folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def perform(task: Task, progress: Callable[[str], None] = lambda words: None) ->
         return reply([_failure(e)] * len(task.cells))
 
 
-def _outcomes(task: Task, context: Context) -> list[Outcome]:
+def _outcomes(task: CellTask, context: Context) -> list[CellOutcome]:
     experiment = _experiment(task.experiment)
     cells = [experiment.cell(values) for values in task.cells]
     found: Sequence[Rows | Exception]
@@ -103,10 +103,10 @@ def _outcomes(task: Task, context: Context) -> list[Outcome]:
     return [_outcome(cell, one) for cell, one in zip(cells, found)]
 
 
-_experiment: Callable[[Path], Experiment] = functools.cache(load)
+_experiment: Callable[[Path], Experiment] = functools.cache(load_experiment)
 
 
-def _outcome(cell: Cell, found: Rows | Exception) -> Outcome:
+def _outcome(cell: Cell, found: Rows | Exception) -> CellOutcome:
     try:
         if isinstance(found, Exception):
             raise found
@@ -114,14 +114,14 @@ def _outcome(cell: Cell, found: Rows | Exception) -> Outcome:
         for row in rows:
             if taken := sorted({*RESERVED, *cell.values} & row.keys()):
                 raise ValueError(f"a figure cannot be called {taken[0]}: that is a column already")
-        return Outcome(DONE, "", [plain(row) for row in rows])
+        return CellOutcome(DONE, "", [plain(row) for row in rows])
     except Exception as e:
         traceback.print_exception(e)
         return _failure(e)
 
 
-def _failure(error: Exception) -> Outcome:
-    return Outcome(FAILED, plain(f"{type(error).__name__}: {first_line(error)}"), [])
+def _failure(error: Exception) -> CellOutcome:
+    return CellOutcome(FAILED, plain(f"{type(error).__name__}: {first_line(error)}"), [])
 
 
 @contextlib.contextmanager

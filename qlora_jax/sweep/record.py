@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 
 
-class Record(NamedTuple):
+class CellRecord(NamedTuple):
     """One line of results.jsonl.
 
     Attributes:

@@ -20,7 +20,7 @@ from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.atomic import atomic_write, storage_error, sync
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.experiment import Experiment
-from qlora_jax.sweep.record import Record
+from qlora_jax.sweep.record import CellRecord
 
 NAME = "results.jsonl"
 PARQUET = "results.parquet"
@@ -35,7 +35,7 @@ LOCK_SECONDS = 5.0
 """How long a lock is waited for: the workers of a killed sweep hold it until they notice."""
 
 
-_RECORD = TypeAdapter(Record)
+_RECORD = TypeAdapter(CellRecord)
 
 
 class Results:
@@ -74,7 +74,7 @@ class Results:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def add(self, record: Record) -> None:
+    def add(self, record: CellRecord) -> None:
         """Appends a line, which is on the disk when this returns.
 
         Raises:
@@ -94,7 +94,7 @@ class Results:
         self.records[record.id] = record
 
 
-def read(folder: Path, experiment: Experiment) -> dict[str, Record]:
+def read(folder: Path, experiment: Experiment) -> dict[str, CellRecord]:
     """The records by cell, of a sweep that may be running.
 
     Raises:
@@ -133,7 +133,7 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a figure; give numbers, text, lists or dicts")
 
 
-def write_parquet(folder: Path, records: Iterable[Record]) -> None:
+def write_parquet(folder: Path, records: Iterable[CellRecord]) -> None:
     """Writes the table: a line for each row of each record, cells without rows one line.
 
     Columns are id, status, error, wall_s, the axes and the figures; one whose values are of
@@ -152,7 +152,7 @@ def write_parquet(folder: Path, records: Iterable[Record]) -> None:
         parquet.write_table(pyarrow.table(table), temporary)
 
 
-def _lines(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+def _lines(records: Iterable[CellRecord]) -> Iterator[dict[str, Any]]:
     for record in records:
         own = {"id": record.id, "status": record.status, "error": record.error}
         for row in record.rows or [{}]:
@@ -167,11 +167,11 @@ def _column(values: list[Any]) -> list[Any]:
     return [None if value is None else json.dumps(value) for value in values]
 
 
-def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, Record], int]:
+def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, CellRecord], int]:
     """The records, and the bytes of the file that hold whole lines."""
     data = path.read_bytes() if path.exists() else b""
     size = data.rfind(b"\n") + 1
-    found: dict[str, Record] = {}
+    found: dict[str, CellRecord] = {}
     for number, line in enumerate(data[:size].splitlines(), 1):
         try:
             tree = json_files.parse(line)

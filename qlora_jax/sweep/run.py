@@ -9,13 +9,13 @@ from typing import Any
 
 from qlora_jax.runtime import manifest
 from qlora_jax.runtime.device import cpu_cores, cpu_name
-from qlora_jax.runtime.display import Line, duration
+from qlora_jax.runtime.display import ProgressLine, duration
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.versions import versions
 from qlora_jax.sweep.engines import ENGINES, Setup
 from qlora_jax.sweep.experiment import SEED, Cell, Experiment, Population
-from qlora_jax.sweep.perform import LOG, Reply, Task
-from qlora_jax.sweep.record import DONE, FAILED, SKIPPED, Record
+from qlora_jax.sweep.perform import LOG, CellTask, WorkerReply
+from qlora_jax.sweep.record import DONE, FAILED, SKIPPED, CellRecord
 from qlora_jax.sweep.results import Results
 
 WORK = "work"
@@ -33,7 +33,7 @@ def sweep(
     jobs: int | None = None,
     resources: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
-) -> dict[str, Record]:
+) -> dict[str, CellRecord]:
     """Runs the cells that are not finished.
 
     Args:
@@ -61,7 +61,7 @@ def sweep(
         skip(experiment, cells, results)
         waiting = left(cells, results.records, retry_failed)
         tasks = [
-            Task(path, [cell.values for cell in group], out / WORK / group[0].id)
+            CellTask(path, [cell.values for cell in group], out / WORK / group[0].id)
             for group in unfinished(cells, waiting, results.records, experiment.population)
         ]
         with _Display(sum(len(task.cells) for task in tasks)) as display:
@@ -82,11 +82,11 @@ def skip(experiment: Experiment, cells: Sequence[Cell], results: Results) -> Non
         before = results.records.get(cell.id)
         reason = experiment.skip(cell)
         if reason and (before is None or (before.status, before.error) != (SKIPPED, reason)):
-            results.add(Record(cell.id, cell.values, SKIPPED, reason, [], 0.0, versions()))
+            results.add(CellRecord(cell.id, cell.values, SKIPPED, reason, [], 0.0, versions()))
 
 
 def left(
-    cells: Sequence[Cell], records: Mapping[str, Record], retry_failed: bool = False
+    cells: Sequence[Cell], records: Mapping[str, CellRecord], retry_failed: bool = False
 ) -> list[Cell]:
     """The cells that are still to run."""
     over = {DONE, SKIPPED} if retry_failed else {DONE, SKIPPED, FAILED}
@@ -96,7 +96,7 @@ def left(
 def unfinished(
     cells: Sequence[Cell],
     waiting: Sequence[Cell],
-    records: Mapping[str, Record],
+    records: Mapping[str, CellRecord],
     population: Population | None,
 ) -> list[list[Cell]]:
     """The groups of which a cell is still to run, whole.
@@ -122,7 +122,9 @@ def groups(cells: Sequence[Cell], population: Population | None) -> list[list[Ce
     return [own[i : i + size] for own in by_key.values() for i in range(0, len(own), size)]
 
 
-def _records(experiment: Experiment, task: Task, reply: Reply, out: Path) -> Iterator[Record]:
+def _records(
+    experiment: Experiment, task: CellTask, reply: WorkerReply, out: Path
+) -> Iterator[CellRecord]:
     if reply.disk_full:
         raise UserError(
             f"{out}: no space left on this disk ({reply.disk_full}); finished cells are kept: free "
@@ -130,7 +132,7 @@ def _records(experiment: Experiment, task: Task, reply: Reply, out: Path) -> Ite
         )
     share = reply.wall_s / len(task.cells)
     for values, outcome in zip(task.cells, reply.outcomes):
-        yield Record(experiment.cell(values).id, values, *outcome, share, reply.versions)
+        yield CellRecord(experiment.cell(values).id, values, *outcome, share, reply.versions)
 
 
 def _described(experiment: Experiment, cells: Sequence[Cell], command: str) -> dict[str, Any]:
@@ -152,7 +154,7 @@ class _Display:
     """Cells done, the time left, and a line for each that failed; a context manager."""
 
     def __init__(self, total: int) -> None:
-        self._line = Line("cells", total, 0, None, time.monotonic)
+        self._line = ProgressLine("cells", total, 0, None, time.monotonic)
         self._total = total
         self._done = 0
         self._began = time.monotonic()
@@ -170,7 +172,7 @@ class _Display:
         """Shows how far a cell is."""
         self._line.update(self._done, f"{self._eta()}  {words}")
 
-    def finished(self, record: Record, log: Path) -> None:
+    def finished(self, record: CellRecord, log: Path) -> None:
         """Counts a cell, and tells why it failed."""
         self._done += 1
         self._line.update(self._done, self._eta())

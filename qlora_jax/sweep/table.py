@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qlora_jax.runtime.errors import RunFailed
-from qlora_jax.sweep.record import DONE, Record
+from qlora_jax.sweep.record import DONE, CellRecord
 
 
 class Table:
@@ -16,7 +16,9 @@ class Table:
       missing: cells that have none, failed or skipped.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], missing: Iterable[Record] = ()) -> None:
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], missing: Iterable[CellRecord] = ()
+    ) -> None:
         self.rows = list(rows)
         self.missing = list(missing)
 
@@ -86,7 +88,7 @@ class Table:
         return [sides[0][key] for key in common], [sides[1][key] for key in common]
 
 
-def of(records: Iterable[Record]) -> Table:
+def of(records: Iterable[CellRecord]) -> Table:
     """The table of a sweep's records."""
     records = list(records)
     rows = [{**r.values, **row} for r in records if r.status == DONE for row in r.rows]

@@ -30,7 +30,7 @@ LONGEST_TOKEN = 64
 UNOPENED = "answers do not begin as the chat template asks for them, with {}"
 
 
-class Found(NamedTuple):
+class LocatedAnswers(NamedTuple):
     """The answers of a conversation.
 
     Attributes:
@@ -57,7 +57,7 @@ def render_with_answers(
     tokenizer: Tokenizer,
     variables: Variables = NO_VARIABLES,
     without_loss: frozenset[int] = frozenset(),
-) -> tuple[str, Callable[[int], Found]]:
+) -> tuple[str, Callable[[int], LocatedAnswers]]:
     """Renders a conversation through the chat template.
 
     Args:
@@ -90,7 +90,7 @@ def _marked_by_template(
     variables: Variables,
     every: Sequence[int],
     turns: Sequence[int],
-) -> tuple[str, Callable[[int], Found]]:
+) -> tuple[str, Callable[[int], LocatedAnswers]]:
     """Takes the answers from the template's `{% generation %}` blocks."""
     text, blocks = tokenizer.render_marked(messages, variables=variables)
     spans = [(start, _after_stop(text, end, tokenizer)) for start, end in blocks]
@@ -102,7 +102,7 @@ def _marked_by_template(
                 "data.chat_template"
             )
         spans = [span for turn, span in zip(every, spans) if turn in turns]
-    return text, lambda end: Found([span for span in spans if span[0] < end], [], {})
+    return text, lambda end: LocatedAnswers([span for span in spans if span[0] < end], [], {})
 
 
 def _after_stop(text: str, end: int, tokenizer: Tokenizer) -> int:
@@ -156,7 +156,7 @@ class _Chat:
         )
 
 
-def _find(chat: _Chat, turns: Sequence[int], end: int) -> Found:
+def _find(chat: _Chat, turns: Sequence[int], end: int) -> LocatedAnswers:
     """Finds the answers that start before a character of the conversation's text."""
     spans: list[Span] = []
     apart: list[tuple[str, Span]] = []
@@ -171,7 +171,7 @@ def _find(chat: _Chat, turns: Sequence[int], end: int) -> Found:
         elif answer.span[0] < end:
             spans.append(answer.span)
         notes.update(answer.notes)
-    return Found(spans, apart, notes)
+    return LocatedAnswers(spans, apart, notes)
 
 
 def _answer(chat: _Chat, turn: int) -> _Answer:

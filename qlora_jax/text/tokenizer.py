@@ -32,7 +32,7 @@ FILES = (
     "chat_template*",
     "additional_chat_templates*",
 )
-"""Patterns of all that `load` may read in a folder, transformers included."""
+"""Patterns of all that `load_tokenizer` may read in a folder, transformers included."""
 SAMPLING = ("dropout", "alpha", "nbest_size")
 """Settings of a tokenizer's model, BPE or Unigram, that make its ids random."""
 
@@ -238,7 +238,7 @@ class Tokenizer:
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template or "") is not None
 
 
-def load(
+def load_tokenizer(
     path: str | Path,
     warn: Callable[[str], None] = lambda line: None,
     template: str | None = None,

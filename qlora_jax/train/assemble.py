@@ -11,8 +11,8 @@ from flax import nnx
 from qlora_jax.config import Config
 from qlora_jax.kernels.target import Hardware, capability_of
 from qlora_jax.models.decoder import WHOLE_LAYERS, Decoder
-from qlora_jax.models.sharding import Layout
-from qlora_jax.models.trees import Split
+from qlora_jax.models.sharding import MeshLayout
+from qlora_jax.models.trees import SplitModel
 from qlora_jax.train import layered
 from qlora_jax.train import step as steps
 from qlora_jax.train.offload import ON_DEVICE, PLACEMENTS, Memory, memory_of
@@ -30,8 +30,8 @@ class Training(NamedTuple):
     """
 
     graph: nnx.GraphDef
-    program: steps.Program
-    state: steps.State
+    program: steps.StepProgram
+    state: steps.TrainState
     frozen: Any
 
     def model(self) -> Decoder:
@@ -48,10 +48,10 @@ class Training(NamedTuple):
 
 def assemble(
     config: Config,
-    parts: Split,
+    parts: SplitModel,
     memory: Memory | None = None,
     device: Hardware | None = None,
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
 ) -> Training:
     """Builds the step that a config asks for, and the state before the first one.
 
@@ -85,8 +85,8 @@ def program_of(
     config: Config,
     graph: nnx.GraphDef,
     memory: Memory | None = None,
-    layout: Layout | None = None,
-) -> steps.Program:
+    layout: MeshLayout | None = None,
+) -> steps.StepProgram:
     """Builds the functions of the step that a config asks for, with a gradient in one program.
 
     Args:

@@ -16,8 +16,8 @@ from qlora_jax.runtime import digests, format_version, paths
 from qlora_jax.runtime.atomic import storage_error
 from qlora_jax.runtime.digests import Damaged
 from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
-from qlora_jax.train import orbax_noise, units
-from qlora_jax.train.step import State
+from qlora_jax.train import layer_groups, orbax_noise
+from qlora_jax.train.step import TrainState
 
 FOLDER = "checkpoints"
 ASIDE = "damaged-"
@@ -28,7 +28,7 @@ class Checkpoints:
     """The checkpoints of one run directory.
 
     Each holds the State (trained tree, optimizer, step, loss scale) by dotted path, the optimizer's
-    units stacked (`units.stacked`) wherever they live, and `extra`: plain JSON values such as the
+    units stacked (`layer_groups.stack_states`) wherever they live, and `extra`: plain JSON values such as the
     loader's position and the seed. Randomness follows from seed and step, so no other generator
     state exists. `extra` also holds a digest of every array and of itself, which are compared when
     a checkpoint is read.
@@ -99,7 +99,7 @@ class Checkpoints:
                 return self._extra(step)[0]
         return {}
 
-    def save(self, state: State, extra: Mapping[str, Any], best: int | None = None) -> None:
+    def save(self, state: TrainState, extra: Mapping[str, Any], best: int | None = None) -> None:
         """Writes a checkpoint and waits until it is on disk; older ones beyond `keep` go then.
 
         Args:
@@ -137,8 +137,11 @@ class Checkpoints:
             raise UserError(f"{problem}; {self.latest_text()}") from e
 
     def restore(
-        self, like: State, step: int | None = None, say: Callable[[str], None] = lambda line: None
-    ) -> tuple[State, dict[str, Any]]:
+        self,
+        like: TrainState,
+        step: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Reads a checkpoint, by default the newest that is whole.
 
         Damaged ones that are newer than it are set aside where the run writes: they are renamed,
@@ -156,7 +159,9 @@ class Checkpoints:
         steps = self.steps()[::-1] if step is None else [step]
         if not steps:
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
-        template = like._replace(optimizer=units.stacked_like(like.trained, like.optimizer))
+        template = like._replace(
+            optimizer=layer_groups.stack_states_like(like.trained, like.optimizer)
+        )
         damaged: dict[int, str] = {}
         for each in steps:
             try:
@@ -167,7 +172,7 @@ class Checkpoints:
             for other, problem in damaged.items():
                 say(f"warning: {problem}; step {each} is taken{self._set_aside(other)}")
             state = jax.tree.unflatten(jax.tree.structure(template), list(flat.values()))
-            optimizer = units.unstacked(like.trained, state.optimizer, like.optimizer)
+            optimizer = layer_groups.unstack_states(like.trained, state.optimizer, like.optimizer)
             return state._replace(optimizer=optimizer), extra
         raise UserError(f"{'; '.join(damaged.values())}; {_remedy(step)}")
 
@@ -272,8 +277,8 @@ def _storage_error(folder: Path, error: Exception) -> UserError | None:
     return storage_error(folder, OSError(int(number[1]), "") if number else error)
 
 
-def _stacked(state: State) -> State:
-    return state._replace(optimizer=units.stacked(state.trained, state.optimizer))
+def _stacked(state: TrainState) -> TrainState:
+    return state._replace(optimizer=layer_groups.stack_states(state.trained, state.optimizer))
 
 
 def _is_optimizers(path: str) -> bool:

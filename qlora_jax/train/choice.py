@@ -25,7 +25,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class BestStep:
     """What the evaluations since the first step have told; part of each checkpoint.
 
     Attributes:
@@ -38,11 +38,11 @@ class Choice:
     last: Evaluation | None = None
     since: int = 0
 
-    def seen(self, new: Evaluation) -> "Choice":
+    def seen(self, new: Evaluation) -> "BestStep":
         """Returns what is known after one more evaluation."""
         if self.best is None or _rank(new) < _rank(self.best):
-            return Choice(new, new, 0)
-        return Choice(self.best, new, self.since + 1)
+            return BestStep(new, new, 0)
+        return BestStep(self.best, new, self.since + 1)
 
     def stops(self, patience: int) -> bool:
         """Whether training stops here; never with a patience of 0."""
@@ -69,10 +69,10 @@ def read_evaluation(values: Mapping[str, Any] | None) -> Evaluation | None:
     return None if values is None else Evaluation(**values)
 
 
-def read_choice(values: Mapping[str, Any]) -> Choice:
+def read_choice(values: Mapping[str, Any]) -> BestStep:
     """Returns the choice that `dataclasses.asdict` made a dict."""
     best, last = read_evaluation(values["best"]), read_evaluation(values["last"])
-    return Choice(best, last, values["since"])
+    return BestStep(best, last, values["since"])
 
 
 def check(train: TrainConfig) -> None:

@@ -11,7 +11,7 @@ from qlora_jax.data.bad_records import BadRecords
 from qlora_jax.data.encode import EncodeStats, Example
 from qlora_jax.data.findings import Findings
 from qlora_jax.data.loader import Batch, Loader, held_out_batches
-from qlora_jax.data.prompts import Question, question
+from qlora_jax.data.prompts import SamplePrompt, question
 from qlora_jax.data.records import Record
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.tokenizer import Tokenizer
@@ -34,14 +34,14 @@ class Data:
 
     train: list[Example]
     held_out: dict[str, list[Example]]
-    questions: list[Question]
+    questions: list[SamplePrompt]
     stats: EncodeStats
     dropped: dict[str, int]
     found: Findings
     notes: dict[str, int]
 
 
-def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
+def read_data(config: Config, tokenizer: Tokenizer, max_positions: int) -> Data:
     """Reads, splits and encodes the examples.
 
     A held-out prompt is a question when it and `train.sample_tokens` fit in `max_positions`.
@@ -51,21 +51,23 @@ def read_data(config: Config, text: Tokenizer, max_positions: int) -> Data:
     """
     split = sources.read(config.data)
     bad = split.found.bad
-    train, stats = encode.encode(split.train, text, config.data, bad)
+    train, stats = encode.encode(split.train, tokenizer, config.data, bad)
     if not train:
         raise _nothing_left(config, "", len(split.train), bad)
     held_out: dict[str, list[Example]] = {}
     dropped, notes = Counter(split.found.dropped), Counter(stats.notes)
     dropped["no target"] += stats.dropped
     for name, records in split.held_out.items():
-        examples, own = encode.encode(records, text, config.data, bad)
+        examples, own = encode.encode(records, tokenizer, config.data, bad)
         dropped["no target"] += own.dropped
         notes.update(own.notes)
         if examples:
             held_out[name] = examples
         elif name:
             raise _nothing_left(config, f"data.eval_source {name}: ", len(records), bad)
-    questions = _questions(next(iter(split.held_out.values()), []), config, text, max_positions)
+    questions = _questions(
+        next(iter(split.held_out.values()), []), config, tokenizer, max_positions
+    )
     return Data(train, held_out, questions, stats, dict(+dropped), split.found, dict(notes))
 
 
@@ -80,9 +82,9 @@ def _nothing_left(config: Config, where: str, count: int, bad: BadRecords) -> Us
 
 def _questions(
     records: Sequence[Record], config: Config, text: Tokenizer, max_positions: int
-) -> list[Question]:
+) -> list[SamplePrompt]:
     """Returns the first held-out prompts that leave room for an answer."""
-    found: list[Question] = []
+    found: list[SamplePrompt] = []
     room = min(config.data.sequence_length, max_positions - config.train.sample_tokens)
     for record in records:
         if len(found) == config.train.samples:

@@ -9,7 +9,7 @@ from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.formats.write import write_model
 from qlora_jax.lora import LoraSet
 from qlora_jax.lora.arithmetic import difference
-from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.parts import adaptable
 from qlora_jax.text.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
       UserError: the folder cannot be written.
     """
     found, lora = adapters(model), config.lora
-    if lora.init in STARTS:
+    if lora.init in INITIALIZERS:
         start = split_values(config, open_checkpoint(config.model))
         found = {path: difference(now, start[path], lora.scaling) for path, now in found.items()}
     replaced = peft.Replaced()
@@ -56,11 +56,11 @@ def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
     )
 
 
-def export_model(config: Config, model: Decoder, text: Tokenizer, folder: Path) -> None:
+def export_model(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes a model trained from scratch as a Hugging Face folder, in `model.storage_dtype`.
 
     Raises:
       UserError: the folder cannot be written.
     """
     source = MergedCheckpoint(model, fresh.FreshCheckpoint(model.config, config.train.seed))
-    write_model(source, folder, None, config.model.storage_dtype, text=text, replace=True)
+    write_model(source, folder, None, config.model.storage_dtype, tokenizer=tokenizer, replace=True)

@@ -18,12 +18,12 @@ from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train import examples, export, metrics, resume, rundir
 from qlora_jax.train.fit import Begun, Fitted
 from qlora_jax.train.metrics import read_metrics
-from qlora_jax.train.prepare import Opened, Request
+from qlora_jax.train.prepare import Opened, PrepareRequest
 from qlora_jax.train.quantization import describe_quantization
 from qlora_jax.train.report import (
+    RunSummary,
     Sample,
     SetLoss,
-    Summary,
     describe_early,
     read_summary,
     write_report,
@@ -37,7 +37,7 @@ def made(config: Config) -> list[str]:
     return ["report.md", *(name for name, there in own.items() if there), "checkpoints"]
 
 
-def finished(config: Config) -> Summary | None:
+def finished(config: Config) -> RunSummary | None:
     """Returns the summary of a run that has nothing left to do; None where it has.
 
     Args:
@@ -80,7 +80,7 @@ def _results(folder: Path, made: Sequence[str]) -> dict[str, Any] | None:
     return found if all(paths.exists(folder / name) for name in made) else None
 
 
-def describe_finished(config: Config, summary: Summary) -> str:
+def describe_finished(config: Config, summary: RunSummary) -> str:
     """Returns that a run has nothing left to do, and what makes it go on."""
     remedy = "--train.steps=M" if config.train.epochs is None else "--train.epochs=E"
     early = describe_early(summary)
@@ -89,7 +89,7 @@ def describe_finished(config: Config, summary: Summary) -> str:
     return f"{config.output}: finished at step {summary.steps:,}{early}; give {remedy} to go on"
 
 
-def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summary:
+def finish(asked: PrepareRequest, opened: Opened, begun: Begun, fitted: Fitted) -> RunSummary:
     """Exports what was trained, answers the samples again and writes the report.
 
     Raises:
@@ -101,7 +101,7 @@ def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summ
     after = answer(
         asked.config,
         fitted.training.model(),
-        opened.text,
+        opened.tokenizer,
         opened.data.questions,
         "answering samples after training",
         opened.mesh,
@@ -113,13 +113,13 @@ def finish(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Summ
     return summary
 
 
-def _report(summary: Summary) -> None:
+def _report(summary: RunSummary) -> None:
     write_report(summary)
     results = {k: v for k, v in dataclasses.asdict(summary).items() if k != "samples"}
     manifest.finish(summary.run_dir, {"results": results})
 
 
-def describe_no_gain(summary: Summary) -> str | None:
+def describe_no_gain(summary: RunSummary) -> str | None:
     """Returns a warning where the step of the lowest held-out loss is no better than none."""
     before, after = summary.eval_before, summary.eval_after
     if not summary.keep_best or before is None or after is None or after < before:
@@ -130,7 +130,7 @@ def describe_no_gain(summary: Summary) -> str | None:
     )
 
 
-def _export(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> None:
+def _export(asked: PrepareRequest, opened: Opened, begun: Begun, fitted: Fitted) -> None:
     """Writes the adapter, or the model that was trained from scratch.
 
     Raises:
@@ -149,16 +149,16 @@ def _export(asked: Request, opened: Opened, begun: Begun, fitted: Fitted) -> Non
         processes.by_first(lambda: export.export_adapter(config, model, folder / export.FOLDER))
     if from_scratch:
         path = folder / export.MODEL
-        processes.by_first(lambda: export.export_model(config, model, opened.text, path))
+        processes.by_first(lambda: export.export_model(config, model, opened.tokenizer, path))
 
 
 def _summary(
-    asked: Request, opened: Opened, begun: Begun, fitted: Fitted, answers: Sequence[str]
-) -> Summary:
+    asked: PrepareRequest, opened: Opened, begun: Begun, fitted: Fitted, answers: Sequence[str]
+) -> RunSummary:
     config, facts, counters = opened.config, begun.built.facts, begun.counters
     before, after = counters.before, fitted.after
     targets = {name: examples.targets(x) for name, x in begun.built.held_out.items()}
-    return Summary(
+    return RunSummary(
         model=config.model.path,
         method=config.method,
         quantization=describe_quantization(facts.quantization),

@@ -19,7 +19,7 @@ from qlora_jax.train.metrics import Log, open_log
 from qlora_jax.train.offload import ON_DEVICE
 from qlora_jax.train.optimizer import schedule
 from qlora_jax.train.owner import Owner
-from qlora_jax.train.prepare import Built, Opened, Request, entries
+from qlora_jax.train.prepare import Built, Opened, PrepareRequest, entries
 from qlora_jax.train.samples import answer
 
 
@@ -64,7 +64,7 @@ class Fitted:
     after: Evaluation | None
 
 
-def begin(asked: Request, built: Built, held: contextlib.ExitStack) -> Begun:
+def begin(asked: PrepareRequest, built: Built, held: contextlib.ExitStack) -> Begun:
     """Claims the run directory, and reads the state that a resumed run goes on from.
 
     A caller that keeps no `built` of its own does not hold the trained tree twice afterwards.
@@ -115,7 +115,7 @@ def _check_best(
     )
 
 
-def fit(asked: Request, opened: Opened, begun: Begun) -> Fitted:
+def fit(asked: PrepareRequest, opened: Opened, begun: Begun) -> Fitted:
     """Trains to the last step, evaluates on the way, and reads the state that is exported.
 
     Raises:
@@ -162,7 +162,7 @@ def fit(asked: Request, opened: Opened, begun: Begun) -> Fitted:
     return Fitted(training, steps, counters.choice.exported(config.train.keep_best))
 
 
-def _go_on(asked: Request, opened: Opened, begun: Begun) -> None:
+def _go_on(asked: PrepareRequest, opened: Opened, begun: Begun) -> None:
     """Writes the manifest and the config of a resumed run, and says what its length changes.
 
     The manifest, by which a run is known as finished, goes first: killed in between, the run is
@@ -208,7 +208,7 @@ def describe_lost(log: Log, start_step: int) -> str:
     )
 
 
-def _before(asked: Request, opened: Opened, begun: Begun, log: Log) -> None:
+def _before(asked: PrepareRequest, opened: Opened, begun: Begun, log: Log) -> None:
     """Notes the held-out loss and the samples' answers before the first step."""
     training, counters = begun.built.training, begun.counters
     if held_out := begun.built.held_out:
@@ -219,7 +219,7 @@ def _before(asked: Request, opened: Opened, begun: Begun, log: Log) -> None:
     counters.answers_before = answer(
         asked.config,
         training.model(),
-        opened.text,
+        opened.tokenizer,
         opened.data.questions,
         "answering samples before training",
         opened.mesh,

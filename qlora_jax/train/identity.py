@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 
 from qlora_jax.config import Config
 from qlora_jax.lora import Adapter, LoraLinear
-from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.models.decoder import Decoder, run_length
 from qlora_jax.models.families import HEAD
-from qlora_jax.models.sharding import Layout
+from qlora_jax.models.sharding import MeshLayout
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.runtime.mesh import on_devices
 
@@ -30,7 +30,7 @@ ROWS = 16
 
 def starts_as_base(config: Config) -> bool:
     """Whether the adapters change nothing: fresh ones, not read or taken from the weights."""
-    return config.lora.from_adapter is None and config.lora.init not in STARTS
+    return config.lora.from_adapter is None and config.lora.init not in INITIALIZERS
 
 
 def check_identity(
@@ -38,7 +38,7 @@ def check_identity(
     trained: Any,
     frozen: Any,
     config: Config,
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
 ) -> None:
     """Checks that fresh adapters change no linear's product by more than `TOLERANCE`.
 
@@ -109,7 +109,7 @@ def unchanged(
     frozen: Any,
     dtype: jnp.dtype,
     tolerance: float,
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
 ) -> list[dict[str, jax.Array]]:
     """Compares x @ W with and without the adapter, for every linear that has one.
 

@@ -10,9 +10,9 @@ from flax import nnx
 
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.trees import TRAINED
-from qlora_jax.quant.dynamic8 import decode, encode
+from qlora_jax.quant.dynamic8 import decode8, encode8
 from qlora_jax.quant.stack import layer_of
-from qlora_jax.train import units
+from qlora_jax.train import layer_groups
 from qlora_jax.train.step import (
     Recipe,
     clipped,
@@ -20,7 +20,7 @@ from qlora_jax.train.step import (
     gradient_dtype,
     loss_of,
     shrink_of,
-    wide,
+    to_float32,
 )
 
 Leaves = Sequence[jax.Array]
@@ -33,7 +33,7 @@ class Trees(NamedTuple):
     frozen: jax.tree_util.PyTreeDef
 
 
-class Model(NamedTuple):
+class LayeredModel(NamedTuple):
     """The leaves of a model's two trees: lists, which a program takes faster than `nnx.State`s."""
 
     trained: Leaves
@@ -82,8 +82,8 @@ def compiled(recipe: Recipe) -> Layered:
     """Compiles the parts lazily."""
     pack, unpack = _same, _same
     if recipe.layer_inputs == "int8":
-        pack = jax.jit(lambda x: encode(wide(x)))
-        unpack = jax.jit(lambda packed: decode(packed).astype(recipe.compute_dtype))
+        pack = jax.jit(lambda x: encode8(to_float32(x)))
+        unpack = jax.jit(lambda packed: decode8(packed).astype(recipe.compute_dtype))
     return Layered(
         begin=jax.jit(factor_of),
         enter=jax.jit(partial(_enter, recipe), static_argnums=0),
@@ -106,7 +106,7 @@ def _same(x: Any) -> Any:
     return x
 
 
-def _decoder(recipe: Recipe, trees: Trees, model: Model) -> Decoder:
+def _decoder(recipe: Recipe, trees: Trees, model: LayeredModel) -> Decoder:
     trained = jax.tree.unflatten(trees.trained, model.trained)
     return nnx.merge(recipe.graph, trained, jax.tree.unflatten(trees.frozen, model.frozen))
 
@@ -155,18 +155,18 @@ def _bottom(recipe, trees, model, batch, g):
     return jax.vjp(entered, outer)[1](g)[0]
 
 
-def _outer(trees: Trees, model: Model) -> list[int]:
+def _outer(trees: Trees, model: LayeredModel) -> list[int]:
     """Returns the places of the trained leaves outside the layers."""
-    groups = units.groups(jax.tree.unflatten(trees.trained, model.trained))
+    groups = layer_groups.find_groups(jax.tree.unflatten(trees.trained, model.trained))
     return [place for group in groups if group.run is None for place in group.places]
 
 
-def _with_outer(trees: Trees, model: Model, outer: Leaves) -> Model:
+def _with_outer(trees: Trees, model: LayeredModel, outer: Leaves) -> LayeredModel:
     """Returns the model with other trained leaves outside the layers."""
     leaves = list(model.trained)
     for place, leaf in zip(_outer(trees, model), outer):
         leaves[place] = leaf
-    return Model(leaves, model.frozen)
+    return LayeredModel(leaves, model.frozen)
 
 
 def _zeros(single: bool, leaves: Leaves) -> list[jax.Array]:
@@ -188,9 +188,9 @@ def _finish(recipe, sums, total, count, scale):
 
 
 def _squares(square: jax.Array, grads: Leaves) -> tuple[jax.Array, jax.Array]:
-    square += sum(jnp.sum(wide(g) ** 2) for g in grads)
+    square += sum(jnp.sum(to_float32(g) ** 2) for g in grads)
     return square, jnp.isfinite(square)
 
 
 def _scaled(grads: Leaves, factor: jax.Array) -> list[jax.Array]:
-    return [(wide(g) * factor).astype(g.dtype) for g in grads]
+    return [(to_float32(g) * factor).astype(g.dtype) for g in grads]

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.train import units
-from qlora_jax.train.layer_programs import Layered, Leaves, Model, Trees, compiled
+from qlora_jax.train import layer_groups
+from qlora_jax.train.layer_programs import Layered, LayeredModel, Leaves, Trees, compiled
 from qlora_jax.train.offload import Placement
-from qlora_jax.train.step import Figures, Program, State, figures_of
+from qlora_jax.train.step import Figures, StepProgram, TrainState, figures_of
 
 
 class Walk(NamedTuple):
@@ -33,11 +33,11 @@ class Walk(NamedTuple):
     """
 
     trees: Trees
-    groups: Mapping[int | None, units.Group]
+    groups: Mapping[int | None, layer_groups.LayerGroup]
     layers: Sequence[tuple[int, int]]
 
 
-def of(program: Program, moments: Placement, inputs: Placement, at_once: bool) -> Program:
+def of(program: StepProgram, moments: Placement, inputs: Placement, at_once: bool) -> StepProgram:
     """Returns the functions of a step with a gradient that goes layer by layer.
 
     Args:
@@ -58,17 +58,17 @@ def of(program: Program, moments: Placement, inputs: Placement, at_once: bool) -
 def gradient(
     parts: Layered,
     inputs: Placement,
-    state: State,
+    state: TrainState,
     frozen: Any,
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
 ) -> tuple[Any, Figures]:
-    """Computes the gradients of the trained tree, and figures: `Program.gradient`.
+    """Computes the gradients of the trained tree, and figures: `StepProgram.gradient`.
 
     Args:
       parts: from `compiled`.
       inputs: where the layers' inputs wait.
-      state, frozen, batch, key: as `Program.gradient` takes them.
+      state, frozen, batch, key: as `StepProgram.gradient` takes them.
     """
     way, model = taken_apart(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
@@ -76,7 +76,7 @@ def gradient(
     keys = [None] * steps if key is None else jax.random.split(key, batch["mask"].shape[:2])
     sums, total = list(parts.zeros(steps == 1, model.trained)), jnp.float32(0)
 
-    def add(group: units.Group, index: int, grads: Leaves) -> None:
+    def add(group: layer_groups.LayerGroup, index: int, grads: Leaves) -> None:
         added = parts.add([sums[p] for p in group.places], grads, np.int32(index))
         for p, leaf in zip(group.places, added):
             sums[p] = leaf
@@ -93,14 +93,14 @@ def gradient(
 def step(
     parts: Layered,
     inputs: Placement,
-    program: Program,
+    program: StepProgram,
     moments: Placement,
-    state: State,
+    state: TrainState,
     frozen: Any,
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
-) -> tuple[State, Figures]:
-    """Updates each layer as soon as its gradients are there: `Program.direct`.
+) -> tuple[TrainState, Figures]:
+    """Updates each layer as soon as its gradients are there: `StepProgram.direct`.
 
     Where gradients are clipped, a first way down through the layers finds their norm.
 
@@ -109,7 +109,7 @@ def step(
       inputs: where the layers' inputs wait.
       program: what updates a unit and counts a step.
       moments: where the optimizer's state lives.
-      state, frozen, batch, key: as `Program.gradient` takes them, of one micro-batch.
+      state, frozen, batch, key: as `StepProgram.gradient` takes them, of one micro-batch.
     """
     way, model = taken_apart(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
@@ -118,11 +118,11 @@ def step(
     square, finite = jnp.float32(0), jnp.bool_(True)
     shrink, on_way = None, []
 
-    def measure(_: units.Group, __: int, grads: Leaves) -> None:
+    def measure(_: layer_groups.LayerGroup, __: int, grads: Leaves) -> None:
         nonlocal square, finite
         square, finite = parts.squares(square, grads)
 
-    def update(group: units.Group, index: int, grads: Leaves) -> None:
+    def update(group: layer_groups.LayerGroup, index: int, grads: Leaves) -> None:
         place = first[group.run] + index
         if shrink is None:
             measure(group, index, grads)
@@ -130,7 +130,9 @@ def step(
             grads = parts.scaled(grads, shrink)
         own = [leaves[p] for p in group.places]
         own_moments = moments.fetch(states[place])
-        new, own_moments = program.unit(group, own, grads, np.int32(index), own_moments, finite)
+        new, own_moments = program.update_layer(
+            group, own, grads, np.int32(index), own_moments, finite
+        )
         for p, leaf in zip(group.places, new):
             leaves[p] = leaf
         states[place] = moments.store(own_moments)
@@ -140,7 +142,7 @@ def step(
 
     rows = {name: x[0] for name, x in batch.items()}
     key = None if key is None else jax.random.split(key, batch["mask"].shape[:2])[0]
-    model = Model(leaves, model.frozen)
+    model = LayeredModel(leaves, model.frozen)
     up = ascend(parts, inputs, way, model, rows, key, factor)
     if program.recipe.clip_norm:
         again = up._replace(g=jnp.copy(up.g), waiting=list(up.waiting))
@@ -150,7 +152,7 @@ def step(
     figures = figures_of(up.total, count, jnp.sqrt(square))
     counters = program.count((state.step, state.scale, state.finite_steps), figures.finite)
     trained = jax.tree.unflatten(way.trees.trained, leaves)
-    return State(trained, tuple(states), *counters), figures
+    return TrainState(trained, tuple(states), *counters), figures
 
 
 class Ascent(NamedTuple):
@@ -176,7 +178,7 @@ def ascend(
     parts: Layered,
     inputs: Placement,
     way: Walk,
-    model: Model,
+    model: LayeredModel,
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
     factor: jax.Array,
@@ -207,10 +209,10 @@ def descend(
     parts: Layered,
     inputs: Placement,
     way: Walk,
-    model: Model,
+    model: LayeredModel,
     batch: Mapping[str, jax.Array],
     up: Ascent,
-    use: Callable[[units.Group, int, Leaves], None],
+    use: Callable[[layer_groups.LayerGroup, int, Leaves], None],
 ) -> None:
     """Runs all layers backward, and hands their gradients on.
 
@@ -234,22 +236,22 @@ def descend(
         use(groups[None], 0, [a + b for a, b in both])
 
 
-def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, Model]:
+def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, LayeredModel]:
     """Returns the way through a model of two trees, and their leaves."""
     trained_leaves, trained_structure = jax.tree.flatten(trained)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
     sizes = {
         place: jax.tree.leaves(stack)[0].shape[0]
         for tree in (trained, frozen)
-        for place, stack in tree.get(units.STACKS, {}).items()
+        for place, stack in tree.get(layer_groups.STACKS, {}).items()
     }
     layers = [(place, i) for place in sorted(sizes) for i in range(sizes[place])]
-    groups = {group.run: group for group in units.groups(trained)}
+    groups = {group.run: group for group in layer_groups.find_groups(trained)}
     trees = Trees(trained_structure, frozen_structure)
-    return Walk(trees, groups, layers), Model(trained_leaves, frozen_leaves)
+    return Walk(trees, groups, layers), LayeredModel(trained_leaves, frozen_leaves)
 
 
 def _first_units(way: Walk) -> dict[int | None, int]:
     """Returns the index of each group's first unit among those of all groups."""
-    starts = itertools.accumulate((group.units for group in way.groups.values()), initial=0)
+    starts = itertools.accumulate((group.size for group in way.groups.values()), initial=0)
     return dict(zip(way.groups, starts))

@@ -18,7 +18,7 @@ from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train.assemble import drops_out, scales_loss
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.choice import (
-    Choice,
+    BestStep,
     Evaluation,
     describe_losses,
     describe_patience,
@@ -27,7 +27,7 @@ from qlora_jax.train.choice import (
 )
 from qlora_jax.train.interrupt import Requests, Stopped
 from qlora_jax.train.metrics import Log
-from qlora_jax.train.step import Figures, Program, State
+from qlora_jax.train.step import Figures, StepProgram, TrainState
 
 MOST_SKIPPED = 20
 """Overflowing steps in a row that stop a run."""
@@ -52,7 +52,7 @@ class Progress:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     before: Evaluation | None = None
-    choice: Choice = dataclasses.field(default_factory=Choice)
+    choice: BestStep = dataclasses.field(default_factory=BestStep)
     answers_before: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -64,12 +64,12 @@ def read_progress(values: Mapping[str, Any]) -> Progress:
     before = read_evaluation(rest.pop("before", None))
     if old is not None:
         before = Evaluation(0, old)
-    chosen = read_choice(rest.pop("choice")) if "choice" in rest else Choice()
+    chosen = read_choice(rest.pop("choice")) if "choice" in rest else BestStep()
     return Progress(**rest, before=before, choice=chosen)
 
 
 def evaluate(
-    program: Program, trained: Any, frozen: Any, batches: Sequence[Mapping[str, np.ndarray]]
+    program: StepProgram, trained: Any, frozen: Any, batches: Sequence[Mapping[str, np.ndarray]]
 ) -> tuple[float, int]:
     """Mean loss in nats per target token over fixed batches, and the number of those tokens."""
     sums = [program.evaluate(trained, frozen, batch) for batch in batches]
@@ -78,8 +78,8 @@ def evaluate(
 
 
 def look(
-    program: Program,
-    state: State,
+    program: StepProgram,
+    state: TrainState,
     frozen: Any,
     held_out: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
     log: Log,
@@ -110,8 +110,8 @@ def look(
 
 def loop(
     config: Config,
-    program: Program,
-    state: State,
+    program: StepProgram,
+    state: TrainState,
     frozen: Any,
     loader: Loader,
     held_out: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
@@ -122,7 +122,7 @@ def loop(
     *,
     moves: bool = False,
     ahead: bool = False,
-) -> State:
+) -> TrainState:
     """Trains from `state` to the last step, or until the held-out loss falls no more.
 
     Evaluates on the way and after the last step, before that is saved: so the counters of each
@@ -220,7 +220,7 @@ class _Around(NamedTuple):
     """
 
     config: Config
-    program: Program
+    program: StepProgram
     frozen: Any
     loader: Loader
     checkpoints: Checkpoints
@@ -252,7 +252,7 @@ class _Sent(NamedTuple):
     update_seconds: float | None
 
 
-def _send(around: _Around, state: State, step: int) -> tuple[State, _Sent]:
+def _send(around: _Around, state: TrainState, step: int) -> tuple[TrainState, _Sent]:
     """Asks the device for a step; returns its state, which may not be there yet, and the rest.
 
     The gradients are let go here: else they would stand beside the next step's.
@@ -315,7 +315,7 @@ def _received(around: _Around, sent: _Sent, start: float) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def _save(around: _Around, state: State) -> None:
+def _save(around: _Around, state: TrainState) -> None:
     extra = {
         "loader": around.loader.state(),
         "seed": around.config.train.seed,

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qlora_jax.config import Config
-from qlora_jax.lora import LoraSet, LoraWeights, plan
+from qlora_jax.lora import LoraSet, LoraWeights, choose_adapters
 from qlora_jax.lora.groups import group_labels
 from qlora_jax.lora.masks import is_variable
 from qlora_jax.lora.spec import AdapterSpec
@@ -26,13 +26,13 @@ from qlora_jax.lora.variables import LoraScale
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach, detach
 from qlora_jax.runtime.mesh import DATA, on_devices, sent
-from qlora_jax.train import export, units
+from qlora_jax.train import export, layer_groups
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
 from qlora_jax.train.offload import memory_of
 
 
-class Own(NamedTuple):
+class MemberConstants(NamedTuple):
     """What is fixed for each member.
 
     Attributes:
@@ -60,13 +60,13 @@ class Adapters(NamedTuple):
 
     graph: nnx.GraphDef
     trained: Any
-    own: Own
+    own: MemberConstants
     frozen: Any
     specs: Sequence[Mapping[str, AdapterSpec]]
     own_batches: bool = False
 
 
-class Program(NamedTuple):
+class PopulationProgram(NamedTuple):
     """The compiled functions of a population.
 
     Attributes:
@@ -88,7 +88,7 @@ def union(model: Decoder, configs: Sequence[Config]) -> dict[str, AdapterSpec]:
       UserError: targets that match nothing.
     """
     linears = model.linears()
-    specs = [plan(config.lora, linears) for config in configs]
+    specs = [choose_adapters(config.lora, linears) for config in configs]
     return {
         path: AdapterSpec(max(s[path].rank for s in specs if path in s), 1.0, 1.0)
         for path in linears
@@ -104,7 +104,7 @@ def draw(model: Decoder, configs: Sequence[Config], common: Mapping[str, Adapter
       configs: the members' configs.
       common: the adapter specs to which all are padded, from `union`.
     """
-    specs = [plan(config.lora, model.linears()) for config in configs]
+    specs = [choose_adapters(config.lora, model.linears()) for config in configs]
     drawn = []
     for config, planned in zip(configs, specs):
         _attach(model, planned, config)
@@ -119,14 +119,14 @@ def draw(model: Decoder, configs: Sequence[Config], common: Mapping[str, Adapter
     stacks = stacked(trees.flatten(trained))
     rate = jnp.array([c.optimizer.learning_rate for c in configs], jnp.float32)
     ratio = jnp.array([c.optimizer.lora_plus_ratio for c in configs], jnp.float32)
-    own = Own(stacked(_scales(frozen)), rate, rate * ratio)
+    own = MemberConstants(stacked(_scales(frozen)), rate, rate * ratio)
     return Adapters(
         graph, jax.tree.unflatten(jax.tree.structure(trained), stacks), own, frozen, specs
     )
 
 
-def build(config: Config, adapters: Adapters, mesh: Mesh | None = None) -> Program:
-    """Compiles lazily, for any members over these linears; see `Program`.
+def build(config: Config, adapters: Adapters, mesh: Mesh | None = None) -> PopulationProgram:
+    """Compiles lazily, for any members over these linears; see `PopulationProgram`.
 
     Args:
       config: what the members have in common.
@@ -147,7 +147,7 @@ def build(config: Config, adapters: Adapters, mesh: Mesh | None = None) -> Progr
         init = on_devices(mesh, init, (own,), own)
         look = on_devices(mesh, look, (own, own, same, same), own)
         step = on_devices(mesh, step, (own, own, own, same, batch), own)
-    return Program(
+    return PopulationProgram(
         init=jax.jit(init),
         step=jax.jit(step, donate_argnums=(0, 1)),
         evaluate=jax.jit(look),
@@ -174,24 +174,26 @@ def first_moments(optimizer: optax.GradientTransformation, trained: Any) -> list
     """Returns one member's moments before the first step, for each stack of layers."""
     leaves = jax.tree.leaves(trained)
     return [
-        jax.vmap(optimizer.init)(units.stack(group, [leaves[place] for place in group.places]))
-        for group in units.groups(trained)
+        jax.vmap(optimizer.init)(
+            layer_groups.stack(group, [leaves[place] for place in group.places])
+        )
+        for group in layer_groups.find_groups(trained)
     ]
 
 
 def take_step(
-    single: steps.Program,
+    single: steps.StepProgram,
     optimizer: optax.GradientTransformation,
     trained: Any,
     moments: Any,
-    own: Own,
+    own: MemberConstants,
     frozen: Any,
     batch: Any,
 ) -> tuple[Any, Any, steps.Figures]:
-    """Takes a step of every member: `Program.step`. One member's is mapped, the base is not."""
+    """Takes a step of every member: `PopulationProgram.step`. One member's is mapped, the base is not."""
 
-    def member(trained: Any, moments: Any, own: Own, batch: Any) -> Any:
-        state = steps.State(trained, (), jnp.int32(0), jnp.float32(1), jnp.int32(0))
+    def member(trained: Any, moments: Any, own: MemberConstants, batch: Any) -> Any:
+        state = steps.TrainState(trained, (), jnp.int32(0), jnp.float32(1), jnp.int32(0))
         grads, figures = single.gradient(state, _scaled(frozen, own), batch, None)
         return *_moved(optimizer, trained, grads, moments, own, figures.finite), figures
 
@@ -200,11 +202,11 @@ def take_step(
 
 
 def evaluate(
-    single: steps.Program, trained: Any, own: Own, frozen: Any, batch: Any
+    single: steps.StepProgram, trained: Any, own: MemberConstants, frozen: Any, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns every member's loss sum and token count of a batch: `Program.evaluate`."""
+    """Returns every member's loss sum and token count of a batch: `PopulationProgram.evaluate`."""
 
-    def member(trained: Any, own: Own) -> tuple[jax.Array, jax.Array]:
+    def member(trained: Any, own: MemberConstants) -> tuple[jax.Array, jax.Array]:
         return single.evaluate(trained, _scaled(frozen, own), batch)
 
     return jax.vmap(member)(trained, own)
@@ -215,7 +217,7 @@ def _moved(
     trained: Any,
     grads: Any,
     moments: Sequence[Any],
-    own: Own,
+    own: MemberConstants,
     finite: jax.Array,
 ) -> tuple[Any, list[Any]]:
     """Returns one member's trained tree and moments after an update; as before if not finite."""
@@ -225,20 +227,21 @@ def _moved(
         rate = own.rate_of_b if group == "b" else own.rate
         return jnp.where(finite, (x + update * rate).astype(x.dtype), x)
 
-    for group, before in zip(units.groups(trained), moments):
+    for group, before in zip(layer_groups.find_groups(trained), moments):
         params, along = (
-            units.stack(group, [xs[place] for place in group.places]) for xs in (leaves, slopes)
+            layer_groups.stack(group, [xs[place] for place in group.places])
+            for xs in (leaves, slopes)
         )
-        # a layer at a time, as `units` does: what is stored in blocks is a layer's own
+        # a layer at a time, as `layer_groups` does: what is stored in blocks is a layer's own
         updates, new = jax.vmap(optimizer.update)(along, before, params)
         params = jax.tree.map(moved, params, updates, group_labels(params))
-        for place, leaf in zip(group.places, units.arrays(group, params)):
+        for place, leaf in zip(group.places, layer_groups.stack_leaves(group, params)):
             leaves[place] = leaf
         after.append(jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, before))
     return jax.tree.unflatten(jax.tree.structure(trained), leaves), after
 
 
-def _scaled(frozen: Any, own: Own) -> Any:
+def _scaled(frozen: Any, own: MemberConstants) -> Any:
     """Returns the frozen tree with one member's scales."""
     scales = iter(own.scales)
 

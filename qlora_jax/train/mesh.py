@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from qlora_jax.config import Config
-from qlora_jax.models.sharding import Layout, layout_of, undivided
-from qlora_jax.models.trees import Split
+from qlora_jax.models.sharding import MeshLayout, layout_of, undivided
+from qlora_jax.models.trees import SplitModel
 from qlora_jax.runtime.device import describe_devices
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.mesh import DATA, FSDP, device_mesh
@@ -46,7 +46,9 @@ def describe_mesh(config: Config) -> str:
     return f"{several}, {DATA} {asked.data} x {FSDP} {asked.fsdp}{processes}"
 
 
-def split_over(mesh: Mesh, parts: Split, warn: Callable[[str], None]) -> tuple[Split, Layout]:
+def split_over(
+    mesh: Mesh, parts: SplitModel, warn: Callable[[str], None]
+) -> tuple[SplitModel, MeshLayout]:
     """Puts a model's trees on the devices of a mesh.
 
     Args:
@@ -68,4 +70,4 @@ def split_over(mesh: Mesh, parts: Split, warn: Callable[[str], None]) -> tuple[S
             f"{sum(whole.values()) / n / 2**20:.1f}"
         )
     trained, frozen = layout.placed(parts.trained, parts.frozen)
-    return Split(parts.graph, trained, frozen), layout
+    return SplitModel(parts.graph, trained, frozen), layout

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qlora_jax.quant.dynamic8 import Dynamic8, decode, encode
+from qlora_jax.quant.dynamic8 import Dynamic8, decode8, encode8
 
 MIN_8BIT_SIZE = 4096
 """Elements from which an array is stored in 8 bits, as in bitsandbytes."""
@@ -61,7 +61,7 @@ def dithered(x: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def _block_wise(x: jax.Array, signed: bool, step: jax.Array) -> Any:
-    return encode(x, signed) if x.size >= MIN_8BIT_SIZE else x
+    return encode8(x, signed) if x.size >= MIN_8BIT_SIZE else x
 
 
 ENCODERS: dict[str, Callable[[jax.Array, bool, jax.Array], Any]] = {
@@ -77,7 +77,7 @@ def _is_encoded(x: Any) -> bool:
 
 
 def _wide(x: Any) -> jax.Array:
-    return decode(x) if _is_encoded(x) else x.astype(jnp.float32)
+    return decode8(x) if _is_encoded(x) else x.astype(jnp.float32)
 
 
 def _hash(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Stands in for paged optimizers (QLoRA, section 3): moments on the host visit the device in turn.
 
 A driver moves the pages of a paged optimizer between the memories when the device is full. Here the
-program moves the moments itself, a unit of the trained tree (`units`) at a time: a unit's come to
+program moves the moments itself, a unit of the trained tree (`layer_groups`) at a time: a unit's come to
 the device for its update and go back, while the next unit's are on their way.
 """
 

@@ -17,8 +17,8 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.mesh import device_mesh
 from qlora_jax.train.examples import Data, held_out, loader, read_data
-from qlora_jax.train.mapped import Adapters, Program, build, draw, extract, placed, union
-from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.mapped import Adapters, PopulationProgram, build, draw, extract, placed, union
+from qlora_jax.train.setup import load_run_model, open_model
 from qlora_jax.train.step_count import describe_warmup
 from qlora_jax.train.targets import outer_targets
 
@@ -99,7 +99,7 @@ def train_population(
     checkpoint, text = open_model(config, say)
     _check_targets(configs, checkpoint.config)
     data = read_data(config, text, checkpoint.config.longest_cached)
-    model, _ = load_model(config, checkpoint, say, mesh)
+    model, _ = load_run_model(config, checkpoint, say, mesh)
     evaluated = next(iter(held_out(config, data, text.pad_id).values()), [])
     common, most = union(model, configs), largest or len(configs)
     each = config.mesh.data
@@ -124,7 +124,7 @@ def run(
     adapters: Adapters,
     batches: Iterator[Mapping[str, np.ndarray]],
     held_out: Sequence[Mapping[str, np.ndarray]],
-    program: Program,
+    program: PopulationProgram,
     progress: Callable[[int], None] = lambda step: None,
 ) -> list[MemberResult]:
     """The loop of `train_population` over one part; consumes `adapters.trained`."""

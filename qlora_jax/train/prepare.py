@@ -29,11 +29,11 @@ from qlora_jax.train.identity import check_identity, starts_as_base
 from qlora_jax.train.mesh import describe_mesh, mesh_of, split_over
 from qlora_jax.train.offload import Memory
 from qlora_jax.train.quantization import held_quantization
-from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.setup import load_run_model, open_model
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PrepareRequest:
     """What is asked for.
 
     Attributes:
@@ -61,7 +61,7 @@ class Opened:
       config: the config of the run with its number of steps, also where `train.epochs` was asked
         for.
       checkpoint: the model, open.
-      text: its tokenizer.
+      tokenizer: its tokenizer.
       data: the examples.
       loader: the batches to train on.
       memory: what is kept, and where.
@@ -71,7 +71,7 @@ class Opened:
 
     config: Config
     checkpoint: Checkpoint
-    text: Tokenizer
+    tokenizer: Tokenizer
     data: Data
     loader: Loader
     memory: Memory
@@ -117,7 +117,7 @@ class Built:
     changed: str | None
 
 
-def open_inputs(asked: Request, place: Callable[[DecoderConfig], Memory]) -> Opened:
+def open_inputs(asked: PrepareRequest, place: Callable[[DecoderConfig], Memory]) -> Opened:
     """Opens the model and reads the data, once it is sure that the run may write its directory.
 
     Args:
@@ -153,15 +153,15 @@ def open_inputs(asked: Request, place: Callable[[DecoderConfig], Memory]) -> Ope
     return Opened(counted, checkpoint, text, data, loader, memory, mesh, device)
 
 
-def build(asked: Request, opened: Opened) -> Built:
+def build(asked: PrepareRequest, opened: Opened) -> Built:
     """Loads the model and builds what trains it.
 
     Raises:
       UserError: the input is at fault.
       RunFailed: fresh adapters change the model's output, or a kernel is wrong on this device.
     """
-    config, data, pad_id = opened.config, opened.data, opened.text.pad_id
-    model, specs = load_model(config, opened.checkpoint, asked.say, opened.mesh)
+    config, data, pad_id = opened.config, opened.data, opened.tokenizer.pad_id
+    model, specs = load_run_model(config, opened.checkpoint, asked.say, opened.mesh)
     counts = trees.parameter_counts(model, config.method)
     for line in describe_model(config, model, specs, counts):
         asked.say(line)

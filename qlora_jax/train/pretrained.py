@@ -8,13 +8,13 @@ from jax.sharding import Mesh
 
 from qlora_jax.config import ModelSettings
 from qlora_jax.formats.checkpoint import Checkpoint
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.kernels.attention.select import Kind, trusted_attention
 from qlora_jax.kernels.select import trusted_kernel
 from qlora_jax.lora import LoraSet, ranks_above_full
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.spec import AdapterSpec
-from qlora_jax.lora.starts import STARTS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_attention, use_kernel
 from qlora_jax.models.parts import outer_modules
@@ -48,7 +48,7 @@ def open_pretrained(
     _check_settings(settings)
     checkpoint = with_replaced(settings, open_checkpoint(settings.model, warn))
     _check_checkpoint(settings, checkpoint)
-    text = tokenizer.load(checkpoint.tokenizer_path, warn, template)
+    text = tokenizer.load_tokenizer(checkpoint.tokenizer_path, warn, template)
     return checkpoint, text.for_embedding(checkpoint.config.vocab_size)
 
 
@@ -72,7 +72,7 @@ def _check_checkpoint(settings: ModelSettings, checkpoint: Checkpoint) -> None:
             f"({checkpoint.description}), which only method qlora trains on; set method to qlora, "
             "or give the 16-bit checkpoint"
         )
-    if checkpoint.quantization and settings.lora.init in STARTS:
+    if checkpoint.quantization and settings.lora.init in INITIALIZERS:
         raise UserError(
             f"lora.init {settings.lora.init} starts from 16-bit weights, and {settings.model.path} "
             f"holds 4-bit ones ({checkpoint.description}); give another init or the 16-bit model"
@@ -141,7 +141,7 @@ def load_adapted(
     lora = settings.lora
     values: LoraSet = given_values(settings, warn)
     specs = targets(lora, checkpoint.config)
-    splitter = Splitter(lora, specs) if lora.init in STARTS else None
+    splitter = Splitter(lora, specs) if lora.init in INITIALIZERS else None
     model = load_base(settings, checkpoint, warn, splitter, mesh)
     shapes = model.linears() | outer_modules(model.config)
     if above := ranks_above_full(specs, shapes):
@@ -182,7 +182,7 @@ def _load(
     """Reads the weights, and shows how far it is."""
     full, quantized = settings.method == "full", settings.method == "qlora"
     with progress(f"loading {settings.model.path}", len(checkpoint.names())) as advance:
-        return load(
+        return load_model(
             checkpoint,
             quant=settings.quant if quantized else None,
             dtype=jnp.dtype(settings.lora.dtype if full else settings.model.storage_dtype),

@@ -52,7 +52,7 @@ class SetLoss:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
+class RunSummary:
     """A finished run's figures."""
 
     model: str
@@ -105,23 +105,23 @@ class Summary:
     run_dir: str
 
 
-def read_summary(results: Mapping[str, Any], run_dir: str) -> Summary | None:
+def read_summary(results: Mapping[str, Any], run_dir: str) -> RunSummary | None:
     """Returns the summary of a finished run, without its samples; None if the values are others.
 
     Args:
       results: what its manifest holds.
       run_dir: where the run is, which may have been moved.
     """
-    known = {field.name for field in dataclasses.fields(Summary)}
+    known = {field.name for field in dataclasses.fields(RunSummary)}
     values = {**results, "samples": [], "run_dir": run_dir}
     try:
         values["eval_sets"] = {k: SetLoss(**x) for k, x in values.get("eval_sets", {}).items()}
-        return Summary(**values) if values.keys() <= known else None
+        return RunSummary(**values) if values.keys() <= known else None
     except (TypeError, AttributeError):
         return None
 
 
-def describe_losses(summary: Summary) -> list[str]:
+def describe_losses(summary: RunSummary) -> list[str]:
     """Returns a line for each held-out set, with its loss before and after."""
     found = {name: (x.before, x.after) for name, x in summary.eval_sets.items()}
     if not found and summary.eval_before is not None and summary.eval_after is not None:
@@ -133,7 +133,7 @@ def describe_losses(summary: Summary) -> list[str]:
     ]
 
 
-def describe_export(summary: Summary) -> str:
+def describe_export(summary: RunSummary) -> str:
     """Returns which step is exported, and why."""
     of = f"step {summary.exported_step:,} of {summary.planned_steps:,}"
     why = "the last one"
@@ -142,14 +142,14 @@ def describe_export(summary: Summary) -> str:
     return f"{of}, {why}{describe_early(summary)}"
 
 
-def describe_early(summary: Summary) -> str:
+def describe_early(summary: RunSummary) -> str:
     """Returns, after a semicolon, where and why a run stopped early; nothing if it did not."""
     if summary.planned_steps is None or summary.steps >= summary.planned_steps:
         return ""
     return f"; stopped early at step {summary.steps:,}, {describe_patience(summary.patience)}"
 
 
-def write_report(summary: Summary) -> Path:
+def write_report(summary: RunSummary) -> Path:
     """Writes loss_curve.png, samples.md and report.md into the run directory.
 
     Returns: the path of report.md.
@@ -186,7 +186,7 @@ def print_samples(console: Console, samples: Sequence[Sample]) -> None:
         console.print()
 
 
-def plot_loss(metrics: Sequence[dict[str, Any]], summary: Summary, path: str | Path) -> None:
+def plot_loss(metrics: Sequence[dict[str, Any]], summary: RunSummary, path: str | Path) -> None:
     """Draws training and held-out loss over steps into a PNG.
 
     Args:
@@ -232,7 +232,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], summary: Summary, path: str | P
         figure.savefig(temporary, dpi=150)
 
 
-def _held_out(summary: Summary) -> dict[str, str]:
+def _held_out(summary: RunSummary) -> dict[str, str]:
     """The figures of held-out losses, and what each is called in the picture."""
     sets = {f"eval/{name}/loss": f"held out: {name}" for name in summary.eval_sets}
     return sets or {"eval/loss": "held out"}
@@ -254,7 +254,7 @@ def _annotate(axes: Axes, steps: np.ndarray, losses: np.ndarray, colour: str) ->
 
 
 def _mark_exported(
-    axes: Axes, steps: np.ndarray, losses: np.ndarray, summary: Summary, colour: str
+    axes: Axes, steps: np.ndarray, losses: np.ndarray, summary: RunSummary, colour: str
 ) -> None:
     """Draws a ring around the loss of the exported step, where that is not the last one."""
     if summary.exported_step not in (None, summary.steps):
@@ -287,7 +287,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return max(0.0, low - margin), high + margin
 
 
-def _title(summary: Summary) -> str:
+def _title(summary: RunSummary) -> str:
     model = summary.model if len(summary.model) <= 44 else "…" + summary.model[-43:]
     parts = [f"{model}: {summary.method}", summary.quantization]
     if summary.rank is not None:
@@ -301,7 +301,7 @@ def _title(summary: Summary) -> str:
     return ", ".join(p for p in parts if p) + change
 
 
-def _report(summary: Summary) -> str:
+def _report(summary: RunSummary) -> str:
     share = summary.trainable / summary.total
     known = summary.exported_step is not None
     exported = [("exported", describe_export(summary))] if known else []
@@ -355,7 +355,7 @@ Ask the trained model (add `--base` to ask the one before training):
 """
 
 
-def _losses(summary: Summary) -> str:
+def _losses(summary: RunSummary) -> str:
     before, after = summary.eval_before, summary.eval_after
     if before is None or after is None:
         return "No examples were held out, so there is no loss before and after.\n"

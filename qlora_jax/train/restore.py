@@ -15,7 +15,7 @@ from qlora_jax.train import rundir
 from qlora_jax.train.assemble import assemble
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.loop import best_step, read_progress
-from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.setup import load_run_model, open_model
 from qlora_jax.train.start import resolved
 
 
@@ -80,7 +80,7 @@ def check_base(folder: str | Path, restored: Restored) -> None:
 def _restore(config: Config, folder: Path | None, warn: Callable[[str], None]) -> Restored:
     config = resolved(config)
     checkpoint, text = open_model(config, warn)
-    model, _ = load_model(config, checkpoint, warn)
+    model, _ = load_run_model(config, checkpoint, warn)
     if folder is None:
         return Restored(config, checkpoint, text, model, 0)
     training = assemble(config, trees.split(model, config.method))

@@ -9,8 +9,8 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.train.finish import describe_finished, finish, finished
 from qlora_jax.train.fit import begin, fit
 from qlora_jax.train.offload import Memory, memory_of
-from qlora_jax.train.prepare import Request, build, open_inputs
-from qlora_jax.train.report import Summary
+from qlora_jax.train.prepare import PrepareRequest, build, open_inputs
+from qlora_jax.train.report import RunSummary
 from qlora_jax.train.start import resolved
 
 
@@ -22,7 +22,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     place: Callable[[DecoderConfig], Memory] | None = None,
-) -> Summary:
+) -> RunSummary:
     """Fine-tunes, and leaves a run directory with the adapter, checkpoints and a report.
 
     Args:
@@ -45,7 +45,7 @@ def train(
     if resume and (summary := finished(config)) is not None:
         say(describe_finished(config, summary))
         return summary
-    asked = Request(config, say, command, resume, overwrite, started)
+    asked = PrepareRequest(config, say, command, resume, overwrite, started)
     with contextlib.ExitStack() as held:
         opened = open_inputs(asked, place or (lambda decoder: memory_of(config)))
         # what was built gets no name: a resumed run's first state would live as long as it

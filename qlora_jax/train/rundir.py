@@ -70,7 +70,7 @@ def _check_contents(config: Config, folder: Path, *, resume: bool, overwrite: bo
         )
     else:
         _check_kinds(folder)
-        resume_of.check(folder, configs.load(folder / CONFIG), config)
+        resume_of.check(folder, configs.load_config(folder / CONFIG), config)
 
 
 def _check_kinds(folder: Path) -> None:
@@ -219,9 +219,9 @@ def config_at(path: str, overrides: Mapping[str, str] | None = None) -> Config:
     """
     file = Path(path) / CONFIG
     if not paths.is_file(file):
-        return configs.load(path, overrides)
+        return configs.load_config(path, overrides)
     # The directory may have been moved, or been named from elsewhere, since it was made.
-    return configs.load(file, {"output": path} | dict(overrides or {}))
+    return configs.load_config(file, {"output": path} | dict(overrides or {}))
 
 
 def open_run(folder: str | Path) -> Config:
@@ -234,4 +234,4 @@ def open_run(folder: str | Path) -> Config:
         raise UserError(
             f"{folder}: not a run directory (no {CONFIG} in it); give a folder that train made"
         )
-    return configs.load(Path(folder) / CONFIG)
+    return configs.load_config(Path(folder) / CONFIG)

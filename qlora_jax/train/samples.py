@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qlora_jax.config import Config
-from qlora_jax.data.prompts import Question
+from qlora_jax.data.prompts import SamplePrompt
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
 from qlora_jax.runtime.display import progress
@@ -16,8 +16,8 @@ from qlora_jax.text.tokenizer import Tokenizer
 def answer(
     config: Config,
     model: Decoder,
-    text: Tokenizer,
-    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    questions: Sequence[SamplePrompt],
     description: str,
     mesh: Mesh | None = None,
 ) -> list[str]:
@@ -38,10 +38,10 @@ def answer(
             model,
             [q.ids for q in questions],
             max_new_tokens=config.train.sample_tokens,
-            stop_ids=text.stop_ids,
-            pad_id=text.pad_id,
+            stop_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
             dtype=jnp.dtype(config.model.compute_dtype),
             mesh=mesh,
         )
         advance(len(questions))
-    return [text.decode(row) for row in rows]
+    return [tokenizer.decode(row) for row in rows]

@@ -60,7 +60,7 @@ def _own_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer that the `pretrain` section names, or one trained on the training text."""
     pretrain = config.pretrain
     if pretrain.tokenizer is not None:
-        text = tokenizer.load(
+        text = tokenizer.load_tokenizer(
             Path(pretrain.tokenizer).expanduser(), template=config.data.chat_template
         )
         if text.vocab_size > pretrain.vocab_size:
@@ -73,7 +73,7 @@ def _own_tokenizer(config: Config) -> Tokenizer:
     return train_bpe(texts, pretrain.vocab_size, fresh.NAME, config.data.chat_template)
 
 
-def load_model(
+def load_run_model(
     config: Config,
     checkpoint: Checkpoint,
     warn: Callable[[str], None],

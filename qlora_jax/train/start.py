@@ -13,11 +13,11 @@ import numpy as np
 from qlora_jax.config import Config, LoraConfig, ModelSettings
 from qlora_jax.formats import peft
 from qlora_jax.formats.checkpoint import Checkpoint
-from qlora_jax.formats.load import Stored, read_linear, storing
+from qlora_jax.formats.load import StoredWeight, read_linear, storing
 from qlora_jax.formats.overlay import overlay
 from qlora_jax.lora import AdapterSpec, LoraSet, LoraWeights
-from qlora_jax.lora.starts import STARTS
-from qlora_jax.lora.starts.split import Task, error
+from qlora_jax.lora.initializers import INITIALIZERS
+from qlora_jax.lora.initializers.decompose import InitInput, error
 from qlora_jax.models.families import EMBEDDINGS
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.targets import targets
@@ -113,7 +113,7 @@ def given_values(config: ModelSettings, warn: Callable[[str], None]) -> LoraSet:
 
 
 class Splitter:
-    """The hook of `formats.load.load` for a start that takes the adapter out of the weight.
+    """The hook of `formats.load.load_model` for a start that takes the adapter out of the weight.
 
     Attributes:
       values: what the adapters start with, by path.
@@ -127,19 +127,23 @@ class Splitter:
         self.values: dict[str, LoraWeights] = {}
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def task(self, path: str, w: jax.Array, store: Callable[[jax.Array], Stored]) -> Task | None:
+    def task(
+        self, path: str, w: jax.Array, store: Callable[[jax.Array], StoredWeight]
+    ) -> InitInput | None:
         """What the start is given for a linear; None where it has no adapter."""
         spec = self.specs.get(path)
         if spec is None:
             return None
         dtype = jnp.dtype(self.lora.dtype)
-        return Task(w, spec, dtype, store, self.lora.loftq_iterations)
+        return InitInput(w, spec, dtype, store, self.lora.loftq_iterations)
 
-    def __call__(self, path: str, w: jax.Array, store: Callable[[jax.Array], Stored]) -> Stored:
+    def __call__(
+        self, path: str, w: jax.Array, store: Callable[[jax.Array], StoredWeight]
+    ) -> StoredWeight:
         task = self.task(path, w, store)
         if task is None:
             return store(w)
-        stored, adapter = STARTS[self.lora.init](task)
+        stored, adapter = INITIALIZERS[self.lora.init](task)
         self.values[path] = _on_host(adapter)
         self.errors[path] = error(w, stored, adapter), error(w, store(w), None)
         return stored
@@ -185,7 +189,7 @@ def split_values(config: Config, checkpoint: Checkpoint) -> LoraSet:
             jnp.dtype(config.model.storage_dtype),
         )
         if task := splitter.task(path, read_linear(checkpoint, name), store):
-            _, adapter = STARTS[config.lora.init](task)
+            _, adapter = INITIALIZERS[config.lora.init](task)
             values[path] = _on_host(adapter)
     return values
 

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.sharding import SPLIT, Layout, added_up
+from qlora_jax.models.sharding import SPLIT, MeshLayout, added_up
 from qlora_jax.runtime.mesh import ROWS, on_devices
-from qlora_jax.train import units
+from qlora_jax.train import layer_groups
 from qlora_jax.train.loss import token_loss
 from qlora_jax.train.offload import ON_DEVICE, Placement
 
@@ -28,12 +28,12 @@ GROWTH_INTERVAL = 2000
 INITIAL_SCALE = 2.0**15
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """What a step changes.
 
     Attributes:
       trained: the trained tree.
-      optimizer: the optimizer's state, one for each unit of the trained tree (`units`).
+      optimizer: the optimizer's state, one for each unit of the trained tree (`layer_groups`).
       step: int32[], steps taken, skipped ones included.
       scale: float32[], the loss scale; 1 and constant unless compute is float16.
       finite_steps: int32[], since the scale last changed.
@@ -85,7 +85,7 @@ class Recipe:
     clip_norm: float
     method: str
     layer_inputs: str = "exact"
-    layout: Layout | None = None
+    layout: MeshLayout | None = None
 
     def model(self, trained: Any, frozen: Any) -> Decoder:
         """Returns the model; inside `jax.shard_map` of this device's parts."""
@@ -95,7 +95,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class StepProgram:
     """The compiled functions of a run.
 
     Attributes:
@@ -118,11 +118,11 @@ class Program:
 
     recipe: Recipe
     gradient: Callable[..., tuple[Any, Figures]]
-    update: Callable[..., State]
-    unit: Callable[..., tuple[Any, Any]]
+    update: Callable[..., TrainState]
+    update_layer: Callable[..., tuple[Any, Any]]
     count: Callable[..., Any]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
-    direct: Callable[..., tuple[State, Figures]] | None = None
+    direct: Callable[..., tuple[TrainState, Figures]] | None = None
     parts: Any = None
 
 
@@ -131,7 +131,7 @@ def gradient_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
 
 
-def wide(x: jax.Array) -> jax.Array:
+def to_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
@@ -140,8 +140,8 @@ def init(
     optimizer: optax.GradientTransformation,
     dynamic_scale: bool,
     moments: Placement = ON_DEVICE,
-    layout: Layout | None = None,
-) -> State:
+    layout: MeshLayout | None = None,
+) -> TrainState:
     """The state before the first step; moments are split over a mesh as what they are of."""
     scale = jnp.float32(INITIAL_SCALE if dynamic_scale else 1.0)
     # step and finite_steps need buffers of their own: both are donated
@@ -149,19 +149,19 @@ def init(
     if layout is not None:
         step, scale, finite_steps = layout.everywhere((step, scale, finite_steps))
     first = jax.jit(partial(init_unit, optimizer, layout))
-    states = units.init(trained, lambda unit: moments.store(first(unit)))
-    return moments.begin(State(trained, states, step, scale, finite_steps))
+    states = layer_groups.init_layers(trained, lambda unit: moments.store(first(unit)))
+    return moments.begin(TrainState(trained, states, step, scale, finite_steps))
 
 
 def init_unit(
-    optimizer: optax.GradientTransformation, layout: Layout | None, unit: Mapping[str, Any]
+    optimizer: optax.GradientTransformation, layout: MeshLayout | None, unit: Mapping[str, Any]
 ) -> Any:
     """Returns the optimizer's state of one unit before the first step."""
     state = optimizer.init(unit)
     return state if layout is None else split_moments(layout, unit, state)
 
 
-def split_moments(layout: Layout, unit: Mapping[str, Any], state: Any) -> Any:
+def split_moments(layout: MeshLayout, unit: Mapping[str, Any], state: Any) -> Any:
     """Returns an optimizer's state of a unit, inside `jax.jit`, where it lives on the mesh."""
     return jax.lax.with_sharding_constraint(state, layout.moments(unit, state))
 
@@ -176,9 +176,9 @@ def build(
     method: str,
     layer_inputs: str = "exact",
     moments: Placement = ON_DEVICE,
-    layout: Layout | None = None,
-) -> Program:
-    """Compiles lazily; see `Program`.
+    layout: MeshLayout | None = None,
+) -> StepProgram:
+    """Compiles lazily; see `StepProgram`.
 
     Args:
       graph: the model's structure, from `trees.split`.
@@ -196,11 +196,11 @@ def build(
     # each program gets a function of its own, so that jax counts what is compiled for it alone
     unit = jax.jit(partial(update_unit, optimizer, layout), static_argnums=0, donate_argnums=(1, 4))
     counted = jax.jit(partial(count, dtype == jnp.float16), donate_argnums=0)
-    return Program(
+    return StepProgram(
         recipe=recipe,
         gradient=jax.jit(partial(gradient, recipe)),
         update=partial(update, unit, counted, moments),
-        unit=unit,
+        update_layer=unit,
         count=counted,
         evaluate=jax.jit(partial(evaluate, recipe)),
     )
@@ -251,7 +251,7 @@ def loss_of(
 def evaluate(
     recipe: Recipe, trained: Any, frozen: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the loss sum and the token count of a batch: `Program.evaluate`."""
+    """Returns the loss sum and the token count of a batch: `StepProgram.evaluate`."""
 
     def sums(trained: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         found = loss_sum(recipe, trained, frozen, batch, None, "none")
@@ -265,12 +265,12 @@ def evaluate(
 
 def gradient(
     recipe: Recipe,
-    state: State,
+    state: TrainState,
     frozen: Any,
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
 ) -> tuple[Any, Figures]:
-    """Returns the gradients of the trained tree, and figures: `Program.gradient`.
+    """Returns the gradients of the trained tree, and figures: `StepProgram.gradient`.
 
     The frozen tree takes no gradient because the loss is differentiated with respect to the
     trained tree alone.
@@ -318,11 +318,11 @@ def clipped(
       count: of target tokens.
       scale: the loss scale.
     """
-    squares = jnp.stack([jnp.sum(wide(g) ** 2) for g in jax.tree.leaves(grads)])
+    squares = jnp.stack([jnp.sum(to_float32(g) ** 2) for g in jax.tree.leaves(grads)])
     norm = jnp.sqrt(squares.sum()) / scale
     shrink = shrink_of(clip_norm, norm) if clip_norm else 1.0
     grads = jax.tree.map(
-        lambda g: (wide(g) * (shrink / scale)).astype(gradient_dtype(g.dtype)), grads
+        lambda g: (to_float32(g) * (shrink / scale)).astype(gradient_dtype(g.dtype)), grads
     )
     figures = figures_of(total, count, norm)
     return grads, figures._replace(finite_leaves=jnp.isfinite(squares))
@@ -369,7 +369,7 @@ def _accumulated(
 
     def add(carry: Any, xs: Any) -> tuple[Any, None]:
         grads, total = micro(trained, *xs)
-        return jax.tree.map(jnp.add, carry, (jax.tree.map(wide, grads), total)), None
+        return jax.tree.map(jnp.add, carry, (jax.tree.map(to_float32, grads), total)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
     return jax.lax.scan(add, (zeros, jnp.float32(0)), (batch, keys))[0]
@@ -377,26 +377,26 @@ def _accumulated(
 
 def update_unit(
     optimizer: optax.GradientTransformation,
-    layout: Layout | None,
-    group: units.Group,
+    layout: MeshLayout | None,
+    group: layer_groups.LayerGroup,
     leaves: Sequence[jax.Array],
     grads: Sequence[jax.Array],
     index: jax.Array,
     moments: Any,
     finite: jax.Array,
 ) -> tuple[Sequence[jax.Array], Any]:
-    """Updates one unit of a group, unless the gradient is not finite: `Program.unit`.
+    """Updates one unit of a group, unless the gradient is not finite: `StepProgram.update_layer`.
 
     The gradients are stacks of all layers', or of this layer's alone.
     """
-    params = units.unit(group, leaves, index)
-    slopes = units.unit(group, grads, jnp.minimum(index, grads[0].shape[0] - 1))
+    params = layer_groups.take_layer(group, leaves, index)
+    slopes = layer_groups.take_layer(group, grads, jnp.minimum(index, grads[0].shape[0] - 1))
     updates, new = optimizer.update(slopes, moments, params)
     moved = optax.apply_updates(params, updates)
     moved, new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, new), (params, moments))
     if layout is not None:
         new = split_moments(layout, params, new)
-    return units.put(group, leaves, index, moved), new
+    return layer_groups.put_layer(group, leaves, index, moved), new
 
 
 def count(dynamic_scale: bool, counters: Any, finite: jax.Array) -> Any:
@@ -414,11 +414,11 @@ def update(
     unit: Callable[..., tuple[Sequence[jax.Array], Any]],
     count: Callable[..., Any],
     moments: Placement,
-    state: State,
+    state: TrainState,
     grads: Any,
     finite: jax.Array,
-) -> State:
-    """Updates every unit, one after another, and counts the step: `Program.update`.
+) -> TrainState:
+    """Updates every unit, one after another, and counts the step: `StepProgram.update`.
 
     Args:
       unit: the compiled `update_unit`.
@@ -431,7 +431,9 @@ def update(
     leaves, structure = jax.tree.flatten(state.trained)
     slopes = jax.tree.leaves(grads)
     states = list(state.optimizer)
-    order = [(group, i) for group in units.groups(state.trained) for i in range(group.units)]
+    order = [
+        (group, i) for group in layer_groups.find_groups(state.trained) for i in range(group.size)
+    ]
     ahead = moments.fetch(states[0])
     for place, (group, index) in enumerate(order):
         own, ahead = ahead, None
@@ -452,4 +454,4 @@ def update(
             moments.wait(states[place - 1])
     trained = jax.tree.unflatten(structure, leaves)
     counters = count((state.step, state.scale, state.finite_steps), finite)
-    return State(trained, tuple(states), *counters)
+    return TrainState(trained, tuple(states), *counters)

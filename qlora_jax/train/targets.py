@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from qlora_jax.config import LoraConfig
-from qlora_jax.lora import AdapterSpec, plan
-from qlora_jax.lora.starts import STARTS
+from qlora_jax.lora import AdapterSpec, choose_adapters
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.parts import layer_linears, outer_modules
 from qlora_jax.runtime.errors import UserError
@@ -18,10 +18,10 @@ def targets(lora: LoraConfig, decoder: DecoderConfig) -> dict[str, AdapterSpec]:
       decoder: the model's shapes.
 
     Raises:
-      UserError: as `lora.plan`; or embedding or head are targeted with a setting that is for the
+      UserError: as `lora.choose_adapters`; or embedding or head are targeted with a setting that is for the
         layers' linears alone.
     """
-    specs = plan(lora, layer_linears(decoder), outer_modules(decoder))
+    specs = choose_adapters(lora, layer_linears(decoder), outer_modules(decoder))
     _check_outer(lora, decoder, specs)
     return specs
 
@@ -44,7 +44,7 @@ def _check_outer(
     names = " and ".join(outer)
     settings = {
         "variant": (lora.variant == "dora", "set it to lora"),
-        "init": (lora.init in STARTS, "set it to kaiming-uniform or gaussian"),
+        "init": (lora.init in INITIALIZERS, "set it to kaiming-uniform or gaussian"),
     }
     for name, (refused, remedy) in settings.items():
         if refused:

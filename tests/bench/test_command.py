@@ -11,7 +11,7 @@ import pytest
 
 from qlora_jax import cli
 from qlora_jax.bench import tools
-from qlora_jax.bench.options import BENCHMARKS, Step, from_tree, to_tree
+from qlora_jax.bench.options import BENCHMARKS, StepOptions, from_tree, to_tree
 from qlora_jax.commands import bench as command
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def test_options_reach_the_run(
         *("--offload=host", "--kernel=triton", "--alpha=1.5", "--target-modules=q_proj,o_proj"),
     )
     assert ended.code == 0, ended.err
-    wanted = Step(
+    wanted = StepOptions(
         *(str(tiny_model), "lora", "float32", "full", 3, 5, 7, 2),
         prepare=False,
         offload="host",
@@ -134,7 +134,9 @@ def test_a_published_name_needs_no_folder(
     ended = run_cli("bench", "step", "llama-7b", "--peer", peer, "--rounds", "1")
     assert ended.code == 0, ended.err
     for side, tool in ((ours, "qlora-jax"), (peer, "bitsandbytes")):
-        assert runs_of(side) == [[tool, "step", to_tree(Step("llama-7b")) | {"target_modules": []}]]
+        assert runs_of(side) == [
+            [tool, "step", to_tree(StepOptions("llama-7b")) | {"target_modules": []}]
+        ]
 
 
 def test_a_peers_process_sees_neither_our_packages_nor_our_huge_pages(

@@ -15,59 +15,66 @@ import pytest
 from jax.experimental import io_callback
 
 from qlora_jax.bench import cases, jax_timing, kernels, measure
-from qlora_jax.bench.cases import Case
-from qlora_jax.bench.options import Kernels, from_tree, to_tree
+from qlora_jax.bench.cases import OperationCase
+from qlora_jax.bench.options import KernelOptions, from_tree, to_tree
 from qlora_jax.gpu.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.quant import QTensor, dequantize, nbytes, quantize
 from qlora_jax.runtime.errors import UserError
 
-TINY = Kernels(((128, 64),), (1, 3), ("float32",), samples=2)
+TINY = KernelOptions(((128, 64),), (1, 3), ("float32",), samples=2)
 
 
 def test_names_are_unique_and_say_what_is_timed() -> None:
-    names = [case.name for case in cases.cases(cases.settle(Kernels(), "gpu"))]
+    names = [case.name for case in cases.cases(cases.settle(KernelOptions(), "gpu"))]
     assert len(names) == len(set(names)) == 3 * 4 + 3 * 2 * 7
-    assert Case("forward", 4096, 11008, "bfloat16", 16).name == "forward 4096x11008, M=16, bfloat16"
-    assert Case("quantize", 64, 64, "float32", double=False).name.endswith(", plain scales")
+    assert (
+        OperationCase("forward", 4096, 11008, "bfloat16", 16).name
+        == "forward 4096x11008, M=16, bfloat16"
+    )
+    assert OperationCase("quantize", 64, 64, "float32", double=False).name.endswith(
+        ", plain scales"
+    )
 
 
 def test_operations_can_be_chosen() -> None:
-    chosen = list(cases.cases(cases.settle(Kernels(operations=("backward",)), "cpu")))
+    chosen = list(cases.cases(cases.settle(KernelOptions(operations=("backward",)), "cpu")))
     assert {case.operation for case in chosen} == {"backward"}
     assert len(chosen) == 2 * 4
 
 
 def test_the_device_settles_only_what_was_left_open() -> None:
-    settled = cases.settle(Kernels(rows=(7,)), "gpu")
+    settled = cases.settle(KernelOptions(rows=(7,)), "gpu")
     assert settled.rows == (7,)
     assert settled.shapes == ((4096, 4096), (4096, 11008), (8192, 28672))
     assert settled.device == "gpu"
-    assert cases.settle(Kernels(), "cpu").rows == (1, 16, 512, 2048)
+    assert cases.settle(KernelOptions(), "cpu").rows == (1, 16, 512, 2048)
 
 
 @pytest.mark.parametrize(
     ("case", "nbytes"),
     [
-        (Case("forward", 4096, 4096, "bfloat16", 1), 2**23 + 2**18 + 2**12 + 2 * 2 * 4096),
-        (Case("backward", 4096, 4096, "bfloat16", 2048), 2**23 + 2**18 + 2**12 + 2**25),
-        (Case("dequantize", 4096, 4096, "float32"), 2**23 + 2**18 + 2**12 + 2**26),
-        (Case("quantize", 4096, 4096, "float32", double=False), 2**23 + 2**20 + 2**26),
+        (OperationCase("forward", 4096, 4096, "bfloat16", 1), 2**23 + 2**18 + 2**12 + 2 * 2 * 4096),
+        (OperationCase("backward", 4096, 4096, "bfloat16", 2048), 2**23 + 2**18 + 2**12 + 2**25),
+        (OperationCase("dequantize", 4096, 4096, "float32"), 2**23 + 2**18 + 2**12 + 2**26),
+        (OperationCase("quantize", 4096, 4096, "float32", double=False), 2**23 + 2**20 + 2**26),
     ],
 )
-def test_inputs_in_turn_are_beyond_any_cache(case: Case, nbytes: int) -> None:
+def test_inputs_in_turn_are_beyond_any_cache(case: OperationCase, nbytes: int) -> None:
     assert case.nbytes() == nbytes
     assert (case.copies - 1) * nbytes < cases.BEYOND_CACHES <= case.copies * nbytes
 
 
 def test_huge_and_tiny_inputs_have_a_few_copies() -> None:
-    assert Case("forward", 4096, 11008, "float32", 2**16).copies == 2
-    assert Case("forward", 64, 64, "float32", 1).copies == cases.MOST_COPIES
+    assert OperationCase("forward", 4096, 11008, "float32", 2**16).copies == 2
+    assert OperationCase("forward", 64, 64, "float32", 1).copies == cases.MOST_COPIES
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("operation", ["forward", "backward", "dequantize"])
 def test_bytes_are_those_of_operands_and_result(operation: str, double: bool) -> None:
-    case = Case(operation, 512, 256, "bfloat16", 3 if operation != "dequantize" else 0, double)
+    case = OperationCase(
+        operation, 512, 256, "bfloat16", 3 if operation != "dequantize" else 0, double
+    )
     arguments = kernels.arguments(case)
     result = jax.eval_shape(kernels.operation(case, None), *arguments)
     # the codebook and the offset are small, and no part of the count
@@ -79,18 +86,20 @@ def test_bytes_are_those_of_operands_and_result(operation: str, double: bool) ->
 
 
 def test_a_figure_of_a_case_has_what_its_time_amounts_to() -> None:
-    figure = cases.case_figure(Case("forward", 4096, 4096, "bfloat16", 2048), [1e-3, 3e-3, 2e-3])
+    figure = cases.case_figure(
+        OperationCase("forward", 4096, 4096, "bfloat16", 2048), [1e-3, 3e-3, 2e-3]
+    )
     assert (figure["value"], figure["unit"], figure["samples"]) == (2, "ms", [1, 3, 2])
     # 2 * 2048 * 4096**2 flop and 2**23 + 2**18 + 2**12 + 2**25 bytes in 2 ms
     assert figure["TFLOP/s"] == pytest.approx(34.36, rel=1e-3)
     assert figure["GB/s"] == pytest.approx(21.11, rel=1e-3)
-    assert "TFLOP/s" not in cases.case_figure(Case("dequantize", 64, 64, "float32"), [1.0])
+    assert "TFLOP/s" not in cases.case_figure(OperationCase("dequantize", 64, 64, "float32"), [1.0])
 
 
 @pytest.mark.parametrize("quantized", [True, False])
 def test_products(quantized: bool) -> None:
     k, n, m = 128, 64, 3
-    forward, backward = (Case(o, k, n, "float32", m) for o in ("forward", "backward"))
+    forward, backward = (OperationCase(o, k, n, "float32", m) for o in ("forward", "backward"))
     x, w = kernels.arguments(forward, quantized)
     assert isinstance(w, QTensor) == quantized
     dense = np.asarray(dequantize(w) if isinstance(w, QTensor) else w, np.float64)
@@ -103,20 +112,20 @@ def test_products(quantized: bool) -> None:
 
 
 def test_the_backward_case_multiplies_once() -> None:
-    case = Case("backward", 128, 64, "float32", 3)
+    case = OperationCase("backward", 128, 64, "float32", 3)
     program = jax.jit(kernels.operation(case, None)).lower(*kernels.arguments(case))
     assert program.compile().as_text().count(" dot(") == 1
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_quantize_and_dequantize(double: bool) -> None:
-    case = Case("quantize", 128, 64, "float32", double=double)
+    case = OperationCase("quantize", 128, 64, "float32", double=double)
     q = kernels.operation(case, None)(*kernels.arguments(case))
     assert q.double_quant == double
     assert q.block_size == 64
     expected = quantize(case.weight(), "nf4", 64, double)
     np.testing.assert_array_equal(q.codes, expected.codes)
-    case = Case("dequantize", 128, 64, "bfloat16", double=double)
+    case = OperationCase("dequantize", 128, 64, "bfloat16", double=double)
     (held,) = kernels.arguments(case)
     assert held.double_quant == double
     w = kernels.operation(case, None)(held)
@@ -138,7 +147,7 @@ def test_inputs_are_normal_numbers_on_any_device(
     backend: str, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    case = Case(operation, 128, 64, "bfloat16", 300 * (operation != "quantize"))
+    case = OperationCase(operation, 128, 64, "bfloat16", 300 * (operation != "quantize"))
     w, x = jax_timing.drawn(case)
     assert (w.shape, w.dtype) == ((128, 64), jnp.float32)
     assert (x.shape, x.dtype) == (case.operand_shape, jnp.float32)
@@ -153,7 +162,7 @@ def test_inputs_are_normal_numbers_on_any_device(
 
 
 def test_copies_share_no_buffer() -> None:
-    sets = jax_timing.copies(kernels.arguments(Case("forward", 64, 64, "float32", 1)), 3)
+    sets = jax_timing.copies(kernels.arguments(OperationCase("forward", 64, 64, "float32", 1)), 3)
     leaves = jax.tree.leaves(sets)
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
 
@@ -253,7 +262,7 @@ def test_report() -> None:
     assert list(report["figures"]) == [case.name for case in expected]
     for case in expected:
         figure = report["figures"][case.name]
-        assert Case(**figure["case"]) == case
+        assert OperationCase(**figure["case"]) == case
         assert figure["unit"] == "ms"
         assert len(figure["samples"]) == 2
         assert figure["value"] == pytest.approx(np.mean(figure["samples"]), rel=1e-3)
@@ -263,7 +272,7 @@ def test_report() -> None:
 
 def test_another_device_is_refused() -> None:
     with pytest.raises(UserError, match="--device tpu: jax runs on"):
-        kernels.run(Kernels(device="tpu"))
+        kernels.run(KernelOptions(device="tpu"))
 
 
 def test_an_implementation_that_is_not_here_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

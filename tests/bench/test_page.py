@@ -13,7 +13,7 @@ import pytest
 from experiments.benchmarks import compare as compare_script
 from experiments.tools import pages
 from qlora_jax.bench import tools
-from qlora_jax.bench.options import Load
+from qlora_jax.bench.options import LoadOptions
 from qlora_jax.runtime.errors import UserError
 
 
@@ -25,7 +25,7 @@ def compare(
     figures = {"load": {"unit": "s", "value": 1}}
     ours = make_peer("ours", [], figures, device="a device", variants={})
     monkeypatch.setattr(tools, "ours", lambda: tools.Tool("qlora-jax", str(ours)))
-    section = compare_script.Section("Loading", "load", Load(str(tiny_model)))
+    section = compare_script.Section("Loading", "load", LoadOptions(str(tiny_model)))
     monkeypatch.setattr(compare_script, "SECTIONS", {"load": section})
     return compare_script
 

@@ -9,11 +9,11 @@ import pytest
 
 from qlora_jax import config as configs
 from qlora_jax.bench import generate, load, random_models, step
-from qlora_jax.bench.options import Generate, Load, Step
+from qlora_jax.bench.options import GenerateOptions, LoadOptions, StepOptions
 from qlora_jax.models import shapes
 from qlora_jax.models.config import from_hugging_face
 from qlora_jax.models.generate import CHUNK
-from qlora_jax.plan import accounts, fit
+from qlora_jax.plan import compiled_memory, fit
 from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def value(report: dict[str, Any], name: str) -> float:
 
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 def test_step(model: str, method: str) -> None:
-    options = Step(model, method, "float32", "none", batch=2, seq=16, rank=2, steps=3)
+    options = StepOptions(model, method, "float32", "none", batch=2, seq=16, rank=2, steps=3)
     report = step.run(options)
     speed, median = report["figures"]["speed"], report["figures"]["step, median"]
     assert len(speed["samples"]) == len(median["samples"]) == 3
@@ -80,7 +80,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> str:
     ("method", "offload"), [("qlora", "device"), ("lora", "host"), ("full", "device")]
 )
 def test_a_published_shape(published: str, method: str, offload: str) -> None:
-    options = Step(published, method, "float32", "none", 2, 16, 2, 3, offload=offload)
+    options = StepOptions(published, method, "float32", "none", 2, 16, 2, 3, offload=offload)
     report = step.run(options)
     assert report["options"]["shape"] == shapes.config_json(published)
     assert "load" not in report["figures"]
@@ -98,7 +98,7 @@ def test_a_published_shape(published: str, method: str, offload: str) -> None:
 @pytest.mark.parametrize(("method", "offload"), [("qlora", "device"), ("full", "host")])
 def test_memory_is_planned_as_fit_does(published: str, method: str, offload: str) -> None:
     """The plan of the programs that run is that of a run's config, before there are weights."""
-    options = Step(published, method, "float32", "full", 2, 16, 2, 3, offload=offload)
+    options = StepOptions(published, method, "float32", "full", 2, 16, 2, 3, offload=offload)
     planned = value(step.run(options), "planned, device")
     tree = {
         "model": {"path": published, "compute_dtype": "float32", "storage_dtype": "float32"},
@@ -110,17 +110,17 @@ def test_memory_is_planned_as_fit_does(published: str, method: str, offload: str
     }
     tree["model"]["remat"] = "full"
     config = configs.from_tree(tree, "test")
-    abstract = accounts.abstract_step(config, shapes.SHAPES[published], jax.devices()[0])
-    gradients = accounts.gradient_accounts(abstract, fit.compiled)
-    updates = accounts.update_accounts(abstract, fit.compiled)
-    _, programs = accounts.settle(abstract, offload, gradients, updates, 0)
+    abstract = compiled_memory.abstract_step(config, shapes.SHAPES[published], jax.devices()[0])
+    gradients = compiled_memory.gradient_memory(abstract, fit.compiled)
+    updates = compiled_memory.update_memory(abstract, fit.compiled)
+    _, programs = compiled_memory.place_moments(abstract, offload, gradients, updates, 0)
     expected = max(program.device for program in programs) / 2**20
     assert planned == pytest.approx(expected, rel=1e-3)  # four digits are reported
 
 
 def test_adapters_of_chosen_linears(published: str) -> None:
     targets = ("q_proj", "down_proj")
-    options = Step(published, "lora", seq=16, rank=2, alpha=6, target_modules=targets)
+    options = StepOptions(published, "lora", seq=16, rank=2, alpha=6, target_modules=targets)
     prepared = step.prepare(options)
     assert prepared.trainable == 2 * 2 * (64 + 64 + 96 + 64)
     scales = [x for x in jax.tree.leaves(prepared.frozen) if x.shape == (2,)]
@@ -130,16 +130,16 @@ def test_adapters_of_chosen_linears(published: str) -> None:
 def test_a_kernel_that_is_not_here(published: str) -> None:
     if jax.default_backend() == "cpu":
         with pytest.raises(UserError, match="implementation triton: no such kernel runs on cpu"):
-            step.run(Step(published, seq=16, kernel="triton"))
+            step.run(StepOptions(published, seq=16, kernel="triton"))
 
 
 def test_a_device_that_is_too_small(published: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(options: Step) -> None:
+    def prepare(options: StepOptions) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory for 9 bytes.\nMore")
 
     monkeypatch.setattr(step, "prepare", prepare)
     with pytest.raises(UserError) as raised:
-        step.run(Step(published))
+        step.run(StepOptions(published))
     message = str(raised.value)
     assert message.startswith("tiny-1m: does not fit on ")
     assert "(RESOURCE_EXHAUSTED: Out of memory for 9 bytes.); give --offload host" in message
@@ -148,11 +148,11 @@ def test_a_device_that_is_too_small(published: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_step_that_is_too_long(model: str) -> None:
     with pytest.raises(UserError, match=r"--seq 65 is beyond the 64 positions of .*; give that"):
-        step.run(Step(model, seq=65))
+        step.run(StepOptions(model, seq=65))
 
 
 def test_load(model: str) -> None:
-    report = load.run(Load(model))
+    report = load.run(LoadOptions(model))
     config = random_models.COMMON | TINY
     embeddings, norms = 128 * 64, 5 * 64
     linears = random_models.parameters(config) - embeddings - norms
@@ -165,7 +165,7 @@ def test_load(model: str) -> None:
 
 def test_generate(model: str) -> None:
     tokens = CHUNK + 5
-    report = generate.run(Generate(model, "float32", prompt=7, tokens=tokens, samples=2))
+    report = generate.run(GenerateOptions(model, "float32", prompt=7, tokens=tokens, samples=2))
     assert len(report["ids"]) == tokens
     assert all(0 <= i < 128 for i in report["ids"])
     assert len(report["figures"]["prefill"]["samples"]) == 2
@@ -177,12 +177,12 @@ def test_generate(model: str) -> None:
 
 def test_generation_beyond_the_models_positions(model: str) -> None:
     with pytest.raises(UserError, match="more than the model's 64 positions"):
-        generate.run(Generate(model, prompt=34, tokens=64))
+        generate.run(GenerateOptions(model, prompt=34, tokens=64))
 
 
 @pytest.mark.parametrize("run", [step.run, load.run, generate.run])
 def test_no_model(run: Any) -> None:
-    kind = {step.run: Step, load.run: Load, generate.run: Generate}[run]
+    kind = {step.run: StepOptions, load.run: LoadOptions, generate.run: GenerateOptions}[run]
     with pytest.raises(UserError, match=r"\./none: no such file or folder"):
         run(kind("./none"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.commands.plan import shapes
-from qlora_jax.config import Config, load
+from qlora_jax.config import Config, load_config
 from qlora_jax.formats.names import expected_shapes
 from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.models.shapes import find
@@ -47,7 +47,7 @@ def test_there_are_configs() -> None:
 
 @ALL
 def test_loads_and_says_what_it_is(path: Path) -> None:
-    config, said = load(path), header(path)
+    config, said = load_config(path), header(path)
     assert config.output == f"runs/{path.stem}"
     assert path.name in said["command"] or said["command"] == f"make {path.stem}"
     assert said["gpu"] in GPUS
@@ -56,9 +56,9 @@ def test_loads_and_says_what_it_is(path: Path) -> None:
 
 @ALL
 def test_the_ledger_fits_the_gpu(path: Path) -> None:
-    config, gpu = load(path), header(path)["gpu"]
+    config, gpu = load_config(path), header(path)["gpu"]
     made_by = path.with_name(f"{Path(config.model.path).parent.name}.yaml")
-    model = shapes(load(made_by) if made_by.exists() else config)
+    model = shapes(load_config(made_by) if made_by.exists() else config)
     device = total(ledger(model, config))
     assert device < (1 - FREE) * read_gpu(gpu).memory
     if "bfloat16" in (config.model.compute_dtype, config.lora.dtype) and path.stem not in RUN_HERE:
@@ -70,7 +70,7 @@ def test_the_ledger_fits_the_gpu(path: Path) -> None:
     [("7b", 2e-4, 0.1), ("13b", 2e-4, 0.1), ("33b", 1e-4, 0.05), ("65b", 1e-4, 0.05)],
 )
 def test_guanaco_has_the_papers_hyperparameters(size: str, rate: float, dropout: float) -> None:
-    config = load(Path(__file__).parents[2] / "configs" / f"guanaco_{size}.yaml")
+    config = load_config(Path(__file__).parents[2] / "configs" / f"guanaco_{size}.yaml")
     assert find(config.model.path) is find(f"llama-{size}")
     lora, optimizer, train = config.lora, config.optimizer, config.train
     assert (optimizer.learning_rate, lora.dropout) == (rate, dropout)
@@ -90,7 +90,7 @@ def test_guanaco_has_the_papers_hyperparameters(size: str, rate: float, dropout:
 
 @pytest.mark.parametrize(("name", "size"), PRETRAIN.items())
 def test_a_model_from_scratch_has_the_size_in_its_name(name: str, size: float) -> None:
-    config = load(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
     parameters = sum(math.prod(shape) for shape in expected_shapes(shapes(config)).values())
     assert parameters == pytest.approx(size, rel=0.1)
 
@@ -99,7 +99,7 @@ def test_a_wrong_key_would_be_seen(tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(FILES[0].read_text("utf-8") + "rnak: 3\n", "utf-8")
     with pytest.raises(UserError, match="unknown key rnak"):
-        load(copy)
+        load_config(copy)
 
 
 def test_the_quickstarts_differ_in_their_method_alone() -> None:
@@ -107,7 +107,9 @@ def test_the_quickstarts_differ_in_their_method_alone() -> None:
         return config.model, config.data, config.train
 
     folder = Path(__file__).parents[2] / "configs"
-    base, lora, full = (load(folder / f"{name}.yaml") for name in ("quickstart", "lora16", "full"))
+    base, lora, full = (
+        load_config(folder / f"{name}.yaml") for name in ("quickstart", "lora16", "full")
+    )
     assert rest(base) == rest(lora) == rest(full)
     assert base.lora == lora.lora
     assert base.optimizer == lora.optimizer

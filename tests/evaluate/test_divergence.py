@@ -9,7 +9,7 @@ from flax import nnx
 from qlora_jax.config import QuantConfig
 from qlora_jax.evaluate.divergence import divergence, see
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 
 pytestmark = pytest.mark.quick
 
@@ -29,8 +29,8 @@ def log_p(model, batch):
 
 def test_means_are_over_the_targets_of_all_batches(tiny_model):
     source = open_folder(tiny_model)
-    exact = load(source, quant=None, dtype=jnp.float32)
-    rounded = load(source, quant=QuantConfig(), dtype=jnp.float32)
+    exact = load_model(source, quant=None, dtype=jnp.float32)
+    rounded = load_model(source, quant=QuantConfig(), dtype=jnp.float32)
     random = np.random.default_rng(0)
     batches = []
     for rows in (3, 3):

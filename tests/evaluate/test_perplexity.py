@@ -7,7 +7,7 @@ import scipy.special
 
 from qlora_jax.evaluate.perplexity import text_loss
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.quick
@@ -17,7 +17,7 @@ LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 
 @pytest.fixture(scope="module")
 def model():
-    return load(open_folder(LLAMA), quant=None, dtype=jnp.float32)
+    return load_model(open_folder(LLAMA), quant=None, dtype=jnp.float32)
 
 
 def test_every_window_is_what_the_reference_logits_say(model):

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.evaluate.score import Pair, rolling, score
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.quick
@@ -18,7 +18,7 @@ WIDTH = 64
 
 @pytest.fixture(scope="module")
 def model():
-    return load(open_folder(LLAMA), quant=None, dtype=jnp.float32)
+    return load_model(open_folder(LLAMA), quant=None, dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from selection import mostly_slow
 
 from qlora_jax.formats import bitsandbytes
-from qlora_jax.formats.bitsandbytes import Layout, decode, encode, read_layout
+from qlora_jax.formats.bitsandbytes import StoredLayout, encode, read_layout, read_weight
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.quant import QTensor, dequantize
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.runtime.errors import UserError
@@ -33,7 +33,7 @@ SUBNORMAL = ("tiny.", "subnormal.")
 """XLA:CPU flushes such scales."""
 
 
-def stored(folder: str, double: bool) -> tuple[Layout, dict[str, np.ndarray]]:
+def stored(folder: str, double: bool) -> tuple[StoredLayout, dict[str, np.ndarray]]:
     """A golden weight as bitsandbytes stores it, by what follows its name."""
     case, spec = folder.split("/")
     kind, block = spec.split(".b")
@@ -57,10 +57,10 @@ def stored(folder: str, double: bool) -> tuple[Layout, dict[str, np.ndarray]]:
     return read_layout("w", kind, text, tensors.get(".nested_quant_map")), tensors
 
 
-def read(layout: Layout, tensors: dict[str, np.ndarray]):
+def read(layout: StoredLayout, tensors: dict[str, np.ndarray]):
     parts = {p: tensors[f".{p}"] for p in bitsandbytes.PARTS if f".{p}" in tensors}
     state = tensors[f".quant_state.bitsandbytes__{layout.kind}"].tobytes()
-    return decode("w", layout, tensors[""], parts, state)
+    return read_weight("w", layout, tensors[""], parts, state)
 
 
 def golden_cases(double: bool) -> list[str]:
@@ -201,7 +201,7 @@ def logits(model, tokens) -> np.ndarray:
 @pytest.mark.quick
 def test_a_models_logits_are_transformers(models, name):
     where = models / name
-    model = load(open_folder(where), quant=None, dtype=jnp.float32)
+    model = load_model(open_folder(where), quant=None, dtype=jnp.float32)
     tokens = np.load(where.parent / "reference.npz" if "/" in name else where / "reference.npz")
     found = logits(model, jnp.asarray(tokens["tokens"]))
     expected = np.load(where / "reference.npz")["logits"]
@@ -215,7 +215,7 @@ def test_layers_that_are_stored_unlike_make_runs(models):
     assert checkpoint.quantization.config.block_size == 64
     down = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)]
     assert checkpoint.quantization.dequantized == down
-    model = load(checkpoint, quant=None, dtype=jnp.bfloat16)
+    model = load_model(checkpoint, quant=None, dtype=jnp.bfloat16)
     assert [run.linears()["mlp.up_proj"].weight.get_value().shape for run in model.runs] == [
         (1, 96, 80)
     ] * 3
@@ -308,7 +308,7 @@ def test_scales_that_are_not_finite_are_refused(nf4):
 
     edit(nf4, change)
     with pytest.raises(UserError, match=f"{WEIGHT}: holds NaN or Inf"):
-        load(open_folder(nf4), quant=None, dtype=jnp.float32)
+        load_model(open_folder(nf4), quant=None, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -344,5 +344,5 @@ def test_a_quantized_head_is_held_as_floats(models, tmp_path):
         tmp_path / "m",
         lambda all: all.update({f"lm_head.weight{n}": t for n, t in tensors.items()}),
     )
-    model = load(open_folder(tmp_path / "m"), quant=None, dtype=jnp.float32)
+    model = load_model(open_folder(tmp_path / "m"), quant=None, dtype=jnp.float32)
     np.testing.assert_array_equal(model.stored_head()[0], values_one_by_one(state, tensors).T)

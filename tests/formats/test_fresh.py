@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.config import PretrainConfig
 from qlora_jax.formats.fresh import FreshCheckpoint, shapes
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.names import check_shapes
 from qlora_jax.runtime.errors import UserError
 
@@ -53,7 +53,7 @@ def test_it_knows_nothing():
 
     The token that was read is left out: tied embeddings make it likelier.
     """
-    model = load(FreshCheckpoint(shapes(PRETRAIN), 0), quant=None, dtype=jnp.float32)
+    model = load_model(FreshCheckpoint(shapes(PRETRAIN), 0), quant=None, dtype=jnp.float32)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 500, (8, 32)), jnp.int32)
     places = jnp.broadcast_to(jnp.arange(32), tokens.shape)
     hidden = model.hidden(tokens, jnp.ones_like(tokens), places, dtype=jnp.float32)

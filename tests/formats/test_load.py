@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.models.config import from_hugging_face
 from qlora_jax.models.parts import expected_shapes
 from qlora_jax.quant import QTensor, bits_per_parameter, quantize
@@ -37,7 +37,7 @@ def stacked(checkpoint, path):
 @pytest.mark.quick
 def test_layer_by_layer_equals_in_one_go(models, quant):
     checkpoint = open_folder(models / "llama")
-    model = load(checkpoint, quant=quant, dtype=jnp.float32)
+    model = load_model(checkpoint, quant=quant, dtype=jnp.float32)
     for path, linear in model.runs[0].linears().items():
         expected = quantize(
             stacked(checkpoint, f"{path}.weight"),
@@ -54,7 +54,7 @@ def test_layer_by_layer_equals_in_one_go(models, quant):
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_floats_are_the_files_transposed(models, name):
     checkpoint = open_folder(models / name)
-    model = load(checkpoint, quant=None, dtype=jnp.float32)
+    model = load_model(checkpoint, quant=None, dtype=jnp.float32)
     run = model.runs[0]
     for path, linear in run.linears().items():
         np.testing.assert_array_equal(
@@ -81,7 +81,7 @@ def test_floats_are_the_files_transposed(models, name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.quick
 def test_dtype_is_of_all_that_is_not_quantized(models, dtype):
-    model = load(open_folder(models / "llama"), quant=QuantConfig(), dtype=dtype)
+    model = load_model(open_folder(models / "llama"), quant=QuantConfig(), dtype=dtype)
     assert model.embed.get_value().dtype == model.head.get_value().dtype == dtype
     assert model.norm.weight.get_value().dtype == dtype
     run = model.runs[0]
@@ -90,14 +90,14 @@ def test_dtype_is_of_all_that_is_not_quantized(models, dtype):
     # quantized from the file's float32 whatever dtype the rest is held in
     expected = quantize(stacked(open_folder(models / "llama"), "self_attn.q_proj.weight"))
     jax.tree.map(np.testing.assert_array_equal, q, expected)
-    floats = load(open_folder(models / "llama"), quant=None, dtype=dtype)
+    floats = load_model(open_folder(models / "llama"), quant=None, dtype=dtype)
     kinds = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(floats))}
     assert kinds == {jnp.dtype(dtype)}
 
 
 def test_progress_counts_the_tensors(models):
     checkpoint, calls = open_folder(models / "llama"), []
-    load(checkpoint, quant=None, dtype=jnp.float32, progress=lambda: calls.append(1))
+    load_model(checkpoint, quant=None, dtype=jnp.float32, progress=lambda: calls.append(1))
     assert len(calls) == len(checkpoint.names())
 
 
@@ -117,7 +117,7 @@ def test_a_weight_is_let_go_before_the_next_is_read(models, monkeypatch):
         return held
 
     monkeypatch.setattr(type(checkpoint), "read", watched)
-    load(checkpoint, quant=QuantConfig(), dtype=jnp.float32)
+    load_model(checkpoint, quant=QuantConfig(), dtype=jnp.float32)
     assert len(most) == len(checkpoint.names())
     assert max(most) <= 2
 
@@ -138,16 +138,16 @@ def test_a_weight_that_is_not_finite_is_named(llama, quant, name, bad):
     tensors[name][3, 5] = bad
     save_file(tensors, llama / "model.safetensors")
     with pytest.raises(UserError, match=f"{name}: holds NaN or Inf"):
-        load(open_folder(llama), quant=quant, dtype=jnp.float32)
+        load_model(open_folder(llama), quant=quant, dtype=jnp.float32)
 
 
 def test_a_dtype_too_narrow_for_a_weight_is_named(llama):
     tensors = load_file(llama / "model.safetensors")
     tensors["model.embed_tokens.weight"][3, 5] = 1e6
     save_file(tensors, llama / "model.safetensors")
-    load(open_folder(llama), quant=QuantConfig(), dtype=jnp.bfloat16)
+    load_model(open_folder(llama), quant=QuantConfig(), dtype=jnp.bfloat16)
     with pytest.raises(UserError, match=r"as float16; download it again, or hold it in another"):
-        load(open_folder(llama), quant=QuantConfig(), dtype=jnp.float16)
+        load_model(open_folder(llama), quant=QuantConfig(), dtype=jnp.float16)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_dtype_too_narrow_for_a_weight_is_named(llama):
 )
 def test_a_quantization_that_is_not_known(models, quant, message):
     with pytest.raises(UserError, match=message):
-        load(open_folder(models / "llama"), quant=quant, dtype=jnp.float32)
+        load_model(open_folder(models / "llama"), quant=quant, dtype=jnp.float32)
 
 
 MEASURE = """

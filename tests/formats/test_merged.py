@@ -9,11 +9,11 @@ from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.peft import read_adapter, write_adapter
 from qlora_jax.formats.write import write_model
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models.decoder import attach
 from qlora_jax.train.export import adapters
 
@@ -39,8 +39,8 @@ def logits(model, tokens=TOKENS) -> np.ndarray:
 
 
 def adapted(source, quant=None, config=CONFIG):
-    model = load(source, quant=quant, dtype=jnp.float32)
-    attach(model, plan(config, model.linears()), jax.random.key(0))
+    model = load_model(source, quant=quant, dtype=jnp.float32)
+    attach(model, choose_adapters(config, model.linears()), jax.random.key(0))
     random = np.random.default_rng(1)
     for path, linear, i in model.walk():
         if linear.adapter is not None and (spec := linear.adapter.specs[i]):
@@ -64,21 +64,23 @@ def test_its_logits_are_those_of_the_model_with_the_adapter(models, tmp_path, na
     model = adapted(source, quant)
     merged = MergedCheckpoint(model, source)
     expected = logits(model)
-    found = logits(load(merged, quant=None, dtype=jnp.float32))
+    found = logits(load_model(merged, quant=None, dtype=jnp.float32))
     print(name, len(model.runs), "stacks", np.abs(found - expected).max())
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
-    assert np.abs(expected - logits(load(source, quant=quant, dtype=jnp.float32))).max() > 1e-2
+    assert (
+        np.abs(expected - logits(load_model(source, quant=quant, dtype=jnp.float32))).max() > 1e-2
+    )
     write_model(merged, tmp_path / "out", None, "float32")
     written = open_folder(tmp_path / "out")
     assert written.quantization is None
-    np.testing.assert_array_equal(logits(load(written, quant=None, dtype=jnp.float32)), found)
+    np.testing.assert_array_equal(logits(load_model(written, quant=None, dtype=jnp.float32)), found)
 
 
 def test_a_merged_adapter_of_pefts_computes_what_peft_did(models, tmp_path):
     source = open_folder(models / "llama")
-    model = load(source, quant=None, dtype=jnp.float32)
+    model = load_model(source, quant=None, dtype=jnp.float32)
     theirs = read_adapter(models / "llama" / "peft_lora").adapters
-    attach(model, plan(LoraConfig(rank=8, alpha=16), model.linears()), jax.random.key(0))
+    attach(model, choose_adapters(LoraConfig(rank=8, alpha=16), model.linears()), jax.random.key(0))
     for path, linear, i in model.walk():
         for side in ("a", "b"):
             leaf = getattr(linear.adapter, side)
@@ -86,7 +88,7 @@ def test_a_merged_adapter_of_pefts_computes_what_peft_did(models, tmp_path):
     write_model(MergedCheckpoint(model, source), tmp_path / "out", None, "float32")
     tokens = np.load(models / "llama" / "reference.npz")["tokens"]
     expected = np.load(models / "llama" / "peft_lora" / "reference.npz")["logits"]
-    found = logits(load(open_folder(tmp_path / "out"), quant=None, dtype=jnp.float32), tokens)
+    found = logits(load_model(open_folder(tmp_path / "out"), quant=None, dtype=jnp.float32), tokens)
     print("against PEFT", np.abs(found - expected).max())
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
 

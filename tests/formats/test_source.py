@@ -60,9 +60,9 @@ def test_all_that_is_read_is_downloaded(make_model, tmp_path: Path, snapshot) ->
     snapshot(there)
     here = open_checkpoint(ModelConfig(path="owner/name")).tokenizer_path
     assert here != there
-    stop_ids = tokenizer.load(here).stop_ids
+    stop_ids = tokenizer.load_tokenizer(here).stop_ids
     assert {7, 9} < set(stop_ids)
-    assert stop_ids == tokenizer.load(there).stop_ids
+    assert stop_ids == tokenizer.load_tokenizer(there).stop_ids
 
 
 def test_the_same_weights_in_other_formats_are_not_downloaded(models, tmp_path, snapshot) -> None:

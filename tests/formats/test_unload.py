@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.unload import parameter
 from qlora_jax.quant import dequantize, quantize
 
@@ -13,7 +13,7 @@ from qlora_jax.quant import dequantize, quantize
 @pytest.mark.quick
 def test_every_parameter_comes_back(models, kind):
     checkpoint = open_folder(models / kind)
-    model = load(checkpoint, quant=None, dtype=jnp.float32)
+    model = load_model(checkpoint, quant=None, dtype=jnp.float32)
     for name in checkpoint.names():
         found = parameter(model, name)
         np.testing.assert_array_equal(found, checkpoint.read(name).astype(np.float32), err_msg=name)
@@ -21,7 +21,7 @@ def test_every_parameter_comes_back(models, kind):
 
 def test_a_quantized_weight_comes_out_as_it_multiplies(models):
     checkpoint = open_folder(models / "llama")
-    model = load(checkpoint, quant=QuantConfig(), dtype=jnp.float32)
+    model = load_model(checkpoint, quant=QuantConfig(), dtype=jnp.float32)
     name = "model.layers.1.mlp.down_proj.weight"
     expected = dequantize(quantize(checkpoint.read(name).astype(np.float32).T))
     np.testing.assert_array_equal(parameter(model, name), np.asarray(expected).T)
@@ -35,6 +35,6 @@ def test_a_quantized_weight_comes_out_as_it_multiplies(models):
     ],
 )
 def test_no_such_parameter(models, name):
-    model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+    model = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
     with pytest.raises(KeyError):
         parameter(model, name)

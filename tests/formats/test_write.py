@@ -15,7 +15,7 @@ from qlora_jax.formats import folder as folders
 from qlora_jax.formats.bitsandbytes import DTYPES, pack
 from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.write import write_model
 from qlora_jax.runtime import expected
 from qlora_jax.runtime.errors import UserError
@@ -78,8 +78,8 @@ def test_what_is_written_is_read_as_quantizing_it_gives(models, tmp_path):
     write_model(source, tmp_path / "out", quant, "float16")
     written = open_folder(tmp_path / "out")
     assert written.quantization.config == quant
-    again = load(written, quant=None, dtype=np.float16)
-    direct = load(source, quant=quant, dtype=np.float16)
+    again = load_model(written, quant=None, dtype=np.float16)
+    direct = load_model(source, quant=quant, dtype=np.float16)
     down = [m.runs[0].linears()["mlp.down_proj"].weight.get_value() for m in (again, direct)]
     for field in ("codes", "scales", "codebook"):
         np.testing.assert_array_equal(getattr(down[0], field), getattr(down[1], field))
@@ -153,7 +153,7 @@ def test_a_gguf_file_becomes_the_folder_it_was_made_of(models, tmp_path):
     assert found.keys() == expected.keys()
     assert all(found[n].tobytes() == expected[n].tobytes() for n in expected)
     assert open_folder(tmp_path / "out").config == source.config
-    text = tokenizer.load(tmp_path / "out")
+    text = tokenizer.load_tokenizer(tmp_path / "out")
     assert text.encode("abba<end>") == [2, 1, 0, 255]
     assert text.stop_ids == (255,)
 

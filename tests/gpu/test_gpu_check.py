@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from experiments.tools import gpu_check
-from qlora_jax.bench.gpu.compile_check import Outcome
-from qlora_jax.gpu.case import Case
+from qlora_jax.bench.gpu.compile_check import CompileOutcome
+from qlora_jax.gpu.case import GpuProduct
 from qlora_jax.gpu.compile import NO_SPILLS, environment, has_plugin
 from qlora_jax.gpu.product import compile_all
 from qlora_jax.kernels.select import FUSED
@@ -35,7 +35,7 @@ def run(
 ) -> Callable[..., tuple[int, list[str], str]]:
     """Runs the script's check of kernels on made-up outcomes: case to error or None."""
 
-    def run(outcome: Callable[[Case], str | None], keep: Callable[[Case], bool] = bool):
+    def run(outcome: Callable[[GpuProduct], str | None], keep: Callable[[GpuProduct], bool] = bool):
         def compiled(cases):
             return ({**c._asdict(), "error": outcome(c)} for c in cases if keep(c))
 
@@ -103,7 +103,7 @@ def test_the_last_lines_and_the_exit_code_of_both_checks(
         return ({**c._asdict(), "error": kernel} for c in cases if c.gpu == "h100")
 
     def programs(tasks, tell):
-        return [Outcome(gpu, "steps", "7B", program) for gpu in ("h100", "a100")]
+        return [CompileOutcome(gpu, "steps", "7B", program) for gpu in ("h100", "a100")]
 
     monkeypatch.setattr(script, "compile_all", compiled)
     monkeypatch.setattr(script.compile_check, "tasks", lambda: [])
@@ -159,7 +159,7 @@ def test_every_kernel_compiles_for_every_gpu_without_spilling() -> None:
 @pytest.mark.skipif(not has_plugin(), reason=WITHOUT)
 def test_a_t4_that_is_given_bfloat16_multiplies_in_float32() -> None:
     """So that silence about float16 says something."""
-    case = Case("t4", "xla", 32, 256, 256, "bfloat16", "forward")
+    case = GpuProduct("t4", "xla", 32, 256, 256, "bfloat16", "forward")
     (record,) = compile_all([case])
     assert record["error"].startswith("products of bfloat16 are done in float32")
     (record,) = compile_all([case._replace(dtype="float16")])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from experiments.tools import gpu_table, program
-from qlora_jax.gpu.measured import Report
+from qlora_jax.gpu.measured import GpuReport
 from qlora_jax.gpu.picks import table
 from qlora_jax.kernels.select import EVERY
 
@@ -143,7 +143,7 @@ def test_rows_as_python(write_report) -> None:
     assert "        (9, 0): (range(512), range(2048, EVERY)),\n" in done.stdout
     names: dict = {"Mapping": dict, "EVERY": EVERY}
     exec("from __future__ import annotations\n" + done.stdout, names)
-    assert names["FUSED_ROWS"] == table([Report(report)])
+    assert names["FUSED_ROWS"] == table([GpuReport(report)])
     report.write_text("{}")
     broken = run("--rows", "--reports", str(report.parent))
     assert broken.returncode == 2

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.gpu import picks, roofline
-from qlora_jax.gpu.case import Case, tile
+from qlora_jax.gpu.case import GpuProduct, tile
 from qlora_jax.gpu.described import GPUS, read_gpu
-from qlora_jax.gpu.measured import Report, reports, target
+from qlora_jax.gpu.measured import GpuReport, reports, target
 from qlora_jax.gpu.picks import fused_rows
-from qlora_jax.gpu.roofline import RATES, Ceilings, Time
+from qlora_jax.gpu.roofline import RATES, Ceilings, KernelTime
 from qlora_jax.gpu.times import seconds_at
 from qlora_jax.kernels.select import EVERY, FUSED_ROWS
 from qlora_jax.runtime.errors import UserError
@@ -21,12 +21,12 @@ TIMES = {("xla", 1): 20, ("mosaic", 1): 5.5, ("xla", 512): 30, ("mosaic", 512): 
 
 
 def test_what_a_report_says(write_report) -> None:
-    report = Report(write_report(TIMES))
+    report = GpuReport(write_report(TIMES))
     assert (report.device, report.gpu) == ("NVIDIA H100 80GB HBM3", "h100")
     assert report.capability == (9, 0)
     assert report.ceilings("bfloat16") == Ceilings(3e12, 800.5e12)
     assert report.ceilings("float16") is None
-    case = Case("h100", "mosaic", 1, 4096, 4096, "bfloat16", "forward")
+    case = GpuProduct("h100", "mosaic", 1, 4096, 4096, "bfloat16", "forward")
     assert report.times[case] == pytest.approx(5.5e-6)
     assert len(report.times) == 4
 
@@ -36,7 +36,7 @@ def test_a_device_has_a_target_only_by_its_whole_name(write_report) -> None:
     assert target(" nvidia h100 80gb hbm3") == "h100"
     for other in ("NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "H100", ""):
         assert target(other) is None
-    report = Report(write_report(TIMES, device="NVIDIA H200"))
+    report = GpuReport(write_report(TIMES, device="NVIDIA H200"))
     assert report.gpu is None
     assert {case.gpu for case in report.times} == {"NVIDIA H200"}
 
@@ -65,7 +65,7 @@ TIME = {"part": "times", "field": "time", "unit": "us", "value": 1.0, "implement
 def test_a_damaged_figure(write_report, figure, key) -> None:
     path = write_report({}, figure)
     with pytest.raises(UserError, match=rf"^{path}: \S*{key}: .*; measure again$"):
-        Report(path)
+        GpuReport(path)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_a_damaged_figure(write_report, figure, key) -> None:
 def test_a_damaged_file(write_report, keys, key) -> None:
     path = write_report(**keys)
     with pytest.raises(UserError, match=rf"^{path}: {key}: "):
-        Report(path)
+        GpuReport(path)
 
 
 def test_a_product_that_is_there_twice(write_report) -> None:
     times = {"part": "times", "field": "time", "unit": "us", "value": 5, "implementation": "xla"}
     twice = times | {"direction": "forward", "rows": 1, "k": 4096, "n": 4096, "dtype": "bfloat16"}
     with pytest.raises(UserError, match=r"figures\.7: a second time of \('xla', 1, 4096"):
-        Report(write_report(TIMES, twice))
+        GpuReport(write_report(TIMES, twice))
 
 
 def test_a_folder_of_reports(write_report, tmp_path) -> None:
@@ -115,7 +115,7 @@ def test_a_fused_kernel_at_other_rates_from_its_loops_clocks() -> None:
     for record in RECORDS:
         if record["implementation"] == "xla":
             continue
-        case = Case(*(record[field] for field in Case._fields))
+        case = GpuProduct(*(record[field] for field in GpuProduct._fields))
         gpu, rates = read_gpu(case.gpu), RATES[case.gpu]
         [kernel] = [x for x in record["kernels"] if x["main_loop_tensor_flop"]]
         m, o = tile(case)
@@ -127,7 +127,7 @@ def test_a_fused_kernel_at_other_rates_from_its_loops_clocks() -> None:
         assert found["bytes"] == pytest.approx(record["moved_bytes"] / 1e12)
         assert found["tensor"] == pytest.approx(2 * clocks.pop("tensor") * each / rates.clock)
         assert found["issue"] == pytest.approx(max(clocks.values()) * each / rates.clock)
-        assert found["total"] == max(found[name] for name in Time._fields)
+        assert found["total"] == max(found[name] for name in KernelTime._fields)
 
 
 @pytest.mark.parametrize("gpu", ["a100", "a6000", "h100", "rtx4090"])
@@ -149,9 +149,9 @@ def test_decode_first_at_other_rates(gpu) -> None:
         assert found["total"] == pytest.approx(found["decode"] + found["product"])
 
 
-def times(**by_rows: dict[int, float]) -> dict[Case, float]:
+def times(**by_rows: dict[int, float]) -> dict[GpuProduct, float]:
     return {
-        Case("h100", name, rows, 4096, 4096, "bfloat16", "forward"): value
+        GpuProduct("h100", name, rows, 4096, 4096, "bfloat16", "forward"): value
         for name, values in by_rows.items()
         for rows, value in values.items()
     }
@@ -177,7 +177,7 @@ def test_rows_between_go_with_the_lower_neighbour(mosaic, expected) -> None:
 def test_one_slower_product_decides() -> None:
     fast = times(xla={1: 10, 16: 10}, mosaic={1: 9, 16: 9})
     other = {case._replace(direction="backward"): value for case, value in fast.items()}
-    slow = Case("h100", "mosaic", 16, 4096, 4096, "bfloat16", "backward")
+    slow = GpuProduct("h100", "mosaic", 16, 4096, 4096, "bfloat16", "backward")
     assert fused_rows("mosaic", fast | other) == (range(EVERY),)
     assert fused_rows("mosaic", fast | other | {slow: 10.1}) == (range(16),)
     # mosaic takes no float32, triton does
@@ -189,12 +189,12 @@ def test_one_slower_product_decides() -> None:
 
 def test_the_table_keeps_what_was_not_measured(write_report) -> None:
     assert picks.table([]) == FUSED_ROWS
-    assert picks.table([Report(write_report())]) == FUSED_ROWS
+    assert picks.table([GpuReport(write_report())]) == FUSED_ROWS
     path = write_report(TIMES)
-    made = picks.table([Report(path)])
+    made = picks.table([GpuReport(path)])
     assert made["mosaic"] == {**FUSED_ROWS["mosaic"], (9, 0): (range(512),)}
     assert made["triton"] == {}
     # two GPUs of one capability count as one
     slow = {**TIMES, ("mosaic", 1): 21, ("mosaic", 512): 1}
-    both = [Report(path), Report(write_report(slow, device="NVIDIA H200"))]
+    both = [GpuReport(path), GpuReport(write_report(slow, device="NVIDIA H200"))]
     assert picks.table(both)["mosaic"][9, 0] == ()

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.gpu import measured, picks
-from qlora_jax.gpu.case import Case
+from qlora_jax.gpu.case import GpuProduct
 from qlora_jax.gpu.described import GPUS, read_gpu
-from qlora_jax.gpu.measured import Report
+from qlora_jax.gpu.measured import GpuReport
 from qlora_jax.kernels import select
 from qlora_jax.kernels.select import EVERY
 from qlora_jax.kernels.target import Capability, compiling_for
@@ -19,7 +19,7 @@ RECORDS = json.loads((DOCS / "gpu.json").read_text("utf-8"))
 REPORTS = measured.reports(DOCS / "results" / "gpu")
 
 
-def slower(times: Mapping[Case, float], capability: Capability) -> list[Case]:
+def slower(times: Mapping[GpuProduct, float], capability: Capability) -> list[GpuProduct]:
     """The products for which something slower than decoding first is picked."""
     found = []
     for case, limit in times.items():
@@ -34,7 +34,7 @@ def slower(times: Mapping[Case, float], capability: Capability) -> list[Case]:
 @pytest.mark.parametrize("gpu", sorted(set(GPUS) - {report.gpu for report in REPORTS}))
 def test_nothing_is_picked_that_is_modelled_to_be_slower(gpu: str) -> None:
     times = {
-        Case(*(record[field] for field in Case._fields)): record["seconds"]["total"]
+        GpuProduct(*(record[field] for field in GpuProduct._fields)): record["seconds"]["total"]
         for record in RECORDS
         if record["gpu"] == gpu and record["error"] is None
     }
@@ -43,7 +43,7 @@ def test_nothing_is_picked_that_is_modelled_to_be_slower(gpu: str) -> None:
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.device)
-def test_nothing_is_picked_that_was_measured_to_be_slower(report: Report) -> None:
+def test_nothing_is_picked_that_was_measured_to_be_slower(report: GpuReport) -> None:
     assert slower(report.times, report.capability) == []
 
 
@@ -51,7 +51,7 @@ def test_the_rows_that_follow_from_a_report_pass(write_report, monkeypatch) -> N
     monkeypatch.setattr(select, "usable", lambda capability, dtype: ["mosaic"])
     monkeypatch.setattr(select, "FUSED_ROWS", {"mosaic": {(8, 0): (range(EVERY),)}, "triton": {}})
     took = {("xla", 1): 20, ("mosaic", 1): 21, ("xla", 16): 20, ("mosaic", 16): 7}
-    report = Report(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
+    report = GpuReport(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
     assert {case.rows for case in slower(report.times, report.capability)} == {1, 512}
     monkeypatch.setattr(select, "FUSED_ROWS", picks.table([report]))
     assert slower(report.times, report.capability) == []

@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from qlora_jax.gpu import product
-from qlora_jax.gpu.case import DIRECTIONS, Case
+from qlora_jax.gpu.case import DIRECTIONS, GpuProduct
 from qlora_jax.gpu.product import broken_rule, compile_all
-from qlora_jax.gpu.sass import Kernel, Launch
+from qlora_jax.gpu.sass import Launch, SassKernel
 from qlora_jax.kernels.select import module_of
 from qlora_jax.runtime.errors import UserError
 
-CASE = Case("a6000", "triton", 16, 128, 128, "bfloat16", "forward")
+CASE = GpuProduct("a6000", "triton", 16, 128, 128, "bfloat16", "forward")
 HLO = 'custom_call_target="__gpu$xla.gpu.triton"'
 
 WORKER = """
@@ -62,8 +62,8 @@ def test_a_case_is_compiled_from_the_module_of_its_implementation(
     assert asked == [getattr(module_of(name), direction)]
 
 
-def kernel(spill: int = 0, shared: int = 1000, launch: bool = True) -> Kernel:
-    return Kernel("k", "sm_86", 64, spill, 24, Launch(1, 128, shared) if launch else None, ())
+def kernel(spill: int = 0, shared: int = 1000, launch: bool = True) -> SassKernel:
+    return SassKernel("k", "sm_86", 64, spill, 24, Launch(1, 128, shared) if launch else None, ())
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ def kernel(spill: int = 0, shared: int = 1000, launch: bool = True) -> Kernel:
         (HLO, 0, [kernel(shared=101376)], "101400 bytes of shared memory, the limit is 101376"),
     ],
 )
-def test_rules(hlo: str, temp: int, kernels: list[Kernel], error: str | None) -> None:
+def test_rules(hlo: str, temp: int, kernels: list[SassKernel], error: str | None) -> None:
     found = broken_rule(CASE, hlo, temp, kernels)
     assert found is None if error is None else error in (found or "")
 
 
 def test_equal_mosaic_kernels_are_dumped_once_and_found_again() -> None:
-    def mosaic(name: str) -> Kernel:
-        return Kernel(f"{name}_mosaic_gpu_kernel", "sm_80", 64, 0, 0, Launch(1, 128, 0), ())
+    def mosaic(name: str) -> SassKernel:
+        return SassKernel(f"{name}_mosaic_gpu_kernel", "sm_80", 64, 0, 0, Launch(1, 128, 0), ())
 
     def program(key: str) -> str:
         return f'custom-call(), backend_config={{kernel_hash = "{key}"}}'

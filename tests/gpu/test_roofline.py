@@ -4,8 +4,8 @@ import pytest
 
 from qlora_jax.gpu import roofline
 from qlora_jax.gpu.described import GPUS, description, read_gpu
-from qlora_jax.gpu.roofline import RATES, Time, pipe_clocks
-from qlora_jax.gpu.sass import Instruction, Kernel, Launch
+from qlora_jax.gpu.roofline import RATES, KernelTime, pipe_clocks
+from qlora_jax.gpu.sass import Instruction, Launch, SassKernel
 
 PEAK_TFLOPS = {
     "t4": 65,
@@ -30,8 +30,8 @@ def _described_clock(gpu: str) -> float:
     return float(description(gpu).split("clock_rate_ghz: ")[1].split()[0])
 
 
-def kernel(registers: int, shared: int, threads: int, code=(), blocks: int = 1) -> Kernel:
-    return Kernel("k", "sm_80", registers, 0, 0, Launch(blocks, threads, shared), tuple(code))
+def kernel(registers: int, shared: int, threads: int, code=(), blocks: int = 1) -> SassKernel:
+    return SassKernel("k", "sm_80", registers, 0, 0, Launch(blocks, threads, shared), tuple(code))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_time_of_a_kernel_by_hand() -> None:
 def test_time_of_a_kernel_without_loop() -> None:
     code = [Instruction("LOP3.LUT", "R2, R3, R4")] * 50
     time = roofline.straight_time(kernel(64, 0, 128, code, 108 * 3), "a100", 2_039_040)
-    assert time == pytest.approx(Time(1e-6, 0.0, 100 * 3 / 1.41e9))
+    assert time == pytest.approx(KernelTime(1e-6, 0.0, 100 * 3 / 1.41e9))
 
 
 def test_time_of_a_library_product() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.gpu import assemble, sass
 from qlora_jax.gpu.compile import NO_SPILLS, environment, has_plugin
-from qlora_jax.gpu.sass import Instruction, Kernel, classify, histogram, loops, mma_flop, parse
+from qlora_jax.gpu.sass import Instruction, SassKernel, classify, histogram, loops, mma_flop, parse
 
 LISTING = """
 kernel:
@@ -38,8 +38,8 @@ kernel:
 """
 
 
-def kernel(code: tuple[Instruction, ...]) -> Kernel:
-    return Kernel("kernel", "sm_90a", 32, 0, 0, None, code)
+def kernel(code: tuple[Instruction, ...]) -> SassKernel:
+    return SassKernel("kernel", "sm_90a", 32, 0, 0, None, code)
 
 
 def test_the_main_loop_is_the_innermost_one_with_tensor_instructions() -> None:

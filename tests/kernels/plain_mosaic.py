@@ -11,13 +11,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlora_jax.kernels.mosaic.kernel import DeviceCode, Kernel
+from qlora_jax.kernels.mosaic.kernel import DeviceCode, MosaicKernel
 from qlora_jax.kernels.mosaic.operand import WARPS
 from qlora_jax.quant.double_quant import unfused
 from qlora_jax.quant.qtensor import block_scales
 
 
-def device_code(kernel: Kernel, count: int) -> DeviceCode:
+def device_code(kernel: MosaicKernel, count: int) -> DeviceCode:
     """Stands in for `mosaic.device_code`."""
     operand, dtype = kernel.operand, kernel.dtype
 

@@ -28,8 +28,8 @@ else:
 
     from qlora_jax.kernels.mosaic import kernel as mosaic
     from qlora_jax.kernels.mosaic import operand
-    from qlora_jax.kernels.mosaic.operand import Operand, Place
-    from qlora_jax.kernels.mosaic.tiles import SPLIT_STEPS, TILES, Tile, split_count, tile_for
+    from qlora_jax.kernels.mosaic.operand import Operand, ThreadIndex
+    from qlora_jax.kernels.mosaic.tiles import SPLIT_STEPS, TILES, MosaicTile, split_count, tile_for
 
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11 (Python 3.12)"
@@ -112,7 +112,7 @@ def test_blocks_share_a_long_contraction(interpreted, m: int, inner: int, direct
 def test_a_contraction_is_divided_while_there_are_few_blocks(
     m: int, steps: int, tiles: int
 ) -> None:
-    tile = Tile(64, 128, 64, 3, blocks=264)
+    tile = MosaicTile(64, 128, 64, 3, blocks=264)
     splits = split_count(tile, m, 64 * steps, 128 * tiles)
     assert splits == 1 or splits * -(-m // 64) * tiles <= tile.blocks
     assert splits == 1 or steps // splits >= SPLIT_STEPS
@@ -237,7 +237,7 @@ def test_every_byte_is_held_once_and_every_operand_has_a_plan() -> None:
         held = operand.ownership(layout, op.codes_shape)
         assert sorted(held.reshape(-1)) == list(range(np.prod(op.codes_shape)))
         warps = op.layout("bfloat16")
-        plan = operand.plan(op, warps)
+        plan = operand.register_sources(op, warps)
         assert len(plan) * 2 * 128 == op.c * op.o
         k, n = op.elements(warps)
         elements = k.astype(np.int64) * 10**6 + n
@@ -260,10 +260,10 @@ def test_what_threads_find_in_different_places_is_refused() -> None:
 def test_a_place_is_a_sum_over_warp_and_lane() -> None:
     lane = np.arange(32)
     index = np.array([0, 5, 5, 9])[:, None] + 3 * (lane // 4) + 7 * (lane % 4)
-    assert Place.of(index) == Place((0, 5, 5, 9), 3, 7)
+    assert ThreadIndex.of(index) == ThreadIndex((0, 5, 5, 9), 3, 7)
     index[1, 9] += 1
     with pytest.raises(AssertionError, match="no sum"):
-        Place.of(index)
+        ThreadIndex.of(index)
 
 
 @needs_mosaic

@@ -10,9 +10,9 @@ from scipy.stats import kstest, norm, uniform
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.peft import read_adapter
-from qlora_jax.lora import Adapter, AdapterSpec, LoraParam, init_adapter, plan
+from qlora_jax.lora import Adapter, AdapterSpec, LoraParam, choose_adapters, init_adapter
 from qlora_jax.models.decoder import attach
 
 SPEC = AdapterSpec(rank=8, alpha=16.0, scale=2.0)
@@ -153,10 +153,10 @@ def tokens(models):
 
 @pytest.mark.quick
 def test_the_adapted_model_starts_as_the_base(models, tokens):
-    model = load(open_folder(models / "llama"), quant=QuantConfig(), dtype=jnp.float32)
+    model = load_model(open_folder(models / "llama"), quant=QuantConfig(), dtype=jnp.float32)
     base = compute(model, tokens)
     config = LoraConfig(rank_pattern={"q_proj": 3}, target_modules=["q_proj", "down_proj"])
-    attach(model, plan(config, model.linears()), jax.random.key(0), dropout=0.1)
+    attach(model, choose_adapters(config, model.linears()), jax.random.key(0), dropout=0.1)
     np.testing.assert_array_equal(compute(model, tokens), base)
     b = model.runs[0].q_proj.adapter.b
     b.set_value(b.get_value() + 1)
@@ -178,7 +178,7 @@ def attach_from_peft(model, folder):
 @pytest.mark.parametrize("name", ["peft_lora", "peft_rslora", "peft_patterns"])
 @pytest.mark.quick
 def test_logits_are_pefts(models, tokens, name):
-    model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+    model = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
     base = compute(model, tokens)
     attach_from_peft(model, models / "llama" / name)
     reference = np.load(models / "llama" / name / "reference.npz")["logits"]

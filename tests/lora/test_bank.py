@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.peft.plain import read_plain
 from qlora_jax.lora import Adapter
 from qlora_jax.lora.bank import Bank, with_rows
@@ -40,14 +40,14 @@ def compute(model, tokens, rows):
 
 
 def banked(models, quant=None, dtype=jnp.float32):
-    model = load(open_folder(models / "llama"), quant=quant, dtype=jnp.float32)
+    model = load_model(open_folder(models / "llama"), quant=quant, dtype=jnp.float32)
     attach_bank(model, slots=SLOTS, rank=16, dtype=dtype)
     return model
 
 
 @pytest.fixture(scope="module")
 def adapters(models):
-    model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+    model = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
     return [read_plain(models / "llama" / name, model) for name in NAMES]
 
 
@@ -160,7 +160,7 @@ def test_another_adapter_replaces_all_of_the_one_before(models, adapters, refere
 
 
 def test_a_rank_above_the_banks_is_refused(models, adapters):
-    model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+    model = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
     attach_bank(model, slots=1, rank=4, dtype=jnp.float32)
     with pytest.raises(UserError, match="rank 8 is above the largest there is room for, 4"):
         put_adapter(model, 0, adapters[0])
@@ -172,7 +172,7 @@ def folder(models, tmp_path):
 
 
 def test_an_adapter_of_another_model_is_refused(models, folder):
-    other = load(open_folder(models / "llama_rope_llama3"), quant=None, dtype=jnp.float32)
+    other = load_model(open_folder(models / "llama_rope_llama3"), quant=None, dtype=jnp.float32)
     with pytest.raises(UserError, match="peft_lora: belongs to another model") as refused:
         read_plain(folder, other)
     assert "q_proj (adapter [64, 64], model [32, 32])" in str(refused.value)
@@ -180,7 +180,7 @@ def test_an_adapter_of_another_model_is_refused(models, folder):
 
 def test_an_embedding_that_was_saved_as_it_was_is_no_hindrance(models, folder):
     base = open_folder(models / "llama")
-    model = load(base, quant=None, dtype=jnp.bfloat16)
+    model = load_model(base, quant=None, dtype=jnp.bfloat16)
     file = folder / "adapter_model.safetensors"
     tensors, key = load_file(file), "base_model.model.model.embed_tokens.weight"
     tensors[key] = base.read("model.embed_tokens.weight")

@@ -8,8 +8,8 @@ from flax import nnx
 
 from qlora_jax.config import LoraConfig, OptimizerConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
-from qlora_jax.lora import plan
+from qlora_jax.formats.load import load_model
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.train import step as steps
@@ -23,8 +23,8 @@ CONFIG = LoraConfig(rank=4, target_modules=["q_proj"])
 def test_a_has_no_gradient_and_no_moments_and_b_moves_as_with_a_trained_a(models):
     moved = {}
     for freeze in (False, True):
-        model = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
-        attach(model, plan(CONFIG, model.linears()), jax.random.key(0), freeze_a=freeze)
+        model = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+        attach(model, choose_adapters(CONFIG, model.linears()), jax.random.key(0), freeze_a=freeze)
         assert trees.parameter_counts(model, "lora")[0] == 3 * 4 * (64 if freeze else 128)
         graph, trained, frozen = trees.split(model, "lora")
         names = {path.rpartition(".")[2] for path in trees.flatten(trained)}
@@ -53,8 +53,8 @@ def test_a_has_no_gradient_and_no_moments_and_b_moves_as_with_a_trained_a(models
         state = program.update(state, gradients, figures.finite)
         after = nnx.merge(graph, state.trained, frozen).runs[0].q_proj.adapter
         moved[freeze] = [np.asarray(v.get_value()) for v in (after.a, after.b)]
-    start = load(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
-    attach(start, plan(CONFIG, start.linears()), jax.random.key(0))
+    start = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
+    attach(start, choose_adapters(CONFIG, start.linears()), jax.random.key(0))
     np.testing.assert_array_equal(moved[True][0], start.runs[0].q_proj.adapter.a.get_value())
     # at the start B is zero, so A has no gradient and only B moves
     np.testing.assert_allclose(moved[True][1], moved[False][1], atol=1e-6)

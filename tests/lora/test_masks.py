@@ -13,8 +13,8 @@ from flax import nnx
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
-from qlora_jax.lora import LoraParam, masks, plan
+from qlora_jax.formats.load import load_model
+from qlora_jax.lora import LoraParam, choose_adapters, masks
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.quant import QTensor
@@ -44,8 +44,8 @@ def model(models: Path) -> Decoder:
 
 
 def adapted(models: Path, quant: QuantConfig | None) -> Decoder:
-    made = load(open_folder(models / "llama"), quant=quant, dtype=jnp.bfloat16)
-    attach(made, plan(CONFIG, made.linears()), jax.random.key(0), variant="dora")
+    made = load_model(open_folder(models / "llama"), quant=quant, dtype=jnp.bfloat16)
+    attach(made, choose_adapters(CONFIG, made.linears()), jax.random.key(0), variant="dora")
     return made
 
 

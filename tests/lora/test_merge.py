@@ -8,9 +8,9 @@ from flax import nnx
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.merged import MergedCheckpoint
-from qlora_jax.lora import Adapter, AdapterSpec, plan
+from qlora_jax.lora import Adapter, AdapterSpec, choose_adapters
 from qlora_jax.lora.linear import merged
 from qlora_jax.models.decoder import attach
 from qlora_jax.quant import dequantize, quantize
@@ -62,9 +62,14 @@ def test_the_sum_is_rounded_once(adapter, stored, dtype):
 @pytest.mark.quick
 def test_a_merged_model_is_the_same_function(models, kind, variant, quant):
     source = open_folder(models / kind)
-    model = load(source, quant=quant, dtype=jnp.float32)
+    model = load_model(source, quant=quant, dtype=jnp.float32)
     plain = logits(model)
-    attach(model, plan(LoraConfig(rank=4), model.linears()), jax.random.key(0), variant=variant)
+    attach(
+        model,
+        choose_adapters(LoraConfig(rank=4), model.linears()),
+        jax.random.key(0),
+        variant=variant,
+    )
     for run in model.runs:
         for linear in run.linears().values():
             b = linear.adapter.b
@@ -72,7 +77,7 @@ def test_a_merged_model_is_the_same_function(models, kind, variant, quant):
             b.set_value(0.05 * jax.random.normal(key, b.get_value().shape))
     expected = logits(model)
     assert np.abs(expected - plain).max() > 0.01
-    found = logits(load(MergedCheckpoint(model, source), quant=None, dtype=jnp.float32))
+    found = logits(load_model(MergedCheckpoint(model, source), quant=None, dtype=jnp.float32))
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
@@ -101,11 +106,11 @@ def cost(model) -> tuple[float, float]:
 @pytest.mark.quick
 def test_a_merged_model_costs_what_its_base_does_and_an_adapter_more(models):
     source = open_folder(models / "llama")
-    base = cost(load(source, quant=None, dtype=jnp.float32))
-    model = load(source, quant=None, dtype=jnp.float32)
-    attach(model, plan(LoraConfig(rank=8), model.linears()), jax.random.key(0))
+    base = cost(load_model(source, quant=None, dtype=jnp.float32))
+    model = load_model(source, quant=None, dtype=jnp.float32)
+    attach(model, choose_adapters(LoraConfig(rank=8), model.linears()), jax.random.key(0))
     adapted = cost(model)
-    assert cost(load(MergedCheckpoint(model, source), quant=None, dtype=jnp.float32)) == base
+    assert cost(load_model(MergedCheckpoint(model, source), quant=None, dtype=jnp.float32)) == base
     print("flops, bytes:", base, "with adapters:", adapted)
     assert adapted[0] > base[0]
     assert adapted[1] > base[1]

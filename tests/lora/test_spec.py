@@ -4,7 +4,7 @@ import math
 import pytest
 
 from qlora_jax.config import LoraConfig
-from qlora_jax.lora import AdapterSpec, plan, ranks_above_full
+from qlora_jax.lora import AdapterSpec, choose_adapters, ranks_above_full
 from qlora_jax.runtime.errors import UserError
 
 SHAPES = {"q_proj": (64, 64), "k_proj": (64, 32), "v_proj": (64, 32), "o_proj": (64, 64)}
@@ -18,7 +18,7 @@ LINEARS = {
 
 
 def chosen(target):
-    return list(plan(LoraConfig(target_modules=target), LINEARS))
+    return list(choose_adapters(LoraConfig(target_modules=target), LINEARS))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_is_chosen_is_what_was_asked_for_in_the_models_order():
 )
 def test_errors(changes, message):
     with pytest.raises(UserError, match=message):
-        plan(LoraConfig(**changes), LINEARS)
+        choose_adapters(LoraConfig(**changes), LINEARS)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_errors(changes, message):
     [("alpha/r", 32 / 16), ("alpha/sqrt(r)", 32 / math.sqrt(16)), ("constant", 32.0)],
 )
 def test_scaling(scaling, scale):
-    specs = plan(LoraConfig(rank=16, alpha=32, scaling=scaling), LINEARS)
+    specs = choose_adapters(LoraConfig(rank=16, alpha=32, scaling=scaling), LINEARS)
     assert set(specs.values()) == {AdapterSpec(16, 32.0, scale)}
 
 
@@ -84,7 +84,7 @@ def test_scaling_is_by_each_modules_own_rank_and_alpha():
         rank_pattern={"q_proj": 4},
         alpha_pattern={"q_proj": 10.0, "layers.1.self_attn.v_proj": 8.0},
     )
-    specs = plan(config, LINEARS)
+    specs = choose_adapters(config, LINEARS)
     assert specs["model.layers.5.self_attn.q_proj"] == AdapterSpec(4, 10.0, 10 / 2)
     assert specs["model.layers.1.self_attn.v_proj"] == AdapterSpec(16, 8.0, 8 / 4)
     assert specs["model.layers.10.self_attn.v_proj"] == AdapterSpec(16, 32.0, 8.0)
@@ -93,7 +93,7 @@ def test_scaling_is_by_each_modules_own_rank_and_alpha():
 def test_patterns_mean_what_they_mean_in_peft(models):
     """Rank and factor that PEFT gave each module of llama/peft_patterns."""
     config = json.loads((models / "llama" / "peft_patterns" / "adapter_config.json").read_text())
-    specs = plan(
+    specs = choose_adapters(
         LoraConfig(
             rank=config["r"],
             alpha=config["lora_alpha"],
@@ -118,6 +118,6 @@ def test_patterns_mean_what_they_mean_in_peft(models):
 
 
 def test_a_rank_no_matrix_needs_is_named():
-    specs = plan(LoraConfig(rank=64, target_modules=["k_proj", "o_proj"]), LINEARS)
+    specs = choose_adapters(LoraConfig(rank=64, target_modules=["k_proj", "o_proj"]), LINEARS)
     assert ranks_above_full(specs, LINEARS) == [p for p in LINEARS if p.endswith("k_proj")]
-    assert ranks_above_full(plan(LoraConfig(rank=32), LINEARS), LINEARS) == []
+    assert ranks_above_full(choose_adapters(LoraConfig(rank=32), LINEARS), LINEARS) == []

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.models.decoder import Decoder
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
@@ -23,6 +23,6 @@ def open_model() -> Callable[..., Decoder]:
     """Loads a reference model by name in float32; a model of its own each time."""
 
     def read(name: str, quant: QuantConfig | None = None) -> Decoder:
-        return load(open_folder(MODELS / name), quant=quant, dtype=jnp.float32)
+        return load_model(open_folder(MODELS / name), quant=quant, dtype=jnp.float32)
 
     return read

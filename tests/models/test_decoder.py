@@ -9,7 +9,7 @@ from flax import nnx
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import REMAT, Decoder, attach, empty_cache, use_attention
 from qlora_jax.quant import dequantize, quantize
@@ -189,7 +189,7 @@ def deep(models):
     model = build(checkpoint, [layers])
     model.config = dataclasses.replace(checkpoint.config, num_layers=12, windows=(None,) * 12)
     config = LoraConfig(rank=4, target_modules=["q_proj"])
-    attach(model, plan(config, model.linears()), jax.random.key(0), dropout=0.1)
+    attach(model, choose_adapters(config, model.linears()), jax.random.key(0), dropout=0.1)
     b = model.runs[0].q_proj.adapter.b
     b.set_value(0.02 * jax.random.normal(jax.random.key(1), b.get_value().shape))
     return trees.split(model, "qlora")

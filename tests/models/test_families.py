@@ -15,7 +15,7 @@ from selection import mostly_slow
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats import peft
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.lora import AdapterSpec, plan
+from qlora_jax.lora import AdapterSpec, choose_adapters
 from qlora_jax.models import config, trees
 from qlora_jax.models.config import FAMILIES, Rope, from_hugging_face
 from qlora_jax.models.decoder import attach
@@ -119,7 +119,7 @@ def test_gradients_of_adapters_are_those_of_a_dense_loss(models, open_model, nam
     """Remat, attention's own gradient and the loss's against plain differentiation."""
     tokens = jnp.asarray(np.load(models / name / "reference.npz")["tokens"])[:, :24]
     model = open_model(name)
-    attach(model, plan(LoraConfig(rank=2), model.linears()), jax.random.key(0))
+    attach(model, choose_adapters(LoraConfig(rank=2), model.linears()), jax.random.key(0))
     for _, linear, i in model.walk():
         b = linear.adapter.b
         b.set_value(b.get_value().at[i].set(0.05 * jnp.cos(jnp.arange(b[i].size)).reshape(2, -1)))

@@ -18,8 +18,8 @@ from selection import mostly_slow
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats import load as loading
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
-from qlora_jax.lora import plan
+from qlora_jax.formats.load import load_model
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import fingerprint, trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.quant.dynamic8 import dynamic_map
@@ -91,7 +91,7 @@ def as_stored(source, model):
 @pytest.mark.quick
 def test_it_is_that_of_the_files_numbers(models, kind):
     source = open_folder(models / kind)
-    found = fingerprint.base_hash(load(source, quant=None, dtype=jnp.float32), "lora")
+    found = fingerprint.base_hash(load_model(source, quant=None, dtype=jnp.float32), "lora")
     assert found == expected_hash({name: source.read(name) for name in source.names()})
     if kind == "llama":
         assert found == GOLDEN
@@ -101,7 +101,7 @@ def test_it_is_that_of_the_files_numbers(models, kind):
 @pytest.mark.quick
 def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
     source = open_folder(models / "llama")
-    model = load(source, quant=None, dtype=dtype)
+    model = load_model(source, quant=None, dtype=dtype)
     rounded = {name: source.read(name).astype(dtype) for name in source.names()}
     found = fingerprint.base_hash(model, "lora")
     assert found == expected_hash(rounded)
@@ -127,20 +127,20 @@ def test_a_dtype_counts_by_the_numbers_it_holds(models, dtype):
 @pytest.mark.quick
 def test_a_quantized_weight_counts_by_its_decoded_numbers(models, quant):
     source = open_folder(models / "llama")
-    model = load(source, quant=quant, dtype=jnp.float32)
+    model = load_model(source, quant=quant, dtype=jnp.float32)
     assert fingerprint.base_hash(model, "qlora") == expected_hash(as_stored(source, model))
 
 
 @pytest.mark.quick
 def test_stacks_do_not_matter_nor_do_adapters(models, monkeypatch):
     source = open_folder(models / "llama")
-    model = load(source, quant=QuantConfig(), dtype=jnp.float32)
+    model = load_model(source, quant=QuantConfig(), dtype=jnp.float32)
     found = fingerprint.base_hash(model, "qlora")
     monkeypatch.setattr(loading, "_stacks", lambda c: ([(0, 0), (0, 1), (1, 0)], [2, 1]))
-    parts = load(source, quant=QuantConfig(), dtype=jnp.float32)
+    parts = load_model(source, quant=QuantConfig(), dtype=jnp.float32)
     assert len(parts.runs) == 2
     assert fingerprint.base_hash(parts, "qlora") == found
-    specs = plan(LoraConfig(rank=3), model.linears())
+    specs = choose_adapters(LoraConfig(rank=3), model.linears())
     attach(model, specs, jax.random.key(0), freeze_a=True)
     assert fingerprint.base_hash(model, "qlora") == found
     assert fingerprint.like("1:", parts, "qlora") != fingerprint.like("1:", model, "qlora")
@@ -240,7 +240,7 @@ def test_an_unknown_version_is_refused(open_model):
 
 def test_version_1_is_of_the_tree_that_is_not_trained(open_model):
     model = open_model("llama")
-    attach(model, plan(LoraConfig(rank=3), model.linears()), jax.random.key(0))
+    attach(model, choose_adapters(LoraConfig(rank=3), model.linears()), jax.random.key(0))
     _, trained, frozen = trees.split(model, "lora")
     assert fingerprint.like("1:ab", model, "lora") == f"1:{trees.sha256(frozen)}"
     _, trained, _ = trees.split(open_model("llama"), "full")

@@ -14,11 +14,11 @@ from qlora_jax.models.adapters import attach_bank, put_adapter
 from qlora_jax.models.decoder import empty_cache
 from qlora_jax.models.generate import (
     CHUNK,
-    Rows,
+    RowState,
     Sampling,
-    decode,
     draw,
     generate,
+    generate_chunk,
     padded_size,
     prefill,
 )
@@ -108,7 +108,7 @@ def test_a_row_ends_before_its_stop_id(model):
 
 def decode_arguments(model, cache, batch, done):
     structure, weights = nnx.split(model)
-    rows = Rows(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.full(batch, done))
+    rows = RowState(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.full(batch, done))
     sampling = Sampling(0.0, 1.0, jax.vmap(jax.random.key)(jnp.arange(batch)))
     stops = np.full(8, -1, np.int32)
     dtype = jnp.dtype(jnp.float32)
@@ -117,7 +117,7 @@ def decode_arguments(model, cache, batch, done):
 
 def test_a_finished_batch_stops_decoding(model):
     cache = empty_cache(model.config, 4, 128, jnp.float32)
-    _, cache, drawn = decode(*decode_arguments(model, cache, 4, done=True))
+    _, cache, drawn = generate_chunk(*decode_arguments(model, cache, 4, done=True))
     assert np.all(np.asarray(drawn) == 77)
     assert not np.asarray(cache.k).any()
 
@@ -145,18 +145,18 @@ def test_tokens_are_handed_out_as_they_come(model):
 
 def test_other_weights_and_settings_need_no_new_program(model, open_model):
     write(model, PROMPTS)
-    before = prefill._cache_size(), decode._cache_size()
+    before = prefill._cache_size(), generate_chunk._cache_size()
     other = open_model("llama")
     other.embed.set_value(other.embed.get_value()[::-1])
     prompts = [p[:2] for p in PROMPTS[::2]] + PROMPTS[2:]
     assert write(other, prompts, temperature=0.7, top_p=0.5, seed=3) != write(model, prompts)
     assert write(other, prompts) == without_cache(other, prompts, NEW)
-    assert (prefill._cache_size(), decode._cache_size()) == before
+    assert (prefill._cache_size(), generate_chunk._cache_size()) == before
 
 
 def test_the_cache_is_written_in_place(model):
     cache = jax.eval_shape(lambda: empty_cache(model.config, 2, 4096, jnp.float32))
-    compiled = decode.lower(*decode_arguments(model, cache, 2, done=False)).compile()
+    compiled = generate_chunk.lower(*decode_arguments(model, cache, 2, done=False)).compile()
     memory = compiled.memory_analysis()
     size = nbytes(cache)
     assert memory.alias_size_in_bytes >= size

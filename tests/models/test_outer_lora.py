@@ -14,7 +14,7 @@ from selection import mostly_slow
 
 from qlora_jax.config import LoraConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.peft import read_adapter, write_adapter
 from qlora_jax.formats.write import write_model
@@ -24,7 +24,7 @@ from qlora_jax.models import trees
 from qlora_jax.models.adapters import wear
 from qlora_jax.models.decoder import attach
 from qlora_jax.models.parts import layer_linears, outer_modules
-from qlora_jax.train import units
+from qlora_jax.train import layer_groups
 from qlora_jax.train.export import adapters
 from qlora_jax.train.step import Recipe, loss_sum
 from qlora_jax.train.targets import targets
@@ -52,7 +52,7 @@ def drawn(config, paths, rank=3) -> dict[str, LoraWeights]:
 
 
 def base(folder):
-    return load(open_folder(folder), quant=None, dtype=jnp.float32)
+    return load_model(open_folder(folder), quant=None, dtype=jnp.float32)
 
 
 @jax.jit(static_argnums=0)
@@ -182,7 +182,9 @@ def test_what_is_trained_and_counted(models):
     assert kinds == [LoraParam, LoraB]
     # no layer has an adapter: one unit
     trained = trees.split(model, "lora").trained
-    assert [(group.layers, len(group.places)) for group in units.groups(trained)] == [(None, 4)]
+    assert [(group.layers, len(group.places)) for group in layer_groups.find_groups(trained)] == [
+        (None, 4)
+    ]
 
 
 def test_dropout_is_on_the_heads_input_in_training_alone(models):

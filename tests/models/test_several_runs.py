@@ -9,7 +9,7 @@ from flax import nnx
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats import load as loading
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 
 
 def adapted(source):
-    model = loading.load(source, quant=QuantConfig(), dtype=jnp.float32)
-    attach(model, plan(LoraConfig(rank=3), model.linears()), jax.random.key(0))
+    model = loading.load_model(source, quant=QuantConfig(), dtype=jnp.float32)
+    attach(model, choose_adapters(LoraConfig(rank=3), model.linears()), jax.random.key(0))
     random = np.random.default_rng(0)
     for _, linear, i in model.walk():
         for leaf in (linear.adapter.a, linear.adapter.b):

@@ -6,7 +6,7 @@ from flax import nnx
 
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats.names import expected_shapes
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig, Rope
 from qlora_jax.models.decoder import Decoder, attach
@@ -21,7 +21,7 @@ def adapted(open_model):
         rank_pattern={"layers.1.self_attn.q_proj": 2, "v_proj": 3},
         target_modules=["q_proj", "v_proj", "down_proj"],
     )
-    attach(model, plan(config, model.linears()), jax.random.key(0))
+    attach(model, choose_adapters(config, model.linears()), jax.random.key(0))
     return model
 
 

@@ -12,8 +12,8 @@ import pytest
 from qlora_jax.config import LoraConfig, QuantConfig
 from qlora_jax.formats import peft as peft_format
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
-from qlora_jax.lora import Adapter, AdapterSpec, plan
+from qlora_jax.formats.load import load_model
+from qlora_jax.lora import Adapter, AdapterSpec, choose_adapters
 from qlora_jax.models.decoder import Decoder, attach
 
 REASON = "needs the parity extra (make parity)"
@@ -119,7 +119,7 @@ def theirs(folder: Path, **options: Any) -> Any:
 
 def ours(folder: Path, quant: QuantConfig | None = None) -> Decoder:
     """The model as we load it, in float32."""
-    return load(open_folder(folder), quant=quant, dtype=jnp.float32)
+    return load_model(open_folder(folder), quant=quant, dtype=jnp.float32)
 
 
 def tokens(model: Decoder, seed: int, rows: int = 2, length: int = 48) -> np.ndarray:
@@ -143,7 +143,7 @@ def our_logits(model: Decoder, ids: np.ndarray) -> np.ndarray:
 
 def adapt(model: Decoder, config: LoraConfig, seed: int, *, zero_b: bool = False) -> None:
     """Attaches adapters, in place, with a random B unless it is to start at zero."""
-    attach(model, plan(config, model.linears()), jax.random.key(seed), init=config.init)
+    attach(model, choose_adapters(config, model.linears()), jax.random.key(seed), init=config.init)
     if zero_b:
         return
     random = np.random.default_rng(seed)

@@ -113,7 +113,7 @@ def test_transformers_computes_with_the_merged_model(tmp_path, kind, only):
     model = wearing(folder, tmp_path / "adapter")
     source = MergedCheckpoint(model, open_folder(folder))
     text = train_bpe(["some text"], 300, "test")
-    write_model(source, tmp_path / "merged", None, "float32", text=text)
+    write_model(source, tmp_path / "merged", None, "float32", tokenizer=text)
     merged = theirs(tmp_path / "merged")
     assert merged.config.tie_word_embeddings is False
     ids = tokens(model, seed=3)

@@ -17,7 +17,7 @@ from pairs import (
 
 from qlora_jax.config import LoraConfig
 from qlora_jax.formats.peft import write_adapter
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.train.export import adapters
 
 peft = pytest.importorskip("peft", reason=REASON)
@@ -76,7 +76,7 @@ def test_modules_ranks_and_factors_resolve_alike(tmp_path, name, family):
     folder = save(tmp_path / "model", family, seed=4)
     config = LoraConfig(**CONFIGS[name])
     expected = resolved(peft.get_peft_model(theirs(folder), peft_config(config)))
-    specs = plan(config, ours(folder).linears())
+    specs = choose_adapters(config, ours(folder).linears())
     assert {path: spec.rank for path, spec in specs.items()} == {
         path: rank for path, (rank, _) in expected.items()
     }
@@ -100,7 +100,7 @@ def test_modules_of_fused_and_renamed_linears_resolve_alike(tmp_path, family):
     folder = save(tmp_path / "model", family, seed=4)
     config = LoraConfig(rank=4, alpha=8)
     expected = resolved(peft.get_peft_model(theirs(folder), peft_config(config)))
-    specs = plan(config, ours(folder).linears())
+    specs = choose_adapters(config, ours(folder).linears())
     assert {path: (spec.rank, spec.scale) for path, spec in specs.items()} == expected
 
 

@@ -47,7 +47,7 @@ def llama_cpp_ids(file: Path, texts: list[str]) -> list[list[int]]:
 
 def write_folder(file: Path, family: str, folder: Path) -> Path:
     folder.mkdir()
-    tokenizers_.load(file).save(folder)
+    tokenizers_.load_tokenizer(file).save(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": family}))
     return folder
 
@@ -55,7 +55,7 @@ def write_folder(file: Path, family: str, folder: Path) -> Path:
 def test_smollm2s_ids_are_llama_cpps(builtin_gguf: Path, tmp_path: Path) -> None:
     folder = write_folder(builtin_gguf, "llama", tmp_path / "folder")
     backend = Backend.from_file(str(folder / "tokenizer.json"))
-    file, made = tokenizers_.load(builtin_gguf), tokenizers_.load(folder)
+    file, made = tokenizers_.load_tokenizer(builtin_gguf), tokenizers_.load_tokenizer(folder)
     for text, ids in zip(TEXTS, llama_cpp_ids(builtin_gguf, TEXTS)):
         assert file.encode(text) == ids, text
         assert made.encode(text) == ids, text
@@ -67,7 +67,7 @@ def test_every_pre_tokenizer_cuts_as_llama_cpp_does(builtin_gguf: Path, tmp_path
     file = write_vocabulary(builtin_gguf, pre, tmp_path / "vocabulary.gguf")
     # llama.cpp does not compose letters where the model's own file does
     texts = [unicodedata.normalize("NFC", text) for text in TEXTS]
-    loaded = tokenizers_.load(file)
+    loaded = tokenizers_.load_tokenizer(file)
     for text, ids in zip(texts, llama_cpp_ids(file, texts)):
         assert loaded.encode(text) == ids, text
 
@@ -80,7 +80,7 @@ def test_transformers_takes_the_tokenizer_that_is_written(
     file = write_vocabulary(builtin_gguf, pre, tmp_path / "vocabulary.gguf")
     folder = write_folder(file, family, tmp_path / "folder")
     peer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    loaded = tokenizers_.load(file)
+    loaded = tokenizers_.load_tokenizer(file)
     for text in TEXTS:
         ids = loaded.encode(text)
         assert peer.encode(text, add_special_tokens=False) == ids, text

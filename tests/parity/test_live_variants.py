@@ -10,13 +10,13 @@ from qlora_jax import config as configs
 from qlora_jax.config import LoraConfig, OptimizerConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.peft import read_adapter, write_adapter
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.train import step as steps
 from qlora_jax.train.export import adapters, export_adapter
 from qlora_jax.train.optimizer import adamw
-from qlora_jax.train.setup import load_model
+from qlora_jax.train.setup import load_run_model
 
 peft = pytest.importorskip("peft", reason=REASON)
 pytestmark = pytest.mark.parity
@@ -28,7 +28,7 @@ def dora(folder, out, *, freeze_a=False):
     """Our model with DoRA, B not zero, and PEFT's with the same adapter, for training."""
     model = ours(folder)
     lora = LoraConfig(rank=4, alpha=6, rank_pattern={"q_proj": 2})
-    specs = plan(lora, model.linears())
+    specs = choose_adapters(lora, model.linears())
     attach(model, specs, jax.random.key(1), variant="dora", freeze_a=freeze_a)
     random = np.random.default_rng(1)
     for run in model.runs:
@@ -114,7 +114,7 @@ def pissa_config(folder, **lora):
 def test_pissa_starts_as_pefts_and_converts_to_the_same_adapter(tmp_path, scaling):
     folder = save(tmp_path / "model", "llama", seed=5)
     config = pissa_config(folder, scaling=scaling)
-    model, _ = load_model(config, open_folder(folder), lambda line: None)
+    model, _ = load_run_model(config, open_folder(folder), lambda line: None)
     peer = peft.get_peft_model(
         theirs(folder),
         peft.LoraConfig(

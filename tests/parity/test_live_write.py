@@ -37,7 +37,7 @@ def test_the_copy_is_the_same_function(kind, tmp_path):
     model = ours(original)
     text = train_bpe(["some text"], 300, "test")
     source = MergedCheckpoint(model, open_folder(original))
-    write_model(source, tmp_path / "copy", None, "float32", text=text)
+    write_model(source, tmp_path / "copy", None, "float32", tokenizer=text)
     ids = tokens(model, 1)
     expected = their_logits(theirs(original), ids)
     assert expected.std() > 0.1

@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.config import Config, changed, from_tree
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.models.shapes import find
-from qlora_jax.plan.accounts import abstract_step
+from qlora_jax.plan.compiled_memory import abstract_step
 from qlora_jax.plan.exact import ORDER, PARTS, QUANTIZED, count, gradients
 
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"

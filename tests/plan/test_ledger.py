@@ -16,8 +16,8 @@ from selection import mostly_slow
 from qlora_jax.config import Config, from_tree
 from qlora_jax.data.packing import fill
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
-from qlora_jax.lora import LoraParam, Weight, plan
+from qlora_jax.formats.load import load_model
+from qlora_jax.lora import LoraParam, Weight, choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.models.shapes import find
@@ -54,13 +54,13 @@ def config(**changes: Any) -> Config:
 def loaded(name: str, run: Config) -> Any:
     """(graph, trained, frozen) of a reference model as a run has them."""
     full, lora = run.method == "full", run.lora
-    model = load(
+    model = load_model(
         open_folder(MODELS / name),
         quant=run.quant if run.method == "qlora" else None,
         dtype=jnp.dtype(lora.dtype if full else run.model.storage_dtype),
     )
     if not full:
-        specs, dtype = plan(lora, model.linears()), jnp.dtype(lora.dtype)
+        specs, dtype = choose_adapters(lora, model.linears()), jnp.dtype(lora.dtype)
         attach(model, specs, jax.random.key(0), dropout=lora.dropout, dtype=dtype)
     return trees.split(model, run.method)
 
@@ -99,7 +99,7 @@ def abstract(name: str, run: Config) -> Any:
             outer.get(f"{names.positions}.weight"),
         )
         if not full:
-            specs = plan(run.lora, model.linears())
+            specs = choose_adapters(run.lora, model.linears())
             attach(
                 model,
                 specs,

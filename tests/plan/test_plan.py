@@ -11,17 +11,17 @@ import pytest
 from qlora_jax.commands import plan as command
 from qlora_jax.config import Config, changed, from_tree
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.gpu.compile import compile_for, has_plugin
 from qlora_jax.gpu.described import GPUS, description, read_gpu
-from qlora_jax.lora import plan as adapters
+from qlora_jax.lora import choose_adapters as adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import accounts, choose, fit, plan, search
-from qlora_jax.plan.accounts import Account
+from qlora_jax.plan import choose, compiled_memory, fit, plan, search
 from qlora_jax.plan.advice import changes
 from qlora_jax.plan.compiled import Plan
+from qlora_jax.plan.compiled_memory import ProgramMemory
 from qlora_jax.plan.ledger import ledger, total
 from qlora_jax.plan.temporaries import Temporary, temporaries
 from qlora_jax.quant import nbytes
@@ -47,9 +47,9 @@ def config(**more: str) -> Config:
     return changed(from_tree(tree, "test"), overrides)
 
 
-def abstract(run: Config, gpu: str | None = None) -> accounts.Step:
+def abstract(run: Config, gpu: str | None = None) -> compiled_memory.AbstractStep:
     device = read_gpu(gpu) if gpu else jax.devices("cpu")[0]
-    return accounts.abstract_step(run, open_folder(LLAMA).config, device)
+    return compiled_memory.abstract_step(run, open_folder(LLAMA).config, device)
 
 
 @pytest.mark.parametrize("folder", sorted(LLAMA.parent.glob("*/")), ids=lambda path: path.name)
@@ -67,7 +67,7 @@ def test_every_family_reaches_the_compiling_process_whole(folder: Path) -> None:
 def test_shapes_alone_give_the_tree_of_the_real_model(method: str, variant: str) -> None:
     run = config(method=method, lora__variant=variant)
     quant = run.quant if method == "qlora" else None
-    model = load(open_folder(LLAMA), quant=quant, dtype=jnp.float32)
+    model = load_model(open_folder(LLAMA), quant=quant, dtype=jnp.float32)
     if method != "full":
         specs = adapters(run.lora, model.linears())
         attach(model, specs, jax.random.key(0), variant=variant)
@@ -89,7 +89,7 @@ def compiled(function, *arguments, donate=()):
 def test_arguments_are_the_trees_bytes(method: str) -> None:
     run = config(method=method, model__remat="dots")
     step = abstract(run)
-    (account,) = accounts.gradient_accounts(step, compiled)
+    (account,) = compiled_memory.gradient_memory(step, compiled)
     trained, frozen = nbytes(step.state.trained), nbytes(step.frozen)
     inputs = nbytes(dict(step.batch)) + 4  # the loss scale
     assert account.arguments == trained + frozen + inputs
@@ -109,7 +109,7 @@ def exact(parts) -> dict[str, int]:
 def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
     step = abstract(config(model__remat=remat, optimizer__clip_norm="0"), "a100")
     assert step.program.direct is not None
-    layers = {piece.name: piece for piece in accounts.gradient_pieces(step)}
+    layers = {piece.name: piece for piece in compiled_memory.gradient_pieces(step)}
     backward = layers["backward of a layer"]
     _, _, x, g, shared, own = backward.arguments
     model = nbytes((step.state.trained, step.frozen, dict(step.batch)))
@@ -119,7 +119,7 @@ def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
     assert backward.host == (count * nbytes(x) if remat == "host" else 0)
     whole = abstract(config(model__remat=remat), "a100")
     assert whole.program.direct is None
-    clipping = {piece.name: piece for piece in accounts.gradient_pieces(whole)}
+    clipping = {piece.name: piece for piece in compiled_memory.gradient_pieces(whole)}
     more = clipping["backward of a layer"].alive - backward.alive
     assert more == nbytes(whole.gradients)
 
@@ -131,7 +131,7 @@ def test_nothing_as_large_as_tokens_by_tokens_exists(remat: str) -> None:
     step = abstract(
         config(data__sequence_length=str(length), train__batch_size="1", model__remat=remat), "a100"
     )
-    for piece in accounts.gradient_pieces(step):
+    for piece in compiled_memory.gradient_pieces(step):
         made = compiled(piece.function, *piece.arguments, donate=piece.donate)
         assert made.memory_analysis().temp_size_in_bytes < length**2 / 2
 
@@ -140,7 +140,7 @@ def test_what_is_auto_is_the_fastest_that_fits() -> None:
     sizes = {"dots": 100, "full": 60, "host": 40}
 
     def compile_(run: Config) -> choose.Compiled:
-        account = Account("gradient", 0, 0, 0, sizes[run.model.remat], 0)
+        account = ProgramMemory("gradient", 0, 0, 0, sizes[run.model.remat], 0)
         return choose.Compiled(moments_of(10), [account], [])
 
     def chosen(limit: int, **settings: str) -> tuple[str, str]:
@@ -157,7 +157,7 @@ def test_what_is_auto_is_the_fastest_that_fits() -> None:
     assert chosen(105, optimizer__offload="device", **auto) == ("full", "device")
 
 
-def moments_of(size: int) -> accounts.Step:
+def moments_of(size: int) -> compiled_memory.AbstractStep:
     """A step of which the bytes of its moments are known, and nothing else."""
     step = abstract(config(model__remat="dots"))
     unit = jax.ShapeDtypeStruct((size,), jnp.uint8)
@@ -168,11 +168,11 @@ def moments_of(size: int) -> accounts.Step:
 def test_moments_are_counted_once_wherever_they_are() -> None:
     step = abstract(config(method="full"))
     sizes = [nbytes(unit) for unit in step.state.optimizer]
-    assert accounts.held_moments(step, False, False) == (sum(sizes), 0)
-    assert accounts.held_moments(step, False, True) == (sum(sizes) - max(sizes), 0)
-    assert accounts.held_moments(step, True, False) == (0, sum(sizes))
-    assert accounts.held_moments(step, True, True) == (2 * max(sizes), sum(sizes))
-    for update in accounts.update_accounts(step, compiled):
+    assert compiled_memory.held_moments(step, False, False) == (sum(sizes), 0)
+    assert compiled_memory.held_moments(step, False, True) == (sum(sizes) - max(sizes), 0)
+    assert compiled_memory.held_moments(step, True, False) == (0, sum(sizes))
+    assert compiled_memory.held_moments(step, True, True) == (2 * max(sizes), sum(sizes))
+    for update in compiled_memory.update_memory(step, compiled):
         everything = nbytes((step.state.trained, step.gradients, step.frozen))
         moments = update.arguments + update.elsewhere - everything
         assert any(size <= moments <= size + 64 for size in sizes)
@@ -295,7 +295,7 @@ def test_changes_stop_when_enough_is_saved() -> None:
 
 
 def test_a_plan_fits_by_its_largest_program() -> None:
-    programs = [Account("a", 5, 2, 1, 3, 0), Account("b", 1, 1, 0, 1, 7)]
+    programs = [ProgramMemory("a", 5, 2, 1, 3, 0), ProgramMemory("b", 1, 1, 0, 1, 7)]
     made = Plan("t4", "device", "dots", 9, 0, programs, [])
     assert made.device == 10
     assert not made.fits
@@ -411,9 +411,9 @@ def test_a_long_sequence_has_no_array_of_tokens_by_what_is_wide(tmp_path: Path) 
     )
     settings = {"data.sequence_length": str(length), "model.remat": "full"}
     run = command.of_model("llama3-8b", settings)
-    step = accounts.abstract_step(run, model, read_gpu("a100"))
+    step = compiled_memory.abstract_step(run, model, read_gpu("a100"))
     narrowest = length * min(length, model.vocab_size, model.intermediate_size)
-    for piece in accounts.gradient_pieces(step):
+    for piece in compiled_memory.gradient_pieces(step):
         folder = tmp_path / piece.name
         options = {"xla_dump_to": str(folder)}
         compile_for("a100", piece.function, *piece.arguments, donate=piece.donate, options=options)

@@ -16,7 +16,7 @@ from qlora_jax.gpu.compile import has_plugin
 from qlora_jax.gpu.links import link_of
 from qlora_jax.models import sharding, trees
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import accounts, exchanged, fit, share
+from qlora_jax.plan import compiled_memory, exchanged, fit, share
 from qlora_jax.plan.advice import changes
 from qlora_jax.plan.exact import count
 from qlora_jax.plan.ledger import ledger, total
@@ -25,7 +25,7 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.mesh import device_mesh
 from qlora_jax.train.assemble import assemble
 from qlora_jax.train.mesh import split_over
-from qlora_jax.train.setup import load_model
+from qlora_jax.train.setup import load_run_model
 
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 ROW_OF_EACH = {"data": 2, "fsdp": 4}
@@ -60,9 +60,9 @@ def small(**more: str) -> Config:
     return changed(from_tree(tree, "test"), {k.replace("__", "."): x for k, x in more.items()})
 
 
-def planned(run: Config) -> accounts.Step:
+def planned(run: Config) -> compiled_memory.AbstractStep:
     decoder = open_folder(LLAMA).config
-    return accounts.abstract_step(run, decoder, jax.devices()[0], device_mesh(**ROW_OF_EACH))
+    return compiled_memory.abstract_step(run, decoder, jax.devices()[0], device_mesh(**ROW_OF_EACH))
 
 
 def homes(tree: Any) -> list[tuple[Any, ...]]:
@@ -74,7 +74,7 @@ def homes(tree: Any) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_a_plan_has_every_array_where_the_run_has_it(method: str, small_arrays_split: None) -> None:
     run, mesh = small(method=method), device_mesh(**ROW_OF_EACH)
-    model, _ = load_model(run, open_folder(LLAMA), print, mesh)
+    model, _ = load_run_model(run, open_folder(LLAMA), print, mesh)
     parts, layout = split_over(mesh, trees.split(model, method), print)
     real, step = assemble(run, parts, layout=layout), planned(run)
     assert homes((step.state, step.frozen)) == homes((real.state, real.frozen))
@@ -91,7 +91,7 @@ def test_what_a_compiled_gradient_takes_and_exchanges(
         kept.append(fit.compiled(*arguments, **options))
         return kept[-1]
 
-    (gradient,) = accounts.gradient_accounts(step, compiled)
+    (gradient,) = compiled_memory.gradient_memory(step, compiled)
     trees_ = share.nbytes((step.state.trained, step.frozen, dict(step.batch)))
     assert gradient.arguments == trees_ + 4  # the loss scale
     sent = traffic(kept[0].as_text(), step, open_folder(LLAMA).config, ROW_OF_EACH["fsdp"])

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.quant import nbytes
-from qlora_jax.quant.dynamic8 import BLOCK, decode, dynamic_map, encode, nearest
+from qlora_jax.quant.dynamic8 import BLOCK, decode8, dynamic_map, encode8, nearest
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dynamic8.npz")
 kinds = pytest.mark.parametrize("kind", ["signed", "unsigned"])
-encoded = jax.jit(encode, static_argnums=1)
-decoded = jax.jit(decode)
+encoded = jax.jit(encode8, static_argnums=1)
+decoded = jax.jit(decode8)
 
 
 def golden(kind: str, key: str) -> np.ndarray:
@@ -105,5 +105,5 @@ def test_zeros_stay_zero_whatever_is_beside_them() -> None:
 
 @pytest.mark.parametrize(("shape", "scales"), [((64, 64), 16), ((3, 100), 2), ((0,), 0)])
 def test_bytes(shape: tuple[int, ...], scales: int) -> None:
-    q = jax.eval_shape(encode, jax.ShapeDtypeStruct(shape, jnp.float32))
+    q = jax.eval_shape(encode8, jax.ShapeDtypeStruct(shape, jnp.float32))
     assert nbytes(q) == np.prod(shape) + 4 * scales

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.quant import CODEBOOKS, bits_per_parameter, codebook, dequantize, nbytes, quantize
 from qlora_jax.quant.dynamic8 import dynamic_map
-from qlora_jax.quant.qtensor import BLOCK_SIZES, _looked_up, block_scales, decode, selected
+from qlora_jax.quant.qtensor import BLOCK_SIZES, _looked_up, block_scales, look_up_codes, selected
 from qlora_jax.runtime.errors import UserError
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}
@@ -172,7 +172,7 @@ def test_every_way_to_decode_gives_the_codebooks_own_values(lead: tuple[int, ...
     indices = random.integers(0, 16, (*lead, 4, 2, 5), dtype=np.uint8)
     flat = indices.reshape(*lead, -1).astype(int)
     expected = np.take_along_axis(books, flat, axis=-1).reshape(indices.shape)
-    for way in (decode, selected, _looked_up):
+    for way in (look_up_codes, selected, _looked_up):
         np.testing.assert_array_equal(way(jnp.asarray(indices), jnp.asarray(books)), expected)
     pairs = jnp.asarray(15 - indices | indices << 4, jnp.int32)
     np.testing.assert_array_equal(selected(pairs, jnp.asarray(books), 4), expected)

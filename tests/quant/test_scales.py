@@ -7,23 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.formats.bitsandbytes import Layout, encode
+from qlora_jax.formats.bitsandbytes import StoredLayout, encode
 from qlora_jax.kernels import matmul, triton
 from qlora_jax.quant import dequantize, nbytes, quantize
 from qlora_jax.quant import qtensor as qtensors
 from qlora_jax.quant.qtensor import block_scales
-from qlora_jax.quant.scales import DOUBLE, PLAIN, SCALES, ScaleFormat, Stored
+from qlora_jax.quant.scales import DOUBLE, PLAIN, SCALES, ScaleFormat, StoredScales
 
 pytestmark = pytest.mark.quick
 
 
-def power_of_two(absmax: jax.Array, nested_block: int) -> Stored:
+def power_of_two(absmax: jax.Array, nested_block: int) -> StoredScales:
     """The exponent of the next power of two, in 8 bits: absmax is at most the scale."""
     exponent = jnp.ceil(jnp.log2(jnp.maximum(absmax, 2.0**-126)))
-    return Stored(exponent.astype(jnp.int8))
+    return StoredScales(exponent.astype(jnp.int8))
 
 
-def from_power(stored: Stored, nested_block: int) -> jax.Array:
+def from_power(stored: StoredScales, nested_block: int) -> jax.Array:
     return jnp.exp2(stored.scales.astype(jnp.float32))
 
 
@@ -43,7 +43,7 @@ def test_the_dtype_of_the_scales_names_the_format(name: str) -> None:
     q = quantize(w, double_quant=name == DOUBLE)
     assert q.scales.dtype.name == name
     absmax = np.abs(w.reshape(2, 64, 32)).max(1)
-    decoded = SCALES[name].decode(Stored(q.scales, q.nested, q.offset), q.nested_block)
+    decoded = SCALES[name].decode(StoredScales(q.scales, q.nested, q.offset), q.nested_block)
     np.testing.assert_allclose(decoded, absmax, rtol=0.05)
 
 
@@ -65,7 +65,7 @@ def test_a_new_format_is_one_entry(one_more: str, monkeypatch: pytest.MonkeyPatc
 
 def test_bitsandbytes_gets_a_format_that_it_knows(one_more: str) -> None:
     q = quantize(np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32))
-    layout = Layout("nf4", 64, "float32", (64, 128), None)
+    layout = StoredLayout("nf4", 64, "float32", (64, 128), None)
     stored = encode(q, layout)
     assert stored[".absmax"].dtype == np.float32
     np.testing.assert_array_equal(stored[".absmax"], np.asarray(block_scales(q)).T.reshape(-1))

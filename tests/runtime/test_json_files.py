@@ -93,7 +93,7 @@ def test_bad_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"c\.yaml.*: not valid YAML") as caught:
-        configs.load(path)
+        configs.load_config(path)
     assert "\n" not in str(caught.value)
 
 

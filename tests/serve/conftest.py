@@ -42,7 +42,7 @@ class Server:
 @pytest.fixture(scope="session")
 def text(tiny_model: Path) -> tokenizer.Tokenizer:
     """The tiny model's tokenizer."""
-    return tokenizer.load(tiny_model)
+    return tokenizer.load_tokenizer(tiny_model)
 
 
 @pytest.fixture(scope="session")

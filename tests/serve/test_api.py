@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora_jax.serve.api import Chat, Completion, LoadAdapter, Problem, parse
+from qlora_jax.serve.api import ChatRequest, CompletionRequest, LoadAdapter, Problem, parse
 
 TURNS = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "m", "messages": TURNS}
@@ -19,54 +19,119 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
 @pytest.mark.parametrize(
     ("kind", "body", "param", "message"),
     [
-        (Chat, CHAT | {"tools": [TOOL]}, "tools", "cannot be used: no tools are called here; "),
-        (Chat, CHAT | {"tool_choice": "auto"}, "tool_choice", "cannot be used: no tools are"),
-        (Chat, CHAT | {"functions": [TOOL]}, "functions", "cannot be used: no tools are called"),
-        (Chat, CHAT | {"messages": CALLS}, "messages.0.tool_calls", "write the call into content"),
-        (Chat, CHAT | {"messages": RESULT}, "messages.1.tool_call_id", "write the tool's result"),
         (
-            Chat,
+            ChatRequest,
+            CHAT | {"tools": [TOOL]},
+            "tools",
+            "cannot be used: no tools are called here; ",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"tool_choice": "auto"},
+            "tool_choice",
+            "cannot be used: no tools are",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"functions": [TOOL]},
+            "functions",
+            "cannot be used: no tools are called",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"messages": CALLS},
+            "messages.0.tool_calls",
+            "write the call into content",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"messages": RESULT},
+            "messages.1.tool_call_id",
+            "write the tool's result",
+        ),
+        (
+            ChatRequest,
             CHAT | {"messages": [{"role": "tool", "content": "3"}]},
             "messages.0.role",
             "cannot be used: a turn is of system, developer, user or assistant; give one of these",
         ),
         (
-            Chat,
+            ChatRequest,
             CHAT | {"response_format": JSON},
             "response_format.type",
             'cannot be used: answers are text here; leave it out, or give {"type": "text"}',
         ),
-        (Chat, CHAT | {"n": 2}, "n", "cannot be used: a request has one answer here; leave it out"),
-        (Chat, CHAT | {"top_logprobs": 3}, "top_logprobs", "no probabilities are returned here; "),
-        (Chat, CHAT | {"logit_bias": {"1": 2.0}}, "logit_bias", "temperature and top_p; leave it"),
-        (Chat, CHAT | {"frequency_penalty": 1}, "frequency_penalty", "top_p; leave it out"),
-        (Chat, CHAT | {"modalities": ["audio"]}, "modalities", "answers are text here; leave it"),
-        (Chat, CHAT | {"top_k": 3}, "top_k", "is not supported here; leave it out"),
-        (Chat, {"model": "m"}, "messages", "is missing; give it"),
         (
-            Chat,
+            ChatRequest,
+            CHAT | {"n": 2},
+            "n",
+            "cannot be used: a request has one answer here; leave it out",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"top_logprobs": 3},
+            "top_logprobs",
+            "no probabilities are returned here; ",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"logit_bias": {"1": 2.0}},
+            "logit_bias",
+            "temperature and top_p; leave it",
+        ),
+        (ChatRequest, CHAT | {"frequency_penalty": 1}, "frequency_penalty", "top_p; leave it out"),
+        (
+            ChatRequest,
+            CHAT | {"modalities": ["audio"]},
+            "modalities",
+            "answers are text here; leave it",
+        ),
+        (ChatRequest, CHAT | {"top_k": 3}, "top_k", "is not supported here; leave it out"),
+        (ChatRequest, {"model": "m"}, "messages", "is missing; give it"),
+        (
+            ChatRequest,
             CHAT | {"messages": [{"role": "user", "content": PICTURE}]},
             "messages.0.content",
             "must be text, or parts of type text; correct content",
         ),
         (
-            Chat,
+            ChatRequest,
             CHAT | {"temperature": 3},
             "temperature",
             "must be less than or equal to 2; correct temperature",
         ),
-        (Chat, CHAT | {"stop": list("abcde")}, "stop", "must have at most 4 items, not 5; correct"),
-        (Chat, CHAT | {"stop": [""]}, "stop.0", "must have at least 1 character; correct stop"),
-        (Chat, CHAT | {"stream": 1}, "stream", "must be a valid boolean; correct stream"),
         (
-            Completion,
+            ChatRequest,
+            CHAT | {"stop": list("abcde")},
+            "stop",
+            "must have at most 4 items, not 5; correct",
+        ),
+        (
+            ChatRequest,
+            CHAT | {"stop": [""]},
+            "stop.0",
+            "must have at least 1 character; correct stop",
+        ),
+        (ChatRequest, CHAT | {"stream": 1}, "stream", "must be a valid boolean; correct stream"),
+        (
+            CompletionRequest,
             TEXT | {"prompt": []},
             "prompt",
             "must be one text or one list of token ids, not empty; correct prompt",
         ),
-        (Completion, TEXT | {"echo": True}, "echo", "answers come without their prompt here; "),
-        (Completion, TEXT | {"suffix": "x"}, "suffix", "meet no suffix here; leave it out"),
-        (Completion, TEXT | {"best_of": 3}, "best_of", "a request has one answer here; leave"),
+        (
+            CompletionRequest,
+            TEXT | {"echo": True},
+            "echo",
+            "answers come without their prompt here; ",
+        ),
+        (CompletionRequest, TEXT | {"suffix": "x"}, "suffix", "meet no suffix here; leave it out"),
+        (
+            CompletionRequest,
+            TEXT | {"best_of": 3},
+            "best_of",
+            "a request has one answer here; leave",
+        ),
         (
             LoadAdapter,
             {"lora_name": "a", "lora_path": "a\0"},
@@ -95,7 +160,7 @@ def test_a_field_is_refused_by_name_and_with_a_remedy(kind, body, param, message
 )
 def test_what_is_no_object_is_refused(body, message):
     with pytest.raises(Problem) as refused:
-        parse(Chat, body)
+        parse(ChatRequest, body)
     assert message in str(refused.value)
     assert "; send one" in str(refused.value)
     assert refused.value.body()["error"]["type"] == "invalid_request_error"

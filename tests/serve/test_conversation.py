@@ -5,7 +5,7 @@ import pytest
 
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.conversation import Conversation
-from qlora_jax.serve.engine import Settings
+from qlora_jax.serve.engine import SamplingSettings
 from qlora_jax.serve.scheduler import Scheduler
 
 LENGTH = 400
@@ -45,7 +45,7 @@ def engine(text):
 def talk(text, engine):
     def begin(most=100, system=None):
         scheduler = Scheduler(engine, text.decode, base="base", slots=0, waiting=0, burst=1)
-        settings = Settings(0.0, 1.0, 0)
+        settings = SamplingSettings(0.0, 1.0, 0)
         return Conversation(
             scheduler, text, length=LENGTH, settings=settings, most=most, system=system
         )

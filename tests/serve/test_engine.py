@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.peft.plain import read_plain
 from qlora_jax.models import generate as generation
 from qlora_jax.models.adapters import attach_bank
 from qlora_jax.models.generate import generate
 from qlora_jax.serve import engine as engines
-from qlora_jax.serve.engine import Engine, Settings
+from qlora_jax.serve.engine import Engine, SamplingSettings
 from qlora_jax.serve.scheduler import Job, Scheduler
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def adapters(adapters):
 
 @pytest.fixture(scope="module")
 def desk(adapters, tiny_model):
-    desk = Desk(load(open_folder(tiny_model), quant=None, dtype=jnp.float32), 3)
+    desk = Desk(load_model(open_folder(tiny_model), quant=None, dtype=jnp.float32), 3)
     desk.scheduler.load("one", adapters["one"])
     desk.scheduler.load("two", adapters["two"])
     return desk
@@ -84,13 +84,13 @@ def alone(model, prompt, slot, settings, new=40):
 
 SLOTS = {"one": 0, "two": 1, "base": 2}
 MIXTURE = [
-    ("a", Settings(0.0, 1.0, 0), "one", 40),
-    ("b", Settings(1.0, 0.9, 3), "two", 25),
-    ("c", Settings(0.7, 1.0, -1), "base", 40),
-    ("d", Settings(1.3, 0.5, 2**40), "one", 33),
-    ("a", Settings(0.0, 1.0, 0), "two", 7),
-    ("a", Settings(1.0, 1.0, 3), "base", 40),
-    ("a", Settings(1.0, 1.0, 3), "base", 40),
+    ("a", SamplingSettings(0.0, 1.0, 0), "one", 40),
+    ("b", SamplingSettings(1.0, 0.9, 3), "two", 25),
+    ("c", SamplingSettings(0.7, 1.0, -1), "base", 40),
+    ("d", SamplingSettings(1.3, 0.5, 2**40), "one", 33),
+    ("a", SamplingSettings(0.0, 1.0, 0), "two", 7),
+    ("a", SamplingSettings(1.0, 1.0, 3), "base", 40),
+    ("a", SamplingSettings(1.0, 1.0, 3), "base", 40),
 ]
 
 
@@ -114,24 +114,26 @@ def test_each_row_amid_others_is_what_generate_writes_alone(desk):
 
 
 def test_no_mixture_and_no_adapter_needs_a_new_program(desk, adapters):
-    programs = (generation.prefill, generation.decode, engines._placed)
+    programs = (generation.prefill, generation.generate_chunk, engines._placed)
     desk.submit("a", MIXTURE[0][1])
     desk.finish()
     before = [program._cache_size() for program in programs]
     desk.scheduler.unload("two")
     desk.scheduler.load("three", adapters["three"])
-    texts = [desk.submit("b", Settings(t, 0.9, t), m) for t, m in ((0, "three"), (1, "one"))]
-    texts.append(desk.submit("d", Settings(0.5, 1.0, 5), "base", 3))
+    texts = [
+        desk.submit("b", SamplingSettings(t, 0.9, t), m) for t, m in ((0, "three"), (1, "one"))
+    ]
+    texts.append(desk.submit("d", SamplingSettings(0.5, 1.0, 5), "base", 3))
     desk.finish()
     assert [program._cache_size() for program in programs] == before
-    assert said(texts[0]) == alone(desk.model, PROMPTS["b"], 1, Settings(0, 0.9, 0))
+    assert said(texts[0]) == alone(desk.model, PROMPTS["b"], 1, SamplingSettings(0, 0.9, 0))
     desk.scheduler.unload("three")
     desk.scheduler.load("two", adapters["two"])
 
 
 def test_a_row_may_fill_the_cache_to_its_end_beside_a_shorter_one(desk):
-    long = desk.submit("long", Settings(0.9, 1.0, 11), "one", 90)
-    short = desk.submit("b", Settings(0.9, 1.0, 11), "one", 4)
+    long = desk.submit("long", SamplingSettings(0.9, 1.0, 11), "one", 90)
+    short = desk.submit("b", SamplingSettings(0.9, 1.0, 11), "one", 4)
     desk.finish()
-    assert said(long) == alone(desk.model, LONG, 0, Settings(0.9, 1.0, 11), 90)
-    assert said(short) == alone(desk.model, PROMPTS["b"], 0, Settings(0.9, 1.0, 11), 4)
+    assert said(long) == alone(desk.model, LONG, 0, SamplingSettings(0.9, 1.0, 11), 90)
+    assert said(short) == alone(desk.model, PROMPTS["b"], 0, SamplingSettings(0.9, 1.0, 11), 4)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.serve.engine import Settings
-from qlora_jax.serve.scheduler import BURST, Job, Piece, Refused, Scheduler
+from qlora_jax.serve.engine import SamplingSettings
+from qlora_jax.serve.scheduler import BURST, AnswerPiece, Job, Refused, Scheduler
 
 STOP = 0
-GREEDY = Settings(0.0, 1.0, 0)
+GREEDY = SamplingSettings(0.0, 1.0, 0)
 
 
 class Counting:
@@ -233,7 +233,7 @@ def test_refusing_all_ends_all(desk):
     assert not desk.scheduler.busy
     assert not desk.engine.open
     assert all(str(desk.told[n,][-1]) == "cut" for n in range(3))
-    assert isinstance(desk.told[0,][0], Piece)
+    assert isinstance(desk.told[0,][0], AnswerPiece)
 
 
 def test_adapters_have_slots_by_name(desk):

@@ -14,7 +14,7 @@ from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.sweep import Analysis, Cell, Experiment, Population, Table, Verdict, markdown
 from qlora_jax.sweep.conclude import arranged
 from qlora_jax.sweep.find import with_axes
-from qlora_jax.sweep.record import DONE, SKIPPED, Record
+from qlora_jax.sweep.record import DONE, SKIPPED, CellRecord
 from qlora_jax.sweep.results import plain, write_parquet
 from qlora_jax.sweep.run import groups, left, unfinished
 
@@ -116,8 +116,8 @@ def test_groups_have_equal_keys_and_a_largest_size() -> None:
 def test_a_sweep_that_goes_on_has_the_groups_of_one_left_alone() -> None:
     cells = [Cell(str(i), {"n": i}) for i in range(7)]
     population = Population(run=lambda cells, context: [], key=lambda c: 1, largest=3)
-    skipped = Record("1", cells[1].values, SKIPPED, "too large", [], 0.0, {})
-    done = Record("2", cells[2].values, DONE, "", [], 0.0, {})
+    skipped = CellRecord("1", cells[1].values, SKIPPED, "too large", [], 0.0, {})
+    done = CellRecord("2", cells[2].values, DONE, "", [], 0.0, {})
     records = {record.id: record for record in (skipped, done)}
     waiting = left(cells, records)
     found = unfinished(cells, waiting, records, population)
@@ -163,7 +163,7 @@ def test_pairs_are_matched_whatever_the_order() -> None:
 def test_records_are_analysed_in_the_order_of_the_axes(order: random.Random) -> None:
     experiment = declared(seeds=(0, 1), more=[{"rank": 64, "targets": "none", "rate": 1.0}])
     cells = experiment.cells()
-    records = [Record(cell.id, cell.values, "done", "", [], 0.0, {}) for cell in cells]
+    records = [CellRecord(cell.id, cell.values, "done", "", [], 0.0, {}) for cell in cells]
     order.shuffle(records)
     assert [record.id for record in arranged(experiment, records)] == [cell.id for cell in cells]
 
@@ -171,7 +171,7 @@ def test_records_are_analysed_in_the_order_of_the_axes(order: random.Random) -> 
 def test_a_record_of_before_an_axis_was_there_comes_last() -> None:
     experiment = declared()
     old, new = (
-        Record(name, values, "done", "", [], 0.0, {})
+        CellRecord(name, values, "done", "", [], 0.0, {})
         for name, values in (("old", {"rank": 8}), ("new", experiment.cells()[0].values))
     )
     assert arranged(experiment, [old, new]) == [new, old]
@@ -197,7 +197,9 @@ def test_columns_of_several_kinds_are_json_in_parquet(tmp_path: Any) -> None:
         {"x": 1, "y": "q", "z": -(2**63), "w": 2**63},
         {"x": 2.5, "y": ["q", "v"], "z": 2, "w": 0.5},
     ]
-    records = [Record(str(i), v, "done", "", [{"loss": i}], 1.0, {}) for i, v in enumerate(values)]
+    records = [
+        CellRecord(str(i), v, "done", "", [{"loss": i}], 1.0, {}) for i, v in enumerate(values)
+    ]
     write_parquet(tmp_path, records)
     table = pyarrow.parquet.read_table(tmp_path / "results.parquet")
     assert table.column("x").to_pylist() == [1.0, 2.5]

@@ -57,13 +57,13 @@ def test_a_file_in_a_package_imports_from_it(tmp_path: Path) -> None:
     path = write(tmp_path / "studies" / "part", "from studies.part import helper", "in a package")
     (tmp_path / "studies" / "__init__.py").touch()
     before = sys.path.copy()
-    assert find.load(path).cost == "in a package"
+    assert find.load_experiment(path).cost == "in a package"
     assert sys.path == before
 
 
 def test_a_file_in_no_package_imports_what_lies_beside_it(tmp_path: Path) -> None:
     path = write(tmp_path / "experiments", "import helper", "beside", package=False)
-    assert find.load(path).cost == "beside"
+    assert find.load_experiment(path).cost == "beside"
 
 
 def test_two_packages_of_one_name_are_not_mixed(tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_two_packages_of_one_name_are_not_mixed(tmp_path: Path) -> None:
         write(tmp_path / where / "studies", "from studies import helper", where)
         for where in ("here", "there")
     )
-    assert find.load(first).cost == "here"
+    assert find.load_experiment(first).cost == "here"
     with pytest.raises(UserError, match=f"{second.parent}: another package studies is imported"):
-        find.load(second)
-    assert find.load(first).cost == "here"
+        find.load_experiment(second)
+    assert find.load_experiment(first).cost == "here"
 
 
 def test_a_package_that_cannot_be_imported_is_told_each_time(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_package_that_cannot_be_imported_is_told_each_time(tmp_path: Path) -> 
     (path.parent / "__init__.py").write_text("1 / 0\n")
     for _ in range(2):
         with pytest.raises(UserError, match=r"made\.py: ZeroDivisionError: division by zero"):
-            find.load(path)
+            find.load_experiment(path)
 
 
 def test_workers_find_the_package_too(

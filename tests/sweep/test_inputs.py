@@ -40,7 +40,7 @@ def commands(toy: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_only_cells_that_read_it_need_it(toy: Any, commands: Any) -> None:
-    experiment = find.load(toy.path)
+    experiment = find.load_experiment(toy.path)
     (wanted,) = inputs.missing(experiment, experiment.cells())
     assert str(wanted) == f"{toy.folder}/made/model is not there and is made first: " + (
         f"{COMMAND} (seconds)"

@@ -97,7 +97,9 @@ def test_workers_of_a_killed_sweep_end(toy: Any) -> None:
     process.kill()
     process.wait()
     began = time.monotonic()
-    with results.Results(toy.out, find.load(toy.path)):  # waits for the worker, which holds it
+    with results.Results(
+        toy.out, find.load_experiment(toy.path)
+    ):  # waits for the worker, which holds it
         assert time.monotonic() - began < results.LOCK_SECONDS
     assert toy.runs() == []
 
@@ -107,7 +109,7 @@ def test_two_sweeps_cannot_share_a_folder(
 ) -> None:
     monkeypatch.setattr(results, "LOCK_SECONDS", 0.1)
     toy.out.mkdir()
-    with results.Results(toy.out, find.load(toy.path)):
+    with results.Results(toy.out, find.load_experiment(toy.path)):
         ended = sweep()
     assert ended.code == 2
     assert "another sweep is writing there; wait for it, or give another --out" in ended.err
@@ -205,7 +207,7 @@ def test_results_of_another_kind_are_refused(
     assert message in ended.message
     assert file.read_bytes() == kept
     file.unlink()
-    with results.Results(toy.out, find.load(toy.path)):  # the refusal left no lock
+    with results.Results(toy.out, find.load_experiment(toy.path)):  # the refusal left no lock
         pass
 
 
@@ -284,7 +286,7 @@ def test_a_dry_run_runs_nothing(toy: Any, sweep: Sweep) -> None:
     ],
 )
 def test_where(toy: Any, conditions: list[str], count: int) -> None:
-    cells = find.where(find.load(toy.path).cells(), conditions)
+    cells = find.where(find.load_experiment(toy.path).cells(), conditions)
     assert len(cells) == count
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.bpe import train_bpe
-from qlora_jax.text.tokenizer import load
+from qlora_jax.text.tokenizer import load_tokenizer
 
 TEXTS = ["low low low low low", "lower lower newest newest newest newest newest newest", "widest é"]
 
@@ -39,7 +39,7 @@ def test_chats_end_where_generation_stops():
 def test_a_folder_gives_the_same_tokenizer(tmp_path):
     tokenizer = train_bpe(TEXTS, 300, "t")
     tokenizer.fast.save_pretrained(tmp_path)
-    again = load(tmp_path)
+    again = load_tokenizer(tmp_path)
     assert again.encode("lower newest") == tokenizer.encode("lower newest")
     assert (again.eos_id, again.pad_id, again.bos_id) == (tokenizer.eos_id, tokenizer.pad_id, None)
     assert (again.stop_ids, again.template) == (tokenizer.stop_ids, tokenizer.template)

@@ -56,7 +56,7 @@ def unusual(make_fast) -> Tokenizer:
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_file_is_the_tokenizer_whatever_the_class(unusual, tmp_path, name):
     folder = write(tmp_path, unusual, {"model_type": CLASSES[name]}, tokenizer_class=name)
-    loaded = tokenizers_.load(folder)
+    loaded = tokenizers_.load_tokenizer(folder)
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     @given(TEXTS)
@@ -76,19 +76,21 @@ def test_a_file_of_pieces_is_the_tokenizer_whatever_the_class(
 ):
     folder = write(tmp_path, sentencepiece_backend(), tokenizer_class=name, legacy=False)
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    loaded = tokenizers_.load(folder)
+    loaded = tokenizers_.load_tokenizer(folder)
     for text in ("hello 123", "\n\n1.", "  two", "", " a"):
         assert loaded.encode(text) == own.encode(text, add_special_tokens=False).ids
 
 
 def test_a_saved_copy_gives_the_same_tokenizer(unusual, tmp_path):
-    loaded = tokenizers_.load(write(tmp_path / "a", unusual, tokenizer_class="GPT2Tokenizer"))
+    loaded = tokenizers_.load_tokenizer(
+        write(tmp_path / "a", unusual, tokenizer_class="GPT2Tokenizer")
+    )
     (tmp_path / "b").mkdir()
     loaded.save(tmp_path / "b")
     settings = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text("utf-8"))
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not settings.keys() & {"is_local", "local_files_only", "fix_mistral_regex"}
-    again = tokenizers_.load(tmp_path / "b")
+    again = tokenizers_.load_tokenizer(tmp_path / "b")
     before, after = (t.fast.backend_tokenizer.to_str() for t in (loaded, again))
     assert before == after
     assert (again.eos_id, again.pad_id, again.bos_id, again.stop_ids) == (
@@ -112,7 +114,7 @@ def test_tokens_of_the_file_stay_as_they_are_and_others_are_added(unusual, tmp_p
         pad_token="<new pad>",
         additional_special_tokens=["<extra>"],
     )
-    loaded = tokenizers_.load(folder)
+    loaded = tokenizers_.load_tokenizer(folder)
     ids = loaded.encode("a<tool>  b")
     assert ids == backend.encode("a<tool>  b", add_special_tokens=False).ids
     assert loaded.decode(ids) == "a<tool>  b"
@@ -129,13 +131,13 @@ def test_older_files_name_tokens_too(unusual, tmp_path):
     folder = write(tmp_path, unusual)
     (folder / "added_tokens.json").write_text(json.dumps({"<late>": size}))
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    loaded = tokenizers_.load(folder)
+    loaded = tokenizers_.load_tokenizer(folder)
     assert loaded.encode("<late>") == [size]
     assert loaded.stop_texts[0] == "<|im_end|>"
 
 
 def test_special_tokens_in_text_are_honoured_whatever_the_settings(unusual, tmp_path):
-    loaded = tokenizers_.load(write(tmp_path, unusual, split_special_tokens=True))
+    loaded = tokenizers_.load_tokenizer(write(tmp_path, unusual, split_special_tokens=True))
     assert loaded.encode("</s>") == [loaded.eos_id]
 
 
@@ -155,7 +157,7 @@ def test_chat_templates(unusual, tmp_path, files, expected):
         if isinstance(content, dict):
             content = json.dumps({"eos_token": "</s>"} | content)
         (folder / name).write_text(content)
-    assert tokenizers_.load(folder).template == expected
+    assert tokenizers_.load_tokenizer(folder).template == expected
 
 
 OBEYS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "GemmaTokenizer",
@@ -171,11 +173,11 @@ def test_bos_is_added_as_transformers_4_does(make_fast, tmp_path, name, setting,
     backend = make_fast(None, "</s>", **({"bos_token": "<s>"} if in_file else {})).backend_tokenizer
     settings = {} if setting is None else {"add_bos_token": setting}
     folder = write(tmp_path, backend, tokenizer_class=name, bos_token="<s>", **settings)
-    loaded = tokenizers_.load(folder)
+    loaded = tokenizers_.load_tokenizer(folder)
     added = setting if name in OBEYS and setting is not None else in_file
     assert (loaded.bos_id is not None) == added
     loaded.save(tmp_path)
-    assert tokenizers_.load(tmp_path).bos_id == loaded.bos_id
+    assert tokenizers_.load_tokenizer(tmp_path).bos_id == loaded.bos_id
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_bos_of_published_models(make_fast, tmp_path, published, bos):
     backend = make_fast(None, "</s>", **({"bos_token": "<s>"} if in_file else {})).backend_tokenizer
     settings = {} if setting is None else {"add_bos_token": setting}
     folder = write(tmp_path, backend, tokenizer_class=name, bos_token="<s>", **settings)
-    assert (tokenizers_.load(folder).bos_id is not None) == bos
+    assert (tokenizers_.load_tokenizer(folder).bos_id is not None) == bos
 
 
 def train_pieces(**settings) -> bytes:
@@ -248,7 +250,7 @@ def pieces_folder(folder: Path, proto: bytes, settings) -> Path:
 )
 def test_a_file_of_pieces_alone_gives_sentencepieces_ids(tmp_path, trained, settings, bos, capfd):
     proto = train_pieces(**trained)
-    loaded = tokenizers_.load(pieces_folder(tmp_path, proto, settings))
+    loaded = tokenizers_.load_tokenizer(pieces_folder(tmp_path, proto, settings))
     own = sentencepiece.SentencePieceProcessor(model_proto=proto)
 
     @given(TEXTS)
@@ -267,9 +269,9 @@ def test_a_file_of_pieces_alone_gives_sentencepieces_ids(tmp_path, trained, sett
 def test_after_a_special_token_the_space_in_front_is_as_legacy_says(tmp_path):
     proto = train_pieces()
     own = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    legacy = tokenizers_.load(pieces_folder(tmp_path, proto, LLAMA))
+    legacy = tokenizers_.load_tokenizer(pieces_folder(tmp_path, proto, LLAMA))
     assert legacy.encode("x<s>hello") == [*own.encode("x"), 1, *own.encode("hello")]
-    loaded = tokenizers_.load(pieces_folder(tmp_path, proto, LLAMA | {"legacy": False}))
+    loaded = tokenizers_.load_tokenizer(pieces_folder(tmp_path, proto, LLAMA | {"legacy": False}))
     ids = loaded.encode("x<s> hello")
     assert ids == [*own.encode("x"), 1, *own.encode("hello")]
     assert len(loaded.encode("x<s>hello")) > len(ids) - 1
@@ -281,13 +283,13 @@ def test_tokens_beside_pieces_have_the_ids_that_they_are_given(tmp_path):
     size = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
     tokens = {"300": {"content": "[INST]", "special": True}, str(size): {"content": "<pad>"}}
     settings = LLAMA | {"added_tokens_decoder": tokens, "pad_token": "<pad>"}
-    loaded = tokenizers_.load(pieces_folder(tmp_path, proto, settings))
+    loaded = tokenizers_.load_tokenizer(pieces_folder(tmp_path, proto, settings))
     assert loaded.encode("[INST]") == [300]
     assert loaded.pad_id == size
     tokens[str(size + 5)] = {"content": "<gap>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"'<gap>' has the id {size + 5} in .*, and {size + 1} be"):
-        tokenizers_.load(tmp_path)
+        tokenizers_.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_tokens_beside_pieces_have_the_ids_that_they_are_given(tmp_path):
 def test_unknown_pieces_are_refused(tmp_path, trained, says):
     folder = pieces_folder(tmp_path, train_pieces(**trained), LLAMA)
     with pytest.raises(UserError, match=says) as e:
-        tokenizers_.load(folder)
+        tokenizers_.load_tokenizer(folder)
     assert str(e.value).startswith(f"{folder / 'tokenizer.model'}: a SentencePiece model ")
     assert str(e.value).endswith("is not supported; give the folder a tokenizer.json")
 
@@ -333,7 +335,7 @@ def test_damaged_files_are_one_line(unusual, tmp_path, capfd, file, content, pie
         return
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError) as e:
-        tokenizers_.load(tmp_path)
+        tokenizers_.load_tokenizer(tmp_path)
     assert str(tmp_path) in str(e.value)
     assert "\n" not in str(e.value)
     assert "[transformers]" not in "".join(capfd.readouterr())
@@ -343,13 +345,13 @@ def test_damaged_files_are_one_line(unusual, tmp_path, capfd, file, content, pie
 def smol(builtin_gguf, tmp_path_factory):
     """SmolLM2's tokenizer from its GGUF file, and from the folder made of it."""
     folder = tmp_path_factory.mktemp("smol")
-    gguf = tokenizers_.load(builtin_gguf)
+    gguf = tokenizers_.load_tokenizer(builtin_gguf)
     gguf.save(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     # as it is published, and as transformers 5 makes it anew
     settings["tokenizer_class"] = "GPT2Tokenizer"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return gguf, tokenizers_.load(folder)
+    return gguf, tokenizers_.load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(
     set_keys(folder / "config.json", model_type="evil", auto_map=AUTO_MAP)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
     with pytest.raises(UserError, match=r"code that the folder brings .*auto_map") as caught:
-        tokenizers_.load(folder)
+        tokenizers_.load_tokenizer(folder)
     assert "\n" not in str(caught.value)
     assert not marked.exists()
 
@@ -57,9 +57,9 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(
 def test_a_tokenizer_of_a_known_class_is_loaded_without_its_code(
     folder: Path, marked: Path
 ) -> None:
-    plain = tokenizers_.load(folder).encode("hello world")
+    plain = tokenizers_.load_tokenizer(folder).encode("hello world")
     set_keys(folder / "tokenizer_config.json", auto_map=AUTO_MAP)
-    assert tokenizers_.load(folder).encode("hello world") == plain
+    assert tokenizers_.load_tokenizer(folder).encode("hello world") == plain
     assert not marked.exists()
 
 

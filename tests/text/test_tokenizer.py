@@ -70,7 +70,7 @@ def test_load_reads_a_folder_and_its_generation_config(make_fast, tmp_path):
     fast = make_fast()
     fast.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 4]}))
-    tokenizer = tokenizers_.load(tmp_path)
+    tokenizer = tokenizers_.load_tokenizer(tmp_path)
     assert set(tokenizer.stop_ids) == {0, 4, fast.get_vocab()["<|im_end|>"]}
     text = "hello Paris  <|im_end|>\n"
     assert tokenizer.encode(text) == fast(text, add_special_tokens=False)["input_ids"]
@@ -79,34 +79,34 @@ def test_load_reads_a_folder_and_its_generation_config(make_fast, tmp_path):
 def test_eos_unknown_to_the_tokenizer_comes_from_the_model_config(make_fast, tmp_path):
     make_fast(eos=None).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="eos_token"):
-        tokenizers_.load(tmp_path)
+        tokenizers_.load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 4, "model_type": "llama"}))
-    assert tokenizers_.load(tmp_path).eos_id == 4
+    assert tokenizers_.load_tokenizer(tmp_path).eos_id == 4
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        tokenizers_.load(tmp_path)
+        tokenizers_.load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        tokenizers_.load(tmp_path / "absent")
+        tokenizers_.load_tokenizer(tmp_path / "absent")
 
 
 def test_load_reads_a_gguf_file_through_its_own_reader(make_fast, monkeypatch):
     fast = make_fast()
     files = {Path("a/model.gguf"): fast}
     monkeypatch.setattr(gguf_vocabulary, "load_fast_tokenizer", files.__getitem__)
-    assert tokenizers_.load("a/model.gguf").fast is fast
+    assert tokenizers_.load_tokenizer("a/model.gguf").fast is fast
 
 
 def test_a_missing_gguf_file(tmp_path):
     with pytest.raises(UserError, match=r"absent\.gguf"):
-        tokenizers_.load(tmp_path / "absent.gguf")
+        tokenizers_.load_tokenizer(tmp_path / "absent.gguf")
 
 
 def test_a_damaged_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{ not json")
     with pytest.raises(UserError, match="cannot be loaded") as e:
-        tokenizers_.load(tmp_path)
+        tokenizers_.load_tokenizer(tmp_path)
     assert "\n" not in str(e.value)
 
 
@@ -161,7 +161,7 @@ def test_what_ends_loading(make_tokenizer, tmp_path, monkeypatch, error, expecte
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", fail)
     with pytest.raises(expected) as caught:
-        tokenizers_.load(tmp_path)
+        tokenizers_.load_tokenizer(tmp_path)
     if expected is UserError:
         assert str(tmp_path) in str(caught.value)
 
@@ -179,7 +179,7 @@ def saved(tokenizer, folder, change):
 def test_dropout_of_merges_is_switched_off_and_said(tokenizer, tmp_path):
     folder = saved(tokenizer, tmp_path, lambda tree: tree["model"].update(dropout=0.9))
     said = []
-    loaded = tokenizers_.load(folder, said.append)
+    loaded = tokenizers_.load_tokenizer(folder, said.append)
     text = "What does the function return? " * 20
     assert [loaded.encode(text) for _ in range(5)] == [tokenizer.encode(text)] * 5
     (line,) = said
@@ -192,7 +192,7 @@ def test_names_of_settings_are_not_printed_amid_results(tokenizer, tmp_path, cap
     token = {"content": "<new>", "special": True, "no such\x1b[2J": 1}
     settings = json.loads(path.read_text()) | {"added_tokens_decoder": {"9999": token}}
     path.write_text(json.dumps(settings))
-    assert "<new>" in tokenizers_.load(tmp_path).fast.get_vocab()
+    assert "<new>" in tokenizers_.load_tokenizer(tmp_path).fast.get_vocab()
     os.write(1, b"ours")
     assert tuple(capfd.readouterr()) == ("ours", "")
 
@@ -205,7 +205,7 @@ def test_two_tokens_with_one_id_are_refused(tokenizer, tmp_path):
 
     folder = saved(tokenizer, tmp_path, share)
     with pytest.raises(UserError, match=r"1 of the tokenizer's \d+ tokens have the id of another"):
-        tokenizers_.load(folder)
+        tokenizers_.load_tokenizer(folder)
 
 
 def test_half_a_character_is_refused(tokenizer):

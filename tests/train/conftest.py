@@ -16,8 +16,8 @@ from qlora_jax.config import Config, from_tree
 from qlora_jax.data.encode import Example
 from qlora_jax.data.loader import Loader
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
-from qlora_jax.lora import plan
+from qlora_jax.formats.load import load_model
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.train import step as steps
@@ -35,9 +35,9 @@ class Trainer(NamedTuple):
     trained: Any
     frozen: Any
     optimizer: optax.GradientTransformation
-    program: steps.Program
+    program: steps.StepProgram
 
-    def start(self, trained: Any = None) -> steps.State:
+    def start(self, trained: Any = None) -> steps.TrainState:
         """A first state with buffers of its own, which `update` may take."""
         trained = jax.tree.map(jnp.copy, self.trained if trained is None else trained)
         return steps.init(trained, self.optimizer, self.config.model.compute_dtype == "float16")
@@ -75,9 +75,9 @@ def build(
     }
     config = from_tree(tree, "test")
     quant = config.quant if method == "qlora" else None
-    model = load(open_folder(LLAMA), quant=quant, dtype=jnp.float32)
+    model = load_model(open_folder(LLAMA), quant=quant, dtype=jnp.float32)
     if method != "full":
-        specs = plan(config.lora, model.linears())
+        specs = choose_adapters(config.lora, model.linears())
         attach(model, specs, jax.random.key(0), dropout=dropout)
     graph, trained, frozen = trees.split(model, method)
     optimizer = adamw(config.optimizer, config.train.steps)

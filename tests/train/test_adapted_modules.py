@@ -20,7 +20,7 @@ from qlora_jax.plan.ledger import ledger
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.identity import check_identity
 from qlora_jax.train.population import train_population
-from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.setup import load_run_model, open_model
 from qlora_jax.train.targets import targets
 
 pytestmark = pytest.mark.quick
@@ -101,7 +101,7 @@ def test_what_they_are_not_for_is_refused_in_one_line(decoder, settings, message
 
 def test_a_head_may_have_a_frozen_a(make_config):
     config = make_config(target_modules=["lm_head"], freeze_a=True)
-    model, _ = load_model(config, open_model(config)[0], pytest.fail)
+    model, _ = load_run_model(config, open_model(config)[0], pytest.fail)
     assert set(trees.flatten(trees.split(model, "lora").trained)) == {"head_adapter.b"}
 
 
@@ -128,7 +128,7 @@ def test_one_of_several_adapters_is_without_them():
 )
 def test_a_fresh_one_that_changes_something_is_named(make_config, path, leaf):
     config = make_config(target_modules=OUTER)
-    model, _ = load_model(config, open_model(config)[0], pytest.fail)
+    model, _ = load_run_model(config, open_model(config)[0], pytest.fail)
     check_identity(*trees.split(model, "lora"), config)
     variable = getattr(getattr(model, leaf[0]), leaf[1])
     # B of an embedding may be any number
@@ -143,7 +143,7 @@ def test_a_plan_counts_them_to_the_byte(make_config, decoder):
     without = dataclasses.replace(
         config, lora=dataclasses.replace(config.lora, target_modules=["q_proj"])
     )
-    model, _ = load_model(config, open_model(config)[0], pytest.fail)
+    model, _ = load_run_model(config, open_model(config)[0], pytest.fail)
     outer = nnx.state(list(model.outer_adapters().values()))
     size = sum(x.nbytes for path, x in trees.flatten(outer).items() if "scale" not in path)
     assert size == 2 * 4 * 4 * (decoder.vocab_size + decoder.hidden_size)

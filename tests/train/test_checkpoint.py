@@ -25,7 +25,7 @@ from qlora_jax.train.checkpoint import FOLDER, Checkpoints
 from qlora_jax.train.moments import ENCODERS
 from qlora_jax.train.offload import ON_HOST
 from qlora_jax.train.optimizer import adamw
-from qlora_jax.train.step import State, init
+from qlora_jax.train.step import TrainState, init
 
 EXTRA = {
     "loader": {"epoch": 3, "step": 1, "fingerprint": "ab12"},
@@ -58,7 +58,7 @@ def make(step, seed=0, columns=4, **more):
     optimizer = tuple(
         {"mu": array(jnp.float32, rows, columns), "count": jnp.int32(step)} for rows in (3, 1, 1)
     )
-    return State(
+    return TrainState(
         trained, optimizer, jnp.int32(step), jnp.float32(2.0**15), jnp.asarray(step + 3, jnp.int32)
     )
 
@@ -261,7 +261,7 @@ def test_a_process_killed_while_saving_leaves_the_last_good_one(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert len(os.listdir(tmp_path / FOLDER)) == 2
-    like = State(
+    like = TrainState(
         {"a": jnp.zeros((4, 4)), "runs": {}}, ({},), jnp.int32(0), jnp.float32(0), jnp.int32(0)
     )
     again = Checkpoints(tmp_path, 2)

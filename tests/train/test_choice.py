@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_jax.config import TrainConfig
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.choice import (
-    Choice,
+    BestStep,
     Evaluation,
     check,
     check_held_out,
@@ -25,7 +25,7 @@ LOSSES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf, math.nan]), max
 
 def after(losses):
     found = [Evaluation(step, loss) for step, loss in enumerate(losses, 1)]
-    return reduce(Choice.seen, found, Choice())
+    return reduce(BestStep.seen, found, BestStep())
 
 
 def rank(loss):
@@ -36,7 +36,7 @@ def rank(loss):
 def test_the_best_is_the_first_of_the_lowest(losses):
     choice = after(losses)
     if not losses:
-        assert choice == Choice()
+        assert choice == BestStep()
         return
     ranks = [rank(loss) for loss in losses]
     assert choice.best.step == 1 + ranks.index(min(ranks))

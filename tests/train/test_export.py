@@ -9,9 +9,9 @@ from safetensors.numpy import load_file
 
 from qlora_jax import config as configs
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.formats.peft import read_adapter
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models.decoder import attach
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.export import adapters, export_adapter
@@ -34,8 +34,8 @@ def make(tiny_model):
             "lora": {"rank": 4, "alpha": 8, "target_modules": TARGETS} | lora,
         }
         config = configs.from_tree(tree, "test")
-        model = load(open_folder(tiny_model), quant=None, dtype="float32")
-        attach(model, plan(config.lora, model.linears()), jax.random.key(0))
+        model = load_model(open_folder(tiny_model), quant=None, dtype="float32")
+        attach(model, choose_adapters(config.lora, model.linears()), jax.random.key(0))
         random = np.random.default_rng(0)
         for linear in model.runs[0].linears().values():
             if linear.adapter:

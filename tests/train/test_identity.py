@@ -15,7 +15,7 @@ from qlora_jax.models import trees
 from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.train import identity
 from qlora_jax.train.identity import check_identity, starts_as_base
-from qlora_jax.train.setup import load_model
+from qlora_jax.train.setup import load_run_model
 
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 ADAPTED = {"q_proj": (64, 64), "down_proj": (128, 64)}
@@ -34,7 +34,7 @@ def split(method="lora", compute="float32", **lora):
         "lora": {"rank": RANK, "target_modules": list(ADAPTED)} | lora,
     }
     config = configs.from_tree(tree, "test")
-    return *trees.split(load_model(config, open_folder(LLAMA), pytest.fail)[0], method), config
+    return *trees.split(load_run_model(config, open_folder(LLAMA), pytest.fail)[0], method), config
 
 
 def changed(tree, path, layer, number):

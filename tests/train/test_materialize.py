@@ -23,7 +23,7 @@ from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment, has_plugi
 from qlora_jax.gpu.hlo import weight_shaped
 from qlora_jax.kernels import select, triton
 from qlora_jax.kernels.select import FUSED, choose_kernel, trusted_kernel
-from qlora_jax.lora import plan
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig, Rope
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
@@ -81,7 +81,7 @@ def model(implementation: str | None) -> Decoder:
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
     weights |= {name: jnp.ones((LAYERS, HIDDEN), jnp.bfloat16) for name in norms}
     built = Decoder(config, normal(VOCAB, HIDDEN), [weights], normal(HIDDEN), normal(HIDDEN, VOCAB))
-    attach(built, plan(LoraConfig(rank=4), built.linears()), jax.random.key(0))
+    attach(built, choose_adapters(LoraConfig(rank=4), built.linears()), jax.random.key(0))
     use_kernel(built, implementation)
     return built
 

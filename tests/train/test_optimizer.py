@@ -14,7 +14,7 @@ from flax import nnx
 
 from qlora_jax.config import OptimizerConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.lora.groups import group_labels
 from qlora_jax.lora.variables import LoraB, LoraParam, LoraScale, LoraVector, Vector, Weight
 from qlora_jax.models import trees
@@ -159,7 +159,7 @@ def test_16_bit_leaves_have_float32_moments_and_keep_their_dtype(dtype: str) -> 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_groups_of_every_weight_of_a_model(name: str) -> None:
-    model = load(open_folder(MODELS / name), quant=None, dtype=jnp.float32)
+    model = load_model(open_folder(MODELS / name), quant=None, dtype=jnp.float32)
     state = nnx.state(model, Weight)
     weights, found = trees.flatten(state), trees.flatten(group_labels(state))
     assert len(weights) == {"llama": 12, "qwen2": 14}[name]

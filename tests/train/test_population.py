@@ -14,8 +14,8 @@ from flax import nnx
 
 from qlora_jax.config import Config, from_tree
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
-from qlora_jax.lora import plan
+from qlora_jax.formats.load import load_model
+from qlora_jax.lora import choose_adapters
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach
 from qlora_jax.runtime.errors import UserError
@@ -66,7 +66,7 @@ def common(**changes: Any) -> Config:
 
 
 def model_of(config: Config) -> Decoder:
-    return load(open_folder(LLAMA), quant=config.quant, dtype=jnp.float32)
+    return load_model(open_folder(LLAMA), quant=config.quant, dtype=jnp.float32)
 
 
 def alone(
@@ -76,7 +76,7 @@ def alone(
     model = model_of(config)
     attach(
         model,
-        plan(config.lora, model.linears()),
+        choose_adapters(config.lora, model.linears()),
         jax.random.key(config.train.seed),
         init=config.lora.init,
     )
@@ -105,7 +105,7 @@ class Made(NamedTuple):
 
     configs: list[Config]
     adapters: mapped.Adapters
-    program: mapped.Program
+    program: mapped.PopulationProgram
 
     def fresh(self) -> mapped.Adapters:
         """The adapters with buffers of their own, which a step may take."""
@@ -233,7 +233,7 @@ def test_a_population_from_a_config_is_the_run_of_each(
         {"train.seed": "3", "optimizer.learning_rate": "0.02"},
     ]
     # two at a time: the last is by itself, in the program of two
-    common = configs.load(path, {"mesh.data": str(devices)})
+    common = configs.load_config(path, {"mesh.data": str(devices)})
     found = population.train_population(common, members, largest=2)
     settings = [f"--{key}={value}" for key, value in members[2].items()]
     ended = run_cli("train", path, *settings)

@@ -16,9 +16,9 @@ from qlora_jax.train.report import (
     EVAL_COLOUR,
     SET_COLOURS,
     TRAIN_COLOUR,
+    RunSummary,
     Sample,
     SetLoss,
-    Summary,
     plot_loss,
     print_samples,
     running_mean,
@@ -38,7 +38,7 @@ def summary(tmp_path):
     rows += [{"step": s, "train/loss": 2.5 - s / 50} for s in range(1, 51)]
     rows += [{"step": 51, "train/loss": None}, {"step": 50, "eval/loss": 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return Summary(
+    return RunSummary(
         model="smollm2-135m-instruct",
         method="qlora",
         quantization="nf4, block 64, double quantization",

@@ -11,7 +11,7 @@ from flax import nnx
 
 from qlora_jax import config as configs
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.models import trees
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
@@ -19,7 +19,7 @@ from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.restore import from_config, restore
-from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.setup import load_run_model, open_model
 
 pytestmark = pytest.mark.quick
 
@@ -53,7 +53,7 @@ def make_run(tmp_path, tiny_model, chats):
         config = configs.from_tree(tree | more, "test")
         with rundir.claim(config, {}, resume=False, overwrite=False):
             pass
-        model, _ = load_model(config, open_model(config)[0], pytest.fail)
+        model, _ = load_run_model(config, open_model(config)[0], pytest.fail)
         graph, trained, frozen = trees.split(model, method)
         random = np.random.default_rng(0)
         trained = jax.tree.map(
@@ -88,7 +88,7 @@ def test_its_logits_are_the_trained_models_and_the_bases_those_of_the_files(make
     np.testing.assert_array_equal(found, logits(trained))
     base = restore(folder, base=True, warn=pytest.fail)
     assert base.step == 0
-    plain = logits(load(open_folder(tiny_model), quant=None, dtype=jnp.float32))
+    plain = logits(load_model(open_folder(tiny_model), quant=None, dtype=jnp.float32))
     np.testing.assert_allclose(logits(base.model), plain, rtol=0, atol=1e-6)
     assert np.abs(found - plain).max() > 0.1
 

@@ -9,7 +9,7 @@ from qlora_jax import config as configs
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import resume
 from qlora_jax.train.finish import describe_finished, finished
-from qlora_jax.train.report import Summary
+from qlora_jax.train.report import RunSummary
 
 RESULTS = {
     "model": "m",
@@ -135,7 +135,7 @@ def test_fewer_steps_than_are_done_are_refused(run):
 
 def test_a_finished_run_is_known_before_anything_is_loaded(run):
     summary = finished(make(run))
-    assert isinstance(summary, Summary)
+    assert isinstance(summary, RunSummary)
     assert (summary.steps, summary.eval_after, summary.run_dir) == (6, 2.0, str(run))
     line = describe_finished(make(run), summary)
     assert line == f"{run}: finished at step 6; give --train.steps=M to go on"

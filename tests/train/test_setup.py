@@ -17,7 +17,7 @@ from qlora_jax.quant import dequantize
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import pretrained
 from qlora_jax.train.examples import read_data
-from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.setup import load_run_model, open_model
 
 pytestmark = pytest.mark.quick
 
@@ -207,7 +207,7 @@ def test_dtypes_are_those_of_the_config(make_config, method, storage, adapter):
         lora__dtype=adapter,
         lora__target_modules=["q_proj"],
     )
-    model, specs = load_model(config, open_model(config)[0], pytest.fail)
+    model, specs = load_run_model(config, open_model(config)[0], pytest.fail)
     _, trained, frozen = trees.split(model, method)
     types = {path: str(x.dtype) for path, x in trees.flatten(trained).items()}
     assert set(types.values()) == {adapter}
@@ -233,7 +233,7 @@ def test_dtypes_are_those_of_the_config(make_config, method, storage, adapter):
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_weights_are_those_of_the_files(make_config, tiny_model, method):
     config = make_config(method=method, model__storage_dtype="float32")
-    model, _ = load_model(config, open_model(config)[0], pytest.fail)
+    model, _ = load_run_model(config, open_model(config)[0], pytest.fail)
     stored, decoded = load_file(tiny_model / "model.safetensors"), jax.jit(dequantize)
     np.testing.assert_array_equal(model.embed.get_value(), stored["model.embed_tokens.weight"])
     for path, linear, i in model.walk():
@@ -259,7 +259,7 @@ def test_an_attention_kernel_that_is_not_trusted_is_not_used(make_config, monkey
 
     monkeypatch.setattr(pretrained, "trusted_attention", trusted)
     config = make_config(method=method, model__compute_dtype="float16")
-    model, _ = load_model(config, open_model(config)[0], lines.append)
+    model, _ = load_run_model(config, open_model(config)[0], lines.append)
     assert lines == ["warning: wrong"]
     assert [run.attention for run in model.runs] == ["xla"]
     (kind,), decoder = asked, model.config
@@ -274,18 +274,18 @@ def test_a_rank_above_the_full_one_is_warned_about_by_name(make_config):
         lora__rank_pattern={"layers.1.self_attn.k_proj": 33},
     )
     lines = []
-    load_model(config, open_model(config)[0], lines.append)
+    load_run_model(config, open_model(config)[0], lines.append)
     assert len(lines) == 1
     assert lines[0].startswith("warning: the rank is above min(in, out) of 1 linears")
     assert lines[0].endswith("model.layers.1.self_attn.k_proj")
     config = make_config(method="lora", lora__target_modules=["k_proj"], lora__rank=32)
-    load_model(config, open_model(config)[0], pytest.fail)
+    load_run_model(config, open_model(config)[0], pytest.fail)
 
 
 def test_adapters_follow_from_the_seed(make_config):
     def a(seed):
         config = make_config(method="lora", lora__target_modules=["q_proj"], train__seed=seed)
-        model, _ = load_model(config, open_model(config)[0], pytest.fail)
+        model, _ = load_run_model(config, open_model(config)[0], pytest.fail)
         return np.asarray(model.runs[0].q_proj.adapter.a.get_value())
 
     np.testing.assert_array_equal(a(3), a(3))

@@ -20,7 +20,7 @@ from qlora_jax.models import trees
 from qlora_jax.quant import QTensor, dequantize
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.export import export_adapter
-from qlora_jax.train.setup import load_model, open_model
+from qlora_jax.train.setup import load_run_model, open_model
 from qlora_jax.train.start import Splitter, resolved, with_replaced
 
 pytestmark = pytest.mark.quick
@@ -42,7 +42,7 @@ def config_of(model, method="lora", storage="float32", **lora):
 
 def build(config):
     checkpoint = with_replaced(config, open_folder(Path(config.model.path)))
-    return load_model(config, checkpoint, pytest.fail)[0]
+    return load_run_model(config, checkpoint, pytest.fail)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -140,7 +140,7 @@ def test_an_adapter_without_effect_is_warned_about(copied):
     tensors = {k: np.zeros_like(v) if "lora_B" in k else v for k, v in load_file(path).items()}
     save_file(tensors, path)
     lines = []
-    load_model(config_of(LLAMA, from_adapter=str(copied)), open_folder(LLAMA), lines.append)
+    load_run_model(config_of(LLAMA, from_adapter=str(copied)), open_folder(LLAMA), lines.append)
     assert lines == [
         f"warning: {copied}: A or B of every module is zero, so the adapter changes nothing"
     ]
@@ -160,7 +160,7 @@ def test_pissa_splits_the_weight_at_its_largest_values(tmp_path):
         LLAMA, init="pissa", rank=4, alpha=6, rank_pattern={"layers.1.self_attn.q_proj": 2}
     )
     lines = []
-    model = load_model(config, open_folder(LLAMA), lines.append)[0]
+    model = load_run_model(config, open_folder(LLAMA), lines.append)[0]
     assert lines[0].startswith("pissa: base and adapters differ")
     exact = load_file(LLAMA / "model.safetensors")
     base = stored_weights(model)
@@ -207,7 +207,7 @@ def test_an_export_of_pissa_is_for_the_pretrained_weights(tmp_path, variant):
         target_modules=["q_proj", "down_proj"],
         rank_pattern={"layers.1.self_attn.q_proj": 2},
     )
-    model = moved(load_model(config, open_folder(LLAMA), lambda line: None)[0])
+    model = moved(load_run_model(config, open_folder(LLAMA), lambda line: None)[0])
     export_adapter(config, model, tmp_path / "out")
     ranks = {a.rank for a in read_adapter(tmp_path / "out").adapters.values()}
     assert ranks == {8, 4}
@@ -225,7 +225,7 @@ def test_four_bits_lose_less_with_pissa_and_loftq_and_loftq_less_with_more_turns
         config = config_of(LLAMA, "qlora", rank=8, target_modules=["q_proj"], **lora)
         splitter = Splitter(config.lora, {})
         assert splitter.errors == {}
-        model = load_model(config, open_folder(LLAMA), lambda line: None)[0]
+        model = load_run_model(config, open_folder(LLAMA), lambda line: None)[0]
         base, total = stored_weights(model), 0.0
         for path, linear, i in model.walk():
             if linear.adapter:
@@ -255,6 +255,6 @@ def test_loftq_needs_a_quantized_base(tiny_model):
 def test_the_config_of_a_run_is_what_the_adapter_decided(tmp_path):
     config = config_of(LLAMA, from_adapter=str(LLAMA / "peft_dora"))
     configs.dump(config, tmp_path / "config.yaml")
-    assert configs.load(tmp_path / "config.yaml") == config
+    assert configs.load_config(tmp_path / "config.yaml") == config
     assert json.loads((LLAMA / "peft_dora" / "adapter_config.json").read_text())["use_dora"]
     assert config.lora.variant == "dora"

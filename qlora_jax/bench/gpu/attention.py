@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from qlora_jax.bench.gpu import reference
 from qlora_jax.bench.gpu.ceilings import median_seconds
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program, compile_all, usable
+from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.kernels.attention import attend, select, triton
 from qlora_jax.kernels.attention.select import FUSED, PLAIN
 from qlora_jax.kernels.target import capability_of
@@ -25,7 +25,7 @@ EXACT = "float32"
 REPEATS = {FULL: 10, REHEARSAL: 1}
 
 
-class Case(NamedTuple):
+class AttentionCase(NamedTuple):
     """One row of packed sequences.
 
     Attributes:
@@ -55,16 +55,19 @@ class Case(NamedTuple):
         )
 
 
-CASES: Mapping[str, Sequence[Case]] = {
+CASES: Mapping[str, Sequence[AttentionCase]] = {
     FULL: (
-        Case(8192, 8192, 8192, 32, 8, 128),
-        Case(8192, 1000, 8192, 32, 8, 128),
-        Case(8192, 8192, 512, 32, 32, 64, "float16"),
-        Case(4095, 4095, 1024, 8, 4, 256, softcap=50.0),
-        Case(4095, 1500, 4096, 32, 32, 96),
-        Case(32768, 32768, 32768, 8, 1, 128),
+        AttentionCase(8192, 8192, 8192, 32, 8, 128),
+        AttentionCase(8192, 1000, 8192, 32, 8, 128),
+        AttentionCase(8192, 8192, 512, 32, 32, 64, "float16"),
+        AttentionCase(4095, 4095, 1024, 8, 4, 256, softcap=50.0),
+        AttentionCase(4095, 1500, 4096, 32, 32, 96),
+        AttentionCase(32768, 32768, 32768, 8, 1, 128),
     ),
-    REHEARSAL: (Case(75, 40, 30, 2, 1, 16), Case(75, 75, 75, 1, 1, 16, softcap=2.0)),
+    REHEARSAL: (
+        AttentionCase(75, 40, 30, 2, 1, 16),
+        AttentionCase(75, 75, 75, 1, 1, 16, softcap=2.0),
+    ),
 }
 
 
@@ -78,7 +81,7 @@ def names(scale: str) -> list[str]:
     ]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields each case's programs: fused, in plain XLA, and that in float32."""
     for fused in FUSED:
         for case in CASES[scale]:
@@ -98,7 +101,7 @@ def run(lane: Lane) -> None:
         triton.INTERPRET = before
 
 
-def _run_case(lane: Lane, case: Case, fused: str, device: Any) -> None:
+def _run_case(lane: Lane, case: AttentionCase, fused: str, device: Any) -> None:
     own = [_name(case, fused), *(f"{_name(case, x)}: time" for x in (fused, PLAIN))]
     if reason := _excuse(case, fused, lane.scale, device):
         for name in own:
@@ -124,25 +127,27 @@ def _run_case(lane: Lane, case: Case, fused: str, device: Any) -> None:
             lane.record.figure(name, "ms", 1e3 * seconds, field="attention time", case=case.name)
 
 
-def _name(case: Case, implementation: str) -> str:
+def _name(case: AttentionCase, implementation: str) -> str:
     return f"{implementation}, {case.name}"
 
 
-def _excuse(case: Case, fused: str, scale: str, device: Any) -> str:
+def _excuse(case: AttentionCase, fused: str, scale: str, device: Any) -> str:
     """Returns why a case is not run on the device; empty if it is. A rehearsal interprets it."""
     if scale == REHEARSAL or fused in select.usable(capability_of(device), case.dtype, case.size):
         return ""
     return f"{fused} attention does not run on {device.device_kind}"
 
 
-def _program(case: Case, implementation: str) -> Program:
+def _program(case: AttentionCase, implementation: str) -> BenchProgram:
     exact = implementation == EXACT
     inputs = jax.eval_shape(lambda: _inputs(case, EXACT if exact else case.dtype))
     function = _both(case, PLAIN if exact else implementation, "highest" if exact else "default")
-    return Program(_name(case, implementation), function, inputs)
+    return BenchProgram(_name(case, implementation), function, inputs)
 
 
-def _both(case: Case, implementation: str, precision: str) -> Callable[..., tuple[jax.Array, ...]]:
+def _both(
+    case: AttentionCase, implementation: str, precision: str
+) -> Callable[..., tuple[jax.Array, ...]]:
     """Returns the function of `_inputs` to the attention and the gradients of q, k and v."""
 
     def both(q, k, v, first, last, g):
@@ -156,7 +161,7 @@ def _both(case: Case, implementation: str, precision: str) -> Callable[..., tupl
     return both
 
 
-def _inputs(case: Case, dtype: str | None = None) -> tuple[jax.Array, ...]:
+def _inputs(case: AttentionCase, dtype: str | None = None) -> tuple[jax.Array, ...]:
     """Returns q, k, v, first, last and the result's gradient."""
     last = jnp.arange(case.tokens, dtype=jnp.int32)[None]
     first = jnp.maximum(last // case.document * case.document, last - case.window + 1)

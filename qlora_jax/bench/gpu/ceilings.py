@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program, compiled
+from qlora_jax.bench.gpu.programs import BenchProgram, compiled
 from qlora_jax.kernels.target import capability_of, half_dtype
 
 COPY = "copy"
@@ -33,13 +33,13 @@ def names(scale: str) -> list[str]:
     return [COPY, TO_HOST, FROM_HOST, DISPATCH, "matmul"]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the programs that `run` measures."""
     sizes = SIZES[scale]
     words = jax.ShapeDtypeStruct((sizes.words,), jnp.uint32)
-    yield Program(COPY, lambda x: x ^ jnp.uint32(1), (words,))
+    yield BenchProgram(COPY, lambda x: x ^ jnp.uint32(1), (words,))
     square = jax.ShapeDtypeStruct((sizes.side, sizes.side), half_dtype(capability_of(device)))
-    yield Program("matmul", lambda a, b: a @ b, (square, square))
+    yield BenchProgram("matmul", lambda a, b: a @ b, (square, square))
 
 
 def run(lane: Lane) -> None:
@@ -68,13 +68,13 @@ def median_seconds(call: Callable[[], Any], count: int) -> float:
     return statistics.median(times)
 
 
-def _copy(lane: Lane, copy: Program, sizes: Sizes) -> None:
+def _copy(lane: Lane, copy: BenchProgram, sizes: Sizes) -> None:
     x = jnp.zeros((sizes.words,), jnp.uint32)
     seconds = median_seconds(functools.partial(compiled(copy), x), sizes.repeat)
     lane.record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)  # read and written
 
 
-def _matmul(lane: Lane, product: Program, sizes: Sizes) -> None:
+def _matmul(lane: Lane, product: BenchProgram, sizes: Sizes) -> None:
     square = product.arguments[0]
     a = jax.random.normal(jax.random.key(0), square.shape, square.dtype)
     seconds = median_seconds(functools.partial(compiled(product), a, a), sizes.repeat)

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 
 from qlora_jax.bench.gpu.lane import FULL
-from qlora_jax.bench.gpu.parts import PARTS, Part
-from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.parts import PARTS, BenchPart
+from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.gpu.compile import compile_lowered, environment, has_plugin, lower_for
 from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.processes import Died, answers
@@ -32,7 +32,7 @@ LISTING = "the list of its programs"
 """Stands for the programs of a part that gives an error instead of them."""
 
 
-class Task(NamedTuple):
+class CompileTask(NamedTuple):
     """The programs of one part for one GPU.
 
     Attributes:
@@ -43,12 +43,12 @@ class Task(NamedTuple):
     """
 
     gpu: str
-    part: Part
+    part: BenchPart
     names: Sequence[str]
     error: str | None = None
 
 
-class Outcome(NamedTuple):
+class CompileOutcome(NamedTuple):
     """Says whether one program compiled.
 
     Attributes:
@@ -69,18 +69,20 @@ class Outcome(NamedTuple):
         return f"{self.gpu}, {self.part}, {self.name}: {self.error}"
 
 
-def tasks(gpus: Iterable[str] = GPUS, parts: Iterable[Part] = PARTS) -> Iterator[Task]:
+def tasks(gpus: Iterable[str] = GPUS, parts: Iterable[BenchPart] = PARTS) -> Iterator[CompileTask]:
     """Yields every part's programs for every GPU, by name."""
     for part, gpu in itertools.product(parts, gpus):
         try:
             names = [program.name for program in part.module.programs(FULL, read_gpu(gpu))]
         except Exception as e:  # shapes are traced, which has errors of many kinds
-            yield Task(gpu, part, [], f"{type(e).__name__}: {first_line(e)}")
+            yield CompileTask(gpu, part, [], f"{type(e).__name__}: {first_line(e)}")
         else:
-            yield Task(gpu, part, names)
+            yield CompileTask(gpu, part, names)
 
 
-def compile_all(chosen: Sequence[Task], tell: Callable[[Outcome], None]) -> list[Outcome]:
+def compile_all(
+    chosen: Sequence[CompileTask], tell: Callable[[CompileOutcome], None]
+) -> list[CompileOutcome]:
     """Returns the outcome of every program, in order.
 
     Args:
@@ -93,7 +95,7 @@ def compile_all(chosen: Sequence[Task], tell: Callable[[Outcome], None]) -> list
     if not has_plugin():
         raise UserError("the compile-only GPU packages are not installed: make gpu-check")
 
-    def outcomes(task: Task) -> list[Outcome]:
+    def outcomes(task: CompileTask) -> list[CompileOutcome]:
         found = []
         for outcome in _of_task(task):
             tell(outcome)
@@ -104,7 +106,7 @@ def compile_all(chosen: Sequence[Task], tell: Callable[[Outcome], None]) -> list
         return list(itertools.chain.from_iterable(pool.map(outcomes, chosen)))
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(outcomes: Sequence[CompileOutcome]) -> str:
     """Returns the last line: what compiled, of how many GPUs."""
     gpus = {outcome.gpu for outcome in outcomes}
     failed = sum(outcome.error is not None for outcome in outcomes)
@@ -112,7 +114,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return f"{each:g} programs of bench gpu x {len(gpus)} GPUs compiled, {failed} failed"
 
 
-def table(outcomes: Sequence[Outcome]) -> list[str]:
+def table(outcomes: Sequence[CompileOutcome]) -> list[str]:
     """Returns a line for each GPU and part: how many programs, how many different, seconds."""
     lines = []
     for (gpu, part), group in itertools.groupby(outcomes, key=lambda outcome: outcome[:2]):
@@ -123,17 +125,17 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def _of_task(task: Task) -> Iterator[Outcome]:
+def _of_task(task: CompileTask) -> Iterator[CompileOutcome]:
     if task.error is not None:
-        yield Outcome(task.gpu, task.part.name, LISTING, task.error)
+        yield CompileOutcome(task.gpu, task.part.name, LISTING, task.error)
     command = [*COMMAND, task.gpu, task.part.name]
     indices = [str(i) for i in range(len(task.names))]
     made = answers(command, indices, environment(*task.part.flags.split()))
     for name, answer in zip(task.names, made, strict=True):
         if isinstance(answer, Died):
-            yield Outcome(task.gpu, task.part.name, name, answer.reason)
+            yield CompileOutcome(task.gpu, task.part.name, name, answer.reason)
         else:
-            yield Outcome(task.gpu, task.part.name, name, *json.loads(answer))
+            yield CompileOutcome(task.gpu, task.part.name, name, *json.loads(answer))
 
 
 class _Compiler:
@@ -143,8 +145,8 @@ class _Compiler:
         self._gpu = gpu
         self._known: dict[Any, str | None] = {}
 
-    def outcome(self, program: Program) -> tuple[str | None, float, bool]:
-        """Returns the last fields of `Outcome`."""
+    def outcome(self, program: BenchProgram) -> tuple[str | None, float, bool]:
+        """Returns the last fields of `CompileOutcome`."""
         began = time.monotonic()
         repeated, error = False, None
         try:
@@ -160,7 +162,7 @@ class _Compiler:
         return error, round(time.monotonic() - began, 2), repeated
 
 
-def _compile(lowered: jax.stages.Lowered, program: Program) -> str | None:
+def _compile(lowered: jax.stages.Lowered, program: BenchProgram) -> str | None:
     try:
         compile_lowered(lowered, program.options)
     except Exception as e:  # several compilers, each with errors of its own

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.bench.gpu import record
 from qlora_jax.bench.gpu.lane import REHEARSAL, SLOWER
-from qlora_jax.bench.gpu.parts import Part
+from qlora_jax.bench.gpu.parts import BenchPart
 from qlora_jax.bench.gpu.record import Recorder
 from qlora_jax.runtime.errors import UserError
 
@@ -26,7 +26,7 @@ HUNG = "Timeout ("
 """Begins the line that `faulthandler` prints when it ends a process that hangs."""
 
 
-class Request(NamedTuple):
+class BenchRequest(NamedTuple):
     """Names the parts to run, and their limits.
 
     Attributes:
@@ -37,14 +37,14 @@ class Request(NamedTuple):
       peers: Python interpreters that have peers installed.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[BenchPart]
     scale: str
     budget: float
     folder: Path
     peers: Sequence[str] = ()
 
 
-def run(request: Request, say: Callable[[str], None]) -> None:
+def run(request: BenchRequest, say: Callable[[str], None]) -> None:
     """Runs the parts and records how each ended.
 
     Raises:
@@ -72,7 +72,7 @@ def run(request: Request, say: Callable[[str], None]) -> None:
         say(f"{place}: {outcome}")
 
 
-def environment(part: Part, scale: str) -> dict[str, str]:
+def environment(part: BenchPart, scale: str) -> dict[str, str]:
     """Returns the environment of a part's process."""
     found = dict(os.environ)
     if scale == REHEARSAL:
@@ -81,7 +81,9 @@ def environment(part: Part, scale: str) -> dict[str, str]:
     return found | ({"XLA_FLAGS": flags} if flags else {})
 
 
-def _attempts(request: Request, part: Part, end: float, say: Callable[[str], None]) -> str:
+def _attempts(
+    request: BenchRequest, part: BenchPart, end: float, say: Callable[[str], None]
+) -> str:
     """Runs a part and returns its outcome; if its process dies, the rest is run in another.
 
     The result that the process was working on is recorded as absent. A result that is recorded is
@@ -106,7 +108,7 @@ def _attempts(request: Request, part: Part, end: float, say: Callable[[str], Non
     return outcome
 
 
-def _process(request: Request, part: Part, seconds: float, told: Sequence[str]) -> str:
+def _process(request: BenchRequest, part: BenchPart, seconds: float, told: Sequence[str]) -> str:
     """Runs one process of a part and returns its outcome: `ok`, or what went wrong."""
     asked: Mapping[str, Any] = {
         "part": part.name,
@@ -153,7 +155,7 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _close(request: Request, part: Part, seconds: float, outcome: str) -> None:
+def _close(request: BenchRequest, part: BenchPart, seconds: float, outcome: str) -> None:
     """Records a reason for each declared result that is not there, and the part's end."""
     path = request.folder / LINES
     recorder = Recorder(path, part.name)

@@ -17,7 +17,13 @@ from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu import products, reference
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
-from qlora_jax.bench.gpu.programs import Outcome, Program, compile_all, compiled, usable
+from qlora_jax.bench.gpu.programs import (
+    BenchProgram,
+    CompiledOrError,
+    compile_all,
+    compiled,
+    usable,
+)
 from qlora_jax.kernels import matmul
 from qlora_jax.kernels.select import FUSED
 from qlora_jax.quant import QLayer, quantize
@@ -138,7 +144,7 @@ def names(scale: str) -> list[str]:
     return [corner.name for corner in corners(scale)] + [_beyond_name(name) for name in FUSED]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the programs of every corner that runs on the device, and those it is held against."""
     able = [name for name in FUSED if not excuse(name, scale, device)]
     for corner in corners(scale):
@@ -150,7 +156,7 @@ def programs(scale: str, device: Any) -> Iterator[Program]:
         yield from map(_beyond, able)
 
 
-def program(corner: Corner, scale: str) -> Program:
+def program(corner: Corner, scale: str) -> BenchProgram:
     """Returns the program of a corner."""
     function, options = CORNERS[corner.what]
     exact = corner.implementation == EXACT
@@ -161,7 +167,7 @@ def program(corner: Corner, scale: str) -> Program:
             return function(x, stack, PLAIN if exact else corner.implementation)
 
     x = jax.ShapeDtypeStruct((corner.rows, SIZES[scale].features), dtype)
-    return Program(corner.name, run, (x, _stack(scale)), options)
+    return BenchProgram(corner.name, run, (x, _stack(scale)), options)
 
 
 def run(lane: Lane) -> None:
@@ -182,7 +188,9 @@ def run(lane: Lane) -> None:
             _check_beyond(lane, implementation, device)
 
 
-def check(corner: Corner, scale: str, made: Mapping[str, Outcome]) -> reference.Verdict:
+def check(
+    corner: Corner, scale: str, made: Mapping[str, CompiledOrError]
+) -> reference.ErrorVerdict:
     """Returns the worst verdict of `CALLS` runs on fresh inputs.
 
     Args:
@@ -214,12 +222,12 @@ def _beyond_name(implementation: str) -> str:
     return f"{implementation} result of more than 2^31 elements"
 
 
-def _beyond(implementation: str) -> Program:
+def _beyond(implementation: str) -> BenchProgram:
     rows, k, n = BEYOND
     product = products.one_product(implementation, "forward", k)
     q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((k, n), jnp.float32))
     x = jax.ShapeDtypeStruct((rows, k), DTYPE)
-    return Program(_beyond_name(implementation), product, (x, q))
+    return BenchProgram(_beyond_name(implementation), product, (x, q))
 
 
 def _check_beyond(lane: Lane, implementation: str, device: Any) -> None:

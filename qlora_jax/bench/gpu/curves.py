@@ -14,14 +14,14 @@ import numpy as np
 from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
-from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.gpu.reference import FACTOR
 from qlora_jax.config import Config, from_tree
 from qlora_jax.data.packing import DTYPES
 from qlora_jax.kernels.select import FUSED
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import accounts
+from qlora_jax.plan import compiled_memory
 from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.train.assemble import assemble
 
@@ -67,15 +67,15 @@ def names(scale: str) -> list[str]:
     return [f"{name}: {field}" for name in (PLAIN, *FUSED) for field in FIELDS]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the gradient program with each implementation and of the float32 run; updates."""
     for name in (PLAIN, *FUSED):
         if not excuse(name, scale, device):
             yield _gradient(f"{name}: gradient", _step(scale, name, "bfloat16"))
     exact = _step(scale, PLAIN, "float32")
     yield _gradient("float32: gradient", exact, "highest")
-    for name, update, arguments in accounts.updates(exact):
-        yield Program(name, update, arguments, donate=(0, 3))
+    for name, update, arguments in compiled_memory.layer_updates(exact):
+        yield BenchProgram(name, update, arguments, donate=(0, 3))
 
 
 def run(lane: Lane) -> None:
@@ -141,20 +141,22 @@ def _config(scale: str, dtype: str) -> Config:
     )
 
 
-def _step(scale: str, implementation: str, dtype: str) -> accounts.Step:
+def _step(scale: str, implementation: str, dtype: str) -> compiled_memory.AbstractStep:
     config = _config(scale, dtype)
     model = abstract_model(config, SIZES[scale].decoder, implementation)
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch(scale).items()}
-    return accounts.step_of(*assemble(config, model)[1:], rows, None)
+    return compiled_memory.step_of(*assemble(config, model)[1:], rows, None)
 
 
-def _gradient(name: str, step: accounts.Step, precision: str | None = None) -> Program:
+def _gradient(
+    name: str, step: compiled_memory.AbstractStep, precision: str | None = None
+) -> BenchProgram:
     def gradient(*arguments: Any) -> Any:
         with jax.default_matmul_precision(precision):
             return step.program.gradient(*arguments)
 
     arguments = (step.state._replace(optimizer=()), step.frozen, step.batch, step.key)
-    return Program(name, gradient, arguments)
+    return BenchProgram(name, gradient, arguments)
 
 
 def _distance(curve: list[float], exact: list[float]) -> float:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from qlora_jax.bench import generate
 from qlora_jax.bench.gpu.facts import MEMORY
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program, as_options
+from qlora_jax.bench.gpu.programs import BenchProgram, as_options
 from qlora_jax.bench.gpu.steps import measured, too_large
-from qlora_jax.bench.options import Generate
+from qlora_jax.bench.options import GenerateOptions
 
 UNFUSED = "--xla_gpu_enable_dynamic_slice_fusion=false"
 """Copies each layer's codes out of the stack before a kernel reads them."""
@@ -25,26 +25,28 @@ KINDS = {
 """Figures of a case: the unit, and the name in the report of `bench generate`."""
 
 
-class Case(NamedTuple):
+class DecodeCase(NamedTuple):
     """One generation: a name, options of `bench generate`, and flags for XLA."""
 
     name: str
-    options: Generate
+    options: GenerateOptions
     flags: str = ""
 
 
-SEVEN = Generate("llama-7b", tokens=129, samples=3)
+SEVEN = GenerateOptions("llama-7b", tokens=129, samples=3)
 
-CASES: Mapping[str, Sequence[Case]] = {
+CASES: Mapping[str, Sequence[DecodeCase]] = {
     FULL: (
-        Case("7B, 1 row", SEVEN),
-        Case("7B, 1 row, xla", dataclasses.replace(SEVEN, kernel="xla")),
-        Case("7B, 16 rows", dataclasses.replace(SEVEN, rows=16)),
-        Case("7B, 1 row, codes copied out of the stack", SEVEN, UNFUSED),
-        Case("7B, 1 row, a CUDA graph a token", SEVEN, ONE_GRAPH),
+        DecodeCase("7B, 1 row", SEVEN),
+        DecodeCase("7B, 1 row, xla", dataclasses.replace(SEVEN, kernel="xla")),
+        DecodeCase("7B, 16 rows", dataclasses.replace(SEVEN, rows=16)),
+        DecodeCase("7B, 1 row, codes copied out of the stack", SEVEN, UNFUSED),
+        DecodeCase("7B, 1 row, a CUDA graph a token", SEVEN, ONE_GRAPH),
     ),
     REHEARSAL: (
-        Case("135M, 2 rows", Generate("smollm2-135m", prompt=4, tokens=3, samples=1, rows=2)),
+        DecodeCase(
+            "135M, 2 rows", GenerateOptions("smollm2-135m", prompt=4, tokens=3, samples=1, rows=2)
+        ),
     ),
 }
 
@@ -54,11 +56,11 @@ def names(scale: str) -> list[str]:
     return [f"{case.name}: {kind}" for case in CASES[scale] for kind in KINDS]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the two programs of each case, for prefill and for decoding."""
     for case in CASES[scale]:
         for name, function, arguments in generate.programs(case.options):
-            yield Program(f"{case.name}: {name}", function, arguments, as_options(case.flags))
+            yield BenchProgram(f"{case.name}: {name}", function, arguments, as_options(case.flags))
 
 
 def run(lane: Lane) -> None:
@@ -74,6 +76,6 @@ def run(lane: Lane) -> None:
                 _one(lane, case)
 
 
-def _one(lane: Lane, case: Case) -> None:
+def _one(lane: Lane, case: DecodeCase) -> None:
     report = measured(lane, "generate", case.options, case.flags)
     lane.figures(report, case.name, KINDS, rows=case.options.rows)

@@ -12,7 +12,7 @@ from flax import nnx
 from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu.curves import TINY
 from qlora_jax.bench.gpu.lane import HANGS, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program, compile_all, usable
+from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.config import Config, from_tree
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.models.shapes import find
@@ -22,7 +22,7 @@ from qlora_jax.train.identity import TOLERANCE, first_changed, unchanged
 LAYERS = 4
 
 
-class Case(NamedTuple):
+class IdentityCase(NamedTuple):
     """One kind of adapter on one kind of base."""
 
     method: str
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 CASES = tuple(
-    Case(method, variant, dtype)
+    IdentityCase(method, variant, dtype)
     for dtype in ("bfloat16", "float32", "float16")
     for method in ("qlora", "lora")
     for variant in ("lora", "dora")
@@ -55,13 +55,13 @@ def names(scale: str) -> list[str]:
     return [case.name for case in CASES]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the program of every case."""
     for case in CASES:
         config = _config(case)
         model = abstract_model(config, decoder(scale), None)
         function = functools.partial(_unchanged, model.graph, case)
-        yield Program(case.name, function, (model.trained, model.frozen))
+        yield BenchProgram(case.name, function, (model.trained, model.frozen))
 
 
 def run(lane: Lane) -> None:
@@ -77,11 +77,11 @@ def run(lane: Lane) -> None:
                 lane.record.check(case.name, changed is None, first_changed=changed)
 
 
-def _unchanged(graph: Any, case: Case, trained: Any, frozen: Any) -> Any:
+def _unchanged(graph: Any, case: IdentityCase, trained: Any, frozen: Any) -> Any:
     return unchanged(graph, trained, frozen, jnp.dtype(case.dtype), TOLERANCE[case.variant])
 
 
-def _config(case: Case) -> Config:
+def _config(case: IdentityCase) -> Config:
     tree: Mapping[str, Any] = {
         "method": case.method,
         "model": {"path": "none", "compute_dtype": case.dtype, "storage_dtype": "bfloat16"},

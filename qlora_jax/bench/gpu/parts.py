@@ -12,7 +12,7 @@ from typing import NamedTuple
 from qlora_jax.bench.gpu.lane import CUBLAS
 
 
-class Part(NamedTuple):
+class BenchPart(NamedTuple):
     """One part.
 
     Attributes:
@@ -34,24 +34,28 @@ class Part(NamedTuple):
         return importlib.import_module(f"qlora_jax.bench.gpu.{self.name}")
 
 
-PARTS: Sequence[Part] = (
-    Part("ceilings", 60, 10, "device, driver, versions; bandwidth and products at most", CUBLAS),
-    Part("products", 110, 25, "every kernel against float64", CUBLAS),
-    Part("contexts", 70, 20, "kernels in scan, remat, vmap, CUDA graphs, beyond 2^31", CUBLAS),
-    Part("attention", 60, 20, "fused attention against float32, and its time", CUBLAS),
-    Part("identity", 45, 15, "fresh adapters change nothing, however XLA tunes products"),
-    Part("steps", 130, 30, "a QLoRA step of published shapes: tokens/s, memory against the plan"),
-    Part("training", 200, 40, "quickstart, resume, moments on the host, float16", CUBLAS),
-    Part("times", 120, 30, "products: kernels, decode + GEMM, 16-bit GEMM", CUBLAS),
-    Part("curves", 60, 25, "the loss of 50 steps with each implementation", CUBLAS),
-    Part("decode", 90, 25, "generated tokens/s and prefill"),
-    Part("large", 110, 50, "a QLoRA step of 13B to 70B as memory allows"),
-    Part("traces", 60, 25, "which kernels take the time of a step and of a token"),
-    Part("peers", 120, 40, "bitsandbytes' products and PEFT's step on the same card"),
+PARTS: Sequence[BenchPart] = (
+    BenchPart(
+        "ceilings", 60, 10, "device, driver, versions; bandwidth and products at most", CUBLAS
+    ),
+    BenchPart("products", 110, 25, "every kernel against float64", CUBLAS),
+    BenchPart("contexts", 70, 20, "kernels in scan, remat, vmap, CUDA graphs, beyond 2^31", CUBLAS),
+    BenchPart("attention", 60, 20, "fused attention against float32, and its time", CUBLAS),
+    BenchPart("identity", 45, 15, "fresh adapters change nothing, however XLA tunes products"),
+    BenchPart(
+        "steps", 130, 30, "a QLoRA step of published shapes: tokens/s, memory against the plan"
+    ),
+    BenchPart("training", 200, 40, "quickstart, resume, moments on the host, float16", CUBLAS),
+    BenchPart("times", 120, 30, "products: kernels, decode + GEMM, 16-bit GEMM", CUBLAS),
+    BenchPart("curves", 60, 25, "the loss of 50 steps with each implementation", CUBLAS),
+    BenchPart("decode", 90, 25, "generated tokens/s and prefill"),
+    BenchPart("large", 110, 50, "a QLoRA step of 13B to 70B as memory allows"),
+    BenchPart("traces", 60, 25, "which kernels take the time of a step and of a token"),
+    BenchPart("peers", 120, 40, "bitsandbytes' products and PEFT's step on the same card"),
 )
 
 
-def chosen(only: Sequence[str], skip: Sequence[str]) -> list[Part]:
+def chosen(only: Sequence[str], skip: Sequence[str]) -> list[BenchPart]:
     """Returns the parts to run.
 
     Args:

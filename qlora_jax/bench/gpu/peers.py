@@ -7,13 +7,13 @@ from typing import Any
 from qlora_jax.bench import tools
 from qlora_jax.bench.gpu import steps, times
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program
-from qlora_jax.bench.options import Kernels, Step
+from qlora_jax.bench.gpu.programs import BenchProgram
+from qlora_jax.bench.options import KernelOptions, StepOptions
 from qlora_jax.models.shapes import config_json
 from qlora_jax.runtime.errors import UserError
 
 PEER = "bitsandbytes"
-STEPS: dict[str, dict[str, Step]] = {
+STEPS: dict[str, dict[str, StepOptions]] = {
     FULL: {"PEFT, 7B, 512 tokens": steps.qlora("llama-7b")},
     REHEARSAL: {"PEFT, 135M, 16 tokens": steps.qlora("smollm2-135m", 16, rank=4, steps=1)},
 }
@@ -27,7 +27,7 @@ def names(scale: str) -> list[str]:
     ]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields nothing: peers compile nothing of ours."""
     yield from ()
 
@@ -70,7 +70,7 @@ def _kernels(lane: Lane, tool: tools.Tool) -> None:
         cases = [case for case in _products(lane.scale) if (case.k, case.n) == shape]
         if not lane.due(12, *(case.name for case in cases)):
             continue
-        options = Kernels(
+        options = KernelOptions(
             (shape,), size.rows, (lane.dtype(),), size.samples, times.DIRECTIONS, device
         )
         report = tools.measured(tool, "kernels", options, print, timeout=lane.left())
@@ -79,7 +79,7 @@ def _kernels(lane: Lane, tool: tools.Tool) -> None:
             lane.record.figure(case.name, "us", 1e6 * each, field="time", **case._asdict())
 
 
-def _products(scale: str) -> list[times.Case]:
+def _products(scale: str) -> list[times.TimeCase]:
     return [
         case._replace(implementation=PEER)
         for case in times.cases(scale)

@@ -14,7 +14,7 @@ from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu import reference
 from qlora_jax.bench.gpu.cover import pairwise
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program, compile_all, usable
+from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.kernels import matmul, select, triton
 from qlora_jax.kernels.select import FUSED
 from qlora_jax.kernels.target import capability_of
@@ -65,7 +65,7 @@ LARGE_ROWS = (1, 16, 512)
 DTYPES = {name: fused.dtypes for name, fused in FUSED.items()} | {PLAIN: ("bfloat16", "float16")}
 
 
-class Case(NamedTuple):
+class ProductCase(NamedTuple):
     """One product: x [rows, K] @ W (forward) or g [rows, N] @ W.T (backward), W of `shape`."""
 
     implementation: str
@@ -95,17 +95,17 @@ class Case(NamedTuple):
         return self.rows * self.shape[1 if self.direction == "forward" else 0]
 
 
-def cases(scale: str, implementation: str) -> list[Case]:
+def cases(scale: str, implementation: str) -> list[ProductCase]:
     """Returns a pairwise cover of one implementation's cases, and a kernel's at a large shape."""
     factors = {**FACTORS[scale], "dtype": DTYPES[implementation]}
     if implementation == PLAIN:
-        return [Case(PLAIN, **case) for case in pairwise({**factors, **FEWER[scale]})]
+        return [ProductCase(PLAIN, **case) for case in pairwise({**factors, **FEWER[scale]})]
     large = [
-        Case(implementation, direction, "bfloat16", rows, LARGE[scale], "nf4", 64, True)
+        ProductCase(implementation, direction, "bfloat16", rows, LARGE[scale], "nf4", 64, True)
         for rows in LARGE_ROWS
         for direction in factors["direction"]
     ]
-    return large + [Case(implementation, **case) for case in pairwise(factors)]
+    return large + [ProductCase(implementation, **case) for case in pairwise(factors)]
 
 
 def names(scale: str) -> list[str]:
@@ -113,7 +113,7 @@ def names(scale: str) -> list[str]:
     return [case.name for name in IMPLEMENTATIONS for case in cases(scale, name)]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the program of every case that runs on the device."""
     for implementation in IMPLEMENTATIONS:
         if not excuse(implementation, scale, device):
@@ -132,11 +132,13 @@ def excuse(implementation: str, scale: str, device: Any) -> str:
     return f"{implementation} needs {FUSED[implementation]}"
 
 
-def program(case: Case) -> Program:
+def program(case: ProductCase) -> BenchProgram:
     """Returns the product of one case."""
     dtype = jnp.dtype(case.dtype)
     product = one_product(case.implementation, case.direction, case.shape[0])
-    return Program(case.name, product, (jax.ShapeDtypeStruct(case.operand, dtype), weight(case)))
+    return BenchProgram(
+        case.name, product, (jax.ShapeDtypeStruct(case.operand, dtype), weight(case))
+    )
 
 
 def one_product(implementation: str, direction: str, k: int) -> Callable[..., jax.Array]:
@@ -152,7 +154,7 @@ def one_product(implementation: str, direction: str, k: int) -> Callable[..., ja
     return forward if direction == "forward" else backward
 
 
-def weight(case: Case) -> Any:
+def weight(case: ProductCase) -> Any:
     """Returns a QTensor of shapes for a case."""
     return _weight(case.shape, case.block_size, case.double_quant)
 
@@ -195,8 +197,8 @@ def run(lane: Lane) -> None:
 
 
 def check(
-    case: Case, product: Callable[..., jax.Array], seed: int
-) -> tuple[reference.Verdict, bool]:
+    case: ProductCase, product: Callable[..., jax.Array], seed: int
+) -> tuple[reference.ErrorVerdict, bool]:
     """Runs a compiled case on fresh inputs.
 
     Returns:

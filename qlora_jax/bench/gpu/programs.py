@@ -10,10 +10,10 @@ import jax
 from qlora_jax.runtime.device import cpu_cores
 from qlora_jax.runtime.errors import OutOfTime
 
-Outcome = jax.stages.Compiled | Exception
+CompiledOrError = jax.stages.Compiled | Exception
 
 
-class Program(NamedTuple):
+class BenchProgram(NamedTuple):
     """A function and the shapes it is compiled for.
 
     Attributes:
@@ -41,19 +41,21 @@ def as_options(flags: str) -> dict[str, bool | int]:
     return {name: json.loads(value) for name, value in pairs if not value.startswith("+")}
 
 
-def compiled(program: Program) -> jax.stages.Compiled:
+def compiled(program: BenchProgram) -> jax.stages.Compiled:
     """Compiles one program for the default device."""
     return _lowered(program).compile(dict(program.options) or None)
 
 
-def usable(outcome: Outcome) -> jax.stages.Compiled:
+def usable(outcome: CompiledOrError) -> jax.stages.Compiled:
     """Returns a compiled program; raises the error that compiling gave instead."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
-def compile_all(programs: Iterable[Program], more: Callable[[], bool]) -> Iterator[Outcome]:
+def compile_all(
+    programs: Iterable[BenchProgram], more: Callable[[], bool]
+) -> Iterator[CompiledOrError]:
     """Yields each program compiled, or the error it gives, in order.
 
     Programs are traced one after another and compiled in threads.
@@ -84,5 +86,5 @@ def compile_all(programs: Iterable[Program], more: Callable[[], bool]) -> Iterat
                 yield e
 
 
-def _lowered(program: Program) -> jax.stages.Lowered:
+def _lowered(program: BenchProgram) -> jax.stages.Lowered:
     return jax.jit(program.function, donate_argnums=program.donate).lower(*program.arguments)

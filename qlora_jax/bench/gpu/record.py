@@ -19,7 +19,7 @@ _FOLDER = re.compile(r"(?<![\w/])(?:~|\.{0,2})/(?:[^\s/:'\"]+/)+")
 class Recorder:
     """Appends the results of one part to a file.
 
-    A result has a `name` that is unique within its part; `parts.Part.names` declares them all.
+    A result has a `name` that is unique within its part; `parts.BenchPart.names` declares them all.
     """
 
     def __init__(self, path: Path, part: str):

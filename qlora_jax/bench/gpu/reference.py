@@ -43,7 +43,7 @@ def decoded(q: QTensor) -> np.ndarray:
     return np.asarray(q.codebook)[index] * scales
 
 
-class Verdict(NamedTuple):
+class ErrorVerdict(NamedTuple):
     """Compares a result's error with the 16-bit GEMM's.
 
     Attributes:
@@ -64,7 +64,7 @@ class Verdict(NamedTuple):
         return {"mean": self.mean, "worst": self.worst, "rows": self.rows}
 
 
-def judge(got: np.ndarray, left: np.ndarray, weight: np.ndarray, seed: int) -> Verdict:
+def judge(got: np.ndarray, left: np.ndarray, weight: np.ndarray, seed: int) -> ErrorVerdict:
     """Compares a product with float64.
 
     Args:
@@ -76,7 +76,7 @@ def judge(got: np.ndarray, left: np.ndarray, weight: np.ndarray, seed: int) -> V
     dtype, source = got.dtype, np.random.default_rng(seed)
     wide, operand = got.astype(np.float64), left.astype(np.float64)
     if not np.isfinite(wide).all():
-        return Verdict(False, np.inf, np.inf, np.inf)
+        return ErrorVerdict(False, np.inf, np.inf, np.inf)
     exact, rounded = weight.astype(np.float64), to_16_bits(weight, dtype).astype(np.float64)
     rows = _some_rows(len(wide), source)
     true = operand[rows] @ exact
@@ -89,7 +89,7 @@ def judge(got: np.ndarray, left: np.ndarray, weight: np.ndarray, seed: int) -> V
     spread = FACTOR * _root_mean_square(theirs) * np.sqrt(wide.shape[1])
     away = _ratio(off, spread)
     right = mean <= FACTOR and worst <= FACTOR and away <= SPREADS
-    return Verdict(bool(right), *(round(float(x), 3) for x in (mean, worst, away)))
+    return ErrorVerdict(bool(right), *(round(float(x), 3) for x in (mean, worst, away)))
 
 
 def to_16_bits(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -106,7 +106,7 @@ def rounded_to(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return array.astype(np.float32).astype(dtype).astype(np.float64)
 
 
-def agree(ours: Any, theirs: Any, exact: Any) -> Verdict:
+def agree(ours: Any, theirs: Any, exact: Any) -> ErrorVerdict:
     """Compares any result with that of 16-bit GEMMs, both against one in float32.
 
     Args:
@@ -116,11 +116,11 @@ def agree(ours: Any, theirs: Any, exact: Any) -> Verdict:
     """
     wide = [np.asarray(x).astype(np.float64).ravel() for x in (ours, theirs, exact)]
     if not np.isfinite(wide[0]).all():
-        return Verdict(False, np.inf, np.inf, np.inf)
+        return ErrorVerdict(False, np.inf, np.inf, np.inf)
     own, other = (x - wide[2] for x in wide[:2])
     mean = _ratio(_root_mean_square(own), _root_mean_square(other))
     worst = _ratio(np.abs(own).max(), np.abs(other).max())
-    return Verdict(mean <= FACTOR and worst <= FACTOR, round(mean, 3), round(worst, 3), 0.0)
+    return ErrorVerdict(mean <= FACTOR and worst <= FACTOR, round(mean, 3), round(worst, 3), 0.0)
 
 
 def _some_rows(count: int, source: np.random.Generator) -> np.ndarray:

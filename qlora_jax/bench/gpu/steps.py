@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from qlora_jax.bench import step, tools
 from qlora_jax.bench.gpu.facts import MEMORY
 from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program, as_options
-from qlora_jax.bench.options import Generate, Step
+from qlora_jax.bench.gpu.programs import BenchProgram, as_options
+from qlora_jax.bench.options import GenerateOptions, StepOptions
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import accounts
+from qlora_jax.plan import compiled_memory
 from qlora_jax.plan.ledger import parameters
 
 KINDS = {
@@ -36,7 +36,7 @@ BYTES = {"qlora": 0.56, "lora": 2.0}
 """Least bytes that a run holds for each parameter of the base."""
 
 
-class Case(NamedTuple):
+class StepCase(NamedTuple):
     """One step.
 
     Attributes:
@@ -47,16 +47,16 @@ class Case(NamedTuple):
     """
 
     name: str
-    options: Step
+    options: StepOptions
     least: int = 14
     flags: str = CUBLAS
 
 
-PAPER = Step("llama-7b", remat="full", batch=1, seq=512, rank=64, steps=4)
+PAPER = StepOptions("llama-7b", remat="full", batch=1, seq=512, rank=64, steps=4)
 """The QLoRA paper's set-up: rank 64 on every linear, one row, all recomputed."""
 
 
-def qlora(model: str, seq: int = 512, **more: Any) -> Step:
+def qlora(model: str, seq: int = 512, **more: Any) -> StepOptions:
     """Returns `PAPER` with another model and length, and with more changes."""
     return dataclasses.replace(PAPER, model=model, seq=seq, **more)
 
@@ -69,19 +69,19 @@ TORCHTUNE = {
 }
 """torchtune's recipe for Llama 3.1 8B."""
 
-CASES: Mapping[str, Sequence[Case]] = {
+CASES: Mapping[str, Sequence[StepCase]] = {
     FULL: (
-        Case("7B, 512 tokens", qlora("llama-7b")),
-        Case("7B, 512 tokens, xla", qlora("llama-7b", kernel="xla")),
-        Case("7B, 512 tokens, moments on the host", qlora("llama-7b", offload="host")),
-        Case("7B, 512 tokens, products tuned as XLA likes", qlora("llama-7b"), 30, ""),
-        Case("7B, 2048 tokens", qlora("llama-7b", 2048)),
-        Case("7B, 512 tokens, 16-bit LoRA", qlora("llama-7b", method="lora")),
-        Case("8B, 2 x 2048 tokens, rank 8", qlora("llama3-8b", 2048, **TORCHTUNE)),
+        StepCase("7B, 512 tokens", qlora("llama-7b")),
+        StepCase("7B, 512 tokens, xla", qlora("llama-7b", kernel="xla")),
+        StepCase("7B, 512 tokens, moments on the host", qlora("llama-7b", offload="host")),
+        StepCase("7B, 512 tokens, products tuned as XLA likes", qlora("llama-7b"), 30, ""),
+        StepCase("7B, 2048 tokens", qlora("llama-7b", 2048)),
+        StepCase("7B, 512 tokens, 16-bit LoRA", qlora("llama-7b", method="lora")),
+        StepCase("8B, 2 x 2048 tokens, rank 8", qlora("llama3-8b", 2048, **TORCHTUNE)),
     ),
     REHEARSAL: (
-        Case("135M, 16 tokens", qlora("smollm2-135m", 16, rank=4, steps=1)),
-        Case(
+        StepCase("135M, 16 tokens", qlora("smollm2-135m", 16, rank=4, steps=1)),
+        StepCase(
             "135M, 16 tokens, moments on the host",
             qlora("smollm2-135m", 16, rank=4, steps=1, offload="host"),
         ),
@@ -89,12 +89,12 @@ CASES: Mapping[str, Sequence[Case]] = {
 }
 
 
-def result_names(cases: Sequence[Case]) -> list[str]:
+def result_names(cases: Sequence[StepCase]) -> list[str]:
     """Returns the names of the results of some cases."""
     return [f"{case.name}: {kind}" for case in cases for kind in (*KINDS, FINITE)]
 
 
-def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
+def case_programs(cases: Sequence[StepCase], device: Any) -> Iterator[BenchProgram]:
     """Yields the gradient's and the update's programs of some cases that fit on the device."""
     for case in cases:
         if too_large(case.options.model, case.options.method, device.memory):
@@ -105,7 +105,7 @@ def case_programs(cases: Sequence[Case], device: Any) -> Iterator[Program]:
 
 def step_programs(
     name: str, config: Config, decoder: DecoderConfig, device: Any, flags: str
-) -> Iterator[Program]:
+) -> Iterator[BenchProgram]:
     """Yields the gradient's and the update's programs of a run's step.
 
     Args:
@@ -115,12 +115,12 @@ def step_programs(
       device: `kernels.target.Hardware`, or a GPU that is compiled for.
       flags: for XLA.
     """
-    made, options = accounts.abstract_step(config, decoder, device), as_options(flags)
-    for piece in accounts.gradient_pieces(made):
+    made, options = compiled_memory.abstract_step(config, decoder, device), as_options(flags)
+    for piece in compiled_memory.gradient_pieces(made):
         title = f"{name}: {piece.name}"
-        yield Program(title, piece.function, piece.arguments, options, donate=piece.donate)
-    for what, update, inputs in accounts.updates(made):
-        yield Program(f"{name}: {what}", update, inputs, options, donate=(0, 3))
+        yield BenchProgram(title, piece.function, piece.arguments, options, donate=piece.donate)
+    for what, update, inputs in compiled_memory.layer_updates(made):
+        yield BenchProgram(f"{name}: {what}", update, inputs, options, donate=(0, 3))
 
 
 def too_large(model: str, method: str, memory: int | None) -> str:
@@ -142,7 +142,7 @@ def names(scale: str) -> list[str]:
     return result_names(CASES[scale])
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the programs of all cases that fit on the device."""
     return case_programs(CASES[scale], device)
 
@@ -152,7 +152,7 @@ def run(lane: Lane) -> None:
     run_cases(lane, CASES[lane.scale])
 
 
-def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
+def run_cases(lane: Lane, cases: Sequence[StepCase]) -> None:
     """Measures some cases, each in a process of its own, and records their figures."""
     # jax is not asked, since it would take the device's memory for this process
     memory = lane.fact(MEMORY)
@@ -168,7 +168,9 @@ def run_cases(lane: Lane, cases: Sequence[Case]) -> None:
             _one(lane, case)
 
 
-def measured(lane: Lane, benchmark: str, options: Step | Generate, flags: str) -> Mapping[str, Any]:
+def measured(
+    lane: Lane, benchmark: str, options: StepOptions | GenerateOptions, flags: str
+) -> Mapping[str, Any]:
     """Runs a benchmark in a process of its own, with the lane's dtype and kernel.
 
     Args:
@@ -182,7 +184,7 @@ def measured(lane: Lane, benchmark: str, options: Step | Generate, flags: str) -
     return tools.measured(tools.ours(), benchmark, options, print, timeout=lane.left(), flags=flags)
 
 
-def _one(lane: Lane, case: Case) -> None:
+def _one(lane: Lane, case: StepCase) -> None:
     report = measured(lane, "step", case.options, case.flags)
     lane.figures(report, case.name, KINDS)
     finite = all(math.isfinite(loss) for loss in report["losses"])

@@ -12,10 +12,10 @@ import numpy as np
 
 from qlora_jax.bench import jax_timing, random_codes
 from qlora_jax.bench.cases import CODEBOOK
-from qlora_jax.bench.cases import Case as Product
+from qlora_jax.bench.cases import OperationCase as Product
 from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
 from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
-from qlora_jax.bench.gpu.programs import Program, compile_all, usable
+from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.bench.kernels import operation
 from qlora_jax.kernels.target import capability_of, half_dtype
 from qlora_jax.quant import quantize
@@ -46,7 +46,7 @@ SIZES = {
 """The most telling first: time may run out."""
 
 
-class Case(NamedTuple):
+class TimeCase(NamedTuple):
     """One product and who computes it."""
 
     implementation: str
@@ -65,11 +65,11 @@ class Case(NamedTuple):
         return Product(self.direction, self.k, self.n, self.dtype, self.rows)
 
 
-def cases(scale: str, dtype: str = "bfloat16") -> list[Case]:
+def cases(scale: str, dtype: str = "bfloat16") -> list[TimeCase]:
     """Returns all cases, the most telling first."""
     size = SIZES[scale]
     return [
-        Case(name, direction, rows, k, n, dtype)
+        TimeCase(name, direction, rows, k, n, dtype)
         for some, (k, n) in itertools.product(ORDER, size.shapes)
         for rows, direction, name in itertools.product(size.rows, DIRECTIONS, some)
     ]
@@ -80,20 +80,20 @@ def names(scale: str) -> list[str]:
     return [case.name for case in cases(scale)]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the program of every case that runs on the device."""
     dtype = half_dtype(capability_of(device))
     yield from (program(case) for case in cases(scale, dtype) if not _excuse(case, scale, device))
 
 
-def program(case: Case) -> Program:
+def program(case: TimeCase) -> BenchProgram:
     """Returns the program that a case is timed by; it goes over several sets of inputs."""
     # jit: traced once for all sets
     once = jax.jit(operation(case.product, _implementation(case)))
     over = functools.partial(jax_timing.over_all, once)
     x = jax.ShapeDtypeStruct(case.product.operand_shape, case.dtype)
     sets = [(x, _weight(case))] * _sets(case)
-    return Program(case.name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
+    return BenchProgram(case.name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
 
 
 def run(lane: Lane) -> None:
@@ -111,7 +111,7 @@ def run(lane: Lane) -> None:
             _group(lane, list(group))
 
 
-def _group(lane: Lane, group: list[Case]) -> None:
+def _group(lane: Lane, group: list[TimeCase]) -> None:
     """Times cases of one shape, after all are compiled: XLA tunes on the device meanwhile."""
     made = list(compile_all(map(program, group), lambda: lane.left() > 10))
     weights: dict[bool, list[Any]] = {}
@@ -125,7 +125,7 @@ def _group(lane: Lane, group: list[Case]) -> None:
             measure(lane, case, ready, own)
 
 
-def measure(lane: Lane, case: Case, program: Any, weights: list[Any]) -> None:
+def measure(lane: Lane, case: TimeCase, program: Any, weights: list[Any]) -> None:
     """Times one compiled case and records it."""
     product, quantized = case.product, case.implementation != GEMM
     keys = jax.random.split(jax.random.key(case.rows), _sets(case))
@@ -144,26 +144,26 @@ def measure(lane: Lane, case: Case, program: Any, weights: list[Any]) -> None:
     lane.record.figure(case.name, "us", 1e6 * each, field="time", **own, samples=samples)
 
 
-def _sets(case: Case) -> int:
+def _sets(case: TimeCase) -> int:
     return min(MOST_SETS, case.product.copies)
 
 
-def _implementation(case: Case) -> str | None:
+def _implementation(case: TimeCase) -> str | None:
     return None if case.implementation == GEMM else case.implementation
 
 
-def _excuse(case: Case, scale: str, device: Any) -> str:
+def _excuse(case: TimeCase, scale: str, device: Any) -> str:
     return "" if case.implementation == GEMM else excuse(case.implementation, scale, device)
 
 
-def _weight(case: Case) -> Any:
+def _weight(case: TimeCase) -> Any:
     shape = jax.ShapeDtypeStruct((case.k, case.n), jnp.float32)
     if case.implementation == GEMM:
         return jax.ShapeDtypeStruct(shape.shape, case.dtype)
     return jax.eval_shape(functools.partial(quantize, codebook=CODEBOOK), shape)
 
 
-def _made(case: Case, seed: int) -> Any:
+def _made(case: TimeCase, seed: int) -> Any:
     weight = _weight(case)
     if case.implementation != GEMM:
         return random_codes.quantized(weight, CODEBOOK, random_codes.OnDevice(np.uint32(seed)))

@@ -15,8 +15,8 @@ from qlora_jax.bench import generate as generation
 from qlora_jax.bench import step
 from qlora_jax.bench.gpu import steps
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program
-from qlora_jax.bench.options import Generate, Step
+from qlora_jax.bench.gpu.programs import BenchProgram
+from qlora_jax.bench.options import GenerateOptions, StepOptions
 
 TOP = 15
 """Kernels that are listed by their share of the time."""
@@ -28,15 +28,17 @@ LONGEST = 80
 class Sizes(NamedTuple):
     """The step and the answer that are traced."""
 
-    step: Step
-    answer: Generate
+    step: StepOptions
+    answer: GenerateOptions
 
 
 SIZES: Mapping[str, Sizes] = {
-    FULL: Sizes(steps.qlora("llama-7b"), Generate("llama-7b", prompt=34, tokens=33, samples=1)),
+    FULL: Sizes(
+        steps.qlora("llama-7b"), GenerateOptions("llama-7b", prompt=34, tokens=33, samples=1)
+    ),
     REHEARSAL: Sizes(
         steps.qlora("smollm2-135m", 16, rank=4, steps=1),
-        Generate("smollm2-135m", prompt=4, tokens=3, samples=1),
+        GenerateOptions("smollm2-135m", prompt=4, tokens=3, samples=1),
     ),
 }
 KINDS = ("step", "answer")
@@ -56,13 +58,13 @@ def names(scale: str) -> list[str]:
     return [f"{kind}: {field}" for kind in KINDS for field in FIELDS]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the programs of the step and of the answer."""
     sizes = SIZES[scale]
     if not steps.too_large(sizes.step.model, sizes.step.method, device.memory):
-        yield from steps.case_programs([steps.Case("step", sizes.step, flags="")], device)
+        yield from steps.case_programs([steps.StepCase("step", sizes.step, flags="")], device)
     for name, function, arguments in generation.programs(sizes.answer):
-        yield Program(f"answer: {name}", function, arguments)
+        yield BenchProgram(f"answer: {name}", function, arguments)
 
 
 def run(lane: Lane) -> None:

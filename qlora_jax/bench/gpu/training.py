@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.programs import Program
+from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.gpu.steps import step_programs
 from qlora_jax.config import from_tree
 from qlora_jax.formats.fetch import cached
@@ -86,7 +86,7 @@ def names(scale: str) -> list[str]:
     return [*QUICKSTART, HOST, RESUMED, HALF]
 
 
-def programs(scale: str, device: Any) -> Iterator[Program]:
+def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the steps of the runs on the built-in model."""
     size, half_type = SIZES[scale], half_dtype(capability_of(device))
     for name, train, dtype, flags in (

@@ -8,7 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
-from qlora_jax.bench.options import Generate, to_tree
+from qlora_jax.bench.options import GenerateOptions, to_tree
 from qlora_jax.bench.peers.torch_model import DEVICE, device_memory, load_base, synchronize
 
 
@@ -25,7 +25,7 @@ class Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def run(options: Generate) -> dict[str, Any]:
+def run(options: GenerateOptions) -> dict[str, Any]:
     """Loads the model and answers one random prompt again and again."""
     memory = PeakMemory()
     start = time.perf_counter()

@@ -10,8 +10,8 @@ import torch
 from bitsandbytes import functional
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases
-from qlora_jax.bench.options import Kernels, to_tree
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, OperationCase, case_figure, cases
+from qlora_jax.bench.options import KernelOptions, to_tree
 from qlora_jax.runtime.errors import UserError
 
 QUEUED = 50
@@ -26,7 +26,7 @@ NOTES = {
 }
 
 
-def run(options: Kernels) -> dict[str, Any]:
+def run(options: KernelOptions) -> dict[str, Any]:
     """Times every case.
 
     Raises:
@@ -52,7 +52,7 @@ def run(options: Kernels) -> dict[str, Any]:
     )
 
 
-def prepared(case: Case, device: str) -> list[Callable[[], Any]]:
+def prepared(case: OperationCase, device: str) -> list[Callable[[], Any]]:
     """One call for each set of inputs."""
     dtype = getattr(torch, case.dtype)
     # its weight is [out, in]
@@ -78,7 +78,9 @@ def prepared(case: Case, device: str) -> list[Callable[[], Any]]:
     return calls
 
 
-def _call(case: Case, codes: torch.Tensor, state: Any, operand: torch.Tensor) -> Callable[[], Any]:
+def _call(
+    case: OperationCase, codes: torch.Tensor, state: Any, operand: torch.Tensor
+) -> Callable[[], Any]:
     if case.operation == "dequantize":
         return lambda: functional.dequantize_4bit(codes, state)
     if case.operation == "forward":

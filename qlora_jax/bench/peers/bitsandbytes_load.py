@@ -7,11 +7,11 @@ import torch
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
-from qlora_jax.bench.options import Load, to_tree
+from qlora_jax.bench.options import LoadOptions, to_tree
 from qlora_jax.bench.peers.torch_model import device_memory, load_base, nbytes, synchronize
 
 
-def run(options: Load) -> dict[str, Any]:
+def run(options: LoadOptions) -> dict[str, Any]:
     """Loads the model once."""
     memory = PeakMemory()
     imported = time.perf_counter()

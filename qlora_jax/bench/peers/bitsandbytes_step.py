@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
-from qlora_jax.bench.options import Step, to_tree
+from qlora_jax.bench.options import StepOptions, to_tree
 from qlora_jax.bench.peers.torch_model import (
     DEVICE,
     device_memory,
@@ -29,7 +29,7 @@ UPDATES = 3
 """Updates that are timed alone, at most."""
 
 
-def run(options: Step) -> dict[str, Any]:
+def run(options: StepOptions) -> dict[str, Any]:
     """Loads or makes the model and runs the step.
 
     Raises:
@@ -44,7 +44,7 @@ def run(options: Step) -> dict[str, Any]:
         ) from None
 
 
-def _measured(options: Step) -> dict[str, Any]:
+def _measured(options: StepOptions) -> dict[str, Any]:
     memory = PeakMemory()
     torch.manual_seed(options.seed)
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def _measured(options: Step) -> dict[str, Any]:
     )
 
 
-def _optimizer(options: Step, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(options: StepOptions, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     settings = {"lr": 2e-4, "weight_decay": 0.0}
     if options.offload == "device":
         return torch.optim.AdamW(trained, **settings)
@@ -126,7 +126,7 @@ def _moments(optimizer: torch.optim.Optimizer) -> int:
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
 
 
-def _notes(options: Step) -> list[str]:
+def _notes(options: StepOptions) -> list[str]:
     notes = []
     if options.remat == "dots":
         notes.append("the peer has no remat dots and keeps everything")
@@ -135,7 +135,7 @@ def _notes(options: Step) -> list[str]:
     return notes
 
 
-def _model(options: Step) -> Any:
+def _model(options: StepOptions) -> Any:
     quantized, recompute = options.method == "qlora", options.remat == "full"
     dtype = getattr(torch, options.dtype)
     model: Any = (

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import qwix
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, Case, case_figure, cases
+from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, OperationCase, case_figure, cases
 from qlora_jax.bench.jax_timing import Inputs, copies, drawn, seconds
-from qlora_jax.bench.options import Kernels, to_tree
+from qlora_jax.bench.options import KernelOptions, to_tree
 from qlora_jax.runtime.errors import UserError
 
 NOTES = (
@@ -20,7 +20,7 @@ NOTES = (
 )
 
 
-def run(options: Kernels) -> dict[str, Any]:
+def run(options: KernelOptions) -> dict[str, Any]:
     """Times every case without double quantization, and the products.
 
     Raises:
@@ -49,7 +49,7 @@ def run(options: Kernels) -> dict[str, Any]:
     )
 
 
-def operation(case: Case) -> Callable[..., Any]:
+def operation(case: OperationCase) -> Callable[..., Any]:
     """The function of one case; of (w), (q) or (x or g, q)."""
     dtype = jnp.dtype(case.dtype)
     if case.operation == "quantize":
@@ -75,7 +75,7 @@ def quantized(w: jax.Array) -> qwix.QArray:
     return qwix.quantize(w, CODEBOOK, channelwise_axes=(1,), tiled_axes={0: BLOCK_SIZE})
 
 
-def arguments(case: Case) -> Inputs:
+def arguments(case: OperationCase) -> Inputs:
     """What `operation` takes."""
     w, x = (array.astype(case.dtype) for array in drawn(case))
     if case.operation == "quantize":

@@ -27,7 +27,7 @@ Index = Annotated[int, Field(ge=0, strict=True)]
 
 
 @with_config(ConfigDict(extra="allow"))
-class Settings(TypedDict):
+class AdapterConfigJson(TypedDict):
     """Holds the keys of adapter_config.json that are read, by PEFT's names. Others are kept."""
 
     r: Rank
@@ -47,7 +47,7 @@ class Settings(TypedDict):
     ensure_weight_tying: NotRequired[Flag]
 
 
-_SETTINGS = TypeAdapter(Settings)
+_SETTINGS = TypeAdapter(AdapterConfigJson)
 
 OTHER_FUNCTIONS = (
     "use_bdlora",
@@ -136,7 +136,7 @@ def _check_unknown(config: Mapping[str, Any], path: Path) -> None:
 
     A number alone switches nothing on.
     """
-    known = {*Settings.__annotations__, *OTHER_FUNCTIONS, *NO_EFFECT}
+    known = {*AdapterConfigJson.__annotations__, *OTHER_FUNCTIONS, *NO_EFFECT}
     for key, value in config.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key not in known and value and not number:

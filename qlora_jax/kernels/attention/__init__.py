@@ -5,7 +5,7 @@ import functools
 import jax
 
 from qlora_jax.kernels.attention.select import module_of, pick
-from qlora_jax.kernels.dense import kept
+from qlora_jax.kernels.dense import saved_for_backward
 
 
 def attend(
@@ -22,7 +22,7 @@ def attend(
     """Scaled dot-product attention with grouped heads, softmax in float32.
 
     No array of T x S exists, in the forward pass or in the backward one, which forms scores and
-    softmax again. The result, and what the softmax is divided by, are marked as `kept`. Products
+    softmax again. The result, and what the softmax is divided by, are marked as `saved_for_backward`. Products
     run in q's dtype, accumulated in float32.
 
     Args:
@@ -60,7 +60,10 @@ def _attend(
 def _forward(implementation, scale, softcap, q, k, v, first, last):
     out, normalizer = module_of(implementation).forward(scale, softcap, q, k, v, first, last)
     # named here, where they are residuals: so no policy has to compute all scores once more
-    out, normalizer = kept(out.reshape(*out.shape[:2], -1)), kept(normalizer)
+    out, normalizer = (
+        saved_for_backward(out.reshape(*out.shape[:2], -1)),
+        saved_for_backward(normalizer),
+    )
     return out, (q, k, v, first, last, out, normalizer)
 
 

@@ -24,7 +24,7 @@ IMPLEMENTATIONS: Mapping[str, str] = {
 """Name to module, each with `forward` and `backward`. xla runs on every device."""
 
 
-class Fused(NamedTuple):
+class FusedAttention(NamedTuple):
     """Where an implementation whose scores stay on the chip runs.
 
     Attributes:
@@ -52,8 +52,8 @@ class Fused(NamedTuple):
         )
 
 
-FUSED: Mapping[str, Fused] = {
-    "triton": Fused(
+FUSED: Mapping[str, FusedAttention] = {
+    "triton": FusedAttention(
         capability=(8, 0),
         jax=(0, 10),
         dtypes=("bfloat16", "float16"),

@@ -37,13 +37,13 @@ from qlora_jax.kernels.mosaic.operand import (
     LANES,
     SPLIT_M,
     WARPS,
-    Found,
     Operand,
-    Place,
     Register,
+    RegisterSource,
+    ThreadIndex,
     code_layout,
     ownership,
-    plan,
+    register_sources,
 )
 
 GROUP_ROWS = 64
@@ -85,7 +85,7 @@ def weights(
     packed = fa.FragmentedArray.load_tiled(
         codes, swizzle=operand.code_swizzle, layout=code_layout(operand), is_signed=False
     )
-    own_scales: dict[Place, ir.Value] = {}
+    own_scales: dict[ThreadIndex, ir.Value] = {}
     pair = ir.VectorType.get((2,), dtype)
 
     @functools.cache
@@ -94,17 +94,17 @@ def weights(
         return llvm.load(i32(), address(utils.memref_ptr(table), place, integer(8)))
 
     @functools.cache
-    def scale(place: Place, word: int) -> ir.Value:
+    def scale(place: ThreadIndex, word: int) -> ir.Value:
         if place not in own_scales:
             own_scales[place] = address(utils.memref_ptr(scales), index_of(place), i32())
         return utils.bitcast(llvm.load(i32(), address(own_scales[place], word, i32())), pair)
 
-    def decoded(found: Found) -> ir.Value:
+    def decoded(found: RegisterSource) -> ir.Value:
         halves = permute(*(entry(*code) for code in found.codes), 0x7632 if found.high else 0x5410)
         return arith.mulf(utils.bitcast(halves, pair), scale(found.scale_place, found.scale_word))
 
     registers = np.empty(layout.registers_shape(operand.shape), object)
-    places = plan(operand, layout)
+    places = register_sources(operand, layout)
     parts = operand.shape[0] // GROUP_ROWS if operand.form == "wgmma" else 1
     for part in np.split(np.arange(len(registers)), parts):
         for register in places:

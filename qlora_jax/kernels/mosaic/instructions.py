@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from qlora_jax.kernels.mosaic.operand import LANES, WARPS, Place
+from qlora_jax.kernels.mosaic.operand import LANES, WARPS, ThreadIndex
 
 THREADS = WARPS * LANES
 
@@ -30,7 +30,7 @@ def lane_id() -> ir.Value:
     return arith.remui(utils.thread_idx(), constant(LANES))
 
 
-def index_of(place: Place) -> ir.Value:
+def index_of(place: ThreadIndex) -> ir.Value:
     """Returns what a place is for the running thread."""
     lane = lane_id()
     own = add(

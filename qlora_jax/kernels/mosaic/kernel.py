@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qlora_jax.kernels.mosaic import fragments, results
 from qlora_jax.kernels.mosaic.operand import Operand
 from qlora_jax.kernels.mosaic.scales import Scales, aside_shape
-from qlora_jax.kernels.mosaic.tiles import Tile, split_count, tile_for
+from qlora_jax.kernels.mosaic.tiles import MosaicTile, split_count, tile_for
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import QTensor
 from qlora_jax.quant.stack import QLayer, cut
@@ -100,16 +100,16 @@ def _stack(q: QTensor | QLayer) -> tuple[QTensor, jax.Array]:
     return jax.tree.map(lambda leaf: leaf[None], alone), jnp.zeros(1, jnp.int32)
 
 
-def _kernel(rows: jax.Array, stack: QTensor, transposed: bool) -> "Kernel":
+def _kernel(rows: jax.Array, stack: QTensor, transposed: bool) -> "MosaicKernel":
     k, n = 2 * stack.codes.shape[1], stack.codes.shape[2]
     inner, outer = (n, k) if transposed else (k, n)
     tile = tile_for(rows.shape[0], inner, outer, utils._infer_arch())
     operand = Operand(tile.c, tile.o, transposed, stack.block_size, tile.form)
     splits = split_count(tile, rows.shape[0], inner, outer)
-    return Kernel(tile, operand, rows.dtype, inner, outer, stack.nested_block, splits)
+    return MosaicKernel(tile, operand, rows.dtype, inner, outer, stack.nested_block, splits)
 
 
-class Weight(NamedTuple):
+class StackedWeight(NamedTuple):
     """Holds the arrays of a stack of weights, and the place of the one that a kernel multiplies.
 
     Attributes:
@@ -125,16 +125,16 @@ class Weight(NamedTuple):
     scales: tuple[jax.Array, ...]
 
 
-def _weight(stack: QTensor, layer: jax.Array) -> Weight:
+def _weight(stack: QTensor, layer: jax.Array) -> StackedWeight:
     scales: tuple[jax.Array, ...] = (stack.scales,)
     if stack.nested is not None and stack.offset is not None:
         scales = stack.scales, stack.nested, stack.offset, jnp.asarray(dynamic_map())
     codes = stack.codes.reshape(-1, stack.codes.shape[2])
-    return Weight(layer, codes, stack.codebook, scales)
+    return StackedWeight(layer, codes, stack.codebook, scales)
 
 
 def launch(
-    kernels: Sequence["Kernel"], left: jax.Array, weights: Sequence[Weight]
+    kernels: Sequence["MosaicKernel"], left: jax.Array, weights: Sequence[StackedWeight]
 ) -> list[jax.Array]:
     """left [M, C] @ each weight [C, outer], in one launch.
 
@@ -183,7 +183,7 @@ def launch(
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class MosaicKernel:
     """One compiled form: everything about a product but its data and its number of rows.
 
     Attributes:
@@ -195,7 +195,7 @@ class Kernel:
       splits: into how many parts the contraction is divided, each a block's (split-K).
     """
 
-    tile: Tile
+    tile: MosaicTile
     operand: Operand
     dtype: Any
     inner: int
@@ -242,7 +242,7 @@ class Kernel:
         return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
 
     def block(
-        self, left: Any, weight: Weight, out: Any, scratch: Sequence[Any], m: Any, b: Any
+        self, left: Any, weight: StackedWeight, out: Any, scratch: Sequence[Any], m: Any, b: Any
     ) -> None:
         """Writes what block b of tile m of rows computes; all but m and b are references."""
         _, codes, codebook, scales = weight
@@ -307,7 +307,7 @@ class DeviceCode(NamedTuple):
     finish: Callable[..., None]
 
 
-def device_code(kernel: Kernel, count: int) -> DeviceCode:
+def device_code(kernel: MosaicKernel, count: int) -> DeviceCode:
     """Returns the device code of a kernel whose QTensor has `count` arrays of scales.
 
     A scale takes three loads, one after another, and the first comes from device memory. So that no
@@ -317,7 +317,7 @@ def device_code(kernel: Kernel, count: int) -> DeviceCode:
     return DeviceCode(_prepare(kernel, count), _multiply(kernel, count), _finish(kernel))
 
 
-def _prepare(kernel: Kernel, count: int) -> Callable[..., None]:
+def _prepare(kernel: MosaicKernel, count: int) -> Callable[..., None]:
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR, SCALAR))
     def prepare(_, codebook, table, slot, aside, references, layer, o, first):
         element = utils.dtype_to_ir_type(kernel.dtype)
@@ -335,7 +335,7 @@ def _prepare(kernel: Kernel, count: int) -> Callable[..., None]:
     return prepare
 
 
-def _multiply(kernel: Kernel, count: int) -> Callable[..., jax.Array]:
+def _multiply(kernel: MosaicKernel, count: int) -> Callable[..., jax.Array]:
     @plgpu.inline_mgpu(
         arg_types=(
             plgpu.RefType(kernel.left_tiling),
@@ -366,7 +366,7 @@ def _multiply(kernel: Kernel, count: int) -> Callable[..., jax.Array]:
     return multiply
 
 
-def _finish(kernel: Kernel) -> Callable[..., None]:
+def _finish(kernel: MosaicKernel) -> Callable[..., None]:
     @plgpu.inline_mgpu(arg_types=(kernel.accumulator.layout, REF, REF, SCALAR, SCALAR))
     def finish(_, total, scratch, out, m, o):
         element = utils.dtype_to_ir_type(kernel.out_dtype)
@@ -377,7 +377,7 @@ def _finish(kernel: Kernel) -> Callable[..., None]:
     return finish
 
 
-def _scales(kernel: Kernel, references: Any, layer: Any) -> Scales:
+def _scales(kernel: MosaicKernel, references: Any, layer: Any) -> Scales:
     arrays = (*references, None, None, None)[:4]
     return Scales(kernel.operand, kernel.steps, layer, *arrays, kernel.nested_block)
 

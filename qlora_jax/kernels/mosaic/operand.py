@@ -4,7 +4,7 @@ where a thread finds what it decodes them from.
 Nothing here runs on a GPU. Which thread holds what is taken from the instructions' layouts, and
 whatever a register needs is looked for among what was loaded: that all threads find it in the same
 place is checked for each register (`locate`), as is that the address of what they read is one sum
-for all (`Place`).
+for all (`ThreadIndex`).
 """
 
 import dataclasses
@@ -192,7 +192,7 @@ def locate(wanted: np.ndarray, held: np.ndarray) -> dict[Register, tuple[Registe
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ThreadIndex:
     """A memory index that differs between threads: warps[w] + g * (lane // 4) + t * (lane % 4)."""
 
     warps: tuple[int, ...]
@@ -200,13 +200,13 @@ class Place:
     t: int
 
     @staticmethod
-    def of(index: np.ndarray) -> "Place":
+    def of(index: np.ndarray) -> "ThreadIndex":
         """From int[warps, lanes], which is such a sum with 0 for the first thread.
 
         Raises:
           AssertionError: it is not.
         """
-        place = Place(tuple(map(int, index[:, 0])), int(index[0, 4]), int(index[0, 1]))
+        place = ThreadIndex(tuple(map(int, index[:, 0])), int(index[0, 4]), int(index[0, 1]))
         lane = np.arange(LANES)
         sums = index[:, :1] + place.g * (lane // 4) + place.t * (lane % 4)
         if not (sums == index).all():
@@ -215,7 +215,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class RegisterSource:
     """Where a register's two elements come from, the same in every thread.
 
     Attributes:
@@ -227,12 +227,12 @@ class Found:
 
     codes: tuple[tuple[Register, int], tuple[Register, int]]
     high: bool
-    scale_place: Place
+    scale_place: ThreadIndex
     scale_word: int
 
 
 @functools.cache
-def plan(operand: Operand, layout: fa.TiledLayout) -> dict[Register, Found]:
+def register_sources(operand: Operand, layout: fa.TiledLayout) -> dict[Register, RegisterSource]:
     """Returns where every register of the operand in this layout comes from.
 
     Raises:
@@ -255,10 +255,10 @@ def plan(operand: Operand, layout: fa.TiledLayout) -> dict[Register, Found]:
         if not (words[..., 1] == words[..., 0] + operand.transposed).all():
             raise AssertionError(f"register {register} has no one word of scales")
         words = words[..., 0] // 2 if operand.transposed else words[..., 0]
-        found[register] = Found(
+        found[register] = RegisterSource(
             codes=(codes[(*register, 0)], codes[(*register, 1)]),
             high=bool(high[(0, 0, *register, 0)]),
-            scale_place=Place.of(words - words[0, 0]),
+            scale_place=ThreadIndex.of(words - words[0, 0]),
             scale_word=int(words[0, 0]),
         )
     return found

@@ -24,7 +24,7 @@ from qlora_jax.kernels.mosaic.instructions import (
     mul,
     thread_id,
 )
-from qlora_jax.kernels.mosaic.operand import SPLIT_M, WARPS, Operand, Place, ownership
+from qlora_jax.kernels.mosaic.operand import SPLIT_M, WARPS, Operand, ThreadIndex, ownership
 
 
 def store(
@@ -109,10 +109,10 @@ def _sum_warps(
 
 def _scatter(array: fa.FragmentedArray, places: np.ndarray, base: ir.Value, dtype: ir.Type) -> None:
     """Stores the elements of an array at `places` [warps, lanes, *registers, vector] after base."""
-    bases: dict[Place, ir.Value] = {}
+    bases: dict[ThreadIndex, ir.Value] = {}
     for register in np.ndindex(places.shape[2:]):
         index = places[(slice(None), slice(None), *register)]
-        place = Place.of(index - index[0, 0])
+        place = ThreadIndex.of(index - index[0, 0])
         if place not in bases:
             bases[place] = address(base, index_of(place), dtype)
         value = extract(array.registers[register[:-1]], register[-1])

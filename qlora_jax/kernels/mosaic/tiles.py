@@ -9,7 +9,7 @@ from qlora_jax.kernels.target import Capability
 from qlora_jax.quant.qtensor import GROUP
 
 
-class Tile(NamedTuple):
+class MosaicTile(NamedTuple):
     """One block's share of a kernel.
 
     Attributes:
@@ -32,28 +32,28 @@ class Tile(NamedTuple):
 
 
 _FEW = (
-    Tile(16, 64, 256, 3, "split", 16, 264),
-    Tile(32, 64, 64, 4, rows=32, blocks=264),
+    MosaicTile(16, 64, 256, 3, "split", 16, 264),
+    MosaicTile(32, 64, 64, 4, rows=32, blocks=264),
 )
-_ANY = (Tile(64, 64, 64, 3),)
+_ANY = (MosaicTile(64, 64, 64, 3),)
 
 TILES = {
-    (8, 0): (*_FEW, Tile(64, 128, 64, 3, rows=1023), Tile(128, 128, 64, 3), *_ANY),
+    (8, 0): (*_FEW, MosaicTile(64, 128, 64, 3, rows=1023), MosaicTile(128, 128, 64, 3), *_ANY),
     # 128 rows spill here, and their tensor cores are busy with 64
-    (8, 6): (*_FEW, Tile(64, 128, 64, 3), *_ANY),
+    (8, 6): (*_FEW, MosaicTile(64, 128, 64, 3), *_ANY),
     (9, 0): (
         *_FEW[:1],
-        Tile(64, 128, 128, 2, "wgmma", 128, 264),
-        Tile(64, 64, 64, 4, "wgmma", 128, 264),
-        Tile(256, 64, 64, 2, "wgmma", blocks=264),
+        MosaicTile(64, 128, 128, 2, "wgmma", 128, 264),
+        MosaicTile(64, 64, 64, 4, "wgmma", 128, 264),
+        MosaicTile(256, 64, 64, 2, "wgmma", blocks=264),
     ),
-    (10, 0): (*_FEW, Tile(64, 128, 64, 3, rows=1023), Tile(128, 128, 64, 3), *_ANY),
+    (10, 0): (*_FEW, MosaicTile(64, 128, 64, 3, rows=1023), MosaicTile(128, 128, 64, 3), *_ANY),
 }
 """Compute capability (and those above, up to the next) to tiles, by preference. With fewer rows a
 large tile would leave multiprocessors idle."""
 
 
-def tile_for(m: int, inner: int, outer: int, capability: Capability) -> Tile:
+def tile_for(m: int, inner: int, outer: int, capability: Capability) -> MosaicTile:
     """Returns the first tile that is for m rows and divides the features.
 
     Args:
@@ -68,7 +68,7 @@ def tile_for(m: int, inner: int, outer: int, capability: Capability) -> Tile:
 def block(
     m: int, dtype: DTypeLike, inner: int, outer: int, direction: str, capability: Capability
 ) -> tuple[int, int]:
-    """Returns the rows and columns of the result that one block computes; see `select.Fused`."""
+    """Returns the rows and columns of the result that one block computes; see `select.FusedProduct`."""
     inner, outer = (-(-size // GROUP) * GROUP for size in (inner, outer))
     tile = tile_for(m, inner, outer, capability)
     return tile.m, tile.o
@@ -79,7 +79,7 @@ SPLIT_STEPS = 8
 """Steps that a part of a contraction has at least; before the first a block fills its table."""
 
 
-def split_count(tile: Tile, m: int, inner: int, outer: int) -> int:
+def split_count(tile: MosaicTile, m: int, inner: int, outer: int) -> int:
     """Returns into how many parts the contraction is divided, each for a block of its own.
 
     The parts of the sum, in float32, take less memory than a byte for each weight.

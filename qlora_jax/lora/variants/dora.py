@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from qlora_jax.kernels import kept
+from qlora_jax.kernels import saved_for_backward
 from qlora_jax.lora.adapter import Adapter, Multiply
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraConstant, LoraVector
@@ -59,7 +59,7 @@ class DoraAdapter(Adapter):
         norms = adapted_norms(self.norm.get_value(), cross, a, b, scale)
         length = self.magnitude.get_value() / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
         # kept: the gradient of m needs it
-        y = kept(multiply(x) + self(x, key))
+        y = saved_for_backward(multiply(x) + self(x, key))
         return (y * jnp.where(scale != 0, length, 1)).astype(x.dtype)
 
     def sizes(self) -> tuple[int, int]:

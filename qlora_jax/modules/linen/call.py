@@ -21,7 +21,7 @@ from qlora_jax.modules.linen.params import (
     replaced,
 )
 from qlora_jax.modules.summary import Summary, counted, kind_of
-from qlora_jax.modules.variables import Found
+from qlora_jax.modules.variables import KnownVariable
 from qlora_jax.quant import QTensor
 
 
@@ -85,7 +85,7 @@ def discover(
     method: Any = None,
     variables: Mapping[str, Any] = {},
     **kwargs: Any,
-) -> dict[str, Found]:
+) -> dict[str, KnownVariable]:
     """Finds out which axes of a module's weights are summed over, by one abstract call.
 
     Args:

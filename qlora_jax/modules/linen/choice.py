@@ -20,14 +20,14 @@ from qlora_jax.modules.axes import (
 from qlora_jax.modules.checks import warn_left_out
 from qlora_jax.modules.constants import arrays_of
 from qlora_jax.modules.kernel import Kernel, of_array
-from qlora_jax.modules.linen.intercept import Probe, Record, adapted, within
+from qlora_jax.modules.linen.intercept import CallRecord, Probe, adapted, within
 from qlora_jax.modules.linen.params import Params, check_module, leaves_of, replaced
 from qlora_jax.modules.uses import Use
-from qlora_jax.modules.variables import Found
+from qlora_jax.modules.variables import KnownVariable
 from qlora_jax.quant import QTensor
 from qlora_jax.runtime.errors import UserError
 
-Given = Mapping[str, Found | Axes | str]
+Given = Mapping[str, KnownVariable | Axes | str]
 """Path of a weight to what its axes are: what `discover` has returned, or an einsum."""
 
 BY_AXES = "by axes={path: '...k,kn->...n'}"
@@ -36,7 +36,7 @@ BY_AXES = "by axes={path: '...k,kn->...n'}"
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
-class Weight(NamedTuple):
+class ChosenWeight(NamedTuple):
     """A weight that is asked for.
 
     Attributes:
@@ -75,7 +75,7 @@ def uses_of(
     A weight is a kernel, or an array of two axes or more. The call is abstract: it needs no other
     collections and no keys if their names are usual.
     """
-    record = Record()
+    record = CallRecord()
     found: dict[str, list[Use]] = {}
 
     def probe(path: str, leaf: Any) -> Any:
@@ -104,17 +104,17 @@ def uses_of(
     return found
 
 
-def found_in(uses: list[Use]) -> Found:
+def found_in(uses: list[Use]) -> KnownVariable:
     """Returns what uses tell of a weight."""
     if any(use.kind == "rows" for use in uses):
         # a table that is multiplied as well is held by rows
-        return Found(TABLE, True)
-    return Found(next((use.axes for use in uses if use.axes is not None), None), False)
+        return KnownVariable(TABLE, True)
+    return KnownVariable(next((use.axes for use in uses if use.axes is not None), None), False)
 
 
 def weights(
     module: nn.Module, params: Params, where: Where, example: tuple[Any, ...], axes: Given
-) -> list[Weight]:
+) -> list[ChosenWeight]:
     """Returns the weights that are asked for; warns of one that no product and no look-up has.
 
     Args:
@@ -133,7 +133,7 @@ def weights(
     uses = uses_of(check_module(module), params, example, {}) if example else {}
     known |= {path: found_in(own) for path, own in uses.items() if path not in known}
     kernels = {path: x.known for path, x in leaves.items() if isinstance(x, Kernel)}
-    known |= {path: Found(own, own == TABLE) for path, own in kernels.items()}
+    known |= {path: KnownVariable(own, own == TABLE) for path, own in kernels.items()}
     matched = chosen(where, leaves, "weights")
     for path in matched.keys() - known.keys():
         raise UserError(
@@ -153,12 +153,12 @@ def weights(
     return [_weight(path, x, known[path]) for path, x in matched.items() if known[path].axes]
 
 
-def _weight(path: str, leaf: Any, found: Found) -> Weight:
+def _weight(path: str, leaf: Any, found: KnownVariable) -> ChosenWeight:
     if isinstance(leaf, Kernel):
-        return Weight(path, leaf, found.table)
+        return ChosenWeight(path, leaf, found.table)
     assert found.axes is not None
     axes = checked(found.axes, path, len(leaf.shape), BY_AXES)
-    return Weight(path, of_array(leaf, axes), found.table)
+    return ChosenWeight(path, of_array(leaf, axes), found.table)
 
 
 def _weights_of(params: Params) -> dict[str, Any]:
@@ -171,11 +171,11 @@ def _weights_of(params: Params) -> dict[str, Any]:
     return found
 
 
-def _read(path: str, axes: Found | Axes | str, leaves: Mapping[str, Any]) -> Found:
+def _read(path: str, axes: KnownVariable | Axes | str, leaves: Mapping[str, Any]) -> KnownVariable:
     if path not in leaves:
         raise UserError(f"axes: {path!r} is none of the weights; there are {', '.join(leaves)}")
-    if isinstance(axes, Found):
+    if isinstance(axes, KnownVariable):
         return axes
     if isinstance(axes, str):
         axes = from_equation(axes, path, BY_AXES)
-    return Found(Axes(*axes), False)
+    return KnownVariable(Axes(*axes), False)

@@ -27,7 +27,7 @@ OTHER_AXIS = "a loop along another axis than its first (give it variable_axes={'
 """What is told of a weight whose layers are not in front."""
 
 
-class Record:
+class CallRecord:
     """What an abstract call has told of weights; no two are equal, as `nn.jit` caches by them.
 
     Attributes:
@@ -53,7 +53,7 @@ class Probe(Kernel):
     """
 
     path: str
-    record: Record
+    record: CallRecord
 
 
 @jax.tree_util.register_static

@@ -9,8 +9,8 @@ import jax
 from flax import linen as nn
 
 from qlora_jax.lora.adapter import Adapter
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.spec import check_patterns, spec_of
-from qlora_jax.lora.starts import STARTS
 from qlora_jax.lora.where import Where
 from qlora_jax.modules.adapters import check_together, lora_settings, made, names_of, on_with
 from qlora_jax.modules.axes import from_matrices
@@ -22,7 +22,7 @@ from qlora_jax.modules.checks import (
     check_values,
 )
 from qlora_jax.modules.kernel import Kernel, whole
-from qlora_jax.modules.linen.choice import Given, Weight, weights
+from qlora_jax.modules.linen.choice import ChosenWeight, Given, weights
 from qlora_jax.modules.linen.params import Params, check_module, kernels_of, replaced
 from qlora_jax.modules.quantizing import quantized
 from qlora_jax.quant import QTensor
@@ -129,11 +129,13 @@ def add_lora(
         own = jax.random.fold_in(key, i)
         stored, adapter = made(weight.path, weight.matrices, lora, spec, own, quantization)
         check_together(weight.path, on_with(weight.kernel.adapters, name, adapter))
-        new[weight.path] = _with(weight, stored if lora.init in STARTS else None, name, adapter)
+        new[weight.path] = _with(
+            weight, stored if lora.init in INITIALIZERS else None, name, adapter
+        )
     return replaced(params, lambda path, leaf: new.get(path, leaf))
 
 
-def _with(weight: Weight, stored: Any, name: str, adapter: Adapter) -> Kernel:
+def _with(weight: ChosenWeight, stored: Any, name: str, adapter: Adapter) -> Kernel:
     """Returns a weight with one more adapter, and what is stored of it unless that stays."""
     kernel = weight.kernel
     adapter.keys = None  # `apply` is given the key

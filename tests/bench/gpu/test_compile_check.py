@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax.bench.gpu import compile_check
-from qlora_jax.bench.gpu.compile_check import GPUS, LISTING, Outcome, Task, tasks
+from qlora_jax.bench.gpu.compile_check import GPUS, LISTING, CompileOutcome, CompileTask, tasks
 from qlora_jax.bench.gpu.parts import PARTS
-from qlora_jax.bench.gpu.programs import Program, as_options
+from qlora_jax.bench.gpu.programs import BenchProgram, as_options
 from qlora_jax.runtime.errors import UserError
 
 WITHOUT = {"peers"}
@@ -58,13 +58,13 @@ def test_each_part_lists_its_programs(chosen: Any) -> None:
 
 def test_a_part_that_cannot_list_its_programs_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def programs(scale: str, device: Any) -> Any:
-        yield Program("first", abs, (SHAPE,))
+        yield BenchProgram("first", abs, (SHAPE,))
         raise ValueError("no such shape\nand more")
 
     monkeypatch.setattr(compile_check, "has_plugin", lambda: True)
     found = list(tasks(["h100"], [part("steps", programs)]))
     outcomes = compile_check.compile_all(found, lambda outcome: None)
-    assert outcomes == [Outcome("h100", "steps", LISTING, "ValueError: no such shape")]
+    assert outcomes == [CompileOutcome("h100", "steps", LISTING, "ValueError: no such shape")]
 
 
 def test_a_compiler_that_aborts_takes_one_program_with_it(
@@ -72,8 +72,8 @@ def test_a_compiler_that_aborts_takes_one_program_with_it(
 ) -> None:
     monkeypatch.setattr(compile_check, "has_plugin", lambda: True)
     monkeypatch.setattr(compile_check, "COMMAND", [sys.executable, "-c", WORKER])
-    chosen = [Task(gpu, part("steps"), ["a", "b", "c"]) for gpu in GPUS]
-    told: list[Outcome] = []
+    chosen = [CompileTask(gpu, part("steps"), ["a", "b", "c"]) for gpu in GPUS]
+    told: list[CompileOutcome] = []
     outcomes = compile_check.compile_all(chosen, told.append)
     assert sorted(told) == sorted(outcomes)
     assert [outcome[:3] for outcome in outcomes] == [
@@ -94,14 +94,14 @@ def test_equal_programs_are_compiled_once(
     def fails(x: jax.Array) -> jax.Array:
         raise TypeError("not for you\nat all")
 
-    def programs(scale: str, device: Any) -> list[Program]:
+    def programs(scale: str, device: Any) -> list[BenchProgram]:
         return [
-            Program("a", double, (SHAPE,)),
-            Program("b", lambda y: 2 * y, (SHAPE,)),
-            Program("c", double, (SHAPE,), **other),
-            Program("d", double, (SHAPE,), donate=(0,)),
-            Program("e", fails, (SHAPE,)),
-            Program("f", double, (jax.ShapeDtypeStruct((3,), jnp.float32),)),
+            BenchProgram("a", double, (SHAPE,)),
+            BenchProgram("b", lambda y: 2 * y, (SHAPE,)),
+            BenchProgram("c", double, (SHAPE,), **other),
+            BenchProgram("d", double, (SHAPE,), donate=(0,)),
+            BenchProgram("e", fails, (SHAPE,)),
+            BenchProgram("f", double, (jax.ShapeDtypeStruct((3,), jnp.float32),)),
         ]
 
     def lower(gpu: str, function: Any, *arguments: Any, donate: Any) -> jax.stages.Lowered:

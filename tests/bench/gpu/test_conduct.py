@@ -10,11 +10,11 @@ import pytest
 
 from qlora_jax.bench.gpu import ceilings, conduct, parts, record, report
 from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.parts import PARTS, Part
+from qlora_jax.bench.gpu.parts import PARTS, BenchPart
 from qlora_jax.runtime.errors import UserError
 
 HERE = Path(__file__).parent
-PART = Part("ceilings", 5, 1, "made up")
+PART = BenchPart("ceilings", 5, 1, "made up")
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     path = f"{HERE}{os.pathsep}{HERE.parents[2]}"
     monkeypatch.setenv("PYTHONPATH", path)
 
-    def run(what: str, part: Part = PART, budget: float = 60) -> list[dict[str, Any]]:
+    def run(what: str, part: BenchPart = PART, budget: float = 60) -> list[dict[str, Any]]:
         monkeypatch.setenv("FAKE_PART", what)
-        conduct.run(conduct.Request([part], FULL, budget, tmp_path), lambda line: None)
+        conduct.run(conduct.BenchRequest([part], FULL, budget, tmp_path), lambda line: None)
         return list(record.read([tmp_path / conduct.LINES]))
 
     return run
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UserError, match="cannot be written"):
-        conduct.run(conduct.Request([PART], FULL, 1, file / "x"), print)
+        conduct.run(conduct.BenchRequest([PART], FULL, 1, file / "x"), print)
 
 
 def test_flags_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_the_model_of_times_reads_it(made: dict[str, Any], tmp_path: Path) -> No
     path = tmp_path / f"{report.slug(made['device'])}.json"
     assert path.name == "made-up-1.json"
     path.write_text(json.dumps(made))
-    read = measured.Report(path)
+    read = measured.GpuReport(path)
     assert read.ceilings("bfloat16") == Ceilings(1e12, 1e14)
     times = {(case.implementation, case.rows): t for case, t in read.times.items()}
     assert times == pytest.approx({("mosaic", 1): 5e-6, ("xla", 1): 9e-6, ("mosaic", 16): 6e-6})

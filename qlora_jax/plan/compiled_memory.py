@@ -23,17 +23,17 @@ from qlora_jax.plan.abstract import (
     spread_moments,
 )
 from qlora_jax.plan.exact import gradients
-from qlora_jax.plan.pieces import Piece, pieces
+from qlora_jax.plan.gradient_programs import GradientProgram, gradient_programs
 from qlora_jax.plan.share import nbytes
+from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
-from qlora_jax.train import units
 from qlora_jax.train.assemble import assemble
 
 Compile = Callable[..., jax.stages.Compiled]
 """(function, *arguments, donate) to a compiled program; the arguments are abstract."""
 
 
-class Account(NamedTuple):
+class ProgramMemory(NamedTuple):
     """One program's bytes on the device.
 
     Attributes:
@@ -57,7 +57,7 @@ class Account(NamedTuple):
         return self.arguments + self.outputs - self.alias + self.temp + self.elsewhere
 
 
-class Step(NamedTuple):
+class AbstractStep(NamedTuple):
     """The functions of a step with the shapes they are called with.
 
     Attributes:
@@ -67,8 +67,8 @@ class Step(NamedTuple):
       frozen, batch, key: the gradient program's other arguments.
     """
 
-    program: steps.Program
-    state: steps.State
+    program: steps.StepProgram
+    state: steps.TrainState
     gradients: Any
     frozen: Any
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -77,7 +77,7 @@ class Step(NamedTuple):
 
 def abstract_step(
     config: Config, decoder: DecoderConfig, hardware: Hardware, mesh: Mesh | None = None
-) -> Step:
+) -> AbstractStep:
     """Returns the step of a run in shapes, with the kernel that it would take on this hardware.
 
     Args:
@@ -103,12 +103,12 @@ def abstract_step(
 
 
 def step_of(
-    program: steps.Program,
-    state: steps.State,
+    program: steps.StepProgram,
+    state: steps.TrainState,
     frozen: Any,
     batch: Mapping[str, jax.ShapeDtypeStruct],
     key: jax.ShapeDtypeStruct | None,
-) -> Step:
+) -> AbstractStep:
     """Returns the step of a program, with the shapes of its gradients.
 
     Args:
@@ -116,24 +116,24 @@ def step_of(
       state, frozen, batch, key: in shapes, what `program.gradient` is called with.
     """
     slopes = gradients(state.trained, batch["mask"].shape[0])
-    return Step(program, state, slopes, frozen, batch, key)
+    return AbstractStep(program, state, slopes, frozen, batch, key)
 
 
-def gradient_accounts(step: Step, compile_: Compile) -> list[Account]:
+def gradient_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
     """Compiles the programs of the gradient, without moments: `with_moments` adds them."""
     made = []
     for piece in gradient_pieces(step):
         compiled = compile_(piece.function, *piece.arguments, donate=piece.donate)
-        made.append(account_of(piece, compiled))
+        made.append(memory_of(piece, compiled))
     return made
 
 
-def gradient_pieces(step: Step) -> list[Piece]:
+def gradient_pieces(step: AbstractStep) -> list[GradientProgram]:
     """Returns the programs of the gradient."""
-    return list(pieces(step.program, step.state, step.frozen, step.batch, step.key))
+    return list(gradient_programs(step.program, step.state, step.frozen, step.batch, step.key))
 
 
-class Update(NamedTuple):
+class LayerUpdate(NamedTuple):
     """The update of one unit of a group: what it is of, the function, and its abstract arguments.
 
     The first and the fourth argument are donated.
@@ -144,12 +144,12 @@ class Update(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def updates(step: Step) -> Iterator[Update]:
+def layer_updates(step: AbstractStep) -> Iterator[LayerUpdate]:
     """Yields the update of a unit of each group."""
     leaves, slopes = jax.tree.leaves(step.state.trained), jax.tree.leaves(step.gradients)
     at_once = step.program.direct is not None
     first = 0
-    for group in units.groups(step.state.trained):
+    for group in layer_groups.find_groups(step.state.trained):
         own, grads = ([xs[p] for p in group.places] for xs in (leaves, slopes))
         if at_once and group.layers:
             grads = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in grads]
@@ -157,28 +157,28 @@ def updates(step: Step) -> Iterator[Update]:
         index, finite = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.bool_))
 
         def update(own: Any, grads: Any, i: Any, moments: Any, finite: Any, group=group) -> Any:
-            return step.program.unit(group, own, grads, i, moments, finite)
+            return step.program.update_layer(group, own, grads, i, moments, finite)
 
         name = "update of a layer" if group.layers else "update of the rest"
-        yield Update(name, update, (own, grads, index, moments, finite))
-        first += group.units
+        yield LayerUpdate(name, update, (own, grads, index, moments, finite))
+        first += group.size
 
 
-def update_accounts(step: Step, compile_: Compile) -> list[Account]:
+def update_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
     """Compiles the update of a unit of each group, without the other units' moments."""
     at_once = step.program.direct is not None
     alive = nbytes((step.state.trained, step.gradients, step.frozen))
     if at_once:  # on the way back through the layers, beside the gradients of one
         alive = max(piece.alive for piece in gradient_pieces(step))
     made = []
-    for name, update, arguments in updates(step):
+    for name, update, arguments in layer_updates(step):
         compiled = compile_(update, *arguments, donate=(0, 3))
         beside = alive - nbytes(arguments[0] if at_once else arguments[:2])
         made.append(_account(name, compiled, beside))
     return made
 
 
-def held_moments(step: Step, on_host: bool, updating: bool) -> tuple[int, int]:
+def held_moments(step: AbstractStep, on_host: bool, updating: bool) -> tuple[int, int]:
     """Returns the (device, host) bytes of moments that are no argument of a program.
 
     Args:
@@ -192,9 +192,13 @@ def held_moments(step: Step, on_host: bool, updating: bool) -> tuple[int, int]:
     return sum(sizes) - (max(sizes) if updating else 0), 0
 
 
-def settle(
-    step: Step, asked: str, before: Sequence[Account], after: Sequence[Account], limit: int
-) -> tuple[str, list[Account]]:
+def place_moments(
+    step: AbstractStep,
+    asked: str,
+    before: Sequence[ProgramMemory],
+    after: Sequence[ProgramMemory],
+    limit: int,
+) -> tuple[str, list[ProgramMemory]]:
     """Decides where moments live, and adds those on the device to the accounts, in their order.
 
     Args:
@@ -203,7 +207,7 @@ def settle(
       before, after: accounts of the gradient's and of the update's programs, without moments.
       limit: bytes that there are.
     """
-    made: list[Account] = []
+    made: list[ProgramMemory] = []
     for offload in ("device", "host") if asked == "auto" else (asked,):
         away = offload == "host"
         made = [with_moments(step, away, account, False) for account in before]
@@ -213,7 +217,9 @@ def settle(
     return offload, made
 
 
-def with_moments(step: Step, on_host: bool, account: Account, updating: bool) -> Account:
+def with_moments(
+    step: AbstractStep, on_host: bool, account: ProgramMemory, updating: bool
+) -> ProgramMemory:
     """Adds to an account the moments that are on the device and no argument of the program."""
     # where layers are updated on the way back, moments of two may still be on the device
     device, _ = held_moments(
@@ -222,7 +228,7 @@ def with_moments(step: Step, on_host: bool, account: Account, updating: bool) ->
     return account._replace(elsewhere=account.elsewhere + device)
 
 
-def account_of(piece: Piece, compiled: jax.stages.Compiled) -> Account:
+def memory_of(piece: GradientProgram, compiled: jax.stages.Compiled) -> ProgramMemory:
     """Returns the account of a compiled piece, with what lives beside it."""
     account = _account(piece.name, compiled, 0)
     return account._replace(
@@ -230,9 +236,9 @@ def account_of(piece: Piece, compiled: jax.stages.Compiled) -> Account:
     )
 
 
-def _account(name: str, compiled: jax.stages.Compiled, elsewhere: int) -> Account:
+def _account(name: str, compiled: jax.stages.Compiled, elsewhere: int) -> ProgramMemory:
     found: Any = compiled.memory_analysis()
-    return Account(
+    return ProgramMemory(
         name,
         found.argument_size_in_bytes,
         found.output_size_in_bytes,

@@ -20,7 +20,7 @@ OUTER = {"embed_adapter", "head_adapter"}
 """Parts that may be the whole of a trained tree: no layer has an adapter then."""
 
 
-class Group(NamedTuple):
+class LayerGroup(NamedTuple):
     """Leaves that are stacked alike: a run of layers, or everything outside the layers.
 
     Attributes:
@@ -38,11 +38,11 @@ class Group(NamedTuple):
     layers: int | None
 
     @property
-    def units(self) -> int:
+    def size(self) -> int:
         return 1 if self.layers is None else self.layers
 
 
-def groups(trained: Any) -> list[Group]:
+def find_groups(trained: Any) -> list[LayerGroup]:
     """Returns the groups of a trained tree, in its own order.
 
     Args:
@@ -59,7 +59,7 @@ def groups(trained: Any) -> list[Group]:
     paths = list(flatten(trained))
     variables = [jax.tree.structure(x) for x in jax.tree.leaves(trained, is_leaf=is_variable)]
     return [
-        Group(
+        LayerGroup(
             tuple(places),
             tuple(paths[p] for p in places),
             tuple(variables[p] for p in places),
@@ -73,7 +73,7 @@ def groups(trained: Any) -> list[Group]:
     ]
 
 
-def stack(group: Group, leaves: Sequence[jax.Array]) -> dict[str, Any]:
+def stack(group: LayerGroup, leaves: Sequence[jax.Array]) -> dict[str, Any]:
     """Returns a group's leaves by path, each in a variable of its kind."""
     return {
         path: jax.tree.unflatten(variable, [leaf])
@@ -81,12 +81,14 @@ def stack(group: Group, leaves: Sequence[jax.Array]) -> dict[str, Any]:
     }
 
 
-def arrays(group: Group, stack: Mapping[str, Any]) -> list[jax.Array]:
+def stack_leaves(group: LayerGroup, stack: Mapping[str, Any]) -> list[jax.Array]:
     """Returns the leaves that `stack` was given."""
     return [jax.tree.leaves(stack[path])[0] for path in group.paths]
 
 
-def unit(group: Group, leaves: Sequence[jax.Array], index: int | jax.Array) -> dict[str, Any]:
+def take_layer(
+    group: LayerGroup, leaves: Sequence[jax.Array], index: int | jax.Array
+) -> dict[str, Any]:
     """Returns one unit of a group's leaves by path, each in a variable of its kind."""
     if group.layers is None:
         return stack(group, leaves)
@@ -94,61 +96,61 @@ def unit(group: Group, leaves: Sequence[jax.Array], index: int | jax.Array) -> d
     return stack(group, taken)
 
 
-def put(
-    group: Group, leaves: Sequence[jax.Array], index: int | jax.Array, new: Mapping[str, Any]
+def put_layer(
+    group: LayerGroup, leaves: Sequence[jax.Array], index: int | jax.Array, new: Mapping[str, Any]
 ) -> list[jax.Array]:
     """The group's leaves with one unit replaced."""
     if group.layers is None:
-        return arrays(group, new)
+        return stack_leaves(group, new)
     return [
         jax.lax.dynamic_update_index_in_dim(leaf, x, index, 0)
-        for leaf, x in zip(leaves, arrays(group, new))
+        for leaf, x in zip(leaves, stack_leaves(group, new))
     ]
 
 
-def init(trained: Any, one: Callable[[dict[str, Any]], Any]) -> tuple[Any, ...]:
+def init_layers(trained: Any, one: Callable[[dict[str, Any]], Any]) -> tuple[Any, ...]:
     """`one(unit)` for every unit of the tree, in order."""
     leaves = jax.tree.leaves(trained)
     return tuple(
-        one(unit(group, [leaves[p] for p in group.places], i))
-        for group in groups(trained)
-        for i in range(group.units)
+        one(take_layer(group, [leaves[p] for p in group.places], i))
+        for group in find_groups(trained)
+        for i in range(group.size)
     )
 
 
-def stacked(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
+def stack_states(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
     """Per group, the states of its units as one tree of arrays with a leading axis.
 
     They are numpy's, unless other processes hold a part of them: then they are where the units are.
     """
     rest = list(states)
     made = []
-    for group in groups(trained):
-        own, rest = rest[: group.units], rest[group.units :]
+    for group in find_groups(trained):
+        own, rest = rest[: group.size], rest[group.size :]
         made.append(jax.tree.map(lambda *x: stack_on_hosts(x), *own))
     return tuple(made)
 
 
-def stacked_like(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
-    """Arrays of no content and no memory, of the shapes and dtypes that `stacked` gives."""
+def stack_states_like(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
+    """Arrays of no content and no memory, of the shapes and dtypes that `stack_states` gives."""
     first, made = 0, []
-    for group in groups(trained):
+    for group in find_groups(trained):
         made.append(
             jax.tree.map(
-                lambda x, n=group.units: stack_like(x, n),
+                lambda x, n=group.size: stack_like(x, n),
                 states[first],
             )
         )
-        first += group.units
+        first += group.size
     return tuple(made)
 
 
-def unstacked(trained: Any, stacks: Sequence[Any], like: Sequence[Any]) -> tuple[Any, ...]:
-    """The units' states that `stacked` joined, each placed where its counterpart in `like` is."""
+def unstack_states(trained: Any, stacks: Sequence[Any], like: Sequence[Any]) -> tuple[Any, ...]:
+    """The units' states that `stack_states` joined, each placed where its counterpart in `like` is."""
     rest = list(like)
     made = []
-    for group, stack in zip(groups(trained), stacks):
-        for i in range(group.units):
+    for group, stack in zip(find_groups(trained), stacks):
+        for i in range(group.size):
             made.append(
                 jax.tree.map(
                     lambda x, old, i=i: jax.device_put(x[i].astype(old.dtype), old.sharding),

@@ -12,8 +12,8 @@ import pytest
 from selection import mostly_slow
 
 from qlora_jax.models.trees import flatten
+from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
-from qlora_jax.train import units
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.offload import ON_DEVICE, ON_HOST, Placement
 
@@ -21,11 +21,11 @@ METHODS = ("qlora", "full")
 
 
 class Ran(NamedTuple):
-    state: steps.State
+    state: steps.TrainState
     norms: list[float]
 
 
-def build(t, moments: Placement) -> steps.Program:
+def build(t, moments: Placement) -> steps.StepProgram:
     return steps.build(
         t.graph,
         t.optimizer,
@@ -38,12 +38,12 @@ def build(t, moments: Placement) -> steps.Program:
 
 
 @pytest.fixture(scope="module")
-def program(trainer) -> Callable[..., steps.Program]:
+def program(trainer) -> Callable[..., steps.StepProgram]:
     """Gives the program of a method with moments at a place, compiled once for all tests."""
     return functools.cache(lambda method, moments: build(trainer(method), moments))
 
 
-def run(t, program: steps.Program, make_batch, moments: Placement, count: int) -> Ran:
+def run(t, program: steps.StepProgram, make_batch, moments: Placement, count: int) -> Ran:
     trained = jax.tree.map(jnp.copy, t.trained)
     state = steps.init(trained, t.optimizer, False, moments)
     norms = []
@@ -55,8 +55,8 @@ def run(t, program: steps.Program, make_batch, moments: Placement, count: int) -
 
 
 def test_groups_are_the_layers_and_the_rest(trainer) -> None:
-    groups = units.groups(trainer("full").trained)
-    assert [group.units for group in groups] == [1, 3]
+    groups = layer_groups.find_groups(trainer("full").trained)
+    assert [group.size for group in groups] == [1, 3]
     outside, layers = (set(group.paths) for group in groups)
     assert outside == {"embed", "head", "norm.weight"}
     assert {path.partition(".adapter")[0] for path in layers} == layers
@@ -69,7 +69,7 @@ def test_stacks_without_a_name_are_no_single_group(trainer) -> None:
     tree = dict(trainer("full").trained)
     tree["stacks"] = tree.pop("runs")
     with pytest.raises(KeyError, match="runs"):
-        units.groups(tree)
+        layer_groups.find_groups(tree)
 
 
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "qlora"))
@@ -114,7 +114,7 @@ def test_every_step_runs_what_the_first_compiled(trainer, make_batch, where) -> 
     made = build(t, where)
     run(t, made, make_batch, where, 3)
     assert made.gradient._cache_size() == 1
-    assert made.unit._cache_size() == len(units.groups(t.trained))
+    assert made.update_layer._cache_size() == len(layer_groups.find_groups(t.trained))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -161,11 +161,11 @@ def test_moments_of_three_layers_are_on_the_device_at_most(trainer, make_batch) 
 def test_the_update_of_a_layer_copies_no_stack(trainer, method) -> None:
     t = trainer(method)
     made, state = build(t, ON_DEVICE), t.start()
-    group = units.groups(t.trained)[-1]
+    group = layer_groups.find_groups(t.trained)[-1]
     leaves = jax.tree.leaves(t.trained)
     tall = [jnp.tile(leaves[p], (10, *[1] * (leaves[p].ndim - 1))) for p in group.places]
     group = group._replace(layers=10 * group.layers)
-    lowered = made.unit.lower(group, tall, tall, 0, state.optimizer[-1], jnp.asarray(True))
+    lowered = made.update_layer.lower(group, tall, tall, 0, state.optimizer[-1], jnp.asarray(True))
     analysis = lowered.compile().memory_analysis()
     layer = sum(x.nbytes for x in tall) / group.layers
     # the layer's new values and both moments
@@ -176,11 +176,11 @@ def test_the_update_of_a_layer_copies_no_stack(trainer, method) -> None:
 def test_stacked_and_back(trainer) -> None:
     t = trainer("full")
     state = t.start()
-    stacks = units.stacked(t.trained, state.optimizer)
-    like = units.stacked_like(t.trained, state.optimizer)
+    stacks = layer_groups.stack_states(t.trained, state.optimizer)
+    like = layer_groups.stack_states_like(t.trained, state.optimizer)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), stacks) == jax.tree.map(
         lambda x: (x.shape, x.dtype), like
     )
-    back = units.unstacked(t.trained, stacks, state.optimizer)
+    back = layer_groups.unstack_states(t.trained, stacks, state.optimizer)
     for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(state.optimizer), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.lora.initializers import INITIALIZERS
+from qlora_jax.lora.initializers import decompose as splits
+from qlora_jax.lora.initializers.decompose import InitInput, best_low_rank, error
 from qlora_jax.lora.spec import AdapterSpec
-from qlora_jax.lora.starts import STARTS
-from qlora_jax.lora.starts import split as splits
-from qlora_jax.lora.starts.split import Task, error, top
 from qlora_jax.quant import quantize, to_float32
 
 pytestmark = pytest.mark.quick
@@ -29,9 +29,10 @@ def test_the_best_approximation_either_way(monkeypatch, shape, exact):
     if not exact:
         monkeypatch.setattr(splits, "EXACT", 1)
         monkeypatch.setattr(splits, "OVERSAMPLED", 8)
-    top.clear_cache()  # a traced program holds EXACT and OVERSAMPLED as constants
+    best_low_rank.clear_cache()  # a traced program holds EXACT and OVERSAMPLED as constants
     a, b = (
-        np.asarray(x, np.float64) for x in top(jnp.asarray(w, "float32"), rank, scale, "float32")
+        np.asarray(x, np.float64)
+        for x in best_low_rank(jnp.asarray(w, "float32"), rank, scale, "float32")
     )
     u, s, vt = np.linalg.svd(w)
     np.testing.assert_allclose(scale * a @ b, (u[:, :rank] * s[:rank]) @ vt[:rank], atol=2e-4)
@@ -39,7 +40,7 @@ def test_the_best_approximation_either_way(monkeypatch, shape, exact):
 
 
 def test_a_rank_above_the_full_one_leaves_zeros():
-    a, b = top(jnp.asarray(matrix(8, 6), "float32"), 9, 2.0, "float32")
+    a, b = best_low_rank(jnp.asarray(matrix(8, 6), "float32"), 9, 2.0, "float32")
     assert (a.shape, b.shape) == ((8, 9), (9, 6))
     assert not np.asarray(a)[:, 6:].any()
     np.testing.assert_allclose(2 * np.asarray(a @ b), matrix(8, 6), atol=1e-4)
@@ -55,8 +56,8 @@ def test_loftq_alternates_as_in_the_paper(codebook, turns):
         return quantize(x, codebook, 64, False)
 
     spec = AdapterSpec(rank, scale * rank, scale)
-    task = Task(jnp.asarray(w), spec, jnp.dtype("float32"), store, turns)
-    stored, adapter = STARTS["loftq"](task)
+    task = InitInput(jnp.asarray(w), spec, jnp.dtype("float32"), store, turns)
+    stored, adapter = INITIALIZERS["loftq"](task)
     low = np.zeros_like(w)
     for _ in range(turns):
         q = np.asarray(jax.jit(to_float32)(store(jnp.asarray(w - low))))
@@ -71,7 +72,7 @@ def test_loftq_alternates_as_in_the_paper(codebook, turns):
 
 def test_narrow_adapters_leave_their_rounding_to_the_base():
     w = jnp.asarray(matrix(64, 64), "float32")
-    task = Task(w, AdapterSpec(4, 8.0, 2.0), jnp.dtype("bfloat16"), lambda x: x, 1)
-    stored, adapter = STARTS["pissa"](task)
+    task = InitInput(w, AdapterSpec(4, 8.0, 2.0), jnp.dtype("bfloat16"), lambda x: x, 1)
+    stored, adapter = INITIALIZERS["pissa"](task)
     assert adapter.a.dtype == jnp.bfloat16
     assert error(w, stored, adapter) < 1e-6

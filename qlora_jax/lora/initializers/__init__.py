@@ -6,12 +6,12 @@ model starts near the pretrained one, not at it: the two parts are rounded on th
 
 from collections.abc import Callable, Mapping
 
-from qlora_jax.lora.starts.loftq import loftq
-from qlora_jax.lora.starts.pissa import pissa
-from qlora_jax.lora.starts.split import Stored, Task
+from qlora_jax.lora.initializers.decompose import InitInput, StoredWeight
+from qlora_jax.lora.initializers.loftq import loftq
+from qlora_jax.lora.initializers.pissa import pissa
 from qlora_jax.lora.weights import LoraWeights
 
-Start = Callable[[Task], tuple[Stored, LoraWeights]]
+Initializer = Callable[[InitInput], tuple[StoredWeight, LoraWeights]]
 
-STARTS: Mapping[str, Start] = {"pissa": pissa, "loftq": loftq}
+INITIALIZERS: Mapping[str, Initializer] = {"pissa": pissa, "loftq": loftq}
 """Name to what splits a weight into what is stored and an adapter."""

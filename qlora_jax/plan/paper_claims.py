@@ -17,7 +17,7 @@ GPT3_LAYERS, GPT3_WIDTH, GPT3_VOCAB, GPT3_POSITIONS = 96, 12288, 50257, 2048
 """arXiv 2005.14165, table 2.1; the vocabulary is GPT-2's."""
 
 
-class Line(NamedTuple):
+class PaperClaim(NamedTuple):
     """One figure.
 
     Attributes:
@@ -58,15 +58,19 @@ def gpt3_adapters(rank: int) -> int:
     return GPT3_LAYERS * 2 * rank * 2 * GPT3_WIDTH
 
 
-def lines() -> list[Line]:
+def paper_claims() -> list[PaperClaim]:
     """Returns the papers' figures: QLoRA (section 1), LoRA (section 4.2, table 4)."""
     llama, gpt3 = full_fine_tuning(parameters(find("llama-65b"))), gpt3_parameters()
     adam, gradients = 3 * WEIGHT_16 * gpt3, GRADIENT_16 * gpt3
     return [
-        Line("LLaMA 65B, full fine-tuning", llama, "bytes", "more than 780 GB"),
-        Line("GPT-3, weights and two moments in 16 bits", adam, "bytes", "1.2 TB in training"),
-        Line("GPT-3, gradients too", adam + gradients, "bytes", "1.2 TB in training"),
-        Line("GPT-3, weights alone", WEIGHT_16 * gpt3, "bytes", "350 GB in training with LoRA"),
-        Line("GPT-3, LoRA of rank 1 on q and v", gpt3_adapters(1), "parameters", "4.7M"),
-        Line("GPT-3, LoRA of rank 4 on file", WEIGHT_16 * gpt3_adapters(4), "bytes", "35 MB"),
+        PaperClaim("LLaMA 65B, full fine-tuning", llama, "bytes", "more than 780 GB"),
+        PaperClaim(
+            "GPT-3, weights and two moments in 16 bits", adam, "bytes", "1.2 TB in training"
+        ),
+        PaperClaim("GPT-3, gradients too", adam + gradients, "bytes", "1.2 TB in training"),
+        PaperClaim(
+            "GPT-3, weights alone", WEIGHT_16 * gpt3, "bytes", "350 GB in training with LoRA"
+        ),
+        PaperClaim("GPT-3, LoRA of rank 1 on q and v", gpt3_adapters(1), "parameters", "4.7M"),
+        PaperClaim("GPT-3, LoRA of rank 4 on file", WEIGHT_16 * gpt3_adapters(4), "bytes", "35 MB"),
     ]

@@ -3,11 +3,11 @@
 In 4 bits the rest is quantized (QPiSSA, section 4): it is what is left after the large values.
 """
 
-from qlora_jax.lora.starts.split import Stored, Task, remainder, top
+from qlora_jax.lora.initializers.decompose import InitInput, StoredWeight, best_low_rank, residual
 from qlora_jax.lora.weights import LoraWeights
 
 
-def pissa(task: Task) -> tuple[Stored, LoraWeights]:
+def pissa(task: InitInput) -> tuple[StoredWeight, LoraWeights]:
     """Returns W − scale · a @ b as it is stored, with a and b from the top of W's decomposition."""
-    a, b = top(task.weight, task.spec.rank, task.spec.scale, task.dtype)
-    return task.store(remainder(task.weight, a, b, task.spec.scale)), task.weights(a, b)
+    a, b = best_low_rank(task.weight, task.spec.rank, task.spec.scale, task.dtype)
+    return task.store(residual(task.weight, a, b, task.spec.scale)), task.weights(a, b)

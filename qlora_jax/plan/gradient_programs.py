@@ -16,7 +16,7 @@ ON_THE_WAY = 3
 """Inputs of layers that are on the device while the others wait on the host, at most."""
 
 
-class Piece(NamedTuple):
+class GradientProgram(NamedTuple):
     """One program.
 
     Attributes:
@@ -37,9 +37,9 @@ class Piece(NamedTuple):
     host: int = 0
 
 
-def pieces(
-    program: steps.Program, state: steps.State, frozen: Any, batch: Any, key: Any
-) -> Iterator[Piece]:
+def gradient_programs(
+    program: steps.StepProgram, state: steps.TrainState, frozen: Any, batch: Any, key: Any
+) -> Iterator[GradientProgram]:
     """Yields the programs of a gradient.
 
     Args:
@@ -50,14 +50,14 @@ def pieces(
     model = nbytes((state.trained, frozen, batch))
     if program.parts is None:
         bare = state._replace(optimizer=())
-        yield Piece("gradient", program.gradient, (bare, frozen, batch, key), (), model)
+        yield GradientProgram("gradient", program.gradient, (bare, frozen, batch, key), (), model)
         return
     yield from _by_layer(program, state.trained, frozen, batch, key, model)
 
 
 def _by_layer(
-    program: steps.Program, trained: Any, frozen: Any, batch: Any, key: Any, alive: int
-) -> Iterator[Piece]:
+    program: steps.StepProgram, trained: Any, frozen: Any, batch: Any, key: Any, alive: int
+) -> Iterator[GradientProgram]:
     parts = program.parts
     (trees, groups, layers), leaves = layered.taken_apart(trained, frozen)
     micro = batch["mask"].shape[0]
@@ -88,16 +88,20 @@ def _by_layer(
     elif program.recipe.clip_norm:
         alive += nbytes(x)  # the gradient of the last layer's output, for the second way down
     alive += nbytes((shared, own)) + inputs
-    yield Piece("loss", top, (leaves, x, rows, key, number), (1,), alive + nbytes(x), host)
+    yield GradientProgram(
+        "loss", top, (leaves, x, rows, key, number), (1,), alive + nbytes(x), host
+    )
     if packed != nbytes(x):
-        yield Piece("a layer's input in 8 bits", parts.pack, (x,), (), alive + 2 * nbytes(x), host)
+        yield GradientProgram(
+            "a layer's input in 8 bits", parts.pack, (x,), (), alive + 2 * nbytes(x), host
+        )
         alive += nbytes(x)  # the layer's input is unpacked beside what waits
     alive += nbytes((x, jax.eval_shape(top, leaves, x, rows, key, number)[2]))
     # a layer's forward pass holds nothing that its backward pass does not hold
     for place in dict.fromkeys(place for place, _ in layers):
         arguments = leaves, index, x, x, shared, own
         function = partial(backward, place)
-        yield Piece("backward of a layer", function, arguments, (3,), alive, host)
+        yield GradientProgram("backward of a layer", function, arguments, (3,), alive, host)
     if None in groups:
         name = "backward of the embedding"
-        yield Piece(name, bottom, (leaves, rows, x), (), alive - inputs)
+        yield GradientProgram(name, bottom, (leaves, rows, x), (), alive - inputs)

@@ -17,10 +17,10 @@ the time."""
 
 OVERSAMPLED, ITERATIONS = 16, 16
 
-Stored = jax.Array | QTensor
+StoredWeight = jax.Array | QTensor
 
 
-class Task(NamedTuple):
+class InitInput(NamedTuple):
     """What a start is given.
 
     Attributes:
@@ -34,7 +34,7 @@ class Task(NamedTuple):
     weight: jax.Array
     spec: AdapterSpec
     dtype: jnp.dtype
-    store: Callable[[jax.Array], Stored]
+    store: Callable[[jax.Array], StoredWeight]
     iterations: int
 
     def weights(self, a: jax.Array, b: jax.Array) -> LoraWeights:
@@ -42,7 +42,7 @@ class Task(NamedTuple):
         return LoraWeights(a, b, self.spec.alpha, self.spec.scale)
 
 
-def error(weight: jax.Array, stored: Stored, adapter: LoraWeights | None) -> float:
+def error(weight: jax.Array, stored: StoredWeight, adapter: LoraWeights | None) -> float:
     """Returns ‖W − stored − scale · a @ b‖ / ‖W‖, in the Frobenius norm.
 
     Args:
@@ -52,19 +52,19 @@ def error(weight: jax.Array, stored: Stored, adapter: LoraWeights | None) -> flo
     """
     rest = weight
     if adapter is not None:
-        rest = remainder(weight, adapter.a, adapter.b, adapter.scale)
+        rest = residual(weight, adapter.a, adapter.b, adapter.scale)
     norm = jnp.maximum(jnp.linalg.norm(weight), 1e-30)
     return float(jnp.linalg.norm(rest - to_float32(stored)) / norm)
 
 
 @jax.jit
-def remainder(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
+def residual(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
     """w − scale · a @ b in float32."""
     return w - scale * _dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "dtype"))
-def top(
+def best_low_rank(
     w: jax.Array, rank: int, scale: float, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """The best approximation of w of a rank, as scale · a @ b, both with the roots of the values.

@@ -2,7 +2,12 @@
 
 import pytest
 
-from qlora_jax.plan.contrast import full_fine_tuning, gpt3_adapters, gpt3_parameters, lines
+from qlora_jax.plan.paper_claims import (
+    full_fine_tuning,
+    gpt3_adapters,
+    gpt3_parameters,
+    paper_claims,
+)
 
 
 def test_a_65b_model_needs_more_than_780_gb() -> None:
@@ -26,7 +31,7 @@ def test_adapters_of_gpt3() -> None:
 
 
 def test_lines() -> None:
-    found = {line.what: line for line in lines()}
+    found = {line.what: line for line in paper_claims()}
     values = [line.value for line in found.values()]
     full, adam, with_gradients, weights, rank_1, file = values
     assert full > 780e9
