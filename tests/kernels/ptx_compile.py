@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ptx import emulate
+from ptx_emulator import emulate
 
 from qlora_jax.gpu.compile import NO_SPILLS, compile_for, environment
 from qlora_jax.gpu.described import read_gpu

@@ -3,9 +3,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from ptx import Deadlock, emulate
-from ptx_memory import Fault, Race
-from ptx_text import Unsupported
+
+from ptx_emulator import Deadlock, Fault, Race, Unsupported, emulate
 
 NAN = float("nan")
 DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}

@@ -9,7 +9,8 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-from ptx_text import Unsupported
+
+from ptx_emulator.text import Unsupported
 
 Array = np.ndarray
 
@@ -429,3 +430,14 @@ def shuffle(mode: str, operand: Array, control: Array) -> tuple[Array, Array]:
     }[mode]
     inside = source >= last if mode == "up" else source <= last
     return np.where(inside, source, LANES), inside
+
+
+ATOMIC: dict[str, Callable[..., Array]] = {
+    "add": lambda a, b: a + b,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
+    "exch": lambda a, b: b,
+}

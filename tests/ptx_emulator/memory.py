@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from ptx_text import PtxError
+
+from ptx_emulator.text import PtxError
 
 Array = np.ndarray
 
