@@ -68,7 +68,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, str
         seen.append((str(path), overrides))
         raise UserError("enough")
 
-    monkeypatch.setattr(configs, "load", load)
+    monkeypatch.setattr(configs, "load_config", load)
     return seen
 
 

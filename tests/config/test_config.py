@@ -18,7 +18,7 @@ def load(tmp_path):
     def load(text, overrides=None):
         path = tmp_path / "run.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return config_lib.load(path, overrides)
+        return config_lib.load_config(path, overrides)
 
     return load
 
@@ -133,7 +133,7 @@ def test_a_missing_file_is_named(tmp_path, name):
         UserError,
         match=f"^{tmp_path / name}: no such config file; give a YAML file or a run directory$",
     ):
-        config_lib.load(tmp_path / name)
+        config_lib.load_config(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_list_of_sources_is_the_data_section_in_one_word(load, tmp_path):
     config = load("model: m\ndata: [a.jsonl, b.jsonl]\noutput: o\n")
     assert config.data.source == ["a.jsonl", "b.jsonl"]
     config_lib.dump(config, tmp_path / "again.yaml")
-    assert config_lib.load(tmp_path / "again.yaml") == config
+    assert config_lib.load_config(tmp_path / "again.yaml") == config
 
 
 def test_a_section_the_file_lacks_can_be_given_in_one_word(load):
@@ -372,7 +372,7 @@ def test_what_is_dumped_loads_as_it_was(tmp_path, tree):
     config = config_lib.from_tree(tree, "test")
     path = tmp_path / "config.yaml"
     config_lib.dump(config, path)
-    loaded = config_lib.load(path)
+    loaded = config_lib.load_config(path)
     assert loaded == config
     assert config_lib.digest(loaded) == config_lib.digest(config)
     assert config_lib.difference(loaded, config) == []

@@ -171,18 +171,18 @@ import jax.numpy as jnp
 from qlora_jax.runtime import compilation
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-load(open_folder(Path(sys.argv[1])), quant=QuantConfig(), dtype=jnp.bfloat16)
+load_model(open_folder(Path(sys.argv[1])), quant=QuantConfig(), dtype=jnp.bfloat16)
 gc.collect()
 compilation.trim()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-model = load(open_folder(Path(sys.argv[1])), quant=QuantConfig(), dtype=jnp.bfloat16)
+model = load_model(open_folder(Path(sys.argv[1])), quant=QuantConfig(), dtype=jnp.bfloat16)
 jax.block_until_ready(model.embed.get_value())
 print(status("VmHWM") - before)
 """

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from float64 import EPSILON, assert_product, to_float64
 
 from qlora_jax.kernels.dense import dense, product
-
-EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
 def make(compute: str, storage: str, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -18,29 +17,17 @@ def make(compute: str, storage: str, seed: int = 0) -> tuple[jax.Array, jax.Arra
     return x, w, jnp.asarray(random.normal(size=(2, 5, 24)), compute)
 
 
-def wide(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float64)
-
-
-def assert_product(y: jax.Array, left: np.ndarray, right: np.ndarray, dtype: str) -> None:
-    """y is left @ right, accumulated in float32 and rounded once to dtype."""
-    exact, size = left @ right, np.abs(left) @ np.abs(right)
-    allowed = EPSILON[dtype] / 2 * np.abs(exact) + left.shape[-1] * 2.0**-24 * size
-    assert y.dtype == dtype
-    assert np.all(np.abs(wide(y) - exact) <= allowed * (1 + 1e-6))
-
-
 @pytest.mark.parametrize("storage", sorted(EPSILON))
 @pytest.mark.parametrize("compute", sorted(EPSILON))
 def test_value_and_gradients(compute: str, storage: str) -> None:
     x, w, g = make(compute, storage)
     y, pull = jax.vjp(dense, x, w)
-    cast = wide(w.astype(compute))
-    assert_product(y, wide(x), cast, compute)
+    cast = to_float64(w.astype(compute))
+    assert_product(y, to_float64(x), cast, compute)
     dx, dw = pull(g)
-    assert_product(dx, wide(g), cast.T, compute)
+    assert_product(dx, to_float64(g), cast.T, compute)
     assert dw.shape == w.shape
-    assert_product(dw, wide(x).reshape(10, 48).T, wide(g).reshape(10, 24), storage)
+    assert_product(dw, to_float64(x).reshape(10, 48).T, to_float64(g).reshape(10, 24), storage)
 
 
 def test_a_float32_weight_gets_a_float32_gradient_in_bfloat16_compute() -> None:
@@ -63,7 +50,7 @@ def test_many_rows_do_not_lose_small_terms() -> None:
 def test_product_contracts_either_axis(contracted: int) -> None:
     x, w, _ = make("bfloat16", "bfloat16")
     y = product(x, w if contracted == 0 else w.T, contracted)
-    assert_product(y, wide(x), wide(w), "float32")
+    assert_product(y, to_float64(x), to_float64(w), "float32")
 
 
 def test_no_rows() -> None:
@@ -81,7 +68,7 @@ def test_one_row(shape: tuple[int, int], contracted: int) -> None:
     x = jnp.asarray(random.normal(size=(1, 1, shape[0])), jnp.bfloat16)
     y = jax.jit(product, static_argnums=2)(x, w, contracted)
     assert y.shape == (1, 1, shape[1])
-    assert_product(y, wide(x), wide(w).T if contracted else wide(w), "float32")
+    assert_product(y, to_float64(x), to_float64(w).T if contracted else to_float64(w), "float32")
 
 
 def test_one_row_in_a_loop_keeps_no_copy_of_the_weight() -> None:

@@ -1,17 +1,16 @@
 """The Mosaic GPU kernels: in Pallas' interpreter, and their device code's plan of registers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from float64 import assert_product
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.kernels import matmul, matmul_many
-from qlora_jax.quant import CODEBOOKS, QLayer, quantize
+from qlora_jax.quant import QLayer, quantize
 from qlora_jax.runtime.errors import UserError
 
 if jax.__version_info__ < (0, 11):
@@ -34,7 +33,6 @@ else:
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11 (Python 3.12)"
 )
-EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
 @pytest.fixture(scope="module")
@@ -43,43 +41,6 @@ def interpreted():
         patch.setattr(mosaic, "device_code", device_code)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield
-
-
-def wide(x) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
-
-
-def assert_product(y, x, w, dtype: str) -> None:
-    """y is x @ w to float32 accumulation and one rounding to dtype."""
-    exact, size = wide(x) @ w, np.abs(wide(x)) @ np.abs(w)
-    allowed = EPSILON[dtype] / 2 * np.abs(exact) + x.shape[-1] * 2.0**-24 * size
-    assert y.dtype == dtype
-    assert np.all(np.abs(wide(y) - exact) <= allowed * (1 + 1e-6))
-
-
-@needs_mosaic
-@settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(
-    m=st.integers(1, 40),
-    k=st.integers(1, 200),
-    n=st.integers(1, 130),
-    block_size=st.sampled_from([32, 64, 128]),
-    codebook=st.sampled_from(sorted(CODEBOOKS)),
-    double_quant=st.booleans(),
-    dtype=st.sampled_from(sorted(EPSILON)),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_both_directions(
-    interpreted, m, k, n, block_size, codebook, double_quant, dtype, seed
-) -> None:
-    random = np.random.default_rng(seed)
-    q = quantize(random.normal(size=(k, n)).astype(np.float32), codebook, block_size, double_quant)
-    x = jnp.asarray(random.normal(size=(m, k)), dtype)
-    g = jnp.asarray(random.normal(size=(m, n)), dtype)
-    y, pull = jax.vjp(lambda x: matmul(x, q, "mosaic"), x)
-    w = rounded_weight(q, jnp.dtype(dtype))
-    assert_product(y, x, w, dtype)
-    assert_product(pull(g)[0], g, w.T, dtype)
 
 
 @needs_mosaic
@@ -121,81 +82,12 @@ def test_a_contraction_is_divided_while_there_are_few_blocks(
 
 
 @needs_mosaic
-def test_scan_over_layers_and_vmap(interpreted) -> None:
-    random = np.random.default_rng(0)
-    stack = quantize(random.normal(size=(3, 64, 64)).astype(np.float32) / 8)
-    x = jnp.asarray(random.normal(size=(5, 64)), jnp.bfloat16)
-
-    def loss(x, implementation):
-        def body(x, q):
-            return jnp.tanh(matmul(x, q, implementation)), None
-
-        return jax.lax.scan(body, x, stack)[0].astype(jnp.float32).sum()
-
-    grads = [jax.jit(jax.grad(loss), static_argnums=1)(x, i) for i in ("mosaic", "xla")]
-    np.testing.assert_allclose(*map(wide, grads), rtol=0.05, atol=0.02)
-    xs = jnp.asarray(random.normal(size=(3, 5, 64)), jnp.bfloat16)
-    each = jax.vmap(lambda x, q: matmul(x, q, "mosaic"))(xs, stack)
-    for y, x, q in zip(each, xs, (jax.tree.map(lambda a, i=i: a[i], stack) for i in range(3))):
-        assert_product(y, x, rounded_weight(q, ml_dtypes.bfloat16), "bfloat16")
-
-
-@needs_mosaic
-@pytest.mark.parametrize("n", [64, 72], ids=["whole", "padded"])
-def test_a_matrix_of_a_stack_is_that_matrix_alone(interpreted, n: int) -> None:
-    random = np.random.default_rng(0)
-    stack = quantize(random.normal(size=(3, 128, n)).astype(np.float32), block_size=32)
-    x = jnp.asarray(random.normal(size=(5, 128)), jnp.bfloat16)
-
-    @jax.jit
-    def both(x, q):
-        y, pull = jax.vjp(lambda x: matmul(x, q, "mosaic"), x)
-        return y, pull(y)[0]
-
-    for i in (0, 2):
-        ours = both(x, QLayer(stack, jnp.int32(i)))
-        for a, b in zip(ours, both(x, stack[i])):
-            np.testing.assert_array_equal(wide(a), wide(b))
-
-
-@needs_mosaic
-@pytest.mark.parametrize("columns", [(64, 64), (128, 72, 64)])
-def test_several_weights_are_those_alone(interpreted, columns) -> None:
-    random = np.random.default_rng(0)
-    k = 4096 if len(columns) == 2 else 256  # two parts of the contraction each, and one
-    stacks = [quantize(random.normal(size=(2, k, n)).astype(np.float32)) for n in columns]
+def test_several_weights_are_one_kernel() -> None:
+    stacks = [quantize(np.ones((2, 256, n), np.float32)) for n in (128, 72, 64)]
     qs = [QLayer(stack, jnp.int32(1)) for stack in stacks]
-    x = jnp.asarray(random.normal(size=(3, k)), jnp.bfloat16)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def both(products, x, qs):
-        ys, pull = jax.vjp(lambda x: products(x, qs, "mosaic"), x)
-        return ys, pull(ys)[0]
-
-    def alone(x, qs, implementation):
-        return [matmul(x, q, implementation) for q in qs]
-
+    x = jnp.ones((3, 256), jnp.bfloat16)
     text = str(jax.make_jaxpr(lambda x: matmul_many(x, qs, "mosaic"))(x))
     assert text.count("mpmd_map[") == 1 or text.count("core_map[") == 1
-    ours, theirs = both(matmul_many, x, qs), both(alone, x, qs)
-    for y, expected in zip((*ours[0], ours[1]), (*theirs[0], theirs[1]), strict=True):
-        np.testing.assert_array_equal(wide(y), wide(expected))
-
-
-@needs_mosaic
-def test_several_weights_under_vmap(interpreted) -> None:
-    random = np.random.default_rng(0)
-    qs = [quantize(random.normal(size=(64, n)).astype(np.float32)) for n in (64, 128)]
-    xs = jnp.asarray(random.normal(size=(2, 3, 64)), jnp.bfloat16)
-    mapped = jax.vmap(lambda x: matmul_many(x, qs, "mosaic"))(xs)
-    for y, q in zip(mapped, qs):
-        assert_product(y, xs, rounded_weight(q, ml_dtypes.bfloat16), "bfloat16")
-
-
-@needs_mosaic
-def test_no_rows() -> None:
-    q = quantize(np.ones((64, 8), np.float32))
-    assert mosaic.forward(jnp.zeros((2, 0, 64), jnp.bfloat16), q).shape == (2, 0, 8)
 
 
 @needs_mosaic

@@ -130,8 +130,8 @@ def test_importing_says_nothing_and_leaves_transformers_alone():
     code = (
         "import sys, qlora_jax.data.encode, qlora_jax.data.sources, qlora_jax.data.loader;"
         "assert 'transformers' not in sys.modules and 'datasets' not in sys.modules;"
-        "from qlora_jax.text.tokenizer import load\n"
-        "try: load('.')\nexcept ValueError: pass\n"
+        "from qlora_jax.text.tokenizer import load_tokenizer\n"
+        "try: load_tokenizer('.')\nexcept ValueError: pass\n"
         "from qlora_jax.runtime.quiet import quiet_transformers"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

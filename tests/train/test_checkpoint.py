@@ -241,9 +241,9 @@ KILLED = """
 import os, pathlib, signal, sys
 import jax.numpy as jnp
 from qlora_jax.train.checkpoint import Checkpoints
-from qlora_jax.train.step import State
+from qlora_jax.train.step import TrainState
 a = lambda n: {"a": jnp.full((4, 4), 1.0 * n), "runs": {}}
-make = lambda n: State(a(n), ({},), jnp.int32(n), jnp.float32(1), jnp.int32(0))
+make = lambda n: TrainState(a(n), ({},), jnp.int32(n), jnp.float32(1), jnp.int32(0))
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), 2)
 checkpoints.save(make(1), {"n": 1})
 for name in ("rename", "replace"):

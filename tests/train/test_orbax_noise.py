@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import Checkpoints
-from qlora_jax.train.step import State
+from qlora_jax.train.step import TrainState
 a = lambda n: {k: jnp.asarray(np.random.default_rng(n).normal(size=(64, 64))) for k in "abcd"} | {
     "runs": {}
 }
-make = lambda n: State(a(n), ({},), jnp.int32(n), jnp.float32(1), jnp.int32(0))
+make = lambda n: TrainState(a(n), ({},), jnp.int32(n), jnp.float32(1), jnp.int32(0))
 run = pathlib.Path(sys.argv[1])
 checkpoints = Checkpoints(run, 9)
 checkpoints.save(make(1), {})
