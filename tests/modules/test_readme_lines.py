@@ -1,4 +1,4 @@
-"""The lines of the README on any Flax model, run as they are written."""
+"""Runs the Python lines of the README and of docs/any_model.md as they are written."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ from flax import nnx
 
 from qlora_jax.modules.summary import summary
 from qlora_jax.modules.variables import QWeight
+from qlora_jax.quant import dequantize
 
 pytestmark = pytest.mark.quick
 
@@ -48,3 +49,15 @@ def test_lines(tmp_path, monkeypatch, capsys):
     assert type(plain) is MyModel
     assert {type(x) for _, x in nnx.iter_graph(plain) if isinstance(x, nnx.Variable)} == {nnx.Param}
     np.testing.assert_allclose(plain(batch), model(batch), atol=2e-6)
+
+
+def test_lines_on_plain_trees():
+    text = Path(__file__).parents[2].joinpath("docs", "any_model.md").read_text(encoding="utf-8")
+    section = text[text.index("## Arrays and plain pytrees") :]
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], names)
+    w, q = names["w"], names["q"]
+    assert 8 * q.nbytes / w.size == pytest.approx(4.127, abs=5e-4)
+    exact = np.asarray(dequantize(q, jnp.bfloat16), np.float64).sum(axis=0)  # x is ones
+    np.testing.assert_allclose(np.asarray(names["y"][0], np.float64), exact, rtol=2**-8, atol=1e-2)
+    np.testing.assert_array_equal(names["adapted"]["query"]["kernel"], w)  # B is zero
