@@ -1,1 +1,1 @@
-"""From records to batches: sources, loss masks, packing, the resumable loader."""
+"""Turns records into batches: data sources, loss masks, packing and the resumable loader."""

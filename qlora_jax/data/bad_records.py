@@ -1,4 +1,4 @@
-"""Leaves single bad records out of a data set, and counts them by reason."""
+"""Skips single bad records of a data set, and counts them by reason."""
 
 import contextlib
 import dataclasses
@@ -11,22 +11,22 @@ from qlora_jax.runtime.streams import printable
 
 Action = Literal["drop", "error"]
 SHOWN = 5
-"""Reasons that a line lists."""
+"""Maximum number of reasons that a warning lists."""
 MOST = 1000
-"""Reasons that are told apart, so that memory is bounded."""
+"""Maximum number of different reasons that are counted separately; it limits the memory."""
 OTHER = ""
 DIFFERS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
-"""Parts of a reason in which two records may differ: values and numbers."""
+"""Matches values and numbers; two reasons that differ only in these count as one reason."""
 
 
 @dataclasses.dataclass
 class Reason:
-    """Why records were left out.
+    """One reason for skipping records.
 
     Attributes:
-      text: the error of the first of them, without its place.
-      first: the place of the first of them.
-      count: number of records.
+      text: error message of the first skipped record, without the record's place.
+      first: place of the first skipped record.
+      count: number of records that were skipped for this reason.
     """
 
     text: str
@@ -35,10 +35,10 @@ class Reason:
 
 
 class BadRecords:
-    """The records of a run that cannot be used.
+    """The counts of a run's records that cannot be used, by reason.
 
-    One object serves a whole run: the readers of files, the parser of rows and the encoder put
-    each record under `guard`, and who prints asks for `line` at the end:
+    A run has one such object. The file readers, the row parser and the encoder handle each record
+    inside `guard`. At the end, the caller prints `line`:
 
         bad = BadRecords(config.on_bad_record)
         for record in records:
@@ -48,8 +48,8 @@ class BadRecords:
             warn(bad.line(len(records)))
 
     Attributes:
-      action: `drop` leaves a bad record out; `error` stops at the first.
-      count: number of records left out.
+      action: `drop` skips bad records; `error` stops at the first bad record.
+      count: number of skipped records.
     """
 
     def __init__(self, action: Action) -> None:
@@ -59,14 +59,14 @@ class BadRecords:
 
     @contextlib.contextmanager
     def guard(self, where: str) -> Iterator[None]:
-        """Leaves out the one record that is made inside.
+        """Counts the record as bad if the `with` block raises UserError.
 
-        A UserError that is raised inside ends the block; the record is counted, and what the block
-        would have made is not there. Other exceptions pass.
+        With `action` `drop`, the UserError ends the block and is not raised again. The block has
+        then produced no record. Other exceptions are raised as usual.
 
         Args:
-          where: the record's place, such as `data.jsonl:12`; put in front of an error's message
-            unless it is there.
+          where: the record's place, such as `data.jsonl:12`. The error message gets this prefix
+            if it does not begin with it.
 
         Raises:
           UserError: `action` is `error` and the record is bad.
@@ -81,7 +81,7 @@ class BadRecords:
             self._add(reason, where)
 
     def reasons(self) -> str:
-        """Lists why records were left out, the most frequent reason first, in one line."""
+        """Returns the reasons for skipping records in one line, the most frequent reason first."""
         ranked = sorted(self._reasons.values(), key=lambda reason: -reason.count)
         parts = [f"{r.count:,} {printable(r.text)} (first {r.first})" for r in ranked[:SHOWN]]
         if rest := sum(reason.count for reason in ranked[SHOWN:]):
@@ -89,10 +89,10 @@ class BadRecords:
         return "; ".join(parts)
 
     def line(self, total: int) -> str:
-        """Returns the warning, in one line.
+        """Returns the warning about the skipped records, in one line.
 
         Args:
-          total: number of records that were looked at, bad ones included.
+          total: number of records that were read, including the bad records.
         """
         return (
             f"warning: {self.count:,} of {total:,} records left out: {self.reasons()}; correct "

@@ -1,4 +1,4 @@
-"""From records to token ids and the mask of those that carry loss."""
+"""Tokenizes records, and marks the token ids that carry loss."""
 
 import dataclasses
 import functools
@@ -20,10 +20,10 @@ from qlora_jax.text.tokenizer import Tokenizer
 
 BATCH = 256
 LONG = 20_000
-"""Records from which on a progress bar is worth its lines."""
+"""Minimum number of records for which a progress bar is shown."""
 MERGED = (
-    "answers begin within a token that also holds the end of their prompt, which generation cannot "
-    "give; let the prompt end without a space, and the answer begin with it"
+    "answers share their first token with the end of the prompt, and generation cannot produce "
+    "such a token; move the space from the end of the prompt to the start of the answer"
 )
 
 
@@ -32,8 +32,8 @@ class Example:
     """One tokenized example of n >= 2 ids.
 
     Attributes:
-      ids: i32[n].
-      target: bool[n], true where the id is one the model learns to predict; never at the start.
+      ids: token ids, i32[n].
+      target: bool[n], True for the ids that carry loss; the first one is always False.
     """
 
     ids: np.ndarray
@@ -42,15 +42,16 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeStats:
-    """What encoding made.
+    """The counts of one call of `encode`.
 
     Attributes:
-      examples: examples made; a long text makes several.
-      tokens: ids in them.
-      target_tokens: ids that carry loss.
-      truncated: examples cut at `sequence_length + 1` ids.
-      dropped: examples left out because no target was in them, after truncation.
-      notes: the end of a warning to the number of answers or conversations that it is true of.
+      examples: number of examples; a long text gives several.
+      tokens: number of ids in all examples.
+      target_tokens: number of ids that carry loss.
+      truncated: number of examples that were cut to `sequence_length + 1` ids.
+      dropped: number of examples that were skipped because they have no target after truncation.
+      notes: maps a warning text to the number of answers or conversations that it is about. The
+        full warning is the number, then the text.
     """
 
     examples: int
@@ -69,23 +70,33 @@ def encode(
 ) -> tuple[list[Example], EncodeStats]:
     """Tokenizes records and marks the targets.
 
-    Targets come from character spans: of a conversation the assistant's turns with the token that
-    ends each, of a prompt/completion pair the completion and an end of text, of a text everything.
-    An answer begins with a token of its own. Where the chat template writes what is before an
-    answer differently once more turns follow, that answer is an example of its own.
-    With `loss_on: all` every id but the first is a target. An example has at most
-    `sequence_length + 1` ids; a text longer than that becomes several examples, each of which
-    starts with the last id of the one before, so that every id but the first is a target once.
+    Targets are the tokens in these character spans:
+
+    - conversation: each turn of the assistant, with the token that ends the turn;
+    - prompt/completion pair: the completion, with an end-of-text token;
+    - text: the whole text.
+
+    With `loss_on: all`, every id except the first is a target.
+
+    An answer starts with a new token: no token holds the end of the prompt and the start of the
+    answer, unless the tokenizer makes this impossible. Some chat templates write the text before
+    an answer differently if more turns follow. Such an answer becomes a separate example.
+
+    An example has at most `sequence_length + 1` ids. A longer conversation or pair is cut. A longer
+    plain text becomes several examples. Each starts with the last id of the previous example, so
+    that every id of the text except the first is a target exactly once.
 
     Args:
-      records: the records, in order.
-      tokenizer: the tokenizer.
-      config: the settings of data.
-      bad: leaves out records that cannot be rendered or encoded; None stops at the first.
+      records: records in order.
+      tokenizer: tokenizer of the model.
+      config: settings of the data.
+      bad: skips and counts records that cannot be rendered or encoded; None: the first such
+        record raises.
 
     Raises:
       UserError: a conversation cannot be rendered, a text cannot be encoded, or an example has no
-        target left and `on_no_target` is error; the record's place is named.
+        target after truncation and `on_no_target` is `error`; the message names the record's
+        place.
     """
     examples: list[Example] = []
     truncated = dropped = 0
@@ -126,14 +137,16 @@ def _wholes(
     bad: BadRecords,
     notes: Counter[str],
 ) -> Iterator[tuple[Record, RecordText, list[Example]]]:
-    """Yields each record, its layout, and all of it as one example or, of some chats, several.
+    """Yields each record, its layout, and its examples before truncation.
+
+    A record gives one example; some conversations give several.
 
     Args:
-      records: the records.
-      tokenizer: the tokenizer.
-      config: the settings of data.
-      bad: leaves out those that cannot be used.
-      notes: counts what is to be told; it is added to.
+      records: records in order.
+      tokenizer: tokenizer of the model.
+      config: settings of the data.
+      bad: skips and counts records that cannot be used.
+      notes: counters of the warnings; updated.
     """
     for start in range(0, len(records), BATCH):
         laid: list[tuple[Record, RecordText]] = []
@@ -150,10 +163,10 @@ def _wholes(
 def _tokenized(
     laid: Sequence[tuple[Record, RecordText]], tokenizer: Tokenizer, bad: BadRecords
 ) -> Iterator[tuple[Record, RecordText, Tokens]]:
-    """Yields records with their layouts and tokens, but for those whose text has none."""
+    """Yields records with layouts and tokens; skips records whose text cannot be encoded."""
     try:
         encoded = tokenizer.encode_batch([layout.text for _, layout in laid])
-    except UserError:  # of one of them
+    except UserError:  # at least one text is bad: encode one by one to find it
         for record, layout in laid:
             with bad.guard(record.where):
                 encoded = [tokenizer.encode_with_offsets(layout.text)]
@@ -170,7 +183,7 @@ def _examples(
     config: DataConfig,
     notes: Counter[str],
 ) -> list[Example]:
-    """Returns a record's text as an example, before the examples of answers apart."""
+    """Returns the example of a record's text, then those of answers with a separate text."""
     found = layout.answers(_end(layout, tokens.offsets, config.sequence_length + 1))
     notes.update(layout.notes)
     notes.update(found.notes)
@@ -194,7 +207,7 @@ def _whole(
     config: DataConfig,
     notes: Counter[str],
 ) -> Example:
-    """Returns a text of a record as one example, whatever its length."""
+    """Returns a text of a record as one example, without truncation."""
     if not layout.chunked:
         tokens, merged = parted(text, [start for start, _ in spans], tokens, tokenizer)
         if merged:
@@ -205,7 +218,7 @@ def _whole(
 
 
 def _end(layout: RecordText, offsets: np.ndarray, limit: int) -> int:
-    """Returns the character after the last token that is kept of a layout."""
+    """Returns the end, in characters, of the text that remains after truncation."""
     cut = not layout.chunked and len(offsets) > limit
     return int(offsets[limit - 1, 1]) if cut else len(layout.text)
 

@@ -1,11 +1,11 @@
-"""The names that data sets give to fields and roles.
+"""The names of fields and roles in data sets that the reader knows.
 
-They are those of OpenAI's fine-tuning files, TRL, LLaMA-Factory, axolotl, ShareGPT, OpenAssistant
-and OpenOrca. A name that is not here is not guessed.
+They come from OpenAI's fine-tuning files, TRL, LLaMA-Factory, axolotl, ShareGPT, OpenAssistant and
+OpenOrca. The reader does not guess the meaning of other names.
 """
 
 CHAT_FIELDS = ("messages", "conversations", "conversation")
-"""A list of turns; the first that is there is read."""
+"""Fields that hold a list of turns; the first one that is present is read."""
 PROMPT_FIELDS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -19,9 +19,9 @@ PROMPT_FIELDS = (
     ("user", "assistant"),
     ("input", "output"),
 )
-"""A prompt and its answer; the first pair that is there is read."""
+"""Fields of a prompt and its answer; the first pair that is present is read."""
 CONTEXT_FIELDS = ("input", "context")
-"""Text that belongs to the prompt, beside each of these pairs."""
+"""Fields whose text is added to the prompt of a pair of `PROMPT_FIELDS`."""
 TEXT_FIELDS = ("text", "content")
 SYSTEM_FIELDS = ("system", "system_prompt")
 TOOL_FIELDS = ("tools", "functions")
@@ -29,16 +29,16 @@ PREFERENCE_FIELDS = ("chosen", "rejected")
 MEDIA_FIELDS = ("images", "videos", "audios")
 
 TURN_FIELDS = (("role", "content"), ("from", "value"), ("role", "text"), ("role", "value"))
-"""Keys of a turn: who speaks, and what is said."""
+"""Keys of a turn: the role and the content."""
 TURN_PAIRS = (("user", "assistant"), ("human", "assistant"), ("input", "output"))
-"""Keys of an object that stands for two turns, a question and its answer."""
+"""Keys of an object that holds two turns, a question and its answer."""
 MARK_FIELDS = ("weight", "train", "training", "loss")
 """Keys of a turn that say whether it carries loss."""
 DETAIL_FIELDS = ("train_detail", "training_detail")
 """Keys of a turn that say which of its characters carry loss."""
 
 FUNCTION_CALL = "function_call"
-"""LLaMA-Factory's role of a turn whose content is a call of a tool, in JSON."""
+"""LLaMA-Factory's role for a turn whose content is a tool call in JSON."""
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -57,4 +57,4 @@ ROLES = {
     "observation": "tool",
     "ipython": "tool",
 }
-"""Names of roles, in lower case, and the ones that chat templates know."""
+"""Maps role names of data sets, in lower case, to the role names of chat templates."""

@@ -1,4 +1,4 @@
-"""Rows of the file formats people keep data sets in, each with the place it came from."""
+"""Reads the rows of data files (.jsonl, .json, .csv, .parquet, ...), each with its place."""
 
 import csv
 import functools
@@ -19,13 +19,14 @@ Rows = Iterator[tuple[dict[str, Any], str]]
 TEXT = ".txt"
 PACKED = ".gz"
 MOST = 2**31
-"""Bytes that a packed file may hold when it is unpacked."""
+"""Maximum number of bytes of a .gz file's unpacked content."""
 
 
 def ending(path: Path) -> str:
-    """The ending that says how a data file is read, in lower case; empty for any other file.
+    """Returns the file name's ending, in lower case; an empty string for an unknown format.
 
-    A text format may be packed: `a.jsonl.gz` is read as .jsonl.
+    The ending decides how the file is read. A text format may be packed: the ending of
+    `a.jsonl.gz` is .jsonl.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [PACKED]:
@@ -35,18 +36,20 @@ def ending(path: Path) -> str:
 
 
 def known(suffix: str) -> str:
+    """Returns the ending if files with it can be read; else an empty string."""
     return suffix if suffix in READERS or suffix == TEXT else ""
 
 
 def read_rows(path: Path, bad: BadRecords | None = None) -> Rows:
-    """Yields (row, place) of a data file; the place is `file:line` where the format has lines.
+    """Yields (row, place) of a data file; the place is `file:line` if the format has lines.
 
     Args:
-      path: the file.
-      bad: leaves out and counts the rows that cannot be read; without it the first is an error.
+      path: path of the data file.
+      bad: skips and counts rows that cannot be read; None: the first such row raises.
 
     Raises:
-      UserError: missing file, unknown kind of file, or a malformed one; the line is named.
+      UserError: the file is missing, of an unknown format, or malformed; the message names the
+        line.
     """
     if not paths.exists(path):
         raise UserError(f"{path}: no such file; correct the path")
@@ -60,10 +63,11 @@ def read_rows(path: Path, bad: BadRecords | None = None) -> Rows:
 
 
 def read_text(path: Path) -> str:
-    """The whole file as text, unpacked if it is packed.
+    """Returns the text of the whole file; a .gz file is unpacked.
 
     Raises:
-      UserError: missing, unreadable, or not UTF-8; the line is named.
+      UserError: the file is missing, unreadable or not UTF-8; the message names the line that is
+        not UTF-8.
     """
     data = read_bytes(path)
     try:
@@ -74,11 +78,11 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file, unpacked if it is packed.
+    """Returns the bytes of the whole file; a .gz file is unpacked.
 
     Raises:
-      UserError: missing, unreadable, no gzip file though it is named so, or of more than `MOST`
-        bytes when unpacked.
+      UserError: the file is missing or unreadable, its name ends in .gz but it is not a whole
+        gzip file, or its unpacked content is larger than `MOST` bytes.
     """
     try:
         if path.suffix.lower() != PACKED:
@@ -103,7 +107,8 @@ def _not_utf8(where: str) -> UserError:
 
 
 def _jsonl(path: Path, bad: BadRecords) -> Rows:
-    # Only \n ends a line: JSON strings may hold U+2028, and lines that are not UTF-8 are left out.
+    # Split the bytes at \n, not the text with splitlines: JSON strings may hold U+2028, and a line
+    # that is not UTF-8 must be skipped alone.
     data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(io.BytesIO(data), 1):
         line = line.rstrip()
@@ -130,7 +135,7 @@ def _json_list(path: Path, bad: BadRecords) -> Rows:
         lists = [v for v in tree.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         tree = lists[0] if len(lists) == 1 else tree
     if not isinstance(tree, list):
-        raise UserError(f"{path}: must be a list of objects; one object a line is a .jsonl file")
+        raise UserError(f"{path}: must be a list of objects; for one object per line, use .jsonl")
     for number, item in enumerate(tree, 1):
         where, row = f"{path} item {number}", None
         with bad.guard(where):
@@ -154,8 +159,8 @@ def _json(text: str, path: Path, line: int) -> Any:
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(
-            f"{where}: must be a JSON object, not {type(value).__name__}; write "
-            f'{{"text": {short(value)}}} or the like'
+            f"{where}: must be a JSON object, not {type(value).__name__}; write for example "
+            f'{{"text": {short(value)}}}'
         )
     return value
 
@@ -181,7 +186,7 @@ def _csv(path: Path, bad: BadRecords, delimiter: str) -> Rows:
                     )
             if None not in row and None not in row.values():
                 yield row, where
-    # The reader cannot tell where the next row starts, so it is no single bad record.
+    # After this error the start of the next row is unknown, so skipping one record is impossible.
     except csv.Error as e:
         raise UserError(f"{path}:{good + 1}: not valid CSV: {e}; correct it") from None
 
@@ -197,7 +202,7 @@ def _parquet(path: Path, bad: BadRecords) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path} row {number}"
-    # values that Python cannot hold, such as a date in the year 10,000, are errors of many kinds
+    # Values that Python cannot represent, such as a date in the year 10,000, raise several types.
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as e:
         reason = first_line(e)
         raise UserError(f"{path}: not a readable Parquet file: {reason}; write it again") from None

@@ -1,4 +1,4 @@
-"""Collects warnings about a data set: records left out, fields not read, empty answers."""
+"""Collects warnings about a data set: skipped records, unread fields and empty answers."""
 
 import dataclasses
 from collections import Counter
@@ -9,21 +9,23 @@ from qlora_jax.data.records import Chat, Prompt, Record
 from qlora_jax.runtime.streams import printable
 
 NAMED = 20
-"""Fields that the line about unread ones names."""
+"""Maximum number of fields that the line about unread fields names."""
 
 
 @dataclasses.dataclass
 class Findings:
-    """Counts what the user should know of the records of a run.
+    """The warnings and counts about the records of a run that the user should see.
 
     Attributes:
-      bad: records that cannot be used.
-      total: records looked at, bad ones included.
-      dropped: reason to number of other records left out.
-      unread: field to number of records in which it holds something and was not read.
-      empty_answers: number of records with an answer that is empty.
-      first_empty: place of the first of these.
-      warnings: further lines.
+      bad: counts of the records that cannot be used.
+      total: number of records that were read, including the bad records.
+      dropped: maps a reason to the number of records that were skipped for it. It holds the
+        reasons other than errors, such as empty records.
+      unread: maps a field to the number of records in which the field has a value and was not
+        read.
+      empty_answers: number of records with an empty answer.
+      first_empty: place of the first record with an empty answer.
+      warnings: further warnings, one line each.
     """
 
     bad: BadRecords
@@ -35,13 +37,13 @@ class Findings:
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def look_at(self, record: Record) -> None:
-        """Counts a record whose answer is empty."""
+        """Counts the record if it has an empty answer."""
         if has_empty_answer(record):
             self.first_empty = self.first_empty or record.where
             self.empty_answers += 1
 
     def lines(self) -> list[str]:
-        """Returns what the user is told, a line each."""
+        """Returns the warnings for the user, one line each."""
         lines = list(self.warnings)
         if self.bad.count:
             lines.append(self.bad.line(self.total))
@@ -57,7 +59,7 @@ class Findings:
 
 
 def has_empty_answer(record: Record) -> bool:
-    """Whether an answer that carries loss has neither text nor a call of a tool."""
+    """Returns whether an answer that carries loss has neither text nor a tool call."""
     if isinstance(record, Prompt):
         return not record.completion.strip()
     if not isinstance(record, Chat):
@@ -73,7 +75,7 @@ def has_empty_answer(record: Record) -> bool:
 
 
 def _counted(counts: Counter[str]) -> str:
-    """Names with their counts; names that occur equally often share one."""
+    """Lists the names with their counts; names with the same count share one entry."""
     ranked = counts.most_common(NAMED)
     parts = []
     for count, names in groupby(ranked, key=lambda item: item[1]):

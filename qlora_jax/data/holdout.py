@@ -1,4 +1,4 @@
-"""Sets examples aside by their text."""
+"""Splits records into a training set and a held-out set, by a hash of their text."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from qlora_jax.data.records import Chat, Record
 def hold_out(records: Sequence[Record], fraction: float) -> tuple[list[Record], list[Record]]:
     """Splits records into (train, held out).
 
-    Which side a record is on follows from a hash of its text alone, white space aside: not from
-    its position, a seed or the other records. So records with the same text stay together, and
-    adding records moves none. With two or more texts neither side is empty: the text with the
-    lowest hash is held out and the one with the highest is trained on.
+    A hash of the record's text decides on which side the record is. The hash ignores differences
+    in white space. The record's position, the seed and the other records have no influence.
+    Therefore records with the same text stay on one side, and adding records moves no other
+    record. With two or more different texts, neither side is empty: the text with the lowest hash
+    is held out, and the text with the highest hash is trained on.
     """
     if not fraction:
         return list(records), []
@@ -24,7 +25,8 @@ def hold_out(records: Sequence[Record], fraction: float) -> tuple[list[Record], 
 
 
 def _place(record: Record) -> int:
-    # Conversations that say the same, and differ in what only the template reads, stay together.
+    # `spoken` ignores the keys and variables that only the template reads. Conversations that
+    # differ only in these stay on one side.
     said = record.spoken if isinstance(record, Chat) else record.key
     text = " ".join(said.split())
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

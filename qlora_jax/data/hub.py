@@ -1,4 +1,4 @@
-"""Rows of a data set on the Hugging Face hub, or of a local copy of one."""
+"""Reads the rows of a data set from the Hugging Face hub, or from a local copy."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError, first_line
 
 NAMED = 5
-"""Files that a warning names."""
+"""Maximum number of files that a warning names."""
 
 
 def read_rows(
@@ -20,34 +20,35 @@ def read_rows(
     """Yields (row, place) of one split.
 
     Args:
-      source: hub id, or a folder of data files.
+      source: hub id, or path of a folder of data files.
       name: configuration, for data sets that have several.
-      split: name of the split, in the form `datasets` takes: `train`, `train[:1000]`.
-      warn: called with one line where data files of a folder belong to no split.
+      split: split in the syntax of `datasets`, such as `train` or `train[:1000]`.
+      warn: function that gets a one-line warning if data files of a folder belong to no split.
 
     Raises:
-      UserError: no network, no such data set, configuration or split.
+      UserError: the hub cannot be reached, or the data set, configuration or split does not exist.
     """
     import datasets
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # Retries are announced one line each; the one error that follows says it all.
+    # Each retry would log a line, but the error at the end already contains the reason.
     chatty = [logging.getLogger(n) for n in ("huggingface_hub", "datasets")]
     levels = [logger.level for logger in chatty]
     for logger in chatty:
         logger.setLevel(logging.ERROR)
     offline = constants.HF_HUB_OFFLINE
     if not offline and not paths.is_dir(source) and not reachable(source):
-        # Else the library tries five times, half a minute long, before it looks into its cache.
+        # Otherwise `datasets` retries five times (30 s) before it looks into its cache.
         constants.HF_HUB_OFFLINE = True
     try:
         data = datasets.load_dataset(source, name, split=split)
         if paths.is_dir(source) and (left := _left_out(Path(source), name)):
             more = f" and {len(left) - NAMED:,} more" if len(left) > NAMED else ""
             warn(
-                f"warning: {source}: {', '.join(left[:NAMED])}{more}: in no split, and so not "
-                "read; list the files in data.source, or rename them after the split"
+                f"warning: {source}: not read, because they belong to no split: "
+                f"{', '.join(left[:NAMED])}{more}; list the files in data.source, or put the name "
+                "of the split into their names"
             )
     except ConnectionError:
         raise UserError(
@@ -56,8 +57,8 @@ def read_rows(
         ) from None
     except datasets.exceptions.DatasetNotFoundError:
         raise UserError(
-            f"{source}: neither a file here nor a data set on the hub that you can "
-            "read; correct it, or log in"
+            f"{source}: neither a local file nor a data set on the hub that you may "
+            "read; correct data.source, or log in to the hub"
         ) from None
     except (HfHubHTTPError, HFValidationError, datasets.exceptions.DatasetsError) as e:
         raise UserError(f"{source}: {first_line(e)}; correct data.source") from None
@@ -75,7 +76,7 @@ def read_rows(
 
 
 def _left_out(folder: Path, name: str | None) -> list[str]:
-    """Data files of a folder that `datasets` puts into no split, by their names' patterns."""
+    """Returns the data files of a folder that `datasets` assigns to no split."""
     import datasets
 
     builder = datasets.load_dataset_builder(str(folder), name)
@@ -97,7 +98,7 @@ def _left_out(folder: Path, name: str | None) -> list[str]:
 
 
 def reachable(source: str) -> bool:
-    """Whether the hub answers, if only to say that there is no such data set."""
+    """Returns whether the hub answers; an error response (no such data set) is also an answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -105,6 +106,6 @@ def reachable(source: str) -> bool:
         HfApi().dataset_info(source, timeout=10)
     except (HfHubHTTPError, HFValidationError):
         return True
-    except Exception:  # whichever HTTP library huggingface_hub uses has its own types
+    except Exception:  # the exception types depend on the HTTP library of huggingface_hub
         return False
     return True

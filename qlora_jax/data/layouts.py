@@ -1,4 +1,4 @@
-"""Lays out records as text: what is tokenized, and where its answers are."""
+"""Turns records into the text to tokenize, and finds the answers in this text."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,23 +15,24 @@ from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
 
 UNWRITTEN = "which the chat template does not write"
 WITHIN = (
-    "in the text of a turn, where it counts as that token beside those that the chat template "
-    "writes; take it out of the data, or set data.template: none for prompts that are formatted"
+    "in the text of a turn, and the tokenizer reads it as a special token; remove it from the "
+    "data, or set data.template: none if the prompts are formatted already"
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordText:
-    """A record as text.
+    """The text of a record, and the rules to tokenize it.
 
     Attributes:
-      text: what is tokenized.
-      answers: finds the answers that start before a character; raises UserError if one cannot be
-        located.
-      bos: a begin-of-text id is put in front if the tokenizer uses one.
-      eos: an end-of-text id is appended unless the last answer ends generation itself.
-      chunked: a text over length becomes several examples instead of being cut.
-      notes: what is to be told of the record.
+      text: text to tokenize.
+      answers: function that takes a character position and returns the answers that start before
+        it; raises UserError if an answer cannot be located.
+      bos: True: the ids start with a begin-of-text id if the tokenizer uses one.
+      eos: True: the ids end with an end-of-text id, unless the last answer already ends with a
+        token that stops generation.
+      chunked: True: a text that is too long becomes several examples; False: it is cut.
+      notes: warnings about the record, each without the count in front.
     """
 
     text: str
@@ -43,12 +44,12 @@ class RecordText:
 
 
 class TemplateInput(NamedTuple):
-    """What goes through the chat template.
+    """The input of the chat template for one conversation.
 
     Attributes:
-      messages: the turns.
+      messages: turns of the conversation.
       variables: further input of the template.
-      without_loss: turns of the assistant that carry no loss.
+      without_loss: positions of the assistant's turns that carry no loss.
     """
 
     messages: tuple[Message, ...]
@@ -57,10 +58,10 @@ class TemplateInput(NamedTuple):
 
 
 def conversation(record: Record, tokenizer: Tokenizer, config: DataConfig) -> TemplateInput | None:
-    """Returns what goes through the chat template, or None for a record that is raw text.
+    """Returns the input of the chat template, or None for a record that uses no template.
 
     Raises:
-      UserError: it holds tool calls, and the chat template writes none.
+      UserError: the record holds tool calls, and the chat template writes no tool calls.
     """
     if isinstance(record, Chat):
         found = TemplateInput(record.messages, record.variables, record.without_loss)
@@ -94,7 +95,7 @@ def _unwritten(name: str, tokenizer: Tokenizer) -> UserError:
 
 
 def lay_out(record: Record, tokenizer: Tokenizer, config: DataConfig) -> RecordText:
-    """The text of a record and where its answers lie.
+    """Returns the text of a record and the positions of its answers.
 
     Raises:
       UserError: the conversation cannot be rendered.
@@ -134,7 +135,7 @@ def _lay_out_chat(chat: TemplateInput, tokenizer: Tokenizer) -> RecordText:
 
 
 def _marks(chat: TemplateInput, tokenizer: Tokenizer) -> list[str]:
-    """Returns the tokens that begin a text or end a turn and that contents hold themselves."""
+    """Returns the begin-of-text and end-of-turn tokens that occur in the content of a turn."""
     texts = [m["content"] for m in chat.messages if isinstance(m.get("content"), str)]
     tokens = {*tokenizer.stop_texts, tokenizer.fast.bos_token} - {None}
     return sorted(token for token in tokens if any(token in text for text in texts))
@@ -145,5 +146,5 @@ def _always(spans: list[Span]) -> Callable[[int], LocatedAnswers]:
 
 
 def raw_prompt(prompt: str, system_prompt: str | None) -> str:
-    """A prompt that goes through no template, the system prompt in front."""
+    """Returns a prompt for use without a chat template: the system prompt, then the prompt."""
     return f"{system_prompt}\n\n{prompt}" if system_prompt else prompt

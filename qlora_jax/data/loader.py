@@ -1,4 +1,4 @@
-"""Batches in an order that is a pure function of seed and epoch, so that a run can resume."""
+"""Makes batches in an order that depends only on seed and epoch, so that a run can resume."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ Batch = dict[str, np.ndarray]
 
 
 class BatchRows(NamedTuple):
-    """The rows of one batch, each a list of examples, and their length."""
+    """The rows of one batch, each a list of example indices, and the length of these rows."""
 
     rows: list[list[int]]
     length: int
@@ -27,12 +27,14 @@ class BatchRows(NamedTuple):
 class Loader:
     """An endless iterator over training batches.
 
-    A batch is a dict of arrays [k, B, T]: k micro-batches of B rows of T positions, as
-    `packing.fill` describes. T is `sequence_length`, or without packing one of its bucket lengths.
+    A batch is a dict of arrays [k, B, T]: k micro-batches of B rows of T positions.
+    `packing.fill` describes the arrays. With packing, T is `sequence_length`; without packing, T
+    is one of the lengths of `packing.bucket_lengths`.
 
-    Every epoch holds each example exactly once. Its rows are dealt evenly over as few steps as
-    hold them, so no step is much smaller than another; the room left is filled with empty rows,
-    which carry no loss. A data set smaller than a batch is thus one step an epoch.
+    Every epoch holds each example exactly once. The rows of an epoch are distributed evenly over
+    the smallest possible number of steps, so all steps have nearly the same number of rows. Empty
+    rows, which carry no loss, fill each batch. If the data set is smaller than a batch, an epoch
+    is one step.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Loader:
         seed: int = 0,
         pad_id: int = 0,
     ) -> None:
-        """Raises UserError when there are no examples."""
+        """Raises UserError if there are no examples."""
         if not examples:
             raise UserError(f"{named(config.source)}: no examples to train on; give others")
         self._examples = examples
@@ -72,29 +74,30 @@ class Loader:
 
     @property
     def epoch(self) -> float:
-        """Epochs passed, with the fraction of the current one."""
+        """Number of finished epochs plus the finished fraction of the current epoch."""
         return self._epoch + self._step / len(self._steps)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in the epoch of the next batch; packing makes it vary a little by epoch."""
+        """Number of batches in the current epoch; with packing, epochs differ slightly."""
         return len(self._steps)
 
     def steps_of(self, epochs: float) -> int:
-        """Returns the batches of so many epochs, from the first; a part of one is rounded up."""
+        """Returns the number of batches in the first `epochs` epochs, rounded up."""
         whole = int(epochs)
         steps = sum(len(self._plan(epoch)) for epoch in range(whole))
         if part := epochs - whole:
-            # 0.1 of 10 batches is one, though 1.1 - 1 is a little more than 0.1
+            # 1.1 - 1 is slightly more than 0.1 in floating point; without `round`, 0.1 of 10
+            # batches would become 2.
             steps += math.ceil(round(part * len(self._plan(whole)), 6))
         return max(steps, 1)
 
     def state(self) -> dict[str, Any]:
-        """The position, as plain JSON values."""
+        """Returns the position in the data, as plain JSON values."""
         return {"epoch": self._epoch, "step": self._step, "fingerprint": self._fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state()`: the batches that follow are the same, bit for bit.
+        """Continues from a `state()`; the batches that follow are bit-identical.
 
         Raises:
           UserError: the state belongs to other data or other batch settings.
@@ -118,13 +121,13 @@ class Loader:
 def plan_epoch(
     lengths: Sequence[int], config: DataConfig, rows_per_step: int, rng: np.random.Generator
 ) -> list[BatchRows]:
-    """The steps of one epoch.
+    """Returns the batches of one epoch.
 
     Args:
-      lengths: positions each example takes.
-      config: sequence_length and packing are read.
-      rows_per_step: rows in a batch, all micro-batches together.
-      rng: shuffles examples, rows and batches.
+      lengths: number of positions that each example takes.
+      config: settings of the data; only `sequence_length` and `packing` are read.
+      rows_per_step: number of rows in a batch, all micro-batches together.
+      rng: random generator that shuffles examples, rows and batches.
     """
     order = rng.permutation(len(lengths)).tolist()
     capacity = config.sequence_length
@@ -136,7 +139,7 @@ def plan_epoch(
     waiting: list[int] = []
     low = 0
     for length in bucket_lengths(capacity):
-        # What does not fill a batch joins the next longer rows, in front: its turn comes first.
+        # Examples that do not fill a batch move to the next longer row length, and come first.
         waiting += [i for i in order if low < lengths[i] <= length]
         whole = len(waiting) - len(waiting) % rows_per_step if length < capacity else len(waiting)
         steps += deal([[i] for i in waiting[:whole]], length, rows_per_step)
@@ -145,7 +148,7 @@ def plan_epoch(
 
 
 def deal(rows: Sequence[list[int]], length: int, rows_per_step: int) -> list[BatchRows]:
-    """Deals rows over the fewest steps that hold them, as evenly as can be."""
+    """Distributes rows evenly over the smallest possible number of steps."""
     count = -(-len(rows) // rows_per_step)
     edges = [i * len(rows) // count for i in range(count + 1)] if count else [0]
     return [BatchRows(list(rows[a:b]), length) for a, b in itertools.pairwise(edges)]
@@ -158,10 +161,10 @@ def held_out_batches(
     max_rows: int,
     pad_id: int = 0,
 ) -> list[Batch]:
-    """Evaluation batches: dicts of arrays [B, T], always the same ones in the same order.
+    """Returns the evaluation batches, dicts of arrays [B, T], always in the same order.
 
-    Which rows are taken when there are more than `max_rows` depends on the examples alone, not on
-    the run's seed. The last batch of each row length is filled up with empty rows.
+    If there are more than `max_rows` rows, the choice of rows depends only on the examples, not
+    on the run's seed. Empty rows fill the last batch of each row length.
     """
     lengths = [len(e.ids) - 1 for e in examples]
     order = np.random.default_rng(0).permutation(len(examples)).tolist()

@@ -1,4 +1,4 @@
-"""Examples into rows of fixed length: which go together, and the arrays of a row.
+"""Packs examples into rows of fixed length, and fills the arrays of a batch.
 
 An example of n ids takes n - 1 positions: at position i the model reads `ids[i]` and predicts
 `ids[i + 1]`.
@@ -23,19 +23,20 @@ DTYPES = {
 
 
 def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
-    """Groups examples into rows without splitting any: best fit, online.
+    """Groups whole examples into rows with the online best-fit algorithm.
 
-    Examples are taken in the given order; each goes into the open row where it leaves the least
-    room. At most 128 rows are open and the fullest is closed first, so the time is linear. Rows
-    come out at least 95% full when lengths average a quarter of the capacity or less.
+    The function takes the examples in the given order and puts each into the open row where it
+    leaves the least room. At most 128 rows are open. When there are more, the fullest row is
+    closed, so the time is linear in the number of examples. Rows are at least 95% full if the
+    average length is a quarter of the capacity or less.
 
     Args:
-      lengths: positions each example takes.
-      capacity: positions in a row.
-      order: indices into lengths, each once.
+      lengths: number of positions that each example takes.
+      capacity: number of positions in a row.
+      order: order of the examples: each index into `lengths` once.
 
     Returns:
-      The indices in each row.
+      The example indices of each row.
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []
@@ -57,9 +58,9 @@ def pack(lengths: Sequence[int], capacity: int, order: Sequence[int]) -> list[li
 
 
 def bucket_lengths(capacity: int) -> list[int]:
-    """Row lengths used without packing: an eighth, a quarter, a half and all of the capacity.
+    """Returns the row lengths without packing: 1/8, 1/4, 1/2 and all of the capacity.
 
-    Each length is a program to compile, so there are few.
+    There are only four lengths because XLA compiles one program for each.
     """
     return sorted({-(-capacity // share) for share in BUCKETS})
 
@@ -71,12 +72,13 @@ def fill(
     count: int,
     pad_id: int = 0,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `count` rows of `length` positions; those beyond `rows` are empty.
+    """Returns the arrays of a batch of `count` rows; rows beyond `rows` hold only padding.
 
     Returns:
       tokens, targets, segments and positions i32[count, length], mask bool[count, length].
-      segments are 0 on padding and 1, 2, ... in a row; positions restart at 0 in each; mask is
-      true where `targets` carries loss. Tokens and targets are pad_id on padding.
+      `segments` is 0 on padding and 1, 2, ... for the examples of a row. `positions` restart at 0
+      in each example. `mask` is true where `targets` carries loss. `tokens` and `targets` are
+      `pad_id` on padding.
     """
     out: dict[str, np.ndarray] = {
         name: np.zeros((count, length), dtype) for name, dtype in DTYPES.items()

@@ -1,4 +1,4 @@
-"""Shows what the model is trained on: decoded examples with the loss-bearing part marked."""
+"""Shows decoded training examples; the targets (tokens that carry loss) are marked."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ OPEN, CLOSE = "⟦", "⟧"
 
 
 def preview(examples: Sequence[Example], tokenizer: Tokenizer, n: int) -> Text:
-    """The first n examples, special tokens included, targets between ⟦ and ⟧ and in colour.
+    """Returns the first n examples as text with special tokens; targets are in ⟦ ⟧ and coloured.
 
-    Print it with a rich Console; `.plain` is the text without colour.
+    Print the result with a rich Console. Its `.plain` is the text without colour.
     """
     blocks = [
         Text.assemble(
@@ -29,7 +29,7 @@ def preview(examples: Sequence[Example], tokenizer: Tokenizer, n: int) -> Text:
 
 
 def marked(example: Example, tokenizer: Tokenizer) -> Text:
-    """One example, decoded run by run."""
+    """Returns one example as text; tokens with and without loss are decoded in separate runs."""
     edges = np.flatnonzero(np.diff(example.target)) + 1
     out = Text()
     for ids, target in zip(np.split(example.ids, edges), np.split(example.target, edges)):

@@ -1,4 +1,4 @@
-"""What a model is given to answer: for samples during training, and for generation."""
+"""Makes prompts for the model: for samples during training, and for generation."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ TEXT_PROMPT = 32
 
 @dataclasses.dataclass(frozen=True)
 class SamplePrompt:
-    """A prompt as the model sees it.
+    """A prompt for generation, as token ids and as text.
 
     Attributes:
-      ids: token ids, up to where generation starts.
-      prompt: the prompt as a person would write it: the last turn before the answer.
-      answer: what the data has in answer; empty for a prompt that a user typed.
+      ids: token ids of the whole prompt; generation starts after the last id.
+      prompt: prompt without the chat template: the last turn before the answer.
+      answer: answer in the data; empty for a prompt that a user typed.
     """
 
     ids: list[int]
@@ -29,12 +29,16 @@ class SamplePrompt:
 
 
 def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> SamplePrompt | None:
-    """The last answer of an example as a question, tokenized as in training; None if it has none.
+    """Returns the prompt of a record's last answer, tokenized as in training.
 
-    Of a plain text the first 32 tokens, at most half of it, are the prompt and the rest the answer.
+    For a plain text, the prompt is the first 32 tokens, but at most half of the text. The answer
+    is the remaining text.
+
+    Returns:
+      The prompt and its answer; None if the record has no answer.
 
     Raises:
-      UserError: the conversation cannot be rendered; the record's place is named.
+      UserError: the conversation cannot be rendered; the message names the record's place.
     """
     if isinstance(record, Text):
         ids = tokenizer.encode(record.text)
@@ -58,17 +62,19 @@ def question(record: Record, tokenizer: Tokenizer, config: DataConfig) -> Sample
 
 
 def _shown(message: Message) -> str:
-    """Returns a turn for people to read: its content, or its tool calls."""
+    """Returns a turn as readable text: its content, or its tool calls as JSON."""
     return message.get("content") or json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
 
 
 def ask(
     prompt: str, tokenizer: Tokenizer, *, system_prompt: str | None = None, template: str = "auto"
 ) -> SamplePrompt:
-    """A prompt that a user typed: through the chat template if there is one, else as it is.
+    """Returns the tokenized prompt of a user, in the chat template if the tokenizer has one.
+
+    The template is not used if `template` is `none`.
 
     Raises:
-      UserError: the template refuses it, as some do a system turn.
+      UserError: the template refuses the prompt; some templates refuse a system turn.
     """
     if template == "none" or not tokenizer.has_chat_template:
         return SamplePrompt(_raw(prompt, tokenizer, system_prompt), prompt, "")

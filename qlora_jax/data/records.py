@@ -1,4 +1,4 @@
-"""What one training example is before tokenization."""
+"""The types of one training record before tokenization: conversation, prompt or text."""
 
 import dataclasses
 import json
@@ -11,10 +11,10 @@ class Chat:
     """A conversation; the assistant's turns are the answers.
 
     Attributes:
-      messages: the turns.
+      messages: turns of the conversation.
       variables: further input of the chat template.
-      without_loss: positions of assistant's turns that carry no loss.
-      where: file and line, or row, for messages.
+      without_loss: positions of the assistant's turns that carry no loss.
+      where: file and line, or row, for messages to the user.
     """
 
     messages: tuple[Message, ...]
@@ -24,12 +24,12 @@ class Chat:
 
     @property
     def spoken(self) -> str:
-        """What is said, without the further keys of the turns and input of the template."""
+        """Roles and contents of the turns, without their other keys and the template variables."""
         return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
 
     @property
     def key(self) -> str:
-        """The text that decides whether two records are the same."""
+        """Text that identifies the record: records with the same key are equal."""
         turns = self.spoken
         further = [
             {k: v for k, v in m.items() if k not in ("role", "content")} for m in self.messages
@@ -49,12 +49,13 @@ class Prompt:
 
     @property
     def key(self) -> str:
+        """Text that identifies the record, as for `Chat`."""
         return f"{self.prompt}\n{self.completion}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """Plain text; `ends` says that the document ends here and is not continued elsewhere."""
+    """Plain text; `ends` is False if the document continues in the next record."""
 
     text: str
     ends: bool = True
@@ -62,6 +63,7 @@ class Text:
 
     @property
     def key(self) -> str:
+        """Text that identifies the record, as for `Chat`."""
         return self.text
 
 

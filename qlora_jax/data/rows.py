@@ -1,4 +1,4 @@
-"""Makes a row of a data set a record: a conversation, a prompt with its completion, or text."""
+"""Converts a row of a data set to a record: a conversation, a prompt with completion, or text."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ NEEDED = {
     "prompt": "prompt and completion (or instruction and output, question and answer)",
     "text": "text",
 }
-"""Format to the fields that it needs, in words."""
+"""Maps a format to the fields that it needs, in words."""
 KEYWORDS = "chat_template_kwargs"
 RESERVED = frozenset(
     (
@@ -40,18 +40,21 @@ RESERVED = frozenset(
         "tools",
     )
 )
-"""Input of a chat template that `KEYWORDS` cannot give."""
+"""Names of chat template inputs that the field `KEYWORDS` must not set."""
 
 
 def parse(fields: Fields, format: str) -> Record:
-    """Makes a row a record, by the fields that hold something in this very row.
+    """Converts a row to a record.
+
+    Fields that have a value in this row are tried before fields that are empty.
 
     Args:
-      fields: the row.
-      format: chat, prompt or text, or auto: the first of these whose fields are there.
+      fields: fields of the row.
+      format: chat, prompt or text; auto takes the first of these three whose fields are present.
 
     Raises:
-      UserError: the fields of that format are not there, or cannot be used; those found are named.
+      UserError: the fields of the format are missing or unusable; the message names the fields
+        of the row.
     """
     for name in MEDIA_FIELDS:
         if fields.holds(name):
@@ -63,8 +66,8 @@ def parse(fields: Fields, format: str) -> Record:
     if any(name in fields.row for name in PREFERENCE_FIELDS):
         raise UserError(
             f"{fields.where}: {' and '.join(PREFERENCE_FIELDS)} are preference data, which is not "
-            "trained on; name the chosen answer completion (text, beside prompt) or messages "
-            "(a conversation), and remove the other"
+            "supported; rename the field of the chosen answer to completion (text, next to prompt) "
+            "or messages (a conversation), and remove the other"
         )
     need = NEEDED.get(format) or "; or ".join(NEEDED.values())
     raise UserError(
@@ -87,7 +90,7 @@ def _find_chat(fields: Fields, present: Present) -> Maker | None:
 def _find_prompt(fields: Fields, present: Present) -> Maker | None:
     if _is_conversational(fields, present):
         return _conversational_pair
-    # an answer may be empty, so fields that are there come next to those that hold something
+    # An answer may be empty: if no pair has values, take a pair whose fields are not null.
     for there in (present, lambda name: fields.row.get(name) is not None):
         for ask, answer in PROMPT_FIELDS:
             if there(ask) and there(answer):
@@ -108,7 +111,7 @@ FINDERS: Mapping[str, Callable[[Fields, Present], Maker | None]] = {
 
 
 def _is_conversational(fields: Fields, present: Present) -> bool:
-    """Whether prompt and completion are lists of turns; text that looks like one is text."""
+    """Returns whether there are a prompt that is a list (not a JSON string) and a completion."""
     return present("prompt") and present("completion") and is_list(fields.row["prompt"])
 
 
@@ -122,7 +125,7 @@ def _chat(fields: Fields, name: str) -> Chat:
 
 
 def _conversational_pair(fields: Fields) -> Chat:
-    """TRL's prompt and completion as lists of turns; those of the prompt carry no loss."""
+    """Reads TRL's prompt and completion as lists of turns; the prompt's turns carry no loss."""
     asked, _ = turns.messages(fields.get("prompt"), f"{fields.where}: prompt")
     answer = fields.get("completion")
     if not is_list(answer):
@@ -154,7 +157,7 @@ def _prompt(fields: Fields, ask: str, answer: str) -> Record:
 
 
 def _conversation(fields: Fields, messages: list[Message], without_loss: set[int]) -> Chat:
-    """A conversation with what the row says about all of it."""
+    """Makes a conversation, with the row's system prompt and template variables."""
     system = _system(fields)
     if system is not None:
         first = messages[0]
@@ -163,8 +166,8 @@ def _conversation(fields: Fields, messages: list[Message], without_loss: set[int
             without_loss = {i + 1 for i in without_loss}
         elif first["content"] != system:
             raise UserError(
-                f"{fields.where}: {short(system)} as the system's text beside a conversation that "
-                f"starts with {short(first['content'])}; remove one"
+                f"{fields.where}: the system prompt {short(system)} differs from the system turn "
+                f"{short(first['content'])}, which starts the conversation; remove one"
             )
     return Chat(
         messages=tuple(messages),
@@ -182,12 +185,12 @@ def _system(fields: Fields) -> str | None:
 
 
 def _variables(fields: Fields) -> dict[str, Any]:
-    """Further input of the chat template: tools, documents and the row's own keywords."""
+    """Returns further input of the chat template: tools, documents and `KEYWORDS` of the row."""
     where = fields.where
     variables = _keywords(fields)
     given = [name for name in TOOL_FIELDS if fields.holds(name)]
     if len(given) > 1:
-        raise UserError(f"{where}: {' and '.join(given)}; remove one")
+        raise UserError(f"{where}: the row has both {' and '.join(given)}; remove one")
     for name in given:
         variables["tools"] = tools.tools(fields.get(name), f"{where}: {name}")
     if fields.holds("documents"):

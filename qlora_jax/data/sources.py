@@ -1,4 +1,4 @@
-"""From the `data` section of a config to typed records, trained on and held out."""
+"""Reads the training and held-out records that the `data` section of a config names."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,13 +20,14 @@ from qlora_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class DataSplit:
-    """The examples of a run.
+    """The records of a run.
 
     Attributes:
-      train: examples to train on, in the source's order.
-      held_out: name of a held-out set to its examples, in the config's order; the only set of a
-        config that names none has the name "". Empty when none were asked for.
-      found: what was left out, not read, or is unusual.
+      train: training records, in the source's order.
+      held_out: maps the name of a held-out set to its records, in the config's order. If the
+        config gives no names, the single set has the name "". Empty if the config has no
+        held-out set.
+      found: counts and warnings: skipped records, unread fields, empty answers.
     """
 
     train: list[Record]
@@ -35,18 +36,19 @@ class DataSplit:
 
 
 def read(config: DataConfig) -> DataSplit:
-    """Reads the source, its first `max_examples` records, and sets the held-out part aside.
+    """Reads the first `max_examples` records of the source, and splits off the held-out records.
 
-    Several sources are read one after the other. Empty records are left out and do not count; bad
-    ones are too, unless `on_bad_record` is error. A held-out source or split of its own is read in
-    the same way and taken whole.
+    Several sources are read one after the other. Empty records are skipped and do not count
+    towards `max_examples`. The same is true for bad records, unless `on_bad_record` is `error`. If
+    the config names a held-out source or split, all of its records are held out; they are read in
+    the same way.
 
-    A .txt file is one document: it is cut at paragraphs into passages that only serve to hold
-    some of it out, and an end of text is put after the last one alone.
+    A .txt file is one document. It is cut at paragraphs into passages, so that some passages can
+    be held out. Only the last passage gets an end-of-text token.
 
     Raises:
-      UserError: the source is missing, malformed or empty, or no record of it can be used; file
-        and line or row are named.
+      UserError: the source is missing, malformed or empty, or none of its records can be used;
+        the message names the file and the line or row.
     """
     found = Findings(BadRecords(config.on_bad_record))
     records = _read(config, config.source, config.split, found)
@@ -66,33 +68,33 @@ def read(config: DataConfig) -> DataSplit:
 
 
 def eval_sources(config: DataConfig) -> dict[str, str | list[str]]:
-    """Returns the name of each held-out set with its source; the only one may have the name ""."""
+    """Returns held-out set names with their sources; a set without a name has the name ""."""
     if isinstance(config.eval_source, dict):
         return dict(config.eval_source)
     return {"": config.eval_source or config.source}
 
 
 def listed(source: str | list[str]) -> list[str]:
-    """The sources, as a list."""
+    """Returns the sources as a list."""
     return [source] if isinstance(source, str) else source
 
 
 def named(source: str | list[str]) -> str:
-    """The sources in words, for messages and reports."""
+    """Returns the sources as one string, for messages and reports."""
     return ", ".join(listed(source))
 
 
 def _read(config: DataConfig, source: str | list[str], split: str, found: Findings) -> list[Record]:
-    """The first `max_examples` records of one source or several.
+    """Reads the first `max_examples` records of one source or several.
 
     Args:
-      config: how they are read. Its `name` is for a hub data set of `config.source`.
+      config: settings of the data. Its `name` applies only to a hub data set of `config.source`.
       source: the source or sources.
-      split: the split of those that are hub data sets.
-      found: counts what is left out.
+      split: split to read from hub data sets.
+      found: counters of skipped records; updated.
 
     Raises:
-      UserError: nothing there, or nothing that can be used.
+      UserError: the source has no records, or none of its records can be used.
     """
     name = _configuration(config) if source == config.source else None
     left_out = found.bad.count
@@ -118,7 +120,7 @@ def _read(config: DataConfig, source: str | list[str], split: str, found: Findin
 
 
 def _configuration(config: DataConfig) -> str | None:
-    """The configuration that `name` gives to the one hub data set among the sources."""
+    """Returns the configuration `config.name` of the only hub data set among the sources."""
     if config.name is None:
         return None
     hubs = [source for source in listed(config.source) if not _is_single(source)]
@@ -126,8 +128,8 @@ def _configuration(config: DataConfig) -> str | None:
         raise UserError(f"data.name: {named(config.source)} has no configurations; remove it")
     if len(hubs) > 1:
         raise UserError(
-            f"data.name {config.name}: which of {', '.join(hubs)} is it for? Give one data set "
-            "with configurations, and the others as files"
+            f"data.name {config.name}: several hub data sets ({', '.join(hubs)}) could use it; "
+            "give only one hub data set, and the others as files"
         )
     return config.name
 
@@ -151,7 +153,7 @@ def _records(
 def _rows(
     source: str, path: Path, name: str | None, split: str, found: Findings
 ) -> Iterator[tuple[Row, str]]:
-    """Rows of a file or a hub data set, in which no field is null because other rows have it."""
+    """Yields rows of a file or hub data set, without the nulls that a table adds."""
     if not _is_single(source):
         known = str(path) if paths.is_dir(path) else source
         rows = hub.read_rows(known, name, split, found.warnings.append)
@@ -165,7 +167,7 @@ def _rows(
 def _parsed(
     config: DataConfig, rows: Iterator[tuple[Row, str]], found: Findings
 ) -> Iterator[Record]:
-    """The records of rows; bad ones are left out, and fields that were not read are counted."""
+    """Yields the records of rows; skips bad records, and counts fields that were not read."""
     for row, where in rows:
         fields, record = Fields(row, where), None
         with found.bad.guard(where):
@@ -179,7 +181,7 @@ def _document(path: Path, config: DataConfig) -> Iterator[Record]:
     if config.format not in ("auto", "text"):
         raise UserError(f"data.format {config.format}: {path} is plain text; use text or auto")
     text = files.read_text(path)
-    # Passages a few rows long keep nearly all context; a short text still gives about twenty.
+    # A passage of several rows keeps nearly all context. A short text gives about 20 passages.
     size = max(200, min(16 * config.sequence_length, len(text) // 20))
     pieces = list(passages(text, size))
     for number, piece in enumerate(pieces, 1):
@@ -187,7 +189,7 @@ def _document(path: Path, config: DataConfig) -> Iterator[Record]:
 
 
 def _is_single(source: str) -> bool:
-    """Whether the source is a built-in one or a file, there or not, and so has no splits."""
+    """Returns whether the source has no splits: a built-in one, or a file, existing or not."""
     path = Path(source).expanduser()
     if builtin.is_builtin(source) or paths.is_file(path):
         return True

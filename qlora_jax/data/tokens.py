@@ -1,4 +1,4 @@
-"""Tokenized texts: their ids, the characters of each, and the answers within them."""
+"""Tokenized texts: ids, the characters that each id covers, and the answers' tokens."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from qlora_jax.text.chat import Span
 from qlora_jax.text.tokenizer import Tokenizer
 
 WINDOW = 8
-"""Tokens that are compared before an answer, in place of all."""
+"""Number of tokens before an answer that are compared first, to avoid encoding the whole prompt."""
 
 
 class Tokens(NamedTuple):
     """A tokenized text.
 
     Attributes:
-      ids: the ids.
-      offsets: i64[n, 2], the characters of each: start and end.
+      ids: token ids.
+      offsets: i64[n, 2], start and end (exclusive) of each token, in characters.
     """
 
     ids: list[int]
@@ -28,13 +28,15 @@ class Tokens(NamedTuple):
 def parted(
     text: str, starts: Sequence[int], tokens: Tokens, tokenizer: Tokenizer
 ) -> tuple[Tokens, int]:
-    """Encodes a text in parts where the tokens before an answer are not those of its prompt.
+    """Encodes a text in parts, cut where an answer's tokens would merge with its prompt.
 
-    In generation the prompt is encoded alone, so such a token could not be given.
+    Generation encodes the prompt alone. Training on other tokens before the answer would differ
+    from generation, so the text is cut at the start of each such answer.
 
     Returns:
-      The tokens, and the number of answers that still begin within a token: a tokenizer that puts
-      a space in front of each part would write another text.
+      The tokens, and the number of answers that could not be separated from their prompt. This
+      happens if the tokenizer puts a space in front of each part: the parts would then decode to
+      another text, so the tokens are returned unchanged.
     """
     cuts = [start for start in starts if not _is_parted(text, start, tokens, tokenizer)]
     if not cuts:
@@ -49,7 +51,7 @@ def parted(
 
 
 def _is_parted(text: str, start: int, tokens: Tokens, tokenizer: Tokenizer) -> bool:
-    """Whether the tokens before a character are those of the text before it alone."""
+    """Returns whether the tokens before `start` equal those of `text[:start]` encoded alone."""
     low, high = tokens.offsets[:, 0], tokens.offsets[:, 1]
     if ((low < start) & (start < high)).any():
         return False
@@ -60,10 +62,10 @@ def _is_parted(text: str, start: int, tokens: Tokens, tokenizer: Tokenizer) -> b
 
 
 def mark(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """bool[n]: which tokens have a character in one of the spans.
+    """Returns a mask bool[n]: True for tokens that have a character in one of the spans.
 
-    An empty token, which byte-level tokenizers report for spaces alone, stands for the character
-    before its end.
+    Byte-level tokenizers report an empty range for a token of spaces. The function treats such a
+    token as the one character before its end.
     """
     start, end = np.minimum(offsets[:, 0], offsets[:, 1] - 1), offsets[:, 1]
     target = np.zeros(len(offsets), np.bool_)

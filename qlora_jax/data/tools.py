@@ -1,4 +1,4 @@
-"""Brings tools and calls of tools into the form that chat templates read."""
+"""Converts tools and tool calls to the form that chat templates read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,29 +10,30 @@ FORM = '{"type": "function", "function": {"name": ...}}'
 
 
 def tools(value: Any, where: str) -> list[Any]:
-    """Returns the tools of a conversation as OpenAI's API takes them.
+    """Returns the tools of a conversation in the form of OpenAI's API.
 
     Args:
-      value: a list of these, or of the function schemas alone, or a JSON string of one.
+      value: list of tools in OpenAI's form, or list of function schemas, or a JSON string of such
+        a list.
       where: file, line and field, for messages.
 
     Raises:
-      UserError: it is something else.
+      UserError: the value has another form.
     """
     found = list_of("tools", value, where)
     return [_function(structure(tool), f"{where}[{i}]") for i, tool in enumerate(found)]
 
 
 def calls(value: Any, where: str) -> list[Any]:
-    """Returns the calls of one turn as OpenAI's API gives them, their arguments as objects.
+    """Returns the tool calls of one turn in OpenAI's form, with their arguments as objects.
 
     Args:
-      value: a list of calls or one call, each as OpenAI's or as `{"name", "arguments"}`, or a JSON
-        string of these.
+      value: list of calls or one call, each in OpenAI's form or as `{"name", "arguments"}`, or a
+        JSON string of these.
       where: file, line, turn and key, for messages.
 
     Raises:
-      UserError: it is something else, or arguments are no JSON object.
+      UserError: the value has another form, or the arguments of a call are not a JSON object.
     """
     found = structure(value)
     if isinstance(found, Mapping):
@@ -54,7 +55,7 @@ def _call(call: Any, where: str) -> Any:
 
 
 def _function(value: Any, where: str) -> dict[str, Any]:
-    """A tool or a call with the parts of its function under `function`."""
+    """Returns a tool or call in OpenAI's form: name and other parts under `function`."""
     if isinstance(value, Mapping):
         value = {k: v for k, v in value.items() if v is not None}
         inner = value.get("function")

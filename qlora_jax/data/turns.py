@@ -1,4 +1,4 @@
-"""Turns of a conversation as data sets write them become messages for a chat template."""
+"""Converts the turns of a data set's conversation to messages for a chat template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,14 +23,14 @@ def messages(turns: Any, where: str) -> tuple[list[Message], set[int]]:
     """Reads a conversation.
 
     Args:
-      turns: list of turns, or a JSON string of one.
-      where: file, line and field, for messages of errors.
+      turns: list of turns, or a JSON string of such a list.
+      where: file, line and field, for error messages.
 
     Returns:
-      The messages, and the positions of the assistant's that are marked to carry no loss.
+      The messages, and the positions of the assistant's messages that are marked to carry no loss.
 
     Raises:
-      UserError: a turn cannot be read; its position from 0 is named.
+      UserError: a turn cannot be read; the message names its position, counted from 0.
     """
     found = structure(turns)
     if not is_list(found) or not found:
@@ -49,7 +49,7 @@ def history(value: Any, where: str) -> list[Message]:
     """Reads LLaMA-Factory's `history`: a list of [question, answer].
 
     Raises:
-      UserError: it is something else.
+      UserError: the value is not a list of [question, answer].
     """
     pairs = list_of("[question, answer]", value, where)
     out: list[Message] = []
@@ -63,7 +63,7 @@ def history(value: Any, where: str) -> list[Message]:
 
 
 def _turn(turn: Any, where: str) -> list[tuple[Message, bool]]:
-    """The message of a turn, or the two of a pair, each with whether it may carry loss."""
+    """Returns (message, has_loss) of a turn; a turn with a question and an answer gives two."""
     if not isinstance(turn, Mapping):
         raise UserError(f"{where}: a turn must be an object, not {short(turn)}")
     turn = {key: value for key, value in turn.items() if value is not None}
@@ -72,7 +72,7 @@ def _turn(turn: Any, where: str) -> list[tuple[Message, bool]]:
         return [_message(turn, where)]
     if more := [key for key in turn if key not in pair]:
         raise UserError(
-            f"{where}: {listed(dict.fromkeys(more))} beside {pair[0]} and {pair[1]}; write two "
+            f"{where}: {listed(dict.fromkeys(more))} next to {pair[0]} and {pair[1]}; write two "
             "turns with role and content"
         )
     question, answer = (content(turn[name], f"{where}.{name}") for name in pair)
@@ -85,7 +85,7 @@ def _turn(turn: Any, where: str) -> list[tuple[Message, bool]]:
 def _message(turn: Mapping[str, Any], where: str) -> tuple[Message, bool]:
     who, what = _names(turn)
     if who not in turn:
-        raise UserError(f"{where}: no {who} in it; it has {listed(turn)}")
+        raise UserError(f"{where}: {who} is missing; the turn has {listed(turn)}")
     given = turn[who]
     name = given.strip().lower() if isinstance(given, str) else None
     if name not in ROLES:
@@ -98,9 +98,9 @@ def _message(turn: Mapping[str, Any], where: str) -> tuple[Message, bool]:
     if name == FUNCTION_CALL:
         called, body = [*called, *tools.calls(body, f"{where}.{what}")], None
     if called and role != "assistant":
-        raise UserError(f"{where}: tool_calls in a turn of {role}; give them to the assistant's")
+        raise UserError(f"{where}: tool_calls in a turn of {role}; move them to the assistant")
     if body is None and not called:
-        raise UserError(f"{where}: no {what} in it, or null; it has {listed(turn)}")
+        raise UserError(f"{where}: {what} is missing or null; the turn has {listed(turn)}")
     message: dict[str, Any] = {
         "role": role,
         "content": None if body is None else content(body, f"{where}.{what}"),
@@ -117,10 +117,11 @@ def _names(turn: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def content(value: Any, where: str) -> str:
-    """Returns what a turn says: a string, or the joined text of OpenAI's parts.
+    """Returns the text of a turn: the string, or the joined text of OpenAI's content parts.
 
     Raises:
-      UserError: it is something else, or a part is an image, a sound or the like.
+      UserError: the value is neither a string nor a list of parts, or a part is not text, such as
+        an image.
     """
     if not is_list(value) or not value:
         return text(value, where)
@@ -138,20 +139,20 @@ def _part(part: Any, where: str) -> str:
 
 
 def _calls(rest: dict[str, Any], where: str) -> Sequence[Any]:
-    """Takes the calls out of a turn's further keys."""
+    """Removes the tool calls from the turn's other keys, and returns them."""
     newer, older = rest.pop("tool_calls", None), rest.pop("function_call", None)
     if not is_empty(newer) and not is_empty(older):
-        raise UserError(f"{where}: tool_calls and function_call; remove one")
+        raise UserError(f"{where}: both tool_calls and function_call; remove one")
     if not is_empty(newer):
         return tools.calls(newer, f"{where}.tool_calls")
     return [] if is_empty(older) else tools.calls(older, f"{where}.function_call")
 
 
 def _has_loss(rest: dict[str, Any], role: str, where: str) -> bool:
-    """Takes the marks out of a turn's further keys; whether the turn may carry loss."""
+    """Removes the loss marks from the turn's other keys; returns whether the turn has loss."""
     for key in DETAIL_FIELDS:
         if not is_empty(rest.pop(key, None)):
-            raise UserError(f"{where}: {key}: parts of a turn cannot carry loss; use train")
+            raise UserError(f"{where}: {key}: loss on parts of a turn is not supported; use train")
     marks = {key: rest.pop(key) for key in MARK_FIELDS if key in rest}
     for key, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):

@@ -1,4 +1,4 @@
-"""Reads the values of a row, and remembers which fields of it were read."""
+"""Reads the values of a row, and records which fields were read."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ Row = Mapping[str, Any]
 
 
 class Fields:
-    """A row whose reader is told later which fields it did not ask for.
+    """A row of a data set that records which of its fields were read.
 
     Attributes:
-      row: the row.
-      where: its place, for messages.
+      row: values by field name.
+      where: place of the row, for messages to the user.
     """
 
     def __init__(self, row: Row, where: str) -> None:
@@ -25,47 +25,48 @@ class Fields:
         self._read: set[str] = set()
 
     def holds(self, name: str) -> bool:
-        """Whether the field is there and is neither null nor empty."""
+        """Returns whether the field exists and is neither null nor empty."""
         return not is_empty(self.row.get(name))
 
     def get(self, name: str) -> Any:
-        """The value, None where there is none."""
+        """Returns the value; None if the field does not exist."""
         self._read.add(name)
         return self.row.get(name)
 
     def text(self, name: str) -> str:
-        """The value of a field that must be there, as text.
+        """Returns the text of a required field.
 
         Raises:
-          UserError: it is absent or no text.
+          UserError: the field is missing or is not text.
         """
         if name not in self.row:
-            raise UserError(f"{self.where}: no {name} in it; it has {listed(self.row)}")
+            raise UserError(f"{self.where}: no field {name}; the row has {listed(self.row)}")
         return text(self.get(name), f"{self.where}: {name}")
 
     def structure(self, name: str) -> Any:
-        """The value, parsed where a list or an object is given as a JSON string."""
+        """Returns the value; a JSON string of a list or an object is parsed."""
         return structure(self.get(name))
 
     def unread(self) -> list[str]:
-        """Names of the fields that hold something and were not read."""
+        """Returns the names of the fields that have a value and were not read."""
         return [name for name in self.row if name not in self._read and self.holds(name)]
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value says nothing: null, or an empty string, list or object."""
+    """Returns whether a value is null, or an empty string, list or object."""
     return value is None or (isinstance(value, str | Sequence | Mapping) and not len(value))
 
 
 def is_list(value: Any) -> bool:
+    """Returns whether a value is a list or another sequence, but not a string or bytes."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def text(value: Any, where: str) -> str:
-    """Returns a value that must be text.
+    """Returns the value if it is text, else raises.
 
     Raises:
-      UserError: it is something else, or cannot be written as UTF-8.
+      UserError: the value is not a string, or cannot be written as UTF-8.
     """
     if not isinstance(value, str):
         raise UserError(f"{where} must be a string, not {short(value)}")
@@ -79,7 +80,7 @@ def text(value: Any, where: str) -> str:
 
 
 def structure(value: Any) -> Any:
-    """Returns a value; a string that is a JSON list or object is parsed.
+    """Returns the value; a string that holds a JSON list or object is parsed.
 
     Cells of .csv and many .parquet files hold lists and objects in this form.
     """
@@ -92,15 +93,15 @@ def structure(value: Any) -> Any:
 
 
 def list_of(what: str, value: Any, where: str) -> Sequence[Any]:
-    """Returns a value that must be a list, or a JSON string of one.
+    """Returns the value as a list; a JSON string of a list is parsed.
 
     Args:
-      what: the kind of its items, for messages.
-      value: the value.
+      what: name of the items, for messages.
+      value: the value to check.
       where: file, line and field, for messages.
 
     Raises:
-      UserError: it is something else.
+      UserError: the value is neither a list nor a JSON string of one.
     """
     found = structure(value)
     if not is_list(found):
@@ -112,9 +113,9 @@ def list_of(what: str, value: Any, where: str) -> Sequence[Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Returns a value without the keys whose value is null, at any depth.
+    """Returns the value without the keys whose value is null, at any depth.
 
-    A table has every key in every row and object, so that null there means absent.
+    In a table, every row and object has every key. A null there means that the key is absent.
     """
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
@@ -124,11 +125,11 @@ def without_nulls(value: Any) -> Any:
 
 
 def listed(row: Row) -> str:
-    """The names of a row's fields, for messages."""
+    """Returns the names of a row's fields, for messages."""
     return printable(", ".join(map(str, row))) or "nothing"
 
 
 def short(value: Any) -> str:
-    """A value, for messages: at most 40 characters."""
+    """Returns a value as text of at most 40 characters, for messages."""
     shown = "null" if value is None else repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -1,1 +1,1 @@
-"""What every other folder may use: errors, files, the process, the devices, versions."""
+"""Tools that all other folders use: errors, files, processes, devices and versions."""

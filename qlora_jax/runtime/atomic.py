@@ -1,7 +1,7 @@
-"""Files that are either whole or not there.
+"""Writes files and folders atomically.
 
-A process may be killed at any moment and a disk may fill up; the file under its final name is
-then the old one or the new one, never a part.
+A process may be killed at any moment, and a disk may become full. In both cases the path then
+holds the whole old file or the whole new file, never a part.
 """
 
 import contextlib
@@ -29,20 +29,21 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there becomes `path` at the end.
+    """Yields a temporary path in the folder of `path`; at the end, this file replaces `path`.
 
-    The temporary name keeps the suffix. When the body raises, `path` is left as it was and the
-    temporary file is removed.
+    The temporary name has the same suffix. If the `with` block raises, `path` is unchanged and the
+    temporary file is deleted.
 
     Raises:
-      UserError: the disk is full, or the folder missing or not writable; the folder is named.
+      UserError: the disk is full, or the folder is missing or not writable; the message names the
+        folder.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         if path.is_dir():
-            raise UserError(f"{path}: is a folder, but a file is to be written there; move it away")
+            raise UserError(f"{path}: is a folder, but a file must be written there; move it away")
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -59,12 +60,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder; with what is put into it, it becomes `folder` at the end.
+    """Yields a new temporary folder; at the end, it becomes `folder` with all its files.
 
-    A folder that is there is replaced, and put back where that fails. Parents are made.
+    An existing folder is replaced, and restored if the replacement fails. Missing parent folders
+    are created.
 
     Raises:
-      UserError: the disk is full or not writable; the folder is named.
+      UserError: the disk is full or not writable; the message names the folder.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -88,19 +90,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replaces the content of `path` by `text` in UTF-8, as a whole.
+    """Writes `text` to `path` atomically, in UTF-8.
 
     Raises:
-      UserError: as `atomic_write`.
+      UserError: the file cannot be written; see `atomic_write`.
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def storage_error(folder: str | Path, error: BaseException) -> UserError | None:
-    """What the user can do about a failed write into `folder`; None when it is not theirs to fix.
+    """Returns the UserError for a failed write to `folder`; None if the user cannot fix it.
 
-    Knows OSError, and the text by which libraries written in Rust report one.
+    Recognizes OSError, and the text `(os error N)` in errors of libraries written in Rust.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
@@ -110,7 +112,7 @@ def storage_error(folder: str | Path, error: BaseException) -> UserError | None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of names in a folder, is on the disk."""
+    """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How XLA compiles, and what compiling leaves: programs, kept for the next process, and memory."""
+"""Sets how XLA compiles, caches compiled programs on disk, and releases compiler memory."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ SETTINGS: Mapping[str, str] = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
 }
-"""Programs worth keeping, by the seconds they took, and bytes of all, the least used go first."""
+"""jax's cache: minimum compile time (s), and maximum size (bytes; least used programs go first)."""
 
 WIDTH = "--xla_cpu_prefer_vector_width"
 
@@ -26,22 +26,22 @@ OVERLAP = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_pipelined_all_gather=true",
 )
-"""Has XLA:GPU compute beside a gather."""
+"""Flags with which XLA:GPU computes while it gathers weights."""
 
 OVERLAPS = (0, 11)
-"""The version of jax from which on XLA does so by itself, as far as there is memory for it."""
+"""First jax version whose XLA overlaps by default, as far as there is memory for it."""
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 WORTH_A_TRIM = 0.5
-"""Seconds of compiling; giving memory back takes up to 0.2."""
+"""Minimum compile time in seconds for `trim`, which itself takes up to 0.2 s."""
 
 
 def widen(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Asks XLA:CPU, before its first program, for vectors of 512 bits where the processor has them.
+    """Makes XLA:CPU use 512-bit vectors if the processor has them; call before jax starts.
 
-    Its own choice is 256: a token is then decoded a fifth slower. Flags of the user's come first:
-    `XLA_FLAGS=--xla_cpu_prefer_vector_width=256` declines.
+    XLA's default of 256 bits makes decoding one token a fifth slower. The user's flags take
+    precedence: `XLA_FLAGS=--xla_cpu_prefer_vector_width=256` switches this off.
     """
     flags = environment.get("XLA_FLAGS", "")
     if WIDTH not in flags:
@@ -49,10 +49,10 @@ def widen(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def overlap(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Asks XLA:GPU, before jax starts, to compute while weights are gathered, where it needs that.
+    """Makes XLA:GPU compute while it gathers weights; call before jax starts.
 
-    Flags of the user's come first: `XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false`
-    declines the one and keeps the other.
+    Does nothing if this version of jax overlaps by default. The user's flags take precedence:
+    `XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false` switches off this flag only.
     """
     if versions.jax() >= OVERLAPS:
         return
@@ -62,10 +62,11 @@ def overlap(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def keep(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Asks jax, which must not be imported yet, to keep what it compiles in the user's cache.
+    """Makes jax cache compiled programs in the user's cache folder; call before importing jax.
 
-    A variable that is set already stays as it is: `JAX_COMPILATION_CACHE_DIR` names another
-    folder, `JAX_ENABLE_COMPILATION_CACHE=0` declines. A folder that cannot be written is no error.
+    Variables that are already set are not changed: `JAX_COMPILATION_CACHE_DIR` names another
+    folder, `JAX_ENABLE_COMPILATION_CACHE=0` switches the cache off. If the folder is not writable,
+    programs are not cached; this is no error.
     """
     if FOLDER in environment:
         return
@@ -76,11 +77,11 @@ def keep(environment: MutableMapping[str, str] = os.environ) -> None:
 
 @functools.cache
 def give_memory_back() -> None:
-    """From here on, gives the memory of each long compilation back to the system, where glibc can.
+    """Makes each later long compilation return its memory to the system, if glibc is the libc.
 
-    The compiler frees some 200 MB that malloc would keep beside the program's own buffers.
+    The compiler frees about 200 MB, which malloc would keep in addition to the program's buffers.
     """
-    import jax  # not at the top: `keep` comes before jax
+    import jax  # not at the top: `keep` must run before jax is imported
 
     def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED and duration_secs > WORTH_A_TRIM:
@@ -90,13 +91,16 @@ def give_memory_back() -> None:
 
 
 def trim() -> None:
-    """Gives memory that malloc holds free back to the system, where glibc can."""
+    """Returns malloc's free memory to the system, if glibc is the libc."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """A name for what this processor can do: a home may be shared, programs are for one kind."""
+    """Returns a name for this processor's instruction set.
+
+    A compiled program runs only on one kind of processor, and several machines may share a home.
+    """
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,10 +1,10 @@
-"""Where jax finds CUDA's ptxas. To be said before jax is imported.
+"""Sets the folder in which jax finds CUDA's ptxas; must run before jax is imported.
 
-jax (`_cuda_path` of 0.10.2, 0.11.2 and 0.12.0) takes `CUDA_ROOT`, else the folder of pip's package
-nvidia.cu13, else that of nvidia.cuda_nvcc, and does not look whether ptxas is in it: packages with
-CUDA's libraries alone make nvidia/cu13 too. What it then answers is that folder, or the text
-"None". Every program for a GPU is compiled with it as XLA's `xla_gpu_cuda_data_dir`, and Mosaic
-GPU sets `MOSAIC_GPU_CUDA_ROOT` to it, in place of its default of /usr/local/cuda.
+jax (`_cuda_path` of 0.10.2, 0.11.2 and 0.12.0) takes the first of `CUDA_ROOT`, the folder of pip's
+package nvidia.cu13, and the folder of nvidia.cuda_nvcc. It does not check whether the folder holds
+ptxas; packages with only CUDA's libraries also create nvidia/cu13. The result is this folder, or
+the text "None". XLA compiles every GPU program with the result as `xla_gpu_cuda_data_dir`, and
+Mosaic GPU sets `MOSAIC_GPU_CUDA_ROOT` to it instead of its default /usr/local/cuda.
 """
 
 import importlib.util
@@ -16,14 +16,14 @@ from pathlib import Path
 VARIABLE = "CUDA_ROOT"
 PTXAS = Path("bin", "ptxas")
 PACKAGES = ("cu13", "cuda_nvcc")
-"""Packages below pip's `nvidia`; jax takes the first that is there."""
+"""Packages in pip's `nvidia`; jax takes the first one that is installed."""
 USUAL = Path("/usr/local/cuda")
 
 
 def point(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets `CUDA_ROOT` to a toolkit on this machine if jax would look where no ptxas is.
+    """Sets `CUDA_ROOT` to this machine's CUDA toolkit if jax would find no ptxas.
 
-    A variable that is set stays. Where there is no toolkit either, nothing is set.
+    If the variable is already set, or there is no toolkit, nothing changes.
     """
     if VARIABLE in environment or jax_finds(_nvidia()):
         return
@@ -33,10 +33,10 @@ def point(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def jax_finds(nvidia: Iterable[Path]) -> bool:
-    """Whether ptxas is in the pip package that jax takes.
+    """Returns whether ptxas is in the pip package that jax takes.
 
     Args:
-      nvidia: the folders of pip's package `nvidia`.
+      nvidia: folders of pip's package `nvidia`.
     """
     for package in PACKAGES:
         folders = [folder / package for folder in nvidia if (folder / package).is_dir()]
@@ -46,7 +46,7 @@ def jax_finds(nvidia: Iterable[Path]) -> bool:
 
 
 def roots(environment: Mapping[str, str]) -> Iterator[Path]:
-    """Folders where a toolkit may be: the variables' two, that of PATH's ptxas, the usual one."""
+    """Yields possible toolkit folders: $CUDA_HOME, $CUDA_PATH, that of PATH's ptxas, `USUAL`."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if environment.get(name):
             yield Path(environment[name])

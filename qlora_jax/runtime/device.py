@@ -1,4 +1,4 @@
-"""What jax runs on, in words."""
+"""Describes the devices on which jax runs, and checks for an unused GPU."""
 
 import contextlib
 import dataclasses
@@ -17,12 +17,12 @@ from qlora_jax.runtime.errors import UserError, first_line
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """The devices jax sees: all of one backend."""
+    """The devices of jax's default backend."""
 
     backend: str
-    """cpu, gpu or tpu."""
+    """Backend: cpu, gpu or tpu."""
     kind: str
-    """The hardware's own name, e.g. NVIDIA H100 80GB HBM3; for a CPU its model."""
+    """Name of the hardware, e.g. NVIDIA H100 80GB HBM3; for a CPU its model."""
     count: int
 
     def __str__(self) -> str:
@@ -32,10 +32,10 @@ class Devices:
 
 
 def describe_devices() -> Devices:
-    """Names the devices of jax's default backend.
+    """Returns the kind and number of the devices of jax's default backend.
 
     Raises:
-      UserError: as `start`.
+      UserError: jax cannot start; see `start`.
     """
     start()
     devices = jax.devices()
@@ -48,13 +48,13 @@ def start() -> None:
     """Starts jax's backend.
 
     Raises:
-      UserError: there is none of the platforms that the environment asks for.
+      UserError: jax can start none of the platforms in `JAX_PLATFORMS`.
     """
     asked = os.environ.get("JAX_PLATFORMS")
     try:
         with _plugin_errors() as errors:
             jax.devices()
-    except (AssertionError, RuntimeError) as e:  # the first where no plugin started
+    except (AssertionError, RuntimeError) as e:  # AssertionError: no plugin started
         if not asked:
             raise
         raise UserError(
@@ -66,10 +66,13 @@ def start() -> None:
 
 @contextlib.contextmanager
 def _plugin_errors() -> Iterator[list[BaseException]]:
-    """Yields the errors of jax's plugins, whose tracebacks jax logs: after this, if jax starts.
+    """Yields a list that collects the errors of jax's plugins.
+
+    jax logs the tracebacks of these errors. The log records are held back, and are only shown at
+    the end if jax starts.
 
     Raises:
-      KeyboardInterrupt: a plugin was interrupted, of which jax logs the traceback and goes on.
+      KeyboardInterrupt: a plugin was interrupted; jax itself would log this and continue.
     """
     logger = logging.getLogger("jax._src.xla_bridge")
     errors: list[BaseException] = []
@@ -95,10 +98,10 @@ def _plugin_errors() -> Iterator[list[BaseException]]:
 
 
 def warn_if_gpu_idle() -> str | None:
-    """One line with the remedy when jax runs on the CPU of a machine with an NVIDIA GPU.
+    """Returns a warning with a remedy if jax runs on the CPU although there is an NVIDIA GPU.
 
     Raises:
-      UserError: as `start`.
+      UserError: jax cannot start; see `start`.
     """
     start()
     if jax.default_backend() != "cpu" or not has_nvidia_gpu():
@@ -114,7 +117,7 @@ def warn_if_gpu_idle() -> str | None:
 
 
 def has_nvidia_gpu(root: str | Path = "/") -> bool:
-    """Whether the driver under `root`, or nvidia-smi, lists a GPU; jax is not asked."""
+    """Returns whether the driver's files under `root`, or nvidia-smi, list a GPU; not from jax."""
     root = Path(root)
     if any(root.glob("proc/driver/nvidia/gpus/*")) or any(root.glob("dev/nvidia[0-9]*")):
         return True
@@ -129,7 +132,7 @@ def has_nvidia_gpu(root: str | Path = "/") -> bool:
 
 
 def cpu_name() -> str:
-    """The processor's model, as far as the system tells it."""
+    """Returns the processor's model, or the best name that the system gives."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -140,7 +143,7 @@ def cpu_name() -> str:
 
 
 def cpu_cores() -> int:
-    """Cores this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,6 +1,6 @@
-"""Progress for people: a bar on a terminal, text that changes in place in a notebook, else lines.
+"""Shows progress: a bar on a terminal, text that is replaced in a notebook, else lines.
 
-It goes to stderr, or into the cell's output; stdout is left to results.
+The progress goes to stderr, or to the output of the notebook's cell. stdout is for results.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from qlora_jax.runtime.streams import printable
 
 PLAIN_SECONDS = 10.0
 NOTEBOOK_SECONDS = 0.5
-"""Between two updates: each is a message to the browser."""
+"""Seconds between two updates in a notebook, because each one is a message to the browser."""
 WIDTH = 20
-"""Of a bar."""
+"""Width of a bar, in characters."""
 
 
 class TrainDisplay:
-    """Step, loss, tokens/s and the time left of a training run; a context manager."""
+    """A context manager that shows step, loss, tokens/s and remaining time of a training run."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class TrainDisplay:
         self._line.stop()
 
     def update(self, step: int, *, loss: float, tokens_per_s: float) -> None:
-        """Shows the figures of a finished step."""
+        """Shows the values of a finished step."""
         now = self._clock()
-        # The first step's time is mostly compilation, so the rate is counted from its end.
+        # The first step is mostly compilation, so the rate counts from the end of this step.
         if self._first is None:
             self._first = (step, now)
         done = step - self._first[0]
@@ -61,7 +61,7 @@ class TrainDisplay:
         self._line.update(step, f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s{eta}")
 
     def note(self, text: str) -> None:
-        """Prints a line that stays, above the bar."""
+        """Prints a permanent line above the bar."""
         self._line.note(text)
 
 
@@ -73,9 +73,10 @@ def progress(
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[..., None]]:
-    """Shows other long work, such as loading a model.
+    """Shows the progress of long work, such as loading a model.
 
-    Yields `advance(n=1)`, to be called as items are done. `total` is None when it is unknown.
+    Yields the function `advance(n=1)`; call it after each finished item. `total` is None if it is
+    unknown.
     """
     line = ProgressLine(description, total, 0, console, clock)
     done = 0
@@ -100,9 +101,9 @@ def counted(
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[], None]]:
-    """Shows long work on `total` items of about one size, with the time left.
+    """Shows progress and remaining time of work on `total` items of similar size.
 
-    Yields `advance()`, to be called as items are done, by any thread.
+    Yields the function `advance()`; call it after each finished item, from any thread.
     """
     line, began, done = ProgressLine(description, total, 0, console, clock), clock(), 0
     lock = threading.Lock()
@@ -122,7 +123,7 @@ def counted(
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, `4:05`, or hours, `1:02:03`; `-:--` when it is not known."""
+    """Returns a time as minutes `4:05` or hours `1:02:03`; `-:--` if it is not finite."""
     if not math.isfinite(seconds):
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -131,7 +132,7 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """What was done of a total, as a bar or as text; `start` and `stop` go around it."""
+    """The number of finished items, as a bar or as text; call `start` first and `stop` last."""
 
     def __init__(
         self,
@@ -160,12 +161,13 @@ class ProgressLine:
                 Elapsed(),
                 TextColumn("{task.fields[figures]}", markup=False),
                 console=self._console,
-                # Results on a redirected stdout must not end up in the bar's terminal.
+                # Results must go to a redirected stdout, not to the terminal of the bar.
                 redirect_stdout=sys.stdout.isatty(),
             )
             self._task = self._bar.add_task(description, total=total, completed=start, figures="")
 
     def start(self, figures: str) -> None:
+        """Shows the bar or the first line, with the text `figures`."""
         self._began = self._printed = self._clock()
         self._now = self._shown = (self._now[0], figures)
         if self._bar:
@@ -175,6 +177,7 @@ class ProgressLine:
             self._print()
 
     def update(self, done: int, figures: str) -> None:
+        """Sets the finished items and the text; prints a line only after the minimum interval."""
         self._now = (done, figures)
         if self._bar:
             self._bar.update(self._task, completed=done, figures=figures)
@@ -182,12 +185,14 @@ class ProgressLine:
             self._print()
 
     def note(self, text: str) -> None:
+        """Prints a permanent line."""
         if self._notebook:
-            print(printable(text))  # what stderr gets looks like an error there
+            print(printable(text))  # a notebook shows stderr like an error
         else:
             self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
+        """Ends the bar, or prints the last state if it was not printed yet."""
         if self._bar:
             self._bar.stop()
         elif self._now != self._shown:

@@ -1,29 +1,29 @@
-"""The exceptions that end a command with one line, and how other errors become such a line."""
+"""The exceptions that end a command with a one-line message, and helpers for such messages."""
 
 import signal
 
 
 class UserError(ValueError):
-    """The user's input cannot be used.
+    """An error in the user's input.
 
     The message is one line that names the file, key or value and says what to do. The command
-    line prints it on stderr without a traceback and exits with code 2.
+    line prints the message on stderr without a traceback and exits with code 2.
     """
 
 
 class RunFailed(RuntimeError):
-    """A run cannot go on through no fault of the input, such as a loss that is not finite.
+    """An error that stops a run although the input is valid, such as a loss that is not finite.
 
-    The message says what happened and what was kept; the command line exits with code 1.
+    The message says what happened and what was saved. The command line exits with code 1.
     """
 
 
 class OutOfTime(RunFailed):
-    """A time limit ended something, or kept it from beginning; nothing is wrong with it."""
+    """An error: a time limit stopped some work, or the work could not start in time."""
 
 
 class Terminated(Exception):
-    """A signal ended a command that runs until one comes. `code` is the exit code, 128 + signal."""
+    """A signal that ends a command which runs until it gets one; exit code 128 + signal."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -31,9 +31,9 @@ class Terminated(Exception):
 
 
 FULL_MEMORY = "RESOURCE_EXHAUSTED"
-"""Part of XLA's error where the device's memory does not suffice."""
+"""Text in XLA's error message when the device is out of memory."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line; its type where it says nothing."""
+    """Returns the first line of an error's message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,36 +1,36 @@
-"""How long slow commands take, told before they start.
+"""Estimates the time of slow commands before they start.
 
-A command is phases; a phase is a rate and the amounts that it is multiplied by. The rates are of
-`MACHINE`, and other machines differ: what is told is called an estimate.
+A command consists of phases. The time of a phase is a rate times the phase's amounts. The rates
+were measured on `MACHINE` and differ on other machines, so the user sees "an estimate".
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 MACHINE = "2 CPU cores"
-"""Where the rates were measured: cores with AVX512-BF16, jax 0.10, otherwise idle."""
+"""Machine on which the rates were measured: idle cores with AVX512-BF16, jax 0.10."""
 
 SHORT = 5.0
-"""Seconds up to which nothing is told."""
+"""Longest time in seconds for which no estimate is shown."""
 
 SECONDS: Mapping[str, float] = {
-    "start": 3.0,  # a process with jax
-    "open": 4.0,  # a model: the programs that bring its tensors into their places
-    "read": 7e-9,  # a parameter, into NF4
-    "hash": 1e-8,  # a parameter
-    "write": 3e-8,  # a parameter
-    "data": 4.0,  # reading and encoding a data set
-    "compile": 6.0,  # a model's forward pass
+    "start": 3.0,  # per process: start with jax
+    "open": 4.0,  # per model: the programs that put its tensors in place
+    "read": 7e-9,  # per parameter: into NF4
+    "hash": 1e-8,  # per parameter
+    "write": 3e-8,  # per parameter
+    "data": 4.0,  # per data set: read and encode
+    "compile": 6.0,  # per forward pass of a model
     "compile step": 12.0,
     "compile for a GPU": 15.0,
-    "forward": 8e-12,  # a parameter and token
-    "train": 3e-11,  # a parameter and token
-    "token": 1.7e-10,  # a parameter and written token
-    "change": 0.03,  # a linear's change against its rounding
-    "shorten": 0.06,  # a linear's adapter, to a lower rank
-    "kernel": 0.7,  # a timed call of a kernel, with its share of preparing the case
+    "forward": 8e-12,  # per parameter and token
+    "train": 3e-11,  # per parameter and token
+    "token": 1.7e-10,  # per parameter and generated token
+    "change": 0.03,  # per linear: compare its change with its rounding
+    "shorten": 0.06,  # per linear: reduce its adapter to a lower rank
+    "kernel": 0.7,  # per timed kernel call, with its share of the preparation
 }
-"""Seconds of one unit of each phase."""
+"""Rate of each phase: seconds for one of its amount."""
 
 Phases = Sequence[tuple[str, ...]]
 
@@ -67,22 +67,22 @@ PHASES: Mapping[str, Phases] = {
         ("token", "parameters", "tokens", "runs"),
     ],
 }
-"""The phases of each command, with the names of their amounts."""
+"""Phases of each command: the rate, then the names of the amounts."""
 
 
 def seconds(works: Sequence[str], amounts: Mapping[str, float]) -> float:
-    """The time that commands take, one after the other.
+    """Returns the expected total time of several commands, in seconds.
 
     Args:
-      works: keys of `PHASES`.
-      amounts: every amount that their phases name.
+      works: names of the commands, keys of `PHASES`.
+      amounts: value of every amount that the phases of these commands name.
     """
     phases = [phase for work in works for phase in PHASES[work]]
     return sum(SECONDS[rate] * math.prod(amounts[a] for a in of) for rate, *of in phases)
 
 
 def line(works: Sequence[str], **amounts: float) -> str | None:
-    """The line to print before the work; None where it is short."""
+    """Returns the line to print before the work; None if the work takes at most `SHORT`."""
     expected = seconds(works, amounts)
     if expected <= SHORT:
         return None
@@ -90,7 +90,7 @@ def line(works: Sequence[str], **amounts: float) -> str | None:
 
 
 def about(seconds: float) -> str:
-    """A time to one or two digits, such as `40 s`, `3 min` or `2.5 h`."""
+    """Returns a rounded time with its unit, such as `40 s`, `3 min` or `2.5 h`."""
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

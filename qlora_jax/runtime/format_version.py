@@ -1,6 +1,6 @@
-"""The version of the files that a run writes for itself: its manifest and its checkpoints.
+"""The format version of a run's manifest and checkpoints.
 
-A program reads all versions up to its own; files of before there were versions are of version 1.
+A program reads all versions up to `NEWEST`. Files without a version have version 1.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from qlora_jax.runtime.errors import UserError
 
 KEY = "format"
 NEWEST = 1
-"""To raise when what is written changes its meaning."""
+"""Version that this program writes; increase it when the meaning of the content changes."""
 
 
 def check(values: Mapping[str, Any], where: object) -> None:
-    """Raises UserError if a newer program wrote these values; `where` names them in the message."""
+    """Raises UserError, which names `where`, if a newer program wrote the values."""
     version = values.get(KEY, 1)
     if not isinstance(version, int) or version > NEWEST:
         raise UserError(

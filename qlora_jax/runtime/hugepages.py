@@ -1,4 +1,4 @@
-"""Huge pages for malloc, which glibc grants only to a process that asks at its start."""
+"""Switches on huge pages for malloc; glibc reads this setting only when a process starts."""
 
 import os
 import sys
@@ -10,10 +10,11 @@ SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart() -> None:
-    """Starts this process anew, once, with huge pages, where Linux gives them on request.
+    """Restarts this process once with huge pages, if Linux gives them on request.
 
-    XLA:CPU takes fresh memory for each large result, and the kernel's faults on its small pages
-    are a sizeable share of a training step. `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` declines.
+    XLA:CPU allocates new memory for each large result. With small pages, the page faults take a
+    considerable share of a training step. `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` switches this
+    off.
     """
     environment = asking(os.environ)
     if environment is not None and on_request():
@@ -23,7 +24,7 @@ def restart() -> None:
 
 
 def asking(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """The environment that asks for huge pages; None where it says yes or no already."""
+    """Returns the environment with huge pages on; None if it already has the setting."""
     tunables = environment.get("GLIBC_TUNABLES", "")
     if TUNABLE in tunables:
         return None
@@ -32,7 +33,7 @@ def asking(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def on_request(switch: Path = SWITCH) -> bool:
-    """Whether the kernel gives huge pages to those who ask, and this libc can ask (2.35)."""
+    """Returns whether the kernel gives huge pages on request and glibc is 2.35 or newer."""
     try:
         name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         numbers = tuple(int(part) for part in version.split(".")[:2])

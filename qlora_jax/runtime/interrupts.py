@@ -1,7 +1,7 @@
-"""Handles SIGINT: it raises KeyboardInterrupt, or ends the process at once.
+"""Handles SIGINT: the signal raises KeyboardInterrupt or ends the process at once.
 
-It ends the process wherever a KeyboardInterrupt would be lost: before a command begins, in imports,
-and in callbacks. What is written is safe from that as from any kill.
+The signal ends the process where a KeyboardInterrupt would be lost: before a command begins, in
+imports, and in callbacks. This is safe because files are written so that a kill damages none.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ def _end(*_: object) -> NoReturn:
 
 
 def end_at_once() -> None:
-    """From here on SIGINT ends the process, unless it is ignored or somebody else handles it."""
+    """Makes SIGINT end the process from now on, unless it is ignored or has another handler."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def end_where_dropped() -> None:
-    """From here on a KeyboardInterrupt that Python drops, as in a callback, ends the process."""
+    """Makes a KeyboardInterrupt that Python drops, as in a callback, end the process."""
     sys.unraisablehook = _end_or_report
 
 
@@ -38,17 +38,20 @@ def _end_or_report(unraisable: Any) -> None:
 
 @contextlib.contextmanager
 def raising() -> Iterator[threading.Event]:
-    """Inside, SIGINT raises KeyboardInterrupt; in an import it still does as `end_at_once` says.
+    """Makes SIGINT raise KeyboardInterrupt in the `with` block.
+
+    During an import, SIGINT still ends the process if `end_at_once` was called.
 
     Yields:
-      An event that is set once KeyboardInterrupt was raised: libraries may turn that into another
-      error. It stays unset where SIGINT is ignored, or handled by who calls this.
+      An event that is set when KeyboardInterrupt is raised, because libraries may convert the
+      exception to another error. The event is never set if SIGINT is ignored or the caller has
+      another handler.
     """
     came, previous = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
         if previous is _end and _in_import(frame):
-            _end()  # modules turn KeyboardInterrupt into ImportError, and print it
+            _end()  # modules convert KeyboardInterrupt to ImportError and print it
         came.set()
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Reads JSON that may come from elsewhere, in bounded time and memory, and digests JSON."""
+"""Reads untrusted JSON in limited time and memory, and computes digests of JSON values."""
 
 import hashlib
 import json
@@ -12,14 +12,15 @@ from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
 MOST = 2**28
-"""Bytes of a file that is read whole."""
+"""Maximum size of a JSON file, in bytes."""
 
 
 def parse(text: str | bytes | bytearray) -> Any:
     """Parses JSON.
 
     Raises:
-      json.JSONDecodeError: it is not JSON, is nested too deeply, or a number has too many digits.
+      json.JSONDecodeError: the text is not JSON, is nested too deeply, or has a number with too
+        many digits.
       UnicodeDecodeError: the bytes are not text.
     """
     try:
@@ -28,7 +29,7 @@ def parse(text: str | bytes | bytearray) -> Any:
         raise
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", "", 0) from None
-    except ValueError:  # Python's own limit
+    except ValueError:  # Python limits the digits of an int
         raise json.JSONDecodeError("a number has too many digits", "", 0) from None
 
 
@@ -38,12 +39,13 @@ def read_object(
     """Reads a file that holds one JSON object.
 
     Args:
-      path: of a regular file of at most `MOST` bytes.
-      remedy: what to do if it is damaged, in words.
-      missing: what is said, and to do, if it is not there.
+      path: path of a regular file of at most `MOST` bytes.
+      remedy: remedy for a damaged file, for the error message.
+      missing: error message with a remedy if the file does not exist.
 
     Raises:
-      UserError: it is missing, no regular file, too large, or does not hold one.
+      UserError: the file is missing, is not a regular file, is too large, or does not hold one
+        JSON object.
     """
     try:
         tree = parse(_bytes(path))
@@ -64,7 +66,7 @@ def digest(tree: Mapping[str, Any]) -> str:
 
 
 def _bytes(path: Path) -> bytes:
-    # a pipe without a writer would be waited for
+    # O_NONBLOCK: opening a pipe that has no writer must not block.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""Signs of life between the processes of a run: when one ends, all end, each with a clear line."""
+"""Heartbeats between the processes of a run: if one process ends, all end with a clear message."""
 
 import contextlib
 import ctypes
@@ -13,36 +13,36 @@ from typing import Any
 from qlora_jax.runtime.streams import printable
 
 BEAT_S = 1
-"""Seconds between two signs of life of a process."""
+"""Seconds between two heartbeats of a process."""
 
 SILENT_S = 20
-"""Seconds without one after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 GRACE_S = 2
-"""Seconds for a process to end by itself once another one has: the reason may be its own, too."""
+"""Seconds that a process gets to end by itself after another one: both may have one cause."""
 
 FOLDER = "qlora_jax/signs"
-"""Begins the keys of signs in the coordination service; the number of the process follows."""
+"""Prefix of the heartbeat keys in the coordination service; the process index follows."""
 
 GONE = "process 0, or the network to it, is gone"
-"""What is wrong where the coordination service cannot be reached."""
+"""Message if the coordination service cannot be reached."""
 
-RESUME = "--resume goes on from the last checkpoint"
+RESUME = "--resume continues from the last checkpoint"
 
 ENDED = "ended: "
-"""Begins the last sign of a process that fails; why follows."""
+"""Prefix of the last heartbeat of a process that fails; the reason follows."""
 
 FINISHED = "finished"
-"""The last sign of a process that has done its part of the run."""
+"""Last heartbeat of a process that has finished its part of the run."""
 
 
 class Signs:
-    """What is known of the other processes.
+    """The newest heartbeats of the other processes.
 
     Args:
-      index: number of this process, from 0.
+      index: index of this process, from 0.
       count: number of all processes.
-      now: seconds of a clock that only goes forward.
+      now: current time of a monotonic clock, in seconds.
     """
 
     def __init__(self, index: int, count: int, now: float):
@@ -51,14 +51,14 @@ class Signs:
         self._newest: dict[int, tuple[str, float]] = {}
 
     def update(self, found: Mapping[int, str], now: float) -> None:
-        """Takes note of the newest sign of each process."""
+        """Records the newest heartbeat of each process, and the time at which it changed."""
         self._answered = now
         for process, sign in found.items():
             if self._newest.get(process, ("", now))[0] != sign:
                 self._newest[process] = sign, now
 
     def fault(self, now: float) -> str | None:
-        """Returns what is wrong with another process; None where nothing is known to be."""
+        """Returns the description of a failed process; None if no failure is known."""
         if now - self._answered > SILENT_S:
             return f"process 0 has not answered for {SILENT_S} s"
         for process in self._others:
@@ -70,16 +70,16 @@ class Signs:
         return None
 
     def finished(self) -> bool:
-        """Whether all other processes have done their part of the run."""
+        """Returns whether all other processes have finished their part of the run."""
         return all(self._newest.get(i, ("", 0))[0] == FINISHED for i in self._others)
 
 
 class Watch:
-    """A thread that gives signs of life, and ends this process once another one gives none.
+    """A thread that sends heartbeats, and ends this process if another process sends none.
 
     Args:
-      client: of the coordination service of `jax.distributed`.
-      index: number of this process, from 0.
+      client: client of the coordination service of `jax.distributed`.
+      index: index of this process, from 0.
       count: number of all processes.
     """
 
@@ -88,30 +88,31 @@ class Watch:
         self._signs = Signs(index, count, time.monotonic())
         self._last: str | None = None
         self._giving, self._over = threading.Lock(), threading.Event()
-        # jax aborts a process once the first one, or its host, is gone. Python's own handlers would
-        # come too late: they run between two steps of the main thread, and an abort does not return
+        # jax aborts this process if process 0 or its host is gone. A handler of Python's `signal`
+        # would never run: Python calls it in the main thread after abort() returns, which abort()
+        # does not. So set a C handler.
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
         ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def tell(self, message: str) -> None:
-        """Tells the other processes why this one fails; a first process waits until they know."""
-        with contextlib.suppress(Exception):  # they may be gone, and so may the service
+        """Sends the other processes the reason of this one's failure; process 0 waits for them."""
+        with contextlib.suppress(Exception):  # the other processes or the service may be gone
             self._give(f"{ENDED}{message}", last=True)
         if self._index == 0:
             time.sleep(GRACE_S + 3 * BEAT_S)
 
     def finish(self) -> None:
-        """Ends this process; in the first one, waits for all others instead, and returns.
+        """Ends this process; in process 0, waits for all others instead, and returns.
 
-        The first process runs the coordination service, and jax aborts the others when it ends.
-        With `jax_enable_recoverability` jax itself waits for none of them.
+        Process 0 runs the coordination service, and jax aborts the others when this service ends.
+        With `jax_enable_recoverability`, jax itself does not wait for the other processes.
         """
         if self._index == 0:
             while not self._signs.finished():
                 time.sleep(BEAT_S / 10)
-            # Python can crash at its end while another thread calls jax
+            # Python can crash at exit if another thread is calling jax.
             self._over.set()
             self._thread.join()
             signal.signal(signal.SIGABRT, signal.SIG_DFL)
@@ -131,7 +132,7 @@ class Watch:
 
     def _run(self) -> None:
         for beat in itertools.count():
-            with contextlib.suppress(Exception):  # without an answer `Signs` finds the fault
+            with contextlib.suppress(Exception):  # `Signs` reports a service without answer
                 self._give(str(beat))
                 found = self._client.key_value_dir_get(FOLDER)
                 newest = {int(key.rpartition("/")[2]): sign for key, sign in found}
@@ -147,6 +148,6 @@ class Watch:
         self._end("aborted" if self._index == 0 else GONE)
 
     def _end(self, fault: str) -> None:
-        line = f"process {self._index} of {self._count}: {fault}; start all again, {RESUME}"
+        line = f"process {self._index} of {self._count}: {fault}; restart all processes, {RESUME}"
         os.write(2, f"qlora-jax: {printable(line)}\n".encode())
         os._exit(1)

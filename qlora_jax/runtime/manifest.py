@@ -1,4 +1,4 @@
-"""manifest.json: what a run was, in enough detail to run it again and to explain a difference."""
+"""Reads and writes manifest.json: the details to repeat a run and explain differences."""
 
 import dataclasses
 import datetime
@@ -24,15 +24,15 @@ _SESSION = (
 
 
 def build(config: Any, command: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Describes a run that starts now.
+    """Returns the manifest of a run that starts now.
 
     Args:
-      config: the run's configuration, a dataclass whose values are JSON's.
-      command: what started it.
+      config: config of the run, a dataclass with JSON values.
+      command: command that started the run.
       extra: further entries for the top level, e.g. `base_hash` and `codebook_sha256`.
 
     Raises:
-      ValueError: an extra entry has the name of one that is recorded anyway.
+      ValueError: an extra entry has the same name as a standard entry.
     """
     devices, tree = describe_devices(), dataclasses.asdict(config)
     entries = {
@@ -68,11 +68,12 @@ def build(config: Any, command: str, extra: Mapping[str, Any] | None = None) -> 
 def write(run_dir: str | Path, manifest: Mapping[str, Any], *, resumed: bool = False) -> Path:
     """Writes manifest.json.
 
-    With `resumed`, what the file said of the run's earlier sessions (versions, command, devices)
-    is kept as a list under `earlier`.
+    With `resumed`, the entries of the run's earlier sessions (versions, command, devices) are kept
+    as a list under `earlier`.
 
     Raises:
-      UserError: the folder cannot be written to, or the manifest to be continued is unreadable.
+      UserError: the folder is not writable, or the existing manifest of a resumed run is
+        unreadable.
     """
     path = Path(run_dir) / NAME
     manifest = dict(manifest)
@@ -85,19 +86,19 @@ def write(run_dir: str | Path, manifest: Mapping[str, Any], *, resumed: bool = F
 
 
 def finish(run_dir: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-    """Records the end time, and `extra`, in the manifest written before.
+    """Adds the end time and `extra` to the existing manifest.
 
     Raises:
-      UserError: as `read` and `write`.
+      UserError: the manifest cannot be read or written; see `read` and `write`.
     """
     return write(run_dir, read(run_dir) | {"finished": now()} | dict(extra or {}))
 
 
 def read(run_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a run.
+    """Reads the manifest of a run.
 
     Raises:
-      UserError: it is missing, not JSON, or of a newer format.
+      UserError: the manifest is missing, is not JSON, or has a newer format.
     """
     path = Path(run_dir) / NAME
     found = json_files.read_object(
@@ -110,10 +111,10 @@ def read(run_dir: str | Path) -> dict[str, Any]:
 
 
 def base_hash(manifest: Mapping[str, Any]) -> str | None:
-    """The hash of the base that a manifest records, with its version, as 2:9f86d0….
+    """Returns a manifest's hash of the base with the hash's version, such as 2:9f86d0….
 
-    Manifests of before there were versions hold version 1 under `base_sha256`. None where neither
-    is there.
+    Manifests from before the versions hold a hash of version 1 as `base_sha256`. None if the
+    manifest has neither entry.
     """
     if "base_hash" in manifest:
         return manifest["base_hash"]
@@ -122,9 +123,10 @@ def base_hash(manifest: Mapping[str, Any]) -> str | None:
 
 
 def git_state(folder: str | Path = PACKAGE) -> dict[str, Any] | None:
-    """Commit of the checkout that holds this code, and whether it has uncommitted changes.
+    """Returns the commit of this code's checkout, and whether there are uncommitted changes.
 
-    None for an installed package, also inside somebody else's repository, or without git.
+    None if git is missing or does not track this code, such as an installed package (also inside
+    another repository).
     """
     try:
         tracked = _git(folder, "ls-files", "--error-unmatch", "--", ".")
@@ -147,7 +149,7 @@ def _git(folder: str | Path, *arguments: str) -> str:
 
 
 def now() -> str:
-    """This moment, ISO 8601 in UTC."""
+    """Returns the current time in UTC, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

@@ -1,4 +1,4 @@
-"""The devices of a run as a mesh of two axes, and arrays on it."""
+"""Makes the two-axis mesh of a run's devices, and moves arrays to and from it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,34 +18,35 @@ from jax.sharding import (
 from qlora_jax.runtime.errors import UserError
 
 DATA = "data"
-"""The axis along which weights are the same."""
+"""Mesh axis along which weights are replicated."""
 
 FSDP = "fsdp"
-"""The axis over which weights are split."""
+"""Mesh axis over which weights are sharded."""
 
 ROWS = (DATA, FSDP)
-"""The axes over which the rows of a batch are split: both."""
+"""Mesh axes over which the rows of a batch are sharded: both."""
 
 
 def device_mesh(data: int, fsdp: int) -> Mesh | None:
-    """Arranges the first data x fsdp devices; the devices of a host are neighbours along `FSDP`.
+    """Makes a mesh of the first data x fsdp devices; a host's devices are neighbours in `FSDP`.
 
     Args:
-      data: devices along `DATA`.
-      fsdp: devices along `FSDP`.
+      data: number of devices along `DATA`.
+      fsdp: number of devices along `FSDP`.
 
     Returns:
-      The mesh; None for one device, which needs none.
+      The mesh; None for one device, which needs no mesh.
 
     Raises:
-      UserError: there are fewer devices; or there are several processes, and more devices.
+      UserError: jax has fewer than data x fsdp devices; or there are several processes and jax has
+        more devices.
     """
     devices, asked = jax.devices(), data * fsdp
     if asked == 1 and jax.process_count() == 1:
         return None
     sizes = f"mesh {{data: {data}, fsdp: {fsdp}}} is for {asked} devices, and jax has "
     if asked > len(devices):
-        more = " (JAX_NUM_CPU_DEVICES=N makes N of a CPU)" if devices[0].platform == "cpu" else ""
+        more = " (JAX_NUM_CPU_DEVICES=N gives N devices)" if devices[0].platform == "cpu" else ""
         raise UserError(
             f"{sizes}{len(devices)}{more}; give --mesh none for one device, or sizes whose product "
             "is the number of devices"
@@ -62,11 +63,11 @@ def device_mesh(data: int, fsdp: int) -> Mesh | None:
 def on_devices(
     mesh: Mesh | AbstractMesh, function: Callable[..., Any], inputs: Any, results: Any
 ) -> Callable[..., Any]:
-    """Returns a function that runs on every device of a mesh, on its part of the arguments.
+    """Returns a function that runs on every device of a mesh, on the device's shards.
 
     Args:
-      mesh: the devices.
-      function: gets parts, and may talk to the other devices.
+      mesh: mesh of the devices.
+      function: function of one device's shards; may use collectives.
       inputs: partition specs of the arguments.
       results: partition specs of the results.
     """
@@ -74,17 +75,17 @@ def on_devices(
 
 
 def sent(tree: Any, shardings: Any) -> Any:
-    """Puts arrays where they live; every process has all of each array and keeps its own parts.
+    """Puts arrays on the devices; each process has the whole array and stores only its shards.
 
     Args:
-      tree: arrays, the same in every process, or arrays that are on the mesh already.
-      shardings: a tree with where each of its leaves lives.
+      tree: arrays, equal in every process, or arrays that are already on the mesh.
+      shardings: tree with the sharding of each array.
     """
     return jax.tree.map(_sent, tree, shardings)
 
 
 def mesh_place(tree: Any) -> NamedSharding | None:
-    """Returns where an array is whole on all devices of a tree's mesh; None for one device."""
+    """Returns the sharding of an array replicated on the tree's mesh; None without a mesh."""
     first = jax.tree.leaves(tree)[0]
     if isinstance(first, jax.core.Tracer) or not isinstance(first.sharding, NamedSharding):
         return None
@@ -92,17 +93,17 @@ def mesh_place(tree: Any) -> NamedSharding | None:
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns an array as numpy's; what other processes hold is brought here first, so all call."""
+    """Returns a numpy copy of an array; gathers other processes' shards, so all must call it."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
 def stack_on_hosts(arrays: Sequence[jax.Array]) -> jax.Array | np.ndarray:
-    """Stacks arrays of one shape and sharding, without room for the stack on a device.
+    """Stacks arrays of one shape and sharding, without device memory for another copy.
 
     Returns:
-      A numpy array; one on the same devices where other processes hold a part.
+      A numpy array; if other processes hold shards, an array on the same devices.
     """
     first = arrays[0]
     if first.is_fully_addressable:
@@ -120,9 +121,10 @@ def stack_on_hosts(arrays: Sequence[jax.Array]) -> jax.Array | np.ndarray:
 
 
 def stack_like(x: Any, count: int) -> Any:
-    """Returns what `stack_on_hosts` makes of so many arrays like this one, without any content.
+    """Returns a placeholder for the result of `stack_on_hosts` of `count` arrays like `x`.
 
-    It is a numpy array that takes no memory, or the shape of an array on the devices.
+    The placeholder is a numpy array that takes no memory, or a ShapeDtypeStruct for an array on
+    the devices.
     """
     shape = (count, *x.shape)
     if x.sharding.is_fully_addressable:
@@ -131,7 +133,7 @@ def stack_like(x: Any, count: int) -> Any:
 
 
 def stacked_sharding(one: Any) -> NamedSharding:
-    """Returns where a stack lives, each layer as one array does."""
+    """Returns the sharding of a stack in which each layer has the sharding `one`."""
     return NamedSharding(one.mesh, PartitionSpec(None, *one.spec), memory_kind=one.memory_kind)
 
 

@@ -1,4 +1,4 @@
-"""Output in a notebook, which has no terminal: text that is replaced in place."""
+"""Output in a notebook, which has no terminal: text that can be replaced."""
 
 import importlib
 from typing import Any
@@ -7,12 +7,12 @@ from rich.console import Console
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
+    """Returns whether this process is a notebook's kernel."""
     return Console().is_jupyter
 
 
 class CellOutput:
-    """A piece of plain text in a cell's output; each call replaces it. Needs no widgets."""
+    """A plain text in a cell's output, which each call replaces; needs no widgets."""
 
     def __init__(self) -> None:
         self._handle: Any = None

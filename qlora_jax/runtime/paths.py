@@ -1,4 +1,4 @@
-"""What lies at a path, for paths that the user gave."""
+"""Checks paths that the user gave, and finds the cache folder."""
 
 import os
 from collections.abc import Callable
@@ -7,18 +7,18 @@ from pathlib import Path
 from qlora_jax.runtime.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
-"""The folder of this package."""
+"""Folder of this package."""
 
 
 def cache_folder() -> Path:
-    """`$QLORA_JAX_CACHE`, else `$XDG_CACHE_HOME/qlora_jax`, else `~/.cache/qlora_jax`."""
+    """Returns `$QLORA_JAX_CACHE`, or `$XDG_CACHE_HOME/qlora_jax`, or `~/.cache/qlora_jax`."""
     if own := os.environ.get("QLORA_JAX_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_jax"
 
 
 def in_package(file: str) -> str:
-    """Returns a file of this package as `qlora_jax/...`; an empty string for any other file."""
+    """Returns a path in this package as `qlora_jax/...`; an empty string for any other path."""
     path = Path(file)
     if not path.is_relative_to(PACKAGE):
         return ""
@@ -26,26 +26,26 @@ def in_package(file: str) -> str:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is anything.
+    """Returns whether the path exists.
 
     Raises:
-      UserError: a folder above it may not be searched, or the system refuses such a path.
+      UserError: a parent folder may not be searched, or the system refuses the path.
     """
     return _ask(Path.exists, path)
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file; raises as `exists`."""
+    """Returns whether the path is a file; raises like `exists`."""
     return _ask(Path.is_file, path)
 
 
 def is_dir(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a folder; raises as `exists`."""
+    """Returns whether the path is a folder; raises like `exists`."""
     return _ask(Path.is_dir, path)
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> UserError:
-    """What to tell of a path that the system does not let this process read."""
+    """Returns the UserError for a path that this process cannot read."""
     if isinstance(error, PermissionError):
         return UserError(
             f"{path}: not readable by this user; change its permissions, or its folder's"

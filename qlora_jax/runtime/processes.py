@@ -1,7 +1,7 @@
-"""The processes of a run on several hosts: which one this is, and what they agree on.
+"""Connects the processes of a run on several hosts, and makes them act together.
 
-They meet through the coordination service of `jax.distributed`, which the first process runs. This
-module imports no jax before there are several.
+They communicate through the coordination service of `jax.distributed`, which process 0 runs. This
+module imports jax only if there are several processes.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from qlora_jax.runtime.versions import versions
 T = TypeVar("T")
 
 SIZES = ("JAX_NUM_PROCESSES", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-"""Variables that hold the number of processes: our own, torchrun's, SLURM's and Open MPI's."""
+"""Variables with the number of processes: those of this package, torchrun, SLURM, Open MPI."""
 
 OWN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 WAIT_MS = 30 * 60 * 1000
-"""How long a process waits for what another one does, such as deleting an old run."""
+"""Milliseconds that a process waits for another one, which may delete an old run."""
 
 NEVER_S = 24 * 60 * 60
-"""After which jax itself aborts a process of which others have died, without a clear line."""
+"""Seconds until jax itself would abort without a clear message; longer than `Watch` needs."""
 
 DONE, FAULT = "done", "fault: "
-"""How the first process tells the others that an action ended; an error's text follows `FAULT`."""
+"""Messages of process 0 after an action: success, or `FAULT` and the text of the error."""
 
 AHEAD = 3
-"""Steps from a signal to the one after which all stop: no process is further ahead than that."""
+"""Steps from a signal to the common stop; no process is further ahead of another than this."""
 
 _numbers = itertools.count()
 _here = (1, 0)
@@ -44,23 +44,23 @@ _watch: Watch | None = None
 
 
 def several() -> bool:
-    """Whether the environment says that this is one of several processes."""
+    """Returns whether the environment says that this is one of several processes."""
     return any(os.environ.get(name, "1") not in ("", "0", "1") for name in SIZES)
 
 
 def join() -> None:
-    """Makes this process one of the run's; before jax starts.
+    """Connects this process to the other processes of the run; call before jax starts.
 
-    The environment says which: `OWN`, `TORCHRUN`, or what jax finds by itself (SLURM, Open MPI,
-    Kubernetes).
+    The environment gives its index: the variables `OWN` or `TORCHRUN`, or the variables that jax
+    itself reads (SLURM, Open MPI, Kubernetes).
 
     Raises:
-      UserError: the environment does not say, or the first process is not to be reached.
+      UserError: the environment gives no index, or process 0 cannot be reached.
     """
     import jax
 
     global _here, _watch
-    # `Watch` ends the others with a clear line where jax would abort them
+    # If a process dies, `Watch` ends the others with a clear message; jax would abort them.
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
@@ -79,7 +79,7 @@ def _place() -> dict[str, Any]:
     """Returns the arguments of `jax.distributed.initialize` that the environment gives.
 
     Raises:
-      UserError: a variable is no number.
+      UserError: a variable is not a number.
     """
     values = {name: os.environ.get(name) for name in (*OWN, *TORCHRUN)}
     try:
@@ -102,33 +102,33 @@ def _arguments(address: str, count: int, index: int) -> dict[str, Any]:
 
 
 def count() -> int:
-    """Returns the number of the run's processes."""
+    """Returns the number of processes of the run."""
     return _here[0]
 
 
 def index() -> int:
-    """Returns which of the run's processes this is, from 0."""
+    """Returns the index of this process, from 0."""
     return _here[1]
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes the files of a run; a single process is."""
+    """Returns whether this process writes the run's files: process 0 or a single process."""
     return index() == 0
 
 
 def name() -> str:
-    """Names this process, for messages; nothing where it is the only one."""
+    """Returns a name of this process for messages; an empty string for a single process."""
     return f"process {index()} of {count()}: " if count() > 1 else ""
 
 
 def by_first(action: Callable[[], T]) -> T | None:
-    """Has the first process do something while the others wait.
+    """Runs an action in process 0 while the other processes wait.
 
     Returns:
-      The action's result; None in other processes.
+      The action's result in process 0; None in the other processes.
 
     Raises:
-      UserError: the action's, in every process.
+      UserError: the action raised it; it is raised in every process.
     """
     if count() == 1:
         return action()
@@ -148,13 +148,13 @@ def by_first(action: Callable[[], T]) -> T | None:
 
 
 def agree(values: Mapping[str, str]) -> None:
-    """Makes sure that values and the code are the same in all processes, and waits for all.
+    """Checks that values and the code are the same in all processes; waits for all processes.
 
     Args:
-      values: name of a value, such as configs, to the value.
+      values: values to compare, by name, such as `configs`.
 
     Raises:
-      UserError: one differs from the first process's, in every process.
+      UserError: a value differs from that of process 0; it is raised in every process.
     """
     if count() == 1:
         return
@@ -176,20 +176,21 @@ def agree(values: Mapping[str, str]) -> None:
 def stop_at(asked: int | None, step: int) -> int | None:
     """Agrees with the other processes on the step after which all stop.
 
-    A process cannot be more than `AHEAD` - 1 steps before another one, since a step needs all.
+    A process cannot be more than `AHEAD` - 1 steps ahead of another one, because a step needs all
+    processes.
 
     Args:
-      asked: the signal that this process got, or None.
-      step: that is done.
+      asked: number of the signal that this process got, or None.
+      step: number of the step that is finished.
 
     Returns:
-      The signal, if it is now that all stop for it.
+      The number of the signal if all processes must stop now; else None.
     """
     if count() == 1:
         return asked
     key, client = "qlora_jax/stop", _client()
     if asked is not None:
-        with contextlib.suppress(_error()):  # another process was first
+        with contextlib.suppress(_error()):  # another process has set it already
             client.key_value_set(key, f"{step + AHEAD} {asked}")
     try:
         last, number = map(int, client.key_value_try_get(key).split())
@@ -199,7 +200,7 @@ def stop_at(asked: int | None, step: int) -> int | None:
 
 
 def code_digest() -> str:
-    """Returns a hash of this package's code and of the versions of others, as hex."""
+    """Returns a hex hash of this package's code and of the versions of other packages."""
     digest = hashlib.sha256(repr(versions()).encode())
     for path in sorted(paths.PACKAGE.rglob("*.py")):
         digest.update(f"{path.relative_to(paths.PACKAGE)}\n".encode() + path.read_bytes())
@@ -208,10 +209,10 @@ def code_digest() -> str:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Within it, an error of a collective is that of a process which ended.
+    """Converts errors of collectives in the `with` block to RunFailed.
 
     Raises:
-      RunFailed: another process ended, or cannot be reached.
+      RunFailed: another process ended or cannot be reached.
     """
     try:
         yield
@@ -219,25 +220,24 @@ def failing_together() -> Iterator[None]:
         if count() == 1 or not isinstance(e, _error()) or FULL_MEMORY in str(e):
             raise
         raise RunFailed(
-            f"another process of the run ended or cannot be reached ({first_line(e)}); start all "
-            f"again, {RESUME}"
+            f"another process of the run ended or cannot be reached ({first_line(e)}); restart "
+            f"all processes, {RESUME}"
         ) from e
 
 
 def tell(message: str) -> None:
-    """Tells the other processes why this one ends, so that they end too."""
+    """Sends the reason why this process ends to the others, so that they end, too."""
     if _watch is not None:
         _watch.tell(message)
 
 
 def leave(code: int) -> None:
-    """Ends this process where it is one of several.
+    """Ends this process if it is one of several; does nothing in a single process.
 
-    Does nothing for a process alone, and returns in the first process of a run that went well,
-    once the others have ended.
+    If `code` is 0, process 0 waits until the others have ended, and then returns.
 
     Args:
-      code: exit code; other than 0, the others are not waited for.
+      code: exit code; if it is not 0, this process does not wait for the others.
     """
     if _watch is None:
         return
@@ -248,7 +248,7 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Within it, the first process alone prints."""
+    """Silences all processes except process 0 in the `with` block."""
     with contextlib.ExitStack() as quiet:
         if count() > 1:
             quiet.enter_context(_own_stdout())
@@ -261,7 +261,7 @@ def heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_stdout() -> Iterator[None]:
-    """Sends what libraries print to stdout by themselves, as gloo does, to stderr."""
+    """Redirects output of libraries, such as gloo, from file descriptor 1 to stderr."""
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as results:
         os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Keeps transformers and tokenizers from printing, and tells what they raise."""
+"""Silences transformers and tokenizers, and converts their errors to UserError."""
 
 import contextlib
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 from qlora_jax.runtime.errors import UserError, first_line
 
 PANIC = "PanicException"
-"""Raised by tokenizers, which is written in Rust, for input it did not expect. No `Exception`."""
+"""Error type of tokenizers (Rust) for unexpected input; not a subclass of `Exception`."""
 STDOUT = 1
-"""The file descriptor, which Rust writes to."""
+"""File descriptor to which Rust writes."""
 _lock = threading.RLock()
-"""Held while stdout is dropped, since all threads share it."""
+"""Lock for redirecting stdout, which all threads share."""
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' advisories while it is first imported."""
+    """Hides the advisory warnings of transformers during its first import."""
     key = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(key)
     os.environ[key] = "1"
@@ -33,16 +33,17 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading_tokenizer(path: Path, remedy: str) -> Iterator[None]:
-    """Inside, what transformers or tokenizers raises becomes a UserError that names the file.
+    """Converts errors of transformers and tokenizers to a UserError that names the file.
 
-    What tokenizers prints is dropped: names of settings it does not know, amid our results.
+    Discards what tokenizers prints to stdout, such as names of unknown settings, because stdout is
+    for results.
     """
     with _dropping_stdout():
         try:
             yield
         except UserError:
             raise
-        except BaseException as e:  # transformers raises a dozen types here, tokenizers its own
+        except BaseException as e:  # transformers raises a dozen types, tokenizers PANIC
             if not isinstance(e, Exception) and type(e).__name__ != PANIC:
                 raise
             raise UserError(
@@ -52,7 +53,7 @@ def loading_tokenizer(path: Path, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _dropping_stdout() -> Iterator[None]:
-    """Inside, what is written to the process's stdout below Python is dropped."""
+    """Discards what libraries write to file descriptor 1 in the `with` block."""
     with _lock:
         kept = os.dup(STDOUT)
         try:

@@ -1,12 +1,12 @@
-"""Sets up a process of ours before it imports jax."""
+"""Prepares a process before it imports jax."""
 
 from qlora_jax.runtime import compilation, cpu_devices, cuda_toolkit, gpu_memory, hugepages
 
 
 def prepare() -> None:
-    """Sets the process up for speed, for most of a GPU's memory, and to keep what it compiles.
+    """Sets the environment for speed, for GPU memory, and for the cache of compiled programs.
 
-    It may start the process anew, so it comes first.
+    The function may restart the process, so call it before anything else.
     """
     hugepages.restart()
     compilation.widen()

@@ -1,4 +1,4 @@
-"""stdout and stderr whose reader may go away, as `| head` does, and text that is safe to show."""
+"""Handles a closed stdout or stderr, as with `| head`, and makes text safe for a terminal."""
 
 import contextlib
 import io
@@ -11,13 +11,13 @@ from typing import Any, TextIO, cast
 from qlora_jax.runtime.errors import UserError
 
 ACTED_UPON = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-"""Control characters, halves of surrogate pairs, and marks that turn the direction of text."""
+"""Control characters, surrogates, and marks that change the direction of text."""
 
 
 class _Outlet:
-    """A text stream that drops what raises one of `errors`, and all that follows.
+    """A text stream that discards all output after a write raised one of `errors`.
 
-    Another OSError becomes a UserError, once.
+    Any other OSError raises UserError once; later output is discarded, too.
     """
 
     def __init__(self, stream: TextIO, *errors: type[OSError]) -> None:
@@ -46,7 +46,7 @@ class _Outlet:
             ) from e
 
     def _close(self) -> None:
-        # The stream keeps what it could not write and tries again when Python ends.
+        # The stream keeps unwritten text and writes it again when Python exits; discard it then.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -56,22 +56,22 @@ class _Outlet:
 
 
 def printable(text: str) -> str:
-    """Escapes what a terminal would act upon, tabs and line ends excepted.
+    """Escapes characters that control a terminal, except tabs and line ends.
 
-    Names and texts from elsewhere may hold codes that move the cursor or hide what is printed.
+    Names and texts from data or models may hold codes that move the cursor or hide output.
     """
     return ACTED_UPON.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def to_read(text: str) -> str:
-    """Returns text for stdout: as it is for a file or a program, `printable` for a terminal."""
+    """Returns text for stdout: `printable` for a terminal, unchanged for a file or a pipe."""
     return printable(text) if sys.stdout.isatty() else text
 
 
 def open_closed() -> None:
-    """Opens the null device in place of each standard stream that is closed from the start.
+    """Opens the null device for each standard stream that was closed when the process started.
 
-    Else the next file that is opened would get the stream's number, and what is printed.
+    Otherwise the next opened file would get the stream's descriptor, and so all printed text.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
@@ -85,14 +85,14 @@ def open_closed() -> None:
 
 @contextlib.contextmanager
 def outlets() -> Iterator[None]:
-    """Inside, a closed stdout or stderr ends nothing: what nobody reads is dropped.
+    """Discards output to a closed stdout or stderr in the `with` block, without an error.
 
-    Characters that a stream's encoding lacks are escaped. Of stdout only a reader that went away
-    is forgiven: results that do not fit on a disk are lost.
+    Characters that a stream's encoding lacks are escaped. For stdout only a closed pipe is
+    ignored. Other errors, such as a full disk, raise UserError because results would be lost.
     """
     open_closed()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # and not what a test puts there
+        if isinstance(stream, io.TextIOWrapper):  # a test may replace the stream
             stream.reconfigure(errors="backslashreplace")
     with contextlib.ExitStack() as stack:
         out = _Outlet(sys.stdout, BrokenPipeError)

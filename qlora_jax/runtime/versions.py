@@ -1,4 +1,4 @@
-"""Of Python and of the packages that figures depend on."""
+"""Returns the versions of Python and of the packages that influence results."""
 
 import importlib.metadata
 import platform
@@ -18,17 +18,17 @@ PACKAGES = (
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str | None]:
-    """Name to version; None for a package that is not installed. Imports none of them.
+    """Returns the version by package name; None if a package is not installed. Imports no package.
 
     Args:
-      more: packages beside `PACKAGES`.
+      more: names of packages in addition to `PACKAGES`.
     """
     names = (*PACKAGES, *more)
     return {"python": platform.python_version()} | {name: _version(name) for name in names}
 
 
 def jax() -> tuple[int, int]:
-    """Returns the first two numbers of jax's version, without importing it."""
+    """Returns the first two numbers of jax's version, without importing jax."""
     major, minor = importlib.metadata.version("jax").split(".")[:2]
     return int(major), int(minor)
 

@@ -1,1 +1,1 @@
-"""Text to ids and back: tokenizers, chat templates, byte-pair encoding, a GGUF's vocabulary."""
+"""Converts text to ids and back: tokenizers, chat templates, BPE training, GGUF vocabularies."""

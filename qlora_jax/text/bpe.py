@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: byte-level BPE, as GPT-2's, with a ChatML template."""
+"""Trains a new tokenizer: byte-level BPE as in GPT-2, with a ChatML template."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from qlora_jax.text.tokenizer import Tokenizer, wrap
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SMALLEST = 256 + 3
-"""Every byte is a token, and so is each of the three marks."""
+"""Smallest vocabulary: one token for each byte, and three special tokens."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{{{{ '{START}' + message['role'] + '\n' + message['content'] + '{END}' + '\n' }}}}"
@@ -20,20 +20,20 @@ CHAT_TEMPLATE = (
 def train_bpe(
     texts: Iterable[str], vocab_size: int, source: str, template: str | None = None
 ) -> Tokenizer:
-    """Learns merges from texts; equal texts give equal tokenizers.
+    """Trains a BPE tokenizer on texts; the same texts always give the same tokenizer.
 
     Args:
-      texts: what is read, in order.
-      vocab_size: most ids; a small text gives fewer.
-      source: a name for messages.
-      template: a file with a chat template that takes the place of ChatML.
+      texts: training texts, in order.
+      vocab_size: maximum number of ids; few texts can give fewer.
+      source: name of the tokenizer, for messages.
+      template: file with a chat template that replaces ChatML.
 
     Raises:
-      UserError: no room for the bytes.
+      UserError: `vocab_size` is smaller than `SMALLEST`.
     """
     if vocab_size < SMALLEST:
         raise UserError(
-            f"pretrain.vocab_size {vocab_size} has no room for every byte and three marks; "
+            f"pretrain.vocab_size {vocab_size} is too small for 256 bytes and 3 special tokens; "
             f"give {SMALLEST} or more"
         )
     from tokenizers import Tokenizer as Backend

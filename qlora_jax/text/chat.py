@@ -1,8 +1,9 @@
 """Finds the answers in a rendered conversation.
 
-An answer is trained as it is generated: after the text that the chat template writes when it asks
-for it. Most templates write the same text before an answer whatever follows. Where one does not,
-the answer gets a text of its own.
+Generation starts after the prompt of an answer: the turns before the answer, rendered with the
+template's generation prompt. Training uses the same prompt. Most templates write the same text
+before an answer, no matter which turns follow. If a template does not, the answer gets a separate
+text, in which it is the last turn.
 """
 
 import dataclasses
@@ -19,24 +20,24 @@ from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
 
 Span = tuple[int, int]
 APART = (
-    "answers are examples of their own, since the chat template writes what is before them "
-    "differently once more turns follow"
+    "answers are separate examples, because the chat template writes the text before them "
+    "differently if more turns follow"
 )
 UNREASONED = "answers have their reasoning left out by the chat template"
-BESIDE_CALLS = "answers have the text beside their tool calls left out by the chat template"
-UNLIKE = "asks for an answer with another text than it writes before"
+BESIDE_CALLS = "answers have the text next to their tool calls left out by the chat template"
+UNLIKE = "writes a generation prompt that differs from the text before"
 LONGEST_TOKEN = 64
-"""Characters of a special token, at most."""
-UNOPENED = "answers do not begin as the chat template asks for them, with {}"
+"""Maximum length of a special token, in characters."""
+UNOPENED = "answers do not begin with {}, with which the chat template's prompt ends"
 
 
 class LocatedAnswers(NamedTuple):
     """The answers of a conversation.
 
     Attributes:
-      spans: characters of each answer in the conversation's text, its end of turn included.
-      apart: further texts that end with one answer each, and the span of that answer.
-      notes: what a user should know of some answers, and the number of these answers.
+      spans: characters of each answer in the conversation's text, with its end-of-turn text.
+      apart: separate texts, each of which ends with one answer, and the span of this answer.
+      notes: maps a warning about answers to the number of these answers.
     """
 
     spans: list[Span]
@@ -45,7 +46,7 @@ class LocatedAnswers(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """An answer: its text if it has one of its own, its span there, and what is to be told."""
+    """An answer: its separate text or None, its span in this text, and warnings about it."""
 
     text: str | None
     span: Span
@@ -61,20 +62,20 @@ def render_with_answers(
     """Renders a conversation through the chat template.
 
     Args:
-      messages: the turns.
-      tokenizer: the tokenizer with the template.
+      messages: turns of the conversation.
+      tokenizer: tokenizer with a chat template.
       variables: further input of the template.
-      without_loss: turns whose answers are not looked for.
+      without_loss: positions of turns whose answers are not needed.
 
     Returns:
-      The text, and a function that finds the answers that start before a character. A span starts
-      where generation would start and ends after the end-of-turn text. It comes from the
-      template's own `{% generation %}` blocks if there are some. An assistant's turn at the very
-      start answers nothing and has no span.
+      The text, and a function that takes a character position and returns the answers that start
+      before it. A span starts where generation would start, and ends after the end-of-turn text.
+      If the template has `{% generation %}` blocks, they give the spans. An assistant's turn at
+      the start of the conversation is not an answer and has no span.
 
     Raises:
-      UserError: no template, or one that refuses the conversation. The function raises it for an
-        answer that cannot be located, and for a turn that the template leaves out.
+      UserError: there is no template, or the template refuses the conversation. The returned
+        function raises UserError if an answer cannot be located or the template leaves out a turn.
     """
     every = [turn for turn, m in enumerate(messages) if m["role"] == "assistant"]
     turns = [turn for turn in every if turn > 0 and turn not in without_loss]
@@ -91,23 +92,25 @@ def _marked_by_template(
     every: Sequence[int],
     turns: Sequence[int],
 ) -> tuple[str, Callable[[int], LocatedAnswers]]:
-    """Takes the answers from the template's `{% generation %}` blocks."""
+    """Renders a conversation, and finds the answers by the `{% generation %}` blocks."""
     text, blocks = tokenizer.render_marked(messages, variables=variables)
     spans = [(start, _after_stop(text, end, tokenizer)) for start, end in blocks]
     if {*every} - {*turns, 0}:
         if len(every) != len(spans):
             raise UserError(
                 f"the chat template of {tokenizer.template_source} marks {len(spans)} answers of "
-                f"{len(every)}, so those without loss cannot be told; give another template as "
-                "data.chat_template"
+                f"{len(every)}, so the answers without loss cannot be found; give another template "
+                "as data.chat_template"
             )
         spans = [span for turn, span in zip(every, spans) if turn in turns]
     return text, lambda end: LocatedAnswers([span for span in spans if span[0] < end], [], {})
 
 
 def _after_stop(text: str, end: int, tokenizer: Tokenizer) -> int:
-    """Returns the end of the stop text that follows a character, white space aside, or of the text
-    before it."""
+    """Returns the end of the stop text at `end`; without stop text, the end of the answer's text.
+
+    White space before `end` does not count as part of the answer.
+    """
     end -= len(text[:end]) - len(text[:end].rstrip())
     stop = next((s for s in tokenizer.stop_texts if text.startswith(s, end)), "")
     return end + len(stop)
@@ -130,26 +133,26 @@ class _Chat:
         return place(self.messages, functools.partial(self.write, ask=False), self.text)
 
     def write(self, messages: Sequence[Message], ask: bool) -> str:
-        """Renders turns; `ask` ends the text where the next answer begins."""
+        """Renders turns; with `ask`, the text ends with the generation prompt."""
         return self.tokenizer.render(messages, ask, self.variables)
 
     def through(self, turn: int) -> Placed:
-        """Renders the conversation up to a turn and with it."""
+        """Renders the conversation up to and including a turn."""
         if turn + 1 == len(self.messages):
             return self.whole
         return place(self.messages[: turn + 1], functools.partial(self.write, ask=False))
 
     def before(self, turn: int, text: str) -> Placed:
-        """Places the contents in the text that asks for a turn."""
+        """Finds the contents of the turns in `text`, the prompt of a turn."""
         return place(self.messages[:turn], functools.partial(self.write, ask=True), text)
 
     def content(self, turn: int) -> str:
-        """Returns the content of a turn; an empty text for none."""
+        """Returns the content of a turn, or an empty string if there is none."""
         content = self.messages[turn].get("content")
         return content.strip() if isinstance(content, str) else ""
 
     def fault(self, turn: int, what: str) -> UserError:
-        """Returns the error of a template with which a turn cannot be trained on."""
+        """Returns the error for a template that makes training on a turn impossible."""
         return UserError(
             f"the chat template of {self.tokenizer.template_source} {what} turn {turn + 1} "
             f"({self.messages[turn]['role']}); give another template as data.chat_template"
@@ -162,7 +165,7 @@ def _find(chat: _Chat, turns: Sequence[int], end: int) -> LocatedAnswers:
     apart: list[tuple[str, Span]] = []
     notes: Counter[str] = Counter()
     for turn in turns:
-        # each answer takes a rendering of all before it: those after the end are not looked for
+        # Each answer needs a rendering of all turns before it, so skip the answers after `end`.
         if chat.whole.ends.get(turn - 1, 0) >= end:
             break
         answer = _answer(chat, turn)
@@ -175,10 +178,10 @@ def _find(chat: _Chat, turns: Sequence[int], end: int) -> LocatedAnswers:
 
 
 def _answer(chat: _Chat, turn: int) -> _Answer:
-    """Locates an answer in the conversation's text, or gives it a text of its own.
+    """Locates an answer in the conversation's text, or makes a separate text for it.
 
     Raises:
-      UserError: it cannot be located, or the template leaves out a turn before it.
+      UserError: the answer cannot be located, or the template leaves out a turn before it.
     """
     asked = chat.write(chat.messages[:turn], ask=True)
     _check_written(chat, asked, turn)
@@ -197,7 +200,7 @@ def _answer(chat: _Chat, turn: int) -> _Answer:
 
 
 def _is_better(own: _Answer, found: _Answer, alone: Placed, whole: Placed, reasoning: str) -> bool:
-    """Whether an answer is nearer to what is generated in a text that ends with it."""
+    """Returns whether the separate text `own` is closer to generation than `found`."""
     if len(own.notes) != len(found.notes):
         return len(own.notes) < len(found.notes)
     return (
@@ -209,7 +212,7 @@ def _is_better(own: _Answer, found: _Answer, alone: Placed, whole: Placed, reaso
 def _check_written(chat: _Chat, asked: str, turn: int) -> None:
     """Raises UserError if the template leaves out a turn before an answer.
 
-    A turn may be left out of the conversation and yet be in the text that asks for the answer.
+    A turn that is missing in the conversation's text can still be in the answer's prompt.
     """
     missing = [j for j in range(turn) if _is_missing(chat, chat.whole, j)]
     if missing:
@@ -220,20 +223,20 @@ def _check_written(chat: _Chat, asked: str, turn: int) -> None:
 
 
 def _is_missing(chat: _Chat, placed: Placed, turn: int) -> bool:
-    calls = chat.messages[turn].get("tool_calls")  # text beside them is told of, see BESIDE_CALLS
+    calls = chat.messages[turn].get("tool_calls")  # missing text gives BESIDE_CALLS
     if calls or not chat.content(turn):
         return False
     return turn not in placed.ends if placed.known else chat.content(turn) not in placed.text
 
 
 def _locate(chat: _Chat, placed: Placed, asked: str, turn: int) -> _Answer | None:
-    """Returns an answer where the text before it is the one that asks for it; else None.
+    """Locates an answer in a rendering; None if the text before it is not the answer's prompt.
 
     Args:
       chat: the conversation.
-      placed: all of it, or its part up to the answer.
-      asked: the text that asks for the answer.
-      turn: the answer's turn.
+      placed: rendering of the whole conversation, or of its turns up to the answer.
+      asked: prompt of the answer.
+      turn: position of the answer's turn.
     """
     notes: tuple[str, ...] = ()
     message = chat.messages[turn]
@@ -259,17 +262,18 @@ def _locate(chat: _Chat, placed: Placed, asked: str, turn: int) -> _Answer | Non
 
 
 def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int | None:
-    """Counts the characters before an answer that are as in the header that asks for it.
+    """Counts the characters of the answer's header that are also before the answer in `placed`.
 
     Args:
       chat: the conversation.
-      placed: a rendering with the answer.
-      header: the text that asks for the answer, from the end of the content before it on.
-      at: the same place in the rendering.
-      turn: the answer's turn.
+      placed: rendering that contains the answer.
+      header: part of the answer's prompt after the content of the previous turn.
+      at: end of the content of the previous turn in `placed`.
+      turn: position of the answer's turn.
 
     Returns:
-      The number; None where neither the answer nor the end of the header follows.
+      The number of characters; None if text that is neither header nor reasoning is between them
+      and the answer's content.
     """
     text = placed.text[at:]
     shared = _common(header, text)
@@ -279,7 +283,7 @@ def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int
     ids, offsets = chat.tokenizer.encode_with_offsets(text[: shared + LONGEST_TOKEN])
     for id, (low, high) in zip(ids, offsets):
         if id in special and low < shared < high:
-            shared = int(low)  # the two go on with different special tokens
+            shared = int(low)  # the difference is inside a special token: cut before it
     own = _reasoning(chat.messages[turn])
     if turn in placed.ends:
         content = placed.start(turn, chat.content(turn)) - at
@@ -290,10 +294,10 @@ def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int
 
 
 def _splice(chat: _Chat, alone: Placed, asked: str, turn: int) -> _Answer:
-    """Joins the text that asks for an answer and the answer as it is written after another text.
+    """Joins the prompt of an answer with the answer as the template writes it after other text.
 
     Raises:
-      UserError: the two have no place in common.
+      UserError: the prompt and the rendering share no place at which to join them.
     """
     if _is_missing(chat, alone, turn):
         raise chat.fault(turn, "leaves out")
@@ -311,10 +315,11 @@ def _splice(chat: _Chat, alone: Placed, asked: str, turn: int) -> _Answer:
 
 
 def _end(chat: _Chat, placed: Placed, turn: int, start: int) -> int:
-    """Returns the end of an answer, its end-of-turn text included.
+    """Returns the end of an answer, after its end-of-turn text.
 
-    The end is after the stop texts that follow the content or the tool calls, before the next
-    content. A template without a stop text ends a turn by what it writes after the last turn.
+    The answer ends after the stop texts between its content (or tool calls) and the next content.
+    If the template writes no stop text, the end-of-turn text is the text that it writes after the
+    conversation's last turn.
     """
     text, calls = placed.text, chat.messages[turn].get("tool_calls")
     content_end = start if calls else placed.ends.get(turn, start)
@@ -334,12 +339,12 @@ def _end(chat: _Chat, placed: Placed, turn: int, start: int) -> int:
 
 
 def _common(a: str, b: str) -> int:
-    """Counts the characters that two texts begin with alike."""
+    """Returns the length of the longest common prefix of two texts."""
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _reasoning(message: Message) -> str:
-    """Returns the reasoning that a turn brings, or an empty text."""
+    """Returns the reasoning of a turn, or an empty string."""
     given = message.get("reasoning_content")
     if isinstance(given, str) and given.strip():
         return given.strip()

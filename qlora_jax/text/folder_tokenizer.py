@@ -1,9 +1,9 @@
-"""The tokenizer of a Hugging Face folder: its tokenizer.json as it is, or what stands in for it.
+"""Loads the tokenizer of a Hugging Face folder: its unchanged tokenizer.json, or a replacement.
 
-transformers 5 makes the tokenizer of most families anew from the vocabulary alone, with the
-pre-tokenizer, normalizer and decoder that the family's class has, and not those of tokenizer.json.
-The model was trained with those of the file. So transformers is asked only for what stands in the
-other files: special tokens, further tokens and chat templates.
+For most model families, transformers 5 uses only the vocabulary of tokenizer.json. It takes the
+pre-tokenizer, normalizer and decoder from the family's class. But the model was trained with those
+of tokenizer.json. Therefore this module takes the whole tokenizer from tokenizer.json, and uses
+transformers only to read the other files: special tokens, added tokens and chat templates.
 """
 
 import json
@@ -29,23 +29,23 @@ TEKKEN = "tekken.json"
 SETTINGS = "tokenizer_config.json"
 ADDED = "added_tokens.json"
 BESIDE = ("special_tokens_map.json", ADDED, "chat_template*", "additional_chat_templates*")
-"""Patterns of what transformers reads beside the settings."""
+"""Patterns of the files that transformers reads in addition to `SETTINGS`."""
 DAMAGED = "download it again"
 ENDS = ("add_bos_token", "add_eos_token")
 OBEYS_ENDS = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")
-"""Names of classes, without `Tokenizer`, whose tokenizer adds a token at an end where
-tokenizer_config.json says so, whatever tokenizer.json does (transformers 4, as the models were
-published for; every other class leaves it to tokenizer.json)."""
+"""Names of classes, without `Tokenizer`, that add begin and end tokens as tokenizer_config.json
+says, even if tokenizer.json says otherwise. For all other classes tokenizer.json decides. This is
+the behaviour of transformers 4, for which the models were published."""
 
 
 def load_folder(path: Path) -> Any:
     """Loads the transformers tokenizer of a folder that has one of `tokenizer.FOLDER_FILES`.
 
-    Ids, offsets and decoded text are those of tokenizer.json, where there is one. A tokenizer.model
-    alone gives SentencePiece's ids. No code of the folder is run.
+    If the folder has a tokenizer.json, it decides ids, offsets and decoded text. If there is only
+    a tokenizer.model, the ids are SentencePiece's. Code in the folder is never run.
 
     Raises:
-      UserError: a damaged or unknown file, or a tokenizer that is code.
+      UserError: a file is damaged or unknown, or the tokenizer needs code from the folder.
     """
     settings = _settings(path)
     _refuse_code(path, settings)
@@ -68,7 +68,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _refuse_code(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a tokenizer whose class is not transformers' own but the folder's."""
+    """Raises UserError if the tokenizer's class is code in the folder, not in transformers."""
     code, name = settings.get("auto_map"), settings.get("tokenizer_class")
     if not code or (isinstance(code, dict) and not code.get("AutoTokenizer")):
         return
@@ -78,8 +78,8 @@ def _refuse_code(path: Path, settings: Mapping[str, Any]) -> None:
         if isinstance(name, str) and hasattr(transformers, name):
             return
     raise UserError(
-        f"{path}: the tokenizer needs code that the folder brings (auto_map in {SETTINGS}), and "
-        f"such code is never run; if {FILE} is all that it needs, remove auto_map"
+        f"{path}: the tokenizer needs code from the folder (auto_map in {SETTINGS}), and such "
+        f"code is never run; if {FILE} alone is enough, remove auto_map"
     )
 
 
@@ -98,9 +98,9 @@ def _from_file(path: Path, settings: Mapping[str, Any], where: Path) -> "PreTrai
 
 
 def _replace_backend(fast: "PreTrainedTokenizerFast", backend: Backend) -> None:
-    """Puts the file's tokenizer in the place of what transformers made of it.
+    """Replaces the tokenizer that transformers made by the tokenizer of tokenizer.json.
 
-    Tokens that only the other files name are added. Those that the file has stay as it has them.
+    Tokens that only the other files name are added. The tokens of tokenizer.json are unchanged.
     """
     names = {token.content for token in backend.get_added_tokens_decoder().values()}
     added = sorted(fast.added_tokens_decoder.items())
@@ -117,7 +117,7 @@ def _obey_ends(fast: "PreTrainedTokenizerFast", settings: Mapping[str, Any]) -> 
 
 
 def _from_pieces(path: Path, settings: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a tokenizer.model, by way of a tokenizer.json made of it."""
+    """Loads a tokenizer.model: converts it to a temporary tokenizer.json, and loads that file."""
     declared = _declared(path, settings)
     backend, named = sentencepiece_model.read(path / PIECES, settings, declared)
     with tempfile.TemporaryDirectory() as made:
@@ -132,14 +132,14 @@ def _from_pieces(path: Path, settings: Mapping[str, Any]) -> "PreTrainedTokenize
     for id, token in declared.items():
         if (found := fast.backend_tokenizer.token_to_id(token)) != id:
             raise UserError(
-                f"{path}: token {token!r:.80} has the id {id} in {SETTINGS} or {ADDED}, and "
-                f"{found} beside {PIECES}; give the folder a {FILE}"
+                f"{path}: token {token!r:.80} has the id {id} in {SETTINGS} or {ADDED}, but the "
+                f"id {found} with {PIECES}; add a {FILE} to the folder"
             )
     return fast
 
 
 def _declared(path: Path, settings: Mapping[str, Any]) -> dict[int, str]:
-    """Returns tokens by the ids that the settings, or else added_tokens.json, give them."""
+    """Returns added tokens by id, from the settings or else from added_tokens.json."""
     with loading_tokenizer(path / SETTINGS, DAMAGED):
         if "added_tokens_decoder" in settings:
             tokens = settings["added_tokens_decoder"].items()

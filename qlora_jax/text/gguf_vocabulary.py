@@ -1,7 +1,7 @@
 """Builds a tokenizer from a .gguf file's metadata, without torch.
 
-A GGUF file has no tokenizer.json: it holds the vocabulary, merges or scores, and the *name* of a
-pre-tokenizer. What each name means is data here.
+A GGUF file has no tokenizer.json. It holds the vocabulary, the merges or scores, and the *name* of
+a pre-tokenizer. `PRE_TOKENIZERS` defines each name.
 """
 
 import dataclasses
@@ -64,10 +64,14 @@ Merge = Annotated[str, AfterValidator(_two)]
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut before the merges of a byte-level vocabulary apply.
+    """The rules that cut text into pieces before the merges of a byte-level vocabulary.
 
-    `split` None stands for GPT-2's own rule. `ignore_merges` takes a whole piece that is in the
-    vocabulary as it is.
+    Attributes:
+      split: regular expression of a piece; None for the rule of GPT-2.
+      single_digits: True: each digit is a piece.
+      nfc: True: the text is normalized to Unicode NFC first.
+      ignore_merges: True: a piece that is in the vocabulary becomes one token without merges.
+      add_bos: True: a begin-of-text token is put in front, unless the file says otherwise.
     """
 
     split: str | None = None
@@ -111,30 +115,33 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     ),
     "gpt-4o": PreTokenizer(split=rf"{_CASED % ((_WORDS + '?',) * 2)}|\p{{N}}{{1,3}}|{_CASED_REST}"),
 }
-"""Values of `tokenizer.ggml.pre`.
+"""Maps the values of `tokenizer.ggml.pre` to the rules of the pre-tokenizer.
 
-Each name stands for the tokenizer.json of a model (llama.cpp's convert_hf_to_gguf_update.py lists
-which) and, as that file has it, also for those that llama.cpp finds to give the same ids:
+Each name means the tokenizer.json of one model (llama.cpp's convert_hf_to_gguf_update.py lists the
+models) and of all models for which llama.cpp computes the same ids. The rules are those of the
+tokenizer.json:
 
-- smollm: SmolLM. starcoder, refact: StarCoder 2 and Refact; Granite's code models, of llama's kind.
-- olmo, mpt: GPT-NeoX 20B's tokenizer, of Pythia (allenai/OLMo has a copy). Composed letters (NFC)
-  are the file's; llama.cpp leaves letters as they are, here and for qwen2.
-- llama-bpe: Llama 3. smaug-bpe: its file of April 2024, without ignore_merges and the token in
-  front.
-- dbrx: OpenAI's cl100k, of OLMo 2 (allenai/OLMo has its file) and Phi-4.
-- tekken: Mistral Nemo. gpt-4o: OpenAI's o200k, of Phi-4-mini.
+- smollm: SmolLM. starcoder, refact: StarCoder 2 and Refact; also Granite's code models with the
+  Llama architecture.
+- olmo, mpt: the tokenizer of GPT-NeoX 20B, which Pythia uses (allenai/OLMo has a copy). The
+  normalization to NFC comes from tokenizer.json; llama.cpp does not normalize, here and for qwen2.
+- llama-bpe: Llama 3. smaug-bpe: Llama 3's file of April 2024, without ignore_merges and without
+  the begin-of-text token in front.
+- dbrx: OpenAI's cl100k, which OLMo 2 (allenai/OLMo has its file) and Phi-4 use.
+- tekken: Mistral Nemo. gpt-4o: OpenAI's o200k, which Phi-4-mini uses.
 
-A file that says `default`, or nothing, was made without knowing its tokenizer: llama.cpp then cuts
-by rules that no model was trained with, and here it is refused. So are names that llama.cpp has
-and whose tokenizer.json was not at hand to compare, as pixtral, falcon3 or deepseek-coder.
+If a file has the name `default` or no name, the converter did not know the tokenizer. llama.cpp
+then uses rules with which no model was trained; this package refuses the file. It also refuses
+names of llama.cpp whose tokenizer.json was not available for comparison, such as pixtral, falcon3
+or deepseek-coder.
 """
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class Vocabulary:
-    """The metadata of a tokenizer, by its names under `tokenizer.ggml.`.
+    """The metadata of a tokenizer; the fields have the names of the keys in `tokenizer.ggml.`.
 
-    Ids are below the number of tokens; -1, which llama.cpp writes for none, is read as None.
+    Ids are smaller than the number of tokens. llama.cpp writes -1 for "no id"; it becomes None.
     """
 
     model: Literal["gpt2", "llama"]
@@ -153,20 +160,21 @@ class Vocabulary:
 
     @property
     def ids(self) -> dict[str, int]:
-        """Tokens to their ids."""
+        """Ids by token."""
         return {token: i for i, token in enumerate(self.tokens)}
 
     @property
     def types(self) -> list[int]:
-        """A `gguf.TokenType` for each token."""
+        """`gguf.TokenType` of each token."""
         return self.token_type or [TokenType.NORMAL] * len(self.tokens)
 
 
 def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
-    """Checks the metadata of a tokenizer.
+    """Checks and returns the metadata of a tokenizer.
 
     Raises:
-      UserError: naming `where` and what is missing, of another type or length, or out of range.
+      UserError: a value is missing, has a wrong type or length, or is out of range; the message
+        names `where` and the value.
     """
     found = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
     kind = found.get("model")
@@ -196,17 +204,17 @@ def read_vocabulary(metadata: Mapping[str, Any], where: str) -> Vocabulary:
     for role in ROLES.values():
         if (id := getattr(vocabulary, f"{role}_token_id")) is not None and id >= size:
             raise UserError(
-                f"{where}: metadata {PREFIX}{role}_token_id is {id}, and there are {size} tokens; "
+                f"{where}: metadata {PREFIX}{role}_token_id is {id}, but there are {size} tokens; "
                 "download it again"
             )
     return vocabulary
 
 
 def load_fast_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a .gguf file, with its special tokens and chat template.
+    """Loads the tokenizer of a .gguf file, with its special tokens and chat template.
 
     Raises:
-      UserError: a damaged file, or a tokenizer of another kind than those known here.
+      UserError: the file is damaged, or the tokenizer's kind is not supported.
     """
     metadata = read_header(path).metadata
     vocabulary = read_vocabulary(metadata, str(path))
@@ -227,15 +235,17 @@ def load_fast_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
 
 def build(vocabulary: Vocabulary, where: str, *, space_once: bool = False) -> Tokenizer:
-    """Builds a bare `tokenizers.Tokenizer`.
+    """Builds a `tokenizers.Tokenizer` from the metadata.
 
     Args:
-      vocabulary: the metadata.
-      where: a name for messages.
-      space_once: SentencePiece's space in front of a text is not put after special tokens too.
+      vocabulary: metadata of the tokenizer.
+      where: name of the source, for messages.
+      space_once: True: SentencePiece's leading space is added only at the start of the text;
+        False: also after each special token.
 
     Raises:
-      UserError: naming `where` and what is not supported.
+      UserError: the pre-tokenizer is not supported; the message names `where` and the
+        pre-tokenizer.
     """
     if vocabulary.model == "gpt2":
         tokenizer, add_bos = _byte_level(vocabulary, where)
@@ -250,8 +260,8 @@ def _byte_level(vocabulary: Vocabulary, where: str) -> tuple[Tokenizer, bool]:
     pre = PRE_TOKENIZERS.get(str(vocabulary.pre))
     if pre is None:
         raise UserError(
-            f"{where}: pre-tokenizer {vocabulary.pre!r:.80} is not known, and without it the ids "
-            "would not be those that the model was trained with; give the model's Hugging Face "
+            f"{where}: pre-tokenizer {vocabulary.pre!r:.80} is not known, so the ids could differ "
+            "from those that the model was trained with; give the model's Hugging Face "
             f"folder; known: {', '.join(PRE_TOKENIZERS)}"
         )
     merges = [
@@ -288,7 +298,7 @@ def _sentencepiece(vocabulary: Vocabulary, space_once: bool) -> Tokenizer:
         )
     )
     prefixed = vocabulary.add_space_prefix
-    # Not Metaspace alone, which adds no space to a text that starts with one; SentencePiece does.
+    # Metaspace alone adds no space to a text that starts with a space, but SentencePiece does.
     prepend = [normalizers.Prepend(SPACE)] if prefixed and not space_once else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
     if prefixed and space_once:
@@ -303,10 +313,10 @@ def _sentencepiece(vocabulary: Vocabulary, space_once: bool) -> Tokenizer:
 
 
 def merges_from_scores(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece BPE vocabulary stands for, best first.
+    """Returns the merges that are equivalent to a SentencePiece BPE vocabulary, best first.
 
-    SentencePiece joins the neighbours whose union has the highest score, so every way to cut a
-    piece in two known pieces is a merge with that piece's score.
+    SentencePiece joins the two neighbours whose union has the highest score. So each split of a
+    piece into two pieces of the vocabulary is a merge with the score of the whole piece.
     """
     ranked = sorted(pieces, key=lambda piece: -pieces[piece])  # stable: equal scores by id
     return [
@@ -319,8 +329,8 @@ def merges_from_scores(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     added = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
-    # SentencePiece looks for its own tokens where spaces are letters; a space that is put in front
-    # of them would be looked for too.
+    # SentencePiece finds user-defined tokens after spaces became ▁, so such a token must be
+    # normalized, too. With a space prefix this is impossible: the token would also get the prefix.
     letters = vocabulary.model == "llama" and not vocabulary.add_space_prefix
     marked = [
         (token, added[TokenType(kind)])

@@ -1,4 +1,4 @@
-"""Finds what a conversation holds and its chat template does not write."""
+"""Finds the parts of a conversation that its chat template does not write."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,12 +10,12 @@ Write = Callable[[Sequence[Message], Variables], str]
 
 
 def ignored(messages: Sequence[Message], variables: Variables, write: Write) -> list[str]:
-    """Returns the names of variables and of keys of turns that change nothing in the text.
+    """Returns the names of variables and of keys of turns that do not change the rendered text.
 
     Args:
-      messages: the turns.
+      messages: turns of the conversation.
       variables: further input of the template.
-      write: renders turns with variables.
+      write: function that renders turns with variables.
     """
     keys = dict.fromkeys(key for m in messages for key in m if key not in PLAIN)
     if not keys and not variables:
@@ -24,11 +24,11 @@ def ignored(messages: Sequence[Message], variables: Variables, write: Write) -> 
     def changes_nothing(messages: Sequence[Message], variables: Variables) -> bool:
         try:
             return write(messages, variables) == text
-        except UserError:  # the template needs what was left out
+        except UserError:  # the template needs the removed value
             return False
 
     text = write(messages, variables)
-    # a template writes the reasoning under one of its names
+    # The keys of `REASONING` are synonyms, and a template reads only one of them.
     groups = {key: REASONING if key in REASONING else (key,) for key in keys}
     found = [
         group[0]

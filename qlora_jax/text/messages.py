@@ -1,13 +1,13 @@
-"""A turn of a conversation, as data sets, chat templates and requests hold it."""
+"""The types of a conversation's turn and of the further input of a chat template."""
 
 from collections.abc import Mapping
 from typing import Any
 
 Message = Mapping[str, Any]
-"""A turn: `role`, a string; `content`, a string or None; and further keys that only the chat
-template reads, such as `tool_calls`, `reasoning_content` or `name`."""
+"""A turn: `role` is a string, `content` is a string or None. Only the chat template reads further
+keys, such as `tool_calls`, `reasoning_content` or `name`."""
 Variables = Mapping[str, Any]
-"""Further input of a chat template, by the names that the template uses: `tools`, `documents`,
+"""Further input of a chat template by name, such as `tools`, `documents` or
 `enable_thinking`."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a turn that name its reasoning; most templates read the first."""
+"""Keys of a turn that hold its reasoning; most templates read the first key."""

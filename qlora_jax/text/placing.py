@@ -1,9 +1,9 @@
-"""Finds where a chat template writes the content of each turn.
+"""Finds the position at which a chat template writes the content of each turn.
 
-A character that no text has is put before the last word of each content, and the conversation is
-rendered once more. Where the characters come out is where the contents are. Before the last word
-they change nothing that a template looks at: it strips white space, cuts a thinking block off the
-front, or asks how a content begins and ends.
+The method puts a marker character, which no text contains, before the last word of each content
+and renders the conversation again. The positions of the markers are the positions of the contents.
+A marker before the last word does not influence the template: templates strip white space, remove
+a thinking block at the front, or check how a content begins or ends.
 """
 
 import dataclasses
@@ -13,22 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from qlora_jax.text.messages import Message
 
 FIRST_MARK = 0xF0000
-"""The first private-use character of Unicode's plane 15; turn n has the n-th after it."""
+"""First private-use character of Unicode's plane 15; the marker of turn n is FIRST_MARK + n."""
 MARKS = 0xFFFE
-"""Private-use characters of that plane."""
+"""Number of private-use characters in plane 15."""
 MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MARKS - 1)}]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A rendered conversation and the places of its contents.
+    """A rendered conversation and the positions of its contents.
 
     Attributes:
-      text: the conversation as the template writes it.
-      turns: the number of turns.
-      ends: turn to the character after its content, where it was written last; without the turns
-        whose content is blank or was not written.
-      known: whether the places are known at all. If not, `ends` is empty.
+      text: rendered conversation.
+      turns: number of turns.
+      ends: maps a turn to the end (exclusive) of its content in `text`. If the template writes
+        the content more than once, the last position counts. Turns whose content is blank or not
+        written are absent.
+      known: False if the positions could not be found; `ends` is then empty.
     """
 
     text: str
@@ -37,11 +38,13 @@ class Placed:
     known: bool
 
     def start(self, turn: int, content: str) -> int:
-        """Returns the first character of a content, a thinking block that was left out aside.
+        """Returns the start of a content in `text`.
+
+        If the template left out the content's thinking block, the start is after this block.
 
         Args:
-          turn: the turn, whose end is known.
-          content: its content.
+          turn: position of a turn that is in `ends`.
+          content: content of this turn.
         """
         end = self.ends[turn]
         for part in (content, content.rpartition("</think>")[2], content.split()[-1]):
@@ -53,12 +56,12 @@ class Placed:
 def place(
     messages: Sequence[Message], render: Callable[[Sequence[Message]], str], text: str | None = None
 ) -> Placed:
-    """Renders a conversation and finds its contents.
+    """Renders a conversation, and finds the positions of its contents.
 
     Args:
-      messages: the turns.
-      render: writes turns as the template does.
-      text: what `render` writes for the turns, if it is known.
+      messages: turns of the conversation.
+      render: function that renders turns with the chat template.
+      text: result of `render(messages)`; None: it is computed.
     """
     text = render(messages) if text is None else text
     unknown = Placed(text, len(messages), {}, False)
@@ -67,7 +70,7 @@ def place(
     pairs = [_marked(turn, message) for turn, message in enumerate(messages)]
     plain, found = _read(render([message for message, _ in pairs]))
     if plain != text:
-        return unknown  # the template read a mark as content
+        return unknown  # a marker changed the output of the template
     ends = {}
     for turn, at in found.items():
         word = pairs[turn][1]
@@ -77,7 +80,7 @@ def place(
 
 
 def _marked(turn: int, message: Message) -> tuple[Message, str]:
-    """Returns a turn with its mark, and its content's last word; a blank content has no mark."""
+    """Returns the turn with a marker before its last word, and this word; '' if blank."""
     content = message.get("content")
     if not isinstance(content, str) or not content.strip():
         return message, ""
@@ -88,7 +91,7 @@ def _marked(turn: int, message: Message) -> tuple[Message, str]:
 
 
 def _read(marked: str) -> tuple[str, dict[int, int]]:
-    """Returns a text without its marks, and where the mark of each turn was last."""
+    """Returns the text without markers, and the last position of each turn's marker in it."""
     found: dict[int, int] = {}
     plain: list[str] = []
     length = begin = 0

@@ -1,6 +1,7 @@
-"""A SentencePiece tokenizer.model as a tokenizer of the `tokenizers` package.
+"""Converts a SentencePiece tokenizer.model to a tokenizer of the `tokenizers` package.
 
-transformers' own conversion gives other ids than SentencePiece for a text that starts with a space.
+The conversion of transformers is not used: for a text that starts with a space, its ids differ
+from SentencePiece's.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from qlora_jax.runtime.quiet import loading_tokenizer
 from qlora_jax.text.gguf_vocabulary import Vocabulary, build
 
 BPE = 2
-"""The trainer's `model_type`."""
+"""Value of the trainer's `model_type` for BPE."""
 ROLES = ("bos", "eos", "unk", "pad")
 REMEDY = "give the folder a tokenizer.json"
 
@@ -26,20 +27,20 @@ def read(
 ) -> tuple[Tokenizer, dict[str, str]]:
     """Builds the tokenizer of a tokenizer.model.
 
-    A text has SentencePiece's own ids. Special tokens that are written in it are honoured, and cut
-    it into parts, each of which is encoded like a text of its own; with `legacy: false` the parts
-    after the first get no space in front.
+    The ids are the same as SentencePiece's. Special tokens in a text get their ids and cut the
+    text into parts. Each part is encoded separately, with a space in front. With `legacy: false`
+    only the first part gets the space.
 
     Args:
-      path: the file.
+      path: path of the tokenizer.model.
       settings: content of tokenizer_config.json.
-      special: special tokens by id; one with the id of a piece takes its place.
+      special: special tokens by id; a special token replaces the piece with the same id.
 
     Returns:
-      The tokenizer, and the tokens that the model has as `bos_token`, `eos_token` and so on.
+      The tokenizer, and the model's special tokens by name: `bos_token`, `eos_token` and so on.
 
     Raises:
-      UserError: no SentencePiece model, or one of another kind than those known here.
+      UserError: the file is not a SentencePiece model, or the kind of model is not supported.
     """
     with loading_tokenizer(path, REMEDY):
         from sentencepiece import sentencepiece_model_pb2
@@ -59,7 +60,7 @@ def read(
 
 
 def _fault(model: Any) -> str:
-    """What of the model is not known here, or nothing."""
+    """Returns the unsupported property of the model, or an empty string."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     kinds = {piece.type for piece in model.pieces}
     faults = {

@@ -1,6 +1,7 @@
-"""Renders a chat template in a process of its own, whose end tells what the template needs.
+"""Renders a chat template in a separate process with limits; exit code or signal is the result.
 
-`template_trial` runs it as a file, with the template on stdin; it imports nothing of the package.
+`template_trial` runs this file as a script, with the template on stdin. The script imports nothing
+from this package.
 """
 
 import resource
@@ -23,26 +24,27 @@ TURNS = tuple(
         ("assistant", "3"),
     )
 )
-"""Every beginning of these is rendered, with the system's turn and without."""
+"""Turns of the test; each prefix of them is rendered, with and without the system turn."""
 OVER_MEMORY = 3
-"""Exit code."""
+"""Exit code if the memory limit was exceeded."""
 
 
 class Generation(jinja2.ext.Extension):
-    """Renders what is in a `{% generation %}` block, as transformers' extension does."""
+    """A Jinja extension that renders `{% generation %}` blocks, as transformers does."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> Any:
+        """Parses a block, and returns the nodes of its content."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def render(template: str) -> None:
-    """Renders conversations; what the template refuses is ignored.
+    """Renders the test conversations; ignores conversations that the template refuses.
 
     Raises:
-      MemoryError: the limit does not suffice.
+      MemoryError: the template needs more memory than the limit.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -61,12 +63,12 @@ def render(template: str) -> None:
                     )
                 except MemoryError:
                     raise
-                except Exception:  # told when a real conversation is rendered
+                except Exception:  # reported when a real conversation is rendered
                     continue
 
 
 def main() -> int:
-    """Renders within limits: seconds of computing, after which a signal ends it, and bytes."""
+    """Renders within the limits in argv: CPU seconds (then a signal ends it) and memory bytes."""
     seconds, most = float(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -75,7 +77,7 @@ def main() -> int:
         render(sys.stdin.buffer.read().decode())
     except MemoryError:
         return OVER_MEMORY
-    except Exception:  # no template at all; told when it is used
+    except Exception:  # not a valid template; reported when it is used
         return 0
     return 0
 

@@ -1,7 +1,7 @@
-"""Tries a chat template in a process with limits, before this process renders it.
+"""Tests a chat template in a child process with limits, before this process renders it.
 
-A template is a program from a model's folder. The sandbox that renders it bounds neither its time
-nor its memory, and a thread that renders without end cannot be stopped.
+A template is a program from a model's folder. Jinja's sandbox limits neither its time nor its
+memory, and a thread with an endless template cannot be stopped.
 """
 
 import functools
@@ -14,12 +14,12 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.template_child import OVER_MEMORY
 
 SECONDS = 2.0
-"""Of computing that a template may take for ten short conversations."""
+"""CPU time in seconds that a template may take for ten short conversations."""
 MEMORY = 2**29
-"""Bytes that the process may have, Python included."""
+"""Memory limit of the child process in bytes, including Python."""
 PATIENCE = 120.0
-"""Seconds after which the process is given up, on a machine that is busy or a template that
-sleeps."""
+"""Wall-clock limit of the child process in seconds, for a template that sleeps; it is long
+because the machine may be busy."""
 CHILD = Path(__file__).with_name("template_child.py")
 
 
@@ -28,7 +28,7 @@ def check(template: str, source: str) -> None:
 
     Args:
       template: text of the template.
-      source: file or folder it is from, for the message.
+      source: file or folder of the template, for the message.
     """
     if fault := _fault(template):
         raise UserError(
@@ -41,7 +41,7 @@ def check(template: str, source: str) -> None:
 def _fault(template: str) -> str | None:
     try:
         ended = subprocess.run(
-            # -P: the folder of the file is not searched for modules
+            # -P: do not import modules from the folder of the script
             [sys.executable, "-P", str(CHILD), str(SECONDS), str(MEMORY)],
             input=template.encode(errors="replace"),
             stdout=subprocess.DEVNULL,

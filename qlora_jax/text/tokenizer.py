@@ -1,4 +1,4 @@
-"""One tokenizer type for everybody: plain ids and character offsets, and the chat template."""
+"""The `Tokenizer` of all models: encodes, decodes, and renders the chat template."""
 
 import dataclasses
 import datetime
@@ -19,9 +19,9 @@ from qlora_jax.text import template_trial, tool_calls
 from qlora_jax.text.messages import Message, Variables
 
 FOLDER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-"""Of these a folder has one at least."""
+"""Vocabulary files; the folder of a tokenizer has at least one of them."""
 END_FILES = ("generation_config.json", "config.json")
-"""Where eos_token_id is looked for, in this order."""
+"""Files in which eos_token_id is searched, in this order."""
 FILES = (
     *FOLDER_FILES,
     *END_FILES,
@@ -32,22 +32,23 @@ FILES = (
     "chat_template*",
     "additional_chat_templates*",
 )
-"""Patterns of all that `load_tokenizer` may read in a folder, transformers included."""
+"""Patterns of all files that `load_tokenizer` and transformers may read in a folder."""
 SAMPLING = ("dropout", "alpha", "nbest_size")
-"""Settings of a tokenizer's model, BPE or Unigram, that make its ids random."""
+"""Settings of a BPE or Unigram model that make the ids random."""
 
 CLASS = "PreTrainedTokenizerFast"
-"""The `tokenizer_class` with which transformers 4 and 5 both take tokenizer.json as it is. 5 writes
-TokenizersBackend, which 4 does not know. For `model_type` qwen2, 5 takes its own class anyway."""
+"""The `tokenizer_class` with which transformers 4 and 5 both use tokenizer.json unchanged.
+transformers 5 itself writes TokenizersBackend, which transformers 4 does not know. For `model_type`
+qwen2, transformers 5 ignores this class and uses its own."""
 LOADING = ("is_local", "local_files_only", "fix_mistral_regex")
-"""Arguments of loading that transformers would save as settings."""
+"""Arguments of `from_pretrained` that transformers would save as settings."""
 
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<unk>")
 NO_VARIABLES: Variables = MappingProxyType({})
 MOST_TEMPLATE = 2**20
-"""Characters of a chat template in a file of its own."""
+"""Maximum length of a chat template file, in characters."""
 TODAY = datetime.date(2024, 7, 26)
-"""What chat templates get for the date: a run must come out the same on another day."""
+"""Date that chat templates get instead of today's, so that a run is reproducible."""
 PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "answer"},
@@ -56,19 +57,20 @@ PROBE: tuple[Message, ...] = (
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Tokenizer:
-    """A transformers fast tokenizer with its special ids worked out.
+    """A transformers fast tokenizer with its special ids.
 
     Attributes:
-      fast: the transformers.PreTrainedTokenizerFast itself.
-      source: where it came from, for messages.
-      eos_id: ends a document.
-      pad_id: fills empty positions. It may equal another id: masks never depend on it.
-      bos_id: put before raw text, or None where the tokenizer adds none.
+      fast: the transformers.PreTrainedTokenizerFast.
+      source: file or folder of the tokenizer, for messages.
+      eos_id: id that ends a document.
+      pad_id: id that fills empty positions. It may equal another id: masks never depend on it.
+      bos_id: id that is put before raw text; None if the tokenizer adds none.
       stop_ids: ids that end generation: eos and the chat template's end of turn.
-      template: the chat template, or None; dates in it are fixed.
-      template_source: where the template came from, for messages.
-      vocab_size: every id is below this. A model's embedding may have more or fewer rows.
-      rows: embeddings of the model, beyond which no id is given out; None for no model.
+      template: chat template with a fixed date; None if the tokenizer has no template.
+      template_source: file or folder of the template, for messages.
+      vocab_size: largest id plus 1. A model's embedding may have more or fewer rows.
+      rows: number of rows of the model's embedding; a text with a larger id is refused. None if
+        the tokenizer is not bound to a model.
     """
 
     fast: Any
@@ -84,45 +86,47 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
         return self.template is not None
 
     @functools.cached_property
     def tool_call_form(self) -> tool_calls.Form | None:
-        """The form in which the chat template writes tool calls; None if it writes none."""
+        """Form of tool calls that the chat template needs; None if it writes no tool calls."""
         return tool_calls.form(lambda messages: self.render(messages, add_generation_prompt=False))
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """The stop ids as they are written in rendered text."""
+        """Texts of the stop ids in rendered text."""
         return tuple(self.fast.convert_ids_to_tokens(list(self.stop_ids)))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text as it is: nothing is added, special tokens written in it are honoured.
+        """Returns the ids of a text without added ids; special tokens in the text are recognized.
 
         Raises:
-          UserError: the text holds halves of surrogate pairs, or a token that the model lacks.
+          UserError: the text holds half a surrogate pair, or a token without embedding in the
+            model.
         """
         return self._encodings([text])[0].ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids, and for each the characters it covers: i64[n, 2], start and end.
+        """Returns the ids and their character offsets, i64[n, 2]: start and end (exclusive).
 
-        A token of spaces alone may be empty, its start moved up to its end.
+        The range of a token that holds only spaces may be empty: its start equals its end.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-        """`encode_with_offsets` of many texts, in parallel."""
+        """Returns `encode_with_offsets` of each text, computed in parallel."""
         encodings = self._encodings(texts)
         offsets = [np.array(e.offsets, np.int64).reshape(-1, 2) for e in encodings]
         for own in offsets:
-            own[:, 1] = np.maximum(own[:, 1], 1)  # a first token of spaces may end before them
+            own[:, 1] = np.maximum(own[:, 1], 1)  # a first token of spaces may get the end 0
         return list(zip([e.ids for e in encodings], offsets))
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """Returns the ids of raw text with one begin-of-text id in front, if the tokenizer has it.
+        """Returns the ids of raw text, with a begin-of-text id in front if the tokenizer uses one.
 
-        A text that begins with that token itself gets no second one.
+        If the ids already begin with this id, no second one is added.
         """
         if self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
@@ -143,13 +147,13 @@ class Tokenizer:
         return encodings
 
     def for_embedding(self, rows: int) -> "Tokenizer":
-        """Returns the tokenizer for a model with so many embeddings.
+        """Returns the tokenizer for a model whose embedding has `rows` rows.
 
-        A tokenizer may have more tokens. A text that holds one beyond the embeddings is refused
-        when it is encoded.
+        A tokenizer may have more tokens than the embedding has rows. The tokenizer then refuses to
+        encode a text that holds a token without embedding.
 
         Raises:
-          UserError: the token that ends or starts a text is beyond them.
+          UserError: the begin-of-text or end-of-text token has no embedding.
         """
         for id in (self.eos_id, self.bos_id):
             if id is not None and id >= rows:
@@ -166,16 +170,17 @@ class Tokenizer:
         token = self.fast.convert_ids_to_tokens(id)
         return (
             f"the token {token!r:.80} with the id {id}, and the model has {self.rows} embeddings; "
-            "leave the token out, or give the model's own tokenizer"
+            "remove the token, or give the model's own tokenizer"
         )
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of ids, without special tokens by default."""
         return self.fast.backend_tokenizer.decode(
             [int(i) for i in ids], skip_special_tokens=skip_special_tokens
         )
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and the files beside it, as transformers 4 and 5 read them."""
+        """Writes tokenizer.json and its settings files for transformers 4 and 5."""
         self.fast.save_pretrained(str(folder))
         file = folder / "tokenizer_config.json"
         settings = json_files.read_object(file, "write it again") | {"tokenizer_class": CLASS}
@@ -188,11 +193,11 @@ class Tokenizer:
         add_generation_prompt: bool,
         variables: Variables = NO_VARIABLES,
     ) -> str:
-        """The conversation through the chat template.
+        """Renders a conversation with the chat template.
 
         Args:
-          messages: the turns.
-          add_generation_prompt: whether the text ends where the next answer would begin.
+          messages: turns of the conversation.
+          add_generation_prompt: True: the text ends where the next answer would begin.
           variables: further input of the template.
 
         Raises:
@@ -207,7 +212,7 @@ class Tokenizer:
         variables: Variables = NO_VARIABLES,
         marked: bool = True,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """`render`, and the character spans inside the template's `{% generation %}` blocks."""
+        """Returns the text of `render`, and the spans of its `{% generation %}` blocks."""
         with quiet_transformers():
             from transformers.utils.chat_template_utils import render_jinja_template
         if self.template is None:
@@ -224,17 +229,17 @@ class Tokenizer:
                 return_assistant_tokens_mask=marked,
                 **{**self.fast.special_tokens_map, **variables},
             )
-        except Exception as e:  # a template is a program and raises what it likes
+        except Exception as e:  # a template is a program and may raise anything
             raise UserError(
-                f"the chat template of {self.template_source} refuses it: {first_line(e)}; change "
-                "the turns, or use another template (data.chat_template)"
+                f"the chat template of {self.template_source} refuses the turns: {first_line(e)}; "
+                "change them, or use another template (data.chat_template)"
             ) from None
         texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []
 
     @property
     def template_marks_answers(self) -> bool:
-        """Whether the chat template says itself, by `{% generation %}`, what the model writes."""
+        """Whether the chat template marks the answers with `{% generation %}` blocks."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template or "") is not None
 
 
@@ -243,15 +248,15 @@ def load_tokenizer(
     warn: Callable[[str], None] = lambda line: None,
     template: str | None = None,
 ) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or of a .gguf file.
+    """Loads the tokenizer of a Hugging Face folder or of a .gguf file.
 
     Args:
-      path: the folder or file.
-      warn: called with a line for the user, if some of it is not used as it is.
-      template: a file with a chat template that takes the place of the tokenizer's own.
+      path: path of the folder or file.
+      warn: function that gets a one-line warning if a setting of the tokenizer is not used.
+      template: file with a chat template that replaces the tokenizer's.
 
     Raises:
-      UserError: no tokenizer there, or one that cannot be used; or no such template.
+      UserError: the path has no usable tokenizer, or the template file is missing or unusable.
     """
     fast, end_ids = _open(Path(path), warn)
     return wrap(fast, str(path), end_ids, template)
@@ -291,14 +296,14 @@ def _open(path: Path, warn: Callable[[str], None]) -> tuple[Any, Sequence[int]]:
         raise UserError(f"{path}: the tokenizer has no fast version; add its tokenizer.json")
     if sampling := _stop_sampling(fast):
         warn(
-            f"warning: {path}: {' and '.join(sampling)} of tokenizer.json would give other ids for "
-            "the same text each time; switched off"
+            f"warning: {path}: {' and '.join(sampling)} of tokenizer.json would give random ids "
+            "for the same text; switched off"
         )
     return fast, _end_ids(path)
 
 
 def _stop_sampling(fast: Any) -> list[str]:
-    """Switches off what makes a tokenizer's ids random, and returns its names."""
+    """Switches off the settings that make the ids random, and returns their names."""
     model = fast.backend_tokenizer.model
     found = [name for name in SAMPLING if getattr(model, name, None)]
     for name in found:
@@ -309,17 +314,18 @@ def _stop_sampling(fast: Any) -> list[str]:
 def wrap(
     fast: Any, source: str, end_ids: Sequence[int] = (), template: str | None = None
 ) -> Tokenizer:
-    """Works out the special ids of a transformers fast tokenizer.
+    """Makes a `Tokenizer` from a transformers fast tokenizer, and finds its special ids.
 
     Args:
       fast: a transformers.PreTrainedTokenizerFast; its truncation and padding are switched off.
-      source: file or folder to name in messages.
-      end_ids: further ids that end generation, as a model's generation_config.json lists them;
-        the first stands in for an eos that the tokenizer does not name.
-      template: a file with a chat template that takes the place of the tokenizer's own.
+      source: file or folder of the tokenizer, for messages.
+      end_ids: further ids that end generation, such as those of a model's generation_config.json.
+        The first one is the eos id if the tokenizer names none.
+      template: file with a chat template that replaces the tokenizer's.
 
     Raises:
-      UserError: no end-of-text token is known, or the chat template needs too much time or memory.
+      UserError: no end-of-text token is known, two tokens share an id, or the chat template is
+        unusable or needs too much time or memory.
     """
     if template is not None:
         fast.chat_template = _read_template(Path(template).expanduser())
@@ -361,7 +367,7 @@ def wrap(
 def _chat_template(fast: Any, source: str) -> str | None:
     try:
         template = fast.get_chat_template()
-    except ValueError:  # there is none, or several and none of them the default
+    except ValueError:  # there is no template, or several without a default
         return None
     if not isinstance(template, str):
         raise UserError(f"{source}: its chat template is no text but {template!r:.80}; correct it")
@@ -376,7 +382,7 @@ def _added_bos(fast: Any) -> int | None:
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The token of its own that the template writes right after an answer."""
+    """Returns the id of the special token that the template writes after an answer, or None."""
     if not tokenizer.has_chat_template:
         return None
     try:
@@ -389,7 +395,7 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def _end_ids(folder: Path) -> tuple[int, ...]:
-    """eos_token_id of the first file that has one: a number, a list or absent."""
+    """Returns eos_token_id, a number or a list, of the first file that has it; () if none."""
     for name in END_FILES:
         try:
             value = json_files.read_object(folder / name, "").get("eos_token_id")

@@ -1,8 +1,8 @@
-"""Gives a chat template the tool calls in the form that it writes.
+"""Converts tool calls to the form that a chat template needs.
 
-OpenAI's format, and most data, have a call's arguments as JSON text; most templates turn an object
-into JSON, so that text would be quoted twice, and some want the text. A turn that calls a tool has
-no content: some templates ask whether it is null, others would write "None".
+In OpenAI's format and in most data, a call's arguments are JSON text. Most templates convert an
+object to JSON and would quote a JSON text twice; some templates need the text. A turn with a tool
+call has no content. Some templates check whether the content is null; others would write "None".
 """
 
 import json
@@ -15,11 +15,11 @@ from qlora_jax.text.messages import Message
 
 
 class Form(NamedTuple):
-    """How a template wants a turn with tool calls.
+    """The form of a turn with tool calls that a template needs.
 
     Attributes:
-      null: a missing content is None; else it is an empty text.
-      objects: arguments are objects; else they are JSON text.
+      null: True: a missing content is None; False: it is an empty string.
+      objects: True: arguments are objects; False: they are JSON text.
     """
 
     null: bool
@@ -45,10 +45,11 @@ PROBE: tuple[Message, ...] = (
 
 
 def form(render: Callable[[Sequence[Message]], str]) -> Form | None:
-    """Finds the form in which a template writes a call right; None if it writes none.
+    """Returns the form with which a template writes tool calls correctly; None if there is none.
 
     Args:
-      render: writes turns as the template does; raises UserError where it refuses them.
+      render: function that renders turns with the template; raises UserError if the template
+        refuses them.
     """
     for each in FORMS:
         try:
@@ -63,7 +64,7 @@ def form(render: Callable[[Sequence[Message]], str]) -> Form | None:
 
 
 def written(messages: Sequence[Message], form: Form) -> tuple[Message, ...]:
-    """Returns the turns with their tool calls in a form."""
+    """Returns the turns with their tool calls converted to a form."""
     return tuple(
         _turn(message, form) if message.get("tool_calls") else message for message in messages
     )
@@ -78,7 +79,7 @@ def _turn(message: Message, form: Form) -> Message:
 
 
 def _call(call: Any, objects: bool) -> Any:
-    """Returns a call with its arguments as an object or as JSON text, if it has some."""
+    """Returns a call with its arguments, if any, as an object or as JSON text."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(function := call.get("function"), Mapping):

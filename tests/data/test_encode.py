@@ -226,7 +226,7 @@ def test_nothing_to_encode_is_nothing(tokenizer, data_config):
     [
         (None, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        (PLAIN.replace("assistant:", "bot:"), "another text than it writes before turn 2"),
+        (PLAIN.replace("assistant:", "bot:"), "differs from the text before turn 2"),
         (
             PLAIN.replace("m.content", "m.content if m.role == 'user' else '...'"),
             "leaves out turn 2",

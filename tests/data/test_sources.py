@@ -127,7 +127,7 @@ def test_the_configuration_is_that_of_the_source_alone(hub, data_config, eval_so
     ("error", "message"),
     [
         (ConnectionError("Couldn't reach\nthe Hub"), "hub cannot be reached.*local file"),
-        (datasets.exceptions.DatasetNotFoundError("no"), "neither a file here nor a data set"),
+        (datasets.exceptions.DatasetNotFoundError("no"), "neither a local file nor a data set"),
         (ValueError('Unknown split "dev". Should be one of [...]'), "split train: Unknown split"),
         (datasets.exceptions.DataFilesNotFoundError("No files\nhere"), "No files"),
     ],
@@ -289,7 +289,7 @@ def test_the_configuration_goes_to_the_one_hub_data_set_of_a_list(hub, jsonl, da
     calls = hub({"train": rows(4)})
     sources.read(data_config([jsonl(rows(3)), "org/set"], name="main"))
     assert calls == [("org/set", "main", "train")]
-    with pytest.raises(UserError, match=r"data\.name main: which of org/set, org/other is it for"):
+    with pytest.raises(UserError, match=r"data\.name main: several .*\(org/set, org/other\)"):
         sources.read(data_config(["org/set", "org/other"], name="main"))
     with pytest.raises(UserError, match=r"data\.eval_split: .*data\.jsonl has no splits"):
         sources.read(data_config(["org/set", jsonl(rows(3))], eval_split="test"))
@@ -304,7 +304,8 @@ def test_data_files_of_a_folder_that_are_in_no_split_are_named(jsonl, data_confi
     split = sources.read(data_config(str(folder), eval_fraction=0))
     assert len(split.train) == 3
     (line,) = split.found.lines()
-    assert line.startswith(f"warning: {folder}: a.jsonl, d.TXT: in no split, and so not read; ")
+    assert line.startswith(f"warning: {folder}: not read, because they belong to no split: ")
+    assert ": a.jsonl, d.TXT; " in line
 
 
 def test_a_folder_whose_files_are_all_in_a_split_has_no_warning(jsonl, data_config, tmp_path):

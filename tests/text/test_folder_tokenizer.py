@@ -288,7 +288,7 @@ def test_tokens_beside_pieces_have_the_ids_that_they_are_given(tmp_path):
     assert loaded.pad_id == size
     tokens[str(size + 5)] = {"content": "<gap>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=rf"'<gap>' has the id {size + 5} in .*, and {size + 1} be"):
+    with pytest.raises(UserError, match=rf"'<gap>' has the id {size + 5} in .* id {size + 1} with"):
         tokenizers_.load_tokenizer(tmp_path)
 
 

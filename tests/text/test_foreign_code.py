@@ -48,7 +48,7 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(
     set_keys(folder / "tokenizer_config.json", tokenizer_class=name, auto_map=AUTO_MAP)
     set_keys(folder / "config.json", model_type="evil", auto_map=AUTO_MAP)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
-    with pytest.raises(UserError, match=r"code that the folder brings .*auto_map") as caught:
+    with pytest.raises(UserError, match=r"code from the folder .*auto_map") as caught:
         tokenizers_.load_tokenizer(folder)
     assert "\n" not in str(caught.value)
     assert not marked.exists()

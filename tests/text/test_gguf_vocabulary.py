@@ -232,7 +232,7 @@ def test_merges_come_best_score_first() -> None:
         ({"tokens": [1, 2]}, "tokens.0 1: Input should be a valid string"),
         ({"token_type": [1]}, "token_type has 1 entries for 14 tokens"),
         ({"token_type": [99] * 14}, "token_type.0 99: .*less than or equal to"),
-        ({"eos_token_id": 14}, "eos_token_id is 14, and there are 14 tokens"),
+        ({"eos_token_id": 14}, "eos_token_id is 14, but there are 14 tokens"),
         ({"eos_token_id": -2}, "eos_token_id -2: "),
         ({"bos_token_id": "a"}, "bos_token_id 'a': Input should be a valid integer"),
         ({"add_bos_token": "yes"}, "add_bos_token 'yes': "),

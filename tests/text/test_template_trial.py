@@ -61,5 +61,5 @@ def test_a_tokenizer_with_such_a_template_is_refused(make_tokenizer):
 
 def test_whatever_a_template_raises_is_one_line(make_tokenizer):
     tokenizer = make_tokenizer("{{ 1 // 0 }}")
-    with pytest.raises(UserError, match="refuses it: integer division or modulo by zero"):
+    with pytest.raises(UserError, match="refuses the turns: integer division or modulo by zero"):
         tokenizer.render([{"role": "user", "content": "a"}], add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""The data sets that need no file and no network."""
+"""The built-in data sets, which need no data file and no network."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -11,19 +11,19 @@ SOURCES: Mapping[str, Callable[[str, Counter[str]], list[Record]]] = {
     "python-source": python_source.records,
     "package-docs": package_docs.records,
 }
-"""Name to (format, counts of what is left out) to records."""
+"""Maps a name to a function (format, counters of skipped records) -> records."""
 
 
 def is_builtin(source: str) -> bool:
-    """Whether `source` names built-in data sets: one, or several joined by `+`."""
+    """Returns whether `source` names built-in data sets: one, or several joined by `+`."""
     return all(name in SOURCES for name in source.split("+"))
 
 
 def records(source: str, format: str, dropped: Counter[str]) -> Iterator[Record]:
-    """The records of every data set that `source` names, one after the other.
+    """Yields the records of every data set that `source` names, one data set after the other.
 
     Raises:
-      UserError: a data set that has no records in this format.
+      UserError: a data set has no records in this format.
     """
     for name in source.split("+"):
         yield from SOURCES[name](format, dropped)

@@ -1,4 +1,4 @@
-"""A second data set that is always there: what the packages this one needs say about themselves."""
+"""A built-in data set: the docstrings of some of this package's dependencies."""
 
 import functools
 import importlib.util
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[Record]:
-    """As `python_docs.records`, for the public Python code of `PACKAGES`; nothing is imported."""
+    """Returns records like `python_docs.records`, of the packages `PACKAGES`, without import."""
     if format == "text":
         return python_docs.texts(documented(), "package-docs")
     dropped = Counter() if dropped is None else dropped
@@ -34,7 +34,7 @@ def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[R
 
 @functools.cache
 def documented() -> Mapping[str, str]:
-    """Dotted public name to cleaned documentation string, sorted by name."""
+    """Returns the cleaned docstring for each dotted public name, sorted by name."""
     found: dict[str, str] = {}
     for package in PACKAGES:
         for folder in _folders(package):

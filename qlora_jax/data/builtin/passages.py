@@ -4,14 +4,14 @@ import re
 from collections.abc import Iterator
 
 BREAKS = tuple(re.compile(p) for p in (r"\n[ \t\r]*\n\s*", r"\n", r"(?<=[.!?]) +", r"\s"))
-"""Where to cut, best first: between paragraphs, lines, sentences, words."""
+"""Patterns of places to cut, best first: between paragraphs, lines, sentences, words."""
 
 
 def passages(text: str, size: int) -> Iterator[str]:
-    """Yields pieces of `size` to `2 * size` characters whose concatenation is the text.
+    """Yields passages of `size` to `2 * size` characters; together they are the whole text.
 
-    Each ends at the best kind of break that lies in that range; the last takes what is left and
-    may be shorter than `size`.
+    Each passage ends at the best kind of break in this range. If there is no break, it ends after
+    `2 * size` characters. The last passage is the remaining text and may be shorter than `size`.
     """
     start = 0
     while len(text) - start > 2 * size:

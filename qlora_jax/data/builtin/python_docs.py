@@ -1,4 +1,4 @@
-"""A data set that is always there: the documentation strings of the running Python."""
+"""A built-in data set: the docstrings of the running Python's standard library."""
 
 import ast
 import contextlib
@@ -38,7 +38,7 @@ SKIPPED = frozenset(
         "turtledemo",
     )
 )
-# Modules written in C. Importing them has no side effect.
+# Modules written in C, which cannot be parsed. Importing them has no side effect.
 COMPILED = (
     "array",
     "atexit",
@@ -72,22 +72,22 @@ COMPILED_PART = (
     ("_ssl", "ssl"),
     ("_struct", "struct"),
 )
-"""Compiled halves of modules, and the names they are used under."""
+"""Compiled parts of modules, each with the public module name."""
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[Record]:
-    """One record for each documented public function, class and method of the standard library.
+    """Returns one record for each documented public function, class and method.
 
-    Python sources are parsed and never imported. The order is fixed but mixed, so that the first n
-    are a fair sample.
+    Python sources are parsed and never imported. The order of questions is shuffled but always
+    the same, so that the first n records are a representative sample.
 
     Args:
       format: auto and chat give conversations that ask `What does `shutil.copytree` do?`; prompt
-        gives the same as prompt and completion; text gives whole documentation strings and the
-        language reference, without questions.
-      dropped: counts what is left out: answers that occur more than once (all of them), and those
-        shorter than twenty characters.
+        gives the same as prompt and completion; text gives whole docstrings and the language
+        reference, without questions.
+      dropped: counters of skipped answers; updated. An answer that occurs more than once is
+        skipped each time, and so is an answer shorter than 20 characters.
     """
     dropped = Counter() if dropped is None else dropped
     if format == "text":
@@ -97,14 +97,14 @@ def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[R
 
 
 def texts(docs: Mapping[str, str], source: str) -> list[Record]:
-    """Each documentation string whole, under the name it documents."""
+    """Returns one text for each docstring: the name, then the whole docstring."""
     return [Text(text=f"{name}\n\n{doc}\n", where=f"{source} {name}") for name, doc in docs.items()]
 
 
 def questions(
     docs: Mapping[str, str], source: str, format: str, dropped: Counter[str]
 ) -> list[Record]:
-    """A question and its answer for each name, in a fixed but mixed order; see `records`."""
+    """Returns one question with its answer for each name, shuffled reproducibly; see `records`."""
     answers = {name: answer(doc) for name, doc in docs.items()}
     uses = Counter(answers.values())
     dropped["short"] += sum(len(a) < MIN_ANSWER for a in answers.values())
@@ -120,7 +120,7 @@ def questions(
 
 @functools.cache
 def documented() -> Mapping[str, str]:
-    """Dotted public name to cleaned documentation string, sorted by name."""
+    """Returns the cleaned docstring for each dotted public name, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, str] = {}
     for path, module in modules(root):
@@ -133,14 +133,14 @@ def documented() -> Mapping[str, str]:
 
 
 def modules(folder: Path, package: str = "") -> Iterator[tuple[Path, str]]:
-    """The public modules below a folder, in order: file and dotted name, tests left out."""
+    """Yields (file, dotted name) of the public modules below a folder in order, without tests."""
     for path in sorted(folder.rglob("*.py")):
         if module := _module(Path(package) / path.relative_to(folder)):
             yield path, module
 
 
 def parse(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    """Dotted name and documentation string of what a source file defines; it is not imported."""
+    """Yields (dotted name, docstring) of the definitions in a source file, without import."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -151,10 +151,10 @@ def parse(path: Path, module: str) -> Iterator[tuple[str, str]]:
 
 
 def answer(doc: str) -> str:
-    """The prose a documentation string opens with, one paragraph a line, at most 600 characters.
+    """Returns the leading prose of a docstring, at most 600 characters, one paragraph per line.
 
-    It stops before the first paragraph that is a list, an example or a table, or introduces one; a
-    signature at the start is left out.
+    The prose ends before the first paragraph that is a list, an example or a table, or that
+    introduces one. A signature at the start is skipped.
     """
     kept: list[str] = []
     for paragraph in re.split(r"\n\s*\n", doc.strip()):

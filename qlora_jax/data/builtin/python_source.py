@@ -1,4 +1,4 @@
-"""A third data set that is always there: the source code of the running Python."""
+"""A built-in data set: the source code of the running Python's standard library."""
 
 import ast
 import functools
@@ -13,13 +13,13 @@ from qlora_jax.runtime.errors import UserError
 
 
 def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[Record]:
-    """One text for each public module of the standard library.
+    """Returns one text for each public module of the standard library.
 
-    Documentation strings are left out: they are what `python_docs` consists of, and a text that
-    is held out of one source must not be trained on in the other.
+    Docstrings are removed because they are the data set `python_docs`. A text that is held out
+    from one data set must not be in the training set of the other.
 
     Raises:
-      UserError: a format with questions, which source code has none of.
+      UserError: `format` is not auto or text; source code has no questions.
     """
     if format not in ("auto", "text"):
         raise UserError(f"data.format {format}: python-source is plain text; use text or auto")
@@ -36,9 +36,10 @@ def _sources() -> tuple[Text, ...]:
 
 
 def undocumented(source: str) -> str:
-    """The source without its documentation strings; as it is where it is no Python.
+    """Returns the source without its docstrings; a source that cannot be parsed is unchanged.
 
-    Where one is a whole body, `pass` takes its place; one on the line of its `def` stays.
+    If a docstring is the whole body, `pass` replaces it. A docstring on the line of its `def`
+    is not removed.
     """
     try:
         with warnings.catch_warnings():
@@ -46,7 +47,7 @@ def undocumented(source: str) -> str:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return source
-    lines: list[str | None] = [*source.split("\n")]  # as ast counts them; a form feed ends none
+    lines: list[str | None] = [*source.split("\n")]  # as ast counts lines: not at a form feed
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Module, *DEFINITIONS)) or ast.get_docstring(node) is None:
             continue
