@@ -1,4 +1,4 @@
-"""Low-rank adapters: `linear` shows what one is, `spec` which linears get one."""
+"""Low-rank adapters: `linear` has the adapted linear, `spec` chooses linears, rank and scale."""
 
 from qlora_jax.lora.adapter import Adapter as Adapter
 from qlora_jax.lora.groups import group_labels as group_labels

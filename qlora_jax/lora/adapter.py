@@ -1,4 +1,4 @@
-"""The low-rank update of a linear: A, B and scale, and what they add to a product."""
+"""The adapter of a linear: A, B and scale, and the product scale * (x @ A) @ B."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,25 +15,26 @@ from qlora_jax.lora.variables import LoraB, LoraConstant, LoraParam, LoraScale
 from qlora_jax.lora.weights import LoraWeights
 
 Multiply = Callable[[jax.Array], jax.Array]
-"""x [..., in] to x @ W [..., out] in x's dtype, W being one layer's pretrained weight."""
+"""Function from x [..., in] to x @ W [..., out] in x's dtype; W is a layer's pretrained weight."""
 
 
 class Adapter(nnx.Module):
-    """Adds scale * (x @ A) @ B to x @ W (LoRA, section 4.1).
+    """The low-rank update scale * (x @ A) @ B of a product x @ W (LoRA, section 4.1, equation 3).
 
-    The arrays may have a leading axis, that of a stack of L layers, which `jax.lax.scan` or
-    `jax.vmap` takes away before a product. In a stack, a layer of smaller rank than the largest is
-    padded with zeros in both matrices, whose gradients are then exactly zero; a layer without an
-    adapter has rank 0 and scale 0.
+    The arrays may have a leading axis, the layers of a stack. `jax.lax.scan` or `jax.vmap` removes
+    this axis before a product. In a stack, A and B of a layer with a smaller rank than the largest
+    are padded with zeros; the gradients of the padding are exactly zero. A layer without an adapter
+    has rank 0 and scale 0.
 
     Attributes:
-      a: [in, r] or [L, in, r].
-      b: [r, out] or [L, r, out].
-      scale: float32 scalar or [L].
-      specs: rank, alpha and scale of each layer, or of the only one; None where a layer has none.
-      dropout: rate on the input of A.
-      freeze_a: whether A stays as it is (LoRA-FA, arXiv 2308.03303).
-      keys: where the keys for dropout come from, if the adapter has them itself; else None.
+      a: A, [in, r] or [L, in, r].
+      b: B, [r, out] or [L, r, out].
+      scale: factor on the product, float32 scalar or [L].
+      specs: rank, alpha and scale of each layer; None for a layer without an adapter. Without a
+        stack there is one entry.
+      dropout: dropout rate on the input of A.
+      freeze_a: True keeps A constant and trains B alone (LoRA-FA, arXiv 2308.03303).
+      keys: source of the dropout keys if the adapter draws its own keys; else None.
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class Adapter(nnx.Module):
         self.keys: DropoutKeys | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Returns scale * (x @ A) @ B in x's dtype; one layer. Dropout needs a key."""
+        """Returns scale * (x @ A) @ B of one layer, in x's dtype; without a key no dropout."""
         return dense(self.low(x, key), self.b.get_value())
 
     def low(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Returns scale * x @ A [..., r] in x's dtype; one layer.
+        """Returns scale * (x @ A) of one layer, [..., r] in x's dtype.
 
-        Dropout needs a key, or a key [B] for each place of x's first axis.
+        Args:
+          x: input, [..., in].
+          key: key for dropout, or one key [B] per row of x's first axis; None drops nothing.
         """
         if self.dropout and key is not None:
             keep = 1 - self.dropout
@@ -69,55 +72,55 @@ class Adapter(nnx.Module):
         return saved_for_backward(low.astype(x.dtype))
 
     def looked_up(self, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Returns scale * A[tokens] @ B: what the adapter of an embedding adds to its rows.
+        """Returns scale * A[tokens] @ B, the update of an embedding's rows.
 
-        It is `__call__` for rows of the identity matrix, without dropout, as in PEFT.
+        The result equals `__call__` on one-hot rows without dropout, as in PEFT.
 
         Args:
-          tokens: int32[...], rows of A.
+          tokens: token ids (rows of A), int32[...].
           dtype: dtype of the result.
 
         Returns:
-          dtype[..., out].
+          Update of the rows, dtype[..., out].
         """
-        # in float32, so that the gradients of a token's places add up in it
+        # float32, because the gradients of a token that occurs several times are summed in it
         rows = self.a.get_value().astype(jnp.float32)[tokens]
         return dense((rows * self.scale.get_value()).astype(dtype), self.b.get_value())
 
     def columns(self, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Returns scale * A @ B[:, index]: what the adapter adds to some columns of the weight.
+        """Returns scale * A @ B[:, index], the update of some columns of the weight.
 
         Args:
-          index: int32[m], columns of B.
+          index: column numbers of B, int32[m].
           dtype: dtype of the result.
 
         Returns:
-          dtype[in, m].
+          Update of the columns, dtype[in, m].
         """
-        # in float32, so that the gradients of a column's places add up in it
+        # float32, because the gradients of a column that occurs several times are summed in it
         chosen = self.b.get_value().astype(jnp.float32)[:, index]
         a = (self.a.get_value() * self.scale.get_value()).astype(dtype)
         return dense(a, chosen.astype(dtype))
 
     def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
-        """Returns x times the adapted weight, [..., out] in x's dtype; one layer."""
+        """Returns x @ W + scale * (x @ A) @ B of one layer, [..., out] in x's dtype."""
         return multiply(x) + self(x, key)
 
     def next_key(self) -> jax.Array | None:
-        """Returns the keys for the dropout of one call [*stack, 2]; None drops nothing."""
+        """Returns the dropout keys of one call, [*stack, 2]; None if nothing is dropped."""
         return None if self.keys is None else self.keys.draw()
 
     def sizes(self) -> tuple[int, int]:
-        """Returns (trained, all) parameters of all layers, padding not counted."""
+        """Returns (trained, all) parameter counts over all layers, without padding."""
         k, n = self.a.get_value().shape[-2], self.b.get_value().shape[-1]
         ranks = sum(spec.rank for spec in self.specs if spec is not None)
         return ranks * (n if self.freeze_a else k + n), ranks * (k + n)
 
     def weights(self, *layer: int) -> LoraWeights | None:
-        """Returns one layer's values without padding; None where it has no adapter.
+        """Returns the adapter of one layer without padding; None if the layer has no adapter.
 
         Args:
-          layer: its index in the stack; nothing where there is no stack.
+          layer: index in the stack; omitted if there is no stack.
         """
         spec = self.spec(*layer)
         if spec is None:
@@ -126,25 +129,25 @@ class Adapter(nnx.Module):
         return LoraWeights(np.asarray(a), np.asarray(b), spec.alpha, spec.scale)
 
     def spec(self, *layer: int) -> AdapterSpec | None:
-        """Returns the rank, alpha and scale of one layer, indexed as `weights` does."""
+        """Returns the rank, alpha and scale of one layer; `layer` is as in `weights`."""
         return self.specs[layer[0] if layer else 0]
 
     def change(self, weight: jax.Array, *layer: int) -> jax.Array:
-        """Returns what the adapter adds to a layer's weight: scale * A @ B.
+        """Returns scale * A @ B, the update of a layer's weight.
 
         Args:
-          weight: W float32[in, out].
-          layer: indexed as `weights` does.
+          weight: W, float32[in, out]; some variants need it.
+          layer: index in the stack; omitted if there is no stack.
 
         Returns:
-          float32[in, out].
+          Update, float32[in, out].
         """
         a, b = (x.get_value()[layer].astype(jnp.float32) for x in (self.a, self.b))
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         return self.scale.get_value()[layer] * product
 
     def fill(self, values: Sequence[LoraWeights | None]) -> None:
-        """Replaces each layer's A and B, in place; None leaves a layer as it is."""
+        """Replaces A and B of each layer, in place; None leaves a layer unchanged."""
         a, b = np.array(self.a.get_value()), np.array(self.b.get_value())
         for i, value in enumerate(values):
             if value is not None:
@@ -153,9 +156,9 @@ class Adapter(nnx.Module):
         self.b.set_value(jnp.asarray(b))
 
     def unstack(self) -> None:
-        """Takes the axis of a stack of one layer away, in place."""
+        """Removes the leading axis of a stack of one layer, in place."""
         for variable in (self.a, self.b, self.scale):
             variable.set_value(variable.get_value()[0])
 
     def fill_own(self, values: Sequence[LoraWeights | None]) -> None:
-        """Takes over, in place, what each layer's values hold beyond A and B."""
+        """Copies a variant's own parameters (such as DoRA's magnitude) from `values`, in place."""

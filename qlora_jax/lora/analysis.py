@@ -1,6 +1,6 @@
-"""Which directions an update moves (LoRA, section 7): singular values, subspaces, amplification.
+"""Analysis of a weight update (LoRA, section 7): singular values, subspaces, amplification.
 
-Weights are [in, out], A is [in, r], B is [r, out]; everything is computed in float64 with numpy.
+Weights are [in, out], A is [in, r], B is [r, out]. All results are computed in float64 with numpy.
 """
 
 import dataclasses
@@ -9,15 +9,17 @@ import numpy as np
 
 
 def subspace_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How much of one matrix's leading column directions lies within another's.
+    """Measures how far the leading column directions of two matrices coincide.
 
-    phi(i, j) = ‖U_i(a)ᵀ U_j(b)‖²_F / min(i, j), U_i the first i left singular vectors: 1 if one
-    span holds the other, 0 if they are orthogonal (LoRA, equation 4; there A is [r, in] and its
-    right singular vectors are taken).
+    phi(i, j) = ‖U_i(a)ᵀ U_j(b)‖²_F / min(i, j)          (LoRA, section 7.2, equation 4)
+
+    U_i holds the first i left singular vectors. phi is 1 if one of the two spans contains the
+    other, and 0 if they are orthogonal. In the paper A is [r, in], so it takes the right singular
+    vectors.
 
     Args:
-      a: [in, r]. A pair of A matrices, of trained adapters, is the paper's use.
-      b: [in, s].
+      a: first matrix, [in, r]; in the paper both are A matrices of trained adapters.
+      b: second matrix, [in, s].
 
     Returns:
       float64[min(in, r), min(in, s)]; entry [i - 1, j - 1] is phi(i, j).
@@ -29,26 +31,27 @@ def subspace_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def singular_values(update: np.ndarray) -> np.ndarray:
-    """Singular values of ΔW [in, out], largest first."""
+    """Returns the singular values of ΔW [in, out], largest first."""
     return np.linalg.svd(update.astype(np.float64), compute_uv=False)
 
 
 def rank_of_energy(values: np.ndarray, share: float) -> int:
-    """The fewest singular values whose squares make up `share` of all squares."""
+    """Returns the fewest singular values whose squares reach `share` of the sum of all squares."""
     energy = np.cumsum(np.square(values.astype(np.float64)))
     return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12)) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Amplification:
-    """How an update relates to its weight (LoRA, Table 7).
+    """Norms that relate an update ΔW to its weight W (LoRA, section 7.3, Table 7).
 
     Attributes:
-      within_update: ‖Uᵀ W V‖_F with U, V the first r singular directions of ΔW.
-      within_weight: the same with those of W, which is the most that any r directions hold.
-      within_random: the same with those of a random matrix.
-      weight, update: ‖W‖_F and ‖ΔW‖_F.
-      factor: ‖ΔW‖_F / within_update.
+      within_update: ‖Uᵀ W V‖_F, with U and V the first r singular directions of ΔW.
+      within_weight: ‖Uᵀ W V‖_F with the directions of W; no other r directions give more.
+      within_random: ‖Uᵀ W V‖_F with the directions of a random matrix.
+      weight: ‖W‖_F.
+      update: ‖ΔW‖_F.
+      factor: amplification factor, ‖ΔW‖_F / within_update.
     """
 
     within_update: float
@@ -59,6 +62,7 @@ class Amplification:
 
     @property
     def factor(self) -> float:
+        """Amplification factor, ‖ΔW‖_F / ‖Uᵀ W V‖_F."""
         return self.update / self.within_update
 
 
@@ -70,8 +74,8 @@ def amplification(
     Args:
       weight: W [in, out].
       update: ΔW [in, out].
-      rank: how many directions.
-      seed: of the random matrix.
+      rank: number r of directions.
+      seed: seed of the random matrix.
     """
     weight, update = weight.astype(np.float64), update.astype(np.float64)
     noise = np.random.default_rng(seed).normal(size=weight.shape)

@@ -1,4 +1,4 @@
-"""Sums and differences of adapters, as task arithmetic has them (arXiv 2212.04089)."""
+"""Sums, differences and rank truncation of adapters, for task arithmetic (arXiv 2212.04089)."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from qlora_jax.lora.weights import LoraSet, LoraWeights
 
 
 class Truncated(NamedTuple):
-    """An adapter of a smaller rank, and what it lacks.
+    """Adapters of a smaller rank, and their error.
 
     Attributes:
-      adapters: the weights of the smaller rank, by path.
-      error: |exact - truncated| / |exact| over all linears, Frobenius norm; 0 where exact is 0.
-      worst: the linear with the largest such error of its own, and that error.
+      adapters: truncated adapters by path.
+      error: ‖exact - truncated‖ / ‖exact‖ over all linears, in the Frobenius norm; 0 if exact is 0.
+      worst: path of the linear with the largest error of this kind, and its error.
     """
 
     adapters: dict[str, LoraWeights]
@@ -25,14 +25,18 @@ class Truncated(NamedTuple):
 
 
 def combine(terms: Sequence[tuple[float, LoraSet]]) -> dict[str, LoraWeights]:
-    """The weighted sum of adapters, exactly: A and B side by side, so that ranks add up.
+    """Returns the exact weighted sum of adapters.
+
+    For terms w_i * scale_i * A_i @ B_i of one linear, the sum is A @ B with A = [A_1, A_2, ...] and
+    B = [w_1 * scale_1 * B_1; w_2 * scale_2 * B_2; ...]. So the ranks add up.
 
     Args:
-      terms: weight and adapter; a negative weight subtracts. Adapters may have linears that
-        others lack.
+      terms: pairs of a weight and a set of adapters; a negative weight subtracts. A set may lack
+        linears that another set has.
 
     Returns:
-      Float32 adapters of scale 1. An adapter with itself subtracted is zero in effect, not in rank.
+      Adapters in float32 with scale 1. An adapter minus itself has an update of zero, but twice the
+      rank.
     """
     paths = dict.fromkeys(path for _, adapters in terms for path in adapters)
     return {
@@ -52,33 +56,36 @@ def _of_scale_1(a: np.ndarray, b: np.ndarray) -> LoraWeights:
 
 
 def difference(now: LoraWeights, start: LoraWeights, scaling: str) -> LoraWeights:
-    """Returns the adapter of twice the rank that changes W by what `now` does less `start`.
+    """Returns the adapter of twice the rank with the update of `now` minus the update of `start`.
+
+    scale * [A_now, A_start] @ [B_now; -B_start] = scale * (A_now @ B_now - A_start @ B_start)
 
     Args:
-      now: the adapter; its magnitude stays.
-      start: the adapter to subtract, of the same rank and alpha.
-      scaling: a key of `SCALINGS`, by which both have their scale.
+      now: adapter to subtract from; the result has its magnitude.
+      start: adapter to subtract, of the same rank and alpha.
+      scaling: key of `SCALINGS` from which both adapters have their scale.
 
     Raises:
-      ValueError: unlike rank or alpha.
+      ValueError: the two adapters differ in rank or alpha.
     """
     if (now.rank, now.alpha) != (start.rank, start.alpha):
-        raise ValueError("adapters of unlike rank or alpha")
+        raise ValueError("the two adapters differ in rank or alpha")
     a = np.concatenate([now.a, start.a], axis=1)
     b = np.concatenate([now.b, -start.b])
-    growth = 1 / SCALINGS[scaling](1.0, 2)  # of alpha, so that the scale stays
+    growth = 1 / SCALINGS[scaling](1.0, 2)  # factor on alpha that keeps the scale at twice the rank
     return LoraWeights(a, b, now.alpha * growth, now.scale, now.magnitude)
 
 
 def truncate(adapters: LoraSet, rank: int) -> Truncated:
-    """The nearest adapter of at most this rank, by the singular values of each linear's update.
+    """Returns the adapters of at most this rank that are nearest in the Frobenius norm.
 
-    Nearest in Frobenius norm (Eckart and Young). The matrix [in, out] is never formed: of
-    A = Qa Ra and Bᵀ = Qb Rb, the small Ra Rbᵀ has the same singular values.
+    For each linear this is the truncated SVD of the update (Eckart and Young). The matrix [in, out]
+    is never formed: with A = Qa Ra and scale * Bᵀ = Qb Rb (QR), scale * A @ B has the singular
+    values of the small matrix Ra Rbᵀ.
 
     Args:
-      adapters: the exact ones.
-      rank: of every linear whose own is above it; the others stay as they are.
+      adapters: exact adapters.
+      rank: largest rank of the result; adapters of this rank or less are returned unchanged.
     """
     kept, errors, totals = {}, {}, {}
     for path, own in adapters.items():

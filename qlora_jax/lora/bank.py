@@ -1,8 +1,8 @@
-"""Many adapters over one base: rows of a batch use different ones.
+"""Many adapters over one base: each row of a batch can use another adapter.
 
-The low-rank products of a batch are gathered by row, as in S-LoRA and Punica (arXiv 2311.03285,
-2310.18547). Which row uses which adapter is data, so programs that were compiled once serve any
-mixture, and adapters come and go in slots of fixed shape.
+Each row gathers its own A and B, as in S-LoRA and Punica (arXiv 2311.03285, 2310.18547). The choice
+of adapter per row is data, so a compiled program serves any mixture of adapters. An adapter is
+added by writing it into a slot of fixed shape, without a new compilation.
 """
 
 import functools
@@ -18,23 +18,24 @@ from qlora_jax.lora.weights import LoraWeights
 
 
 class BankMatrix(nnx.Variable):
-    """The matrices and factors of a bank; never trained."""
+    """The A, B and scale arrays of a bank; they are never trained."""
 
 
 class RowSlots(nnx.Variable):
-    """Each row's slot in a bank, the same in every layer."""
+    """The slot of each row of the batch; it is the same in every layer."""
 
 
 class Bank(nnx.Module):
-    """The updates of a stack of linears by `slots` adapters, and by none in a last slot of zeros.
+    """The adapters of a stack of linears: `slots` adapters and one extra slot of zeros.
 
-    It stands where a linear's `Adapter` does.
+    The extra last slot is for rows that use the base without an adapter. A bank takes the place of
+    a linear's `Adapter`.
 
     Attributes:
-      a: [L, slots + 1, in, r], smaller ranks padded with zeros.
-      b: [L, slots + 1, r, out].
-      scale: float32[L, slots + 1].
-      rows: int32[L, B], the slot of each row of the batch; `with_rows` sets it.
+      a: A of each slot, [L, slots + 1, in, r]; smaller ranks are padded with zeros.
+      b: B of each slot, [L, slots + 1, r, out].
+      scale: scale of each slot, float32[L, slots + 1].
+      rows: slot of each row of the batch, int32[L, B]; `with_rows` sets it.
     """
 
     def __init__(
@@ -52,10 +53,17 @@ class Bank(nnx.Module):
         self.rows = RowSlots(jnp.full((layers, 1), slots, jnp.int32))
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Each row's scale * (x @ A) @ B, x[B, T, in], in x's dtype; one layer of the stack.
+        """Returns scale * (x @ A) @ B with the adapter of each row, for one layer of the stack.
 
-        Rounded where `Adapter` rounds. Only the row's own matrices are read: what another slot
-        holds, NaN included, does not reach it.
+        Values are rounded at the same points as in `Adapter`. A row reads only the matrices of its
+        own slot, so values of other slots, even NaN, cannot affect it.
+
+        Args:
+          x: input, [B, T, in].
+          key: unused; a bank has no dropout.
+
+        Returns:
+          Update, [B, T, out] in x's dtype.
         """
         rows = self.rows.get_value()
         low = _by_row(x, self.a.get_value()[rows])
@@ -63,15 +71,15 @@ class Bank(nnx.Module):
         return _by_row(low, self.b.get_value()[rows])
 
     def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
-        """x times each row's adapted weight, [..., out] in x's dtype; one layer of the stack."""
+        """Returns x @ W of one layer plus each row's update, [..., out] in x's dtype."""
         return multiply(x) + self(x, key)
 
     def put(self, slot: int, adapters: Sequence[LoraWeights | None]) -> None:
-        """Writes an adapter into a slot, in place; what the slot held is gone.
+        """Writes an adapter into a slot, in place, and overwrites the previous one.
 
         Args:
-          slot: from 0.
-          adapters: one per layer, of at most the bank's rank; None where a layer has none.
+          slot: number of the slot, from 0.
+          adapters: adapter of each layer, of at most the bank's rank; None for a layer without one.
         """
         layers, _, k, rank = self.a.get_value().shape
         a = np.zeros((layers, k, rank), np.float32)
@@ -85,18 +93,18 @@ class Bank(nnx.Module):
 
 
 def _by_row(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x[B, T, K] @ w[B, K, N], accumulated in float32, in x's dtype."""
+    """Returns x[B, T, K] @ w[B, K, N] in x's dtype, accumulated in float32."""
     return jnp.einsum(
         "btk,bkn->btn", x, w.astype(x.dtype), preferred_element_type=jnp.float32
     ).astype(x.dtype)
 
 
 def with_rows(weights: nnx.State, rows: jax.Array | np.ndarray) -> nnx.State:
-    """The weights of a model with banks, set to compute row i of a batch by slot rows[i].
+    """Returns the weights of a model with banks, in which row i of a batch uses slot rows[i].
 
     Args:
-      weights: from `nnx.split` of the model.
-      rows: int32[B].
+      weights: state of the model, from `nnx.split`.
+      rows: slot of each row, int32[B].
     """
     old, rest = nnx.split_state(weights, RowSlots, ...)
     set_rows = functools.partial(_broadcast, rows=jnp.asarray(rows, jnp.int32))

@@ -1,7 +1,7 @@
-"""Dropout's random numbers: one key for all rows, or one for each, and keys that a module draws.
+"""Random keys for dropout: one key for a batch, one key per row, or keys that a module draws.
 
-With a key for each row, what is dropped in a row depends on neither the rows beside it nor the
-device that it is on.
+With one key per row, the elements dropped in a row do not depend on the other rows of the batch or
+on the device.
 """
 
 from collections.abc import Sequence
@@ -12,32 +12,32 @@ from flax import nnx
 
 
 class LoraKey(nnx.Variable):
-    """A key for dropout, or the number of keys that were drawn from it."""
+    """A key for dropout, or the count of keys drawn from it."""
 
 
 def split(key: jax.Array, count: int) -> jax.Array:
-    """Returns so many keys [count], or keys of rows [count, B], from a key or from keys [B]."""
+    """Splits a key into keys [count], or the keys of rows [B] into keys [count, B]."""
     if not _of_rows(key):
         return jax.random.split(key, count)
     return jax.vmap(lambda own: jax.random.split(own, count), out_axes=1)(key)
 
 
 def fold_in(key: jax.Array, number: int | jax.Array) -> jax.Array:
-    """Returns `jax.random.fold_in` of a key, or of the keys of rows [B]."""
+    """Applies `jax.random.fold_in` to a key, or to each key of the rows [B]."""
     fold = jax.random.fold_in
     return jax.vmap(fold, (0, None))(key, number) if _of_rows(key) else fold(key, number)
 
 
 def keep_mask(key: jax.Array, share: float, shape: Sequence[int]) -> jax.Array:
-    """Draws which elements stay.
+    """Draws the mask of the elements to keep.
 
     Args:
-      key: a key, or the keys of rows [B].
-      share: of the elements that stay, on average.
-      shape: of the result; its first axis is the rows, if they have keys.
+      key: one key, or the keys of the rows [B].
+      share: probability that an element is kept.
+      shape: shape of the mask; with keys of rows, its first axis is the rows.
 
     Returns:
-      bool[shape].
+      bool[shape], True for an element to keep.
     """
     if not _of_rows(key):
         return jax.random.bernoulli(key, share, tuple(shape))
@@ -45,17 +45,17 @@ def keep_mask(key: jax.Array, share: float, shape: Sequence[int]) -> jax.Array:
 
 
 def _of_rows(key: jax.Array) -> bool:
-    # an old-style key has an axis of its own
+    # an old-style (uint32) key has one axis although it is a single key
     return bool(jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) and key.ndim == 1
 
 
 class DropoutKeys(nnx.Module):
-    """A stream of keys for each layer of a stack, as `nnx.Dropout` has one.
+    """A stream of dropout keys for each layer of a stack, like the stream of `nnx.Dropout`.
 
     Attributes:
-      key: uint32[*stack, 2].
-      count: uint32[*stack], keys drawn.
-      deterministic: whether nothing is dropped; set by `eval()` and `train()` of the model.
+      key: base key of each layer, uint32[*stack, 2].
+      count: number of keys drawn, uint32[*stack].
+      deterministic: True turns dropout off; `eval()` and `train()` of the model set it.
     """
 
     def __init__(self, key: jax.Array, stack: tuple[int, ...]):

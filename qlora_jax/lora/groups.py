@@ -1,6 +1,7 @@
-"""Groups of what is trained that an optimizer may treat apart, as labels for `optax.partition`.
+"""Groups of trained variables with their own optimizer settings, as labels for `optax.partition`.
 
-LoRA+ (arXiv 2402.12354) gives B a learning rate of its own, and vectors have no weight decay:
+LoRA+ (arXiv 2402.12354) trains B with a larger learning rate than A: rate_B = ratio * rate_A. In
+the example the ratio is 16. Vectors have no weight decay:
 
     rates = {"matrix": optax.adamw(1e-4), "b": optax.adamw(16e-4), "vector": optax.adam(1e-4)}
     tx = optax.partition(rates, group_labels)
@@ -22,29 +23,29 @@ GROUPS: Mapping[type[nnx.Variable], str] = {
     Weight: "matrix",
     Vector: "vector",
 }
-"""Kind of a trained variable to its group: `b` (an adapter's B), `vector` or `matrix`. Stacked, a
-vector has two axes like a matrix, so shapes do not tell them apart."""
+"""Class of a trained variable to its group: `b` (an adapter's B), `vector` or `matrix`. The shape
+cannot decide the group, because a stacked vector has two axes like a matrix."""
 
 
 def group(variable: Any) -> str:
-    """Returns the group of a trained variable, by its kind alone.
+    """Returns the group of a trained variable; the class of the variable alone decides it.
 
     Raises:
-      TypeError: no group is for it, which is a bug: a new kind must be named in `GROUPS`.
+      TypeError: `GROUPS` lacks the class. This is a bug: add a new class of variable to `GROUPS`.
     """
     if type(variable) not in GROUPS:
-        raise TypeError(f"{type(variable).__name__}: no group of the optimizer is for this kind")
+        raise TypeError(f"{type(variable).__name__}: no optimizer group for this class")
     return GROUPS[type(variable)]
 
 
 def group_labels(tree: Any) -> Any:
-    """Returns the tree with every leaf replaced by its group.
+    """Returns the tree with every leaf replaced by the name of its group.
 
     Args:
-      tree: any pytree whose leaves are in variables, such as an `nnx.State`.
+      tree: pytree whose leaves are inside variables, such as an `nnx.State`.
 
     Raises:
-      TypeError: a leaf is in no variable, or in one of another kind.
+      TypeError: a leaf is not inside a variable, or `GROUPS` lacks the variable's class.
     """
 
     def each(variable: Any) -> Any:

@@ -1,10 +1,12 @@
 """A linear with a frozen weight and a trained low-rank update.
 
-    y = x @ W + scale * (x @ A) @ B + bias              (LoRA, section 4.1)
+    y = x @ W + scale * (x @ A) @ B + bias                 (LoRA, section 4.1, equation 3)
+    y = x @ dequantize(W) + scale * (x @ A) @ B + bias     (QLoRA, equations 3 and 5)
 
-W [in, out] is the pretrained weight, as floats or in 4 bits (`QTensor`; QLoRA, section 3). It is
-frozen. A [in, r] and B [r, out] are trained; scale is alpha / r. B starts at zero, so y starts as
-x @ W + bias. In 4 bits W is decoded for the product and again for the gradient, never kept.
+W [in, out] is the pretrained weight, in floats or in 4 bits (`QTensor`). W is frozen; A [in, r] and
+B [r, out] are trained; scale = alpha / r (LoRA, section 4.1). B is zero at first, so y is then
+x @ W + bias. A W in 4 bits is decoded for the forward product and again for the gradient of x; the
+decoded W is not stored between the two.
 """
 
 from collections.abc import Sequence
@@ -23,16 +25,16 @@ from qlora_jax.quant.stack import is_matrix
 
 
 class LoraLinear(nnx.Module):
-    """x @ W + bias, plus what an adapter adds where there is one.
+    """A linear: x @ W + bias, plus the update of its adapter if it has one.
 
-    All arrays may have a leading axis, that of a stack of layers: `jax.lax.scan` or `jax.vmap`
-    takes it away before a product.
+    All arrays may have a leading axis, the layers of a stack. `jax.lax.scan` or `jax.vmap` removes
+    this axis before a product.
 
     Attributes:
-      weight: W [in, out] or [L, in, out], an array or a QTensor.
-      bias: [out] or [L, out]; or None.
-      adapter: A, B and scale; None for the plain linear.
-      implementation: the kernel of `matmul` for a 4-bit weight; None picks by device and rows.
+      weight: W, [in, out] or [L, in, out], an array or a QTensor.
+      bias: bias, [out] or [L, out]; or None.
+      adapter: A, B and scale; None for a linear without an adapter.
+      implementation: kernel of `matmul` for a 4-bit weight; None picks by device, dtype and rows.
     """
 
     def __init__(self, weight: jax.Array | QTensor, bias: jax.Array | None = None):
@@ -55,17 +57,17 @@ class LoraLinear(nnx.Module):
         dropout: float = 0.0,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> "LoraLinear":
-        """Puts a fresh adapter on a pretrained weight.
+        """Returns a linear with a pretrained weight and a new adapter.
 
         Args:
-          weight: W [in, out] or [L, in, out], an array or a QTensor.
-          bias: [out] or [L, out]; or None.
-          key: the key of A's random numbers.
-          rank: r.
+          weight: W, [in, out] or [L, in, out], an array or a QTensor.
+          bias: bias, [out] or [L, out]; or None.
+          key: random key from which A is drawn.
+          rank: rank r of A and B.
           alpha: numerator of the scale.
-          scaling: a key of `spec.SCALINGS`.
+          scaling: key of `spec.SCALINGS`.
           init: distribution of A, a key of `initializers.random_init.INITS`.
-          dropout: rate on the input of A, in training.
+          dropout: dropout rate on the input of A, in training.
           dtype: dtype of A and B.
         """
         *stack, k, n = weight.shape
@@ -81,12 +83,12 @@ class LoraLinear(nnx.Module):
     def __call__(
         self, x: jax.Array, key: jax.Array | None = None, known: jax.Array | None = None
     ) -> jax.Array:
-        """Returns y [..., out] in x's dtype; one layer.
+        """Returns y of one layer, [..., out] in x's dtype.
 
         Args:
-          x: [..., in].
-          key: for dropout; None drops nothing.
-          known: x @ W [..., out], where it has been computed.
+          x: input, [..., in].
+          key: key for dropout; None drops nothing.
+          known: x @ W, [..., out], if the caller has computed it already; else None.
         """
 
         def multiply(other: jax.Array) -> jax.Array:
@@ -98,19 +100,19 @@ class LoraLinear(nnx.Module):
         return saved_for_backward(y)
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """Returns x @ W, [..., out] in x's dtype, without bias and adapter; one layer."""
+        """Returns x @ W of one layer, without bias and adapter, [..., out] in x's dtype."""
         weight = self.weight.get_value()
         if is_matrix(weight):
             return matmul(x, weight, self.implementation)
         return dense(x, weight)
 
     def merge(self, *layer: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """Returns one layer's weight with what its adapter adds: dtype[in, out].
+        """Returns W + scale * A @ B of one layer, dtype[in, out].
 
-        With it one product takes the place of three (LoRA, section 4.1).
+        A merged weight needs one product instead of three (LoRA, section 4.1).
 
         Args:
-          layer: index in the stack; nothing where there is no stack.
+          layer: index in the stack; omitted if there is no stack.
           dtype: dtype of the result.
         """
         return merged(self.weight.get_value()[layer], self.adapter, *layer, dtype=dtype)
@@ -119,12 +121,15 @@ class LoraLinear(nnx.Module):
 def side_by_side(
     linears: Sequence[LoraLinear], x: jax.Array, keys: Sequence[jax.Array | None]
 ) -> list[jax.Array]:
-    """Returns linear(x, key) for each; their products with 4-bit weights are one where they can be.
+    """Returns linear(x, key) for each linear.
+
+    If all weights are in 4 bits and all linears have the same `implementation`, `matmul_many`
+    computes the products x @ W together.
 
     Args:
-      linears: linears of one layer, with one input.
-      x: [..., in].
-      keys: for dropout, a key or None for each.
+      linears: linears of one layer that have the same input.
+      x: input, [..., in].
+      keys: key for dropout of each linear, or None.
     """
     weights = [linear.weight.get_value() for linear in linears]
     implementation, *others = {linear.implementation for linear in linears}
@@ -140,16 +145,16 @@ def merged(
     *layer: int,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Adds what an adapter adds to a layer's weight, in float32 and rounded once.
+    """Returns a layer's weight plus its adapter's update, summed in float32 and rounded once.
 
     Args:
-      weight: [in, out], floats or 4 bits.
-      adapter: the adapter of the layer or of its stack; None adds nothing.
-      layer: index in the stack; nothing where there is no stack.
+      weight: W of the layer, [in, out], floats or 4 bits.
+      adapter: adapter of the layer or of its stack; None adds nothing.
+      layer: index in the stack; omitted if there is no stack.
       dtype: dtype of the result.
 
     Returns:
-      dtype[in, out].
+      Merged weight, dtype[in, out].
     """
     plain = to_float32(weight)
     return (plain if adapter is None else plain + adapter.change(plain, *layer)).astype(dtype)

@@ -1,20 +1,20 @@
-"""What is trained, as masks and labels for optax: the field's form of freezing a base.
+"""Masks and labels for optax that mark the trained leaves, to freeze the base.
 
-A run needs neither: its loss is differentiated with respect to A and B alone, so the base has no
-gradient, no moments and no update. They are for a loop of one's own, which differentiates with
-respect to the whole tree:
+A run does not need them: it differentiates the loss with respect to A and B alone, so the base has
+no gradient, no moments and no update. They are for a user's own training loop that differentiates
+with respect to the whole tree:
 
     tuned = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
     groups = {masks.TRAIN: tuned, masks.FREEZE: optax.set_to_zero()}
     optimizer = optax.partition(groups, masks.labels(tree))
 
-Both ways give the same adapters. `optax.masked` alone does not freeze: it hands on the gradients of
-what it leaves out, and they would be added to the base.
+Both ways give the same adapters. `optax.masked` alone does not freeze the base: it passes the
+gradients of unmasked leaves through unchanged, and they would be added to the base.
 
-The price is a gradient of the whole base, which is thrown away: 13.5 GB for llama-7b in 16 bits,
-where its adapters of rank 64 have one of 0.6 GB in float32. A tree with a `QTensor` has none:
-`jax.grad` refuses its codes, which are integers. So a 4-bit base is frozen by being left out of
-what is differentiated.
+The cost is the gradient of the whole base, which is computed and discarded: 13.5 GB for llama-7b in
+16 bits, while the gradient of adapters of rank 64 has 0.6 GB in float32. This does not work for a
+tree with a `QTensor`, because `jax.grad` rejects integer codes. A 4-bit base is therefore frozen by
+not differentiating with respect to it.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ TRAIN, FREEZE = "train", "freeze"
 
 
 def is_variable(x: Any) -> bool:
-    """Whether x is a variable, whose class is its kind: where `jax.tree` functions may stop."""
+    """Returns whether x is an `nnx.Variable`; use it as `is_leaf` of `jax.tree` functions."""
     return isinstance(x, nnx.Variable)
 
 
@@ -36,7 +36,7 @@ def trainable_mask(tree: Any) -> Any:
     """Returns the tree with True for every leaf of a `LoraParam` and False for the others.
 
     Args:
-      tree: a model, or an `nnx.State` of one; leaves may be arrays or `jax.ShapeDtypeStruct`.
+      tree: a model or its `nnx.State`; leaves may be arrays or `jax.ShapeDtypeStruct`.
     """
     return jax.tree.map(
         lambda x: jax.tree.map(lambda _: isinstance(x, LoraParam), x), tree, is_leaf=is_variable
@@ -44,9 +44,9 @@ def trainable_mask(tree: Any) -> Any:
 
 
 def labels(tree: Any) -> Any:
-    """Returns the tree with `TRAIN` or `FREEZE` for every leaf, as `optax.partition` takes it.
+    """Returns the tree with `TRAIN` or `FREEZE` for every leaf, as labels for `optax.partition`.
 
     Args:
-      tree: as `trainable_mask` takes it.
+      tree: a model or its `nnx.State`; leaves may be arrays or `jax.ShapeDtypeStruct`.
     """
     return jax.tree.map(lambda trained: TRAIN if trained else FREEZE, trainable_mask(tree))

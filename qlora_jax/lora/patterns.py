@@ -1,4 +1,4 @@
-"""Patterns of module paths, matched as PEFT matches them."""
+"""Matches patterns with module paths, by the rules of PEFT."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -8,23 +8,23 @@ import regex
 T = TypeVar("T")
 
 MATCHING = 1
-"""Seconds that a pattern may take; the `re` module has no such limit."""
+"""Time limit in seconds for matching one pattern; the `re` module has no such limit."""
 
 
 class BadPattern(ValueError):
-    """A pattern cannot be used; the text says which one and why."""
+    """A pattern that cannot be used; the message names the pattern and the reason."""
 
 
 def named(path: str, name: str) -> bool:
-    """Whether a path is the name, or ends in it after a dot."""
+    """Returns whether a path equals the name, or ends in a dot and the name."""
     return path == name or path.endswith(f".{name}")
 
 
 def ends_in(path: str, pattern: str) -> bool:
-    """Whether a regular expression matches the whole path, or its end after a dot.
+    """Returns whether a regular expression matches the whole path, or the part after some dot.
 
     Raises:
-      BadPattern: as `match`.
+      BadPattern: the pattern is no regular expression, or takes longer than `MATCHING` seconds.
     """
     return match(path, pattern, around=r"(.*\.)?({})") is not None
 
@@ -33,9 +33,9 @@ def match(path: str, pattern: str, around: str = "{}") -> regex.Match[str] | Non
     """Matches a regular expression with the whole path.
 
     Args:
-      path: the path.
-      pattern: the expression.
-      around: an expression in which {} stands for the pattern.
+      path: path of a module.
+      pattern: regular expression.
+      around: regular expression in which {} is replaced by the pattern.
 
     Raises:
       BadPattern: the pattern is no regular expression, or takes longer than `MATCHING` seconds.
@@ -51,15 +51,15 @@ def match(path: str, pattern: str, around: str = "{}") -> regex.Match[str] | Non
 
 
 def first_match(patterns: Mapping[str, T], paths: Sequence[str], default: T) -> T:
-    """Returns the value of the first pattern that a path ends in; else the default.
+    """Returns the value of the first pattern that matches the end of a path; else the default.
 
     Args:
-      patterns: regular expressions to values.
-      paths: the names of one module.
-      default: the value for a path that no pattern matches.
+      patterns: regular expression to value.
+      paths: alternative paths of one module.
+      default: value if no pattern matches.
 
     Raises:
-      BadPattern: as `ends_in`.
+      BadPattern: a pattern is no regular expression, or takes longer than `MATCHING` seconds.
     """
     return next(
         (v for pattern, v in patterns.items() if any(ends_in(path, pattern) for path in paths)),

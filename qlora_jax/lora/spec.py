@@ -1,4 +1,4 @@
-"""Which linears get an adapter, of which rank and scale."""
+"""Chooses the linears that get an adapter, and the rank, alpha and scale of each adapter."""
 
 import dataclasses
 import math
@@ -18,12 +18,23 @@ SCALINGS: Mapping[str, Callable[[float, int], float]] = {
     "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
     "constant": lambda alpha, rank: alpha,
 }
-"""How alpha becomes the factor on B·A: LoRA section 4.1, rsLoRA (arXiv 2312.03732), or as it is."""
+"""Name to a function (alpha, rank) that returns the scale s of s * (x @ A) @ B:
+
+    alpha/r         s = alpha / rank          LoRA, section 4.1
+    alpha/sqrt(r)   s = alpha / sqrt(rank)    rsLoRA, arXiv 2312.03732
+    constant        s = alpha
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter: y = x @ W + scale * (x @ A) @ B with A [in, rank] and B [rank, out]."""
+    """The numbers of one adapter: y = x @ W + scale * (x @ A) @ B, A [in, rank], B [rank, out].
+
+    Attributes:
+      rank: rank r of A and B.
+      alpha: the alpha from which `scale` is computed.
+      scale: factor on the product, `SCALINGS[...](alpha, rank)`.
+    """
 
     rank: int
     alpha: float
@@ -31,7 +42,7 @@ class AdapterSpec:
 
 
 OLD_NAMES = {"lm_head": "embed_out"}
-"""Module paths to those that transformers 4 has for them, in GPT-NeoX."""
+"""Module path to the path of the same module in transformers 4, for GPT-NeoX."""
 NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 
 
@@ -40,24 +51,26 @@ def choose_adapters(
     linears: Mapping[str, tuple[int, int]],
     outer: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, AdapterSpec]:
-    """Chooses the adapters.
+    """Returns the rank, alpha and scale of each adapter, by the path of its module.
 
-    `target_modules` is all-linear (every linear of the layers), a list of names (a module
-    whose path ends in one, as in PEFT) or a regular expression that must match the whole path.
-    Embedding and head are chosen by a name or an expression alone. `rank_pattern` and
-    `alpha_pattern` keys match the end of a path, as in PEFT; the first that does wins.
+    `target_modules` is one of: "all-linear" (every linear of the layers); a list of names (a name
+    selects the modules whose path ends in it, as in PEFT); a regular expression that must match the
+    whole path. "all-linear" does not include embedding and head; a name or an expression can select
+    them. A key of `rank_pattern` or `alpha_pattern` matches the end of a path, as in PEFT; the
+    first key that matches decides.
 
     Args:
-      config: the section `lora`.
-      linears: the layers' linears, module path (such as model.layers.0.self_attn.q_proj) to
+      config: section `lora` of the config.
+      linears: linears of the layers, module path (such as model.layers.0.self_attn.q_proj) to
         (in_features, out_features).
-      outer: embedding and head, likewise; without them they cannot be chosen.
+      outer: embedding and head, module path to (in_features, out_features); modules that are
+        missing here cannot be selected.
 
     Returns:
-      The targeted paths, in the order of `linears` and `outer`.
+      Path to spec of the selected modules, in the order of `linears` and `outer`.
 
     Raises:
-      UserError: a target or a pattern that matches nothing, or a malformed expression.
+      UserError: a target or a pattern matches nothing, or an expression is malformed.
     """
     modules = [*linears, *outer]
     if config.target_modules == "all-linear":
@@ -79,12 +92,16 @@ def choose_adapters(
 def ranks_above_full(
     specs: Mapping[str, AdapterSpec], linears: Mapping[str, tuple[int, int]]
 ) -> list[str]:
-    """Paths whose rank exceeds min(in, out): allowed, but no matrix needs it."""
+    """Returns the paths whose rank exceeds min(in, out), which is allowed but never useful."""
     return [path for path, spec in specs.items() if spec.rank > min(linears[path])]
 
 
 def check_patterns(config: LoraConfig, paths: Sequence[str]) -> None:
-    """Raises UserError for a key of `rank_pattern` or `alpha_pattern` that matches no path."""
+    """Checks that each key of `rank_pattern` and `alpha_pattern` matches a path.
+
+    Raises:
+      UserError: a key matches no path.
+    """
     for key in config.rank_pattern:
         _require_match("lora.rank_pattern", key, paths, ends_in)
     for key in config.alpha_pattern:
@@ -92,7 +109,7 @@ def check_patterns(config: LoraConfig, paths: Sequence[str]) -> None:
 
 
 def spec_of(config: LoraConfig, *paths: str) -> AdapterSpec:
-    """Returns the rank, alpha and scale of the adapter of a module or weight with these paths."""
+    """Returns the rank, alpha and scale for a module or weight that is known by these paths."""
     names = [name for path in paths for name in _names(path)]
     rank = first_match(config.rank_pattern, names, config.rank)
     alpha = first_match(config.alpha_pattern, names, config.alpha)
@@ -112,7 +129,7 @@ def _targeted(targets: str | list[str], path: str) -> bool:
 
 
 def _names(path: str) -> list[str]:
-    """The module path, and the one that an older transformers has for it."""
+    """Returns the module path, and its path in older versions of transformers if that differs."""
     return [path, *([OLD_NAMES[path]] if path in OLD_NAMES else [])]
 
 

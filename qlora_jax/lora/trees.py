@@ -1,11 +1,11 @@
-"""LoRA and 4-bit weights on plain trees of arrays, for functions of params that are not modules.
+"""LoRA and 4-bit weights for plain trees of arrays, for models that are functions of params.
 
     adapters = lora.init(key, params, r".*(query|value).*kernel", rank=16)
     loss_fn = lambda adapters, batch: loss(lora.apply(params, adapters), batch)
 
-A leaf [*stack, K, N] is a stack of matrices. `apply` makes arrays as large as the leaves. Where
-weights are in 4 bits, `x @ W + scale * (x @ A) @ B` is computed instead (`LoraLinear`, or the
-adapted modules of `qlora_jax.add_lora` and `qlora_jax.linen`).
+A leaf [*stack, K, N] is a stack of matrices. `apply` returns arrays as large as the leaves. For
+weights in 4 bits, compute `x @ W + scale * (x @ A) @ B` instead of calling `apply` (`LoraLinear`,
+or the adapted modules of `qlora_jax.add_lora` and `qlora_jax.linen`).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from qlora_jax.quant import QTensor, quantize
 from qlora_jax.runtime.errors import UserError
 
 FRESH = ("kaiming-uniform", "gaussian")
-"""Keys of `INITS` that need no weight."""
+"""Keys of `INITS` that draw A without using the weight."""
 
 
 @functools.partial(
@@ -32,13 +32,13 @@ FRESH = ("kaiming-uniform", "gaussian")
 )
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """What is added to a leaf: scale * a @ b. Its leaves, a and b, are what is trained.
+    """The low-rank update scale * a @ b of a leaf; a and b are the trained pytree leaves.
 
     Attributes:
-      a: [*stack, K, r].
-      b: [*stack, r, N].
+      a: A, [*stack, K, r].
+      b: B, [*stack, r, N].
       alpha: the alpha from which `scale` is computed.
-      scale: the factor.
+      scale: factor on the product.
     """
 
     a: jax.Array
@@ -58,28 +58,28 @@ def init(
     init: str = "kaiming-uniform",
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> dict[str, LowRank]:
-    """Makes fresh adapters for leaves of a tree: A drawn at random, B zero.
+    """Returns new adapters for leaves of a tree: A drawn at random, B zero.
 
     Args:
-      key: key of the random numbers.
-      params: a tree of arrays or QTensors.
-      where: which leaves of two axes or more, by their dotted paths.
-      rank: r.
+      key: random key from which each A is drawn.
+      params: tree of arrays or QTensors.
+      where: selection of the leaves by their dotted paths; a leaf needs two axes or more.
+      rank: rank r of A and B.
       alpha: numerator of the scale.
-      scaling: a key of `spec.SCALINGS`.
+      scaling: key of `spec.SCALINGS`.
       init: "kaiming-uniform" or "gaussian".
       dtype: dtype of A and B.
 
     Returns:
-      Adapters by the leaves' paths.
+      Path of each selected leaf to its adapter.
 
     Raises:
-      UserError: `where` matches nothing, or a rank, scaling or init that is not allowed.
+      UserError: `where` matches nothing, or the rank, scaling or init is not allowed.
     """
     if rank < 1 or scaling not in SCALINGS or init not in FRESH:
         raise UserError(
-            f"rank {rank}, scaling {scaling!r}, init {init!r}: give a rank of 1 or more, a scaling "
-            f"of {', '.join(SCALINGS)} and an init of {', '.join(FRESH)}"
+            f"rank {rank}, scaling {scaling!r}, init {init!r}: rank must be 1 or more, "
+            f"scaling one of {', '.join(SCALINGS)}, init one of {', '.join(FRESH)}"
         )
     found = {}
     for path, leaf in chosen(where, _matrices(params), "leaves").items():
@@ -95,28 +95,36 @@ def init(
 
 
 def apply(params: Any, adapters: Mapping[str, LowRank]) -> Any:
-    """Returns the tree with W + scale * A @ B in the place of each adapted leaf W.
+    """Returns the tree with each adapted leaf W replaced by W + scale * A @ B.
 
-    The sum is in float32 and rounded once, to the leaf's dtype.
+    The sum is computed in float32 and rounded once, to the leaf's dtype.
+
+    Args:
+      params: tree of arrays.
+      adapters: path of a leaf to its adapter.
 
     Raises:
-      UserError: an adapter for a leaf that is not there, has another shape or is in 4 bits.
+      UserError: a leaf that has an adapter is missing, has another shape or is in 4 bits.
     """
     known = _matrices(params)
     for path, adapter in adapters.items():
         shape = (*adapter.a.shape[:-1], adapter.b.shape[-1])
         if path not in known:
             raise UserError(
-                f"{path}: has an adapter and is not in the tree; give the adapters of this tree"
+                f"{path}: the tree has no such leaf, but there is an adapter for it; "
+                "give the adapters of this tree"
             )
         if isinstance(known[path], QTensor):
             raise UserError(
-                f"{path}: is in 4 bits, and W + A @ B would be an array of floats; use "
+                f"{path}: is in 4 bits, but W + A @ B would be an array of floats; use "
                 "qlora_jax.matmul(x, w) + scale * (x @ a) @ b, or qlora_jax.linen.apply"
             )
         if tuple(known[path].shape) != shape:
             own = tuple(known[path].shape)
-            raise UserError(f"{path}: is {own}, its adapter is for {shape}; give the tree's own")
+            raise UserError(
+                f"{path}: this leaf has the shape {own}, but its adapter is for {shape}; "
+                "give the adapters of this tree"
+            )
 
     def one(keys: Any, leaf: Any) -> Any:
         adapter = adapters.get(_path(keys))
@@ -130,16 +138,16 @@ def apply(params: Any, adapters: Mapping[str, LowRank]) -> Any:
 
 
 def quantize_tree(params: Any, where: Where, **quantization: Any) -> Any:
-    """Returns the tree with leaves in 4 bits.
+    """Returns the tree with the selected leaves quantized to 4 bits.
 
     Args:
-      params: a tree of arrays.
-      where: which leaves of two axes or more [*stack, K, N], by their dotted paths.
+      params: tree of arrays.
+      where: selection of the leaves [*stack, K, N] by their dotted paths.
       quantization: arguments of `quant.quantize`.
 
     Raises:
-      UserError: `where` matches nothing, or leaves that are in 4 bits already or not finite; an
-        argument that cannot be used.
+      UserError: `where` matches nothing, a selected leaf is in 4 bits already or not finite, or an
+        argument of `quantize` is not allowed.
     """
     found = chosen(where, _matrices(params), "leaves")
     for path, leaf in found.items():
@@ -152,7 +160,7 @@ def quantize_tree(params: Any, where: Where, **quantization: Any) -> Any:
 
 
 def _matrices(params: Any) -> dict[str, Any]:
-    """Returns the leaves of two axes or more by their paths."""
+    """Returns the leaves with two axes or more, by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_q)
     return {_path(keys): leaf for keys, leaf in leaves if getattr(leaf, "ndim", 0) > 1}
 

@@ -1,35 +1,35 @@
-"""The kinds of variable of a linear: which are trained, which are frozen, which are vectors.
+"""The variable classes of a linear; the class says whether a variable is trained or frozen.
 
-A filter such as `nnx.split(model, LoraParam, ...)` takes a model apart by them. The optimizer's
-groups go by them as well.
+A filter such as `nnx.split(model, LoraParam, ...)` splits a model by these classes. They also
+decide the optimizer group of a variable (`groups.GROUPS`).
 """
 
 from flax import nnx
 
 
 class Weight(nnx.Param):
-    """A pretrained weight: an array or a QTensor. Trained by method full only."""
+    """A pretrained weight, an array or a QTensor; only the method "full" trains it."""
 
 
 class Vector(Weight):
-    """A bias, or the weight of a norm; it has no weight decay."""
+    """A bias, or the weight of a norm layer; the optimizer applies no weight decay to it."""
 
 
 class LoraParam(nnx.LoRAParam):
-    """A trained part of an adapter: A, or one of the two kinds below."""
+    """A trained part of an adapter: A, or one of the two subclasses below."""
 
 
 class LoraB(LoraParam):
-    """B, which has a learning rate of its own under LoRA+."""
+    """The matrix B of an adapter; LoRA+ gives it a separate learning rate."""
 
 
 class LoraVector(LoraParam):
-    """A trained vector of an adapter, such as DoRA's magnitude; it has no weight decay."""
+    """A trained vector of an adapter, such as DoRA's magnitude; without weight decay."""
 
 
 class LoraConstant(nnx.Variable):
-    """A part of an adapter that is never trained: it has no gradient and no moments."""
+    """A part of an adapter that is never trained; it has no gradient and no moments."""
 
 
 class LoraScale(nnx.Variable):
-    """The fixed factor of each layer's adapter; 0 where a layer has none."""
+    """The fixed scale of each layer's adapter; 0 for a layer without an adapter."""

@@ -1,4 +1,4 @@
-"""One linear's adapter as plain arrays, whoever made it: a run, a file, or arithmetic."""
+"""Adapters as plain arrays; the common form of adapters from runs, files and arithmetic."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -10,14 +10,14 @@ Array = np.ndarray | jax.Array
 
 
 class LoraWeights(NamedTuple):
-    """An adapter of one linear: x @ W becomes x @ W + scale * (x @ a) @ b.
+    """The adapter of one linear: y = x @ W + scale * (x @ a) @ b.
 
     Attributes:
-      a: [in, r].
-      b: [r, out].
+      a: A, [in, r].
+      b: B, [r, out].
       alpha: the alpha from which `scale` is computed.
-      scale: the factor, a function of alpha and r (`spec.SCALINGS`).
-      magnitude: DoRA's m [out], or None.
+      scale: factor on the product, computed from alpha and r (`spec.SCALINGS`).
+      magnitude: m of DoRA, [out]; None without DoRA.
     """
 
     a: Array
@@ -28,11 +28,12 @@ class LoraWeights(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """Rank r of A and B."""
         return self.a.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(in, out) of the linear."""
+        """Shape of the linear, (in, out)."""
         return self.a.shape[0], self.b.shape[1]
 
 
@@ -41,12 +42,12 @@ LoraSet = Mapping[str, LoraWeights]
 
 
 class Misfit(NamedTuple):
-    """A linear that an adapter has and a model lacks, or has in another shape.
+    """A linear of an adapter that the model lacks, or that has another shape in the model.
 
     Attributes:
-      path: the path of the linear.
-      adapter: (in, out) in the adapter.
-      model: (in, out) in the model; None where the model lacks the linear.
+      path: path of the linear.
+      adapter: shape (in, out) in the adapter.
+      model: shape (in, out) in the model; None if the model lacks the linear.
     """
 
     path: str
@@ -55,11 +56,11 @@ class Misfit(NamedTuple):
 
 
 def misfits(adapters: LoraSet, linears: Mapping[str, tuple[int, int]]) -> Iterator[Misfit]:
-    """Yields what of a set of adapters does not fit a model.
+    """Yields the adapters that do not fit a model.
 
     Args:
-      adapters: the set.
-      linears: the model's module paths to (in, out).
+      adapters: adapters by path.
+      linears: linears of the model, module path to (in, out).
     """
     for path, weights in adapters.items():
         found = linears.get(path)
@@ -69,5 +70,5 @@ def misfits(adapters: LoraSet, linears: Mapping[str, tuple[int, int]]) -> Iterat
 
 
 def largest_rank(adapters: LoraSet) -> int:
-    """Returns the largest rank in a set; 0 if it is empty."""
+    """Returns the largest rank in a set of adapters; 0 if the set is empty."""
     return max((weights.rank for weights in adapters.values()), default=0)

@@ -1,4 +1,4 @@
-"""Choosing parts of a tree or a model by their paths."""
+"""Selects parts of a tree or a model by their paths."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -9,24 +9,24 @@ from qlora_jax.runtime.errors import UserError
 T = TypeVar("T")
 
 Where = str | Sequence[str] | Callable[[str, Any], bool]
-"""A regular expression that matches the whole path, a list of names, or a function of path and
-part. A name is one or more components of a path that follow one another: "query",
-"attn.query"."""
+"""A selection of parts: a regular expression that matches the whole path, a list of names, or a
+function (path, part) that returns bool. A name is one or more consecutive components of a path,
+such as "query" or "attn.query"."""
 
 LISTED = 20
-"""Paths that an error lists, at most."""
+"""Most paths that an error message lists."""
 
 
 def chosen(where: Where, parts: Mapping[str, T], what: str) -> dict[str, T]:
-    """Returns the parts that are asked for, in their order.
+    """Returns the selected parts, in the order of `parts`, and requires at least one.
 
     Args:
-      where: which.
+      where: selection of the parts.
       parts: path to part, such as the module that owns a weight.
-      what: what the parts are, in the plural, for errors.
+      what: plural noun for the parts in error messages, such as "leaves".
 
     Raises:
-      UserError: a malformed expression, or one, or a name, that matches nothing.
+      UserError: the expression is malformed, or the selection or one of its names matches nothing.
     """
     if not callable(where) and not isinstance(where, str):
         for name in where:
@@ -39,10 +39,10 @@ def chosen(where: Where, parts: Mapping[str, T], what: str) -> dict[str, T]:
 
 
 def matching(where: Where, parts: Mapping[str, T]) -> dict[str, T]:
-    """Returns the parts that are asked for, in their order; there may be none.
+    """Returns the selected parts, in the order of `parts`; the result may be empty.
 
     Raises:
-      UserError: a malformed expression.
+      UserError: the expression is malformed.
     """
     if callable(where):
         return {path: part for path, part in parts.items() if where(path, part)}
@@ -67,6 +67,6 @@ def _listed(paths: Collection[str]) -> str:
 
 
 def named(paths: Collection[str]) -> str:
-    """Lists paths for a message: the first `LISTED`, and how many more there are."""
+    """Returns the first `LISTED` paths as text for a message, with the number of the others."""
     more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
     return ", ".join(list(paths)[:LISTED]) + more

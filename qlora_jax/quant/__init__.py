@@ -1,4 +1,4 @@
-"""What a frozen 4-bit weight is."""
+"""Frozen weights in 4 bits: codebooks, quantization and dequantization."""
 
 from qlora_jax.quant.codebooks import CODEBOOKS as CODEBOOKS
 from qlora_jax.quant.codebooks import codebook as codebook

@@ -1,7 +1,11 @@
-"""4-bit data types as data: sixteen non-decreasing values in [-1, 1] each.
+"""The 4-bit data types: a codebook is sixteen non-decreasing values in [-1, 1].
 
-A weight block is divided by its absmax and every element is replaced by the nearest value, so
-a codebook is the whole definition of a data type. To add one, add an entry to `CODEBOOKS`.
+Quantization divides a block of weights by its absmax and replaces each element by the nearest
+value of the codebook, so the sixteen values define the data type completely:
+
+    w' = codebook[code] * absmax,    code = argmin_i |w / absmax - codebook[i]|
+
+To add a data type, add an entry to `CODEBOOKS`.
 """
 
 import functools
@@ -30,7 +34,7 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-"""The table that bitsandbytes ships; `derive_nf4` computes it."""
+"""NormalFloat, as in bitsandbytes and in QLoRA, appendix E; `derive_nf4` computes these values."""
 
 AF4_BLOCK64 = (
     -1.0,
@@ -50,15 +54,23 @@ AF4_BLOCK64 = (
     0.72424863,
     1.0,
 )
-"""AbnormalFloat for blocks of 64 (arXiv 2306.06965): least expected absolute error."""
+"""AbnormalFloat for blocks of 64 (arXiv 2306.06965): it minimizes the expected absolute error."""
 
 
 def derive_nf4(offset: float = 0.9677083) -> np.ndarray:
-    """NF4 from the normal distribution's quantiles (QLoRA, section 3).
+    """Computes NF4 from the quantiles of the normal distribution (QLoRA, section 3).
 
-    Eight quantiles at probabilities evenly spaced from 1/2 to `offset` make the positive side,
-    seven the negative side, zero is exact and the largest becomes 1. The published table uses
-    this asymmetric form and this offset, (1 - 1/32 + 1 - 1/30) / 2, in place of equation 4.
+    With Q the quantile function of N(0, 1), and before the division by the largest value:
+
+        positive values:  Q(offset - i * (offset - 1/2) / 8),   i = 0 ... 7
+        zero:             0, which is exact
+        negative values: -Q(offset - i * (offset - 1/2) / 7),   i = 0 ... 6
+
+    Equation 4 of the paper, q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2, is not used:
+    it does not give the published table. These formulas do.
+
+    Args:
+      offset: largest probability; the published table uses (1 - 1/32 + 1 - 1/30) / 2.
 
     Returns:
       float32[16], ascending; within 1e-6 of `NF4`.
@@ -72,10 +84,11 @@ def derive_nf4(offset: float = 0.9677083) -> np.ndarray:
 
 @functools.cache
 def lloyd_max(block_size: int) -> tuple[float, ...]:
-    """The codebook of least mean squared error for normal weights in blocks of `block_size`.
+    """Returns the codebook of least mean squared error for normal weights.
 
-    Lloyd-Max iteration on the distribution of t = x/absmax, weighted by absmax² since an error
-    in t is multiplied by absmax when it returns to x. The values -1, 0 and 1 stay where they are.
+    Runs the Lloyd-Max iteration on the distribution of t = x / absmax in blocks of `block_size`.
+    The distribution is weighted by absmax², because dequantization multiplies an error in t by
+    absmax. The values -1, 0 and 1 are fixed.
 
     Returns:
       16 floats, ascending: seven negative, 0, eight positive.
@@ -97,7 +110,7 @@ def lloyd_max(block_size: int) -> tuple[float, ...]:
 
 
 def _scaled_error_density(t: np.ndarray, block_size: int) -> np.ndarray:
-    """absmax²-weighted density of x/absmax at `t`, elements at the maximum itself left out."""
+    """Returns the density of x / absmax at `t`, weighted by absmax², without x = ±absmax."""
     normal = NormalDist()
     m = np.linspace(0.01, 7.0, 1400)
     inside = np.array([2 * normal.cdf(v) - 1 for v in m])
@@ -119,21 +132,25 @@ CODEBOOKS: Mapping[str, Callable[[int], tuple[float, ...]]] = {
     "af4": lambda block_size: AF4_BLOCK64,
     "lloyd": lloyd_max,
 }
-"""Name to sixteen values, as a function of the block size (only `lloyd` depends on it).
+"""Name to a function from the block size to sixteen values; only `lloyd` depends on the size.
 
-fp4_bnb is bitsandbytes' FP4, which is not E2M1; both FP4s and E3M0 carry two zeros, and int4's
-spare code repeats 1.
+`fp4_bnb` is bitsandbytes' FP4, which differs from E2M1. The three FP4 codebooks contain zero twice.
+int4 has fifteen values, so its sixteenth code repeats 1.
 """
 
 
 def codebook(name: str, block_size: int = 64) -> np.ndarray:
-    """The sixteen values of a named data type.
+    """Returns the sixteen values of a named data type.
+
+    Args:
+      name: a key of `CODEBOOKS`.
+      block_size: weights per block, for a codebook that depends on it.
 
     Returns:
       float32[16], non-decreasing.
 
     Raises:
-      UserError: unknown name.
+      UserError: the name is unknown.
     """
     if name not in CODEBOOKS:
         raise UserError(f"codebook {name!r} is not known; known: {', '.join(CODEBOOKS)}")

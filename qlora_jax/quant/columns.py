@@ -1,4 +1,4 @@
-"""Some columns of a 4-bit matrix, taken without decoding the others: rows of an embedding."""
+"""Selects columns of a 4-bit matrix without decoding the others, for rows of an embedding."""
 
 import dataclasses
 
@@ -9,19 +9,19 @@ from qlora_jax.quant.qtensor import QTensor
 
 
 def columns(q: QTensor, index: jax.Array) -> QTensor:
-    """Takes columns out of one matrix; they decode to what they decode to in the whole.
+    """Returns some columns of a matrix; they decode to the same values as in the whole matrix.
 
     Args:
       q: one matrix [K, N].
-      index: int[m], from 0 to N - 1.
+      index: column numbers from 0 to N - 1, int[m].
 
     Returns:
-      [K, m].
+      The columns, [K, m].
     """
     blocks = q.scales.shape[0]
     nested, nested_block = q.nested, q.nested_block
     if nested is not None:
-        # the scales of a block of scales may be those of several columns: one for each scale
+        # One nested scale may serve scales of several columns, so give each scale a copy.
         place = index[:, None] * blocks + jnp.arange(blocks)
         nested, nested_block = nested[place.reshape(-1) // nested_block], 1
     return dataclasses.replace(

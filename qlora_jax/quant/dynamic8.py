@@ -1,7 +1,7 @@
-"""Arrays in 8 bits a value: bitsandbytes' block-wise dynamic quantization (arXiv 2110.02861).
+"""Arrays in 8 bits per value: bitsandbytes' block-wise dynamic quantization (arXiv 2110.02861).
 
-An array is cut, in the order of its memory, into blocks of 256. A block keeps its absmax in
-float32 and, of each value, the nearest of 256 values that are dense at zero and at absmax.
+The array is cut, in memory order, into blocks of 256. Each block stores its absmax in float32, and
+each value x of the block stores the index of the entry of `dynamic_map` nearest to x / absmax.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ BLOCK = 256
 )
 @dataclasses.dataclass(frozen=True)
 class Dynamic8:
-    """An array in 8 bits a value and 32 bits a block.
+    """An array stored in 8 bits per value and 32 bits per block.
 
-    In the order of memory, value i = map[codes[i]] * absmax[i // 256], in float32.
+    In memory order, value i = map[codes[i]] * absmax[i // 256], in float32.
 
     Attributes:
-      codes: uint8, of the array's shape; indices into the map.
-      absmax: float32[ceil(size / 256)]; the last block may be short.
-      signed: which map, see `dynamic_map`.
+      codes: indices into the map, uint8 of the array's shape.
+      absmax: absmax of each block, float32[ceil(size / 256)]; the last block may be short.
+      signed: selects the map, see `dynamic_map`.
     """
 
     codes: jax.Array
@@ -35,11 +35,11 @@ class Dynamic8:
 
 
 def encode8(x: jax.Array, signed: bool = True) -> Dynamic8:
-    """Rounds an array to 8 bits a value, block by block.
+    """Rounds an array to 8 bits per value, block by block.
 
     Args:
-      x: float32 of any shape, finite; non-negative unless `signed`.
-      signed: which map, see `dynamic_map`.
+      x: finite float32 array of any shape; non-negative unless `signed`.
+      signed: selects the map, see `dynamic_map`.
     """
     scaled, absmax = scale_to_one(blocks(x.reshape(-1), BLOCK))
     codes = nearest(scaled, signed).reshape(-1)[: x.size]
@@ -47,21 +47,22 @@ def encode8(x: jax.Array, signed: bool = True) -> Dynamic8:
 
 
 def decode8(q: Dynamic8) -> jax.Array:
-    """The array that `encode8` stored, float32 of its shape."""
+    """Returns the decoded array, float32 of the original shape."""
     scales = jnp.repeat(q.absmax, BLOCK)[: q.codes.size].reshape(q.codes.shape)
     return jnp.asarray(dynamic_map(q.signed))[q.codes] * scales
 
 
 @functools.cache
 def dynamic_map(signed: bool = True) -> np.ndarray:
-    """bitsandbytes' 8-bit dynamic data type (arXiv 1511.04561).
+    """Returns bitsandbytes' 8-bit dynamic data type (arXiv 1511.04561).
 
-    Decade i of seven, which end at 1e-6 to 1, holds 2**i values of each sign (unsigned: 2**(i+1)
-    values) at the middle of evenly spaced steps between 0.1 and 1 of its end; 0 and 1 complete
-    the 256.
+    There are seven decades, i = 0 to 6. Decade i divides the range from 0.1 * 10**(i-6) to
+    10**(i-6) into n equal steps, and its values are the middles of the steps. With signs, n = 2**i
+    and each value exists with both signs; without, n = 2**(i+1). The values 0 and 1 complete the
+    256.
 
     Args:
-      signed: for values of both signs, or for those that are never negative.
+      signed: True for values of both signs; False for values that are never negative.
 
     Returns:
       float32[256], ascending.
@@ -75,16 +76,16 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
 
 
 def nearest(x: jax.Array, signed: bool = True) -> jax.Array:
-    """Indices of the map's values nearest to x; of two that are equally near, the lower one.
+    """Returns the indices of the map's values nearest to x; a tie goes to the lower index.
 
     The middle between two values is rounded to float32, as in bitsandbytes.
 
     Args:
-      x: float32, any shape.
-      signed: which map, see `dynamic_map`.
+      x: float32 array of any shape.
+      signed: selects the map, see `dynamic_map`.
 
     Returns:
-      uint8 of the shape of x.
+      Indices, uint8 of the shape of x.
     """
     first, middle = (jnp.asarray(table) for table in _search_tables(signed))
     index = first[jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16]
@@ -92,22 +93,22 @@ def nearest(x: jax.Array, signed: bool = True) -> jax.Array:
 
 
 def scale_to_one(blocked: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Blocks [..., n, size] divided by their absmax, and that, float32[..., n]."""
+    """Returns blocks [..., n, size] divided by their absmax, and the absmax, float32[..., n]."""
     absmax = jnp.max(jnp.abs(blocked), axis=-1)
-    # A reciprocal first, as in bitsandbytes; that of a smaller number than tiny is infinite.
+    # bitsandbytes multiplies by the reciprocal. Below tiny the reciprocal would be infinite.
     return blocked * (1.0 / jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny))[..., None], absmax
 
 
 def blocks(flat: jax.Array, size: int) -> jax.Array:
-    """The last axis cut into blocks, [..., ceil(n / size), size]; zeros fill the last one."""
+    """Cuts the last axis into blocks, [..., ceil(n / size), size]; zeros fill the last block."""
     pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % size)]
     return jnp.pad(flat, pad).reshape(*flat.shape[:-1], -1, size)
 
 
 @functools.cache
 def _search_tables(signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    # A float's upper 16 bits leave at most one middle between two values of the map that it may
-    # be above or below: one look-up and one comparison, where a binary search takes eight.
+    # The upper 16 bits of a float leave at most one middle (between two neighbours of the map)
+    # undecided. So one look-up and one comparison replace the eight of a binary search.
     values = dynamic_map(signed)
     middle = (values[1:] + values[:-1]) / 2
     upper = np.arange(2**16, dtype=np.uint32) << 16
@@ -116,8 +117,8 @@ def _search_tables(signed: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _even_edges(steps: int) -> np.ndarray:
-    # float32 counted from the nearer end, each product and sum rounded once: the last bits of
-    # the map follow from it.
+    # Each edge is computed from the nearer end, and each product and sum is rounded once. The last
+    # bits of the map depend on this.
     low, high = np.float32(0.1), np.float32(1)
     step, i = np.float64((high - low) / np.float32(steps)), np.arange(steps + 1)
     edges = np.where(2 * i < steps + 1, low + step * i, high - step * (steps - i))

@@ -1,4 +1,4 @@
-"""What 4 bits cost a weight: its error, how its codes are used, and whether it is normal."""
+"""Measures a 4-bit weight: quantization error, use of the codes, normality of the values."""
 
 import dataclasses
 import math
@@ -13,16 +13,16 @@ from qlora_jax.runtime.errors import UserError
 
 CODES = 16
 FEWEST, MOST = 3, 5000
-"""Values that a Shapiro-Wilk test needs, and those up to which its p-values hold (Royston 1995)."""
+"""Fewest values that a Shapiro-Wilk test needs, and most for which p-values hold (Royston 1995)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationError:
-    """How far decoded values are from the originals.
+    """Difference between the original values w and the decoded values w'.
 
     Attributes:
       mse: mean of (w - w')².
-      relative_mse: sum of (w - w')² over sum of w²; 0 for a weight of zeros.
+      relative_mse: sum of (w - w')² divided by sum of w²; 0 if all w are 0.
       largest: max |w - w'|.
     """
 
@@ -32,18 +32,19 @@ class QuantizationError:
 
 
 def quantization_error(weight: Any, q: QTensor) -> QuantizationError:
-    """Compares a weight with what its codes decode to, in float32.
+    """Compares a weight with its decoded 4-bit form, in float32.
 
     Args:
-      weight: float[..., K, N], what `q` was made of.
-      q: its quantized form.
+      weight: original weight, float[..., K, N].
+      q: quantized form of `weight`.
 
     Raises:
-      UserError: another shape.
+      UserError: the shapes differ.
     """
     if tuple(weight.shape) != q.shape:
         raise UserError(
-            f"weight: {list(weight.shape)} is not the shape {list(q.shape)} of its codes"
+            f"weight has the shape {list(weight.shape)}, but q has {list(q.shape)}; "
+            "give the weight that q was made from"
         )
     squares, energy, largest = map(float, _sums(jnp.asarray(weight), q))
     relative = squares / energy if energy else 0.0
@@ -51,7 +52,7 @@ def quantization_error(weight: Any, q: QTensor) -> QuantizationError:
 
 
 def code_counts(q: QTensor) -> np.ndarray:
-    """How often each code is used, int64[16]; rows of padding are not counted."""
+    """Counts how often each code occurs, int64[16]; rows of padding are not counted."""
     codes = np.asarray(q.codes)
     *lead, rows, n = codes.shape
     grouped = codes.reshape(*lead, -1, 32, n)
@@ -60,10 +61,10 @@ def code_counts(q: QTensor) -> np.ndarray:
 
 
 def entropy(counts: Any) -> float:
-    """Bits per code, -Σ p log2 p: 4 where all sixteen are used alike.
+    """Returns the entropy in bits per code, -Σ p log2 p; 4 if all 16 codes are equally frequent.
 
     Args:
-      counts: int[n], at least one above zero.
+      counts: occurrences of each code, int[n]; at least one is above zero.
     """
     counts = np.asarray(counts, np.float64)
     p = counts[counts > 0] / counts.sum()
@@ -71,19 +72,20 @@ def entropy(counts: Any) -> float:
 
 
 def normality_rejected(weight: Any, block_size: int | None = None, level: float = 0.05) -> float:
-    """Share of output units, or of their blocks, that a Shapiro-Wilk test finds not to be normal.
+    """Returns the share of columns, or of blocks, for which a Shapiro-Wilk test rejects normality.
 
-    Of truly normal values it finds `level`. QLoRA (appendix F) reports 7.5% of the units of LLaMA
-    7B at 5%.
+    If all values are normal, the expected share is `level`. QLoRA (appendix F) reports 7.5% of the
+    hidden units of LLaMA 7B at a level of 5%.
 
     Args:
-      weight: float[K, N]; a unit is a column.
-      block_size: consecutive values of a column that are tested together; what is left over at its
-        end is not. None takes the column, or of a longer one 5,000 values evenly apart.
-      level: of significance.
+      weight: weight, float[K, N]; a column holds the weights of one hidden unit.
+      block_size: consecutive values of a column that are tested together; values after the last
+        whole block are not tested. None tests whole columns; of a column longer than 5,000 it takes
+        5,000 evenly spaced values.
+      level: significance level of the test.
 
     Raises:
-      UserError: fewer than three values to test.
+      UserError: there are fewer than three values per test.
     """
     from scipy import stats
 
@@ -97,7 +99,7 @@ def normality_rejected(weight: Any, block_size: int | None = None, level: float 
         values = values[:, np.linspace(0, values.shape[1] - 1, MOST).astype(int)]
     spread = values.max(1) > values.min(1)
     rejected = [stats.shapiro(row).pvalue < level for row in values[spread]]
-    # equal values are as far from normal as can be, and have no statistic
+    # the statistic is undefined for equal values; they are not normal, so they count as rejected
     return (sum(rejected) + int((~spread).sum())) / len(values)
 
 
@@ -105,6 +107,6 @@ def normality_rejected(weight: Any, block_size: int | None = None, level: float 
 def _sums(weight: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
     wide = weight.astype(jnp.float32)
     difference = wide - dequantize(q)
-    # in two stages, so that rounding does not grow with the number of values
+    # a sum in two stages, so that its rounding error does not grow with the number of values
     squares, energy = ((x**2).sum(axis=-2).sum() for x in (difference, wide))
     return squares, energy, jnp.abs(difference).max()

@@ -1,4 +1,4 @@
-"""A frozen weight in 4 bits, as a pytree, and the two functions between it and floats."""
+"""A frozen weight in 4 bits as a pytree, and the functions `quantize` and `dequantize`."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from qlora_jax.quant.scales import DOUBLE, PLAIN, SCALES, StoredScales
 from qlora_jax.runtime.errors import UserError
 
 GROUP = 64
-"""Rows of W whose codes are packed together."""
+"""Rows of W that are packed together: byte i holds the codes of rows i and i + 32."""
 
 BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 
@@ -30,24 +30,29 @@ BLOCK_SIZES = tuple(2**i for i in range(5, 13))
 class QTensor:
     """A stack of matrices W[K, N] in 4 bits; K = in_features is the contraction axis.
 
-    W[k, n] = codebook[code(k, n)] * scale[k // block_size, n], in float32.
+    Decoding (QLoRA, equations 2 and 6), in float32:
+
+        W[k, n] = codebook[code[k, n]] * scale[b, n],    b = k // block_size
+
+    Without double quantization scale = scales, the absmax of the block. With it
+    scale[b, n] = map[scales[b, n]] * nested[(n*nb + b) // nested_block] + offset, where `map` is
+    the 8-bit dynamic map (`dynamic8.dynamic_map`).
 
     Invariants, with Kp = K rounded up to a multiple of 64 and nb = ceil(K / block_size):
-      * Byte row g*32 + i of `codes` holds element g*64 + i in its low nibble and element
-        g*64 + 32 + i in its high nibble. Rows beyond K hold the code of zero.
+
+      * Byte row `g*32 + i` of `codes` holds element `g*64 + i` in its low nibble and element
+        `g*64 + 32 + i` in its high nibble. Rows beyond K hold the code of zero.
       * `codebook` is non-decreasing within [-1, 1]; a code is an index into it.
-      * The dtype of `scales` names how they are stored (`scales.SCALES`). In float32 they are the
-        blocks' absmax. In uint8 (double quantization) they are indices into the 8-bit dynamic map:
-        scale = map[scales] * nested[(n*nb + b) // nested_block] + offset.
-      * Leading axes (layers) are the same on every leaf. They are never static, so that a stack
-        can be scanned or vmapped over.
+      * The dtype of `scales` names their storage format (`scales.SCALES`).
+      * All leaves have the same leading axes (layers). These axes are never static, so `scan` and
+        `vmap` can run over a stack.
 
     Attributes:
-      codes: uint8[..., Kp/2, N].
-      scales: float32[..., nb, N], or uint8 likewise with double quantization.
-      nested: float32[..., ceil(nb*N / nested_block)], or None.
-      offset: float32[...], or None.
-      codebook: float32[..., 16].
+      codes: packed codes, uint8[..., Kp/2, N].
+      scales: stored scales, float32[..., nb, N]; uint8[..., nb, N] with double quantization.
+      nested: scales of the scales, float32[..., ceil(nb*N / nested_block)]; or None.
+      offset: mean of the scales, float32[...]; or None.
+      codebook: values of the 16 codes, float32[..., 16].
       in_features: K.
       block_size: weights per scale along K, a power of two from 32 to 4096.
       nested_block: scales per nested scale.
@@ -64,20 +69,22 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight this stands for, [..., K, N]."""
+        """Shape of the decoded weight, [..., K, N]."""
         return (*self.codes.shape[:-2], self.in_features, self.codes.shape[-1])
 
     @property
     def ndim(self) -> int:
+        """Number of axes of the decoded weight."""
         return self.codes.ndim
 
     @property
     def dtype(self) -> jnp.dtype:
-        """float32: the dtype in which values are decoded before they are rounded."""
+        """Dtype of the decoding arithmetic, float32; the decoded values are rounded afterwards."""
         return jnp.dtype(jnp.float32)
 
     @property
     def double_quant(self) -> bool:
+        """Whether the scales are stored in 8 bits."""
         return self.nested is not None
 
     @property
@@ -111,21 +118,26 @@ def quantize(
 ) -> QTensor:
     """Rounds a weight to 4 bits, block by block along its contraction axis.
 
-    Where K is a multiple of `block_size` the blocks, codes and scales are those of bitsandbytes'
-    CPU build bit for bit (its weight is the transpose, [out, in]).
+    For block b of column n (QLoRA, section 2, equation 1 with a codebook in place of integers):
+
+        absmax[b, n] = max |w[k, n]| over the rows k of block b
+        code[k, n]   = index of the codebook value nearest to w[k, n] / absmax[b, n]
+
+    If K is a multiple of `block_size`, the blocks, codes and scales equal those of bitsandbytes'
+    CPU build bit for bit. (In bitsandbytes the weight is the transpose, [out, in].)
 
     Args:
-      w: float32, bfloat16 or float16 [..., K, N], any leading axes.
+      w: weight, float32, bfloat16 or float16 [..., K, N], with any leading axes.
       codebook: a name in `CODEBOOKS`, or sixteen non-decreasing values.
       block_size: weights per scale.
-      double_quant: store the scales in 8 bits.
-      nested_block: scales per scale of scales.
-      name: what to call the weight in an error.
+      double_quant: True stores the scales in 8 bits (`double_quant`).
+      nested_block: scales per nested scale.
+      name: name of the weight for error messages.
 
     Raises:
-      UserError: block size that is not allowed, a codebook that is unknown or not sixteen
-        non-decreasing values, dtype that is not a float, or
-        NaN or Inf in the weight (not checked under jit).
+      UserError: the block size is not allowed; the codebook is unknown or is not sixteen
+        non-decreasing values; the dtype is not a float; or the weight holds NaN or Inf (not checked
+        under jit).
     """
     check_block_size(block_size)
     if nested_block < 1:
@@ -147,14 +159,14 @@ def quantize(
 
 
 def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """The weight as floats: codebook * scale in float32, rounded once.
+    """Decodes a weight: codebook[code] * scale in float32, rounded once to `dtype`.
 
     Returns:
-      dtype[..., K, N].
+      The weight, dtype[..., K, N].
     """
     *lead, rows, n = q.codes.shape
-    # One elementwise expression for both halves of a group: a concatenation of two would keep
-    # XLA:CPU from vectorizing it.
+    # Both halves of a group are one elementwise expression, because XLA:CPU does not vectorize a
+    # concatenation of two.
     grouped = q.codes.reshape(*lead, -1, 1, GROUP // 2, n)
     high = jnp.arange(2)[:, None, None] == 1
     values = look_up_codes(jnp.where(high, grouped >> 4, grouped & 15), q.codebook)
@@ -163,32 +175,33 @@ def dequantize(q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Arr
 
 
 def block_scales(q: QTensor) -> jax.Array:
-    """The absmax of every block, float32[..., nb, N]."""
+    """Returns the decoded scale (absmax) of every block, float32[..., nb, N]."""
     stored = StoredScales(q.scales, q.nested, q.offset)
     return SCALES[q.scales.dtype.name].decode(stored, q.nested_block)
 
 
 def to_float32(weight: jax.Array | QTensor) -> jax.Array:
-    """Returns a weight in float32, decoded if it is in 4 bits."""
+    """Returns a weight in float32; a QTensor is decoded."""
     return dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
 
 
 def with_plain_scales(x: Any) -> Any:
-    """A QTensor of the same values whose scales need no decoding; anything else as it is."""
+    """Returns a QTensor with its scales decoded to float32, and any other object unchanged."""
     if not isinstance(x, QTensor):
         return x
     return dataclasses.replace(x, scales=block_scales(x), nested=None, offset=None)
 
 
 def group_scales(scales: jax.Array, q: QTensor) -> jax.Array:
-    """Block scales to multiply with values [..., group, half, row, n].
+    """Reshapes block scales so that they multiply values [..., group, half, row, n].
 
     Args:
-      scales: float32[..., nb, N], of `block_scales`.
-      q: whose scales they are.
+      scales: result of `block_scales`, float32[..., nb, N].
+      q: the QTensor that the scales belong to.
 
     Returns:
-      float32[..., Kp/64, 1 or 2, 1, N]: one for a whole group, or one for each half.
+      float32[..., Kp/64, 1 or 2, 1, N]: one scale per group of 64 rows, or one per half of a group
+      if the block size is 32.
     """
     *lead, _, n = scales.shape
     groups = q.codes.shape[-2] // (GROUP // 2)
@@ -199,37 +212,37 @@ def group_scales(scales: jax.Array, q: QTensor) -> jax.Array:
 
 
 def look_up_codes(indices: jax.Array, codebook: jax.Array) -> jax.Array:
-    """codebook[..., indices].
+    """Returns codebook[..., indices].
 
-    On a CPU it is a tree of selections, which vectorizes where a lookup does not; on a GPU the
-    lookups are quicker.
+    On a CPU this is a tree of selections, because XLA:CPU vectorizes selections but not look-ups.
+    On a GPU look-ups are faster.
 
     Args:
-      indices: uint8, below 16, with the codebook's leading axes.
-      codebook: float32[..., 16].
+      indices: codes below 16, uint8 with the codebook's leading axes.
+      codebook: values of the codes, float32[..., 16].
 
     Returns:
-      float32 of the shape of `indices`.
+      Values, float32 of the shape of `indices`.
     """
     return jax.lax.platform_dependent(indices, codebook, cpu=selected, default=_looked_up)
 
 
 def selected(indices: jax.Array, codebook: jax.Array, shift: int = 0) -> jax.Array:
-    """codebook[..., indices >> shift & 15], by selections alone.
+    """Returns codebook[..., indices >> shift & 15], computed by selections only.
 
     Args:
-      indices: of any integer dtype, with the codebook's leading axes.
-      codebook: float32[..., 16].
-      shift: the lowest of the four bits.
+      indices: integers that hold the codes, with the codebook's leading axes.
+      codebook: values of the codes, float32[..., 16].
+      shift: position of the lowest of a code's four bits.
 
     Returns:
-      float32 of the shape of `indices`.
+      Values, float32 of the shape of `indices`.
     """
     axes = (*codebook.shape[:-1], *[1] * (indices.ndim - codebook.ndim + 1))
     values = [codebook[..., i].reshape(axes) for i in range(16)]
     for bit in range(shift, shift + 4):
-        # Not `!= 0`: XLA of jax 0.10 gives a constant of many uses to the loop as an argument, and
-        # the compiler then does not know that this tests one bit.
+        # Do not write `!= 0`: XLA of jax 0.10 passes a constant with many uses to the loop as an
+        # argument, and then the compiler does not see that this tests one bit.
         is_set = indices & (1 << bit) > (1 << bit) - 1
         values = [jnp.where(is_set, b, a) for a, b in zip(values[::2], values[1::2])]
     return values[0]
@@ -243,23 +256,31 @@ def _looked_up(indices: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def nbytes(tree: object) -> int:
-    """Bytes held by the arrays of a pytree (arrays or their abstract shapes)."""
+    """Returns the bytes of a pytree's arrays (or of their abstract shapes)."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def bits_per_parameter(q: QTensor) -> float:
-    """Storage of the weight in bits per element, scales and codebook included."""
+    """Returns the storage of a weight in bits per element, including scales and codebook."""
     return 8 * nbytes(q) / math.prod(q.shape)
 
 
 def check_codebook(values: np.ndarray) -> None:
-    """Raises UserError unless `values` are sixteen non-decreasing numbers within [-1, 1]."""
+    """Checks that `values` are sixteen non-decreasing numbers within [-1, 1].
+
+    Raises:
+      UserError: they are not.
+    """
     if values.shape != (16,) or not np.all(np.diff(values) >= 0) or np.abs(values).max() > 1:
         raise UserError("codebook: give sixteen non-decreasing values from -1 to 1")
 
 
 def check_block_size(block_size: int) -> None:
-    """Raises UserError unless `block_size` is a power of two from 32 to 4096."""
+    """Checks that `block_size` is a power of two from 32 to 4096.
+
+    Raises:
+      UserError: it is not.
+    """
     if block_size not in BLOCK_SIZES:
         allowed = ", ".join(map(str, BLOCK_SIZES))
         raise UserError(f"block_size {block_size} is not allowed; allowed: {allowed}")
@@ -277,12 +298,12 @@ def _quantize(
     # bitsandbytes multiplies full blocks by the reciprocal and divides a short last one.
     scaled = x * (1.0 / safe)
     if k % block_size:
-        # A divisor that is a broadcast would be turned into a product with its reciprocal; one that
-        # depends on x is divided by. Zero stays zero either way.
+        # XLA turns a division by a broadcast array into a product with the reciprocal. A divisor
+        # that depends on x prevents this. Zero stays zero in both cases.
         divided = x / jnp.where(x == 0, 1.0, safe)
         scaled = jnp.where(jnp.arange(nb)[:, None, None] == nb - 1, divided, scaled)
-    # XLA:CPU flushes subnormals to zero; a positive weight must stay above a midpoint at zero,
-    # which codebooks with two zeros have.
+    # XLA:CPU flushes subnormals to zero. In a codebook with two zeros one midpoint is zero, and a
+    # positive weight must stay above it.
     positive = jax.lax.bitcast_convert_type(x, jnp.int32) > 0
     scaled = jnp.where(positive, jnp.maximum(scaled, jnp.finfo(jnp.float32).tiny), scaled)
     scaled = scaled.reshape(*lead, nb * block_size, n)
@@ -297,7 +318,7 @@ def _quantize(
     stored = SCALES[DOUBLE if double_quant else PLAIN].encode(absmax, nested_block)
     books = jnp.broadcast_to(codebook, (*lead, 16))
     q = QTensor(codes, *stored, books, k, block_size, nested_block)
-    # not by absmax: XLA:CPU's max may leave NaN out
+    # absmax cannot replace this check: max on XLA:CPU may ignore NaN
     return q, jnp.isfinite(w).all()
 
 

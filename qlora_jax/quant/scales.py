@@ -1,7 +1,7 @@
-"""How the absmax of a weight's blocks is stored: one entry for each format.
+"""The storage formats of block scales (the absmax of each block).
 
-The dtype of `QTensor.scales` names the format. The quantizer, the decoder and the kernels read this
-table, so to add a format is to add an entry: what it stores, and how that is read back.
+The dtype of `QTensor.scales` names the format. The quantizer, the decoder and the kernels read the
+table `SCALES`. To add a format, add an entry with its encoder and its decoder.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +16,9 @@ class StoredScales(NamedTuple):
     """Block scales as a `QTensor` holds them.
 
     Attributes:
-      scales: [..., nb, N] in the format's dtype.
-      nested: float32[..., ceil(nb*N / nested_block)], scales of `scales`; or None.
-      offset: float32[...], added to every scale; or None.
+      scales: stored scales, [..., nb, N] in the format's dtype.
+      nested: scales of `scales`, float32[..., ceil(nb*N / nested_block)]; or None.
+      offset: number added to every scale, float32[...]; or None.
     """
 
     scales: jax.Array
@@ -30,8 +30,8 @@ class ScaleFormat(NamedTuple):
     """One way to store block scales.
 
     Attributes:
-      encode: (absmax float32[..., nb, N], nested_block) to what is stored.
-      decode: (what is stored, nested_block) to float32[..., nb, N].
+      encode: function of (absmax float32[..., nb, N], nested_block) that returns StoredScales.
+      decode: function of (StoredScales, nested_block) that returns absmax, float32[..., nb, N].
     """
 
     encode: Callable[[jax.Array, int], StoredScales]
@@ -53,6 +53,6 @@ SCALES: Mapping[str, ScaleFormat] = {
         _decode_double,
     ),
 }
-"""Dtype of `QTensor.scales` to its format: absmax as it is, and double quantization."""
+"""Dtype of `QTensor.scales` to its format: float32 is absmax, uint8 is double quantization."""
 
 PLAIN, DOUBLE = "float32", "uint8"

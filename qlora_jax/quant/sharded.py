@@ -1,7 +1,7 @@
-"""A weight of which every device of a mesh holds a part; it is whole while a product uses it.
+"""A weight that is sharded over the devices of a mesh and gathered for each product.
 
-Inside `jax.shard_map` a program sees its own device's parts alone. The parts of a 4-bit weight are
-parts of its codes and scales, so what moves between devices is 4 bits a weight.
+Inside `jax.shard_map` a program sees only the shards of its own device. A shard of a 4-bit weight
+consists of codes and scales, so devices exchange 4 bits per weight.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from qlora_jax.runtime.mesh import FSDP
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """An array or a QTensor in parts, one on each device along the mesh axis `FSDP`.
+    """An array or a QTensor in shards, one on each device along the mesh axis `FSDP`.
 
     Attributes:
-      part: this device's part.
-      axes: for each leaf of `part`, the axis that is split, counted from the last, which is -1;
-        None where every device has all of it.
+      part: shard of this device.
+      axes: split axis of each leaf of `part`, as a negative number (-1 is the last axis); None if
+        every device holds the whole leaf.
     """
 
     part: jax.Array | QTensor
@@ -36,7 +36,7 @@ class Sharded:
         size = jax.lax.axis_size(FSDP)
         shape = list(self.part.shape)
         if isinstance(self.part, QTensor):
-            # of the codes; K is known without them
+            # axes[0] is the split axis of the codes; in_features is already the whole K
             shape[-1] *= size if self.axes[0] == -1 else 1
         elif self.axes[0] is not None:
             shape[self.axes[0]] *= size
@@ -44,22 +44,24 @@ class Sharded:
 
     @property
     def ndim(self) -> int:
+        """Number of axes of the whole weight."""
         return self.part.ndim
 
     def whole(self) -> Any:
-        """Gathers the weight from all devices: an array or a QTensor, bit for bit what was split.
+        """Gathers the shards of all devices into the original array or QTensor, bit for bit.
 
-        Its transpose, for gradients, adds up what the devices have and leaves each its part.
+        The transpose of this operation, used for gradients, sums over the devices and leaves each
+        device its shard.
         """
         leaves, tree = jax.tree.flatten(self.part)
         return jax.tree.unflatten(tree, map(_gathered, leaves, self.axes))
 
     def part_of(self, whole: jax.Array, dtype: jax.typing.DTypeLike) -> "Sharded":
-        """Adds up all devices' arrays of the whole's shape, and keeps this device's part.
+        """Sums the arrays of all devices, and returns this device's shard of the sum.
 
         Args:
-          whole: this device's array.
-          dtype: dtype of the result, to which the sum is rounded.
+          whole: this device's array, of the shape of the whole weight.
+          dtype: dtype of the result; the sum is rounded to it.
         """
         (axis,) = self.axes
         if axis is None:
@@ -72,20 +74,20 @@ class Sharded:
 
 
 def whole(x: Any) -> Any:
-    """Returns a weight gathered from all devices; anything but a `Sharded` as it is."""
+    """Returns a `Sharded` weight gathered from all devices, and any other object unchanged."""
     return x.whole() if isinstance(x, Sharded) else x
 
 
 def looked_up(table: jax.Array | Sharded, index: jax.Array, axis: int = 0) -> jax.Array:
     """Returns vectors of a table, [..., D].
 
-    Of a table whose vectors are split, each device reads its part of the vectors of all devices,
-    which then go to the device that asked: the table does not move.
+    If the table is sharded along D, the table does not move. Each device reads its part of the
+    vectors that all devices need, and sends each part to the device that needs the vector.
 
     Args:
-      table: [vectors, D], or [D, vectors] with axis 1.
-      index: integers [B, ...]; [B] with axis 1.
-      axis: which axis of the table counts the vectors.
+      table: [vectors, D]; or [D, vectors] if `axis` is 1.
+      index: numbers of the vectors, integers [B, ...]; [B] if `axis` is 1.
+      axis: axis of the table along which the vectors are numbered, 0 or 1.
     """
     if not isinstance(table, Sharded):
         return table[:, index].T if axis else table[index]

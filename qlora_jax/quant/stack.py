@@ -1,8 +1,8 @@
-"""One matrix of a stack, by its place: nothing is cut out of the stack until someone needs it.
+"""One matrix of a stack, given as the stack and an index; no copy is made until it is needed.
 
-`jax.lax.scan` over a stack cuts each layer's codes out of it. XLA fuses that with one use of the
-codes. For two, as in a backward pass that computes the forward pass again, it copies them. A
-kernel that gets the stack and a place copies nothing.
+`jax.lax.scan` over a stack slices each layer's codes. XLA fuses the slice with the codes' user if
+there is one user. With two users, as in a backward pass with rematerialization, XLA copies the
+codes. A kernel that gets the whole stack and an index copies nothing.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from qlora_jax.quant.sharded import Sharded, whole
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class QLayer:
-    """A matrix W[K, N] in 4 bits, as a stack of such and a place in it.
+    """A matrix W[K, N] in 4 bits, given as a stack and an index into it.
 
     Attributes:
-      stack: [L, K, N]; inside `jax.shard_map` it may be in parts.
-      layer: int32 scalar from 0 to L - 1; a value beyond is taken as the nearest of these.
+      stack: stack of matrices, [L, K, N]; inside `jax.shard_map` it may be sharded.
+      layer: index of the matrix, int32 scalar from 0 to L - 1; other values are clamped.
     """
 
     stack: QTensor | Sharded
@@ -38,48 +38,52 @@ class QLayer:
 
     @property
     def ndim(self) -> int:
+        """Number of axes of the matrix."""
         return self.stack.ndim - 1
 
     def cut(self) -> QTensor:
-        """Returns the matrix alone, gathered if it is in parts."""
+        """Returns the matrix as a QTensor; a sharded matrix is gathered."""
         return whole(_cut_out(self.stack, self.layer))
 
 
 Matrix = QTensor | QLayer | Sharded
-"""A matrix in 4 bits: by itself, by its place in a stack, or in parts."""
+"""A matrix in 4 bits: a QTensor, a layer of a stack, or a sharded matrix."""
 
 
 def cut(q: Matrix) -> QTensor:
-    """Returns a matrix as a QTensor of its own, gathered if it is in parts."""
+    """Returns a matrix as a QTensor: sliced from its stack, and gathered if it is sharded."""
     return q.cut() if isinstance(q, QLayer) else whole(q)
 
 
 def is_matrix(x: Any) -> TypeGuard[Matrix]:
-    """Whether a weight is in 4 bits, in whichever of these forms."""
+    """Returns whether a weight is in 4 bits, in any form of `Matrix`."""
     return isinstance(x, QLayer) or _is_q(x)
 
 
 def is_sharded(q: Matrix) -> bool:
-    """Whether a matrix is in parts."""
+    """Returns whether a matrix is sharded."""
     return isinstance(q.stack if isinstance(q, QLayer) else q, Sharded)
 
 
 def apart(weights: Any) -> tuple[Any, Any]:
-    """Takes the QTensors out of a tree of stacks, so that a scan over the rest leaves them whole.
+    """Separates the QTensors of a tree of stacks from its arrays.
+
+    A scan can then run over the arrays without slicing the QTensors.
 
     Returns:
-      Two trees, the rest and the QTensors, each with None where the other has something.
+      Two trees: the arrays, with None for each QTensor; and the QTensors, with None for each array.
     """
     rest = jax.tree.map(lambda x: None if _is_q(x) else x, weights, is_leaf=_is_q)
     return rest, jax.tree.map(lambda x: x if _is_q(x) else None, weights, is_leaf=_is_q)
 
 
 def joined(rest: Any, stacks: Any, layer: jax.Array) -> Any:
-    """Returns one layer's tree, each QTensor as a `QLayer`.
+    """Returns the tree of one layer, with each QTensor as a `QLayer`.
 
     Args:
-      rest, stacks: from `apart`, of `rest` one layer.
-      layer: int32 scalar.
+      rest: arrays of one layer, from the first tree that `apart` returns.
+      stacks: second tree that `apart` returns, with all layers.
+      layer: index of the layer, int32 scalar.
     """
 
     def one(x: Any, q: QTensor | None) -> Any:
@@ -89,11 +93,11 @@ def joined(rest: Any, stacks: Any, layer: jax.Array) -> Any:
 
 
 def layer_of(stacks: Any, layer: jax.Array) -> Any:
-    """Returns one layer of a tree of stacks, each QTensor as a `QLayer` and the rest cut out.
+    """Returns one layer of a tree of stacks: QTensors as `QLayer`, arrays sliced.
 
     Args:
       stacks: arrays and QTensors [L, ...].
-      layer: int32 scalar.
+      layer: index of the layer, int32 scalar.
     """
     rest, whole = apart(stacks)
     return joined(_cut_out(rest, layer), whole, layer)
@@ -103,7 +107,7 @@ def _cut_out(stacks: Any, layer: jax.Array) -> Any:
     """Returns the arrays of one layer."""
 
     def one(stack: jax.Array) -> jax.Array:
-        # XLA reads the place from the loop; a select for negative ones would hide it
+        # XLA recognizes the loop index; the select that handles negative indices would hide it
         return jax.lax.dynamic_index_in_dim(
             stack, layer, keepdims=False, allow_negative_indices=False
         )
@@ -118,12 +122,12 @@ def _is_q(x: Any) -> bool:
 def empty_stack(
     value: jax.Array | QTensor, layers: int, shardings: Any = None
 ) -> jax.Array | QTensor:
-    """Returns a stack of zeros for as many layers like this one.
+    """Returns a stack of zeros for `layers` layers of the same shapes and dtypes.
 
     Args:
       value: one layer.
-      layers: length of the stack.
-      shardings: where the stack's leaves live; None is the default device.
+      layers: number of layers.
+      shardings: shardings of the stack's leaves; None is the default device.
     """
 
     def zeros() -> Any:
@@ -136,5 +140,5 @@ def empty_stack(
 def with_layer(
     stack: jax.Array | QTensor, value: jax.Array | QTensor, layer: int
 ) -> jax.Array | QTensor:
-    """Returns a stack with one layer replaced, in the memory of the stack that is given."""
+    """Returns a stack with one layer replaced; the result reuses the memory of `stack`."""
     return jax.tree.map(lambda s, v: s.at[layer].set(v), stack, value)

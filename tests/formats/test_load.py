@@ -141,6 +141,7 @@ def test_a_weight_that_is_not_finite_is_named(llama, quant, name, bad):
         load_model(open_folder(llama), quant=quant, dtype=jnp.float32)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_a_dtype_too_narrow_for_a_weight_is_named(llama):
     tensors = load_file(llama / "model.safetensors")
     tensors["model.embed_tokens.weight"][3, 5] = 1e6

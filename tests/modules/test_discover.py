@@ -65,7 +65,7 @@ def test_a_weight_that_is_left_out_is_told():
     model = Bare(nnx.Rngs(0))
     qj.discover(model, INDEX)
     with pytest.warns(
-        UserWarning, match="no product of the example call has; they are not changed: summed$"
+        UserWarning, match="no product of the example call uses; they are not changed: summed$"
     ):
         qj.quantize_model(model, "project|summed")
     assert isinstance(model.summed, nnx.Param)
@@ -109,7 +109,7 @@ def test_register_needs_a_class_of_modules():
 
 def test_stacks_along_another_axis_are_refused():
     make = nnx.vmap(lambda rngs: nnx.Linear(64, 32, rngs=rngs), out_axes=1)
-    stack = make(nnx.Rngs(0).fork(split=3))
+    stack = make(nnx.Rngs(0).split(3))
     with pytest.raises(UserError, match=r"kernel: .* \(64, 32\).*\(3, 32\); stack the layers"):
         qj.quantize_model(stack, "kernel")
 

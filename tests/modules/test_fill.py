@@ -100,9 +100,9 @@ def test_random_keys_start_anew():
 
 def test_stacks_are_quantized_matrix_by_matrix():
     make = nnx.vmap(lambda rngs: nnx.Linear(64, 32, rngs=rngs))
-    whole = make(nnx.Rngs(0).fork(split=3))
+    whole = make(nnx.Rngs(0).split(3))
     kernel, bias = np.asarray(whole.kernel[...]), np.asarray(whole.bias[...])
-    shapes = nnx.eval_shape(lambda: make(nnx.Rngs(0).fork(split=3)))
+    shapes = nnx.eval_shape(lambda: make(nnx.Rngs(0).split(3)))
     values = {"kernel": kernel, "bias": bias}
     model = qj.fill(shapes, lambda path, shape: values[path], "kernel")
     stacked = qj.quantize(kernel)

@@ -209,5 +209,5 @@ class NewKind(LoraParam):
 
 @pytest.mark.parametrize("leaf", [NewKind(0), LoraScale(0), jnp.zeros(2)])
 def test_a_leaf_of_an_unknown_kind_is_refused(leaf: Any) -> None:
-    with pytest.raises(TypeError, match=f"^{type(leaf).__name__}: no group of the optimizer"):
+    with pytest.raises(TypeError, match=f"^{type(leaf).__name__}: no optimizer group"):
         group_labels({"a": LoraParam(0), "adapter": {"b": leaf}})

@@ -1,7 +1,8 @@
-"""Adapters that start from their weight's own values, by the name in `lora.init`.
+"""Initializers that compute A and B from the pretrained weight, by the name in `lora.init`.
 
-Such a start takes a part of W into the adapter, and what is stored is the rest. So the adapted
-model starts near the pretrained one, not at it: the two parts are rounded on their own.
+Such an initializer splits W into an adapter scale * A @ B and a stored weight, which together
+approximate W. At first the adapted model is near the pretrained model but not equal to it, because
+the stored weight, A and B are each rounded.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,4 +15,4 @@ from qlora_jax.lora.weights import LoraWeights
 Initializer = Callable[[InitInput], tuple[StoredWeight, LoraWeights]]
 
 INITIALIZERS: Mapping[str, Initializer] = {"pissa": pissa, "loftq": loftq}
-"""Name to what splits a weight into what is stored and an adapter."""
+"""Name to a function that splits a weight into a stored weight and an adapter."""

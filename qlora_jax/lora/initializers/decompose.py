@@ -1,4 +1,4 @@
-"""A weight as something stored plus a low-rank product: what the starts share."""
+"""Splits a weight W into a stored part plus a low-rank product; shared by the initializers."""
 
 import functools
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.quant import QTensor, to_float32
 
 EXACT = 1024
-"""Side up to which the decomposition is exact; above it, subspace iteration takes a small share of
-the time."""
+"""Largest shorter side of a matrix for an exact SVD; above it, subspace iteration is used, which
+takes a small fraction of the time."""
 
 OVERSAMPLED, ITERATIONS = 16, 16
 
@@ -21,14 +21,14 @@ StoredWeight = jax.Array | QTensor
 
 
 class InitInput(NamedTuple):
-    """What a start is given.
+    """The input of an initializer.
 
     Attributes:
       weight: W, float32[in, out].
       spec: rank, alpha and scale of the adapter.
-      dtype: in which the adapter is held.
-      store: what is kept of a float32[in, out]: rounded to a dtype, or quantized.
-      iterations: how often to alternate, where a start does.
+      dtype: dtype of A and B.
+      store: function that rounds a float32[in, out] to the stored form: a dtype, or 4 bits.
+      iterations: number of alternating steps, for LoftQ.
     """
 
     weight: jax.Array
@@ -38,7 +38,7 @@ class InitInput(NamedTuple):
     iterations: int
 
     def weights(self, a: jax.Array, b: jax.Array) -> LoraWeights:
-        """Returns a and b as an adapter of this rank, alpha and scale."""
+        """Returns a and b as an adapter with the alpha and scale of `spec`."""
         return LoraWeights(a, b, self.spec.alpha, self.spec.scale)
 
 
@@ -47,8 +47,8 @@ def error(weight: jax.Array, stored: StoredWeight, adapter: LoraWeights | None) 
 
     Args:
       weight: W, float32[in, out].
-      stored: what is kept of it.
-      adapter: a, b and scale; None for what is stored alone.
+      stored: stored part of W.
+      adapter: a, b and scale; None leaves out the product, for the error of `stored` alone.
     """
     rest = weight
     if adapter is not None:
@@ -59,7 +59,7 @@ def error(weight: jax.Array, stored: StoredWeight, adapter: LoraWeights | None) 
 
 @jax.jit
 def residual(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """w − scale · a @ b in float32."""
+    """Returns w − scale · a @ b in float32."""
     return w - scale * _dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
@@ -67,17 +67,22 @@ def residual(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float)
 def best_low_rank(
     w: jax.Array, rank: int, scale: float, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """The best approximation of w of a rank, as scale · a @ b, both with the roots of the values.
+    """Returns a and b such that scale · a @ b is the best approximation of w of this rank.
 
-    Exact up to a shorter side of `EXACT`; above, by subspace iteration from fixed random numbers
-    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4), which finds large values well and
-    mixes those that are nearly alike. A rank above the shorter side leaves zeros.
+    With the truncated SVD w ≈ U S Vᵀ of this rank, both factors get the root of S:
+
+        a = U (S / scale)^(1/2),    b = (S / scale)^(1/2) Vᵀ
+
+    The SVD is exact if the shorter side is at most max(`EXACT`, 2 · rank). Otherwise subspace
+    iteration from fixed random numbers computes it (Halko, Martinsson and Tropp, arXiv 0909.4061,
+    algorithm 4.4). This is accurate for large singular values, and mixes the directions of singular
+    values that are nearly equal. If the rank exceeds the shorter side, zeros fill a and b.
 
     Args:
-      w: float32[in, out].
-      rank: of the approximation.
+      w: matrix to approximate, float32[in, out].
+      rank: rank of the approximation.
       scale: factor on the product.
-      dtype: of the result.
+      dtype: dtype of a and b.
 
     Returns:
       a [in, rank] and b [rank, out].

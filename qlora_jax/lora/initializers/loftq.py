@@ -1,6 +1,10 @@
-"""LoftQ (arXiv 2310.08659, algorithm 1): the adapter starts as what quantizing loses.
+"""LoftQ (arXiv 2310.08659): initializes the adapter so that it corrects the quantization error.
 
-Quantizing W − s·a·b and taking the top of what that leaves of W alternate, with any codebook.
+Algorithm 1 reduces ‖W − stored − scale · a @ b‖ (equation 6) by alternating two steps, from
+a = b = 0. Any codebook can be used:
+
+    stored = quantize(W − scale · a @ b)                                  (equation 7)
+    a, b   = best_low_rank(W − dequantize(stored)), by the truncated SVD  (equations 8 and 9)
 """
 
 from qlora_jax.lora.initializers.decompose import InitInput, StoredWeight, best_low_rank, residual
@@ -9,7 +13,7 @@ from qlora_jax.quant import to_float32
 
 
 def loftq(task: InitInput) -> tuple[StoredWeight, LoraWeights]:
-    """Returns the last of `iterations` quantized weights, with the best a and b for its error."""
+    """Returns the quantized weight of the last iteration, and a and b that correct its error."""
     rest, spec = task.weight, task.spec
     for _ in range(task.iterations):
         stored = task.store(rest)

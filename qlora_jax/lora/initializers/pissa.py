@@ -1,6 +1,11 @@
-"""PiSSA (arXiv 2404.02948): the adapter starts as W's largest singular values.
+"""PiSSA (arXiv 2404.02948): initializes the adapter with the largest singular values of W.
 
-In 4 bits the rest is quantized (QPiSSA, section 4): it is what is left after the large values.
+With W = U S Vᵀ and r = rank, section 3 of the paper gives (equations 2 to 4), here with a scale:
+
+    a = U[:, :r] (S[:r] / scale)^(1/2),    b = (S[:r] / scale)^(1/2) Vᵀ[:r]
+    residual = W − scale · a @ b
+
+The residual is the stored weight. For a base in 4 bits it is quantized (QPiSSA, section 4).
 """
 
 from qlora_jax.lora.initializers.decompose import InitInput, StoredWeight, best_low_rank, residual
@@ -8,6 +13,6 @@ from qlora_jax.lora.weights import LoraWeights
 
 
 def pissa(task: InitInput) -> tuple[StoredWeight, LoraWeights]:
-    """Returns W − scale · a @ b as it is stored, with a and b from the top of W's decomposition."""
+    """Returns the stored form of W − scale · a @ b, and a, b from the largest singular values."""
     a, b = best_low_rank(task.weight, task.spec.rank, task.spec.scale, task.dtype)
     return task.store(residual(task.weight, a, b, task.spec.scale)), task.weights(a, b)

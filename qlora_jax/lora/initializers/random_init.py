@@ -1,4 +1,4 @@
-"""Fresh adapters: A drawn from a named distribution, B zero; an embedding's: A zero, B drawn."""
+"""Creates new adapters with a random A and a zero B; for an embedding, a zero A and a random B."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,18 +11,18 @@ from qlora_jax.lora.spec import AdapterSpec
 
 
 def kaiming_uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Draws from U(±1/√in), which is PEFT's kaiming_uniform_(a=√5)."""
+    """Draws A[in, r] from U(−1/√in, 1/√in), which is PEFT's kaiming_uniform_(a=√5)."""
     bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def gaussian(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Draws from N(0, 1/r²), which is PEFT's init_lora_weights="gaussian"."""
+    """Draws A[in, r] from N(0, 1/r²), which is PEFT's init_lora_weights="gaussian"."""
     return jax.random.normal(key, shape) / shape[1]
 
 
 def absent(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Returns zeros: the values come with the weights and are filled in later."""
+    """Returns zeros, for initializers that compute A from the weight and fill it in later."""
     return jnp.zeros(shape)
 
 
@@ -32,7 +32,7 @@ INITS: Mapping[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
     "pissa": absent,
     "loftq": absent,
 }
-"""Distribution of A[in, r]; B starts at zero, so the adapted model starts as the base."""
+"""Name to a function that draws A[in, r]; B is zero, so the adapted model first equals the base."""
 
 
 def init_adapter(
@@ -45,17 +45,17 @@ def init_adapter(
     dtype: jax.typing.DTypeLike,
     freeze_a: bool = False,
 ) -> Adapter:
-    """Makes fresh adapters for a stack of layers.
+    """Returns new adapters for a stack of layers.
 
     Args:
-      key: the key of the random numbers.
-      specs: one for each layer; None stands for a layer without an adapter.
+      key: random key from which A is drawn.
+      specs: spec of each layer; None for a layer without an adapter.
       in_features: input features of each layer.
       out_features: output features of each layer.
-      init: a key of `INITS`.
-      dropout: rate on the input of A.
+      init: key of `INITS`.
+      dropout: dropout rate on the input of A.
       dtype: dtype of A and B.
-      freeze_a: leave A out of what is trained.
+      freeze_a: True trains B alone (LoRA-FA).
     """
     ranks = [spec.rank if spec else 0 for spec in specs]
     top = max(ranks)
@@ -77,17 +77,17 @@ def init_embedding(
     features: int,
     dtype: jax.typing.DTypeLike,
 ) -> Adapter:
-    """Makes the fresh adapter of an embedding as PEFT does: A is zero, B drawn from N(0, 1).
+    """Returns the new adapter of an embedding: A is zero, B is drawn from N(0, 1), as in PEFT.
 
     Args:
-      key: the key of the random numbers.
+      key: random key from which B is drawn.
       spec: rank, alpha and scale.
       tokens: rows of the embedding.
       features: features of a row.
       dtype: dtype of A and B.
 
     Returns:
-      A stack of one: A [1, tokens, r], B [1, r, features].
+      Adapter of a stack of one layer: A [1, tokens, r], B [1, r, features].
     """
     a = jnp.zeros((1, tokens, spec.rank), dtype)
     b = jax.random.normal(key, (1, spec.rank, features)).astype(dtype)

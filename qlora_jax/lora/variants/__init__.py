@@ -1,4 +1,4 @@
-"""What an adapter does to its weight, by the name in `lora.variant`."""
+"""Variants of the adapted product (LoRA, DoRA), by the name in `lora.variant`."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,4 +12,4 @@ VARIANTS: Mapping[str, Callable[[Adapter, jax.Array | QTensor], Adapter]] = {
     "lora": lambda adapter, weight: adapter,
     "dora": dora,
 }
-"""Name to what makes the variant of a plain adapter and the stack of weights it is for."""
+"""Name to a function that makes the variant from a plain adapter and its stack of weights."""

@@ -1,13 +1,16 @@
-"""DoRA (arXiv 2402.09353): a trained length for each column of W + s·A·B.
+"""DoRA (arXiv 2402.09353): trains the magnitude m of each column of W + s·A·B.
 
-y = m / ‖W + s·A·B‖ · (x·W + s·x·A·B), the norms being constants to the gradient (section 4.3).
+    y = m / ‖W + s·A·B‖ · (x·W + s·x·A·B)          (section 4.1, equation 5)
 
-The norms come from ‖W‖, which is kept, and from r rows multiplied by W,
+‖·‖ is the norm of each column of a matrix [in, out], one per output feature, and s is the scale.
+The gradient treats the norms as constants (section 4.3, equation 11). For a column w of W and the
+same column b of B,
 
-    ‖w + s·A·b‖² = ‖w‖² + 2s·(wᵀA)·b + s²·bᵀ(AᵀA)b,
+    ‖w + s·A·b‖² = ‖w‖² + 2s·(wᵀA)·b + s²·bᵀ(AᵀA)b
 
-so no weight is decoded for them. With B = 0 they are ‖W‖ to the bit: the root of a rounded square
-is its number. So the adapted model starts as the base, exactly.
+‖w‖ is stored, and Aᵀ·W is a product of r rows with W. So the norms need no decoded weight. At first
+m is the norm of W + s·A·B. If B = 0, both norms equal ‖W‖ bit for bit, because the square root of a
+rounded square is the original number. Then the adapted model equals the base exactly.
 """
 
 import functools
@@ -29,11 +32,11 @@ from qlora_jax.runtime.mesh import mesh_place
 
 
 class DoraAdapter(Adapter):
-    """Low-rank updates whose columns have a trained length.
+    """A low-rank adapter with a trained magnitude for each column of the adapted weight.
 
     Attributes:
       magnitude: m, float32[L, out].
-      norm: ‖W‖ of the columns of the pretrained weights, float32[L, out].
+      norm: norm ‖W‖ of each column of the pretrained weights, float32[L, out].
     """
 
     def __init__(
@@ -52,27 +55,30 @@ class DoraAdapter(Adapter):
         self.norm = LoraConstant(norm)
 
     def product(self, x: jax.Array, multiply: Multiply, key: jax.Array | None) -> jax.Array:
-        """x times the adapted weight, [..., out]; dropout is on the input of A alone."""
+        """Returns y of one layer, [..., out]; dropout acts on the input of A alone."""
         a, b = (jax.lax.stop_gradient(whole(v.get_value())) for v in (self.a, self.b))
         scale = self.scale.get_value()
         cross = multiply(a.T.astype(x.dtype)).astype(jnp.float32)
         norms = adapted_norms(self.norm.get_value(), cross, a, b, scale)
         length = self.magnitude.get_value() / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
-        # kept: the gradient of m needs it
+        # saved, because the gradient of m needs y
         y = saved_for_backward(multiply(x) + self(x, key))
         return (y * jnp.where(scale != 0, length, 1)).astype(x.dtype)
 
     def sizes(self) -> tuple[int, int]:
+        """Returns (trained, all) parameter counts over all layers; m counts in both."""
         trained, total = super().sizes()
         own = self.norm.get_value().shape[-1] * sum(spec is not None for spec in self.specs)
         return trained + own, total + own
 
     def weights(self, *layer: int) -> LoraWeights | None:
+        """Returns the adapter of one layer with its magnitude; None if the layer has no adapter."""
         weights = super().weights(*layer)
         magnitude = np.asarray(self.magnitude.get_value()[layer])
         return weights and weights._replace(magnitude=magnitude)
 
     def change(self, weight: jax.Array, *layer: int) -> jax.Array:
+        """Returns m / ‖W + s·A·B‖ · (W + s·A·B) - W, the update of a layer's weight."""
         if self.spec(*layer) is None:
             return jnp.zeros_like(weight)
         a, b, scale, m = (
@@ -81,6 +87,7 @@ class DoraAdapter(Adapter):
         return jnp.where(scale != 0, merged_weight(weight, a, b, scale, m) - weight, 0)
 
     def fill_own(self, values: Sequence[LoraWeights | None]) -> None:
+        """Copies the magnitudes from `values`, in place; None leaves a layer unchanged."""
         magnitude = np.array(self.magnitude.get_value())
         for i, value in enumerate(values):
             if value is not None and value.magnitude is not None:
@@ -89,13 +96,13 @@ class DoraAdapter(Adapter):
 
 
 def dora(adapter: Adapter, weight: jax.Array | QTensor) -> DoraAdapter:
-    """The adapter with a magnitude, which starts as the norm of what the adapter makes of W.
+    """Returns the adapter as a DoRA adapter, with m = ‖W + s·A·B‖.
 
-    One layer's weight is decoded at a time.
+    Only one layer's weight is decoded at a time.
 
     Args:
-      adapter: of a stack of layers.
-      weight: [L, in, out].
+      adapter: adapter of a stack of layers.
+      weight: stack of pretrained weights W, [L, in, out].
     """
     a, b, scale = (v.get_value() for v in (adapter.a, adapter.b, adapter.scale))
     norm, magnitude = _measure(weight, a, b, scale, mesh_place(weight))
@@ -116,7 +123,7 @@ def _measure(
         layer: tuple[jax.Array | QTensor, jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         stored, a, b, scale = layer
-        if home is not None:  # each layer is gathered as it is stored
+        if home is not None:  # gather the stored form of a layer, before decoding
             stored = jax.lax.with_sharding_constraint(stored, home)
         w = to_float32(stored)
         norm = jnp.sqrt(jnp.sum(w**2, axis=0))
@@ -129,17 +136,17 @@ def _measure(
 def adapted_norms(
     norm: jax.Array, cross: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array
 ) -> jax.Array:
-    """Norms of the columns of W + scale · a @ b.
+    """Returns the norm of each column of W + scale · a @ b, from the norms of W and aᵀ @ W.
 
     Args:
-      norm: those of W, float32[out].
+      norm: norm of each column of W, float32[out].
       cross: aᵀ @ W, float32[r, out].
-      a: [in, r].
-      b: [r, out].
-      scale: float32 scalar.
+      a: A, [in, r].
+      b: B, [r, out].
+      scale: factor on the product, float32 scalar.
 
     Returns:
-      float32[out].
+      Norms, float32[out].
     """
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     more = 2 * scale * jnp.sum(cross * b, axis=0)
@@ -150,17 +157,17 @@ def adapted_norms(
 def merged_weight(
     weight: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array
 ) -> jax.Array:
-    """What one layer's adapter makes of its weight: m / ‖W + s·A·B‖ · (W + s·A·B).
+    """Returns the adapted weight of one layer, m / ‖W + s·A·B‖ · (W + s·A·B).
 
     Args:
-      weight: [in, out], decoded.
-      a: [in, r].
-      b: [r, out].
-      scale: scalar.
-      magnitude: [out].
+      weight: decoded W, [in, out].
+      a: A, [in, r].
+      b: B, [r, out].
+      scale: s, scalar.
+      magnitude: m, [out].
 
     Returns:
-      float32[in, out].
+      Adapted weight, float32[in, out].
     """
     w = weight.astype(jnp.float32) + scale * _dot(a.astype(jnp.float32), b.astype(jnp.float32))
     norms = jax.lax.stop_gradient(jnp.linalg.norm(w, axis=0))
