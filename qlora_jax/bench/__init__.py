@@ -1,1 +1,1 @@
-"""Our figures on the machine at hand, and beside installed peers'."""
+"""Benchmarks of this package on the current machine, alone or beside installed peers."""

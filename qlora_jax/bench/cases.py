@@ -21,10 +21,10 @@ BLOCK_SIZE = 64
 NESTED_BLOCK = 256
 CODEBOOK = "nf4"
 BEYOND_CACHES = 256 * 2**20
-"""Bytes that one round over a case's inputs touches, so that no cache holds them."""
+"""Least bytes of all input sets of a case together, so that no cache holds them."""
 
 MOST_COPIES = 64
-"""Of inputs; the weights that these do not stretch to `BEYOND_CACHES` are tiny."""
+"""Largest number of input sets; only tiny weights stay below `BEYOND_CACHES` with so many."""
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 BY_DEVICE = {
@@ -38,16 +38,16 @@ BY_DEVICE = {
 
 
 class OperationCase(NamedTuple):
-    """One operation on a weight W [k, n] in blocks of 64.
+    """One timed operation on a weight W [k, n] with block_size 64.
 
     Attributes:
       operation: quantize (from `dtype`), dequantize (to `dtype`), forward (x @ W) or backward
-        (g @ W.T), both of operands and results in `dtype`.
+        (g @ W.T); operands and results of both products have `dtype`.
       k: in_features.
       n: out_features.
-      dtype: see operation.
-      rows: of x or g; 0 without one.
-      double: whether the scales are quantized, too.
+      dtype: dtype of all floats; see `operation`.
+      rows: rows of x or g; 0 if the operation has neither.
+      double: whether the scales are quantized too.
     """
 
     operation: str
@@ -65,11 +65,11 @@ class OperationCase(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """How many sets of input buffers take turns."""
+        """Returns the number of input sets that take turns."""
         return min(max(2, math.ceil(BEYOND_CACHES / self.nbytes())), MOST_COPIES)
 
     def nbytes(self, quantized: bool = True) -> int:
-        """Bytes of operands and result, each once.
+        """Returns the bytes of operands and result, each counted once.
 
         Args:
           quantized: whether a product's weight is in 4 bits; else it is in `dtype`.
@@ -84,28 +84,28 @@ class OperationCase(NamedTuple):
 
     @property
     def flop(self) -> int:
-        """Multiplications and additions of a product; 0 without one."""
+        """Returns the multiplications and additions of a product; 0 for other operations."""
         return 2 * self.rows * self.k * self.n
 
     @property
     def operand_shape(self) -> tuple[int, int]:
-        """Returns the shape of x, or in the backward pass of g."""
+        """Returns the shape of x or, for the backward product, of g."""
         return self.rows, self.n if self.operation == "backward" else self.k
 
     def weight(self) -> np.ndarray:
-        """float32[k, n] in the host's memory, the same on every side."""
+        """Returns W, float32[k, n] in host memory, with the same values on every side."""
         return np.random.default_rng(0).standard_normal((self.k, self.n), np.float32)
 
     def operand(self) -> np.ndarray:
-        """float32 of `operand_shape`, likewise."""
+        """Returns x or g, float32 of `operand_shape`, with the same values on every side."""
         return np.random.default_rng(1).standard_normal(self.operand_shape, np.float32)
 
 
 def settle(options: KernelOptions, device: str) -> KernelOptions:
-    """The options with what was left to the device filled in.
+    """Returns the options with the device's defaults for shapes, rows and dtypes filled in.
 
     Args:
-      options: from the user.
+      options: options of the user.
       device: cpu or gpu.
     """
     default = BY_DEVICE[device]
@@ -119,7 +119,7 @@ def settle(options: KernelOptions, device: str) -> KernelOptions:
 
 
 def cases(options: KernelOptions) -> Iterator[OperationCase]:
-    """All cases of settled options: those on the weight alone first."""
+    """Returns all cases of settled options; those without x or g come first."""
     return (case for case in _all(options) if case.operation in options.operations)
 
 
@@ -138,16 +138,16 @@ def _all(options: KernelOptions) -> Iterator[OperationCase]:
 
 
 def case_figure(case: OperationCase, seconds: Sequence[float], quantized: bool = True) -> Figure:
-    """The median of a case's times, as a figure with its `case` and what that time amounts to.
+    """Returns the median of a case's times as a figure, with its `case` and its rates.
 
     Args:
-      case: the operation that was timed.
+      case: timed operation.
       seconds: wall time of each call.
       quantized: whether a product's weight is in 4 bits.
 
     Returns:
-      A figure in ms, with `GB/s` of operands and result (`OperationCase.nbytes`) and, of a product,
-      `TFLOP/s`.
+      A figure in ms, with `GB/s` of operands and result (`OperationCase.nbytes`) and, for a
+      product, `TFLOP/s`.
     """
     median = statistics.median(seconds)
     rates = {"GB/s": measure.rounded(case.nbytes(quantized) / median / 1e9)}

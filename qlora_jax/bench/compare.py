@@ -1,7 +1,8 @@
-"""Rounds of runs that alternate, and what they add up to.
+"""Runs our benchmark and the peers' benchmarks in rounds, and summarizes the rounds.
 
-Each run is a process of its own; one of ours, one of each peer's, and again, so that a slow minute
-of the machine falls on all. Ratios are ours / theirs within a round: less noisy than figures.
+Each run is a process of its own. A round runs our benchmark once and each peer's once, so that a
+slow minute of the machine affects all sides. A ratio is ours / theirs within one round, because
+ratios are less noisy than figures.
 """
 
 import statistics
@@ -20,11 +21,13 @@ Round = Sequence[Report]
 def round_of(
     tools: Sequence[Tool], what: str, options: Options, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One run of each tool. The first settles options that depend on the device.
+    """Runs each tool once and returns the reports.
+
+    The other tools get the options from the first report, which holds the device's defaults.
 
     Raises:
       UserError: see `tools.measured`.
-      RunFailed: likewise.
+      RunFailed: see `tools.measured`.
     """
     first, *others = tools
     reports = [measured(first, what, options, say)]
@@ -34,15 +37,16 @@ def round_of(
 
 
 def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Medians, spread and ratios over rounds of the same sides.
+    """Returns medians, spreads and ratios over rounds that have the same tools in the same order.
 
     Returns:
-      `columns`: labels, ours first, variants of a side after it. `rows`, one per figure of ours:
-      `figure`, `unit`, `case` where it has one, and per column label `cells` and `ratios`; a column
-      is absent where it lacks the figure or its value is not known. A cell has the `median` of the
-      rounds' values, `low` and `high`: quartiles of all rounds' samples, or without samples the
-      least and greatest value. A ratio is ours / that column, `each` round in order, with the
-      `median`, `low` and `high` of these.
+      `columns`: labels; our label first, the variants of a side after its label. `rows`: one entry
+      per figure of ours, with `figure`, `unit`, `case` if the figure has one, and `cells` and
+      `ratios` by column label. `cells` and `ratios` omit a column that lacks the figure or one of
+      its values. A cell has the `median` of the rounds' values, and `low` and `high`: the
+      quartiles of all rounds' samples or, without samples, the smallest and the largest value. A
+      ratio is ours / that column: `each` lists it for each round in order, and `median`, `low`
+      and `high` summarize `each`.
     """
     columns = _columns(rounds[0])
     ours, *others = columns
@@ -71,7 +75,7 @@ def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
 
 
 def _columns(reports: Round) -> dict[str, tuple[int, str | None]]:
-    """Label to (side, variant)."""
+    """Maps the label of each column to (index of the side, variant)."""
     columns: dict[str, tuple[int, str | None]] = {}
     for side, report in enumerate(reports):
         for variant in (None, *report.get("variants", {})):
@@ -83,7 +87,7 @@ def _columns(reports: Round) -> dict[str, tuple[int, str | None]]:
 
 
 def label_of(report: Report) -> str:
-    """Whose figures, and what tells this side from another of the same tool."""
+    """Returns a report's `label`, which distinguishes two sides of one tool, or its tool's name."""
     return report.get("label", report["tool"])
 
 

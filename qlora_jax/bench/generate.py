@@ -1,4 +1,4 @@
-"""Speed and memory of our greedy generation."""
+"""Measures speed and memory of our greedy generation."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -34,9 +34,9 @@ from qlora_jax.runtime.manifest import git_state
 
 
 class PreparedGeneration(NamedTuple):
-    """A model and its prompts; `answer` generates once.
+    """A model, its prompts, and the function `answer`, which generates once.
 
-    `answer` returns the ids of each row, and the seconds from the start to each look at new tokens.
+    `answer` returns the ids of each row, and the seconds from the start to each arrival of tokens.
     """
 
     model: Decoder
@@ -45,7 +45,7 @@ class PreparedGeneration(NamedTuple):
 
 
 def prepare(options: GenerateOptions) -> PreparedGeneration:
-    """Loads or makes the model.
+    """Loads the model or makes a random one.
 
     Raises:
       UserError: the model cannot be opened, or has too few positions.
@@ -78,7 +78,7 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
 
 
 def run(options: GenerateOptions) -> dict[str, Any]:
-    """Loads the model and answers random prompts again and again.
+    """Loads the model and times repeated answers to the same random prompts.
 
     Raises:
       UserError: the model cannot be opened, or has too few positions.
@@ -124,7 +124,7 @@ class Compilable(NamedTuple):
 
 
 def programs(options: GenerateOptions) -> Iterator[Compilable]:
-    """Yields what `prepare(options).answer` runs, for published shapes: prefill, then decode."""
+    """Yields the programs of `prepare(options).answer` for published shapes: prefill, decode."""
     made = abstract_model(_config(options), SHAPES[options.model], options.kernel)
     graphs: list[nnx.GraphDef] = []
 
@@ -161,7 +161,7 @@ def _without_adapters(model: Decoder) -> Decoder:
 
 
 def _config(options: GenerateOptions) -> Config:
-    """The run whose model has these weights; its adapters are taken off."""
+    """Returns the config of a run with this model; the caller removes the adapters."""
     return from_tree(
         {
             "model": {

@@ -1,4 +1,4 @@
-"""Timing of jax functions over sets of inputs that take turns; for our side and jax peers."""
+"""Times jax functions over sets of inputs that take turns, for our side and jax peers."""
 
 import functools
 import statistics
@@ -13,13 +13,13 @@ from qlora_jax.bench import measure
 from qlora_jax.bench.cases import OperationCase
 
 ROUNDS = 10
-"""Rounds over the inputs within one pass: between passes a GPU waits for the host."""
+"""Rounds over the inputs in one pass; a GPU waits for the host only between passes."""
 
 SAMPLE = 0.02
-"""Seconds of a timed program, about; more where one pass takes longer."""
+"""Approximate seconds of a timed program; a single pass may take longer."""
 
 DISPATCHES = 5
-"""Empty programs that are timed, to know the time of a dispatch."""
+"""Number of empty programs that are timed to measure a dispatch."""
 
 Inputs = tuple[Any, ...]
 
@@ -27,16 +27,16 @@ Inputs = tuple[Any, ...]
 def seconds(
     function: Callable[..., Any], sets: Sequence[Inputs], samples: int, jit: bool = True
 ) -> list[float]:
-    """Seconds per call, on the default device.
+    """Returns the seconds per call on the default device, one value per sample.
 
-    On a CPU each sample is one call. On a GPU a call takes less than its dispatch: there a sample
-    is one program that makes many (`program_seconds`).
+    On a CPU, each sample is one call. On a GPU, a call takes less time than its dispatch, so that a
+    sample is one program that makes many calls (`program_seconds`).
 
     Args:
-      function: of one set of inputs.
-      sets: of arguments.
-      samples: how many to take, after one to warm up.
-      jit: on a CPU, whether to compile the function; one that is a program already need not be.
+      function: function of one set of inputs.
+      sets: sets of inputs, each a tuple of arguments.
+      samples: number of samples, after one warm-up.
+      jit: whether to compile the function on a CPU; False if it compiles its own program.
     """
     if jax.default_backend() == "gpu":
         return program_seconds(compiled(function, sets), sets, samples)
@@ -44,7 +44,7 @@ def seconds(
 
 
 def drawn(case: OperationCase) -> tuple[jax.Array, jax.Array]:
-    """A case's float32 weight [k, n] and operand [rows, k or n]; on a GPU they are drawn there."""
+    """Returns a case's float32 weight [k, n] and operand [rows, k or n]; a GPU draws its own."""
     if jax.default_backend() != "gpu":
         return jnp.asarray(case.weight()), jnp.asarray(case.operand())
     first, second = jax.random.split(jax.random.key(0))
@@ -53,13 +53,13 @@ def drawn(case: OperationCase) -> tuple[jax.Array, jax.Array]:
 
 
 def copies(arguments: Inputs, count: int) -> list[Inputs]:
-    """Sets of equal arguments, each in buffers of its own."""
+    """Returns `count` sets of equal arguments, each set in its own buffers."""
     fresh = functools.partial(jnp.array, copy=True)
     return jax.block_until_ready([jax.tree.map(fresh, arguments) for _ in range(count)])
 
 
 def one_by_one(function: Callable[..., Any], sets: Sequence[Inputs], samples: int) -> list[float]:
-    """Seconds of single calls, the sets of inputs in turn."""
+    """Returns the seconds of single calls, which use the sets of inputs in turn."""
     turn = 0
 
     def call() -> float:
@@ -72,22 +72,22 @@ def one_by_one(function: Callable[..., Any], sets: Sequence[Inputs], samples: in
 
 
 def compiled(function: Callable[..., Any], sets: Sequence[Inputs]) -> jax.stages.Compiled:
-    """`over_all` of a function, compiled for the default device and sets like these."""
+    """Compiles `over_all` of a function for the default device and the shapes of these sets."""
     return jax.jit(functools.partial(over_all, function)).lower(np.int32(0), sets).compile()
 
 
 def program_seconds(
     program: jax.stages.Compiled, sets: Sequence[Inputs], samples: int
 ) -> list[float]:
-    """Seconds per call within a program that makes many.
+    """Returns the seconds per call within a program that makes many calls, one per sample.
 
-    As many passes are made as take about `SAMPLE`. What a program of no passes takes, a dispatch,
-    is not counted.
+    The number of passes is chosen so that the program takes about `SAMPLE`. The time of a program
+    without passes, which is the time of a dispatch, is subtracted.
 
     Args:
-      program: of `compiled`.
-      sets: what it goes over.
-      samples: how many to take, after one to warm up.
+      program: result of `compiled`.
+      sets: sets of inputs that the program uses.
+      samples: number of samples, after one warm-up.
     """
 
     def took(passes: int) -> float:
@@ -103,17 +103,18 @@ def program_seconds(
 
 
 def over_all(function: Callable[..., Any], passes: jax.Array | int, sets: Sequence[Inputs]) -> Any:
-    """Calls a function on all sets, `passes` times `ROUNDS` times, and returns the last results.
+    """Calls a function on all sets, `passes` x `ROUNDS` times, and returns the last results.
 
     Args:
-      function: of one set of inputs.
-      passes: int32[], traced, so that one program serves any number; 0 gives zeros.
-      sets: of arguments.
+      function: function of one set of inputs.
+      passes: number of passes, int32[]; traced, so that one program serves any number; 0 gives
+        zeros.
+      sets: sets of inputs, each a tuple of arguments.
     """
 
     def once(_: jax.Array, previous: Any) -> Any:
-        # Without the barrier a round would not depend on the one before and be computed once. (It
-        # does not hold XLA:CPU back, which drops it early; XLA:GPU keeps it until after that.)
+        # The barrier makes each round depend on the one before; without it, XLA would compute only
+        # one round. XLA:CPU drops the barrier too early for that; XLA:GPU keeps it long enough.
         sets_, _ = jax.lax.optimization_barrier((sets, previous))
         return [function(*arguments) for arguments in sets_]
 

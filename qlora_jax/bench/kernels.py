@@ -1,7 +1,8 @@
-"""Our quantizer, decoder and products, timed case by case.
+"""Times our quantizer, our decoder and our products with 4-bit weights, case by case.
 
-Beside what `matmul` picks stand, as variants, every implementation where the device has several
-(`xla` is dequantize-then-GEMM) and the product with a weight that was never quantized.
+A product is timed with the implementation that `matmul` picks. The report's variants are the
+product with an unquantized weight and, on a GPU, every implementation (`xla` is
+dequantize-then-GEMM).
 """
 
 import functools
@@ -31,7 +32,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
     """Times every case of `cases.cases`.
 
     Raises:
-      UserError: the options ask for a device that jax does not run on.
+      UserError: the options name a device that jax does not run on.
     """
     backend = jax.default_backend()
     if options.device not in ("", backend):
@@ -47,7 +48,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
                 except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as e:
                     if variant == PICKED:
                         raise
-                    notes[f"{variant}, {case.dtype}: not here ({first_line(e)})"] = None
+                    notes[f"{variant}, {case.dtype}: cannot run ({first_line(e)})"] = None
                 else:
                     figures.setdefault(variant, {})[case.name] = time
     return measure.report(
@@ -64,7 +65,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
 
 
 def variants(case: OperationCase, backend: str) -> Iterator[str]:
-    """What else is timed on a case, after what a user gets."""
+    """Yields the variants of a case; the first is the implementation that `matmul` picks."""
     yield PICKED
     if case.rows:
         if backend == "gpu":
@@ -73,24 +74,24 @@ def variants(case: OperationCase, backend: str) -> Iterator[str]:
 
 
 def median_time(case: OperationCase, variant: str, samples: int) -> Figure:
-    """Milliseconds of one call, as `cases.case_figure` has them.
+    """Returns the median time of one call in ms, with the entries of `cases.case_figure`.
 
     Args:
-      case: the operation.
-      variant: PICKED, UNQUANTIZED or an implementation.
-      samples: how many to take; see `jax_timing.seconds`.
+      case: operation to time.
+      variant: PICKED, UNQUANTIZED or the name of an implementation.
+      samples: number of samples; see `jax_timing.seconds`.
     """
     implementation = None if variant in (PICKED, UNQUANTIZED) else variant
     quantized = variant != UNQUANTIZED
     sets = copies(arguments(case, quantized), case.copies)
-    # the quantizer is timed with the check that it makes outside of its program
+    # `quantize` checks its input outside of its compiled program; time that check too.
     jit = case.operation != "quantize"
     times = seconds(operation(case, implementation), sets, samples, jit)
     return case_figure(case, times, quantized)
 
 
 def operation(case: OperationCase, implementation: str | None) -> Callable[..., Any]:
-    """The function of one case; of (w), (q) or (x or g, weight)."""
+    """Returns the function of one case; its arguments are (w), (q) or (x or g, weight)."""
     dtype = jnp.dtype(case.dtype)
     if case.operation == "quantize":
         return functools.partial(
@@ -106,7 +107,7 @@ def operation(case: OperationCase, implementation: str | None) -> Callable[..., 
         return product
 
     def backward(g: jax.Array, w: QTensor | jax.Array) -> jax.Array:
-        # x is no part of its own gradient: its product falls away
+        # The gradient in x does not depend on x, so XLA removes the forward product.
         x = jnp.zeros((*g.shape[:-1], case.k), dtype)
         return jax.vjp(lambda x: product(x, w), x)[1](g)[0]
 
@@ -114,7 +115,7 @@ def operation(case: OperationCase, implementation: str | None) -> Callable[..., 
 
 
 def arguments(case: OperationCase, quantized: bool = True) -> Inputs:
-    """What `operation` takes; the weight in 4 bits or, for a product, in floats."""
+    """Returns the arguments of `operation`; a product's weight is in 4 bits if `quantized`."""
     w, x = drawn(case)
     if case.operation == "quantize":
         return (w,)

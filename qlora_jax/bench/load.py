@@ -1,4 +1,4 @@
-"""Seconds and peak memory of our loading a checkpoint into NF4 with double quantization."""
+"""Measures time and memory of our loader: a checkpoint into NF4 with double quantization."""
 
 import time
 from typing import Any
@@ -20,7 +20,7 @@ from qlora_jax.runtime.manifest import git_state
 
 
 def run(options: LoadOptions) -> dict[str, Any]:
-    """Loads the model once.
+    """Loads the model once and returns the report.
 
     Raises:
       UserError: the model cannot be opened.

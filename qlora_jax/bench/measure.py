@@ -1,6 +1,7 @@
-"""Time, memory and machine, measured alike on our side and on a peer's.
+"""Measures time, memory and the machine in the same way for our side and for peers.
 
-Imports neither jax nor torch, so that both sides can import it first and count their own imports.
+Imports neither jax nor torch, so that each side can import this module first and then measure the
+time of its own imports.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ import numpy as np
 STARTED = time.perf_counter()
 
 TUNING = ("XLA_", "JAX_", "OMP_", "MKL_", "ONEDNN_", "GLIBC_TUNABLES", "MALLOC_", "LD_PRELOAD")
-"""Starts of the names of environment variables that change speed or memory."""
+"""Prefixes of the names of environment variables that change speed or memory."""
 
 Figure = dict[str, Any]
-"""`unit` and `value`; where several times were taken their `samples`; what `cases` adds."""
+"""`unit` and `value`; `samples` if there are several; `case` and rates from `case_figure`."""
 
 
 def figure(unit: str, value: float | None, samples: Sequence[float] = ()) -> Figure:
-    """One measured number; `value` is None where it could not be known."""
+    """Returns one measured number as a figure; `value` is None if the number is unknown."""
     made: Figure = {"unit": unit, "value": None if value is None else rounded(value)}
     return made | ({"samples": [rounded(s) for s in samples]} if samples else {})
 
 
 def median_ms(seconds: Sequence[float]) -> Figure:
-    """The median of wall times in seconds, as a figure in milliseconds."""
+    """Returns the median of wall times in seconds as a figure in milliseconds."""
     return figure("ms", 1e3 * statistics.median(seconds), [1e3 * s for s in seconds])
 
 
 def rounded(value: float) -> float:
-    """To four significant digits; whole numbers of more keep theirs."""
+    """Rounds to four significant digits; from 10000 on, to a whole number."""
     return float(f"{value:.4g}") if abs(value) < 1e4 else float(round(value))
 
 
@@ -50,15 +51,15 @@ def report(
     figures: Mapping[str, Figure],
     **more: Any,
 ) -> dict[str, Any]:
-    """What one run prints: its figures, and all that they depend on besides the code.
+    """Returns the report of one run: its figures, and what they depend on besides the code.
 
     Args:
-      tool: whose figures these are.
-      packages: whose versions matter.
-      options: of the benchmark, with defaults that depend on the device filled in.
-      figures: name to figure; the same name for the same work on every side.
-      **more: further entries: `variants` (label to figures measured beside), `others_cores`,
-        `notes`, and what says that both sides did the same (`losses`, `ids`).
+      tool: name of the measured tool.
+      packages: packages whose versions affect the figures.
+      options: options of the benchmark, with defaults that depend on the device filled in.
+      figures: name to figure; the same work has the same name on every side.
+      **more: further entries: `variants` (label to figures of a variant), `others_cores`,
+        `notes`, and results that show whether both sides did the same work (`losses`, `ids`).
     """
     return {
         "tool": tool,
@@ -73,19 +74,19 @@ def report(
 
 
 def take(call: Callable[[], float], count: int) -> list[float]:
-    """`count` of the seconds that `call` tells, after one call to warm up."""
+    """Returns the results of `count` calls, each in seconds, after one warm-up call."""
     return [call() for _ in range(count + 1)][1:]
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds of wall clock that a call takes."""
+    """Calls a function and returns the wall-clock seconds that it takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 class Neighbours:
-    """How many cores other processes kept busy within a `with`; None where the system hides it."""
+    """A context that counts in `cores` the cores used by other processes; None if unknown."""
 
     cores: float | None = None
 
@@ -102,14 +103,14 @@ class Neighbours:
 
 
 class PeakMemory:
-    """Peak resident memory of this process in MiB, whole and since the last `restart`."""
+    """Peak resident memory of this process in MiB, in total and since the last `restart`."""
 
     def __init__(self) -> None:
         self._before = 0.0
         self._restarted = True
 
     def restart(self) -> None:
-        """Starts a new phase. Where the kernel does not let us, `phase` is None from here on."""
+        """Starts a new phase; if the OS refuses, `phase` returns None from then on."""
         self._before = self.process()
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -117,35 +118,35 @@ class PeakMemory:
             self._restarted = False
 
     def process(self) -> float:
-        """Since the process began."""
+        """Returns the peak since the process began."""
         peak = _status("VmHWM")
         return max(self._before, _maximum() if peak is None else peak)
 
     def phase(self) -> float | None:
-        """Since the last `restart`; None where the system does not tell."""
+        """Returns the peak since the last `restart`; None if the system reports none."""
         return _status("VmHWM") if self._restarted else None
 
     @staticmethod
     def now() -> float | None:
-        """Resident at this moment; None where the system does not tell."""
+        """Returns the resident memory at this moment; None if the system reports none."""
         return _status("VmRSS")
 
 
 def random_tokens(vocabulary: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Token ids, int32 of `shape`: the same on every side for the same seed."""
+    """Returns random token ids, int32 of `shape`; a seed gives every side the same ids."""
     return np.random.default_rng(seed).integers(0, vocabulary, shape, dtype=np.int32)
 
 
 def inputs_and_targets(
     vocabulary: int, batch: int, seq: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens and what follows each, int32[batch, seq]."""
+    """Returns random tokens and the token after each, both int32[batch, seq]."""
     ids = random_tokens(vocabulary, (batch, seq + 1), seed)
     return ids[:, :-1], ids[:, 1:]
 
 
 def step_figures(seconds: Sequence[float], tokens: int) -> dict[str, Figure]:
-    """Of training steps of `tokens` tokens each."""
+    """Returns the figures of training steps of `tokens` tokens each."""
     median = statistics.median(seconds)
     return {
         "speed": figure("tokens/s", tokens / median, [tokens / s for s in seconds]),
@@ -157,12 +158,12 @@ def step_figures(seconds: Sequence[float], tokens: int) -> dict[str, Figure]:
 def answer_figures(
     times: Sequence[tuple[float, float]], written: int, rows: int = 1
 ) -> dict[str, Figure]:
-    """Of answers of `rows` times `written` tokens.
+    """Returns the figures of answers of `rows` x `written` tokens.
 
     Args:
-      times: per answer, seconds from its start to its first token and to its last.
-      written: tokens of each row, at least one.
-      rows: that are written at one time.
+      times: for each answer, the seconds from its start to its first and to its last token.
+      written: generated tokens of each row, at least one.
+      rows: rows that are generated at the same time.
     """
     figures = {"prefill": median_ms([first for first, _ in times])}
     if written > 1:
@@ -187,7 +188,7 @@ def _maximum() -> float:
 
 
 def _busy() -> float | None:
-    """CPU seconds that this machine has spent on anything since it started."""
+    """Returns the CPU seconds of all processes since the machine started; None if unknown."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:

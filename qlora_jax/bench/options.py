@@ -1,4 +1,4 @@
-"""What is measured, as data: every benchmark with its options, which all sides take alike."""
+"""Defines the benchmarks and their options; our side and peers take the same options."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ KERNELS = ("xla", "triton", "mosaic")
 
 @dataclasses.dataclass(frozen=True)
 class KernelOptions:
-    """Quantizing, decoding and multiplying by 4-bit weights.
+    """Options of `bench kernels`: quantizing, decoding, and products with 4-bit weights.
 
     Attributes:
-      shapes: of weights, (in_features, out_features) each; empty: by device.
-      rows: of the products' other operand; empty: by device.
-      dtypes: of the products and of decoded weights; empty: by device.
-      samples: timed calls of each case, after one to warm up.
-      operations: of `OPERATIONS`.
-      device: cpu or gpu; empty: what jax runs on.
+      shapes: shapes of the weights, each (in_features, out_features); empty: by device.
+      rows: numbers of rows of the products' other operand; empty: by device.
+      dtypes: dtypes of the products and of decoded weights; empty: by device.
+      samples: timed calls of each case, after one warm-up call.
+      operations: operations to time, from `OPERATIONS`.
+      device: cpu or gpu; empty: the device that jax runs on.
     """
 
     shapes: tuple[tuple[int, int], ...] = ()
@@ -38,26 +38,28 @@ class KernelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """One optimizer step: forward, loss, backward, clipping and AdamW, on random tokens.
+    """Options of `bench step`: forward, loss, backward, clipping and AdamW on random tokens.
 
     Attributes:
-      model: a folder, a .gguf file, a built-in name, or a key of `models.shapes.SHAPES`, which
-        stands for random weights made on the device.
-      method: a setting `method`.
-      dtype: of computation, and of weights that are not quantized.
-      remat: what the backward pass computes again; peers know none (for dots, too) and full.
-      batch: rows.
-      seq: tokens a row, each with a target.
-      rank: of the adapters.
-      steps: timed steps, after one to warm up.
-      seed: of the tokens and of the adapters.
-      prepare: qlora, peers: peft.prepare_model_for_kbit_training, which holds the embeddings, norms
-        and head in float32.
-      offload: where moments live, as `optimizer.offload`; host is a paged optimizer for peers.
-      kernel: of ours, as `kernels.implementation`; None: by device, dtype and rows.
-      alpha: of the adapters; None: twice the rank.
+      model: folder, .gguf file, built-in name, or key of `models.shapes.SHAPES`; such a key means
+        random weights made on the device.
+      method: value of the setting `method`.
+      dtype: compute dtype, and dtype of weights that are not quantized.
+      remat: remat policy of the backward pass; peers have only none (used for dots too) and full.
+      batch: rows of the batch.
+      seq: tokens of a row, each with a target.
+      rank: rank of the adapters.
+      steps: timed steps, after one warm-up step.
+      seed: seed of the tokens and of the adapters.
+      prepare: for peers with qlora, whether to call peft.prepare_model_for_kbit_training, which
+        holds the embeddings, norms and head in float32.
+      offload: place of the moments, as in `optimizer.offload`; peers use a paged optimizer for
+        host.
+      kernel: our setting `kernels.implementation`; None: by device, dtype and rows.
+      alpha: alpha of the adapters; None: twice the rank.
       target_modules: last parts of the names of linears with an adapter; empty: every linear.
-      shape: config.json of `model` where it is a published name, for peers; our run fills it in.
+      shape: config.json of `model`, for peers, if `model` is a published name; our run fills it
+        in.
     """
 
     model: str
@@ -78,30 +80,31 @@ class StepOptions:
 
     @property
     def lora_alpha(self) -> float:
+        """Returns alpha, with its default filled in."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
-    """Reading a checkpoint into NF4 with double quantization."""
+    """Options of `bench load`: reading a checkpoint into NF4 with double quantization."""
 
     model: str
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """Greedy text from a model in NF4 with double quantization.
+    """Options of `bench generate`: greedy generation in NF4 with double quantization.
 
     Attributes:
-      model: a folder, a .gguf file, a built-in name, or a key of `models.shapes.SHAPES`, which
-        stands for random weights made on the device.
-      dtype: of computation, and of weights that are not quantized.
-      prompt: random tokens that are read.
-      tokens: tokens that are written, the first by reading the prompt.
-      samples: timed answers, after one to warm up.
-      seed: of the prompt.
-      rows: answers that are written at one time.
-      kernel: of ours, as `kernels.implementation`; None: by device, dtype and rows.
+      model: folder, .gguf file, built-in name, or key of `models.shapes.SHAPES`; such a key means
+        random weights made on the device.
+      dtype: compute dtype, and dtype of weights that are not quantized.
+      prompt: number of random tokens of the prompt.
+      tokens: number of generated tokens of a row; the prefill gives the first.
+      samples: timed answers, after one warm-up answer.
+      seed: seed of the prompt.
+      rows: answers that are generated at the same time.
+      kernel: our setting `kernels.implementation`; None: by device, dtype and rows.
     """
 
     model: str
@@ -125,15 +128,17 @@ BENCHMARKS: dict[str, type[Options]] = {
 
 
 def to_tree(options: Options) -> dict[str, Any]:
-    """As JSON takes it."""
+    """Returns the options as a dict for JSON."""
     return dataclasses.asdict(options)
 
 
 def from_tree(what: str, tree: dict[str, Any]) -> Any:
-    """The options of benchmark `what` that `to_tree` wrote, after JSON made its tuples lists.
+    """Returns the options of benchmark `what` from a dict of `to_tree`, with lists as tuples.
+
+    JSON turns tuples into lists.
 
     Raises:
-      UserError: no such benchmark.
+      UserError: there is no such benchmark.
     """
     if what not in BENCHMARKS:
         raise UserError(f"{what!r} is no benchmark; there are: {', '.join(BENCHMARKS)}")

@@ -1,4 +1,4 @@
-"""Summaries as a picture: products over M, and everything else as ratios to the peers."""
+"""Draws summaries: times of products over the rows M, and other figures as ratios to peers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ def save(summaries: Mapping[str, Summary], path: Path) -> None:
     """Draws named summaries into one PNG.
 
     Args:
-      summaries: name to what `compare.summarize` gives.
-      path: of the file.
+      summaries: name to a result of `compare.summarize`.
+      path: path of the PNG file.
 
     Raises:
-      UserError: nothing to draw, or the file cannot be written.
+      UserError: there is nothing to draw, or the file cannot be written.
     """
     import matplotlib.figure
 
@@ -42,7 +42,7 @@ def save(summaries: Mapping[str, Summary], path: Path) -> None:
 
 
 def panels_of(name: str, summary: Summary) -> list[tuple[str, Sequence[str], list[Row]]]:
-    """Title, columns and rows of each panel that a summary gives."""
+    """Returns title, columns and rows of each panel of a summary."""
     products: dict[str, list[Row]] = {}
     others = []
     for row in summary["rows"]:
@@ -93,7 +93,7 @@ _STYLE = {"markersize": 4, "capsize": 2}
 
 
 def _reach(spreads: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """How far each spread goes below and above its median, which may lie outside of quartiles."""
+    """Returns the error bars below and above each median; 0 if the quartiles are beyond it."""
     return [
         [max(0.0, s["median"] - s["low"]) for s in spreads],
         [max(0.0, s["high"] - s["median"]) for s in spreads],

@@ -1,9 +1,9 @@
-"""A model of random codes, made on the device in seconds: published shapes without any file.
+"""Makes models of published shapes with random 4-bit codes on the device, in seconds and no file.
 
-Speed and memory of a step do not depend on the weights' values, so none is quantized: codes are
-drawn as they are stored, and scales so that decoded weights have the spread of an initialized
-model. Every value is a hash of its indices and is computed where it is stored, so that making an
-array takes no memory beside it.
+Speed and memory of a step do not depend on the weights' values, so no weight is quantized. Codes
+are drawn in their stored form, and scales so that decoded weights have the standard deviation of an
+initialized model. Every value is a hash of its indices, computed in the array itself, so that
+making an array takes no other memory.
 """
 
 import dataclasses
@@ -32,26 +32,28 @@ from qlora_jax.quant.qtensor import GROUP
 from qlora_jax.runtime.errors import UserError
 
 SPREAD = 0.02
-"""Standard deviation of weights, embeddings and head, as `bench.random_models` has it."""
+"""Standard deviation of weights, embeddings and head, as in `bench.random_models`."""
 
 SCALES = 0.5, 1.5
-"""Range of the scales of blocks, in units of their mean."""
+"""Range of the blocks' scales, in units of their mean."""
 
 NESTED = 0.1, 0.3
-"""Range of the scales of scales, in units of the offset."""
+"""Range of the nested scales, in units of the offset."""
 
 
 def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> SplitModel:
-    """The model that a run of this config would train, with random weights and fresh adapters.
+    """Returns the model that a run of this config would train, with random weights.
+
+    The adapters are new, as at the first step of a run.
 
     Args:
-      config: of the run; its model's files are not opened.
+      config: config of the run; the model's files are not opened.
       decoder: shapes of the model.
-      kernel: implementation of products with 4-bit weights; None picks.
+      kernel: implementation of products with 4-bit weights; None picks one.
 
     Raises:
-      UserError: settings that do not fit the shapes, or adapters that differ between layers or
-        start from the weights.
+      UserError: the settings do not fit the shapes, or the adapters differ between layers or are
+        initialized from the weights.
     """
     abstract = abstract_model(config, decoder, kernel)
     if config.method != "full":
@@ -61,16 +63,16 @@ def random_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> 
 
 
 def fill(tree: Any, config: Config, seed: int) -> Any:
-    """Random arrays on the default device for a tree of shapes.
+    """Returns random arrays on the default device for a tree of shapes.
 
-    4-bit weights have uniformly random codes. They, other weights, embeddings and the head have
-    the standard deviation `SPREAD`; norms are 1, biases 0. A has the deviation that `lora.init`
-    gives it, B is 0.
+    4-bit weights have uniformly random codes. Decoded 4-bit weights, other weights, embeddings and
+    the head have the standard deviation `SPREAD`; norms are 1, biases 0. A has the standard
+    deviation that `lora.init` sets, B is 0.
 
     Args:
-      tree: leaves are `jax.ShapeDtypeStruct`, as in the trees of `plan.abstract.abstract_model`.
-      config: of the run; `quant` and `lora` are read.
-      seed: the same seed gives the same values on every device.
+      tree: tree with leaves `jax.ShapeDtypeStruct`, such as `plan.abstract.abstract_model` makes.
+      config: config of the run; only `quant` and `lora` are read.
+      seed: seed of the values; a seed gives the same values on every device.
     """
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_quantized)
     paths = flatten(tree, _is_quantized)
@@ -102,10 +104,10 @@ def _array(path: str, leaf: jax.ShapeDtypeStruct, lora: LoraConfig, salt: np.uin
 
 
 class OnDevice:
-    """Draws values as hashes of their indices, on the default device; each draw differs.
+    """A source of random values on the default device, hashes of their indices; each draw differs.
 
     Args:
-      salt: chooses the values.
+      salt: seed of the hashes.
     """
 
     def __init__(self, salt: np.uint32):
@@ -125,10 +127,10 @@ class OnDevice:
 
 
 class OnHost:
-    """Draws values with NumPy, which compiles nothing: for weights of many different shapes.
+    """A source of random values from NumPy, for many different shapes: it compiles nothing.
 
     Args:
-      source: NumPy's generator.
+      source: generator of NumPy.
     """
 
     def __init__(self, source: np.random.Generator):
@@ -148,12 +150,12 @@ class OnHost:
 
 
 def quantized(q: QTensor, name: str, source: OnDevice | OnHost) -> QTensor:
-    """Returns a weight of random codes on the default device.
+    """Returns a 4-bit weight of random codes on the default device.
 
     Args:
-      q: a QTensor of shapes.
-      name: the codebook's name.
-      source: draws codes and scales.
+      q: QTensor whose arrays are shapes, such as `jax.ShapeDtypeStruct`.
+      name: name of the codebook.
+      source: source of the codes and scales.
     """
     book = codebook(name, q.block_size)
     scales = q.scales.shape
@@ -166,7 +168,7 @@ def quantized(q: QTensor, name: str, source: OnDevice | OnHost) -> QTensor:
         made["scales"] = source.uniform(scales, low, high)
     else:
         indices, nested = dynamic_map().astype(np.float64), _moments(NESTED)
-        # in units of the offset a scale is 1 + index * nested
+        # In units of the offset, a scale is 1 + dynamic_map()[index] * nested.
         first = 1 + indices.mean() * nested[0]
         second = 2 * first - 1 + np.square(indices).mean() * nested[1]
         offset = _mean_scale(book, first, second)
@@ -180,21 +182,21 @@ def quantized(q: QTensor, name: str, source: OnDevice | OnHost) -> QTensor:
 
 
 def _code_of_zero(book: np.ndarray) -> int:
-    """The code that `quantize` gives a zero."""
+    """Returns the code that `quantize` gives to a zero."""
     return int(np.sum((book[1:] + book[:-1]) / 2 < 0))
 
 
 def _moments(bounds: tuple[float, float]) -> tuple[float, float]:
-    """Means of t and of t², t being uniform between the bounds."""
+    """Returns the means of t and of t² for a t that is uniform between the bounds."""
     low, high = bounds
     return (low + high) / 2, (low**2 + low * high + high**2) / 3
 
 
 def _mean_scale(book: np.ndarray, first: float, second: float) -> float:
-    """The factor f that gives weights codebook[code] * f * t the deviation `SPREAD`.
+    """Returns f such that codebook[code] * f * t has the standard deviation `SPREAD`.
 
     Args:
-      book: float32[16]; codes are uniform.
+      book: codebook, float32[16]; all codes are equally likely.
       first, second: means of t and of t².
     """
     values = book.astype(np.float64)
@@ -221,7 +223,7 @@ def _bytes(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _codes(salt: jax.Array, shape: tuple[int, ...], in_features: int, zero: int) -> jax.Array:
-    """Random `QTensor.codes`: rows beyond `in_features` hold the code of zero."""
+    """Returns random `QTensor.codes`; rows beyond `in_features` hold the code of zero."""
     return _padded(_bytes(salt, shape), in_features, zero, jnp)
 
 
@@ -237,9 +239,9 @@ def _padded(codes: Any, in_features: int, zero: int, xp: Any) -> Any:
 
 
 def _noise(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform uint32 of a shape: hashes of the salt and the indices.
+    """Returns uniform uint32 of a shape: hashes of the salt and the indices.
 
-    Axis by axis, so that an array may have more elements than 32 bits count.
+    The hash takes the indices axis by axis, because an array may have more than 2^32 elements.
     """
     x = jnp.uint32(salt)
     for axis, length in enumerate(shape):
@@ -249,14 +251,14 @@ def _noise(salt: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """MurmurHash3's last step: every bit of the input changes every bit of the result."""
+    """Applies MurmurHash3's last step: every bit of the input affects every bit of the result."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _salt(seed: int, path: str) -> np.uint32:
-    """Another for every seed and leaf."""
+    """Returns a salt that depends on the seed and the leaf's path."""
     return np.uint32(zlib.crc32(f"{seed} {path}".encode()))
 
 
@@ -267,17 +269,17 @@ def _is_quantized(x: Any) -> bool:
 def _check_adapters(model: Decoder, lora: LoraConfig) -> None:
     if lora.init in INITIALIZERS or lora.from_adapter is not None:
         raise UserError(
-            "random weights have fresh adapters alone: remove lora.from_adapter, and set lora.init "
+            "random weights need new adapters: remove lora.from_adapter, and set lora.init "
             "to kaiming-uniform or gaussian"
         )
     if outer := model.outer_adapters():
         raise UserError(
-            f"random weights have no adapter of {next(iter(outer))}; leave it out of "
+            f"random weights support no adapter on {next(iter(outer))}; remove it from "
             "lora.target_modules"
         )
     adapters = [own.adapter for run in model.runs for own in run.linears().values() if own.adapter]
     if len({spec for adapter in adapters for spec in adapter.specs}) > 1:
         raise UserError(
-            "random weights have adapters that are alike in all layers: remove lora.rank_pattern "
+            "random weights need the same adapters in all layers: remove lora.rank_pattern "
             "and lora.alpha_pattern, and name whole modules in lora.target_modules"
         )

@@ -1,4 +1,4 @@
-"""Random weights of real models' shapes, to measure on without downloading one."""
+"""Writes random weights in the shapes of real models, for benchmarks without a download."""
 
 import json
 import os
@@ -38,7 +38,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""By name, as config.json has it beside `COMMON`."""
+"""Name to the entries of config.json that are not in `COMMON`."""
 
 COMMON: Mapping[str, Any] = {
     "model_type": "llama",
@@ -50,21 +50,23 @@ COMMON: Mapping[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 SPREAD = 0.02
-"""Standard deviation of the matrices."""
+"""Standard deviation of the weight matrices."""
 
 
 FILES = "config.json", "model.safetensors"
 
 
 def folder(name: str, say: Callable[[str], None]) -> Path:
-    """The Hugging Face folder of a shape, made in the cache on first use; the same bytes anywhere.
+    """Returns the Hugging Face folder of a shape; the first use writes it to the cache.
+
+    The files have the same bytes on every machine.
 
     Args:
       name: a key of `SHAPES`.
-      say: told before gigabytes are written.
+      say: function that gets a message before gigabytes are written.
 
     Raises:
-      UserError: the cache cannot be written to.
+      UserError: the cache folder cannot be written to.
     """
     target = cache_folder() / name
     if all((target / file).is_file() for file in FILES):
@@ -75,7 +77,7 @@ def folder(name: str, say: Callable[[str], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".random-") as scratch:
             write(Path(scratch) / name, config)
-            # another process may have been quicker; its bytes are these
+            # Another process may have written the folder first; it has the same bytes.
             if not target.is_dir():
                 os.replace(Path(scratch) / name, target)
     except OSError as e:
@@ -95,12 +97,12 @@ def write(out: Path, config: Mapping[str, Any], seed: int = 0) -> None:
 
 
 def parameters(config: Mapping[str, Any]) -> int:
-    """How many weights a checkpoint of this shape has."""
+    """Returns the number of weights of a checkpoint of this shape."""
     return sum(int(np.prod(shape)) for _, shape in shapes(config))
 
 
 def shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Llama's parameters, linears [out, in]."""
+    """Yields name and shape of each parameter of a Llama; linears are [out, in]."""
     hidden, inner, vocabulary = (
         config[k] for k in ("hidden_size", "intermediate_size", "vocab_size")
     )
@@ -125,7 +127,7 @@ def shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _values(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """bfloat16: ones for a norm, normal numbers for a matrix."""
+    """Returns bfloat16 values: ones for a norm, normally distributed numbers for a matrix."""
     if len(shape) == 1:
         return np.ones(shape, ml_dtypes.bfloat16)
     return (random.standard_normal(shape, np.float32) * SPREAD).astype(ml_dtypes.bfloat16)

@@ -1,4 +1,4 @@
-"""Speed and memory of our training step."""
+"""Measures speed and memory of our training step."""
 
 import dataclasses
 import sys
@@ -33,11 +33,11 @@ from qlora_jax.train.assemble import assemble
 from qlora_jax.train.setup import load_run_model
 
 UPDATES = 3
-"""Updates that are timed alone, at most."""
+"""Largest number of updates that are timed alone."""
 
 
 class PreparedStep(NamedTuple):
-    """What a step takes: the program's functions and their arguments."""
+    """The functions of a training step, their arguments, and the numbers of parameters."""
 
     program: steps.StepProgram
     state: steps.TrainState
@@ -48,11 +48,11 @@ class PreparedStep(NamedTuple):
 
 
 def run(options: StepOptions) -> dict[str, Any]:
-    """Loads or makes the model, compiles and runs the step.
+    """Loads the model or makes a random one, compiles the step and runs it.
 
     Raises:
-      UserError: the model cannot be opened, a row is longer than it can read, or the device is too
-        small.
+      UserError: the model cannot be opened, a row is longer than the model can read, or the device
+        has too little memory.
     """
     if options.model in shapes.SHAPES:
         options = dataclasses.replace(options, shape=shapes.config_json(options.model))
@@ -63,7 +63,7 @@ def run(options: StepOptions) -> dict[str, Any]:
             raise
         raise UserError(
             f"{options.model}: does not fit on {describe_devices()} ({first_line(e)}); give "
-            "--offload host, --remat full, or fewer of --batch, --seq and --rank"
+            "--offload host, --remat full, or smaller values of --batch, --seq and --rank"
         ) from None
 
 
@@ -100,7 +100,7 @@ def _measured(options: StepOptions) -> dict[str, Any]:
 
     with Neighbours() as neighbours:
         seconds = measure.take(step, options.steps)
-        # apart from the steps, which need not wait between the two programs
+        # Timed apart from the steps, which do not wait between the gradient and the update.
         updates = [update() for _ in range(min(options.steps, UPDATES))]
     figures = measure.step_figures(seconds, options.batch * options.seq)
     figures |= {
@@ -129,11 +129,11 @@ def _measured(options: StepOptions) -> dict[str, Any]:
 
 
 def prepare(options: StepOptions) -> PreparedStep:
-    """Loads or makes the model and builds its step; the step is not compiled yet.
+    """Loads the model or makes a random one, and builds its step without compiling it.
 
     Raises:
-      UserError: the model cannot be opened, or a row is longer than it can read.
-      RunFailed: a kernel that the options ask for is wrong on this device.
+      UserError: the model cannot be opened, or a row is longer than the model can read.
+      RunFailed: the kernel that the options name gives wrong results on this device.
     """
     config = config_of(options)
     model = _model(config, options)
@@ -145,7 +145,7 @@ def prepare(options: StepOptions) -> PreparedStep:
 
 
 def compiled_gradient(prepared: PreparedStep) -> Callable[..., Any]:
-    """Returns the gradient, compiled; programs for each layer run once to be so."""
+    """Returns the compiled gradient; the programs of single layers run once to be compiled."""
     program, *arguments = prepared[:4]
     if program.parts is None:
         whole = cast(jax.stages.Wrapped, program.gradient)
@@ -155,17 +155,17 @@ def compiled_gradient(prepared: PreparedStep) -> Callable[..., Any]:
 
 
 def planned_bytes(prepared: PreparedStep, gradient: Callable[..., Any], offload: str) -> int | None:
-    """What the step holds on the device at most, by the compiler; None where it does not tell.
+    """Returns a step's peak device memory by the compiler, in bytes; None if it reports none.
 
     Args:
-      prepared: the step.
-      gradient: the result of `compiled_gradient`.
-      offload: where moments live.
+      prepared: prepared step.
+      gradient: result of `compiled_gradient`.
+      offload: place of the moments, device or host.
     """
     whole = gradient if isinstance(gradient, jax.stages.Compiled) else None
     if whole is not None and whole.memory_analysis() is None:
         return None
-    # without the place that the moments have: a unit's are on the device when it is updated
+    # Drop the moments' memory kind: while a layer is updated, its moments are on the device.
     state, frozen, batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prepared[1:4]
     )
@@ -202,7 +202,7 @@ def check_length(options: StepOptions, decoder: DecoderConfig) -> None:
 
 
 def config_of(options: StepOptions) -> Config:
-    """Returns the run whose step is measured."""
+    """Returns the config of the run whose step is measured."""
     return from_tree(
         {
             "model": {

@@ -1,14 +1,16 @@
-"""Summaries as Markdown, which also reads well on a terminal."""
+"""Formats summaries as Markdown tables that are readable on a terminal too."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """A row per figure: each side's median and half its spread, then ratios with theirs in full.
+    """Returns a Markdown table with a row per figure: medians first, then ratios.
+
+    A median is followed by ± half its spread in percent, a ratio by its low and high.
 
     Args:
-      summary: from `compare.summarize`.
+      summary: result of `compare.summarize`.
     """
     columns = summary["columns"]
     others = columns[1:]
@@ -22,7 +24,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def remarks(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What to know beside the figures: versions, machine, neighbours, sameness of the work."""
+    """Returns remarks on the runs: device, versions, busy cores, equality of results, notes."""
     first = rounds[0]
     lines = [f"{len(rounds)} round{'s' * (len(rounds) > 1)} on {first[0]['device']}"]
     for report in first:
@@ -40,7 +42,7 @@ def remarks(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     if len(first) > 1 and "ids" in first[0]:
         for report in first[1:]:
             same = _common(first[0]["ids"], report["ids"])
-            lines.append(f"tokens as {report['tool']} wrote them: the first {same}")
+            lines.append(f"tokens equal to those of {report['tool']}: the first {same}")
     notes = [note for reports in rounds for r in reports for note in r.get("notes", ())]
     return lines + list(dict.fromkeys(notes))
 

@@ -1,4 +1,4 @@
-"""Who is measured: us, and the peers that other interpreters have installed."""
+"""Finds the tools to measure, ours and installed peers, and runs their benchmarks."""
 
 import json
 import os
@@ -22,13 +22,13 @@ PEERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "load": {"bitsandbytes": TORCH},
     "generate": {"bitsandbytes": TORCH},
 }
-"""Per benchmark: who can be measured in it, and the packages that takes."""
+"""Benchmark to the peers that support it, each with the packages that it needs."""
 
 OWN = (
     ("GLIBC_TUNABLES", ":", f"{hugepages.TUNABLE}=1"),
     ("XLA_FLAGS", " ", f"{compilation.WIDTH}=512"),
 )
-"""What our program asks for itself: variable, what separates its parts, the part."""
+"""Settings that our program adds for itself: variable, separator of its parts, added part."""
 
 _PROBE = """
 import importlib.metadata, json, sys
@@ -49,15 +49,15 @@ class Tool(NamedTuple):
 
 
 def ours() -> Tool:
-    """This package, in this interpreter."""
+    """Returns this package as a tool, run by this interpreter."""
     return Tool(OURS, sys.executable)
 
 
 def peers(python: str, what: str) -> list[Tool]:
-    """Every peer of benchmark `what` that an interpreter has installed, one or more.
+    """Returns the peers of benchmark `what` that an interpreter has installed, at least one.
 
     Raises:
-      UserError: it is no Python, or has none of them.
+      UserError: `python` is no Python interpreter, or has no such peer installed.
     """
     needs = PEERS[what]
     wanted = sorted({package for packages in needs.values() for package in packages})
@@ -68,7 +68,9 @@ def peers(python: str, what: str) -> list[Tool]:
             f"{', '.join(p for p in packages if p not in installed)} (for {name})"
             for name, packages in needs.items()
         )
-        raise UserError(f"--peer {python}: bench {what} needs there {missing}; pip install that")
+        raise UserError(
+            f"--peer {python}: bench {what} needs {missing}; install that for this Python"
+        )
     return found
 
 
@@ -81,19 +83,19 @@ def measured(
     timeout: float | None = None,
     flags: str = "",
 ) -> dict[str, Any]:
-    """The report of one run, in a process of its own.
+    """Runs a benchmark in a process of its own and returns its report.
 
     Args:
-      tool: who runs.
-      what: a benchmark.
-      options: of it.
-      say: told what a run that failed wrote to stderr.
-      timeout: seconds after which the run is ended.
-      flags: for XLA, of our run.
+      tool: tool that runs the benchmark.
+      what: name of the benchmark.
+      options: options of the benchmark.
+      say: function that gets the standard error of a failed run.
+      timeout: seconds after which the run is ended; None sets no limit.
+      flags: flags for XLA; only our own tool gets them.
 
     Raises:
-      UserError: the run found the options, or what they name, not usable.
-      RunFailed: it failed otherwise; `OutOfTime` after the timeout.
+      UserError: the run rejects the options, or a thing that they name.
+      RunFailed: the run fails for another reason; `OutOfTime` after the timeout.
     """
     tree = options if isinstance(options, Mapping) else to_tree(options)
     command = [tool.python, str(WORKER), tool.name, what, json.dumps(tree)]
@@ -135,9 +137,9 @@ def _with_flags(flags: str) -> dict[str, str]:
 
 
 def _clean(python: str) -> dict[str, str]:
-    """The environment without what our program asked for itself.
+    """Returns the environment without the settings that our program added for itself.
 
-    Another interpreter than ours also gets none of what leads to our packages.
+    For another interpreter than ours, variables that lead to our packages are removed too.
     """
     names = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in names}

@@ -1,9 +1,9 @@
-"""One measured run: a process that prints its report as the last line of its output.
+"""Runs one benchmark in a process of its own; the last line of its output is the report.
 
-Started as a file, by any interpreter: a peer's has not installed this package and need not be able
-to import anything of it but what it measures with.
+Any Python interpreter runs this file by its path. A peer's interpreter does not have this package
+installed, and needs to import only the modules that measure.
 
-Command: PYTHON worker.py TOOL WHAT OPTIONS, where OPTIONS is JSON.
+Command: PYTHON worker.py TOOL BENCHMARK OPTIONS, where OPTIONS is JSON.
 """
 
 import importlib
@@ -16,7 +16,7 @@ OURS = "qlora-jax"
 
 
 def main() -> int:
-    """Runs what the arguments name and returns the exit code; 2 is the user's mistake."""
+    """Runs the benchmark of the command line and returns the exit code; 2 is a `UserError`."""
     _import_package()
     tool, what, options = sys.argv[1:]
     from qlora_jax.runtime.errors import UserError
@@ -28,7 +28,7 @@ def main() -> int:
         compilation.widen()
         cuda_toolkit.point()
     module = f"qlora_jax.bench.{what}" if tool == OURS else f"qlora_jax.bench.peers.{tool}_{what}"
-    # first, since seconds of import are counted from here
+    # Import this module first: its `STARTED` is the time from which imports are counted.
     from qlora_jax.bench import measure  # noqa: F401
     from qlora_jax.bench.options import from_tree
 
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def _import_package() -> None:
-    """Imports qlora_jax from around this file, and takes this file's folder off the path."""
+    """Imports qlora_jax from the folder above this file; removes this file's from `sys.path`."""
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != here]
     root = here.parent

@@ -1,1 +1,1 @@
-"""Compiles for a GPU that is not here, reads the machine code, and models its time."""
+"""Compiles for absent GPUs, reads the machine code, and models its time."""

@@ -1,7 +1,8 @@
-"""Makes machine code of the PTX that a compilation for a GPU leaves in a folder.
+"""Assembles the PTX that a compilation for a GPU writes to a folder.
 
-XLA and Mosaic GPU leave their PTX there (`dumping`); `ptxas` and `nvdisasm` of the CUDA compiler
-turn it into what the GPU would run (`kernels`). Nothing here runs on a GPU.
+XLA and Mosaic GPU write their PTX to the folder (`dumping`). `ptxas` and `nvdisasm` of the CUDA
+compiler turn the PTX into the machine code that a GPU would run (`kernels`). Nothing in this module
+runs on a GPU.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from qlora_jax.runtime.errors import UserError
 
 @contextlib.contextmanager
 def dumping(folder: Path) -> Iterator[dict[str, str | bool]]:
-    """Has compilations within leave PTX and launches in `folder`; yields XLA's options for that."""
-    # Mosaic GPU reads the environment whenever it compiles; with a folder it dumps all it has.
+    """Makes compilations in the `with` write PTX and launches to `folder`; yields XLA's options."""
+    # Mosaic GPU reads this variable at each compilation, and dumps everything to that folder.
     before = os.environ.get("MOSAIC_GPU_DUMP_TO")
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
     try:
@@ -50,10 +51,10 @@ def kernels(folder: Path) -> list[SassKernel]:
 
 
 def program(name: str) -> str:
-    """Finds one of the CUDA compiler's programs: pip's, else the system's.
+    """Returns the path of a program of the CUDA compiler: pip's, else the system's.
 
     Raises:
-      UserError: it is not installed.
+      UserError: the program is not installed.
     """
     spec = find_spec("nvidia")
     for root in (spec.submodule_search_locations or ()) if spec else ():
@@ -61,7 +62,7 @@ def program(name: str) -> str:
             return str(path)
     found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
     if found is None:
-        raise UserError(f"{name} is not installed: make gpu-check")
+        raise UserError(f"{name} is not installed; run make gpu-check")
     return found
 
 
@@ -117,7 +118,7 @@ def _launches(folder: Path) -> dict[str, Launch]:
 
 
 def _mosaic_launch(log: Path) -> Launch | None:
-    # A constant's name holds its value once the module has been canonicalized: %c128, %c32768_i32.
+    # In a canonicalized module, a constant's name holds its value: %c128, %c32768_i32.
     size = r"%c(\d+)(?:_\w+)?"
     sizes = rf"in \(%\w+ = {size}, %\w+ = {size}, %\w+ = {size}\)"
     pattern = rf"gpu\.launch .*? {sizes} .*? {sizes} dynamic_shared_memory_size {size}"

@@ -1,4 +1,4 @@
-"""Names one product with a 4-bit weight on one GPU."""
+"""Defines a case: one product with a 4-bit weight on one GPU."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ DECODE_FIRST = "xla"
 
 
 class GpuProduct(NamedTuple):
-    """One product, W in NF4 with double quantization.
+    """One product on one GPU; W is in NF4 with double quantization.
 
     `direction` is forward, x @ W with x [rows, k], or backward, g @ W.T with g [rows, n].
     """

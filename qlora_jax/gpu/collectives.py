@@ -1,4 +1,4 @@
-"""Reads from a compiled program what its devices send each other, and what hides it."""
+"""Reads from a compiled program the data that devices exchange, and the work beside that."""
 
 import collections
 import math
@@ -13,10 +13,10 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 START, DONE = "-start", "-done"
 ASYNC = "async-start"
-"""Starts what the computation that it calls holds; its end names that computation too."""
+"""Opcode that starts all instructions of the computation it calls; its end names that one too."""
 
 IDLE = (*hlo.FREE, "async-start", "async-done", "async-update", "after-all", "partition-id")
-"""Operations that give a device nothing to do."""
+"""Operations that are no work for a device."""
 
 _ARRAY = re.compile(r"\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -34,10 +34,10 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      dtype: as HLO writes it, u8 or bf16.
+      dtype: dtype in HLO's notation, such as u8 or bf16.
       shape: shape of the result on a device.
       devices: number of devices that take part.
-      times: how often a program does it.
+      times: number of executions in one run of the program.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Collective(NamedTuple):
 
     @property
     def received(self) -> int:
-        """Bytes that a device receives each time, if they take the way round a ring."""
+        """Returns the bytes that a device receives each time, in a ring algorithm."""
         size = math.prod(self.shape) * _width(self.dtype)
         others = self.devices - 1
         if self.kind == "reduce-scatter":
@@ -59,13 +59,13 @@ class Collective(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """An all-gather of a compiled program, and what is done while its bytes are on their way.
+    """An all-gather of a compiled program, and the work that overlaps its transfer.
 
     Attributes:
-      received: bytes that a device receives, each time.
-      times: how often the program does it.
-      beside: operations that run between its start and its end.
-      products: matrix products and kernels among them.
+      received: bytes that a device receives each time.
+      times: number of executions in one run of the program.
+      beside: number of operations that run between its start and its end.
+      products: number of matrix products and kernels among these operations.
     """
 
     received: int
@@ -75,10 +75,10 @@ class Gather(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Returns what a program exchanges, equal ones as one, the most bytes first.
+    """Returns the collectives of a program, equal ones merged, those with the most bytes first.
 
     Args:
-      text: a compiled program's, for GPUs or CPUs.
+      text: HLO text of a compiled program, for GPUs or CPUs.
     """
     lines, devices = list(hlo.lines(text)), _all_devices(text)
     counts, ends = executions(lines), _ends(lines)
@@ -94,7 +94,7 @@ def gathers(text: str) -> list[Gather]:
     """Returns the all-gathers of a scheduled program.
 
     Args:
-      text: a compiled program's, whose instructions are in the order in which they start.
+      text: HLO text of a compiled program; instructions are in the order of their starts.
     """
     lines, devices = list(hlo.lines(text)), _all_devices(text)
     counts, ends = executions(lines), _ends(lines)
@@ -119,10 +119,10 @@ def gathers(text: str) -> list[Gather]:
 
 
 def executions(lines: Sequence[HloInstruction]) -> dict[str, int]:
-    """Returns how often each computation runs in a run of the program.
+    """Returns the number of executions of each computation in one run of the program.
 
-    A loop whose number of turns the compiler does not tell counts as one turn, and each branch of
-    a conditional as taken.
+    A loop without a known trip count counts as one iteration. Each branch of a conditional counts
+    as taken.
     """
     bodies = _by_computation(lines)
     counts: dict[str, int] = collections.Counter()
@@ -154,13 +154,13 @@ def _called(line: HloInstruction) -> set[str]:
 
 
 def _kind(line: HloInstruction) -> str | None:
-    """Returns which collective an instruction is or starts; None if it is none."""
+    """Returns the kind of collective that an instruction is or starts; None if it is neither."""
     kind = line.opcode.removesuffix(START)
     return kind if kind in KINDS else None
 
 
 def _ends(lines: Sequence[HloInstruction]) -> dict[str, HloInstruction]:
-    """Maps the name of what starts an exchange to the instruction that waits for it."""
+    """Maps the name of an instruction that starts an exchange to the one that waits for it."""
     return {
         line.operands[0]: line for line in lines if line.opcode.endswith(DONE) and line.operands
     }
@@ -172,7 +172,7 @@ def _exchanged(
     kind = _kind(line)
     if kind is None:
         return
-    # the result of a start may repeat its operands
+    # The result of a start may repeat its operands, so take the result of its end.
     result = ends[line.name].shape if line.opcode.endswith(START) else line.shape
     devices = _devices(line.rest) or every
     for dtype, sizes in _ARRAY.findall(result):
@@ -186,7 +186,7 @@ def _all_devices(text: str) -> int:
 
 
 def _devices(rest: str) -> int | None:
-    """Returns how many take part; None where the instruction does not say, which are all."""
+    """Returns the number of devices that take part; None if none are named, which means all."""
     if listed := _LISTED.search(rest):
         return listed[1].count(",") + 1
     counted = _COUNTED.search(rest)

@@ -1,4 +1,4 @@
-"""Compiles for an NVIDIA GPU that is not here, with XLA's own compiler, by its description.
+"""Compiles for an absent NVIDIA GPU with XLA's own compiler, from the GPU's description.
 
 Needs the packages of `PLUGIN`, which need no GPU and no driver.
 """
@@ -24,24 +24,24 @@ from qlora_jax.runtime.mesh import DATA, FSDP
 
 PLUGIN, PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-plugin"
 FLAGS = ("--xla_gpu_autotune_level=0",)
-"""Autotuning needs a GPU."""
+"""Flags for XLA that switch off autotuning, which needs a GPU."""
 
 UNTUNED = "does not support a default config"
-"""Part of the error of XLA in jax 0.11 for some products where it may not tune: one that Triton's
-GEMM does not take goes to a backend that has to be tuned. A GPU has it tuned."""
+"""Part of XLA's error in jax 0.11 for some products if autotuning is off: a product that Triton's
+GEMM does not support goes to a backend that needs tuning. With a GPU, XLA tunes it."""
 
 WITHOUT_TRITON_GEMM = {"xla_gpu_enable_triton_gemm": False}
 """Options that avoid `UNTUNED`: every product goes to cuBLAS."""
 
 NO_SPILLS = "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
-"""For our own kernels, in which a spill would go unnoticed; XLA's have some."""
+"""Flag that makes a register spill an error; for our kernels only, since XLA's do spill."""
 
 STAND_INS = {"NVIDIA RTX A6000": "NVIDIA A10"}
-"""Names that Pallas' table of GPUs lacks, to one in it of the same compute capability."""
+"""Name that Pallas' table of GPUs lacks, to a name in it with the same compute capability."""
 
 
 def environment(*more: str) -> dict[str, str]:
-    """Returns what a process that compiles for absent GPUs sets before it imports jax.
+    """Returns the environment, set before the import of jax, for compiling for absent GPUs.
 
     Args:
       more: flags for XLA, such as `NO_SPILLS`.
@@ -51,15 +51,15 @@ def environment(*more: str) -> dict[str, str]:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
-        # what comes from the cache leaves no machine code behind
+        # A program from the cache writes no machine code.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        # LLVM makes stack traces that nobody reads; naming their functions takes most of the time
+        # LLVM makes stack traces that nobody reads; resolving their symbols takes most of the time.
         "LLVM_DISABLE_SYMBOLIZATION": "1",
     }
 
 
 def has_plugin() -> bool:
-    """Tells whether the compile-only packages are installed."""
+    """Returns whether the compile-only packages are installed."""
     return (
         importlib.util.find_spec("jax_plugins") is not None
         and importlib.util.find_spec(PLUGIN) is not None
@@ -68,24 +68,24 @@ def has_plugin() -> bool:
 
 @functools.cache
 def mesh_for(gpu: str, data: int = 1, fsdp: int = 1) -> Mesh:
-    """Returns a mesh of GPUs that are not here, all of one kind and of one machine.
+    """Returns a mesh of absent GPUs, all of one kind and in one machine.
 
     Args:
       gpu: a name in `GPUS`.
-      data, fsdp: devices along the axes of those names.
+      data, fsdp: numbers of devices along the axes with these names.
 
     Raises:
-      UserError: an unknown name, or the compile-only packages are missing.
+      UserError: the name is unknown, or the compile-only packages are missing or do not match jax.
     """
     text, name = description(gpu), read_gpu(gpu).name
     if not has_plugin():
         raise UserError(
-            f"compiling for {gpu} needs packages that are not installed: make gpu-check"
+            f"compiling for {gpu} needs packages that are not installed; run make gpu-check"
         )
     if (version := importlib.metadata.version(PACKAGE)) != jax.__version__:
         raise UserError(
             f"{PACKAGE} {version} does not belong to jax {jax.__version__}; install equal "
-            "versions: make gpu-check"
+            "versions with make gpu-check"
         )
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -103,19 +103,20 @@ def compile_for(
     options: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles `function` for a GPU, or for several.
+    """Compiles `function` for one absent GPU, or for a mesh of them.
 
     Args:
       gpu: a name in `GPUS`.
-      function: takes arrays, or trees of them.
-      arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read, and on
-        a mesh where each lives.
+      function: function of arrays, or of trees of arrays.
+      arguments: trees of arrays or `jax.ShapeDtypeStruct`; only shapes, dtypes and, with a mesh,
+        shardings are read.
       donate: positions of donated arguments.
-      options: of XLA's compiler, beside `FLAGS`.
-      mesh: from `mesh_for`, of this GPU; arguments that live nowhere are on all of it. None is one.
+      options: options of XLA's compiler, in addition to `FLAGS`.
+      mesh: mesh of this GPU from `mesh_for`; arguments without a sharding are replicated over it.
+        None is one GPU.
 
     Raises:
-      UserError: an unknown name, or the compile-only packages are missing.
+      UserError: the name is unknown, or the compile-only packages are missing.
     """
     return compile_lowered(lower_for(gpu, function, *arguments, donate=donate, mesh=mesh), options)
 
@@ -142,7 +143,7 @@ def lower_for(
 def compile_lowered(
     lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """Compiles what `lower_for` made with these options; see `compile_for`."""
+    """Compiles the result of `lower_for` with these options; see `compile_for`."""
     chosen = dict(options or {})
     try:
         return lowered.compile(chosen or None)
@@ -154,7 +155,7 @@ def compile_lowered(
 
 @contextlib.contextmanager
 def _on(mesh: Mesh, capability: tuple[int, int]) -> Iterator[None]:
-    # From 0.11 on, Pallas lowers for the GPU of the context, where there is none for that of jax.
+    # From jax 0.11 on, Pallas lowers for the GPU of the context mesh, or else for jax's own.
     place = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     with place, _mosaic_on(capability), compiling_for(capability):
         yield
@@ -162,9 +163,9 @@ def _on(mesh: Mesh, capability: tuple[int, int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mosaic_on(capability: tuple[int, int]) -> Iterator[None]:
-    # Mosaic GPU asks jax's own device for its architecture and takes sm_90 where that is no GPU.
+    # Mosaic GPU takes the architecture of jax's own device, or sm_90 if that device is no GPU.
     if jax.__version_info__ < (0, 11):
-        yield  # not usable below sm_90
+        yield  # in these versions, Mosaic is not usable below sm_90
         return
     utils: Any = importlib.import_module("jax.experimental.mosaic.gpu.utils")
     asked = utils._infer_arch

@@ -1,7 +1,7 @@
-"""Reads the descriptions of GPUs, which are not here.
+"""Reads descriptions of GPUs, which need not be in this machine.
 
-Those in `targets/` are XLA's own for a100 and h100; t4, a6000, rtx4090 and b200 follow NVIDIA's
-data sheets.
+In `targets/`, the descriptions of a100 and h100 are XLA's own; those of t4, a6000, rtx4090 and b200
+follow NVIDIA's data sheets.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ class Gpu:
     Attributes:
       name: NVIDIA's name.
       capability: compute capability, (8, 0) for sm_80.
-      cores: streaming multiprocessors.
-      memory: device memory in bytes.
-      shared: shared memory that a block may ask for, in bytes.
+      cores: number of streaming multiprocessors.
+      memory: size of the device memory in bytes.
+      shared: largest shared memory of a block, in bytes.
       shared_per_core: shared memory of one multiprocessor, in bytes.
-      registers_per_core: 32-bit registers of one multiprocessor.
-      threads_per_core: threads that one multiprocessor holds.
+      registers_per_core: number of 32-bit registers of one multiprocessor.
+      threads_per_core: largest number of threads on one multiprocessor.
       bandwidth: bandwidth of the device memory, bytes per second.
-      l2: bytes of the level 2 cache.
+      l2: size of the level 2 cache in bytes.
     """
 
     name: str
@@ -62,7 +62,7 @@ def description(gpu: str) -> str:
       gpu: a name in `GPUS`, or a file of XLA's `GpuTargetConfigProto` as text, NAME.txtpb.
 
     Raises:
-      UserError: neither, or a file that cannot be read.
+      UserError: `gpu` is neither, or the file cannot be read.
     """
     own = gpu.endswith(SUFFIX)
     if not own and gpu not in GPUS:
@@ -82,10 +82,10 @@ def description(gpu: str) -> str:
 
 @functools.cache
 def read_gpu(gpu: str) -> Gpu:
-    """Returns the figures of a description that decide what fits.
+    """Returns the limits and rates in the description of a GPU.
 
     Raises:
-      UserError: no description, or one that lacks a figure.
+      UserError: there is no description, or it lacks a figure.
     """
     text = description(gpu)
 

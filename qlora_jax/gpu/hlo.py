@@ -1,4 +1,4 @@
-"""Reads what a compiled program holds and runs from its text (`compiled.as_text()`)."""
+"""Reads the buffers and operations of a compiled program from `compiled.as_text()`."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 FLOATS = ("bf16", "f16", "f32", "f64")
 
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota")
-"""Operations that move nothing."""
+"""Operations that move no bytes."""
 
 CONTROL = ("while", "conditional", "call", "custom-call", "async-start", "async-done")
 """Operations that only run others."""
@@ -18,7 +18,7 @@ WITHIN = ("fusion", "reduce", "map", "sort", "scatter", "reduce-window", "all-re
 
 
 class HloInstruction(NamedTuple):
-    """One instruction: where it stands, what it gives, what it takes and what follows that."""
+    """One instruction: its computation, name, result, opcode, operands, and the text after them."""
 
     computation: str
     name: str
@@ -28,7 +28,7 @@ class HloInstruction(NamedTuple):
     rest: str
 
     def called(self) -> str:
-        """Returns the computation that it applies, or nothing."""
+        """Returns the name of the computation that it applies; empty if it applies none."""
         match = re.search(r"\b(?:calls|to_apply)=%?([\w.-]+)", self.rest)
         return match[1] if match else ""
 
@@ -37,9 +37,9 @@ class Operation(NamedTuple):
     """One instruction of a compiled program that runs on the device.
 
     Attributes:
-      name: as in the HLO; its kernel's has `_` for `.`.
+      name: name in the HLO; the name of its kernel has `_` for `.`.
       multiplies: whether it is a matrix product.
-      bytes: of operands and results.
+      bytes: bytes of operands and results.
     """
 
     name: str
@@ -53,7 +53,7 @@ _HEADING = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
 def lines(hlo: str) -> Iterator[HloInstruction]:
-    """Yields all instructions; those of the entry have `ENTRY` for their computation."""
+    """Yields all instructions; `computation` is `ENTRY` for those of the entry."""
     computation = ""
     for text in hlo.splitlines():
         if heading := _HEADING.match(text):
@@ -65,10 +65,10 @@ def lines(hlo: str) -> Iterator[HloInstruction]:
 
 
 def operations(hlo: str) -> list[Operation]:
-    """Returns what the entry of a program runs, with the bytes of its operands and results.
+    """Returns the operations of a program's entry, with the bytes of operands and results.
 
     Args:
-      hlo: of a program without loops or branches.
+      hlo: text of a program without loops or branches.
     """
     all_lines = list(lines(hlo))
     multiplying = {line.computation for line in all_lines if line.opcode == "dot"}
@@ -89,9 +89,9 @@ class Pass(NamedTuple):
     """An operation that reads or writes large arrays and multiplies no matrices.
 
     Attributes:
-      name: as in the HLO.
-      arrays: number of large ones that it reads and writes.
-      origin: JAX's name of what it computes.
+      name: name in the HLO.
+      arrays: number of large arrays that it reads and writes.
+      origin: JAX's name of the computed operation.
     """
 
     name: str
@@ -100,13 +100,13 @@ class Pass(NamedTuple):
 
 
 def passes(hlo: str, least: int) -> list[Pass]:
-    """Returns the work on large arrays that is no product.
+    """Returns the operations on large arrays that are no matrix products.
 
-    Operations of loops count once, custom calls (kernels) do not count.
+    An operation in a loop counts once. Custom calls (kernels) do not count.
 
     Args:
       hlo: text of any program.
-      least: bytes from which on an array is large.
+      least: least bytes of a large array.
     """
     every = list(lines(hlo))
     within = {line.called() for line in every if line.opcode in WITHIN}
@@ -135,20 +135,20 @@ def weight_shaped(
     layers: int = 1,
     dtypes: Sequence[str] = FLOATS,
 ) -> list[str]:
-    """Returns the buffers that have as many floats as one of the weights, or as a stack of it.
+    """Returns the buffers with as many elements as one of the weights, or as a stack of it.
 
-    By number and not by shape, so that a transposed, flattened or blocked weight is found as well;
-    other arrays of the program must not have these numbers. What a fusion computes on its way is
-    no buffer.
+    The number of elements is compared and not the shape, so that a transposed, flattened or blocked
+    weight is found too. Other arrays of the program must not have these numbers of elements. Values
+    inside a fusion are no buffers.
 
     Args:
       hlo: text of any program.
-      shapes: [K, N] of the weights.
-      layers: of a stack.
-      dtypes: those to look for, named as in the HLO; a layer's codes are u8 of shape [K / 2, N].
+      shapes: shapes [K, N] of the weights.
+      layers: number of layers of a stack.
+      dtypes: dtypes to look for, named as in the HLO; a layer's codes are u8 of shape [K / 2, N].
 
     Returns:
-      `name = shape` of each.
+      `name = shape` of each buffer.
     """
     sizes = {k * n * times for k, n in shapes for times in (1, layers)}
     all_lines = list(lines(hlo))
@@ -163,11 +163,11 @@ def weight_shaped(
 
 
 def products_of(hlo: str, dtype: str) -> list[str]:
-    """Returns the matrix products, fused and the libraries', with an operand of a dtype.
+    """Returns the names of the matrix products, fused or in libraries, with an operand of a dtype.
 
     Args:
       hlo: text of any program.
-      dtype: as in the HLO: f32.
+      dtype: dtype in the HLO's notation, such as f32.
     """
     all_lines = list(lines(hlo))
     shapes = {(line.computation, line.name): line.shape for line in all_lines}
@@ -200,5 +200,5 @@ def _bytes(shape: str) -> int:
 
 
 def _bits(dtype: str) -> int:
-    digits = re.search(r"\d+", dtype)  # f8e4m3fn: the first
+    digits = re.search(r"\d+", dtype)  # the first number: f8e4m3fn has 8 bits
     return int(digits[0]) if digits else 8

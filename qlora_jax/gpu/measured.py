@@ -1,6 +1,7 @@
 """Reads reports of `qlora-jax bench gpu`: the rates and times that were measured on a GPU.
 
-A report is DEVICE.json in a folder of reports, in the form `GpuReport` describes.
+A report is the file DEVICE.json in a folder of reports. `Head`, `Copy`, `Matmul` and `Timed` define
+its fields.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
 MATMUL = "matmul "
-"""What the field of a matrix product's rate begins with; the dtype follows."""
+"""Prefix of the `field` of a matrix product's rate; the dtype follows."""
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Count = Annotated[int, Field(gt=0, strict=True)]
@@ -25,7 +26,7 @@ Count = Annotated[int, Field(gt=0, strict=True)]
 
 @dataclass(frozen=True)
 class Copy:
-    """The rate at which device memory is copied, bytes read and written together."""
+    """The rate of copies in device memory; bytes read and bytes written both count."""
 
     field: Literal["copy"]
     unit: Literal["GB/s"]
@@ -43,7 +44,7 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Timed:
-    """One product with a 4-bit weight, or with its 16-bit peer, and the time it took."""
+    """One product with a 4-bit weight, or with the 16-bit weight, and its time."""
 
     field: Literal["time"]
     unit: Literal["us"]
@@ -58,7 +59,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Head:
-    """What a report says of itself; `figures` are checked by their kind."""
+    """The top-level fields of a report; each entry of `figures` is checked by its kind."""
 
     schema: Literal[1]
     device: str
@@ -67,13 +68,13 @@ class Head:
 
 
 class GpuReport:
-    """One report.
+    """One report of a GPU.
 
     Attributes:
-      path: its file.
+      path: path of its file.
       device: NVIDIA's name of the GPU, as the driver gives it.
-      gpu: the target of that name in `GPUS`; None if there is none.
-      capability: compute capability.
+      gpu: target in `GPUS` with that name; None if there is none.
+      capability: compute capability of the GPU.
       times: seconds of each product; the case's `gpu` is the target, or else the device.
     """
 
@@ -81,7 +82,7 @@ class GpuReport:
         """Reads a report.
 
         Raises:
-          UserError: it cannot be read or is damaged; names the file and the key.
+          UserError: the file cannot be read or is damaged; the message names the file and the key.
         """
         head: Head = _checked(path, "", Head, _json(path))
         major, minor = map(int, head.capability.split("."))
@@ -99,7 +100,7 @@ class GpuReport:
             self._take(f"figures.{i}", figure)
 
     def ceilings(self, dtype: str) -> Ceilings | None:
-        """Returns the measured rates for products in `dtype`; None without both of them."""
+        """Returns the measured rates for products in `dtype`; None if one of the two is missing."""
         tensor = self._matmul.get(dtype)
         return None if self._copy is None or tensor is None else Ceilings(self._copy, tensor)
 
@@ -120,10 +121,10 @@ class GpuReport:
 
 
 def reports(folder: Path) -> list[GpuReport]:
-    """Reads the reports in a folder, which need not be there, by file name.
+    """Reads the reports in a folder, sorted by file name; a missing folder has no reports.
 
     Raises:
-      UserError: one is damaged, or two are of one device.
+      UserError: a report is damaged, or two reports are of one device.
     """
     found: dict[str, GpuReport] = {}
     for path in sorted(folder.glob("*.json")):
@@ -140,8 +141,9 @@ def reports(folder: Path) -> list[GpuReport]:
 def target(device: str) -> str | None:
     """Returns the name in `GPUS` of a device.
 
-    The names must be the same but for case: "NVIDIA H100 80GB HBM3" is h100, "NVIDIA H100 PCIe" and
-    "NVIDIA H200" have other rates and are not.
+    The device's name must equal the name in the target's description, except for upper and lower
+    case: "NVIDIA H100 80GB HBM3" is h100. "NVIDIA H100 PCIe" and "NVIDIA H200" are not, because
+    their rates differ.
     """
     same = [gpu for gpu in GPUS if read_gpu(gpu).name.casefold() == device.strip().casefold()]
     return same[0] if same else None

@@ -1,4 +1,4 @@
-"""Decides by measured times for which rows of x a fused kernel is picked."""
+"""Decides by measured times for which numbers of rows of x a fused kernel is picked."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -11,14 +11,15 @@ from qlora_jax.kernels.target import Capability
 
 
 def fused_rows(implementation: str, times: Mapping[GpuProduct, float]) -> tuple[range, ...]:
-    """Returns the rows of x for which a fused implementation was measured to be no slower than xla.
+    """Returns the rows of x for which a fused implementation was measured no slower than xla.
 
-    At a measured number of rows it has to be so for every shape, direction and dtype that xla was
-    measured with and the implementation takes; one that it has no time for counts as slower. Other
-    numbers of rows go with the next lower measured one, those below the least with the least.
+    At a measured number of rows, the implementation must be no slower for every shape, direction
+    and dtype that it supports and that xla was measured with; a missing time counts as slower.
+    Another number of rows has the verdict of the next lower measured number or, below the least
+    measured number, the verdict of the least.
 
     Returns:
-      Ranges as in `select.FUSED_ROWS`; () where nothing can be compared.
+      Ranges as in `select.FUSED_ROWS`; () if nothing can be compared.
     """
     verdicts: dict[int, bool] = {}
     for case, limit in times.items():
@@ -41,8 +42,8 @@ def fused_rows(implementation: str, times: Mapping[GpuProduct, float]) -> tuple[
 def table(known: Iterable[GpuReport]) -> dict[str, dict[Capability, tuple[range, ...]]]:
     """Returns `select.FUSED_ROWS` with the rows of measured GPUs in place of modelled ones.
 
-    GPUs of one capability count as one, whose times are all of theirs. A capability that has the
-    ranges of the one before it is left out, as there.
+    The times of all GPUs with one capability are combined. A capability with the same ranges as the
+    capability before it is left out, as in `select.FUSED_ROWS`.
     """
     times: dict[Capability, dict[GpuProduct, float]] = {}
     for report in known:

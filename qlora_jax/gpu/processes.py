@@ -1,4 +1,4 @@
-"""Gets answers from a process that a compiler may end: an ending costs one answer, not the rest."""
+"""Gets answers from a process that a compiler may abort; an abort costs only one answer."""
 
 import subprocess
 import tempfile
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 ASSERTION = "Check fail"
-"""In the line with which a library in C++ says why it ends the process."""
+"""Text in the line with which a C++ library says why it aborts the process."""
 
 
 class Died(NamedTuple):
-    """The process ended before it answered; `reason` is its code and what it last said."""
+    """The result if the process ended before its answer; `reason` has its exit code and message."""
 
     reason: str
 
@@ -21,10 +21,10 @@ def answers(
     """Yields an answer to each request, in order.
 
     Args:
-      command: reads requests from standard input, a line each, and writes a line for each. After
-        one that ended it, it is started again for the rest.
-      requests: lines without their ends.
-      environment: of the process.
+      command: command that reads one request per line from standard input and writes one line for
+        each. After a request that ended it, the command is started again for the later requests.
+      requests: lines without line ends.
+      environment: environment of the process.
     """
     rest = list(requests)
     while rest:
@@ -57,6 +57,6 @@ def _of_one_process(
 
 
 def _reason(text: str) -> str:
-    """Returns the line of a failed assertion, ahead of a stack trace, or else the last line."""
+    """Returns the line of a failed assertion, which precedes a stack trace, or the last line."""
     lines = text.strip().splitlines() or ["nothing on standard error"]
     return next((line for line in lines if ASSERTION in line), lines[-1])

@@ -1,7 +1,7 @@
-"""Compiles products with a 4-bit weight for GPUs that are not here, and records what came out.
+"""Compiles products with a 4-bit weight for absent GPUs, and makes a record of each.
 
-`compile_all` does so in processes of their own: a compiler that aborts takes one case with it, and
-Mosaic GPU keeps the architecture of the first compilation in a process.
+`compile_all` compiles in separate processes for two reasons: a compiler that aborts then loses one
+case only, and Mosaic GPU keeps the architecture of the first compilation in a process.
 """
 
 import itertools
@@ -33,9 +33,10 @@ def describe(case: GpuProduct) -> dict[str, Any]:
     """Compiles one case in this process and returns its record.
 
     Returns:
-      Its fields; `error`, the compiler's or a broken rule's message, or None; `temp_bytes`;
-      `floor_bytes`, operands and result once; `moved_bytes`, operands and results of everything
-      that the program runs; `kernels`, figures of each; `seconds`, modelled, by what bounds it.
+      The fields of the case; `error`: message of the compiler or of a broken rule, or None;
+      `temp_bytes`: bytes of temporaries; `floor_bytes`: bytes of operands and result, each once;
+      `moved_bytes`: bytes of operands and results of all operations that the program runs;
+      `kernels`: figures of each kernel; `seconds`: modelled seconds by each bound.
     """
     record: dict[str, Any] = {**case._asdict(), "error": None, "kernels": []}
     q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((case.k, case.n), jnp.float32))
@@ -47,7 +48,7 @@ def describe(case: GpuProduct) -> dict[str, Any]:
             compiled = compile_for(case.gpu, function, x, q, options=options)
             text: str = compiled.as_text()  # type: ignore[assignment]
             kernels = with_earlier(text, assemble.kernels(folder))
-        except Exception as e:  # several compilers, each with errors of its own
+        except Exception as e:  # each compiler raises its own kinds of errors
             return {**record, "error": f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"}
     operations = hlo.operations(text)
     result = case.rows * case.outer * jnp.dtype(case.dtype).itemsize
@@ -70,10 +71,10 @@ _dumped: dict[str, list[SassKernel]] = {}
 
 
 def with_earlier(text: str, kernels: list[SassKernel]) -> list[SassKernel]:
-    """Returns the kernels of a program, its Mosaic kernel from an earlier compilation if need be.
+    """Returns a program's kernels; a missing Mosaic kernel comes from an earlier compilation.
 
-    A program has one at most. Mosaic GPU compiles, and dumps, equal kernels once in a process:
-    those of 1 and of 16 rows are equal.
+    A program has at most one Mosaic kernel. Mosaic GPU compiles and dumps equal kernels only once
+    in a process; for example, the kernels of 1 row and of 16 rows are equal.
     """
     equal = re.search(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text)
     if equal is None:
@@ -84,9 +85,10 @@ def with_earlier(text: str, kernels: list[SassKernel]) -> list[SassKernel]:
 
 
 def widened(case: GpuProduct, text: str) -> str | None:
-    """Returns a complaint if products of 16-bit operands are done in float32; None if not.
+    """Returns an error message if products of 16-bit operands are done in float32, else None.
 
-    A product with one row, which XLA widens on every GPU, is bound by its bytes and may be.
+    A product with one row may be done in float32: XLA does so on every GPU, and its bytes bound its
+    time.
     """
     if case.rows == 1 or jnp.dtype(case.dtype).itemsize != 2:
         return None
@@ -97,7 +99,7 @@ def widened(case: GpuProduct, text: str) -> str | None:
 def broken_rule(
     case: GpuProduct, text: str, temp_bytes: int, kernels: Sequence[SassKernel]
 ) -> str | None:
-    """Returns what is wrong with a program that is to decode within its kernel; None if nothing."""
+    """Returns the rule that a program with a fused kernel breaks, as a message; None if none."""
     limit = read_gpu(case.gpu).shared
     if FUSED[case.implementation].target not in text or not sass.launched(kernels):
         return "the program holds no kernel"
@@ -134,7 +136,7 @@ def compile_all(cases: Iterable[GpuProduct]) -> Iterator[dict[str, Any]]:
       UserError: the compile-only packages are not installed.
     """
     if not has_plugin():
-        raise UserError("the compile-only GPU packages are not installed: make gpu-check")
+        raise UserError("the compile-only GPU packages are not installed; run make gpu-check")
     for _, group in itertools.groupby(cases, key=lambda case: case[:2]):
         asked = list(group)
         made = answers(COMMAND, [json.dumps(case) for case in asked], environment(NO_SPILLS))
@@ -146,7 +148,7 @@ def compile_all(cases: Iterable[GpuProduct]) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Reads cases from standard input, one a line, and writes their records likewise."""
+    """Reads cases from standard input and writes their records, one per line."""
     for line in sys.stdin:
         print(json.dumps(describe(GpuProduct(*json.loads(line)))), flush=True)
 

@@ -1,11 +1,12 @@
-"""Models a kernel's time on a GPU that is not here: the slowest of bytes, tensor cores, issue.
+"""Models a kernel's time on a GPU: the longest of the times of bytes, tensor cores and issue.
 
-Assumptions, all of them in the kernel's favour: every byte of the HLO's operands and results moves
-once at the memory's full rate, the data sheet's or a measured one (what is read again comes from a
-cache for nothing); a multiprocessor's four schedulers each issue one instruction per clock and
-never wait for one another or for a latency; clocks are the boost clock; a launch takes no time. A
-multiprocessor takes whole blocks, so a grid that does not fill the GPU is charged for what it
-leaves idle.
+All assumptions favour the kernel. Every byte of the HLO's operands and results moves once, at the
+memory's full rate by the data sheet or by measurement; reading a byte again is free (cache). Each
+of the four schedulers of a multiprocessor issues one instruction per clock, and never waits for
+another scheduler or for a latency. The clock is the boost clock. A launch takes no time.
+
+A multiprocessor runs whole blocks, so the time of a grid that does not fill the GPU includes the
+idle multiprocessors.
 """
 
 import collections
@@ -18,21 +19,21 @@ from qlora_jax.gpu.described import read_gpu
 from qlora_jax.gpu.sass import Instruction, SassKernel, classify, mma_flop
 
 SCHEDULERS = 4
-"""Per multiprocessor, each with a quarter of its lanes."""
+"""Number of schedulers of a multiprocessor, each with a quarter of the lanes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What one multiprocessor does per clock.
+    """The rates of one multiprocessor per clock.
 
     Attributes:
-      clock: boost clock, Hz.
+      clock: boost clock in Hz.
       tensor: dense 16-bit flop with float32 accumulation.
-      mma: share of it that `mma.sync` (HMMA) reaches.
+      mma: share of `tensor` that `mma.sync` (HMMA) reaches.
       float32: lanes for float32.
       float16: lanes for pairs of float16.
       bfloat16: lanes for pairs of bfloat16.
-      blocks: resident at one time, at most.
+      blocks: largest number of resident blocks.
     """
 
     clock: float
@@ -55,17 +56,17 @@ RATES: Mapping[str, Rates] = {
 """GPU to rates. `clock` and `tensor` give the data sheets' dense peaks: T4 65, A100 312, RTX A6000
 154.8 and RTX 4090 165.2 (GA102 and AD102 white papers, float32 accumulation), H100 SXM 989 and B200
 2250 TFLOPS (half of the figure with sparsity). Lanes: CUDA C++ Programming Guide, "Throughput of
-Native Arithmetic Instructions", halved where a lane holds a pair; blocks: its "Technical
-Specifications per Compute Capability". `mma` of the h100: arXiv 2402.13499, 63% of the peak, which
-wgmma alone reaches. These lanes and that share are quoted from memory and to be checked.
-**Assumed**, for want of a source: the b200's `mma` rate per multiprocessor
-and clock is the h100's (its peak needs tcgen05)."""
+Native Arithmetic Instructions", halved if a lane holds a pair; blocks: "Technical Specifications
+per Compute Capability" in the same guide. `mma` of the h100: 63% of the peak (arXiv 2402.13499);
+only wgmma reaches the peak. The lanes and this share are quoted from memory and must still be
+checked. **Assumed**, because no source is known: the b200 has the h100's `mma` rate per
+multiprocessor and clock (its peak needs tcgen05)."""
 
 INTEGER_LANES = 64
 CONVERT_LANES = 16
 WAVEFRONT = {"128": 4, "64": 2, "4": 4, "2": 2}
 """Modifier of a load or store (bits, or matrices of LDSM) to passes through shared memory, which
-moves 128 bytes per clock; 1 without."""
+moves 128 bytes per clock. Without a modifier, there is 1 pass."""
 
 
 class Ceilings(NamedTuple):
@@ -87,7 +88,7 @@ def data_sheet(gpu: str) -> Ceilings:
 
 
 class KernelTime(NamedTuple):
-    """Seconds that a kernel takes by each measure alone; it takes the largest."""
+    """Seconds of a kernel by each bound alone; the kernel takes the largest of the three."""
 
     bytes: float
     tensor: float
@@ -99,14 +100,14 @@ class KernelTime(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Tells which of the three it is."""
+        """Returns the name of the bound that is the largest."""
         return self._fields[self.index(max(self))]
 
     def at(self, old: Ceilings, new: Ceilings) -> "KernelTime":
         """Returns the time of the same kernel under other ceilings.
 
-        What a tensor instruction reaches of the peak (`Rates.mma`) stays the same share; the rate
-        of issue is the clock's and no ceiling.
+        The share of the peak that a tensor instruction reaches (`Rates.mma`) stays the same. The
+        issue time stays the same, because it depends on the clock and on no ceiling.
         """
         return KernelTime(
             self.bytes * old.bandwidth / new.bandwidth,
@@ -116,10 +117,10 @@ class KernelTime(NamedTuple):
 
 
 def occupancy(kernel: SassKernel, gpu: str) -> int:
-    """Returns how many blocks of a kernel one multiprocessor holds at one time.
+    """Returns the number of blocks of a kernel that one multiprocessor holds at the same time.
 
-    A warp's registers come in steps of 256 from its scheduler's quarter; a block takes 1 KiB of
-    shared memory beside its own from sm_80 on (NVIDIA's cuda_occupancy.h).
+    A warp's registers are allocated in steps of 256 from its scheduler's quarter. From sm_80 on, a
+    block takes 1 KiB of shared memory in addition to its own. Source: NVIDIA's cuda_occupancy.h.
     """
     assert kernel.launch is not None
     limits, threads = read_gpu(gpu), kernel.launch.threads
@@ -138,10 +139,10 @@ def fused_time(kernel: SassKernel, gpu: str, flop: float, moved: int) -> KernelT
     """Models a kernel whose main loop multiplies.
 
     Args:
-      kernel: with a main loop of tensor instructions.
+      kernel: kernel with a main loop of tensor instructions.
       gpu: a name in `RATES`.
-      flop: of the whole grid, padding of the tiles included.
-      moved: bytes.
+      flop: floating-point operations of the whole grid, including the padding of tiles.
+      moved: bytes moved.
     """
     assert kernel.launch is not None
     loop = kernel.main_loop()
@@ -170,16 +171,16 @@ def _time(
     limits, rates = read_gpu(gpu), RATES[gpu]
     clocks = pipe_clocks(code, rates)
     tensor = clocks.pop("tensor")
-    # The fullest multiprocessor decides; its warps are spread over the schedulers.
+    # The multiprocessor with the most blocks decides; its warps are spread over the schedulers.
     each = math.ceil(blocks / limits.cores) * repeats / SCHEDULERS / rates.clock
     return KernelTime(moved / limits.bandwidth, tensor * each, max(clocks.values()) * each)
 
 
 def pipe_clocks(code: Sequence[Instruction], rates: Rates) -> dict[str, float]:
-    """Returns for how many clocks a warp's pass through `code` takes each unit of its scheduler.
+    """Returns for how many clocks a warp's pass through `code` occupies each pipe.
 
-    Which unit takes what: Nsight Compute's documentation, "Pipelines". float32 and integer products
-    share one; where it has 128 lanes half of them take float32 alone.
+    Source for the pipe of each instruction: Nsight Compute's documentation, "Pipelines". float32
+    and integer products share a pipe; if it has 128 lanes, half of them take only float32.
     """
     clocks: dict[str, float] = collections.defaultdict(float)
     for i in code:
@@ -209,5 +210,5 @@ def _clocks(lanes: int) -> float:
 
 def _passes(name: str) -> int:
     if name.startswith("U"):
-        return 0  # the engine that copies tiles
+        return 0  # the engine that copies tiles does this
     return max((WAVEFRONT.get(part, 1) for part in name.split(".")[1:]), default=1)

@@ -1,4 +1,4 @@
-"""Reads machine code (SASS): what its instructions do, its loops, and a kernel's main loop."""
+"""Reads machine code (SASS): classes of instructions, loops, and a kernel's main loop."""
 
 import collections
 import dataclasses
@@ -33,20 +33,20 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
     ),
     "uniform": ("U[A-Z0-9]*", "R2UR", "S2UR", "LDCU", "LDC", "S2R", "CS2R"),
 }
-"""Class to mnemonics, first match wins; all others are "integer": logic, shifts, additions, moves,
-selects and comparisons (of floats as well), conversions to 16 bits: what the ALU pipe takes."""
+"""Class to mnemonics; the first match wins. All other mnemonics are "integer", which the ALU pipe
+runs: logic, shifts, additions, moves, selects and comparisons (of floats too), conversions to 16
+bits."""
 
 INTEGER = "integer"
 PRODUCTS = ("tensor", "float32", "float16")
-"""Classes that a main loop is known by."""
+"""Classes of products, which identify a main loop; the first class that occurs decides."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _MATCHERS = [(name, re.compile("|".join(heads))) for name, heads in CLASSES.items()]
 
 
 class Launch(NamedTuple):
-    """How often a kernel runs: blocks of the grid, threads of a block, bytes of dynamic shared
-    memory."""
+    """A kernel's launch: blocks of the grid, threads of a block, dynamic shared memory in bytes."""
 
     blocks: int
     threads: int
@@ -58,9 +58,9 @@ class Instruction(NamedTuple):
 
     Attributes:
       name: mnemonic with its modifiers.
-      operands: the rest.
-      conditional: whether a predicate decides.
-      labels: before it.
+      operands: text after the name.
+      conditional: whether a predicate decides if it runs.
+      labels: labels directly before it.
     """
 
     name: str
@@ -71,16 +71,16 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SassKernel:
-    """One kernel as the GPU would get it.
+    """One kernel in machine code.
 
     Attributes:
-      name: of the entry function.
+      name: name of the entry function.
       target: ptxas' name of the architecture, such as sm_90a.
-      registers: per thread.
-      spill_bytes: per thread, stores and loads.
-      static_shared: bytes of shared memory beside `launch.shared`.
-      launch: None where the compiler did not say.
-      code: all of its instructions.
+      registers: registers per thread.
+      spill_bytes: bytes of spill stores and loads per thread.
+      static_shared: bytes of shared memory in addition to `launch.shared`.
+      launch: launch of the kernel; None if the compiler did not report it.
+      code: all instructions.
     """
 
     name: str
@@ -97,10 +97,11 @@ class SassKernel:
         return self.static_shared + (self.launch.shared if self.launch else 0)
 
     def main_loop(self) -> tuple[Instruction, ...]:
-        """Returns the innermost loop that multiplies, the most of such if several.
+        """Returns the innermost loop with products; if there are several, the one with the most.
 
-        Products are tensor instructions, else float32 or float16 ones; without any it is (). A
-        loop inside that waits counts once.
+        Products are tensor instructions or, if no loop has any, float32 or else float16
+        instructions. Without such a loop, the result is (). The result includes inner loops that
+        only wait, each once.
         """
         counts = {loop: histogram([self.code[i] for i in loop]) for loop in loops(self.code)}
         for kind in PRODUCTS:
@@ -112,7 +113,7 @@ class SassKernel:
 
 
 def parse(sass: str) -> tuple[Instruction, ...]:
-    """Reads the instructions of one function, as nvdisasm prints it."""
+    """Reads the instructions of one function from the output of nvdisasm."""
     code, labels = [], []
     for line in sass.splitlines():
         if label := re.match(r"^(\.\w+):", line):
@@ -124,7 +125,7 @@ def parse(sass: str) -> tuple[Instruction, ...]:
 
 
 def launched(kernels: Iterable[SassKernel]) -> list[SassKernel]:
-    """Returns the kernels whose launch the compiler told."""
+    """Returns the kernels whose launch the compiler reported."""
     return [kernel for kernel in kernels if kernel.launch is not None]
 
 
@@ -142,9 +143,10 @@ def histogram(code: Sequence[Instruction]) -> collections.Counter[str]:
 def loops(code: Sequence[Instruction]) -> list[tuple[int, ...]]:
     """Returns the natural loops, each as the positions of its instructions in order.
 
-    A loop is a jump to an instruction that every way to the jump leads through, with all that lies
-    on a way from there to the jump; jumps to one instruction are one loop. (A jump back alone is
-    none: the slow way round a barrier lies behind the kernel's end and jumps back as well.)
+    A loop has a head: an instruction that dominates a later jump to it, which means that every path
+    to the jump passes the head. The loop is all instructions on paths from the head to the jump.
+    Jumps to the same head form one loop. A jump back alone is no loop: the slow path of a barrier
+    lies behind the kernel's end and jumps back too.
     """
     after = _successors(code)
     before: dict[int, set[int]] = collections.defaultdict(set)
@@ -177,7 +179,7 @@ def _successors(code: Sequence[Instruction]) -> list[tuple[int, ...]]:
 
 
 def _reach(start: int, edges: Any, without: int | None = None) -> set[int]:
-    """Returns what can be reached from `start` along `edges`, never through `without`."""
+    """Returns the nodes that can be reached from `start` along `edges`, never through `without`."""
     seen: set[int] = set()
     rest = [] if start == without else [start]
     while rest:
@@ -195,7 +197,7 @@ def mma_flop(name: str) -> int:
     shared by the four warps of a warpgroup. tcgen05 (UTCHMMA) has its shape in a descriptor: 0.
 
     Raises:
-      ValueError: a mnemonic without a shape.
+      ValueError: the mnemonic has no shape.
     """
     if name.startswith("UTC"):
         return 0
@@ -207,10 +209,10 @@ def mma_flop(name: str) -> int:
 
 
 def multiplies(code: Sequence[Instruction]) -> bool:
-    """Tells whether tensor instructions are among them."""
+    """Returns whether the code has tensor instructions."""
     return any(classify(i.name) == "tensor" for i in code)
 
 
 def tensor_flop(code: Sequence[Instruction]) -> int:
-    """Adds up the floating-point operations of the tensor instructions, per warp."""
+    """Returns the floating-point operations of all tensor instructions, per warp."""
     return sum(mma_flop(i.name) for i in code if classify(i.name) == "tensor")

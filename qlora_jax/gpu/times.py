@@ -1,4 +1,4 @@
-"""Models the seconds that a compiled product takes, from its kernels, and at other rates."""
+"""Models the seconds of a compiled product from its kernels, also at other rates."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,10 @@ from qlora_jax.gpu.sass import SassKernel
 
 
 def fused(case: GpuProduct, moved: int, kernels: Sequence[SassKernel]) -> dict[str, float]:
-    """Models a program whose kernel decodes, by the one that multiplies; what else it runs is in
-    `moved` alone."""
+    """Models a program with a fused kernel by the time of the kernel that multiplies.
+
+    Other operations of the program count only in `moved`, the bytes that the program moves.
+    """
     m, o = tile(case)
     flop = 2.0 * -(-case.rows // m) * m * -(-case.outer // o) * o * case.inner
     for kernel in sass.launched(kernels):
@@ -27,7 +29,7 @@ def fused(case: GpuProduct, moved: int, kernels: Sequence[SassKernel]) -> dict[s
 def decode_first(
     case: GpuProduct, operations: Sequence[hlo.Operation], kernels: Sequence[SassKernel]
 ) -> dict[str, float]:
-    """Models the decoding kernels as they were compiled, then the product as a library does it."""
+    """Models the compiled decoding kernels, and then the product as one of a library."""
     by_name = {kernel.name: kernel for kernel in sass.launched(kernels)}
     total: dict[str, float] = collections.defaultdict(float)
     for operation in operations:
@@ -45,16 +47,20 @@ def decode_first(
 
 
 def seconds_at(record: Mapping[str, Any], new: Ceilings) -> dict[str, float]:
-    """Returns the `seconds` of a record, which are at the data sheet's rates, at other rates.
+    """Converts the `seconds` of a record from the data sheet's rates to other rates.
 
-    Nothing is compiled. Of a program that decodes first a record holds sums over its kernels. The
-    bytes of its product are what decides the product's time, or what the decoding kernels leave
-    where bytes decide theirs, or else operands and result once. What a sum over several kernels
-    has more than the largest of its three measures is taken to stay.
+    Nothing is compiled. For a program that decodes first, a record holds only sums over kernels, so
+    the time of the product's bytes is estimated:
+
+    - the product's time, if that exceeds the tensor time, because then bytes bound the product;
+    - else all bytes' time minus the decoding time, if the decoding time exceeds the issue time;
+    - else the time to move operands and result once.
+
+    A sum over several kernels may exceed the largest of its three bounds; the excess is kept.
 
     Args:
-      record: a record that `product.describe` returns, without an error.
-      new: the other rates; at those of the data sheet the result is `record["seconds"]`.
+      record: result of `product.describe`, without an error.
+      new: other rates; for those of the data sheet, the result equals `record["seconds"]`.
     """
     case = GpuProduct(*(record[field] for field in GpuProduct._fields))
     old, seconds = roofline.data_sheet(case.gpu), record["seconds"]

@@ -211,7 +211,7 @@ def test_a_peer_without_its_packages(
     ended = run_cli("bench", what, "--peer", peer)
     assert ended.code == 2
     assert ended.message == (
-        f"qlora-jax: --peer {peer}: bench {what} needs there {missing}; pip install that"
+        f"qlora-jax: --peer {peer}: bench {what} needs {missing}; install that for this Python"
     )
 
 

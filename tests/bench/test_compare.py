@@ -105,7 +105,7 @@ def test_remarks() -> None:
     assert "ours: python 3.11, jax 1, commit 0123456789 with changes, XLA_FLAGS=-x" in lines
     assert "theirs: python 3.11, jax 1" in lines
     assert "cores that other processes kept busy, at most: 1.5" in lines
-    assert "tokens as theirs wrote them: the first 2" in lines
+    assert "tokens equal to those of theirs: the first 2" in lines
     assert lines.count("n") == 1
 
 

@@ -280,7 +280,7 @@ def test_an_implementation_that_is_not_here_is_a_note(monkeypatch: pytest.Monkey
     report: dict[str, Any] = kernels.run(TINY)
     assert report["variants"] == {}
     if jax.default_backend() == "cpu":
-        assert any(note.startswith("triton, float32: not here (") for note in report["notes"])
+        assert any(note.startswith("triton, float32: cannot run (") for note in report["notes"])
 
 
 def test_options_survive_json() -> None:

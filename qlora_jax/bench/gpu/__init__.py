@@ -1,6 +1,7 @@
-"""One command that checks, measures and reports what this project does on the GPU at hand.
+"""The command `bench gpu`: checks and measures this project on one GPU, and reports the results.
 
-GPU time is short, so the work is cut into parts (`parts`), ordered by their value. Each part is a
-process of its own with a time limit (`conduct`, `child`) and writes every result at once as a line
-of JSON (`record`). `report` turns the lines into a report, a table and a picture.
+GPU time is limited, so the work is divided into parts (`parts`), the most valuable first. Each part
+runs in a process of its own with a time limit (`conduct`, `child`) and writes each result at once
+as a line of JSON (`record`). `report` builds the report from the lines, and `page` makes Markdown
+and a picture of the report.
 """

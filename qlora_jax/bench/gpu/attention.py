@@ -1,7 +1,7 @@
-"""Is fused attention right, and how long does it take? Forward and backward, beside XLA's.
+"""Checks and times fused attention, forward and backward, beside plain XLA.
 
-A result is right if its error is at most twice that of plain XLA in the same dtype, both against
-plain XLA in float32.
+A result is right if its error is at most twice the error of plain XLA in the same dtype. Both
+errors are against plain XLA in float32.
 """
 
 import functools
@@ -20,7 +20,7 @@ from qlora_jax.kernels.attention.select import FUSED, PLAIN
 from qlora_jax.kernels.target import capability_of
 
 EXACT = "float32"
-"""Stands for plain XLA in float32, as an implementation."""
+"""Implementation name for plain XLA in float32."""
 
 REPEATS = {FULL: 10, REHEARSAL: 1}
 
@@ -30,11 +30,11 @@ class AttentionCase(NamedTuple):
 
     Attributes:
       tokens: length of the row.
-      document: tokens of each sequence in it; the last one may be shorter.
-      window: keys that a query sees, at most.
-      heads, kv_heads, size: the heads of queries and of keys, and their features.
-      dtype: the queries', keys' and values'.
-      softcap: as `attend` takes it.
+      document: tokens of each sequence in the row; the last sequence may be shorter.
+      window: largest number of keys that a query sees.
+      heads, kv_heads, size: numbers of query heads and of key heads, and features of a head.
+      dtype: dtype of queries, keys and values.
+      softcap: argument `softcap` of `attend`.
     """
 
     tokens: int
@@ -72,7 +72,7 @@ CASES: Mapping[str, Sequence[AttentionCase]] = {
 
 
 def names(scale: str) -> list[str]:
-    """Returns the names of the results: of each case, whether it is right, and times."""
+    """Returns the names of the results: for each case a check and two times."""
     return [
         name
         for fused in FUSED
@@ -82,7 +82,7 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
-    """Yields each case's programs: fused, in plain XLA, and that in float32."""
+    """Yields each case's programs: fused, plain XLA, and plain XLA in float32."""
     for fused in FUSED:
         for case in CASES[scale]:
             if not _excuse(case, fused, scale, device):
@@ -132,7 +132,7 @@ def _name(case: AttentionCase, implementation: str) -> str:
 
 
 def _excuse(case: AttentionCase, fused: str, scale: str, device: Any) -> str:
-    """Returns why a case is not run on the device; empty if it is. A rehearsal interprets it."""
+    """Returns the reason why a case is not run; empty if it is. A rehearsal interprets kernels."""
     if scale == REHEARSAL or fused in select.usable(capability_of(device), case.dtype, case.size):
         return ""
     return f"{fused} attention does not run on {device.device_kind}"
@@ -148,10 +148,17 @@ def _program(case: AttentionCase, implementation: str) -> BenchProgram:
 def _both(
     case: AttentionCase, implementation: str, precision: str
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """Returns the function of `_inputs` to the attention and the gradients of q, k and v."""
+    """Returns a function of `_inputs` that gives the attention and the gradients of q, k and v."""
 
-    def both(q, k, v, first, last, g):
-        def attention(q, k, v):
+    def both(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        first: jax.Array,
+        last: jax.Array,
+        g: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attend(q, k, v, first, last, softcap=case.softcap, implementation=implementation)
 
         with jax.default_matmul_precision(precision):
@@ -162,7 +169,7 @@ def _both(
 
 
 def _inputs(case: AttentionCase, dtype: str | None = None) -> tuple[jax.Array, ...]:
-    """Returns q, k, v, first, last and the result's gradient."""
+    """Returns q, k, v, first, last and the gradient of the result."""
     last = jnp.arange(case.tokens, dtype=jnp.int32)[None]
     first = jnp.maximum(last // case.document * case.document, last - case.window + 1)
     keys = jax.random.split(jax.random.key(0), 4)

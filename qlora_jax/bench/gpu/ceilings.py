@@ -43,7 +43,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
 
 
 def run(lane: Lane) -> None:
-    """Measures and records; see `names`."""
+    """Measures and records the results of `names`."""
     device, sizes = jax.devices()[0], SIZES[lane.scale]
     copy, product = programs(lane.scale, device)
     for own, measure in (
@@ -58,7 +58,7 @@ def run(lane: Lane) -> None:
 
 
 def median_seconds(call: Callable[[], Any], count: int) -> float:
-    """Returns the median of the seconds that a call takes until its result is there."""
+    """Returns the median of the seconds from a call until its result is ready."""
     jax.block_until_ready(call())
     times = []
     for _ in range(count):
@@ -71,7 +71,7 @@ def median_seconds(call: Callable[[], Any], count: int) -> float:
 def _copy(lane: Lane, copy: BenchProgram, sizes: Sizes) -> None:
     x = jnp.zeros((sizes.words,), jnp.uint32)
     seconds = median_seconds(functools.partial(compiled(copy), x), sizes.repeat)
-    lane.record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)  # read and written
+    lane.record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)  # 4 bytes read, 4 written
 
 
 def _matmul(lane: Lane, product: BenchProgram, sizes: Sizes) -> None:

@@ -1,4 +1,4 @@
-"""The process of one part: `python -m qlora_jax.bench.gpu.child REQUEST`, where REQUEST is JSON."""
+"""Runs one part in its process: `python -m qlora_jax.bench.gpu.child REQUEST`, with JSON."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from qlora_jax.runtime import startup
 
 
 def main() -> int:
-    """Runs the part that the request names."""
+    """Runs the part that the request names and returns the exit code."""
     began = time.monotonic()
     startup.prepare()
     request = json.loads(sys.argv[1])

@@ -1,8 +1,8 @@
-"""Compiles every program of `qlora-jax bench gpu` for GPUs that are not here.
+"""Compiles every program of `qlora-jax bench gpu` for GPUs that this machine does not have.
 
-Each GPU and part has a process of its own, `python -m qlora_jax.bench.gpu.compile_check GPU PART`:
-a compiler that aborts takes one program with it, a part may have flags, and Mosaic GPU keeps the
-architecture of the first compilation in a process.
+Each GPU and part has a process of its own, `python -m qlora_jax.bench.gpu.compile_check GPU PART`,
+for three reasons: a compiler that aborts then loses one program only, a part may have flags, and
+Mosaic GPU keeps the architecture of the first compilation in a process.
 """
 
 import itertools
@@ -26,10 +26,10 @@ from qlora_jax.runtime.errors import UserError, first_line
 GPUS = ("h100", "a100")
 COMMAND = [sys.executable, "-m", "qlora_jax.bench.gpu.compile_check"]
 AT_ONCE = 2
-"""Processes; each takes a core, and up to 4 GB of memory."""
+"""Number of processes at a time; each takes a core and up to 4 GB of memory."""
 
 LISTING = "the list of its programs"
-"""Stands for the programs of a part that gives an error instead of them."""
+"""Name in the outcome of a part that gives an error instead of its programs."""
 
 
 class CompileTask(NamedTuple):
@@ -38,8 +38,8 @@ class CompileTask(NamedTuple):
     Attributes:
       gpu: a name in `gpu.described.GPUS`.
       part: the part that runs the programs.
-      names: the programs' names.
-      error: why there are none; None if there may be some.
+      names: names of the programs.
+      error: error that prevented the list of programs; None if there was no error.
     """
 
     gpu: str
@@ -49,12 +49,12 @@ class CompileTask(NamedTuple):
 
 
 class CompileOutcome(NamedTuple):
-    """Says whether one program compiled.
+    """The outcome of the compilation of one program.
 
     Attributes:
-      gpu, part, name: which it is.
+      gpu, part, name: GPU, part and name of the program.
       error: the first line of the compiler's or the tracer's error; None if it compiled.
-      seconds: that it took.
+      seconds: seconds of tracing and compilation.
       repeated: whether the same program was compiled before, under another name.
     """
 
@@ -70,11 +70,11 @@ class CompileOutcome(NamedTuple):
 
 
 def tasks(gpus: Iterable[str] = GPUS, parts: Iterable[BenchPart] = PARTS) -> Iterator[CompileTask]:
-    """Yields every part's programs for every GPU, by name."""
+    """Yields a task for each part and GPU, with the names of the programs."""
     for part, gpu in itertools.product(parts, gpus):
         try:
             names = [program.name for program in part.module.programs(FULL, read_gpu(gpu))]
-        except Exception as e:  # shapes are traced, which has errors of many kinds
+        except Exception as e:  # tracing raises errors of many kinds
             yield CompileTask(gpu, part, [], f"{type(e).__name__}: {first_line(e)}")
         else:
             yield CompileTask(gpu, part, names)
@@ -86,14 +86,14 @@ def compile_all(
     """Returns the outcome of every program, in order.
 
     Args:
-      chosen: what to compile.
-      tell: told each outcome at once, from several threads.
+      chosen: tasks to compile.
+      tell: function that gets each outcome at once, from several threads.
 
     Raises:
       UserError: the compile-only packages are not installed.
     """
     if not has_plugin():
-        raise UserError("the compile-only GPU packages are not installed: make gpu-check")
+        raise UserError("the compile-only GPU packages are not installed; run make gpu-check")
 
     def outcomes(task: CompileTask) -> list[CompileOutcome]:
         found = []
@@ -107,7 +107,7 @@ def compile_all(
 
 
 def summary(outcomes: Sequence[CompileOutcome]) -> str:
-    """Returns the last line: what compiled, of how many GPUs."""
+    """Returns the last line: the numbers of compiled programs, of GPUs and of failures."""
     gpus = {outcome.gpu for outcome in outcomes}
     failed = sum(outcome.error is not None for outcome in outcomes)
     each = (len(outcomes) - failed) / max(1, len(gpus))
@@ -115,7 +115,7 @@ def summary(outcomes: Sequence[CompileOutcome]) -> str:
 
 
 def table(outcomes: Sequence[CompileOutcome]) -> list[str]:
-    """Returns a line for each GPU and part: how many programs, how many different, seconds."""
+    """Returns a line per GPU and part: numbers of programs and of different ones, seconds."""
     lines = []
     for (gpu, part), group in itertools.groupby(outcomes, key=lambda outcome: outcome[:2]):
         some = list(group)
@@ -139,14 +139,14 @@ def _of_task(task: CompileTask) -> Iterator[CompileOutcome]:
 
 
 class _Compiler:
-    """Compiles for one GPU, equal programs once."""
+    """A compiler for one GPU that compiles equal programs once."""
 
     def __init__(self, gpu: str) -> None:
         self._gpu = gpu
         self._known: dict[Any, str | None] = {}
 
     def outcome(self, program: BenchProgram) -> tuple[str | None, float, bool]:
-        """Returns the last fields of `CompileOutcome`."""
+        """Returns `error`, `seconds` and `repeated` of `CompileOutcome`."""
         began = time.monotonic()
         repeated, error = False, None
         try:
@@ -157,7 +157,7 @@ class _Compiler:
             repeated = same in self._known
             error = self._known[same] if repeated else _compile(lowered, program)
             self._known[same] = error
-        except Exception as e:  # the tracer's own errors, of many kinds
+        except Exception as e:  # tracing raises errors of many kinds
             error = _line(e)
         return error, round(time.monotonic() - began, 2), repeated
 
@@ -165,7 +165,7 @@ class _Compiler:
 def _compile(lowered: jax.stages.Lowered, program: BenchProgram) -> str | None:
     try:
         compile_lowered(lowered, program.options)
-    except Exception as e:  # several compilers, each with errors of its own
+    except Exception as e:  # each compiler raises its own kinds of errors
         return _line(e)
     return None
 
@@ -175,7 +175,7 @@ def _line(error: Exception) -> str:
 
 
 def main() -> None:
-    """Reads indices of programs from standard input, one a line; writes their outcomes likewise."""
+    """Reads indices of programs from standard input and writes their outcomes, one per line."""
     gpu, name = sys.argv[1:]
     (part,) = (part for part in PARTS if part.name == name)
     programs, compiler = list(part.module.programs(FULL, read_gpu(gpu))), _Compiler(gpu)

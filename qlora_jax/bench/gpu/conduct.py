@@ -1,4 +1,4 @@
-"""Runs the parts one after another, each in a process of its own, within a total of seconds."""
+"""Runs the parts one after another, each in a process of its own, within a total time."""
 
 import contextlib
 import json
@@ -20,20 +20,20 @@ from qlora_jax.runtime.errors import UserError
 LINES, LOG = "lines.jsonl", "log.txt"
 MODULE = "qlora_jax.bench.gpu.child"
 PROCESSES = 4
-"""Processes that a part may have, one after another."""
+"""Largest number of processes of a part, one after another."""
 
 HUNG = "Timeout ("
-"""Begins the line that `faulthandler` prints when it ends a process that hangs."""
+"""Beginning of the line that `faulthandler` prints when it ends a process that hangs."""
 
 
 class BenchRequest(NamedTuple):
-    """Names the parts to run, and their limits.
+    """The parts to run, and their limits.
 
     Attributes:
-      parts: in this order.
+      parts: parts in the order of their runs.
       scale: `lane.FULL` or `lane.REHEARSAL`.
-      budget: seconds for everything.
-      folder: takes `LINES` and `LOG`; new lines are added to those that are there.
+      budget: seconds for all parts together.
+      folder: folder of `LINES` and `LOG`; new lines are appended to both files.
       peers: Python interpreters that have peers installed.
     """
 
@@ -84,9 +84,9 @@ def environment(part: BenchPart, scale: str) -> dict[str, str]:
 def _attempts(
     request: BenchRequest, part: BenchPart, end: float, say: Callable[[str], None]
 ) -> str:
-    """Runs a part and returns its outcome; if its process dies, the rest is run in another.
+    """Runs a part and returns its outcome; if its process dies, another runs what is missing.
 
-    The result that the process was working on is recorded as absent. A result that is recorded is
+    The results that the dead process was working on are recorded as absent. A recorded result is
     not tried again.
     """
     path = request.folder / LINES
@@ -114,7 +114,7 @@ def _process(request: BenchRequest, part: BenchPart, seconds: float, told: Seque
         "part": part.name,
         "lines": str(request.folder / LINES),
         "scale": request.scale,
-        "seconds": seconds - 3,  # the part ends itself before it is ended
+        "seconds": seconds - 3,  # the part stops itself before its process is killed
         "peers": list(request.peers),
         "told": told,
     }
@@ -141,22 +141,22 @@ def _process(request: BenchRequest, part: BenchPart, seconds: float, told: Seque
         return f"ended after its {seconds:.0f} s"
     if code == 0:
         return "ok"
-    # not the last line: the stacks of all threads follow
+    # Search all lines: the stacks of all threads follow the line that begins with HUNG.
     if any(line.startswith(HUNG) for line in said.splitlines()):
-        return "failed: it hung, and was ended"
+        return "failed: the process hung and was ended"
     last = said.strip().rpartition("\n")[2]
     return f"failed with code {code}: {last or 'it said nothing'}"
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the part's process and all that it started, which are in a session of their own."""
+    """Kills the part's process and all processes that it started; they share a session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _close(request: BenchRequest, part: BenchPart, seconds: float, outcome: str) -> None:
-    """Records a reason for each declared result that is not there, and the part's end."""
+    """Records the reason for each declared result that is missing, and the part's end."""
     path = request.folder / LINES
     recorder = Recorder(path, part.name)
     known = record.names(record.read([path]), part.name)
@@ -165,5 +165,5 @@ def _close(request: BenchRequest, part: BenchPart, seconds: float, outcome: str)
         for name in missing:
             recorder.absent(name, outcome)
     elif missing:
-        outcome = f"failed: declared and neither told nor excused: {', '.join(missing)}"
+        outcome = f"failed: declared results that were not recorded: {', '.join(missing)}"
     recorder.end(round(seconds, 1), outcome)

@@ -1,7 +1,8 @@
-"""Are kernels right where XLA wraps them: sliced out of a stack, recomputed, mapped, replayed?
+"""Checks kernels in contexts that JAX and XLA make: scan, remat, vmap, CUDA graphs.
 
-Every corner computes the same with an implementation in 16 bits, with decoded weights and 16-bit
-GEMMs, and in float32. The implementation's error is at most twice that of the GEMMs.
+Every context (corner) computes the same function with an implementation in 16 bits, with decoded
+weights and 16-bit GEMMs, and in float32. The implementation is right if its error is at most twice
+the error of the GEMMs.
 """
 
 import functools
@@ -29,13 +30,13 @@ from qlora_jax.kernels.select import FUSED
 from qlora_jax.quant import QLayer, quantize
 
 CALLS = 3
-"""Runs of each program on other buffers: the second and third may replay a CUDA graph."""
+"""Runs of each program, each on new buffers; the second and third may replay a CUDA graph."""
 
 GRAPHS = {"xla_gpu_graph_min_graph_size": 1}
-"""Makes a CUDA graph of every command that can be in one."""
+"""XLA's option that puts every command that can be in a CUDA graph into one."""
 
 SHARE = 0.125
-"""Each layer adds this share of its product to its input. A larger one amplifies rounding errors
+"""Each layer adds this share of its product to its input. A larger share amplifies rounding errors
 from layer to layer, until two right results differ as much as a right and a wrong one."""
 
 CODEBOOK, DTYPE = "nf4", jnp.bfloat16
@@ -43,7 +44,7 @@ BEYOND = (80_000, 1024, 28_672)
 """Rows, K and N of a result of more than 2^31 elements."""
 
 LAST = 64
-"""Rows of it that are compared."""
+"""Number of that result's last rows that are compared."""
 
 
 class Sizes(NamedTuple):
@@ -63,7 +64,7 @@ def scanned(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
 
 
 def scanned_places(x: jax.Array, stack: Any, implementation: str) -> jax.Array:
-    """Returns the same, with the stack left whole: the scan is over places, as a model's is."""
+    """Returns the same gradient from a scan over the layers' indices, as in a model."""
     places = jnp.arange(jax.tree.leaves(stack)[0].shape[0])
     return _gradient(x, places, functools.partial(QLayer, stack), implementation)
 
@@ -77,7 +78,7 @@ def _gradient(
         return (x + SHARE * jnp.tanh(y)).astype(x.dtype), None
 
     def total(x: jax.Array) -> jax.Array:
-        # With signs: a sum would add up the rounded codebook's mean error over all columns.
+        # Random signs: without them, the rounded codebook's mean error adds up over the columns.
         signs = jax.random.rademacher(jax.random.key(0), x.shape, jnp.float32)
         return (jax.lax.scan(layer, x, scanned)[0] * signs).sum()
 
@@ -114,11 +115,11 @@ CORNERS: dict[str, tuple[Callable[..., jax.Array], dict[str, Any]]] = {
 
 
 EXACT = "float32"
-"""Stands for decoded weights and products in float32, as an implementation."""
+"""Implementation name for decoded weights and products in float32."""
 
 
 class Corner(NamedTuple):
-    """One corner with one implementation and some rows."""
+    """One context of products, with one implementation and one number of rows."""
 
     implementation: str
     what: str
@@ -130,7 +131,7 @@ class Corner(NamedTuple):
 
 
 def corners(scale: str) -> list[Corner]:
-    """Returns all corners but the one beyond 2^31 elements."""
+    """Returns all corners except the one beyond 2^31 elements."""
     return [
         Corner(implementation, what, rows)
         for implementation in FUSED
@@ -145,7 +146,7 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
-    """Yields the programs of every corner that runs on the device, and those it is held against."""
+    """Yields the programs of each corner that runs on the device, and the compared programs."""
     able = [name for name in FUSED if not excuse(name, scale, device)]
     for corner in corners(scale):
         if corner.implementation in able:
@@ -191,12 +192,12 @@ def run(lane: Lane) -> None:
 def check(
     corner: Corner, scale: str, made: Mapping[str, CompiledOrError]
 ) -> reference.ErrorVerdict:
-    """Returns the worst verdict of `CALLS` runs on fresh inputs.
+    """Returns the worst verdict of `CALLS` runs on new inputs.
 
     Args:
-      corner: with a fused implementation.
-      scale: of the sizes.
-      made: name to compiled program, or to the error that compiling gave.
+      corner: corner with a fused implementation.
+      scale: scale of the sizes.
+      made: name to the compiled program, or to the error of its compilation.
     """
     ours, theirs, exact = (
         usable(made[corner._replace(implementation=name).name])

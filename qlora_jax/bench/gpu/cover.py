@@ -1,4 +1,4 @@
-"""A small set of cases in which every two values of different factors meet."""
+"""Chooses a small set of cases that contains each pair of values of two factors."""
 
 import itertools
 import random
@@ -7,19 +7,20 @@ from typing import Any
 
 Case = dict[str, Any]
 TRIES = 30
-"""Candidates for each case; the one that covers the most new pairs is taken."""
+"""Number of candidates for each case; the one that covers the most new pairs is taken."""
 
 
 def pairwise(
     factors: Mapping[str, Sequence[Any]], allowed: Callable[[Case], bool] = lambda case: True
 ) -> list[Case]:
-    """Chooses cases so that each pair of values of two factors is in one of them.
+    """Chooses cases so that each pair of values of two factors is in at least one case.
 
-    The choice is greedy and the same at each call. A pair that no allowed case holds is left out.
+    The choice is greedy and the same at each call. A pair is left out if no allowed case for it is
+    found.
 
     Args:
       factors: name to values, two factors or more.
-      allowed: whether a complete case may be taken.
+      allowed: function that says whether a complete case may be taken.
     """
     source = random.Random(0)
     names = sorted(factors, key=lambda name: -len(factors[name]))
@@ -48,7 +49,7 @@ def pairwise(
 def _filled(
     case: Case, names: Sequence[str], factors: Mapping[str, Sequence[Any]], left: set, source: Any
 ) -> Case:
-    """The case with a value for each missing factor that adds as many new pairs as can be."""
+    """Returns the case with a value for each missing factor, chosen to add the most new pairs."""
     missing = [name for name in names if name not in case]
     source.shuffle(missing)
     for name in missing:

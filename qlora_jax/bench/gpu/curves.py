@@ -1,7 +1,7 @@
-"""Does a run learn the same with each implementation? Losses of 50 steps on the same data.
+"""Compares the losses of 50 steps on the same data between the implementations.
 
-A curve is right if it is away from a float32 run's by at most twice what decoded weights and 16-bit
-GEMMs are away from it, on average over the steps.
+The distance of a curve is its mean absolute difference from the losses of a float32 run. A curve is
+right if its distance is at most twice that of decoded weights and 16-bit GEMMs, plus `FLOOR`.
 """
 
 import functools
@@ -26,10 +26,10 @@ from qlora_jax.plan.abstract import abstract_model
 from qlora_jax.train.assemble import assemble
 
 FLOOR = 0.005
-"""Nats that a curve may be away in any case: bfloat16 may happen to be very near to float32."""
+"""Nats added to the limit, because bfloat16 may be very near to float32 by chance."""
 
 PERIOD = 17
-"""Tokens after which a row repeats."""
+"""Number of tokens after which a row repeats."""
 
 TINY = {
     "model_type": "llama",
@@ -47,7 +47,7 @@ TINY = {
 
 
 class Sizes(NamedTuple):
-    """The model's shapes, rows and tokens of a batch, and steps."""
+    """The shapes of the model, the rows and tokens of a batch, and the number of steps."""
 
     decoder: DecoderConfig
     batch: int
@@ -68,7 +68,7 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
-    """Yields the gradient program with each implementation and of the float32 run; updates."""
+    """Yields the gradient programs of each implementation and of the float32 run; updates."""
     for name in (PLAIN, *FUSED):
         if not excuse(name, scale, device):
             yield _gradient(f"{name}: gradient", _step(scale, name, "bfloat16"))
@@ -98,7 +98,7 @@ def run(lane: Lane) -> None:
 
 
 def losses(scale: str, implementation: str, dtype: str) -> list[float]:
-    """Returns the loss of each step, on the same weights and data at each call."""
+    """Trains and returns the loss of each step; weights and data are the same at each call."""
     size, config = SIZES[scale], _config(scale, dtype)
     model = random_codes.random_model(config, size.decoder, implementation)
     program, state, frozen = assemble(config, model)[1:]
@@ -111,7 +111,7 @@ def losses(scale: str, implementation: str, dtype: str) -> list[float]:
 
 
 def batch(scale: str) -> dict[str, np.ndarray]:
-    """Returns the rows of every step, the same each time: they repeat after `PERIOD` tokens."""
+    """Returns the batch of every step, always the same; its rows repeat after `PERIOD` tokens."""
     size = SIZES[scale]
     source = np.random.default_rng(0)
     word = source.integers(0, size.decoder.vocab_size, (size.batch, PERIOD), dtype=np.int32)

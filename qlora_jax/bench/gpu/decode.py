@@ -1,4 +1,4 @@
-"""Generation from published shapes with random codes: decoded tokens/s, and prefill."""
+"""Measures generation from published shapes with random codes: tokens/s and prefill."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +12,18 @@ from qlora_jax.bench.gpu.steps import measured, too_large
 from qlora_jax.bench.options import GenerateOptions
 
 UNFUSED = "--xla_gpu_enable_dynamic_slice_fusion=false"
-"""Copies each layer's codes out of the stack before a kernel reads them."""
+"""Flag that copies each layer's codes out of the stack before a kernel reads them."""
 
 ONE_GRAPH = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_command_buffer_unroll_loops=true"
-"""Makes one CUDA graph of a token. XLA makes one of a layer, and the host turns the loop."""
+"""Flags that make one CUDA graph per token. By default, XLA makes one per layer, and the host runs
+the loop over the layers."""
 
 KINDS = {
     "decode": ("tokens/s", "decode"),
     "prefill": ("ms", "prefill"),
     "peak": ("MiB", "peak memory, device"),
 }
-"""Figures of a case: the unit, and the name in the report of `bench generate`."""
+"""Figures of a case: kind to its unit and its name in the report of `bench generate`."""
 
 
 class DecodeCase(NamedTuple):

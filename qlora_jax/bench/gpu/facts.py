@@ -1,4 +1,4 @@
-"""Tells what the figures of a report depend on: the device and the versions of its software."""
+"""Collects what the figures of a report depend on: the device and versions of software."""
 
 import contextlib
 import shutil
@@ -18,13 +18,13 @@ GPU_PACKAGES = (
     *("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cublas", "nvidia-cublas-cu12"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "torch", "triton", "bitsandbytes", "peft"),
 )
-"""Packages that a GPU's figures depend on too."""
+"""Packages that affect the figures only on a GPU."""
 
 QUERY = ("driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
 
 
 def facts(device: Any) -> dict[str, Any]:
-    """Returns what the figures depend on; no paths and no host's name."""
+    """Returns the facts that the figures depend on, without paths and the host's name."""
     found: dict[str, Any] = {
         "device": describe_devices().kind,
         "backend": jax.default_backend(),

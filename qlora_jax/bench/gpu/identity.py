@@ -1,4 +1,7 @@
-"""Do fresh adapters change nothing, however XLA tunes products? Every run checks this first."""
+"""Checks that new adapters change no product, also if XLA tunes products freely.
+
+Every run with new adapters makes the same check before it trains.
+"""
 
 import dataclasses
 import functools
@@ -23,7 +26,7 @@ LAYERS = 4
 
 
 class IdentityCase(NamedTuple):
-    """One kind of adapter on one kind of base."""
+    """One variant of adapter on the base of one method, in one compute dtype."""
 
     method: str
     variant: str
@@ -65,7 +68,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
 
 
 def run(lane: Lane) -> None:
-    """Checks every case; their programs are compiled side by side."""
+    """Checks every case; the programs are compiled in parallel."""
     device = jax.devices()[0]
     made = compile_all(programs(lane.scale, device), lambda: lane.left() > 5)
     for case, outcome in zip(CASES, made):

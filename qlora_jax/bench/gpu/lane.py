@@ -1,4 +1,4 @@
-"""Gives a part its surroundings: where to record, the scale to run at, the time that is left."""
+"""Defines the lane, which gives a part its recorder, its scale and the time that is left."""
 
 import contextlib
 import dataclasses
@@ -14,10 +14,10 @@ from qlora_jax.kernels.target import half_dtype
 from qlora_jax.runtime.errors import FULL_MEMORY, OutOfTime, first_line
 
 FULL, REHEARSAL = "full", "rehearsal"
-"""Scales: real shapes for a GPU, and tiny ones that a CPU runs."""
+"""Scales: real shapes for a GPU, and tiny shapes for a CPU."""
 
 CUBLAS = "--xla_gpu_enable_triton_gemm=false"
-"""A flag for XLA that leaves it less to tune; what runs without it shows the default."""
+"""Flag for XLA that leaves less to tune; parts without the flag show XLA's default."""
 
 LOST = (
     "CUDA_ERROR_ILLEGAL",
@@ -32,25 +32,25 @@ LOST = (
     "misaligned address",
     "unspecified launch failure",
 )
-"""Parts of an error's text after which the process can do nothing more on the GPU."""
+"""Texts of errors after which the process can no longer use the GPU."""
 
 HANGS = 20
-"""Seconds after which a check or a timing counts as hanging; each takes one or two."""
+"""Seconds after which a check or a timing counts as hanging; one normally takes 1 or 2 s."""
 
 SLOWER = {FULL: 1, REHEARSAL: 5}
-"""Times a limit that something may take, by scale: a CPU has few cores, and others use them."""
+"""Scale to the factor on time limits: a CPU has few cores, and other processes use them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """The surroundings of one part.
+    """The context in which one part runs.
 
     Attributes:
-      record: takes the results.
+      record: recorder of the results.
       scale: `FULL` or `REHEARSAL`.
       deadline: value of `time.monotonic()` at which the part's process is ended.
       peers: Python interpreters that have peers installed.
-      told: names that the part recorded in a process that died; they are not tried again.
+      told: names of results that earlier processes of the part recorded; they are not tried again.
     """
 
     record: Recorder
@@ -64,11 +64,11 @@ class Lane:
         return self.scale == REHEARSAL
 
     def left(self) -> float:
-        """Returns the seconds that are left."""
+        """Returns the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def fact(self, name: str) -> Any:
-        """Returns a fact that an earlier part recorded; None without one."""
+        """Returns a fact that an earlier part recorded; None if there is none."""
         lines = record.read([self.record.path])
         found = [x["value"] for x in lines if x["kind"] == "fact" and x["name"] == name]
         return found[-1] if found else None
@@ -79,7 +79,7 @@ class Lane:
         return half_dtype(capability and tuple(map(int, capability.split("."))))
 
     def kernel(self) -> str | None:
-        """Returns the implementation for models: xla if a check found another wrong, else None."""
+        """Returns the implementation for models: xla if a check of a kernel failed, else None."""
         checks = [x for x in record.read([self.record.path]) if x["kind"] == "check"]
         wrong = [x for x in checks if not x["right"] and x["part"] in ("products", "contexts")]
         return "xla" if wrong else None
@@ -88,14 +88,14 @@ class Lane:
     def guard(self, *names: str, within: float | None = None) -> Iterator[None]:
         """Records an error inside the `with` as the reason why the named results are absent.
 
-        It makes the part a failed one, unless the time or the device's memory was too small. An
+        The part then counts as failed, unless the time or the device's memory was too small. An
         error that leaves the GPU unusable is raised again.
 
         Args:
-          names: the results that the `with` records.
-          within: seconds after which the process ends itself, since nothing else stops a kernel
-            that hangs; the part goes on in a new process. None sets no limit. A block with a
-            limit must not be inside another one.
+          names: names of the results that the `with` records.
+          within: seconds after which the process ends itself, because nothing else stops a kernel
+            that hangs; the part continues in a new process. None sets no limit. A `with` that has
+            a limit must not be inside another one that has a limit.
         """
         self.record.begin(*names)
         if within is not None:
@@ -103,7 +103,7 @@ class Lane:
         try:
             yield
         except Exception as e:
-            traceback.print_exc()  # to the log, not into the report
+            traceback.print_exc()  # to the log, not to the report
             known = record.names(record.read([self.record.path]), self.record.part)
             for name in names:
                 if name not in known:
@@ -123,25 +123,25 @@ class Lane:
         kinds: Mapping[str, tuple[str, str]],
         **details: Any,
     ) -> None:
-        """Records figures of a benchmark's report, or that the device does not tell them.
+        """Records figures of a benchmark's report; a figure without a value is recorded as absent.
 
         Args:
-          report: from `bench.measure.report`.
-          case: begins the results' names, CASE: KIND; also an entry of every figure.
+          report: result of `bench.measure.report`.
+          case: name of the case; a result's name is CASE: KIND, and each figure has the entry case.
           kinds: KIND to its unit and its name in the report.
           details: further entries of every figure.
         """
         for kind, (unit, source) in kinds.items():
             value = report["figures"].get(source, {}).get("value")
             if value is None:
-                self.record.absent(f"{case}: {kind}", "the device does not tell")
+                self.record.absent(f"{case}: {kind}", "the device does not report this")
             else:
                 self.record.figure(f"{case}: {kind}", unit, value, field=kind, case=case, **details)
 
     def due(self, seconds: float, *names: str) -> bool:
-        """Returns whether to try the named results: not told yet, and that many seconds are left.
+        """Returns whether to try the named results: some are missing, and `seconds` are left.
 
-        If the time is too short, that is recorded for those that are not told.
+        If too little time is left, the missing results are recorded as absent.
         """
         missing = [name for name in names if name not in self.told]
         if self.left() >= seconds:

@@ -1,4 +1,4 @@
-"""A QLoRA step of 13B to 70B, as the device's memory allows."""
+"""Measures a QLoRA step of models from 13B to 70B that fit into the device's memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

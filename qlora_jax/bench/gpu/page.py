@@ -1,4 +1,4 @@
-"""A report as Markdown and as a picture."""
+"""Formats a report as Markdown, and draws it as a picture."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ SHOWN = (*OURS, "gemm", "bitsandbytes")
 REHEARSED = "**Rehearsed on a CPU with tiny shapes: no figure below says how fast anything is.**"
 
 LISTED = 20
-"""Wrong checks and absent results that are listed one by one."""
+"""Largest number of wrong checks and of results lost to errors that are listed."""
 
 
 def text(report: Report) -> str:
-    """Returns the report as Markdown: device, parts, checks, ceilings, times, steps, the rest."""
+    """Returns the report as Markdown: device, parts, checks, targets, figures, absent results."""
     sections = [
         f"## {report['device']}",
         _facts(report),
@@ -41,7 +41,7 @@ def text(report: Report) -> str:
 
 
 def target_table(report: Report) -> str:
-    """Returns the targets as a table; one that the report has no figure for is not measured."""
+    """Returns the targets as a table; a target without a figure is listed as not measured."""
     body = [(name, wanted, _number(x), word) for name, wanted, x, word in targets.rows(report)]
     body += [(name, wanted, "", "not measured") for name, wanted in targets.missing(report)]
     return "### Targets\n\n" + _table(("what", "target", "measured", ""), body)
@@ -96,7 +96,7 @@ def _figures(report: Report, part: str, title: str) -> str:
 
 
 def _times(report: Report) -> Iterable[str]:
-    """Yields a table for each shape and direction: microseconds, and rates of the quickest."""
+    """Yields a table per shape and direction: microseconds, and rates of the fastest."""
     timed = [row for row in report["figures"] if row["field"] == "time"]
     groups = dict.fromkeys((row["k"], row["n"], row["direction"]) for row in timed)
     for k, n, direction in groups:
@@ -116,7 +116,7 @@ def _times(report: Report) -> Iterable[str]:
 
 
 def _cases(report: Report) -> Iterable[str]:
-    """Yields a table of the training steps, planned beside measured memory."""
+    """Yields a table of the training steps, with planned and measured memory."""
     rows = [row for row in report["figures"] if row["part"] in ("steps", "large", "peers")]
     cases: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -145,7 +145,7 @@ def _top(report: Report) -> str:
 
 
 def _absent(report: Report) -> str:
-    """Returns the reasons why declared results are not there, with how many share each."""
+    """Returns a table of the reasons for absent results, with the number of results of each."""
     if not report["absent"]:
         return ""
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -156,9 +156,9 @@ def _absent(report: Report) -> str:
 
 
 def picture(report: Report, path: Path) -> None:
-    """Draws times over rows, one panel for each shape and direction, and memory against the plan.
+    """Draws times over rows, one panel per shape and direction, and memory against the plan.
 
-    Nothing is drawn, and no file made, where the report has neither.
+    Writes no file if the report has neither times nor memory.
     """
     import matplotlib.figure
 

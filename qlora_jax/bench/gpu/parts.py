@@ -1,7 +1,7 @@
-"""The parts of the report in the order of their value, as data.
+"""Lists the parts of the report, the most valuable first.
 
-To add one: a module with `names(scale)`, `programs(scale, device)` and `run(lane)`, and a row here.
-`make gpu-check` compiles its programs and `--rehearse` runs it from then on.
+To add a part, write a module with `names(scale)`, `programs(scale, device)` and `run(lane)`, and
+add a row to `PARTS`. Then `make gpu-check` compiles its programs, and `--rehearse` runs it.
 """
 
 import importlib
@@ -13,14 +13,14 @@ from qlora_jax.bench.gpu.lane import CUBLAS
 
 
 class BenchPart(NamedTuple):
-    """One part.
+    """One part of the report, with its time limits.
 
     Attributes:
-      name: of the module beside this one that has its code.
+      name: name of its module in this folder.
       limit: seconds after which its process is ended.
-      least: seconds that must be left for it to begin.
-      what: in words.
-      flags: for XLA.
+      least: seconds that must be left for the part to begin.
+      what: description for users.
+      flags: flags for XLA.
     """
 
     name: str
@@ -36,7 +36,7 @@ class BenchPart(NamedTuple):
 
 PARTS: Sequence[BenchPart] = (
     BenchPart(
-        "ceilings", 60, 10, "device, driver, versions; bandwidth and products at most", CUBLAS
+        "ceilings", 60, 10, "device, driver, versions; peak memory and product rates", CUBLAS
     ),
     BenchPart("products", 110, 25, "every kernel against float64", CUBLAS),
     BenchPart("contexts", 70, 20, "kernels in scan, remat, vmap, CUDA graphs, beyond 2^31", CUBLAS),

@@ -1,4 +1,4 @@
-"""Peers on the same card: bitsandbytes' products, and a step of PEFT on bitsandbytes' weights."""
+"""Measures peers on the same GPU: bitsandbytes' products, and PEFT's step on its weights."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
-    """Yields nothing: peers compile nothing of ours."""
+    """Yields nothing, because peers compile no program of ours."""
     yield from ()
 
 
 def run(lane: Lane) -> None:
-    """Measures the first interpreter that has each peer."""
+    """Measures each benchmark with the first interpreter that has bitsandbytes for it."""
     products = [case.name for case in _products(lane.scale)]
     rest = [name for name in names(lane.scale) if name not in products]
     for what, own, measure in (("step", rest, _steps), ("kernels", products, _kernels)):

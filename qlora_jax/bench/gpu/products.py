@@ -1,4 +1,4 @@
-"""Is each kernel right? Fresh products against float64, over a pairwise cover of cases."""
+"""Checks each kernel on new inputs against float64, over a pairwise cover of cases."""
 
 import contextlib
 import functools
@@ -21,10 +21,10 @@ from qlora_jax.kernels.target import capability_of
 from qlora_jax.quant import CODEBOOKS, quantize
 
 MOST = 150
-"""Programs, at most."""
+"""Largest number of programs."""
 
 OUTPUTS = 4096
-"""Elements that are compared for each case, at least; small products are repeated."""
+"""Least number of elements compared for each case; small products are repeated."""
 
 TILE = 16
 """Rows of the smallest tile of a kernel."""
@@ -56,10 +56,10 @@ FEWER: Mapping[str, Mapping[str, Sequence[Any]]] = {
     FULL: {"rows": (1, 33, 512)},
     REHEARSAL: {"rows": (1, 33)},
 }
-"""Factors of `PLAIN`, which has no kernel of ours."""
+"""Factors that `PLAIN` has instead, because it is no kernel of ours."""
 
 LARGE = {FULL: (4096, 11008), REHEARSAL: (128, 344)}
-"""The shape of some more cases of each kernel, as a 7B model has it."""
+"""Shape of additional cases of each kernel; the full-scale shape is one of a 7B model."""
 
 LARGE_ROWS = (1, 16, 512)
 DTYPES = {name: fused.dtypes for name, fused in FUSED.items()} | {PLAIN: ("bfloat16", "float16")}
@@ -96,7 +96,7 @@ class ProductCase(NamedTuple):
 
 
 def cases(scale: str, implementation: str) -> list[ProductCase]:
-    """Returns a pairwise cover of one implementation's cases, and a kernel's at a large shape."""
+    """Returns a pairwise cover of cases; for a kernel, cases of a large shape come first."""
     factors = {**FACTORS[scale], "dtype": DTYPES[implementation]}
     if implementation == PLAIN:
         return [ProductCase(PLAIN, **case) for case in pairwise({**factors, **FEWER[scale]})]
@@ -109,7 +109,7 @@ def cases(scale: str, implementation: str) -> list[ProductCase]:
 
 
 def names(scale: str) -> list[str]:
-    """Returns the names of the results: all cases."""
+    """Returns the names of the results, one for each case."""
     return [case.name for name in IMPLEMENTATIONS for case in cases(scale, name)]
 
 
@@ -121,7 +121,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
 
 
 def excuse(implementation: str, scale: str, device: Any) -> str:
-    """Returns why an implementation is not run on the device; empty if it is.
+    """Returns the reason why an implementation is not run on the device; empty if it is run.
 
     A rehearsal runs Triton's kernels in Pallas' interpreter.
     """
@@ -142,7 +142,7 @@ def program(case: ProductCase) -> BenchProgram:
 
 
 def one_product(implementation: str, direction: str, k: int) -> Callable[..., jax.Array]:
-    """Returns x @ W as a function of (x, q), or g @ W.T of (g, q) as JAX's gradient makes it."""
+    """Returns the function (x, q) -> x @ W, or its gradient by JAX: (g, q) -> g @ W.T."""
 
     def forward(x: jax.Array, q: Any) -> jax.Array:
         return matmul(x, q, implementation)
@@ -155,7 +155,7 @@ def one_product(implementation: str, direction: str, k: int) -> Callable[..., ja
 
 
 def weight(case: ProductCase) -> Any:
-    """Returns a QTensor of shapes for a case."""
+    """Returns a case's QTensor with shapes for arrays."""
     return _weight(case.shape, case.block_size, case.double_quant)
 
 
@@ -167,7 +167,7 @@ def _weight(shape: tuple[int, int], block_size: int, double_quant: bool) -> Any:
 
 @contextlib.contextmanager
 def interpreted(lane: Lane) -> Iterator[None]:
-    """Runs Triton's kernels as plain JAX within a rehearsal."""
+    """Runs Triton's kernels in an interpreter inside the `with`, if the lane rehearses."""
     before, triton.INTERPRET = triton.INTERPRET, lane.rehearsing
     try:
         yield
@@ -176,7 +176,7 @@ def interpreted(lane: Lane) -> Iterator[None]:
 
 
 def run(lane: Lane) -> None:
-    """Compiles and checks every case; fresh inputs at each call."""
+    """Compiles and checks every case, with new inputs in each run."""
     device, seed = jax.devices()[0], time.time_ns() % 2**31
     lane.record.fact("seed of the products", seed)
     with interpreted(lane):
@@ -199,12 +199,12 @@ def run(lane: Lane) -> None:
 def check(
     case: ProductCase, product: Callable[..., jax.Array], seed: int
 ) -> tuple[reference.ErrorVerdict, bool]:
-    """Runs a compiled case on fresh inputs.
+    """Runs a compiled case on new inputs and compares the results with float64.
 
     Returns:
       The verdict on all inputs together, and whether a second run gave the same bits.
     """
-    # drawn on the host: programs that draw each shape would take longer to compile than to run
+    # Draw on the host: a device program per shape would take longer to compile than to run.
     source, same, lefts, results = np.random.default_rng(seed), True, [], []
     q = random_codes.quantized(weight(case), case.codebook, random_codes.OnHost(source))
     exact = reference.decoded(q)
@@ -222,5 +222,5 @@ def check(
 
 
 def poison(shape: tuple[int, ...], dtype: str) -> None:
-    """Leaves NaN in the memory that an array of this shape gets next."""
+    """Writes NaN to the memory that the next array of this shape gets."""
     jax.block_until_ready(jax.device_put(np.full(shape, np.nan, jnp.dtype(dtype)))).delete()

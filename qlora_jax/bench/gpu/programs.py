@@ -1,4 +1,4 @@
-"""Programs as data, so that what a GPU would run can also be compiled where there is none."""
+"""Describes programs as data, so that GPU programs can be compiled without a GPU too."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,10 +17,10 @@ class BenchProgram(NamedTuple):
     """A function and the shapes it is compiled for.
 
     Attributes:
-      name: names the result that it gives.
-      function: takes arrays, or trees of them.
+      name: name of the result that the program gives.
+      function: function of arrays, or of trees of arrays.
       arguments: trees of arrays or `jax.ShapeDtypeStruct`.
-      options: of XLA's compiler.
+      options: options of XLA's compiler.
       donate: positions of donated arguments.
     """
 
@@ -34,8 +34,8 @@ class BenchProgram(NamedTuple):
 def as_options(flags: str) -> dict[str, bool | int]:
     """Returns flags for XLA, `--name=VALUE`, as compiler options.
 
-    `VALUE` is true, false or an integer. A flag that adds to a list, `--name=+VALUE`, is left out:
-    an option would replace the list.
+    `VALUE` is true, false or an integer. A flag that adds to a list, `--name=+VALUE`, is left out,
+    because an option would replace the list.
     """
     pairs = (flag.removeprefix("--").split("=") for flag in flags.split())
     return {name: json.loads(value) for name, value in pairs if not value.startswith("+")}
@@ -47,7 +47,7 @@ def compiled(program: BenchProgram) -> jax.stages.Compiled:
 
 
 def usable(outcome: CompiledOrError) -> jax.stages.Compiled:
-    """Returns a compiled program; raises the error that compiling gave instead."""
+    """Returns the compiled program, or raises the error of its compilation."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -56,13 +56,14 @@ def usable(outcome: CompiledOrError) -> jax.stages.Compiled:
 def compile_all(
     programs: Iterable[BenchProgram], more: Callable[[], bool]
 ) -> Iterator[CompiledOrError]:
-    """Yields each program compiled, or the error it gives, in order.
+    """Yields for each program, in order, the compiled program or the error of its compilation.
 
     Programs are traced one after another and compiled in threads.
 
     Args:
-      programs: what to compile.
-      more: asked before each is traced; after False the rest gives `OutOfTime`.
+      programs: programs to compile.
+      more: function that says whether time is left; called before each program is traced. If it
+        returns False, the program gives `OutOfTime`.
     """
     with ThreadPoolExecutor(max(1, cpu_cores() - 1)) as pool:
         waiting: list[Future[jax.stages.Compiled] | Exception] = []
@@ -72,7 +73,7 @@ def compile_all(
                 continue
             try:
                 lowered = _lowered(program)
-            except Exception as e:  # the tracer's own errors, of many kinds
+            except Exception as e:  # tracing raises errors of many kinds
                 waiting.append(e)
             else:
                 waiting.append(pool.submit(lowered.compile, dict(program.options) or None))
@@ -82,7 +83,7 @@ def compile_all(
                 continue
             try:
                 yield future.result()
-            except Exception as e:  # several compilers, each with errors of its own
+            except Exception as e:  # each compiler raises its own kinds of errors
                 yield e
 
 

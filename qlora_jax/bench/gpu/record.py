@@ -1,4 +1,4 @@
-"""Results as lines of JSON, each on disk as soon as it is known."""
+"""Records results as lines of JSON, each written to disk as soon as it is known."""
 
 import json
 import math
@@ -8,45 +8,45 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-"""`part`, `kind` and what belongs to the kind: see `Recorder`'s methods."""
+"""One line: `part`, `kind`, and the fields that `Recorder`'s method for the kind writes."""
 
 LONGEST = 400
-"""Characters of an error's text that are kept."""
+"""Largest number of characters kept of an error's text."""
 
 _FOLDER = re.compile(r"(?<![\w/])(?:~|\.{0,2})/(?:[^\s/:'\"]+/)+")
 
 
 class Recorder:
-    """Appends the results of one part to a file.
+    """A writer that appends the results of one part to a file.
 
-    A result has a `name` that is unique within its part; `parts.BenchPart.names` declares them all.
+    The `name` of a result is unique within its part; `names` of the part's module declares it.
     """
 
     def __init__(self, path: Path, part: str):
         self.path, self.part = path, part
 
     def begin(self, *names: str) -> None:
-        """Records which results come next: if the process dies, they are the ones that it lacks."""
+        """Records which results come next; these are the missing ones if the process dies."""
         self._write(kind="begin", names=names)
 
     def figure(self, name: str, unit: str, value: float, **details: Any) -> None:
-        """Records a measured number; `details` may hold `field`, the kind of figure it is."""
+        """Records a measured number; `details` may hold `field`, the kind of the figure."""
         if not math.isfinite(value):
             self.absent(name, f"the figure is {value}", error=True)
             return
         self._write(kind="figure", name=name, **{"field": name, **details}, unit=unit, value=value)
 
     def check(self, name: str, right: bool, **details: Any) -> None:
-        """Records whether something is as it must be."""
+        """Records whether a checked result is right."""
         self._write(kind="check", name=name, right=bool(right), **details)
 
     def absent(self, name: str, reason: str, error: bool = False) -> None:
-        """Records why a declared result is not there; an error makes its part a failed one."""
+        """Records why a declared result is absent; with `error`, its part counts as failed."""
         text = without_folders(reason)[:LONGEST]
         self._write(kind="absent", name=name, reason=text, **({"error": True} if error else {}))
 
     def fact(self, name: str, value: Any) -> None:
-        """Records something about the machine or the software."""
+        """Records a fact about the machine or the software."""
         self._write(kind="fact", name=name, value=value)
 
     def end(self, seconds: float, outcome: str) -> None:
@@ -59,7 +59,7 @@ class Recorder:
 
 
 def read(paths: Iterable[Path]) -> Iterator[Line]:
-    """Yields the lines of several files; a last line that was cut off is left out."""
+    """Yields the lines of several files, without a last line that was cut off."""
     for path in paths:
         for text in path.read_text("utf-8").splitlines():
             try:
@@ -74,7 +74,7 @@ def names(lines: Iterable[Mapping[str, Any]], part: str) -> set[str]:
 
 
 def begun(lines: Iterable[Mapping[str, Any]], part: str) -> list[str]:
-    """Returns the names that a part began last and has not recorded."""
+    """Returns the names of a part's last `begin` that the part has not recorded."""
     own = [line for line in lines if line["part"] == part]
     tried = [line["names"] for line in own if line["kind"] == "begin"]
     known = names(own, part)
@@ -82,12 +82,12 @@ def begun(lines: Iterable[Mapping[str, Any]], part: str) -> list[str]:
 
 
 def without_folders(text: str) -> str:
-    """Takes the folders out of a text, since a report is sent to others: /home/me/x.py is x.py."""
+    """Removes folders from a text, because reports are shared: /home/me/x.py becomes x.py."""
     return _FOLDER.sub("", text)
 
 
 def _plain(value: Any) -> Any:
-    """Returns the value as JSON takes it: NumPy's numbers as Python's, NaN and infinity as text."""
+    """Converts a value for JSON: NumPy's numbers to Python's, NaN and infinity to text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""A second opinion on products with 4-bit weights: NumPy in float64, from the stored bytes.
+"""Checks products with 4-bit weights against NumPy in float64, computed from the stored bytes.
 
-A product is right if its error is at most twice that of a 16-bit GEMM on the decoded weight: such
-a GEMM rounds the weight and its result to 16 bits. Mosaic's kernels round codebook, scale and their
-product, which makes about 1.4 times its error.
+A product is right if its error is at most twice the error of a 16-bit GEMM on the decoded weight.
+That GEMM rounds the weight and its result to 16 bits. Mosaic's kernels round the codebook, the
+scale and their product, which gives about 1.4 times the GEMM's error.
 """
 
 from typing import Any, NamedTuple
@@ -14,16 +14,17 @@ from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import GROUP, QTensor
 
 FACTOR = 2.0
-"""A product may have this many times the GEMM's error."""
+"""Largest allowed error of a product, in units of the GEMM's error."""
 
 SPREADS = 10.0
-"""Standard deviations that a row's sum of errors, signs drawn at random, may be away from zero."""
+"""Largest allowed sum of a row's errors with random signs, in standard deviations."""
 
 ALL = 64
-"""Rows up to which every row is compared element by element."""
+"""Largest number of rows for which every row is compared element by element."""
 
 EVERY = 4
-"""Among more rows, one in so many is, and all by sums; a kernel's tile has at least 16 rows."""
+"""With more than `ALL` rows, one row in `EVERY` is compared element by element, and all rows by
+their sums. A kernel's tile has at least 16 rows."""
 
 
 def decoded(q: QTensor) -> np.ndarray:
@@ -44,13 +45,13 @@ def decoded(q: QTensor) -> np.ndarray:
 
 
 class ErrorVerdict(NamedTuple):
-    """Compares a result's error with the 16-bit GEMM's.
+    """The comparison of a result's error with the error of a 16-bit GEMM.
 
     Attributes:
-      right: whether all of the following are within their bounds.
-      mean: root of the mean squared error, in units of the GEMM's.
-      worst: largest error, in units of the GEMM's largest.
-      rows: largest deviation of a row's signed sum, in its standard deviations; of all rows.
+      right: whether `mean`, `worst` and `rows` are within their bounds.
+      mean: root mean square error, in units of the GEMM's.
+      worst: largest error, in units of the GEMM's largest error.
+      rows: largest deviation of a row's signed sum over all rows, in standard deviations.
     """
 
     right: bool
@@ -60,18 +61,18 @@ class ErrorVerdict(NamedTuple):
 
     @property
     def measures(self) -> dict[str, float]:
-        """Everything but `right`, by name."""
+        """Returns all fields except `right`, by name."""
         return {"mean": self.mean, "worst": self.worst, "rows": self.rows}
 
 
 def judge(got: np.ndarray, left: np.ndarray, weight: np.ndarray, seed: int) -> ErrorVerdict:
-    """Compares a product with float64.
+    """Compares a product with the same product in float64.
 
     Args:
-      got: [M, O] in the dtype of the product.
-      left: [M, C], the left operand in that dtype.
-      weight: float32[C, O], decoded.
-      seed: chooses the rows and the signs.
+      got: product to check, [M, O] in its dtype.
+      left: left operand, [M, C] in the same dtype.
+      weight: decoded weight, float32[C, O].
+      seed: seed of the choice of rows and signs.
     """
     dtype, source = got.dtype, np.random.default_rng(seed)
     wide, operand = got.astype(np.float64), left.astype(np.float64)
@@ -93,7 +94,7 @@ def judge(got: np.ndarray, left: np.ndarray, weight: np.ndarray, seed: int) -> E
 
 
 def to_16_bits(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounds to the GEMM's input: `dtype`, or TF32 for float32, as tensor cores take it."""
+    """Rounds to the input dtype of a GEMM: `dtype`, or TF32 for float32, as tensor cores do."""
     if dtype != np.float32:
         return array.astype(dtype)
     bits = array.astype(np.float32).view(np.uint32)
@@ -107,12 +108,12 @@ def rounded_to(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def agree(ours: Any, theirs: Any, exact: Any) -> ErrorVerdict:
-    """Compares any result with that of 16-bit GEMMs, both against one in float32.
+    """Compares a result's error with the error of 16-bit GEMMs; both are against float32.
 
     Args:
-      ours: array from the implementation to be checked.
-      theirs: the same from decoded weights and 16-bit GEMMs.
-      exact: the same in float32 at full precision.
+      ours: result of the implementation to check.
+      theirs: result of decoded weights and 16-bit GEMMs.
+      exact: result in float32 at full precision.
     """
     wide = [np.asarray(x).astype(np.float64).ravel() for x in (ours, theirs, exact)]
     if not np.isfinite(wide[0]).all():

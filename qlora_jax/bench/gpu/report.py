@@ -1,4 +1,4 @@
-"""From lines to a report: what is kept as JSON, the last line, and the exit code."""
+"""Builds the report from recorded lines, finds its failed parts, and sums it up in a line."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ Report = dict[str, Any]
 
 
 def build(lines: Iterable[Line], command: str) -> Report:
-    """Returns the report of all lines; of results and parts that were run twice the later counts.
+    """Returns the report of all lines; a later result or part end replaces an earlier one.
 
     Returns:
       `schema`, `command`, the facts (`device`, `versions`, …), `figures`, `checks`, `absent`, and
@@ -24,7 +24,7 @@ def build(lines: Iterable[Line], command: str) -> Report:
             ends[line["part"]] = line
         elif line["kind"] != "begin":
             key = (line["part"], line["name"])
-            # what a later run could not tell does not take the place of what an earlier one told
+            # An absent result of a later run does not replace the result of an earlier run.
             if line["kind"] != "absent" or latest.get(key, line)["kind"] == "absent":
                 latest[key] = line
     by_kind: dict[str, list[Line]] = {"figure": [], "check": [], "absent": [], "fact": []}
@@ -46,7 +46,7 @@ def build(lines: Iterable[Line], command: str) -> Report:
 
 
 def failed(report: Mapping[str, Any]) -> list[str]:
-    """Returns the parts that failed: with a crash, a wrong check or a result lost to an error."""
+    """Returns the parts with a crash, a wrong check, or a result lost to an error."""
     wrong = {check["part"] for check in report["checks"] if not check["right"]}
     wrong |= {row["part"] for row in report["absent"] if row.get("error")}
     wrong |= {part["name"] for part in report["parts"] if part["outcome"].startswith("failed")}
@@ -54,11 +54,11 @@ def failed(report: Mapping[str, Any]) -> list[str]:
 
 
 def last_line(report: Mapping[str, Any], rehearsed: bool) -> str:
-    """Returns the line that sums up."""
+    """Returns the last line: the numbers of parts that ran and that failed."""
     parts = f"{len(report['parts'])} parts {'rehearsed' if rehearsed else 'run'}"
     return f"{parts}, {len(failed(report))} failed"
 
 
 def slug(device: str) -> str:
-    """Returns a device's name as a file's: NVIDIA H100 80GB HBM3 gives nvidia-h100-80gb-hbm3."""
+    """Returns a file name for a device: NVIDIA H100 80GB HBM3 gives nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

@@ -1,6 +1,6 @@
-"""A training step of published shapes with random codes: tokens/s, and memory against the plan.
+"""Measures training steps of published shapes with random codes: tokens/s, memory, and plan.
 
-Each case is a process of its own, since a device counts its peak from the process's start.
+Each case has a process of its own, because a device counts its peak from the process's start.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ KINDS = {
     "planned": ("MiB", "planned, device"),
     "compile": ("s", "compile"),
 }
-"""Figures of a case: the unit, and the name in the report of `bench step`."""
+"""Figures of a case: kind to its unit and its name in the report of `bench step`."""
 
 FINITE = "losses are finite"
 
 BYTES = {"qlora": 0.56, "lora": 2.0}
-"""Least bytes that a run holds for each parameter of the base."""
+"""Method to the least bytes that a run holds for each parameter of the base."""
 
 
 class StepCase(NamedTuple):
-    """One step.
+    """One measured training step.
 
     Attributes:
-      name: in words.
-      options: of `bench step`.
-      least: seconds that must be left for it to begin.
-      flags: for XLA.
+      name: name of the case, in words.
+      options: options of `bench step`.
+      least: seconds that must be left for the case to begin.
+      flags: flags for XLA.
     """
 
     name: str
@@ -53,11 +53,11 @@ class StepCase(NamedTuple):
 
 
 PAPER = StepOptions("llama-7b", remat="full", batch=1, seq=512, rank=64, steps=4)
-"""The QLoRA paper's set-up: rank 64 on every linear, one row, all recomputed."""
+"""The QLoRA paper's set-up: rank 64 on every linear, one row, everything recomputed."""
 
 
 def qlora(model: str, seq: int = 512, **more: Any) -> StepOptions:
-    """Returns `PAPER` with another model and length, and with more changes."""
+    """Returns `PAPER` with another model, another length and further changed options."""
     return dataclasses.replace(PAPER, model=model, seq=seq, **more)
 
 
@@ -95,7 +95,7 @@ def result_names(cases: Sequence[StepCase]) -> list[str]:
 
 
 def case_programs(cases: Sequence[StepCase], device: Any) -> Iterator[BenchProgram]:
-    """Yields the gradient's and the update's programs of some cases that fit on the device."""
+    """Yields the gradient and update programs of those cases that fit on the device."""
     for case in cases:
         if too_large(case.options.model, case.options.method, device.memory):
             continue
@@ -106,14 +106,14 @@ def case_programs(cases: Sequence[StepCase], device: Any) -> Iterator[BenchProgr
 def step_programs(
     name: str, config: Config, decoder: DecoderConfig, device: Any, flags: str
 ) -> Iterator[BenchProgram]:
-    """Yields the gradient's and the update's programs of a run's step.
+    """Yields the gradient and update programs of a run's step.
 
     Args:
-      name: the beginning of the programs' names.
-      config: the run's settings.
-      decoder: the shapes of its model.
-      device: `kernels.target.Hardware`, or a GPU that is compiled for.
-      flags: for XLA.
+      name: beginning of the programs' names.
+      config: config of the run.
+      decoder: shapes of the run's model.
+      device: `kernels.target.Hardware`, or the GPU to compile for.
+      flags: flags for XLA.
     """
     made, options = compiled_memory.abstract_step(config, decoder, device), as_options(flags)
     for piece in compiled_memory.gradient_pieces(made):
@@ -124,12 +124,12 @@ def step_programs(
 
 
 def too_large(model: str, method: str, memory: int | None) -> str:
-    """Returns why a published model does not fit into `memory` bytes; empty if it may.
+    """Returns the reason why a model does not fit into `memory` bytes; empty if it may fit.
 
     Args:
-      model: published name.
+      model: published name of the model.
       method: qlora or lora.
-      memory: bytes; None where they are not known.
+      memory: bytes of device memory; None if they are unknown.
     """
     held = int(parameters(find(model)) * BYTES[method])
     if memory is None or held < memory:
@@ -154,7 +154,7 @@ def run(lane: Lane) -> None:
 
 def run_cases(lane: Lane, cases: Sequence[StepCase]) -> None:
     """Measures some cases, each in a process of its own, and records their figures."""
-    # jax is not asked, since it would take the device's memory for this process
+    # Read the recorded fact: asking jax would take the device's memory for this process.
     memory = lane.fact(MEMORY)
     for case in cases:
         own = result_names([case])
@@ -171,12 +171,12 @@ def run_cases(lane: Lane, cases: Sequence[StepCase]) -> None:
 def measured(
     lane: Lane, benchmark: str, options: StepOptions | GenerateOptions, flags: str
 ) -> Mapping[str, Any]:
-    """Runs a benchmark in a process of its own, with the lane's dtype and kernel.
+    """Runs a benchmark in its own process with the lane's dtype and kernel; returns the report.
 
     Args:
-      lane: the lane.
+      lane: lane of the part.
       benchmark: step or generate.
-      options: the benchmark's options; its dtype is replaced, and its kernel if it has none.
+      options: options of the benchmark; the dtype is replaced, and the kernel if it is not set.
       flags: flags for XLA.
     """
     kernel = options.kernel or lane.kernel()

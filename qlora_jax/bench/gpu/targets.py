@@ -1,4 +1,4 @@
-"""Holds a report against targets. Measured figures alone meet a target."""
+"""Compares a report with targets; only measured figures can meet a target."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -12,13 +12,13 @@ MIB = 2**20
 
 
 class Target(NamedTuple):
-    """One target.
+    """One target for a figure of the report.
 
     Attributes:
-      name: what is measured.
-      wanted: the target in words.
-      value: gives the figure; None where the report does not have all that it takes.
-      met: whether a figure meets the target.
+      name: name of the measured quantity.
+      wanted: target in words.
+      value: function that gives the figure, or None if the report lacks data for it.
+      met: function that says whether a figure meets the target.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
 
 def rows(report: Report) -> Iterator[tuple[str, str, float, str]]:
-    """Yields name, target, figure and verdict of every target that the report has a figure for."""
+    """Yields name, target, figure and verdict of every target with a figure in the report."""
     for target in TARGETS:
         value = target.value(report)
         if value is not None:
@@ -36,7 +36,7 @@ def rows(report: Report) -> Iterator[tuple[str, str, float, str]]:
 
 
 def missing(report: Report) -> list[tuple[str, str]]:
-    """Returns name and target of every target that the report has no figure for."""
+    """Returns name and target of every target without a figure in the report."""
     return [(t.name, t.wanted) for t in TARGETS if t.value(report) is None]
 
 
@@ -62,7 +62,7 @@ def _slowest(*counts: int) -> Callable[[Report], float | None]:
 
 
 def _against(other: str, *counts: int) -> Callable[[Report], float | None]:
-    """Gives the largest ratio of the kernel's time to another's."""
+    """Returns a function: the largest ratio of the kernel's time to the other's time."""
 
     def value(report: Report) -> float | None:
         times = _times(report)
@@ -97,7 +97,7 @@ def _from_plan(report: Report) -> float | None:
 
 
 def _peak(prefix: str) -> Callable[[Report], float | None]:
-    """Gives the least peak, in GB, of the cases whose names begin so."""
+    """Returns a function: the least peak, in GB, of the cases whose names have the prefix."""
 
     def value(report: Report) -> float | None:
         cases = _cases(report)

@@ -1,4 +1,4 @@
-"""Times of products: each kernel, decoding first (`xla`), and a GEMM on a 16-bit weight."""
+"""Times products: each kernel, decode + GEMM (`xla`), and a GEMM on a 16-bit weight."""
 
 import functools
 import itertools
@@ -21,14 +21,14 @@ from qlora_jax.kernels.target import capability_of, half_dtype
 from qlora_jax.quant import quantize
 
 GEMM = "gemm"
-"""The product with a weight that was never quantized."""
+"""Implementation name for the product with an unquantized weight."""
 
 ORDER = (("mosaic", PLAIN, GEMM), ("triton",))
-"""Implementations that are timed together: all shapes with the first before any with the second."""
+"""Groups of implementations: all shapes are timed with the first group, then with the second."""
 
 DIRECTIONS = ("forward", "backward")
 MOST_SETS = 24
-"""Sets of inputs that take turns, at most; together they are larger than the level 2 cache."""
+"""Largest number of input sets in turn; together they are larger than the level 2 cache."""
 
 
 class Sizes(NamedTuple):
@@ -43,11 +43,11 @@ SIZES = {
     FULL: Sizes((1, 16, 512, 64, 2048, 4, 8192), ((4096, 11008), (4096, 4096), (8192, 28672)), 5),
     REHEARSAL: Sizes((1, 16), ((128, 192),), 2),
 }
-"""The most telling first: time may run out."""
+"""The most important rows and shapes come first, because time may run out."""
 
 
 class TimeCase(NamedTuple):
-    """One product and who computes it."""
+    """One product and the implementation that computes it."""
 
     implementation: str
     direction: str
@@ -66,7 +66,7 @@ class TimeCase(NamedTuple):
 
 
 def cases(scale: str, dtype: str = "bfloat16") -> list[TimeCase]:
-    """Returns all cases, the most telling first."""
+    """Returns all cases, the most important first."""
     size = SIZES[scale]
     return [
         TimeCase(name, direction, rows, k, n, dtype)
@@ -87,8 +87,8 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
 
 
 def program(case: TimeCase) -> BenchProgram:
-    """Returns the program that a case is timed by; it goes over several sets of inputs."""
-    # jit: traced once for all sets
+    """Returns the program that times a case over several sets of inputs."""
+    # With jit, the operation is traced once for all sets.
     once = jax.jit(operation(case.product, _implementation(case)))
     over = functools.partial(jax_timing.over_all, once)
     x = jax.ShapeDtypeStruct(case.product.operand_shape, case.dtype)
@@ -112,7 +112,7 @@ def run(lane: Lane) -> None:
 
 
 def _group(lane: Lane, group: list[TimeCase]) -> None:
-    """Times cases of one shape, after all are compiled: XLA tunes on the device meanwhile."""
+    """Times cases of one shape after compiling all, because XLA tunes on the device meanwhile."""
     made = list(compile_all(map(program, group), lambda: lane.left() > 10))
     weights: dict[bool, list[Any]] = {}
     for case, outcome in zip(group, made):

@@ -1,4 +1,4 @@
-"""Where the time of a step and of a generated token goes: kernels, and gaps between them."""
+"""Traces a step and an answer: the time of the kernels, and the gaps between them."""
 
 import collections
 import gzip
@@ -19,10 +19,10 @@ from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.options import GenerateOptions, StepOptions
 
 TOP = 15
-"""Kernels that are listed by their share of the time."""
+"""Number of listed kernels, those with the most time."""
 
 LONGEST = 80
-"""Characters of a kernel's name that are kept."""
+"""Largest number of characters kept of a kernel's name."""
 
 
 class Sizes(NamedTuple):
@@ -46,7 +46,7 @@ FIELDS = ("busy", "span", "kernels")
 
 
 class Event(NamedTuple):
-    """One kernel's run: name, start and duration in microseconds."""
+    """One run of a kernel: name, and start and duration in microseconds."""
 
     name: str
     start: float
@@ -80,7 +80,7 @@ def run(lane: Lane) -> None:
 
 
 def traced(call: Callable[[], Any]) -> list[Event]:
-    """Returns what the device ran during a call, in order of time."""
+    """Returns the kernels that the device ran during a call, in order of time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             call()
@@ -89,7 +89,7 @@ def traced(call: Callable[[], Any]) -> list[Event]:
 
 
 def device_events(trace: Mapping[str, Any]) -> list[Event]:
-    """Returns the kernels of a trace: all that ran in a GPU's streams, or else XLA's threads."""
+    """Returns the kernels of a trace: those in a GPU's streams or, on a CPU, in XLA's threads."""
     processes, threads = {}, {}
     for e in trace["traceEvents"]:
         if e.get("name") == "process_name":
@@ -112,7 +112,7 @@ def device_events(trace: Mapping[str, Any]) -> list[Event]:
 
 
 def summarize(lane: Lane, kind: str, events: Sequence[Event]) -> None:
-    """Records how long kernels ran, from the first to the last, and which took most."""
+    """Records busy time, time from the first kernel to the last, launches, and top kernels."""
     if not events:
         raise ValueError("the trace holds no event of the device")
     total: dict[str, float] = collections.defaultdict(float)

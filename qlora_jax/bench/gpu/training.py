@@ -1,7 +1,7 @@
-"""Whole runs by the command line: the quickstart, a resume after a kill, and moments on the host.
+"""Trains by the command line: quickstart, resume after a kill, moments on the host, float16.
 
-Runs that are compared to the bit use `EXACT`: without it XLA may tune products differently in each
-process, and other algorithms add up in another order.
+Runs that are compared bit by bit use the flags `EXACT`. Without them, XLA may tune products
+differently in each process, and other algorithms add in another order.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from qlora_jax.train import checkpoint
 EXACT = f"{CUBLAS} --xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
 BUILTIN = "smollm2-135m-instruct"
 POLL = 0.05
-"""Seconds between two looks at a run that is to be killed."""
+"""Seconds between two checks of a run that will be killed."""
 
 TRAINED = {
     "data": {"source": "python-docs", "sequence_length": 256},
@@ -47,12 +47,12 @@ PRETRAINED = {
     "data": {"source": "python-docs", "format": "text", "sequence_length": 128},
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 10},
 }
-"""A small model of our own, for where the built-in one is not in the cache and nothing can be
-downloaded."""
+"""Settings of a small model of our own, used if the built-in model is not in the cache and nothing
+can be downloaded."""
 
 
 class Sizes(NamedTuple):
-    """Steps of the quickstart, of the runs that are compared, and settings of the small model."""
+    """Settings `train` of the quickstart and the compared runs; settings of the small model."""
 
     quickstart: Mapping[str, Any]
     compared: Mapping[str, Any]
@@ -87,7 +87,7 @@ def names(scale: str) -> list[str]:
 
 
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
-    """Yields the steps of the runs on the built-in model."""
+    """Yields the programs of the training steps on the built-in model."""
     size, half_type = SIZES[scale], half_dtype(capability_of(device))
     for name, train, dtype, flags in (
         ("quickstart", size.quickstart, half_type, CUBLAS),
@@ -100,7 +100,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
 
 
 def run(lane: Lane) -> None:
-    """Trains, in a folder that is deleted at the end."""
+    """Runs the trainings in a folder that is deleted at the end."""
     with tempfile.TemporaryDirectory() as folder, lane.guard(*names(lane.scale)):
         work = Path(folder)
         runs = Runs(lane, work, base(lane, work))
@@ -116,19 +116,19 @@ def run(lane: Lane) -> None:
 
 
 class Runs:
-    """Starts runs of the command line on one model.
+    """The command-line runs of one model.
 
     Args:
-      lane: of the part.
-      work: folder for what the runs write.
-      model: a setting `model.path`.
+      lane: lane of the part.
+      work: folder that the runs write to.
+      model: value of the setting `model.path`.
     """
 
     def __init__(self, lane: Lane, work: Path, model: str):
         self.lane, self.work, self.model = lane, work, model
 
     def config(self, name: str, train: Mapping[str, Any], **more: Any) -> Path:
-        """Writes the config of a run that writes to the folder of its name."""
+        """Writes the config of a run whose output folder has the run's name."""
         tree = settings(self.model, self.lane.dtype(), train)
         return written(self.work, name, _merged(tree, more))
 
@@ -144,7 +144,7 @@ def settings(model: str, dtype: str, train: Mapping[str, Any]) -> dict[str, Any]
 
 
 def base(lane: Lane, work: Path) -> str:
-    """Returns the model that is trained: the built-in one if it is cached, else one made here."""
+    """Returns the model to train: the built-in one if cached, else a small one pretrained here."""
     if not lane.rehearsing and cached(BUILTIN) is not None:
         return BUILTIN
     size = SIZES[lane.scale]
@@ -166,7 +166,7 @@ def quickstart(lane: Lane, runs: Runs) -> None:
 
 
 def compared(lane: Lane, runs: Runs) -> None:
-    """Trains on the device, then with moments on the host, then killed; adapters must be equal."""
+    """Trains with moments on the device, on the host, and killed; adapters must be equal."""
     train, host = SIZES[lane.scale].compared, {"optimizer": {"offload": "host"}}
     runs.finish(runs.config("device", train), "--overwrite", exact=True)
     expected = adapter(runs.work / "device")
@@ -180,7 +180,7 @@ def compared(lane: Lane, runs: Runs) -> None:
 
 
 def half(lane: Lane, runs: Runs) -> None:
-    """Trains in float16, in which the loss is scaled, and records whether it stays finite."""
+    """Trains in float16 with loss scaling, and records whether the loss stays finite."""
     dtype = {"compute_dtype": "float16", "storage_dtype": "float16"}
     train = {**SIZES[lane.scale].compared, "eval_rows": 2}
     told = runs.finish(runs.config("float16", train, model=dtype), "--overwrite")
@@ -189,7 +189,7 @@ def half(lane: Lane, runs: Runs) -> None:
 
 
 def kill(lane: Lane, config: Path, output: Path) -> int:
-    """Starts a run, kills it once a checkpoint is there, and returns the newest one's step."""
+    """Starts a run, kills it after its first checkpoint, and returns the newest one's step."""
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_jax", "train", str(config), "--overwrite"],
         env=environment(exact=True),
@@ -230,13 +230,13 @@ def environment(exact: bool) -> dict[str, str]:
 
 
 def command(lane: Lane, *arguments: str, exact: bool = False) -> dict[str, Any]:
-    """Runs our program and returns its `--json`.
+    """Runs our program and returns the JSON that it prints.
 
-    What it says meanwhile goes to the log, each line with the seconds since it began.
+    The lines of its standard error go to the log, each with the seconds since the program began.
 
     Raises:
-      RunFailed: it failed.
-      OutOfTime: it took longer than there is time.
+      RunFailed: the program failed.
+      OutOfTime: the program took longer than the time that was left.
     """
     began, late, last = time.monotonic(), threading.Event(), "it said nothing"
     with subprocess.Popen(
@@ -267,7 +267,7 @@ def command(lane: Lane, *arguments: str, exact: bool = False) -> dict[str, Any]:
 
 
 def written(work: Path, name: str, tree: Mapping[str, Any]) -> Path:
-    """Writes WORK/NAME.yaml, whose run writes to WORK/NAME."""
+    """Writes WORK/NAME.yaml, the config of a run that writes to WORK/NAME."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"{name}.yaml"
     with path.open("w", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
-"""What a peer's own interpreter runs: modules named TOOL_WHAT, each with `run(options)`.
+"""Benchmarks that a peer's interpreter runs: modules TOOL_BENCHMARK, each with `run(options)`.
 
-They import the peer's packages and, of this one, only what needs no jax.
+They import the peer's packages. Unless the peer itself uses jax, they import only those modules of
+this package that need no jax.
 """

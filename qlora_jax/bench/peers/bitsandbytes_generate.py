@@ -1,4 +1,4 @@
-"""Speed and memory of greedy generation by transformers, linears in bitsandbytes' NF4."""
+"""Measures speed and memory of greedy generation by transformers with bitsandbytes' NF4."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ from qlora_jax.bench.peers.torch_model import DEVICE, device_memory, load_base, 
 
 
 class Clock(StoppingCriteria):
-    """Stops nothing; notes when each token was there."""
+    """A stopping criterion that never stops, and records the time of each token."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -26,7 +26,7 @@ class Clock(StoppingCriteria):
 
 
 def run(options: GenerateOptions) -> dict[str, Any]:
-    """Loads the model and answers one random prompt again and again."""
+    """Loads the model and times repeated answers to the same random prompts."""
     memory = PeakMemory()
     start = time.perf_counter()
     model: Any = load_base(options.model, getattr(torch, options.dtype), quantized=True).eval()

@@ -1,4 +1,4 @@
-"""bitsandbytes' quantizer, decoder and products, case by case as ours."""
+"""Times bitsandbytes' quantizer, decoder and products on the same cases as ours."""
 
 import functools
 import os
@@ -15,13 +15,13 @@ from qlora_jax.bench.options import KernelOptions, to_tree
 from qlora_jax.runtime.errors import UserError
 
 QUEUED = 50
-"""Calls in one timed stretch on a GPU."""
+"""Calls in one timed sample on a GPU."""
 
 NOTES = {
     "cpu": [],
     "gpu": [
-        "bitsandbytes' calls are dispatched one by one: at few rows that, and not the kernel, is "
-        "what its time shows"
+        "each bitsandbytes call is dispatched on its own: with few rows, its time is that of the "
+        "dispatch, not of the kernel"
     ],
 }
 
@@ -30,11 +30,11 @@ def run(options: KernelOptions) -> dict[str, Any]:
     """Times every case.
 
     Raises:
-      UserError: its torch does not see the GPU that ours runs on.
+      UserError: the peer's torch sees no GPU, but our side runs on one.
     """
     gpu = options.device == "gpu"
     if gpu and not torch.cuda.is_available():
-        raise UserError("--peer: its torch sees no GPU, and ours runs on one; install torch for it")
+        raise UserError("--peer: the peer's torch sees no GPU; install torch for the GPU there")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     figures = {}
     with measure.Neighbours() as neighbours:
@@ -53,9 +53,9 @@ def run(options: KernelOptions) -> dict[str, Any]:
 
 
 def prepared(case: OperationCase, device: str) -> list[Callable[[], Any]]:
-    """One call for each set of inputs."""
+    """Returns one call for each set of inputs."""
     dtype = getattr(torch, case.dtype)
-    # its weight is [out, in]
+    # bitsandbytes stores a weight as [out, in].
     if device == "cpu":
         w, x = torch.from_numpy(case.weight()).T.contiguous(), torch.from_numpy(case.operand())
     else:
@@ -92,7 +92,7 @@ def _call(
 
 
 def one_by_one(calls: list[Callable[[], Any]], samples: int) -> list[float]:
-    """Seconds of single calls, in turn."""
+    """Returns the seconds of single calls, which take turns."""
     turn = 0
 
     def call() -> float:
@@ -104,7 +104,7 @@ def one_by_one(calls: list[Callable[[], Any]], samples: int) -> list[float]:
 
 
 def queued(calls: list[Callable[[], Any]], samples: int) -> list[float]:
-    """Seconds per call of many on a GPU."""
+    """Returns the seconds per call on a GPU, each value from `QUEUED` calls in a row."""
 
     def stretch() -> None:
         for i in range(QUEUED):

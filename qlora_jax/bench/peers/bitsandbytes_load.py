@@ -1,4 +1,4 @@
-"""Seconds and peak memory of loading a checkpoint into bitsandbytes' NF4, doubly quantized."""
+"""Measures time and memory of loading a checkpoint into bitsandbytes' NF4, doubly quantized."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ from qlora_jax.bench.peers.torch_model import device_memory, load_base, nbytes, 
 
 
 def run(options: LoadOptions) -> dict[str, Any]:
-    """Loads the model once."""
+    """Loads the model once and returns the report."""
     memory = PeakMemory()
     imported = time.perf_counter()
     with Neighbours() as neighbours:

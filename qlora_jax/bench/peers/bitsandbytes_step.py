@@ -1,7 +1,7 @@
-"""Speed and memory of a training step of bitsandbytes + PEFT + transformers.
+"""Measures speed and memory of a training step of bitsandbytes + PEFT + transformers.
 
-Weights that are not quantized are held in the compute dtype; under full, bfloat16 trains bfloat16
-weights where qlora-jax keeps float32 ones.
+Weights that are not quantized have the compute dtype. With method full and bfloat16, this side
+trains bfloat16 weights, and qlora-jax trains float32 weights.
 """
 
 import time
@@ -26,21 +26,21 @@ from qlora_jax.runtime.errors import UserError, first_line
 CHECKPOINTING = {"use_reentrant": False}
 
 UPDATES = 3
-"""Updates that are timed alone, at most."""
+"""Largest number of updates that are timed alone."""
 
 
 def run(options: StepOptions) -> dict[str, Any]:
-    """Loads or makes the model and runs the step.
+    """Loads the model or makes a random one, and runs the step.
 
     Raises:
-      UserError: the model or an option cannot be used, or the device is too small.
+      UserError: the model or an option cannot be used, or the device has too little memory.
     """
     try:
         return _measured(options)
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"{options.model}: does not fit on the peer's {DEVICE} ({first_line(e)}); give "
-            "--offload host, --remat full, or fewer of --batch, --seq and --rank"
+            "--offload host, --remat full, or smaller values of --batch, --seq and --rank"
         ) from None
 
 
@@ -121,7 +121,7 @@ def _optimizer(options: StepOptions, trained: list[torch.nn.Parameter]) -> torch
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state."""
+    """Returns the bytes of the optimizer state."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
 
@@ -131,7 +131,7 @@ def _notes(options: StepOptions) -> list[str]:
     if options.remat == "dots":
         notes.append("the peer has no remat dots and keeps everything")
     if options.shape is not None:
-        notes.append("random weights are drawn by each side: losses are alike, not the same")
+        notes.append("each side draws its own random weights: losses are similar, not equal")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""qwix's quantizer, decoder and products, case by case as ours."""
+"""Times qwix's quantizer, decoder and products on the same cases as ours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +21,15 @@ NOTES = (
 
 
 def run(options: KernelOptions) -> dict[str, Any]:
-    """Times every case without double quantization, and the products.
+    """Times the products, and the other cases without double quantization.
 
     Raises:
-      UserError: its jax does not run on the device that ours runs on.
+      UserError: the peer's jax runs on another device than our jax.
     """
     if jax.default_backend() != options.device:
         raise UserError(
             f"--peer: its jax runs on {jax.default_backend()}, ours on {options.device}; give an "
-            "interpreter whose jax does too"
+            "interpreter whose jax runs on the same device"
         )
     figures = {}
     with measure.Neighbours() as neighbours:
@@ -50,7 +50,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
 
 
 def operation(case: OperationCase) -> Callable[..., Any]:
-    """The function of one case; of (w), (q) or (x or g, q)."""
+    """Returns the function of one case; its arguments are (w), (q) or (x or g, q)."""
     dtype = jnp.dtype(case.dtype)
     if case.operation == "quantize":
         return quantized
@@ -71,12 +71,12 @@ def operation(case: OperationCase) -> Callable[..., Any]:
 
 
 def quantized(w: jax.Array) -> qwix.QArray:
-    """w [k, n] in blocks along k."""
+    """Returns w [k, n] quantized in blocks along k."""
     return qwix.quantize(w, CODEBOOK, channelwise_axes=(1,), tiled_axes={0: BLOCK_SIZE})
 
 
 def arguments(case: OperationCase) -> Inputs:
-    """What `operation` takes."""
+    """Returns the arguments of `operation`."""
     w, x = (array.astype(case.dtype) for array in drawn(case))
     if case.operation == "quantize":
         return (w,)

@@ -1,13 +1,13 @@
-"""A causal language model as transformers and bitsandbytes load it, or of random weights.
+"""Loads causal language models with transformers and bitsandbytes, or makes random ones.
 
-Imports both.
+This module imports both packages when it is imported.
 """
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-# before transformers reads it: a peer's run needs no network
+# Set this before transformers is imported, which reads it: a peer's run needs no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from qlora_jax.bench.measure import Figure, figure
 from qlora_jax.runtime.errors import UserError
 
-# Python defers torch's and bitsandbytes' imports; a load must not be charged for them.
+# Import bitsandbytes whole before any load, so that a load's time does not include imports.
 import bitsandbytes  # noqa: F401  isort: skip
 
 transformers.utils.logging.set_verbosity_error()
@@ -30,15 +30,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_base(folder: str, dtype: torch.dtype, *, quantized: bool) -> PreTrainedModel:
-    """Loads a Hugging Face folder, its linears in NF4 with double quantization if asked.
+    """Loads the model of a Hugging Face folder.
 
     Args:
-      folder: the model.
-      dtype: of everything that is not quantized, and of computation.
-      quantized: whether the layers' linears are.
+      folder: folder of the model.
+      dtype: compute dtype, and dtype of everything that is not quantized.
+      quantized: whether the layers' linears are in NF4 with double quantization.
 
     Raises:
-      UserError: transformers cannot read it.
+      UserError: transformers cannot read the folder.
     """
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -58,11 +58,11 @@ def load_base(folder: str, dtype: torch.dtype, *, quantized: bool) -> PreTrained
 def random_base(
     shape: Mapping[str, Any], dtype: torch.dtype, *, quantized: bool
 ) -> PreTrainedModel:
-    """A model of random weights made on the device, with one linear in `dtype` at a time.
+    """Makes a model of random weights on the device, with only one linear in `dtype` at a time.
 
     Args:
-      shape: what config.json holds.
-      dtype: of everything that is not quantized, and of computation.
+      shape: contents of config.json.
+      dtype: compute dtype, and dtype of everything that is not quantized.
       quantized: whether the layers' linears are in NF4 with double quantization.
     """
     config = AutoConfig.for_model(**shape)
@@ -73,7 +73,7 @@ def random_base(
             for name, linear in list(block.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     setattr(block, name, _quantized(linear, dtype))
-        # what from_pretrained sets, and PEFT looks for
+        # from_pretrained sets these attributes, and PEFT reads them.
         model.is_loaded_in_4bit = model.is_quantized = True
     made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module in model.modules():
@@ -81,10 +81,10 @@ def random_base(
             if old.is_meta:
                 if old not in made:
                     made[old] = torch.nn.Parameter(_value(name, old))
-                # a tied head is the embedding itself
+                # A tied head is the same parameter as the embedding.
                 setattr(module, name, made[old])
     with torch.device(DEVICE):
-        # it computes its frequencies when it is made
+        # Make the rotary embedding anew: its constructor computes the frequencies.
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
@@ -111,7 +111,7 @@ def _quantized(linear: torch.nn.Linear, dtype: torch.dtype) -> Linear4bit:
 
 
 def _value(name: str, like: torch.Tensor) -> torch.Tensor:
-    """Norms of 1, biases of 0, and weights as `random_codes` has them."""
+    """Returns ones for a norm, zeros for a bias, and weights of standard deviation `SPREAD`."""
     new = torch.empty_like(like, device=DEVICE)
     if like.ndim == 1:
         return new.fill_(0.0 if name == "bias" else 1.0)
@@ -119,25 +119,25 @@ def _value(name: str, like: torch.Tensor) -> torch.Tensor:
 
 
 def synchronize() -> None:
-    """Waits for what was queued on the device."""
+    """Waits until all queued work of the device is done."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def device_memory() -> dict[str, Figure]:
-    """The peak since the process began, of a GPU."""
+    """Returns a GPU's peak memory since the process began; empty on a CPU."""
     if DEVICE == "cpu":
         return {}
     return {"peak memory, device": figure("MiB", torch.cuda.max_memory_allocated() / 2**20)}
 
 
 def nbytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters and of the scales of those in 4 bits."""
+    """Returns the bytes of all parameters, and of the scales and codebooks of 4-bit parameters."""
     tensors = list(model.parameters())
     for parameter in model.parameters():
         if (state := getattr(parameter, "quant_state", None)) is not None:
             tensors += [state.absmax, state.code]
             if state.nested:
                 tensors += [state.state2.absmax, state.state2.code]
-    # the codebooks are one tensor for the whole model
+    # The whole model shares one tensor of each codebook, so count each address once.
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -130,7 +130,7 @@ def test_equal_programs_are_compiled_once(
 
 def test_without_the_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_check, "has_plugin", lambda: False)
-    with pytest.raises(UserError, match="not installed: make gpu-check"):
+    with pytest.raises(UserError, match="not installed; run make gpu-check"):
         compile_check.compile_all([], lambda outcome: None)
 
 

@@ -49,7 +49,7 @@ def test_a_part_that_tells_everything(run: Any) -> None:
 
 def test_what_is_declared_and_not_told_fails(run: Any) -> None:
     lines = run("something")
-    assert outcome(lines).startswith("failed: declared and neither told nor excused: to pinned")
+    assert outcome(lines).startswith("failed: declared results that were not recorded: to pinned")
     assert report.failed(
         {"checks": [], "absent": [], "parts": [{"name": "ceilings", "outcome": outcome(lines)}]}
     )
@@ -81,7 +81,7 @@ def test_a_case_that_hangs_costs_that_case_alone(run: Any) -> None:
     lines = run("one case hangs", PART._replace(limit=50))
     assert outcome(lines) == "ok"
     assert absent(lines) == {
-        "matmul": "failed: it hung, and was ended",
+        "matmul": "failed: the process hung and was ended",
         "from pinned host memory": "a reason",
     }
     figures = [line["name"] for line in lines if line["kind"] == "figure"]
