@@ -59,7 +59,7 @@ __all__ = (*_HOMES, *_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: jax takes a second to import, which `qlora-jax --help` should not.
+    # Imports on first use, because jax takes a second to import and `qlora-jax --help` must not.
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     if name not in _HOMES:

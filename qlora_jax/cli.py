@@ -1,4 +1,4 @@
-"""The command line. Results go to stdout, everything else to stderr."""
+"""Runs the command line. Results go to stdout, all other lines to stderr."""
 
 import argparse
 import contextlib
@@ -54,7 +54,14 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; --help and --version raise SystemExit(0)."""
+    """Runs a command and returns its exit code.
+
+    Args:
+      arguments: the command line without the program's name; None takes `sys.argv[1:]`.
+
+    Raises:
+      SystemExit: the arguments hold --help or --version; the code is 0.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     with outlets(), _exit_code("--debug" in arguments) as code:
         try:
@@ -62,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             limits.check()
             options.run(options, settings, shlex.join(["qlora-jax", *arguments]))
         finally:
-            sys.stdout.flush()  # here, so that an error of it has its line and code
+            sys.stdout.flush()  # here, so that `_exit_code` reports an error of the flush
     processes.leave(code.value)
     return code.value
 
@@ -94,13 +101,13 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
         code.value = INTERRUPTED
         _fail("interrupted", debug)
     except Exception as e:
-        if interrupt.is_set():  # a library made another error of KeyboardInterrupt
+        if interrupt.is_set():  # a library turned KeyboardInterrupt into another error
             code.value = INTERRUPTED
             _fail("interrupted", debug)
         elif line := limits.told(e):
             code.value = USER_ERROR
             _fail(line, debug)
-        elif processes.count() > 1:  # the others would wait for this one
+        elif processes.count() > 1:  # the other processes would wait for this one
             code.value = FAILED
             traceback.print_exc()
             processes.tell(repr(e))
@@ -117,7 +124,7 @@ def _fail(message: str, debug: bool) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError instead of printing the usage and exiting."""
+    """An argument parser that raises UserError instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -128,7 +135,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own options, and the `--section.key=value` settings among the arguments."""
+    """Returns the command's parsed options, and the `--section.key=value` settings."""
     parser, commands = _parser()
     command = next((commands[a] for a in arguments if a in commands), None)
     if command is None or not command.get_default("settings"):
@@ -138,7 +145,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _separate(arguments: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:
-    # argparse would take the value in `--train.steps 50 my.yaml` for the config.
+    # In `--train.steps 50 my.yaml` argparse would take the value 50 as the config.
     own: list[str] = []
     settings: list[str] = []
     rest = list(arguments)

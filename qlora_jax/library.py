@@ -1,7 +1,8 @@
-"""Loads, asks and trains models of the known families from Python, as the command line does.
+"""Python functions that load, prompt and train models of the supported families.
 
-Lines for the user go to stderr, in a notebook into the cell's output. Settings of the process, such
-as XLA's flags and the folder of compiled programs, stay the caller's.
+They do the same as the command line. Lines for the user go to stderr; in a notebook they go to the
+cell's output. These functions do not change settings of the process, such as XLA's flags or the
+folder of compiled programs.
 """
 
 import os
@@ -31,7 +32,7 @@ from qlora_jax.train.interrupt import Stopped
 from qlora_jax.train.report import RunSummary, describe_losses
 
 QUANT = QuantConfig()
-"""The defaults of a model in 4 bits."""
+"""Default settings of 4-bit weights."""
 
 
 def load(
@@ -44,21 +45,30 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> tuple[Decoder, Tokenizer]:
-    """Loads a model and its tokenizer.
+    """Loads a model, with its linears in 4 bits by default, and its tokenizer.
 
     Args:
-      path: a Hugging Face folder, a .gguf file, a hub id or a built-in name; or a run directory,
-        which has settings of its own: the other arguments are left out.
-      codebook: of the layers' linears in 4 bits; None keeps them in `dtype`. What a file holds in
-        4 bits already stays as it is.
-      block_size: weights that share one scale.
-      double_quant: quantize the scales, too.
-      dtype: of what is not quantized, and of computation; None is bfloat16.
-      adapter: a folder in PEFT's format or a run directory, whose adapters the model gets.
+      path: Hugging Face folder, .gguf file, hub id, built-in name or run directory. A run directory
+        has its own settings: leave all other arguments out.
+      codebook: codebook of the layers' linears in 4 bits, such as "nf4"; None stores them in
+        `dtype`. Weights that are in 4 bits in the file are not quantized again.
+      block_size: number of weights that share one scale, a power of two from 32 to 4096.
+      double_quant: True quantizes the scales, too (double quantization, QLoRA section 3).
+      dtype: dtype of the weights that are not quantized, and of computation; None is bfloat16.
+      adapter: folder in PEFT's format, or run directory, from which the model gets its adapters.
       revision: branch, tag or commit of a hub id.
+
+    Returns:
+      The model and its tokenizer.
 
     Raises:
       UserError: the model or the adapter cannot be loaded, or an argument is not allowed.
+
+    Example:
+      ```python
+      model, tokenizer = qj.load("smollm2-135m-instruct")
+      model, tokenizer = qj.load("runs/my-run")  # the model as this run has trained it
+      ```
     """
     _start()
     path = os.path.expanduser(path)
@@ -67,11 +77,11 @@ def load(
         if given != (QUANT.codebook, QUANT.block_size, QUANT.double_quant, None, None, None):
             raise UserError(
                 f"{path}: a run directory has its own settings; leave the other arguments of load "
-                "out, or give the model itself"
+                "out, or give the path of the base model"
             )
         base = open_trained(path, base=False, bits=None, dtype=None, warn=_say)
         if own := _asked_as_trained(base):
-            _say(f"the run's own way to ask: qlora_jax.generate(..., {own})")
+            _say(f"to prompt the model as in training: qlora_jax.generate(..., {own})")
         return base.model, base.tokenizer
     settings = _settings(path, revision, codebook, block_size, double_quant, dtype)
     base = open_plain(
@@ -98,7 +108,7 @@ def _settings(
 
 
 def _asked_as_trained(base: Base) -> str:
-    """Returns the arguments of `generate` with which a run's model answers as in training."""
+    """Returns the arguments of `generate` that write prompts as this run did in training."""
     asking = base.asking
     own: dict[str, Any] = {}
     if base.dtype != _held(base.model):
@@ -123,26 +133,33 @@ def generate(
     system: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> str | list[str]:
-    """Answers a prompt, or several in one batch.
+    """Generates the model's answer to one prompt, or to several prompts in one batch.
 
     Args:
-      model: with or without adapters.
-      tokenizer: the model's.
-      prompts: one or several.
-      max_new_tokens: most tokens of an answer.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: draws from the fewest tokens that together have this probability.
-      seed: of the draws.
-      chat: write prompts by the tokenizer's chat template, if it has one; else they are continued
-        as they are.
-      system: system turn.
-      dtype: of computation; None is the embedding's.
+      model: model from `load`, with or without adapters.
+      tokenizer: tokenizer of the model.
+      prompts: one prompt, or a sequence of prompts.
+      max_new_tokens: largest number of tokens in an answer.
+      temperature: divisor of the logits; 0 always takes the most probable token.
+      top_p: probability from 0 to 1; each token is drawn from the smallest set of tokens that
+        together have this probability.
+      seed: seed of the random draws.
+      chat: True puts each prompt into the tokenizer's chat template, if the tokenizer has one. With
+        False, or without a template, the model continues the text of the prompt.
+      system: text of the system turn; None adds no system turn.
+      dtype: dtype of computation; None is the dtype of the embedding.
 
     Returns:
-      The answer, or a list of answers for a list of prompts.
+      One answer for one prompt; a list of answers for a sequence of prompts.
 
     Raises:
-      UserError: a prompt is too long or refused by the template, or an argument is not allowed.
+      UserError: a prompt is too long, the template refuses a prompt, or an argument is not allowed.
+
+    Example:
+      ```python
+      qj.generate(model, tokenizer, "What is LoRA?")
+      qj.generate(model, tokenizer, ["Hello", "Bye"], temperature=0.7, top_p=0.9, seed=1)
+      ```
     """
     texts = answers(
         model,
@@ -165,24 +182,36 @@ def train(
     overwrite: bool = False,
     force: bool = False,
 ) -> RunSummary:
-    """Fine-tunes; leaves a run directory, which `load` takes.
+    """Fine-tunes a model and writes a run directory, which `load` can read.
 
-    A signal is handled as on the command line: after the step the state is saved, and then the
-    signal is raised again, so that SIGINT, such as a notebook's "interrupt", ends in
-    KeyboardInterrupt.
+    On SIGINT or SIGTERM the run finishes its step, saves its state and raises the signal again.
+    SIGINT, such as "interrupt" in a notebook, then ends in KeyboardInterrupt.
 
     Args:
-      config: a YAML file or a run directory; a dict of what such a file holds; or a Config.
-      resume: go on where the directory's run stopped (`--resume` in messages).
-      overwrite: delete the run that the directory holds (`--overwrite`).
-      force: run even where the device's memory is too small (`--force`).
+      config: YAML file, run directory, dict with the content of such a file, or `Config`.
+      resume: True continues the run in the output directory (messages call this `--resume`).
+      overwrite: True deletes the run in the output directory first (`--overwrite`).
+      force: True runs even if the memory of the device is too small (`--force`).
 
     Returns:
-      The run's figures; `run_dir` is the run directory.
+      The figures of the run, such as its losses; `run_dir` is the run directory.
 
     Raises:
-      UserError: the input is at fault; nothing is left half-written.
+      UserError: the config, the data or the model cannot be used, or the run does not fit on the
+        device. No file is left half-written.
       RunFailed: the loss is not finite, or the frozen base changed.
+
+    Example:
+      ```python
+      config = {
+          "model": "smollm2-135m-instruct",
+          "data": "my.jsonl",
+          "output": "runs/my-run",
+          "train": {"steps": 100},
+      }
+      summary = qj.train(config)
+      model, tokenizer = qj.load(summary.run_dir)
+      ```
     """
     if resume and overwrite:
         raise UserError("resume and overwrite exclude each other; give one")
@@ -217,7 +246,7 @@ def _config(config: str | os.PathLike[str] | Mapping[str, Any] | Config) -> Conf
 
 
 def _command(config: Any, found: Config) -> str:
-    """Returns a command that runs the same once more."""
+    """Returns a shell command that repeats this run."""
     if isinstance(config, Config | Mapping):
         stored = os.path.join(found.output, rundir.CONFIG)
         return shlex.join(["qlora-jax", "train", stored, f"--output={found.output}-again"])
@@ -233,11 +262,11 @@ def _name(dtype: DTypeLike) -> str:
 
 
 def _start() -> None:
-    """Starts jax; tells of a GPU that it does not use."""
+    """Starts jax, and warns if the machine has a GPU that jax does not use."""
     if warning := warn_if_gpu_idle():
         _say(warning)
 
 
 def _say(line: str) -> None:
-    # what stderr gets looks like an error in a notebook
+    # A notebook shows lines on stderr as errors.
     print(printable(line), file=None if in_notebook() else sys.stderr, flush=True)

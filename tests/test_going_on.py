@@ -121,7 +121,7 @@ def test_a_kill_between_manifest_and_config_is_resumed(
     copy = shutil.copytree(run, tmp_path / "copy")
     ended = run_cli("train", config, "--train.steps=4", "--resume")
     assert ended.code == 0, ended.err
-    assert "with 4 instead of 2 the learning rate goes on at 0.005, not 0; a run" in ended.err
+    assert "with 4 instead of 2 the learning rate continues at 0.005, not 0; a run" in ended.err
     assert list(trained(run)) == [1, 2, 3, 4]
     # or the old number of steps is what was meant
     ended = run_cli("train", config, "--resume", f"--output={copy}")

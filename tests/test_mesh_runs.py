@@ -128,7 +128,7 @@ def test_the_other_commands_read_it_on_one_device(runs, run_cli, tmp_path) -> No
     ("settings", "expected"),
     [
         (("--mesh.fsdp=16",), "is for 16 devices, and jax has 8"),
-        (("--mesh.fsdp=3",), "train.batch_size 8 is divided over the 3 devices"),
+        (("--mesh.fsdp=3",), "train.batch_size 8 is not a multiple of the 3 devices"),
         (("--mesh.fsdp=0",), "mesh.fsdp: input should be greater than or equal to 1"),
         (("--mesh.fdsp=2",), "the nearest is --mesh.fsdp"),
         (("--mesh", "some"), "mesh.data: input should be a valid integer"),
@@ -186,7 +186,7 @@ def test_a_process_that_is_killed_ends_all(config, runs, run_cli, tmp_path, kill
     assert code == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"qlora-jax: process {1 - killed} of 2: ")
-    assert "--resume goes on" in last
+    assert "--resume continues" in last
     saved = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
     again = f"--train.steps={saved + 1}"
     resumed = run_cli("train", run, "--resume", "--mesh", "none", again, "--train.eval_every=0")

@@ -146,7 +146,10 @@ def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(
     assert ended.code == 0, ended.err
     before = STEPS - 4
     assert f"/{STEPS}: damaged: " in ended.err
-    assert f"step {before} is taken, and the damaged one is now damaged-{STEPS}" in ended.err
+    assert (
+        f"step {before} is used instead, and the damaged one was renamed to damaged-{STEPS}"
+        in ended.err
+    )
     assert f"resumed from step {before}" in ended.err
     assert (damaged / experiment.ADAPTER).read_bytes() == (
         runs.whole / experiment.ADAPTER

@@ -31,6 +31,7 @@ from qlora_jax.runtime.manifest import git_state
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import assemble
 from qlora_jax.train.setup import load_run_model
+from qlora_jax.train.state import TrainState
 
 UPDATES = 3
 """Largest number of updates that are timed alone."""
@@ -40,7 +41,7 @@ class PreparedStep(NamedTuple):
     """The functions of a training step, their arguments, and the numbers of parameters."""
 
     program: steps.StepProgram
-    state: steps.TrainState
+    state: TrainState
     frozen: Any
     batch: dict[str, np.ndarray]
     trainable: int

@@ -1,4 +1,4 @@
-"""The configuration of a run: the list of all settings, and how a config is read."""
+"""Config of a run: all settings, and the functions that read, check and write a config."""
 
 from qlora_jax.config.load import changed as changed
 from qlora_jax.config.load import difference as difference

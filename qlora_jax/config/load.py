@@ -1,4 +1,4 @@
-"""Reads a config from YAML and `--a.b=c`, and writes one."""
+"""Reads a config from YAML and from `--a.b=c` arguments, and writes a config as YAML."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,28 +13,31 @@ from qlora_jax.config.tree import expand, flatten, from_tree, is_none, to_tree
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import UserError
 
+EXAMPLES = "configs"
+"""The repository's folder of example configs; the installed package does not have it."""
+
 
 def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
-    """Reads a YAML file and lays dotted overrides over it.
+    """Reads a config from a YAML file and replaces settings by the overrides.
 
     Args:
-      path: the YAML file. A section given as one word, or as a list, fills its first field:
+      path: YAML file. If a section is one word or a list, this is the section's first setting:
         `model: a.gguf` means `model: {path: a.gguf}`, `data: my.jsonl` means
-        `data: {source: my.jsonl}`. `mesh: none` takes a section's settings back.
-      overrides: dotted key to its value, e.g. `{"lora.rank": "8"}`: the text itself where the
-        setting is text, with null or nothing for none, else YAML. One that is for a section, such
-        as `{"model": "a.gguf"}`, keeps the section's other settings.
+        `data: {source: my.jsonl}`. `mesh: none` gives a section its default settings.
+      overrides: dotted key to new value as text, such as `{"lora.rank": "8"}`. If the setting is
+        text, the value is taken literally, and null or an empty value means None. Any other value
+        is read as YAML. An override of a section, such as `{"model": "a.gguf"}`, keeps the other
+        settings of the section.
 
     Raises:
-      UserError: missing or malformed file, unknown key (the nearest one is named), wrong type.
+      UserError: the file is missing or malformed, a key is unknown (the message names the nearest
+        known key), or a value has the wrong type.
     """
     path = Path(path)
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(
-            f"{path}: no such config file; give a YAML file or a run directory"
-        ) from None
+        raise UserError(_no_file(path)) from None
     except OSError as e:
         raise paths.unreadable(path, e) from None
     except UnicodeDecodeError:
@@ -54,11 +57,26 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     return from_tree(tree, str(path))
 
 
+def _no_file(path: Path) -> str:
+    """Returns the message for a config file that does not exist."""
+    told = f"{path}: no such config file; give a YAML file or a run directory"
+    if path.parts[:1] == (EXAMPLES,) and not Path(EXAMPLES).is_dir():
+        return (
+            f"{told}. The examples in {EXAMPLES}/ are part of the repository, not of the installed "
+            "package: start the command in a clone of the repository, or copy the file from there"
+        )
+    return told
+
+
 def changed(config: Config, overrides: Mapping[str, str]) -> Config:
-    """The config with dotted overrides laid over it.
+    """Returns the config with some settings replaced.
+
+    Args:
+      config: config to start from.
+      overrides: dotted key to new value as text, as in `load_config`.
 
     Raises:
-      UserError: an unknown key or a value of the wrong type.
+      UserError: a key is unknown, or a value has the wrong type.
     """
     tree = to_tree(config)
     for key, text in overrides.items():
@@ -70,7 +88,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     """Turns `["--lora.rank=8", "--train.steps", "50"]` into `{"lora.rank": "8", ...}`.
 
     Raises:
-      UserError: an argument that is not of that form, or a value that is missing.
+      UserError: an argument does not have this form, or has no value.
     """
     overrides: dict[str, str] = {}
     rest = list(arguments)
@@ -94,17 +112,17 @@ def dump(config: Config, path: Path) -> None:
     with path.open("w", encoding="utf-8") as f:
         writer = YAML()
         writer.default_flow_style = False
-        writer.allow_unicode = False  # U+0085 would be written as it is and read back as a space
+        writer.allow_unicode = False  # True writes U+0085 unescaped; YAML reads a space
         writer.dump(to_tree(config), f)
 
 
 def digest(config: Config) -> str:
-    """SHA-256 of the config's values, as hex."""
+    """Returns the SHA-256 of the config's values, as hex."""
     return json_files.digest(to_tree(config))
 
 
 def difference(a: Config, b: Config) -> list[str]:
-    """The settings in which two configs differ, as `key: value in a → value in b`."""
+    """Returns the settings that differ between two configs, as `key: value in a → value in b`."""
     left, right = dict(flatten(to_tree(a))), dict(flatten(to_tree(b)))
     return [
         f"{k}: {left.get(k)} → {right.get(k)}"
@@ -146,7 +164,7 @@ def _override_section(
 
 
 def _steps(key: str, kinds: Mapping[str, str]) -> list[str]:
-    # The keys of a mapping are module paths, which have dots of their own.
+    # The keys of a setting that is a mapping are module paths, which contain dots.
     for name, kind in kinds.items():
         if "dict[" in kind and key.startswith(f"{name}."):
             return [*name.split("."), key.removeprefix(f"{name}.")]
@@ -172,7 +190,7 @@ def _parse(text: str) -> Any:
 
 
 def _read_yaml(text: str) -> Any:
-    """Parses YAML of plain values; raises YAMLError, or ValueError for the 45th of May."""
+    """Parses YAML of plain values; raises YAMLError, or ValueError for a date such as May 45."""
     try:
         return YAML(typ="safe").load(text)
     except RecursionError:

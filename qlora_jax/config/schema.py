@@ -1,4 +1,4 @@
-"""Describes every setting by key, type, default and documentation, and finds the nearest key."""
+"""Lists every setting with key, type, default and documentation, and finds the nearest key."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,14 @@ from qlora_jax.config.settings import Config
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One leaf of the schema: what `--help` prints about it."""
+    """Description of one setting, which `--help` prints.
+
+    Attributes:
+      key: dotted key, such as "lora.rank".
+      type: type in words, such as "int" or "str | null".
+      doc: documentation in one line.
+      default: default value as text, or "required".
+    """
 
     key: str
     type: str
@@ -21,7 +28,12 @@ class Setting:
 
 
 def all_settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
-    """Every leaf of the schema with its type, default and documentation."""
+    """Yields every setting with its type, default and documentation.
+
+    Args:
+      cls: dataclass whose settings are listed: `Config` or a section.
+      prefix: text in front of each key.
+    """
     for name, info in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
         if dataclasses.is_dataclass(info.annotation):
             yield from all_settings(typing.cast(type, info.annotation), f"{prefix}{name}.")
@@ -35,14 +47,15 @@ def all_settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
 
 
 def _doc(cls: type, name: str) -> str:
-    # pydantic reads the string under a field for the class that has it, not for a subclass
+    # pydantic keeps the string under a field only in the class that declares the field, so the
+    # base classes are searched too.
     owners = (vars(owner).get("__pydantic_fields__", {}) for owner in cls.__mro__)
     docs = (fields[name].description for fields in owners if name in fields)
     return " ".join(next((doc for doc in docs if doc), "").split())
 
 
 def is_known(key: str) -> bool:
-    """Whether a dotted key is a setting, a section, or an entry of a setting that is a mapping."""
+    """Checks if a dotted key is a setting, a section or an entry of a setting that is a mapping."""
     schema = {s.key: s.type for s in all_settings()}
     return (
         key in schema
@@ -52,7 +65,7 @@ def is_known(key: str) -> bool:
 
 
 def nearest(key: str, more: Sequence[str] = ()) -> str:
-    """The setting, section or name in `more` that a mistyped key most resembles."""
+    """Returns the setting, section or name in `more` that is most similar to a mistyped key."""
     known = [s.key for s in all_settings()] + list(sections()) + list(more)
 
     def likeness(other: str) -> tuple[float, float]:
@@ -64,11 +77,12 @@ def nearest(key: str, more: Sequence[str] = ()) -> str:
 
 
 def sections() -> dict[str, type]:
+    """Returns the dataclass of each section by the section's name."""
     return {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}  # type: ignore[misc]
 
 
 def names(cls: type) -> list[str]:
-    """The names of a section's settings, those that have no default first."""
+    """Returns the names of a section's settings; those without a default come first."""
     fields = cls.__pydantic_fields__  # type: ignore[attr-defined]
     return sorted(fields, key=lambda name: not fields[name].is_required())
 

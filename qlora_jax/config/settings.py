@@ -1,4 +1,4 @@
-"""Lists all settings of a run: one frozen dataclass per section.
+"""Defines all settings of a run, one frozen dataclass per section.
 
 The string under a field is its documentation, which `--help` prints.
 """
@@ -14,21 +14,21 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _number(value: Any) -> Any:
-    # pydantic would take true for 1
+    # pydantic would accept true as 1
     if isinstance(value, bool):
         raise PydanticCustomError("number_type", "Input should be a number")
     return value
 
 
 def _sets(value: Any) -> Any:
-    # the names become those of figures in metrics.jsonl and TensorBoard
+    # the names of the sets are parts of names in metrics.jsonl and TensorBoard
     if isinstance(value, dict):
         if not value:
             raise PydanticCustomError("no_set", "Input should name at least one set")
         if bad := next((name for name in value if not re.fullmatch(r"[\w.-]+", name)), None):
             raise PydanticCustomError(
                 "set_name",
-                "Name of a set should be of letters, digits, _, - and . alone: {name}",
+                "Name of a set should consist of letters, digits, _, - and . only: {name}",
                 {"name": repr(bad)},
             )
     return value
@@ -41,199 +41,206 @@ NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_
 Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 FloatType = Literal["float32", "bfloat16", "float16"]
 DEFAULT_STEPS = 200
-"""Optimizer steps of a run that gives neither steps nor epochs."""
+"""Optimizer steps of a run whose config sets neither `steps` nor `epochs`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
-    """Which pretrained model, and in which dtypes it is held and computed."""
+    """Settings of the pretrained model: source, dtypes of storage and of computation."""
 
     path: str
-    """A Hugging Face folder, a .gguf file, a built-in name (smollm2-135m-instruct), a hub id, or
-    from-scratch: random values in the shapes of the pretrain section."""
+    """Hugging Face folder, .gguf file, built-in name (smollm2-135m-instruct), hub id, or
+    from-scratch: random weights in the shapes of the section pretrain."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     storage_dtype: FloatType = "bfloat16"
-    """Frozen weights that are not quantized: embeddings, head, norms; all of them for method lora.
-    Under method full every weight is held in lora.dtype."""
+    """Dtype of frozen weights that are not quantized: embeddings, head and norms; with method lora
+    all frozen weights. With method full, lora.dtype is the dtype of every weight instead."""
     compute_dtype: FloatType = "bfloat16"
-    """Activations and matrix products; float16 switches dynamic loss scaling on."""
+    """Dtype of activations and matrix products; float16 switches on dynamic loss scaling."""
     remat: Literal["auto", "none", "dots", "full", "host"] = "auto"
-    """What the backward pass recomputes: nothing, all but products with weights, or whole layers;
-    host: whole layers, whose inputs wait in pinned host memory. Attention scores always. auto: the
-    first of dots, full and host with which the plan says that the device is large enough."""
+    """What the backward pass recomputes, attention scores always. none: nothing else; dots: all but
+    products with weights; full: whole layers; host: whole layers, with their inputs in pinned host
+    memory. auto: the first of dots, full and host that fits on the device, by the plan."""
     layer_inputs: Literal["exact", "int8"] = "exact"
-    """On a GPU, how the layers' inputs wait for the backward pass with remat full and host: as they
-    are, or in bitsandbytes' 8 bits in blocks of 256: half the memory, gradients that are close."""
+    """Storage of the layers' inputs until the backward pass, on a GPU with remat full or host.
+    exact: unchanged; int8: bitsandbytes' 8 bits in blocks of 256, which halves the memory and
+    changes the gradients slightly."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PretrainConfig:
-    """The llama that model.path from-scratch stands for; read with that alone. Embeddings are tied
-    and have vocab_size rows."""
+    """Shapes of a new llama with tied embeddings; read only with model.path from-scratch."""
 
     tokenizer: str | None = None
-    """A Hugging Face folder or .gguf file to take the tokenizer of; null trains a byte-level BPE
-    of vocab_size ids on the training text."""
+    """Hugging Face folder or .gguf file with the tokenizer; null trains a byte-level BPE of
+    vocab_size ids on the training text."""
     vocab_size: Positive = 4096
     """Rows of the embedding."""
     hidden_size: Positive = 256
-    """Width of the residual stream."""
+    """Features of the residual stream."""
     intermediate_size: Positive = 640
-    """Width inside the MLP."""
+    """Features inside the MLP."""
     layers: Positive = 4
     """Number of decoder layers."""
     heads: Positive = 4
-    """Attention heads; they divide hidden_size."""
+    """Attention heads; the number must divide hidden_size."""
     kv_heads: Positive | None = None
-    """Heads of keys and values, which divide heads; null: as many."""
+    """Heads of keys and values; the number must divide heads. null: the same number as heads."""
     positions: Positive = 512
-    """Longest sequence."""
+    """Tokens of the longest sequence."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class QuantConfig:
-    """4-bit storage of the frozen linears; read by method qlora only."""
+    """Settings of 4-bit storage of the frozen linears; only method qlora reads them."""
 
     codebook: str = "nf4"
-    """nf4, fp4_bnb, fp4_e2m1, fp4_e3m0, int4, af4 or lloyd."""
+    """Codebook of the 4-bit codes: nf4, fp4_bnb, fp4_e2m1, fp4_e3m0, int4, af4 or lloyd."""
     block_size: Positive = 64
-    """Weights that share one scale: a power of two from 32 to 4096."""
+    """Number of weights that share one scale: a power of two from 32 to 4096."""
     double_quant: bool = True
-    """Quantize the scales themselves to 8 bits."""
+    """Quantize the scales to 8 bits (double quantization)."""
     nested_block: Positive = 256
-    """Scales that share one scale of scales."""
+    """Number of scales that share one nested scale, with double quantization."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class KernelsConfig:
-    """How training multiplies by 4-bit weights; read by method qlora only."""
+    """Settings of products with 4-bit weights in training; only method qlora reads them."""
 
     materialize: Literal["never", "auto"] = "auto"
-    """never: no 4-bit weight is ever decoded to memory, only within a GPU kernel; auto: where that
-    is quicker it is, one at a time."""
+    """never: 4-bit weights are decoded only inside a GPU kernel, never to memory; auto: a weight is
+    decoded to memory, one at a time, if that is faster."""
     implementation: Literal["xla", "triton", "mosaic"] | None = None
-    """Always this one; null picks by device, dtype and rows."""
+    """Implementation of all products; null chooses by device, dtype and rows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoraConfig:
-    """The adapters."""
+    """Settings of the adapters."""
 
     variant: Literal["lora", "dora"] = "lora"
-    """lora: W + s·B·A; dora: that with a trained length for each of its columns."""
+    """lora: W + s·B·A; dora: the same, with a trained length of each column."""
     rank: Positive = 16
-    """r, the inner dimension of B·A."""
+    """Rank r, the inner dimension of B·A."""
     alpha: PositiveFloat = 32.0
-    """Numerator of the scaling; the factor itself when scaling is constant."""
+    """Numerator of the scale s; if scaling is constant, s itself."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "constant"] = "alpha/r"
-    """How alpha becomes the factor on B·A."""
+    """Formula of the scale s of B·A; constant: s = alpha."""
     target_modules: str | list[str] = "all-linear"
-    """all-linear, a list of module names, or a regular expression on the whole module path. The
-    head (lm_head) and the embedding (embed_tokens) have adapters only if they are named."""
+    """all-linear, a list of module names, or a regular expression that matches the whole module
+    path. Head (lm_head) and embedding (embed_tokens) get adapters only if they are named."""
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
-    """Another rank for modules whose path ends in, or matches, the key."""
+    """Module pattern to rank, in place of rank. The pattern is the end of a module path, or a
+    regular expression that matches it."""
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Another alpha, likewise."""
+    """Module pattern to alpha, in place of alpha; patterns as in rank_pattern."""
     dropout: Fraction = 0.0
-    """On the input of A, in training only."""
+    """Dropout rate on the input of A, in training only."""
     init: Literal["kaiming-uniform", "gaussian", "pissa", "loftq"] = "kaiming-uniform"
-    """Distribution of A, with B at zero; pissa: both from W's largest singular values, the base
-    keeps the rest; loftq: both from what quantizing loses."""
+    """Initial values. kaiming-uniform, gaussian: distribution of A, and B is zero. pissa: A and B
+    from W's largest singular values; the base keeps W - s·B·A. loftq: A and B approximate the
+    error of quantization."""
     loftq_iterations: Positive = 5
-    """How often loftq alternates between quantizing and decomposing."""
+    """Number of times that loftq alternates between quantization and decomposition."""
     freeze_a: bool = False
-    """LoRA-FA: A stays as it is, without gradient and moments."""
+    """LoRA-FA: A is not trained, and has no gradient and no moments."""
     from_adapter: str | None = None
-    """Folder of an adapter in PEFT's format to go on from: it gives the values, and variant, rank,
-    alpha, scaling, target_modules and patterns, which are left at their defaults here."""
+    """Folder of an adapter in PEFT's format with which training starts. It gives the values, and
+    variant, rank, alpha, scaling, target_modules and patterns; leave these settings out."""
     dtype: FloatType = "float32"
-    """Adapters; under method full, every weight."""
+    """Dtype of the adapters; with method full, of every weight."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """Where examples come from and how they become token rows."""
+    """Settings of the data: sources of examples, and their conversion into token rows."""
 
     source: str | Annotated[list[str], Field(min_length=1)]
-    """A .jsonl, .json, .csv, .tsv, .parquet or .txt file, a hub id, or the built-in python-docs,
+    """.jsonl, .json, .csv, .tsv, .parquet or .txt file, hub id, or built-in name: python-docs,
     python-source or package-docs; or a list of these: [a.jsonl, b.jsonl, python-docs]."""
     name: str | None = None
-    """Configuration name of a hub dataset; of several sources at most one has one."""
+    """Configuration name of a hub dataset. At most one of several sources may have one."""
     split: str = "train"
-    """Split of a hub dataset that is trained on."""
+    """Training split of a hub dataset."""
     eval_source: Annotated[str | dict[str, str] | None, AfterValidator(_sets)] = None
-    """Held-out examples, or several sets of them: {name: source, ...}, of which the first decides;
-    without it eval_fraction of the source is set aside, by text."""
+    """Source of held-out examples, or several named sets: {name: source, ...}; the loss on the
+    first set decides. null holds out eval_fraction of the source, chosen by text."""
     eval_split: str | None = None
     """Held-out split of a hub dataset."""
     eval_fraction: Fraction = 0.05
-    """Share of the source held out."""
+    """Share of the source that is held out, if there is no eval_source."""
     max_examples: NonNegative = 0
-    """Keep at most this many examples; 0 keeps all."""
+    """Largest number of examples; 0 keeps all."""
     format: Literal["auto", "chat", "prompt", "text"] = "auto"
-    """chat: messages; prompt: prompt and completion; text: text. auto decides by the fields."""
+    """Form of the records. chat: messages; prompt: prompt and completion; text: text; auto: decided
+    by the fields of the records."""
     template: Literal["auto", "none"] = "auto"
-    """auto: prompt/completion examples go through the tokenizer's chat template, if it has one;
-    none: prompt and completion are joined as they are. Chat examples always use the template."""
+    """auto: prompt/completion examples use the tokenizer's chat template, if it has one; none:
+    prompt and completion are joined unchanged. Chat examples always use the template."""
     chat_template: str | None = None
-    """A Jinja file with a chat template that takes the place of the tokenizer's own."""
+    """Jinja file with a chat template that replaces the tokenizer's."""
     system_prompt: str | None = None
-    """System turn put before prompt/completion and chat examples that have none."""
+    """System turn that is added to prompt/completion and chat examples without one."""
     loss_on: Literal["answer", "all"] = "answer"
-    """Train on the assistant's turns alone, or on every token."""
+    """answer: the loss is on the assistant's turns only; all: on every token."""
     sequence_length: Positive = 512
     """Tokens per row."""
     packing: bool = True
-    """Put several examples into a row, kept apart by segment ids; else one a row, padded."""
+    """true: several examples share a row, separated by segment ids; false: one example per row,
+    with padding."""
     on_bad_record: Literal["drop", "error"] = "drop"
-    """A record that cannot be used, such as a malformed line or a turn without a role, is left out
-    and counted with its reason, or refused."""
+    """Action for a record that cannot be used, such as a malformed line or a turn without a role.
+    drop: leave it out and count it with its reason; error: stop."""
     on_no_target: Literal["drop", "error"] = "drop"
-    """An example with no target left after truncation is dropped and counted, or refused."""
+    """Action for an example that has no target token after truncation. drop: leave it out and count
+    it; error: stop."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """Settings of AdamW and of its learning-rate schedule."""
 
     learning_rate: PositiveFloat = 2e-4
-    """Peak rate."""
+    """Largest learning rate of the schedule."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What follows the warm-up; cosine and linear end at zero."""
+    """Learning rate after the warm-up; cosine and linear end at zero."""
     warmup_steps: NonNegative = 0
-    """Linear warm-up from zero."""
+    """Steps in which the learning rate rises linearly from zero."""
     beta1: Fraction = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: Fraction = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Constant that is added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     clip_norm: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Largest global gradient norm; larger gradients are scaled down. 0 does not clip."""
     norm_first: bool = False
-    """On a GPU with remat full or host, one micro-batch and no float16: find the norm in a backward
-    pass of its own, so that a second one can update each layer as soon as it has its gradients."""
+    """Compute the gradient norm in a separate backward pass, so that a second pass can update each
+    layer as soon as it has its gradients. Needs a GPU, remat full or host, one micro-batch and no
+    float16."""
     lora_plus_ratio: PositiveFloat = 1.0
-    """LoRA+: B's learning rate is this multiple of A's."""
+    """LoRA+: learning rate of B divided by that of A."""
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
-    """How both moments are kept; updates compute in float32. int8: bitsandbytes' 8 bits in blocks
-    of 256, arrays of fewer than 4096 elements in float32."""
+    """Storage of both moments; updates compute in float32. int8: bitsandbytes' 8 bits in blocks of
+    256; arrays of fewer than 4096 elements stay in float32."""
     offload: Literal["auto", "device", "host"] = "auto"
-    """Where moments live: host keeps them in pinned host memory and brings them to the device layer
-    by layer; auto: on the host where the plan says that the device is too small."""
+    """Memory of the moments. host: pinned host memory, copied to the device layer by layer; auto:
+    host if they do not fit on the device, by the plan, else device."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MeshConfig:
-    """The devices of a run; `mesh: none` is one device."""
+    """Settings of the mesh of devices; `mesh: none` is one device."""
 
     data: Positive = 1
-    """Groups of devices that hold the same weights; rows of a batch are split over all devices."""
+    """Number of groups of devices. Each group holds all weights; the rows of a batch are split over
+    all devices."""
     fsdp: Positive = 1
-    """Devices of a group: weights, adapters and moments are split over them."""
+    """Number of devices in a group. Weights, adapters and moments are split over them."""
 
     @property
     def devices(self) -> int:
@@ -242,48 +249,50 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """The loop."""
+    """Settings of the training loop."""
 
     steps: Positive | None = None
-    """Optimizer steps; null: those of train.epochs, or 200 without it."""
+    """Optimizer steps; null: as many as train.epochs needs, or 200 without train.epochs."""
     epochs: PositiveFloat | None = None
-    """Passes over the training data, instead of steps."""
+    """Passes over the training data; give this or steps."""
     batch_size: Positive = 4
-    """Rows per micro-batch."""
+    """Rows in a micro-batch."""
     gradient_accumulation: Positive = 1
-    """Micro-batches per step."""
+    """Micro-batches in an optimizer step."""
     eval_every: NonNegative = 50
-    """Steps between evaluations on the held-out split; 0 evaluates at the start and end only."""
+    """Steps between evaluations on the held-out data; 0 evaluates only at the start and the end."""
     eval_rows: Positive = 64
-    """Held-out token rows per evaluation, at most; always the same ones."""
+    """Largest number of held-out token rows in an evaluation; all evaluations use the same rows."""
     save_every: NonNegative = 50
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves only at the end."""
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_best: bool = False
-    """Keep the checkpoint of the lowest held-out loss too, and export that one, not the last."""
+    """Also keep the checkpoint with the lowest held-out loss, and export it instead of the last."""
     patience: NonNegative = 0
-    """Stop after this many evaluations in a row without a lower held-out loss; 0 never stops."""
+    """Number of evaluations in a row without a lower held-out loss after which the run stops; 0
+    never stops."""
     samples: NonNegative = 3
-    """Held-out prompts answered before and after training."""
+    """Number of held-out prompts that the model answers before and after training."""
     sample_tokens: Positive = 64
-    """Tokens per sample answer, at most."""
+    """Largest number of tokens in such an answer."""
     seed: NonNegative = 0
-    """Adapters' initial values, order of the data, dropout."""
+    """Seed of the adapters' initial values, the order of the data and dropout."""
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps, where `epochs` is not given; a run counts the steps of its epochs."""
+        """Returns the optimizer steps if `epochs` is not given; a run counts those of `epochs`."""
         return self.steps or DEFAULT_STEPS
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSettings:
-    """What decides how a model is loaded, held and computed."""
+    """Settings that decide how a model is loaded, stored and computed."""
 
     model: ModelConfig
     method: Literal["qlora", "lora", "full"] = "qlora"
-    """qlora: 4-bit base and adapters; lora: 16-bit base and adapters; full: every weight."""
+    """What is trained. qlora: adapters on a 4-bit base; lora: adapters on a 16-bit base; full:
+    every weight."""
     quant: QuantConfig = Field(default_factory=QuantConfig)
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
@@ -291,11 +300,11 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config(ModelSettings):
-    """A whole run."""
+    """All settings of a run."""
 
     data: DataConfig
     output: str
-    """Run directory, made by the run."""
+    """Run directory, which the run creates."""
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

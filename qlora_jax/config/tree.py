@@ -1,4 +1,4 @@
-"""Builds settings from plain nested dicts, and says what is wrong with a value."""
+"""Builds settings from plain nested dicts, and describes a wrong value in an error message."""
 
 import dataclasses
 import json
@@ -17,13 +17,16 @@ S = TypeVar("S", bound=ModelSettings)
 
 _ADAPTERS: Mapping[type, TypeAdapter[Any]] = {t: TypeAdapter(t) for t in (Config, ModelSettings)}
 SURROGATES = re.compile("[\ud800-\udfff]")
-"""Stand for bytes of a name that are no UTF-8."""
+"""Characters by which Python replaces the bytes of a file name that are not UTF-8."""
 
 
 def from_settings(settings: Mapping[str, Any], where: str) -> Config:
-    """Builds a Config from a dict that is written as a YAML file is.
+    """Builds a Config from a dict that has the form of a YAML config.
 
-    A section may be one word or a list, as for `load_config`. A path may be a `Path`.
+    Args:
+      settings: nested dict. A section may be one word or a list, as in `load_config`. A path may be
+        a `Path`.
+      where: source of the settings, for errors.
 
     Raises:
       UserError: as `from_tree`.
@@ -34,8 +37,13 @@ def from_settings(settings: Mapping[str, Any], where: str) -> Config:
 def from_tree(tree: Mapping[str, Any], where: str) -> Config:
     """Builds a Config from plain nested dicts.
 
+    Args:
+      tree: section to settings, each section a dict.
+      where: source of the settings, such as a file, for errors.
+
     Raises:
-      UserError: naming `where`, the key and what is wrong with its value.
+      UserError: a key is unknown or missing, or a value is wrong. The message names `where`, the
+        key and the fault.
     """
     config = _validated(Config, tree, where)
     if config.train.steps is not None and config.train.epochs is not None:
@@ -46,13 +54,17 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
     for key, value in flatten(to_tree(config)):
         if SURROGATES.search(json.dumps(value, ensure_ascii=False)):
             raise UserError(
-                f"{where}: {key} {value!r} is no UTF-8 text, and so cannot be recorded; rename it"
+                f"{where}: {key} {value!r} is not UTF-8 text and cannot be saved; rename it"
             )
     return config
 
 
 def model_settings(tree: Mapping[str, Any], where: str) -> ModelSettings:
-    """Builds the settings of a model alone from plain nested dicts.
+    """Builds the settings of a model, without those of a run, from plain nested dicts.
+
+    Args:
+      tree: section to settings, each section a dict.
+      where: source of the settings, for errors.
 
     Raises:
       UserError: as `from_tree`.
@@ -61,14 +73,14 @@ def model_settings(tree: Mapping[str, Any], where: str) -> ModelSettings:
 
 
 def section(name: str, values: Mapping[str, Any]) -> Any:
-    """Makes one section of a config, such as `LoraConfig`.
+    """Builds one section of a config, such as `LoraConfig`.
 
     Args:
-      name: of the section.
-      values: its settings; the others have their defaults.
+      name: name of the section, such as "lora".
+      values: settings of the section; all other settings keep their defaults.
 
     Raises:
-      UserError: an unknown key or a value of the wrong type.
+      UserError: a key is unknown, or a value has the wrong type.
     """
     try:
         return sections()[name](**values)
@@ -84,7 +96,7 @@ def _validated(cls: type[S], tree: Mapping[str, Any], where: str) -> S:
 
 
 def to_tree(config: Config) -> dict[str, Any]:
-    """The config as plain nested dicts, every default written out."""
+    """Returns the config as plain nested dicts, with every default written out."""
     return dataclasses.asdict(config)
 
 
@@ -98,7 +110,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _texts(value: Any) -> Any:
-    """Returns plain values with the text of each path in its place."""
+    """Returns plain values in which each path object is replaced by its text."""
     if isinstance(value, Mapping):
         return {key: _texts(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -107,7 +119,7 @@ def _texts(value: Any) -> Any:
 
 
 def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings with each section that is one word, or a list, written out."""
+    """Returns the settings with each section as a dict, also one given as one word or a list."""
     known, kinds = sections(), {s.key: s.type for s in all_settings()}
 
     def whole(key: str, value: Any) -> Any:
@@ -124,7 +136,7 @@ def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_none(section: str, value: Any) -> bool:
-    """Whether a section was given as `none` or null: all of its settings have their defaults."""
+    """Checks if a section is given as `none` or null, so that all its settings are defaults."""
     first = f"{section}.{names(sections()[section])[0]}"
     text = any(s.key == first and ("str" in s.type or "null" in s.type) for s in all_settings())
     return not text and (value is None or value == "none")

@@ -1,1 +1,1 @@
-"""Evaluates a run or a model: loss, perplexity, multiple choice, divergence, what merging costs."""
+"""Evaluates a run or a model: loss, perplexity, multiple choice, divergence, cost of merging."""

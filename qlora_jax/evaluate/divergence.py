@@ -1,4 +1,4 @@
-"""How far a model's predictions are from another's, on held-out text."""
+"""Measures how far the predictions of two models differ on held-out text."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +12,16 @@ from flax import nnx
 from qlora_jax.models.decoder import Decoder
 
 CHUNK = 256
-"""Positions whose logits exist at a time."""
+"""Number of positions whose logits exist at a time."""
 
 
 class Seen(NamedTuple):
-    """A model, and its last hidden states at the positions that carry loss.
+    """A model, and its last hidden states at the positions with loss.
 
     Attributes:
-      model: the model; its head makes logits of the states.
-      hidden: [N, D], in the compute dtype.
-      targets: the token that follows each position, int [N].
+      model: model; its head computes logits from the hidden states.
+      hidden: hidden states, [N, D] in the compute dtype.
+      targets: next token of each position, int [N].
     """
 
     model: Decoder
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Means over target tokens, in nats: KL(reference || model), and the model's own loss."""
+    """The mean KL(reference || model) and the mean loss of the model, in nats per target token."""
 
     kl: float
     loss: float
@@ -48,13 +48,13 @@ def see(
     dtype: jax.typing.DTypeLike,
     progress: Callable[[], None] = lambda: None,
 ) -> Seen:
-    """Runs a model over batches, and keeps the states from which it predicts their targets.
+    """Runs a model over batches, and stores the hidden states at the positions with loss.
 
     Args:
-      model: the model.
-      batches: at least one of `held_out_batches`, [B, T].
-      dtype: to compute in.
-      progress: called once per batch.
+      model: model to run.
+      batches: batches of `held_out_batches`, at least one, with arrays [B, T].
+      dtype: compute dtype.
+      progress: function called once per batch.
     """
     graph, state = nnx.split(model)
 
@@ -73,11 +73,11 @@ def see(
 
 
 def divergence(reference: Seen, model: Seen) -> Divergence:
-    """Compares next-token distributions at the positions that carry loss.
+    """Compares the next-token distributions of two models at the positions with loss.
 
     Args:
-      reference: the model to be near to.
-      model: with the same vocabulary, on the same batches.
+      reference: result of `see` for the reference model.
+      model: result of `see` for the compared model, with the same vocabulary and batches.
     """
     graphs, states = zip(*(nnx.split(seen.model) for seen in (reference, model)))
 
@@ -97,10 +97,10 @@ def divergence(reference: Seen, model: Seen) -> Divergence:
         parts = (reference.hidden, model.hidden, model.targets)
         x, y, targets = (_filled(part[first : first + CHUNK]) for part in parts)
         total += np.asarray(sums(states, x, y, targets, min(CHUNK, count - first)), np.float64)
-    # rounding may leave the divergence of equal models a little below zero
+    # rounding can make the divergence of equal models slightly negative
     return Divergence(max(float(total[0]) / count, 0.0), float(total[1]) / count, count)
 
 
 def _filled(part: np.ndarray) -> np.ndarray:
-    """Returns at most CHUNK rows as CHUNK rows, zeros at the end."""
+    """Pads at most CHUNK rows with zeros to CHUNK rows."""
     return np.pad(part, [(0, CHUNK - len(part)), *[(0, 0)] * (part.ndim - 1)])

@@ -1,11 +1,11 @@
-"""A run's model for EleutherAI's lm-evaluation-harness (the harness extra).
+"""Adds the model of a run to EleutherAI's lm-evaluation-harness (install the extra `harness`).
 
-The harness knows the models that are imported: this module, run as a program, is the harness's own
-command line with one more.
+The harness accepts only models that were registered by an import. This module registers the model
+`qlora_jax`, and then runs the command line of the harness:
 
     python -m qlora_jax.evaluate.harness --model qlora_jax --model_args run=runs/mine --tasks mmlu
 
-Requests are encoded, cut on the left and scored as by the harness's `hf` model.
+Requests are encoded, cut on the left and scored like those of the harness's model `hf`.
 """
 
 import itertools
@@ -30,19 +30,19 @@ from qlora_jax.train.restore import Restored, from_config, restore
 NAME = "qlora_jax"
 BATCH = 8
 NEW_TOKENS = 256
-"""As the harness has it, where a task does not say."""
+"""Default number of new tokens if a task sets none; the harness has the same default."""
 
 
 @register_model(NAME)
 class QloraJaxLM(TemplateLM):
-    """A run directory's model, or a config's before training.
+    """The model of a run directory, or the model of a config before training.
 
     Args of `--model_args`:
       run: run directory.
       config: YAML file, instead of `run`.
-      base: the run's model before training.
-      batch_size: rows at once; `auto` is 8.
-      max_length: positions; default the model's.
+      base: whether to evaluate the run's model before training.
+      batch_size: rows in a batch; `auto` is 8.
+      max_length: number of positions; default: that of the model.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class QloraJaxLM(TemplateLM):
         max_gen_toks: int = NEW_TOKENS,
         **rest: Any,
     ) -> None:
-        """Raises UserError where the arguments or the run cannot be used."""
+        """Raises UserError if the arguments or the run cannot be used."""
         super().__init__()
         if unknown := sorted(rest.keys() - {"device", "max_batch_size"}):
             raise UserError(f"model_args: {unknown[0]} is not known; remove it")
@@ -186,7 +186,7 @@ class QloraJaxLM(TemplateLM):
 
 
 def main() -> None:
-    """The harness's command line, with `--model qlora_jax` known to it."""
+    """Runs the command line of the harness, with `--model qlora_jax` registered."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -1,4 +1,4 @@
-"""Loss and perplexity on a run's held-out sets, or on other data."""
+"""Computes loss and perplexity on the held-out sets of a run, or on other data."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,14 @@ from qlora_jax.train.restore import Restored
 
 SOURCE, ROWS = "data.source", "train.eval_rows"
 ELSEWHERE = ("data.eval_source", "data.eval_split", "data.eval_fraction")
-"""Say what is held out; a source that is evaluated whole has nothing to do with them."""
+"""Settings that choose the held-out data; they have no effect on a source evaluated completely."""
 OWN = ("name", "split", "max_examples", "format")
-"""Settings of `data` that belong to the source of the run, and not to another one."""
+"""Settings of `data` that describe the run's source, so that another source must not keep them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """`loss` is in nats per target token of `split`; `step` 0 is the model before training."""
+    """The loss on `split`, in nats per target token; `step` 0 is the model before training."""
 
     split: str
     step: int
@@ -37,12 +37,13 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """What a run is evaluated on where that is not what it was trained with.
+    """Data for an evaluation that differs from the run's own held-out data.
 
     Attributes:
-      config: of the run, with the settings laid over it.
-      whole: evaluate all of `data.source`, which is another one; else what is held out of it.
-      capped: evaluate the first `train.eval_rows` rows alone.
+      config: config of the run, with the given settings applied.
+      whole: True to evaluate all of `data.source`, which is not the run's source; False to evaluate
+        the held-out data of the config.
+      capped: whether to evaluate only the first `train.eval_rows` rows.
     """
 
     config: Config
@@ -51,16 +52,18 @@ class Other:
 
 
 def other_data(config: Config, overrides: Mapping[str, str]) -> Other:
-    """Lays settings of the data over the config of a run.
+    """Applies settings of the data to the config of a run.
 
-    Another `data.source` is evaluated whole, as nothing of it was trained on.
+    If the settings name another `data.source`, all of it is evaluated, because the run trained on
+    none of it.
 
     Args:
-      config: the run's.
-      overrides: dotted key to its text.
+      config: config of the run.
+      overrides: map from a dotted setting to its value as text.
 
     Raises:
-      UserError: a setting that is not the data's, contradicts another, or has no such value.
+      UserError: a setting does not belong to the data, contradicts another, or has an invalid
+        value.
     """
     for key in overrides:
         if not key.startswith("data.") and key != ROWS:
@@ -84,18 +87,19 @@ def held_out_loss(
     other: Other | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, HeldOut]:
-    """Evaluates a model on the rows its training run evaluates on, or on other data.
+    """Evaluates a model on the held-out rows of its run, or on other data.
 
     Args:
-      restored: the model.
-      other: other data.
-      say: called with a line on records that were left out.
+      restored: model to evaluate.
+      other: other data; None for the held-out data of the run.
+      say: function called with lines on the records.
 
     Returns:
-      The result of each held-out set by name, the first one first; a set without a name has "".
+      The result of each held-out set by name, in the order of the config. The name of an unnamed
+      set is "".
 
     Raises:
-      UserError: the config sets nothing aside, or the data cannot be used.
+      UserError: the config has no held-out data, or the data cannot be used.
     """
     other = other or Other(restored.config, whole=False, capped=True)
     config, method = other.config, restored.config.method
@@ -115,7 +119,7 @@ def held_out_loss(
 def _batches(
     other: Other, restored: Restored, say: Callable[[str], None]
 ) -> Mapping[str, Sequence[Batch]]:
-    """What is evaluated, by the name of the set."""
+    """Returns the batches to evaluate, by the name of the set."""
     config, text = other.config, restored.tokenizer
     data = read_data(config, text, restored.model.config.longest_cached)
     if reasons := left_out(data):
@@ -125,18 +129,18 @@ def _batches(
     if not other.whole:
         return held_out(config, data, text.pad_id)
     train = config.train
-    # a row holds an example or more
+    # every row holds at least one example, so this many rows are enough
     rows = train.eval_rows if other.capped else len(data.train)
     return {"": held_out_batches(data.train, config.data, train.batch_size, rows, text.pad_id)}
 
 
 def split_name(data: DataConfig, name: str = "", *, whole: bool = False) -> str:
-    """Returns what is evaluated on, in words.
+    """Returns a description of the evaluated data.
 
     Args:
-      data: the settings.
-      name: of the held-out set.
-      whole: the source is evaluated whole.
+      data: settings of the data.
+      name: name of the held-out set.
+      whole: whether all of the source is evaluated.
     """
     if whole:
         return f"all of {named(data.source)}"

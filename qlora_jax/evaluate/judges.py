@@ -1,4 +1,4 @@
-"""Judges for `tournament.play`: a model's likelihood, or a chat model behind an endpoint."""
+"""Judges for `tournament.play`: the likelihood under a model, or a chat model at an endpoint."""
 
 import math
 import re
@@ -17,13 +17,14 @@ VERDICTS = {"A": 1.0, "B": 0.0, "equal": 0.5}
 
 
 def by_likelihood(score: Callable[[str, str], tuple[float, int]], tie: float = 0.0) -> Judge:
-    """Prefers the answer of the larger log-likelihood per token by a reference model; offline.
+    """Returns a judge that prefers the answer with the larger log-likelihood per token; offline.
 
     Args:
-      score: (prompt, answer) to a log-likelihood in nats and its number of tokens. That of a right
-        answer which follows this one says what it is worth; that of the answer itself says how
-        close it is to the reference model, whose own answers win.
-      tie: nats per token within which two answers are equal.
+      score: function (prompt, answer) -> (log-likelihood in nats, number of tokens) under a
+        reference model. There are two useful choices. The likelihood of a correct answer that
+        follows this answer measures the answer's worth. The likelihood of the answer itself only
+        measures closeness to the reference model, so the reference model's answers win.
+      tie: largest difference, in nats per token, at which two answers are equal.
     """
 
     def per_token(prompt: str, answer: str) -> float:
@@ -40,17 +41,17 @@ def by_likelihood(score: Callable[[str, str], tuple[float, int]], tie: float = 0
 
 
 def by_endpoint(url: str, model: str, api_key: str = "none", timeout: float = 60.0) -> Judge:
-    """Asks a chat model behind an OpenAI-compatible endpoint, at temperature 0.
+    """Returns a judge that asks a chat model at an OpenAI-compatible endpoint, at temperature 0.
 
     Args:
-      url: such as http://127.0.0.1:8000/v1.
-      model: its name there.
-      api_key: where one is needed.
-      timeout: seconds for one judgement.
+      url: address of the endpoint, such as http://127.0.0.1:8000/v1.
+      model: name of the chat model at the endpoint.
+      api_key: key of the endpoint, if it needs one.
+      timeout: time limit of one judgement, in seconds.
 
     Raises:
-      UserError: the package openai is not installed; from the judge, the endpoint failed or its
-        answer names no winner.
+      UserError: the package openai is not installed. The returned judge raises it if the endpoint
+        fails, or if the reply names no winner.
     """
     try:
         import openai
@@ -81,10 +82,10 @@ def by_endpoint(url: str, model: str, api_key: str = "none", timeout: float = 60
 
 
 def verdict(reply: str) -> float:
-    """The score in a judge's reply: the last of [A], [B] and [equal].
+    """Returns the score in a judge's reply, from the last [A], [B] or [equal] in it.
 
     Raises:
-      UserError: it holds none of them.
+      UserError: the reply holds none of the three.
     """
     found = re.findall(r"\[(A|B|equal)\]", reply)
     if not found:

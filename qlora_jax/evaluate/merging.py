@@ -1,4 +1,4 @@
-"""What merging an adapter costs: per linear, and in the predictions of each way to do it."""
+"""Measures the cost of merging an adapter: per linear, and in the predictions of each way."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ ROUTES = {
 }
 
 Counted = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
-"""Shows work on a number of items of about one size: `train.display.counted`."""
+"""Shows the progress over a number of items of similar size, as `runtime.display.counted` does."""
 
 
 @contextlib.contextmanager
@@ -43,15 +43,17 @@ def _silent(description: str, total: int) -> Iterator[Callable[[], None]]:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One linear's change against the grid it would be rounded to.
+    """The change Δ of one linear's weight W, compared with the 4-bit rounding of W + Δ.
+
+    With Q(W + Δ) the dequantized 4-bit weight:
 
     Attributes:
-      module: its Hugging Face path.
-      delta: Frobenius norm of Δ.
-      relative: that over the weight's.
-      steps: mean |Δ| in mean distances between neighbouring codes.
-      kept: what is left of Δ after rounding W + Δ to 4 bits: its component along Δ.
-      noise: norm of that rounding's error over that of Δ.
+      module: Hugging Face path of the linear.
+      delta: Frobenius norm ‖Δ‖.
+      relative: ‖Δ‖ / ‖W‖.
+      steps: mean |Δ| divided by the mean distance between neighbouring codes.
+      kept: share of Δ that remains after rounding, ⟨Q(W + Δ) − W, Δ⟩ / ‖Δ‖².
+      noise: error of the rounding, ‖Q(W + Δ) − (W + Δ)‖ / ‖Δ‖.
     """
 
     module: str
@@ -64,7 +66,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A way to run the trained model; `kl` is from the live one, in nats per target token."""
+    """A way to run the trained model; `kl` is KL(live || this way), in nats per target token."""
 
     name: str
     kl: float
@@ -75,7 +77,10 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """`quantization` is what was rounded to; `routes` is empty where nothing is held out."""
+    """The measured cost of merging; `quantization` describes the format of the 4-bit rounding.
+
+    `routes` is empty without held-out data.
+    """
 
     run: str
     dtype: str
@@ -93,16 +98,17 @@ def compare(
     rows: int,
     counted: Counted = _silent,
 ) -> MergeReport:
-    """Measures every way to merge a run.
+    """Measures every way to merge the adapter of a run.
 
     Args:
-      run: its folder, for the report.
-      restored: its trained model.
-      checkpoint: the model it began with.
-      quant: of the requantized way.
-      dtype: in which the merged ways hold what is not 4 bits.
-      rows: of held-out text at most.
-      counted: (description, items) to a context that yields what is called once per item.
+      run: run directory, for the report.
+      restored: trained model of the run.
+      checkpoint: pretrained model of the run.
+      quant: quantization of the requantized way.
+      dtype: dtype of the merged weights that are not in 4 bits.
+      rows: largest number of held-out rows.
+      counted: function (description, items) -> context manager; the context yields a function to
+        call once per item.
     """
     config, model = restored.config, restored.model
     data = read_data(config, restored.tokenizer, model.config.longest_cached)
@@ -130,14 +136,14 @@ def compare(
             for name, make in ways.items():
                 seen = see(make(), batches, compute, advance)
                 routes.append(_route(name, divergence(live, seen)))
-                del seen  # a model at a time beside the live one
+                del seen  # so that only one model exists beside the live one
     return MergeReport(
         run, dtype, describe_quantization(quant), routes, shares(model, quant, counted)
     )
 
 
 def has_original(config: Config, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint holds weights that are not those that the run trained on."""
+    """Returns whether the checkpoint holds weights without the rounding of the training base."""
     return config.method != "full" and checkpoint.quantization is None
 
 
@@ -146,7 +152,7 @@ def _route(name: str, found: Divergence) -> Route:
 
 
 def shares(model: Any, quant: QuantConfig, counted: Counted = _silent) -> list[Share]:
-    """The change of every adapted linear of the layers, in their order."""
+    """Returns the `Share` of each linear with an adapter, in the order of the layers."""
     adapted = [
         (path, linear, i)
         for path, linear, i in model.walk()
@@ -194,7 +200,7 @@ def _share(
 
 
 def by_kind(shares: Sequence[Share]) -> list[tuple[str, int, Mapping[str, float]]]:
-    """Each kind of linear, how many there are, and the means of their figures."""
+    """Returns, for each kind of linear, its name, the number of linears and their mean figures."""
     kinds: dict[str, list[Share]] = {}
     for share in shares:
         kinds.setdefault(share.module.rpartition(".")[2], []).append(share)
@@ -206,7 +212,7 @@ def by_kind(shares: Sequence[Share]) -> list[tuple[str, int, Mapping[str, float]
 
 
 def tables(report: MergeReport) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows of each table of a report."""
+    """Returns title, columns and rows of each table in a report."""
     routes = [
         [r.name, f"{r.kl:.3g}", f"{r.loss:.4f}", f"{r.perplexity:.4f}"] for r in report.routes
     ]

@@ -1,8 +1,8 @@
-"""Multiple-choice accuracy in MMLU's format, with no or a few solved examples before the question.
+"""Computes multiple-choice accuracy in MMLU's format, with or without solved examples.
 
-Prompts are those of MMLU's authors (Hendrycks et al. 2021, section 3 and their evaluation code):
-a line that names the subject, then the examples and the question, each with lettered choices and
-`Answer:`. What is compared is the log-likelihood of the letters.
+The prompts follow MMLU's authors (Hendrycks et al. 2021, section 3 and their evaluation code): a
+line that names the subject, then the examples and the question, each with lettered choices and
+`Answer:`. The model's answer is the letter with the largest log-likelihood.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ By = Literal["letter", "text"]
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `count`; `low` and `high` bound the accuracy's 95% Wilson interval."""
+    """The accuracy on `count` questions; `low` and `high` bound its 95% Wilson interval."""
 
     count: int
     correct: int
@@ -36,17 +36,18 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a model scored.
+    """The result of a model on a set of questions.
 
     Attributes:
-      metric: which figure `total` is: data set, split and `accuracy`, as in mmlu/test/accuracy.
-      shots: solved examples before each question, at most.
-      by: what is compared: letter, or text for the choice itself by its length.
-      subjects: each subject's accuracy.
-      total: of all questions alike (the micro average).
-      macro: mean of the subjects' accuracies.
-      shortened: questions with fewer examples than `shots`, for lack of positions.
-      cut: questions that lost their beginning to the model's positions.
+      metric: name of the figure `total`: data set, split and `accuracy`, as in mmlu/test/accuracy.
+      shots: largest number of solved examples before each question.
+      by: scoring: `letter` compares the letters, `text` compares the choices' words, with
+        log-likelihood divided by length.
+      subjects: accuracy of each subject.
+      total: accuracy over all questions (micro average).
+      macro: mean of the subjects' accuracies (macro average).
+      shortened: number of questions with fewer examples, because the model has too few positions.
+      cut: number of questions whose beginning was cut, because the model has too few positions.
     """
 
     metric: str
@@ -72,20 +73,21 @@ def evaluate(
     batch_size: int,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Result:
-    """Answers every question by the likeliest choice; the first of equals.
+    """Answers every question with the likeliest choice, or with the first of equal choices.
 
     Args:
-      model: with or without adapters.
-      text: its tokenizer.
-      questions: what is asked.
-      examples: solved ones by subject; the first `shots` are put before each question.
-      metric: the result's name.
-      shots: as many examples as there are, up to this; fewer where positions do not suffice.
-      by: letter compares ` A`, ` B`, ...; text compares each choice's own words after a prompt
-        without lettered choices, the log-likelihood divided by their number of characters.
+      model: model with or without adapters.
+      tokenizer: tokenizer of the model.
+      questions: questions to answer.
+      examples: solved questions by subject; the first `shots` precede each question.
+      metric: name of the result.
+      shots: largest number of examples before a question; fewer if there are fewer, or if the
+        model has too few positions.
+      by: `letter` compares ` A`, ` B`, ...; `text` compares the words of each choice after a prompt
+        without lettered choices, with log-likelihood divided by the number of characters.
       dtype: compute dtype.
-      batch_size: rows at once.
-      advance: called with the number of choices scored.
+      batch_size: rows in a batch.
+      advance: function called with the number of newly scored choices.
     """
     limit = model.config.longest
     pairs: list[Pair] = []
@@ -129,23 +131,23 @@ def evaluate(
 
 
 def accuracy(correct: int, count: int) -> Accuracy:
-    """A proportion and its interval."""
+    """Returns the accuracy with its Wilson interval."""
     low, high = wilson(correct, count)
     return Accuracy(count, correct, correct / count, low, high)
 
 
 def wilson(correct: int, count: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's interval for a proportion: where (p - p̂)² <= z² p (1 - p) / n (Wilson 1927)."""
+    """Returns Wilson's interval of a proportion: (p - p̂)² <= z² p (1 - p) / n (Wilson 1927)."""
     p = correct / count
     middle = p + z**2 / (2 * count)
     half = z * math.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    # p̂ is within, also where rounding would have it a hair outside
+    # the interval contains p̂; min and max keep this true in spite of rounding
     return min(p, max(0.0, (middle - half) / scale)), max(p, min(1.0, (middle + half) / scale))
 
 
 def prompt(question: Question, solved: Sequence[Question], by: By) -> str:
-    """The text up to and with the question's `Answer:`."""
+    """Returns the prompt, up to and including the question's `Answer:`."""
     subject = question.subject.replace("_", " ").strip()
     about = f" about {subject}" if subject else ""
     head = f"The following are multiple choice questions (with answers){about}.\n\n"

@@ -1,4 +1,4 @@
-"""Loss of a model on plain text, in windows that do not overlap."""
+"""Computes the loss of a model on plain text, in windows that do not overlap."""
 
 import dataclasses
 import math
@@ -15,14 +15,14 @@ from qlora_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class TextLoss:
-    """`windows` is the summed loss of each window in nats, `tokens` the predictions of all."""
+    """The summed loss of each window in nats, and the number of predicted tokens in all windows."""
 
     windows: tuple[float, ...]
     tokens: int
 
     @property
     def loss(self) -> float:
-        """Mean nats per predicted token."""
+        """Returns the mean loss in nats per predicted token."""
         return math.fsum(self.windows) / self.tokens
 
     @property
@@ -38,19 +38,20 @@ def text_loss(
     batch: int = 4,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> TextLoss:
-    """Cuts a text into whole windows and sums each one's loss.
+    """Cuts a text into complete windows, and sums the loss of each window.
 
-    The first token of a window is given, not predicted; what is left over at the end is not read.
+    The first token of a window is given, not predicted. An incomplete window at the end of the text
+    is ignored.
 
     Args:
-      model: with or without adapters.
-      ids: the text's tokens.
-      window: tokens in a window.
-      batch: windows at a time.
+      model: model with or without adapters.
+      ids: token ids of the text.
+      window: number of tokens in a window.
+      batch: number of windows in a batch.
       dtype: compute dtype.
 
     Raises:
-      UserError: a text of less than one window.
+      UserError: the text is shorter than one window.
     """
     count = len(ids) // window
     if not count:

@@ -1,4 +1,4 @@
-"""Multiple-choice questions from files, folders and hub data sets."""
+"""Reads multiple-choice questions from files, folders and hub data sets."""
 
 import ast
 import csv
@@ -17,13 +17,13 @@ from qlora_jax.runtime.errors import UserError
 LETTERS = string.ascii_uppercase
 FIELDS = ("question", "choices", "answer")
 MMLU_COLUMNS = 6
-"""Of MMLU's own files, which have no header: the question, four choices, the answer's letter."""
+"""Number of columns in MMLU's own files, which have no header: question, four choices, letter."""
 SPLITS = ("dev", "val", "validation", "test", "train")
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question; `answer` is the index of the right choice, `where` its place in the data."""
+    """A question; `answer` is the index of the correct choice, `where` the place in the data."""
 
     question: str
     choices: tuple[str, ...]
@@ -33,18 +33,19 @@ class Question:
 
 
 def read(source: str, split: str, name: str | None = None) -> list[Question]:
-    """Reads a split.
+    """Reads the questions of a split.
 
     Args:
-      source: a .csv, .jsonl, .json or .parquet file; a folder laid out as MMLU's own, with a folder
-        of files `SUBJECT_SPLIT.csv` for each split; or a hub id. A row has question, choices,
-        answer (an index from 0, or a letter) and, if it likes, subject; a .csv without a header
-        has MMLU's six columns, and its subject is in its name. A file is taken whole.
-      split: of a folder or a hub data set.
+      source: .csv, .jsonl, .json or .parquet file; folder in MMLU's layout, with a subfolder of
+        files `SUBJECT_SPLIT.csv` for each split; or hub id. A row has the fields question, choices,
+        answer (an index from 0, or a letter) and optionally subject. A .csv without a header has
+        MMLU's six columns, and its subject is in the file name. All rows of a file are read.
+      split: split of a folder or a hub data set.
       name: configuration of a hub data set.
 
     Raises:
-      UserError: nothing there, or a row that is not a question; its place is named.
+      UserError: the source has no questions, or a row is not a question; the message names the
+        place of the row.
     """
     path = Path(source).expanduser()
     if paths.is_dir(path):
@@ -59,25 +60,25 @@ def read(source: str, split: str, name: str | None = None) -> list[Question]:
 
 
 def is_file(source: str) -> bool:
-    """Whether the source is one file, and so one split."""
+    """Returns whether the source is a single file, and so a single split."""
     path = Path(source).expanduser()
     return paths.is_file(path) or (not paths.is_dir(path) and path.suffix in files.READERS)
 
 
 def split_of(source: str) -> str:
-    """The split that a file's name ends in, as in `anatomy_test.csv`; `all` where it has none."""
+    """Returns the split at the end of a file name, as in `anatomy_test.csv`; `all` without one."""
     _, _, split = Path(source).stem.rpartition("_")
     return split if split in SPLITS else "all"
 
 
 def title(source: str) -> str:
-    """The data set's name in a metric's: the file's or folder's, or the end of the hub id."""
+    """Returns the data set's name for a metric: from the file, folder, or end of the hub id."""
     path = Path(source).expanduser().absolute()
     return _subject(path) or path.stem if is_file(source) else path.name
 
 
 def by_subject(questions: Sequence[Question]) -> Mapping[str, list[Question]]:
-    """The questions of each subject, in order."""
+    """Returns the questions of each subject, in order."""
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.subject, []).append(question)
@@ -85,15 +86,15 @@ def by_subject(questions: Sequence[Question]) -> Mapping[str, list[Question]]:
 
 
 def parse(row: Mapping[str, Any], where: str, subject: str = "") -> Question:
-    """One row.
+    """Parses a row into a question.
 
     Args:
-      row: with question, choices and answer, and perhaps subject.
-      where: its place, for messages.
-      subject: of a row that names none.
+      row: fields question, choices and answer, and optionally subject.
+      where: place of the row in the data, for messages.
+      subject: subject for a row without the field subject.
 
     Raises:
-      UserError: it is not a question.
+      UserError: the row is not a question.
     """
     if missing := [name for name in FIELDS if row.get(name) is None]:
         raise UserError(
@@ -159,7 +160,7 @@ def _subject(path: Path) -> str:
 
 
 def _without_header(path: Path) -> Iterator[tuple[dict[str, Any], str]] | None:
-    """The rows of a .csv of MMLU's own; None if the first row is a header."""
+    """Returns the rows of a .csv in MMLU's format; None if the first row is a header."""
     reader = csv.reader(io.StringIO(files.read_text(path), newline=""))
     first = next(reader, [])
     if not first or "question" in first:

@@ -1,4 +1,4 @@
-"""ROUGE-L, the longest common subsequence of two texts' words (Lin 2004, section 3)."""
+"""Computes ROUGE-L, from the longest common subsequence of words (Lin 2004, section 3)."""
 
 import re
 
@@ -6,9 +6,9 @@ from rapidfuzz.distance import LCSseq
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the words that answer and reference share in order, 0 to 1.
+    """Returns the F1 score, 0 to 1, of the longest common subsequence of words.
 
-    Words are runs of letters and digits in lower case, as in the metric's reference program.
+    Words are sequences of letters and digits in lower case, as in the metric's reference program.
     """
     a, b = _words(answer), _words(reference)
     common = LCSseq.similarity(a, b)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given continuations, in batches of any lengths."""
+"""Computes log-likelihoods of given continuations of any length, in batches."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,22 +15,22 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.tokenizer import Tokenizer
 
 POSITIONS = 32
-"""Positions of every row whose logits exist at once."""
+"""Number of positions of every row whose logits exist at a time."""
 SMALLEST = 8
-"""Scored positions are padded to this times a power of two, so that few programs compile."""
+"""Scored positions are padded to `SMALLEST` times a power of two, so that few programs compile."""
 
 
 class Pair(NamedTuple):
-    """Token ids that are given, one at least, and those that are scored after them."""
+    """The token ids of a context, at least one, and those of the continuation to score."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-    """`log_likelihood` in nats, the sum over the continuation.
+    """The log-likelihood of a continuation in nats, summed over its tokens.
 
-    `greedy` is whether each of its tokens is the likeliest at its place.
+    `greedy` is True if each token is the likeliest one at its position.
     """
 
     log_likelihood: float
@@ -47,22 +47,22 @@ def score(
     max_length: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Score]:
-    """Scores every continuation.
+    """Computes the score of every continuation.
 
-    A pair of more than `max_length` + 1 ids is cut on the left, as lm-evaluation-harness does: the
-    last id is only predicted and takes no position.
+    A pair with more than `max_length` + 1 ids is cut on the left, as in lm-evaluation-harness. The
+    last id is only predicted, so it needs no position.
 
     Args:
-      model: with or without adapters.
-      pairs: what to score, of any lengths.
-      dtype: compute dtype; log-softmax is float32.
-      pad_id: fills rows; it is never seen.
-      batch_size: rows at once.
-      max_length: positions; None takes the model's.
-      advance: called with the number of pairs done.
+      model: model with or without adapters.
+      pairs: pairs to score, of any length.
+      dtype: compute dtype; the log-softmax is float32.
+      pad_id: id that fills the rows; no token attends to it.
+      batch_size: rows in a batch.
+      max_length: number of positions; None takes that of the model.
+      advance: function called with the number of newly scored pairs.
 
     Raises:
-      UserError: a context is empty, or a continuation longer than `max_length`.
+      UserError: a context is empty, or a continuation is longer than `max_length`.
     """
     limit = max_length or model.config.longest
     for place, pair in enumerate(pairs):
@@ -75,7 +75,7 @@ def score(
             )
     structure, weights = nnx.split(model)
     scores = [Score(0.0, True)] * len(pairs)
-    # the longest first: memory that suffices once suffices to the end
+    # the longest first: if memory suffices for the first batch, it suffices for all
     lengths = [len(pair.context) + len(pair.continuation) for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
     for start in range(0, len(order), batch_size):
@@ -91,11 +91,12 @@ def score(
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """Ids of a text and where its continuation begins.
+    """Encodes a context and its continuation.
 
-    Both are encoded as one, so that the continuation's tokens are those that the model saw in
-    training; white space that ends the context is the continuation's. An empty context is the
-    begin-of-text id, or the end-of-text id where there is none.
+    The two are encoded as one text, so that the tokens of the continuation are those that the model
+    saw in training. White space at the end of the context belongs to the continuation. An empty
+    context becomes the begin-of-text id, or the end-of-text id if the tokenizer has no
+    begin-of-text id.
     """
     stripped = context.rstrip()
     context, continuation = stripped, context[len(stripped) :] + continuation
@@ -107,21 +108,21 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
 
 def rolling(ids: Sequence[int], first: int, length: int) -> list[Pair]:
-    """Cuts a text into pairs that score each of its ids once, the most context for each.
+    """Cuts a text into pairs that score each id once, in windows of `length` positions.
 
-    Every window has `length` positions; the last begins earlier, so that it is full too
-    (lm-evaluation-harness, `get_rolling_token_windows` with a context of 1).
+    The last window begins earlier, so that it has `length` positions too and gives its ids more
+    context (lm-evaluation-harness, `get_rolling_token_windows` with a context of 1).
 
     Args:
-      ids: the text.
-      first: what is given before the first id.
-      length: positions of a window.
+      ids: token ids of the text.
+      first: id that precedes the text.
+      length: number of positions in a window.
     """
     given = [first, *ids]
     pairs = []
     for start in range(0, len(ids), length):
         end = min(start + length, len(ids))
-        # ids[i] is predicted at given[i]
+        # the position of given[i] predicts ids[i]
         pairs.append(Pair(given[max(0, end - length) : start + 1], ids[start:end]))
     return pairs
 
@@ -129,7 +130,7 @@ def rolling(ids: Sequence[int], first: int, length: int) -> list[Pair]:
 def _fill(
     pairs: Sequence[Pair], limit: int, rows: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """tokens and segments [B, T], places and targets [B, C] of the scored positions."""
+    """Returns tokens and segments [B, T], and places and targets [B, C] of the scored positions."""
     whole = [[*p.context, *p.continuation][-(limit + 1) :] for p in pairs]
     width = min(padded_size(max(len(ids) - 1 for ids in whole)), limit)
     scored = padded_size(max(len(p.continuation) for p in pairs), SMALLEST)
@@ -155,9 +156,9 @@ def _score(
     targets: jax.Array,
     dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
-    """float32[B, C] log-likelihoods of the targets, and bool[B, C] whether each is the likeliest.
+    """Returns float32[B, C] log-likelihoods of the targets, and bool[B, C], True for the likeliest.
 
-    Logits exist for `POSITIONS` of every row at a time.
+    The logits of `POSITIONS` positions of every row exist at a time.
     """
     model: Decoder = nnx.merge(structure, weights)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -1,4 +1,4 @@
-"""Pairwise judgements of answers and the Elo ratings that follow (QLoRA, section 5.3)."""
+"""Collects pairwise judgements of answers, and computes Elo ratings (QLoRA, section 5.2)."""
 
 import dataclasses
 import itertools
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 Judge = Callable[[str, str, str], float]
-"""(prompt, first answer, second answer) to the first one's score: 1 better, 0.5 equal, 0 worse."""
+"""Function (prompt, first answer, second answer) -> score of the first: 1 win, 0.5 tie, 0 loss."""
 
 START = 1000.0
 K = 32.0
 
 
 class Match(NamedTuple):
-    """One judgement: `score` is the first player's, 1, 0.5 or 0."""
+    """One judgement; `score` is the score of the first player: 1, 0.5 or 0."""
 
     prompt: int
     first: str
@@ -25,7 +25,7 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rating:
-    """A player's Elo: mean over orderings and the central 95% of its bootstrap."""
+    """The Elo rating of a player: mean over orderings, and bounds of the 95% bootstrap interval."""
 
     player: str
     elo: float
@@ -39,13 +39,15 @@ def play(
     judge: Judge,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Match]:
-    """Every pair of players on every prompt, in both orders: a judge may favour a place.
+    """Judges every pair of players on every prompt.
+
+    Each pair is judged in both orders, because a judge may prefer the first or the second place.
 
     Args:
-      prompts: what was asked.
-      answers: player to an answer per prompt.
-      judge: decides.
-      progress: called once per judgement.
+      prompts: prompts that the players answered.
+      answers: map from a player to the player's answers, one for each prompt.
+      judge: function that scores two answers.
+      progress: function called once per judgement.
     """
     matches = []
     for i, prompt in enumerate(prompts):
@@ -57,18 +59,19 @@ def play(
 
 
 def first_place_bias(matches: Sequence[Match]) -> float:
-    """Mean score of whoever stands first, minus one half: 0 for a judge that ignores the order."""
+    """Returns the mean score of first answers minus 0.5; 0 for a judge that ignores the order."""
     return float(np.mean([match.score for match in matches]) - 0.5)
 
 
 def elo(matches: Sequence[Match], *, orderings: int = 10_000, seed: int = 0) -> list[Rating]:
-    """Elo ratings, which depend on the order of games, averaged over random orders.
+    """Computes Elo ratings, averaged over random orders of the games.
 
-    Every ordering is drawn over a bootstrap sample of the prompts, all of whose games are taken,
-    so that the interval holds the prompts' variance as well as that of the order.
+    An Elo rating depends on the order of the games. For the interval, each ordering uses a
+    bootstrap sample of the prompts with all games of each sampled prompt. So the interval includes
+    the variance of the prompts and of the order.
 
     Returns:
-      The players, best first.
+      The ratings, best player first.
     """
     players = sorted({match.first for match in matches} | {match.second for match in matches})
     index = {player: i for i, player in enumerate(players)}
@@ -102,7 +105,7 @@ def _bootstrap(
 def _rate(
     first: np.ndarray, second: np.ndarray, score: np.ndarray, orders: np.ndarray, players: int
 ) -> np.ndarray:
-    """Final ratings [orderings, players] of games played in each row's order."""
+    """Returns the final ratings [orderings, players] after the games in the order of each row."""
     ratings = np.full((len(orders), players), START)
     rows = np.arange(len(orders))
     for games in orders.T:

@@ -1,1 +1,1 @@
-"""Files of other tools (safetensors, GGUF, PEFT, bitsandbytes), to a model and from one."""
+"""Reads and writes model files of other tools: safetensors, GGUF, PEFT, bitsandbytes."""

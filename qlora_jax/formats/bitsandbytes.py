@@ -1,9 +1,10 @@
-"""bitsandbytes' 4-bit weights: its bytes to a QTensor and back, with nothing rounded again.
+"""Converts 4-bit weights of bitsandbytes to a QTensor and back, without rounding any value again.
 
-It numbers the elements of W[out, in] row by row, cuts that list into blocks, across the ends of
-rows, and packs two codes a byte, the earlier one in the high nibble. Beside `weight` lie `absmax`
-(8-bit codes with double quantization), `quant_map`, the two nested tables and `quant_state`, a
-JSON text. A code's value is quant_map[code]; FP4's codes are not in the order of their values.
+bitsandbytes numbers the elements of W[out, in] row by row and cuts this list into blocks; a block
+can cross the end of a row. One byte holds two codes, the first in the high 4 bits. Each `weight`
+has further tensors: `absmax` (8-bit codes with double quantization), `quant_map`, with double
+quantization `nested_absmax` and `nested_quant_map`, and `quant_state`, a JSON text. The value of a
+code is quant_map[code]. FP4's codes are not in the order of their values.
 """
 
 import dataclasses
@@ -29,12 +30,12 @@ from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import UserError
 
 CODEBOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}
-"""bitsandbytes' quant_type to the name of our codebook."""
+"""quant_type of bitsandbytes to the name of the codebook in this project."""
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-"""The block sizes that bitsandbytes writes and computes with."""
+"""Block sizes that bitsandbytes supports."""
 NESTED_BLOCK = 256
 SCALE_FORMATS = (PLAIN, DOUBLE)
-"""The formats of block scales that bitsandbytes has (`quant.scales`)."""
+"""Formats of block scales (`quant.scales`) that bitsandbytes supports."""
 STATE = re.compile(r"(.+\.weight)\.quant_state\.bitsandbytes__(\w+)")
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 DTYPES: Mapping[str, Any] = {
@@ -48,22 +49,22 @@ _ORDER = {
     "nf4": np.arange(16, dtype=np.uint8),
     "fp4": np.argsort(np.append(_FP4, -_FP4), kind="stable").astype(np.uint8),
 }
-"""Codes by ascending value; of FP4's two zeros code 0 comes first."""
+"""quant_type to its codes, sorted by value. FP4 has two zeros, of which code 0 comes first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredLayout:
-    """How one weight is stored; layers whose weights are stored alike can be stacked.
+    """The storage format of one 4-bit weight. Layers with equal formats can form one stack.
 
     Attributes:
-      kind: a key of `CODEBOOKS`.
-      block: weights per scale.
-      dtype: the dtype that the weight had before it was quantized, a key of `DTYPES`.
-        bitsandbytes rounds to it on dequantizing; a QTensor does not.
-      shape: [out, in].
+      kind: quant_type, a key of `CODEBOOKS`.
+      block: block size, in weights per scale.
+      dtype: dtype of the weight before quantization, a key of `DTYPES`. bitsandbytes rounds
+        dequantized values to it; a QTensor does not.
+      shape: shape of the weight, (out, in).
       nested_block: scales per nested scale; None without double quantization.
-      own_map: whether the scales' 8-bit map is another than `dynamic_map`, so that the scales
-        are held in float32.
+      own_map: whether the 8-bit map of the scales differs from `dynamic_map`. If it does, the
+        QTensor has float32 scales.
     """
 
     kind: str
@@ -75,10 +76,10 @@ class StoredLayout:
 
     @property
     def held_block(self) -> int | None:
-        """Block size of a QTensor of these very values; None where there is none.
+        """Block size of a QTensor with exactly these values; None if a QTensor cannot hold them.
 
-        Blocks of a QTensor stay within a column of W[in, out]. Where the stored ones do not, the
-        largest power of two that divides both gives blocks that lie within stored ones.
+        A block of a QTensor lies within one column of W[in, out], but a stored block can cross the
+        end of a row of W[out, in]. gcd(block, in) is the largest size whose blocks lie within both.
         """
         block = math.gcd(self.block, self.shape[1])
         return block if block in HELD_BLOCKS else None
@@ -89,8 +90,8 @@ class Quantization:
     """The 4-bit weights of a checkpoint.
 
     Attributes:
-      config: the settings that describe them, those of the first where they differ.
-      layouts: by parameter name, each weight that is stored in 4 bits.
+      config: quantization settings of the weights; of the first weight if they differ.
+      layouts: parameter name to the storage format, for each weight that is stored in 4 bits.
     """
 
     config: QuantConfig
@@ -98,12 +99,12 @@ class Quantization:
 
     @property
     def dequantized(self) -> list[str]:
-        """Weights whose blocks no QTensor has, and which are held as floats therefore."""
+        """Names of the weights that the model holds as floats, because no QTensor fits them."""
         return [name for name, layout in self.layouts.items() if layout.held_block is None]
 
 
 def quantization(layouts: Mapping[str, StoredLayout]) -> Quantization | None:
-    """What a checkpoint of these weights is; None where there are none."""
+    """Returns the `Quantization` with these layouts; None if `layouts` is empty."""
     if not layouts:
         return None
     first = next(iter(layouts.values()))
@@ -117,16 +118,16 @@ def quantization(layouts: Mapping[str, StoredLayout]) -> Quantization | None:
 
 
 def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | None) -> StoredLayout:
-    """The layout that a `quant_state` tells.
+    """Reads the storage format of a weight from its `quant_state`.
 
     Args:
-      name: of the weight, for messages.
-      kind: what the tensor's own name says.
-      state: its content.
-      nested_map: the scales' 8-bit map, where there is one.
+      name: name of the weight, for messages.
+      kind: quant_type in the name of the `quant_state` tensor.
+      state: content of the `quant_state` tensor.
+      nested_map: 8-bit map of the scales; None without double quantization.
 
     Raises:
-      UserError: a quantization that bitsandbytes does not have, or text that is not its state.
+      UserError: bitsandbytes does not have this quantization, or the text is not a `quant_state`.
     """
     if kind not in CODEBOOKS:
         raise UserError(
@@ -148,13 +149,13 @@ def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | Non
         offset_is_there = not nested or math.isfinite(raw["nested_offset"])
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
-            f"{name}: its quant_state lacks or garbles {e}; download it again"
+            f"{name}: its quant_state has a missing or wrong value: {e}; download it again"
         ) from None
     sizes_are_known = layout.block in HELD_BLOCKS and (layout.nested_block or 1) > 0
     if layout.kind != kind or layout.dtype not in DTYPES or not sizes_are_known:
         raise UserError(
             f"{name}: quant_type {layout.kind!r}, blocksize {layout.block}, dtype "
-            f"{layout.dtype!r} are not a weight of kind {kind} that bitsandbytes writes; "
+            f"{layout.dtype!r} are not values that bitsandbytes writes for kind {kind}; "
             "give the 16-bit checkpoint"
         )
     if not offset_is_there:
@@ -165,15 +166,16 @@ def read_layout(name: str, kind: str, state: bytes, nested_map: np.ndarray | Non
 def check_parts(
     name: str, layout: StoredLayout, found: Mapping[str, tuple[tuple[int, ...], str, int]]
 ) -> None:
-    """Compares the tensors beside a weight, and its bytes, with what its layout asks for.
+    """Checks that a weight and its further tensors have the dtypes and sizes of its layout.
 
     Args:
-      name: of the weight.
-      layout: of the weight.
-      found: `weight` and each of `PARTS` that the file has, to shape, safetensors dtype and bytes.
+      name: name of the weight, for messages.
+      layout: storage format of the weight.
+      found: `weight` or one of `PARTS`, if the file has it, to its shape, dtype in safetensors and
+        number of bytes.
 
     Raises:
-      UserError: naming the tensor that is missing or of another size.
+      UserError: a tensor is missing or has another dtype or size. The message names the tensor.
     """
     count = math.prod(layout.shape)
     scales = -(-count // layout.block)
@@ -190,7 +192,7 @@ def check_parts(
             raise UserError(f"{whole}: is stored as {dtype}; save it again with bitsandbytes")
         if held != size:
             raise UserError(
-                f"{whole}: {held} bytes ({list(shape)}) and not the {size} of a {layout.kind} "
+                f"{whole}: {held} bytes ({list(shape)}), not the {size} of a {layout.kind} "
                 f"weight {list(layout.shape)} in blocks of {layout.block}; download it again"
             )
 
@@ -202,20 +204,21 @@ def read_weight(
     parts: Mapping[str, np.ndarray],
     state: bytes,
 ) -> QTensor | jax.Array:
-    """The weight [in, out] as the model holds it, with bitsandbytes' very values.
+    """Returns the weight W[in, out] for the model, with exactly the values of bitsandbytes.
 
     Args:
-      name: of the weight, for messages.
-      layout: of the weight.
-      packed: its bytes, in an array of any dtype.
-      parts: the tensors of `PARTS` beside it.
+      name: name of the weight, for messages.
+      layout: storage format of the weight.
+      packed: packed codes, the bytes of an array of any dtype.
+      parts: tensors of `PARTS` that belong to the weight.
       state: content of its `quant_state`.
 
     Returns:
-      A QTensor; a float array in the layout's dtype where no QTensor has such blocks.
+      A QTensor. If a QTensor cannot hold such blocks (`StoredLayout.held_block` is None): a float
+      array in the layout's dtype.
 
     Raises:
-      UserError: scales or tables with NaN or Inf.
+      UserError: scales or tables hold NaN or Inf.
     """
     if not all(np.isfinite(x).all() for x in parts.values()):
         raise UserError(f"{name}: holds NaN or Inf; download it again")
@@ -248,21 +251,22 @@ def read_weight(
 
 
 def encode(q: QTensor, layout: StoredLayout) -> dict[str, np.ndarray]:
-    """A QTensor as bitsandbytes' tensors, by what follows the name of the weight.
+    """Returns bitsandbytes' tensors of a weight. The keys are suffixes to the weight's name.
 
-    The inverse of `read_weight` where `layout.held_block` is the QTensor's. A weight whose blocks cross
-    the ends of rows may come as one column of all elements in bitsandbytes' order. Scales of a
-    format that bitsandbytes lacks are written as absmax in float32.
+    This is the inverse of `read_weight` if `layout.held_block` is the block size of the QTensor. A
+    weight whose blocks cross the ends of rows may be one column of all elements in the order of
+    bitsandbytes. If bitsandbytes does not support the format of the scales, they are written as
+    float32 absmax.
 
     Args:
-      q: W[in, out], or [in * out, 1].
-      layout: how to store it.
+      q: weight, [in, out] or [in * out, 1].
+      layout: storage format of the weight.
     """
     if q.scales.dtype.name not in SCALE_FORMATS:
         q = with_plain_scales(q)
     order, every = _ORDER[layout.kind], layout.block // q.block_size
     values = np.empty(16, np.float32)
-    values[order] = np.asarray(q.codebook) + 0.0  # no zero with a sign
+    values[order] = np.asarray(q.codebook) + 0.0  # + 0.0 changes -0 to 0
     state: dict[str, Any] = {
         "quant_type": layout.kind,
         "blocksize": layout.block,
@@ -289,19 +293,19 @@ def encode(q: QTensor, layout: StoredLayout) -> dict[str, np.ndarray]:
 
 
 def pack(name: str, weight: np.ndarray, quant: QuantConfig, dtype: str) -> dict[str, np.ndarray]:
-    """Quantizes a weight as bitsandbytes does, blocks across the ends of rows included.
+    """Quantizes a weight as bitsandbytes does; a block can cross the end of a row.
 
     Args:
-      name: of the weight, for messages.
-      weight: floats [out, in].
+      name: name of the weight, for messages.
+      weight: weight, float[out, in].
       quant: codebook, block size and double quantization.
-      dtype: to record as what the weight dequantizes to.
+      dtype: dtype to which the reader dequantizes; it is recorded in `quant_state`.
 
     Returns:
-      Tensors by what follows the name of the weight.
+      Suffix to the weight's name, to the tensor.
 
     Raises:
-      UserError: NaN or Inf in it.
+      UserError: the weight holds NaN or Inf.
     """
     out, inner = weight.shape
     wide = jnp.asarray(weight, jnp.float32)
@@ -320,11 +324,11 @@ def pack(name: str, weight: np.ndarray, quant: QuantConfig, dtype: str) -> dict[
 
 
 def quantization_config(quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:
-    """config.json's `quantization_config`: all linears but the head in 4 bits.
+    """Returns the `quantization_config` of a config.json: all linears but the head are in 4 bits.
 
     Args:
-      quant: how they are stored.
-      compute_dtype: in which transformers is to multiply.
+      quant: quantization settings of the linears.
+      compute_dtype: compute dtype that transformers uses.
     """
     return {
         "quant_method": "bitsandbytes",
@@ -344,21 +348,21 @@ def quantization_config(quant: QuantConfig, compute_dtype: str) -> dict[str, Any
 
 
 def kind_of(codebook_name: str) -> str:
-    """bitsandbytes' name of a codebook; UserError where it has none."""
+    """Returns the quant_type of a codebook; raises UserError if bitsandbytes does not have it."""
     for kind, name in CODEBOOKS.items():
         if name == codebook_name:
             return kind
     raise UserError(
-        f"codebook {codebook_name!r}: bitsandbytes has none; give {' or '.join(CODEBOOKS.values())}"
+        f"codebook {codebook_name!r}: not in bitsandbytes; give {' or '.join(CODEBOOKS.values())}"
     )
 
 
 def check_writable(quant: QuantConfig) -> None:
-    """Raises UserError unless bitsandbytes can read what these settings give."""
+    """Raises UserError if bitsandbytes cannot read weights with these settings."""
     kind_of(quant.codebook)
     if quant.block_size not in BLOCK_SIZES:
         allowed = ", ".join(map(str, BLOCK_SIZES))
-        raise UserError(f"block size {quant.block_size}: bitsandbytes has none; give {allowed}")
+        raise UserError(f"block size {quant.block_size}: not in bitsandbytes; give {allowed}")
 
 
 def _state(name: str, text: bytes) -> dict[str, Any]:
@@ -372,7 +376,7 @@ def _state(name: str, text: bytes) -> dict[str, Any]:
 
 
 def _zero(values: np.ndarray) -> int:
-    """The code of zero: with two zeros, the one that bitsandbytes rounds to."""
+    """Returns the code of zero; of two zeros, the one to which bitsandbytes rounds."""
     return int(np.sum(values[1:] + values[:-1] < 0))
 
 
@@ -384,7 +388,7 @@ def _renumbered(packed: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _planar(packed: jax.Array, shape: tuple[int, int], zero: int) -> jax.Array:
-    """Flat codes [ceil(out*in/2)] in a QTensor's order, uint8[Kp/2, out]."""
+    """Returns packed codes [ceil(out*in/2)] in the order of a QTensor, uint8[Kp/2, out]."""
     out, inner = shape
     codes = jnp.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[: out * inner]
     codes = jnp.pad(codes.reshape(shape).T, ((0, -inner % GROUP), (0, 0)), constant_values=zero)
@@ -394,7 +398,7 @@ def _planar(packed: jax.Array, shape: tuple[int, int], zero: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _flat(codes: jax.Array, in_features: int, zero: int) -> jax.Array:
-    """The inverse of `_planar`; a last half byte holds the code of zero."""
+    """Computes the inverse of `_planar`. An odd last code is paired with the code of zero."""
     rows = codes.reshape(-1, GROUP // 2, codes.shape[-1])
     flat = jnp.stack([rows & 15, rows >> 4], axis=1).reshape(-1, codes.shape[-1])
     flat = flat[:in_features].T.reshape(-1)

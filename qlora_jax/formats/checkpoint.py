@@ -1,4 +1,4 @@
-"""What every reader of pretrained weights offers."""
+"""The interface of every reader of pretrained weights."""
 
 from pathlib import Path
 from typing import Protocol
@@ -14,9 +14,9 @@ from qlora_jax.quant import QTensor
 class Checkpoint(Protocol):
     """Pretrained weights under Hugging Face names, read one tensor at a time.
 
-    Opening one has checked that every tensor `config` asks for is there with the right shape, and
-    has read no weights, but for rows of head and embedding, which are compared. A reader keeps no
-    tensor and no memory map alive between reads.
+    The function that opens a checkpoint checks that every tensor of `config` exists with the right
+    shape. It reads no weights, except rows of head and embedding, to compare them. A reader keeps
+    no tensor and no memory map between reads.
     """
 
     @property
@@ -25,34 +25,34 @@ class Checkpoint(Protocol):
 
     @property
     def path(self) -> Path:
-        """The folder or file the weights are in."""
+        """Folder or file of the weights."""
 
     @property
     def tokenizer_path(self) -> Path:
-        """Where the tokenizer is: a Hugging Face folder or a .gguf file."""
+        """Path of the tokenizer: a Hugging Face folder or a .gguf file."""
 
     @property
     def description(self) -> str:
-        """What the weights are, for reports: `safetensors BF16`, `dequantized Q4_1`."""
+        """Storage format in words, for reports: `safetensors BF16`, `dequantized Q4_1`."""
 
     @property
     def quantization(self) -> Quantization | None:
-        """The weights that `read` gives as they are held; None where all are floats."""
+        """The weights that are stored in bitsandbytes' 4 bits; None if all are floats."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for the user, on what of the files is not taken at its word."""
+        """Lines for the user about statements of the files that the reader does not follow."""
 
     def names(self) -> list[str]:
-        """Parameter names such as `model.layers.0.self_attn.q_proj.weight`, in layer order."""
+        """Returns names such as `model.layers.0.self_attn.q_proj.weight`, in layer order."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one parameter; linears are [out, in]."""
+        """Returns the shape of one parameter; linears are [out, in]."""
 
     def read(self, name: str) -> np.ndarray | jax.Array | QTensor:
-        """One parameter as an array of its own, linears [out, in].
+        """Reads one parameter into a new array; linears are [out, in].
 
-        The dtype is the stored one: float32, float16 or ml_dtypes.bfloat16; block-quantized
-        weights come as float32. Those of `quantization` come as the model holds them, [in, out]:
-        a QTensor, or a jax array.
+        The dtype is the stored dtype: float32, float16 or ml_dtypes.bfloat16. Block-quantized
+        weights are dequantized to float32. But a weight in `quantization` has the form that the
+        model holds, [in, out]: a QTensor, or a float jax array.
         """

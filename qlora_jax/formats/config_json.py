@@ -1,4 +1,4 @@
-"""A decoder's shapes and switches as a config.json, for models whose file has none."""
+"""Writes the config of a decoder as a config.json, for models that were not read from one."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ CLASSES = {
     "opt": "OPT",
     "smollm3": "SmolLM3",
 }
-"""transformers' names of families that are not simply capitalized."""
+"""Family to the name in its transformers class, if that is not the capitalized family name."""
 
 LISTED = {
     "query_pre_attn_scalar",
@@ -26,7 +26,7 @@ LISTED = {
     "use_sliding_window",
     "no_rope_layers",
 }
-"""Keys that only the families have which list them in `Family.defaults`."""
+"""Keys that are written only for families that list them in `Family.defaults`."""
 
 
 def _default(rope: Rope) -> None:
@@ -75,14 +75,14 @@ SCALINGS: Mapping[str, Callable[[Rope], dict[str, Any] | None]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
-"""Kind to a rope's `rope_scaling`."""
+"""Kind of a rope to the function that returns its `rope_scaling`."""
 
 
 def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5, and `from_hugging_face`, read.
+    """Returns a config.json that transformers 4 and 5 and `from_hugging_face` can read.
 
     Raises:
-      UserError: the file would be read as another decoder.
+      UserError: `from_hugging_face` would read another config from it.
     """
     family = FAMILIES[config.family]
     rope = config.rope or Rope()
@@ -115,18 +115,18 @@ def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
         "use_sliding_window": window is not None,
         "no_rope_layers": [int(i not in config.unrotated) for i in range(config.num_layers)],
     }
-    # transformers takes Mistral with layer_types for another model_type
+    # transformers reads a Mistral config with layer_types as another model_type.
     if window is not None and (family.windows != "all" or None in config.windows):
         kinds = ("full_attention", "sliding_attention")
         usual["layer_types"] = [kinds[w is not None] for w in config.windows]
     if rope.kind == "longrope":
-        # Phi-3 has the key here, and so do other families in transformers 4
+        # Phi-3, and in transformers 4 other families too, read this key at the top level.
         usual["original_max_position_embeddings"] = rope.original_positions
     named = {family.keys.get(key, key): (key, value) for key, value in usual.items()}
     raw = {k: v for k, (key, v) in named.items() if key not in LISTED or k in family.defaults}
     if from_hugging_face(raw, "config.json") != config:
         raise UserError(
             f"this {config.family} model's shapes cannot be written as a config.json; give a "
-            "Hugging Face folder, whose own file is kept"
+            "Hugging Face folder, whose config.json is kept"
         )
     return raw

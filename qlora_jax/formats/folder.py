@@ -1,4 +1,4 @@
-"""Writes a Hugging Face model folder: whole or not at all, a shard in memory at a time."""
+"""Writes a Hugging Face model folder, completely or not at all, with one shard in memory."""
 
 import json
 import os
@@ -25,9 +25,9 @@ GENERATION = "generation_config.json"
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError unless the folder is absent or empty."""
+    """Raises UserError if the folder exists and is not empty."""
     if paths.exists(folder) and not (paths.is_dir(folder) and not any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; give a new or an empty folder")
+        raise UserError(f"{folder}: exists already; give a new or an empty folder")
 
 
 def write_folder(
@@ -42,21 +42,21 @@ def write_folder(
     add: Callable[[Path], None] = lambda folder: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Writes a model that transformers loads, with the tokenizer of the model it was made of.
+    """Writes a model folder that transformers can load, with the tokenizer of the source model.
 
     Args:
-      folder: where; absent or empty, unless it may be replaced.
-      source: whose config.json, tokenizer and generation config it takes.
-      changes: to config.json.
-      dtype: that config.json gives.
+      folder: folder to write; it must be absent or empty unless `replace` is set.
+      source: checkpoint that gives config.json, tokenizer and generation config.
+      changes: keys of config.json to add or change.
+      dtype: dtype to write into config.json.
       tensors: parameter names and values, taken one at a time.
-      tokenizer: the tokenizer, where the source has none; a GGUF file's is converted.
-      replace: put it in the place of the model folder that is there.
-      add: puts more files into the folder, before it is there under its name.
-      shard_bytes: weights beyond this go to a further file.
+      tokenizer: tokenizer to write; None: the source's tokenizer. That of a GGUF file is converted.
+      replace: whether to replace an existing model folder.
+      add: function that writes more files into the folder before it gets its final name.
+      shard_bytes: largest number of bytes of weights in one file.
 
     Returns:
-      Bytes of the weights.
+      Number of bytes of the weights.
 
     Raises:
       UserError: the folder is in use, or the disk is full or not writable.
@@ -84,7 +84,7 @@ def _config(source: Checkpoint, tokenizer: Tokenizer | None, dtype: str) -> dict
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         raw |= {f"{name}_token_id": value for name, value in ids.items()}
     raw["tie_word_embeddings"] = source.config.tie_embeddings
-    old = "torch_dtype" in raw and "dtype" not in raw  # as transformers 4 wrote it
+    old = "torch_dtype" in raw and "dtype" not in raw  # transformers 4 writes torch_dtype
     return raw | {"torch_dtype" if old else "dtype": dtype}
 
 
@@ -123,7 +123,7 @@ def _write_weights(
         if waiting and size + tensor.nbytes > shard_bytes:
             save()
             size = 0
-        # save_file takes the memory as it lies, so a transposed view would be scrambled.
+        # save_file writes the memory in its order, so a transposed view would be written wrongly.
         waiting[name] = np.ascontiguousarray(tensor)
         size += tensor.nbytes
         total += tensor.nbytes

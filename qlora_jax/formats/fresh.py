@@ -1,4 +1,4 @@
-"""A model that was never trained, as a checkpoint to read."""
+"""A checkpoint of random values, from which pretraining starts."""
 
 import dataclasses
 import math
@@ -13,18 +13,18 @@ from qlora_jax.models.config import DecoderConfig, Rope
 from qlora_jax.runtime.errors import UserError
 
 NAME = "from-scratch"
-"""As `model.path` has it."""
+"""Value of `model.path` that selects this checkpoint."""
 
 STD = 0.02
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
-"""The linears whose output is added to the residual stream."""
+"""Endings of the names of the linears whose output is added to the residual stream."""
 
 
 def shapes(pretrain: PretrainConfig) -> DecoderConfig:
-    """The decoder that the config describes.
+    """Returns the config of the decoder that the section `pretrain` describes.
 
     Raises:
-      UserError: heads that do not divide what they share.
+      UserError: 2 · heads does not divide hidden_size, or kv_heads does not divide heads.
     """
     hidden, heads = pretrain.hidden_size, pretrain.heads
     kv_heads = pretrain.kv_heads or heads
@@ -57,10 +57,11 @@ def shapes(pretrain: PretrainConfig) -> DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FreshCheckpoint:
-    """A `Checkpoint` of random values: norms are one, every matrix is normal with deviation 0.02.
+    """A `Checkpoint` of random values: vectors are 1, matrices are drawn from N(0, 0.02²).
 
-    Linears that write to the residual stream are narrower by sqrt(2 * layers), so that its
-    variance does not grow with depth (GPT-2, section 2.3). A tensor depends on seed and name alone.
+    The standard deviation of the linears that write to the residual stream is divided by
+    sqrt(2 · layers), so that the variance does not grow with depth (GPT-2, section 2.3). The values
+    of a tensor depend only on the seed and its name.
     """
 
     config: DecoderConfig

@@ -21,7 +21,7 @@ from qlora_jax.runtime.errors import UserError
 
 FLOATS = ("F32", "F16", "BF16")
 ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
-"""The dtypes in which bitsandbytes lets packed codes lie, and their bytes."""
+"""dtype in which bitsandbytes can store packed codes, to its bytes per element."""
 CONFIG = "config.json"
 BNB_4BIT = "bitsandbytes in 4 bits"
 
@@ -33,11 +33,11 @@ class HuggingFaceCheckpoint:
     Attributes:
       path: the folder.
       config: shapes and switches of the decoder.
-      description: how the weights are stored.
-      stored: the decoder's names to the tensors of the files, bitsandbytes' parts included.
-      shapes: the decoder's parameters and their shapes.
-      quantization: the 4-bit weights; None where all are floats.
-      notes: lines for the user, on what of the folder is not taken at its word.
+      description: storage format of the weights, in words.
+      stored: decoder's name to tensor in a file, including the further tensors of bitsandbytes.
+      shapes: name of a decoder's parameter to its shape.
+      quantization: the 4-bit weights; None if all weights are floats.
+      notes: lines for the user about statements of config.json that the reader does not follow.
     """
 
     path: Path
@@ -71,12 +71,13 @@ class HuggingFaceCheckpoint:
 def open_folder(folder: Path) -> HuggingFaceCheckpoint:
     """Opens a folder with config.json and safetensors weights, in one file or in shards.
 
-    Layers' linears may be stored in bitsandbytes' 4 bits. The tensors decide what the weights are
-    and whether head and embedding are tied; where config.json says otherwise, `notes` tell it.
+    The linears of the layers may be stored in bitsandbytes' 4 bits. The tensors, not config.json,
+    decide the format of the weights and whether head and embedding are tied. If config.json says
+    something else, `notes` has a line about it.
 
     Raises:
-      UserError: a file is missing or damaged, the weights are of another format or quantized in
-        another way, or they do not agree with config.json.
+      UserError: a file is missing or damaged, the weights have another format or quantization, or
+        they do not agree with config.json.
     """
     raw = _config(folder)
     config = from_hugging_face(raw, str(folder / CONFIG))
@@ -141,7 +142,7 @@ def _tie(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> tying.Tie
 def _shapes(
     stored: Mapping[str, StoredTensor], layouts: Mapping[str, bitsandbytes.StoredLayout]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights; the tensors beside a 4-bit weight are left out."""
+    """Returns the shapes of the weights, without the further tensors of 4-bit weights."""
     shapes = {
         name: tensor.shape
         for name, tensor in stored.items()
@@ -151,7 +152,7 @@ def _shapes(
 
 
 def _layouts(stored: Mapping[str, StoredTensor]) -> dict[str, bitsandbytes.StoredLayout]:
-    """Returns every weight that is stored in 4 bits; the tensors beside it have been checked."""
+    """Returns the storage format of every 4-bit weight, and checks the weight's further tensors."""
     by_file: dict[Path, list[tuple[StoredTensor, str, str]]] = defaultdict(list)
     for name, tensor in stored.items():
         if found := bitsandbytes.STATE.fullmatch(name):
@@ -174,7 +175,7 @@ def _layouts(stored: Mapping[str, StoredTensor]) -> dict[str, bitsandbytes.Store
 
 
 def _part(tensor: StoredTensor) -> tuple[tuple[int, ...], str, int]:
-    """Returns shape, dtype and bytes."""
+    """Returns shape, dtype and number of bytes."""
     size = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 0)
     return tensor.shape, tensor.dtype, size
 
@@ -182,18 +183,17 @@ def _part(tensor: StoredTensor) -> tuple[tuple[int, ...], str, int]:
 def _check_floats(
     settings: Any, stored: Mapping[str, StoredTensor], config: DecoderConfig, folder: Path
 ) -> None:
-    """Raises UserError if weights are quantized, in another way than bitsandbytes' 4 bits."""
+    """Raises UserError if a weight is not a float. The caller found no 4-bit weight."""
     weights = (t for name, t in stored.items() if not is_ignored(name, config))
     if any(tensor.dtype not in FLOATS for tensor in weights):
         raise UserError(
-            f"{folder / CONFIG}: quantization_config ({_method(settings)}): of checkpoints that "
-            "are already quantized only bitsandbytes' in 4 bits are supported; give that or the "
-            "16-bit checkpoint"
+            f"{folder / CONFIG}: quantization_config ({_method(settings)}): this quantization is "
+            "not supported; give a checkpoint in bitsandbytes' 4 bits or the 16-bit checkpoint"
         )
 
 
 def _method(settings: Any) -> str:
-    """Returns the name of what a quantization_config describes; bitsandbytes may leave it out."""
+    """Returns the name of the quantization; a config of bitsandbytes may have no quant_method."""
     given = settings if isinstance(settings, dict) else {}
     eight = given.get("load_in_8bit") or given.get("_load_in_8bit")
     four = given.get("load_in_4bit") or given.get("_load_in_4bit")

@@ -1,4 +1,4 @@
-"""From an open checkpoint to a model, one tensor in memory at a time."""
+"""Builds a model from an open checkpoint, with one tensor in memory at a time."""
 
 import functools
 import itertools
@@ -23,7 +23,9 @@ from qlora_jax.runtime.mesh import sent
 
 StoredWeight = jax.Array | QTensor
 Split = Callable[[str, jax.Array, Callable[[jax.Array], StoredWeight]], StoredWeight]
-"""(module path, W float32[in, out], how W would be stored) to what is stored instead."""
+"""Function of (module path, W float32[in, out], store) that returns the value to store for W.
+
+`store` is the function that converts a matrix to its stored form."""
 
 
 def load_model(
@@ -35,24 +37,24 @@ def load_model(
     split: Split | None = None,
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """Builds the model, quantizing each tensor as it arrives.
+    """Builds the model, and quantizes each tensor right after reading it.
 
-    Each is whole on the default device for a moment. Peak memory is the finished model plus a few
-    tensors; the 16-bit model never exists. A checkpoint that has 4-bit weights itself decides which
-    those are: nothing else is quantized. Consecutive layers whose weights are held alike make one
-    stack.
+    Each tensor is whole on the default device for a short time. The peak memory is the finished
+    model plus a few tensors; the 16-bit model never exists. If the checkpoint has 4-bit weights,
+    `quant` is ignored and no other weight is quantized. Consecutive layers with weights of equal
+    shapes and formats become one stack.
 
     Args:
-      checkpoint: where the weights come from.
-      quant: how the layers' linears are stored; None keeps them in `dtype`. Embeddings, head,
+      checkpoint: checkpoint of the weights.
+      quant: quantization of the layers' linears; None stores them in `dtype`. Embeddings, head,
         norms and biases are never quantized.
-      dtype: of everything that is not quantized.
-      progress: called once per tensor read.
-      split: called for every linear of the layers while its weight is there in full.
-      mesh: the devices over which the weights are split; None is the default device.
+      dtype: dtype of all weights that are not quantized.
+      progress: callback, called once per tensor that is read.
+      split: function that is called for every linear of the layers, with its full-precision weight.
+      mesh: devices over which the weights are split; None: the default device.
 
     Raises:
-      UserError: a weight with NaN or Inf, or a codebook or block size that is not allowed.
+      UserError: a weight holds NaN or Inf, or a codebook or block size is not allowed.
     """
     config, names = checkpoint.config, checkpoint.config.names
     layers, head = f"{names.layers}.", f"{names.head}.weight"
@@ -74,7 +76,7 @@ def load_model(
             stack = stacks[run].get(key)
             stacks[run][key] = _put(mesh, stack, value, index, runs[run])
         progress()
-    compilation.trim()  # after many short compilations
+    compilation.trim()  # frees the memory of many short compilations
     return Decoder(
         config,
         outer[f"{names.embed}.weight"],
@@ -89,7 +91,7 @@ def load_model(
 def _put(
     mesh: Mesh | None, stack: StoredWeight | None, value: StoredWeight, index: int, layers: int
 ) -> StoredWeight:
-    """Returns a stack of layers, which may not be there yet, with one of them replaced."""
+    """Returns the stack with the layer at `index` set to `value`; makes the stack if it is None."""
     homes = None
     if mesh is not None:
         shapes = jax.eval_shape(functools.partial(empty_stack, layers=layers), value)
@@ -101,13 +103,13 @@ def _put(
 
 
 def _split_outer(mesh: Mesh, names: Names, name: str, value: jax.Array) -> jax.Array:
-    """Returns an array outside the layers, on the devices of a mesh."""
+    """Places an array outside the layers on the devices of a mesh."""
     paths = {f"{names.embed}.weight": "embed", f"{names.head}.weight": "head"}
     return sent(value, shardings(mesh, paths.get(name, name), value, value))
 
 
 def _stacks(checkpoint: Checkpoint) -> tuple[list[tuple[int, int]], list[int]]:
-    """For each layer its stack and its index there, and the length of each stack."""
+    """Returns (stack, index in the stack) of each layer, and the length of each stack."""
     layers: list[dict[str, Hashable]] = [{} for _ in range(checkpoint.config.num_layers)]
     stored = checkpoint.quantization.layouts if checkpoint.quantization else {}
     prefix = f"{checkpoint.config.names.layers}."
@@ -131,14 +133,20 @@ def _outer(
 
 
 def read_linear(checkpoint: Checkpoint, name: str) -> jax.Array:
-    """A linear's weight as W float32[in, out]."""
+    """Reads the weight of a linear as W float32[in, out]."""
     return _transposed(checkpoint.read(name), jnp.float32)
 
 
 def storing(
     name: str, quant: QuantConfig | None, dtype: jax.typing.DTypeLike
 ) -> Callable[[jax.Array], StoredWeight]:
-    """How the model holds a linear's W float32[in, out]; `name` is for errors."""
+    """Returns the function that converts W float32[in, out] of a linear to its stored form.
+
+    Args:
+      name: name of the weight, for messages.
+      quant: quantization; None: no quantization.
+      dtype: dtype of a weight that is not quantized.
+    """
     if quant is None:
         return lambda w: _plain(name, w, False, dtype)
     return functools.partial(
@@ -163,7 +171,7 @@ def _value(
         return array
     if not linear or array.ndim == 1 or (quant is None and split is None):
         return _plain(name, array, linear and array.ndim == 2, dtype)
-    # float32 once, before the quantizer reads it several times
+    # Convert to float32 once, because the quantizer reads the weight several times.
     w, store = _transposed(array, jnp.float32), storing(name, quant, dtype)
     return store(w) if split is None else split(name.removesuffix(".weight"), w, store)
 
@@ -186,7 +194,7 @@ def _plain(
 
 @jax.jit
 def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()  # XLA's max on a CPU leaves out NaN
+    return jnp.isfinite(array).all()  # not max(): XLA:CPU's max ignores NaN
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,4 +1,4 @@
-"""A trained model with its adapters merged, as one more checkpoint to load or to write."""
+"""A trained model with merged adapters, as a `Checkpoint` that can be loaded or written."""
 
 import dataclasses
 import functools
@@ -20,16 +20,16 @@ from qlora_jax.models.parts import expected_shapes
 
 @dataclasses.dataclass(frozen=True)
 class MergedCheckpoint:
-    """A `Checkpoint` of W + Δ in float32, computed tensor by tensor.
+    """A `Checkpoint` of the merged weights W + Δ in float32, computed tensor by tensor.
 
-    Where head and embedding are tied and one of them has an adapter, the merged two differ: the
-    head is then a tensor of its own.
+    If head and embedding are tied and one of them has an adapter, the merged matrices differ. Then
+    the checkpoint has the head as a separate tensor.
 
     Attributes:
-      model: whose adapters are merged, and whose own weights are W.
-      source: of the model: names, shapes, tokenizer.
-      original: take W, and all that has no adapter, from `source`, whose values are not rounded
-        to what the model holds.
+      model: model with the adapters (Δ) and the weights W.
+      source: checkpoint of the model, for names, shapes and tokenizer.
+      original: whether W and all weights without an adapter come from `source`. These values are
+        not rounded to 4 bits or to the dtype of the model.
     """
 
     model: Decoder
@@ -75,14 +75,14 @@ class MergedCheckpoint:
         return np.asarray(linear.merge(i).T)
 
     def _weight(self, name: str) -> np.ndarray:
-        """Returns the W of one parameter, in the checkpoint's layout."""
+        """Returns W of one parameter, in the layout of a checkpoint."""
         stored = self._stored(name)
         if self.original:
             return np.asarray(self.source.read(stored))
         return parameter(self.model, stored)
 
     def _stored(self, name: str) -> str:
-        """Returns the tensor that holds a parameter's W: for a tied head, the embedding's."""
+        """Returns the name of the tensor that holds W; for a tied head, it is the embedding."""
         embed, head = matrices(self.source.config)
         return embed if name == head and self.source.config.tie_embeddings else name
 
@@ -92,7 +92,7 @@ class MergedCheckpoint:
 
     @property
     def _outer(self) -> Mapping[str, Adapter]:
-        """The adapters outside the layers, by the tensor that they change."""
+        """The adapters outside the layers, by the name of the tensor that each one changes."""
         embed, head = matrices(self.source.config)
         found = {embed: self.model.embed_adapter, head: self.model.head_adapter}
         return {name: adapter for name, adapter in found.items() if adapter is not None}

@@ -1,4 +1,4 @@
-"""The names of a file's tensors, and the check of them against those that the decoder has."""
+"""Maps the tensor names of a file to the decoder's names, and checks names and shapes."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def by_decoder_name(found: Mapping[str, T], names: Names) -> dict[str, T]:
-    """Returns a file's tensors under the decoder's names.
+    """Returns the tensors of a file under the decoder's names.
 
-    A model that transformers saved without its head has the names of what is inside it: layers.0
-    in place of model.layers.0. They get that prefix, if no tensor has it. GPT-NeoX's head is
-    lm_head as a module and embed_out in most files.
+    A model that transformers saved without its head has names without the first part: layers.0
+    instead of model.layers.0. If no tensor has this prefix, all get it. The head of GPT-NeoX may be
+    lm_head (the module in transformers 5) or embed_out (most files); both are accepted.
 
     Args:
-      found: the stored names to anything.
-      names: the decoder's.
+      found: stored name to value, of any type.
+      names: names of the decoder's parts.
     """
     prefix = f"{names.layers.partition('.')[0]}."
     if any(name.startswith(prefix) for name in found):
@@ -37,26 +37,27 @@ def by_decoder_name(found: Mapping[str, T], names: Names) -> dict[str, T]:
 
 
 def is_ignored(name: str, config: DecoderConfig) -> bool:
-    """Whether a tensor of old files is no weight, such as a table of rotary frequencies."""
+    """Returns whether a tensor is not a weight, such as the rotary frequencies in old files."""
     return name.endswith(config.names.ignored)
 
 
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], config: DecoderConfig, where: object
 ) -> dict[str, tuple[int, ...]]:
-    """Compares the tensors of a file with those the decoder has; returns the expected ones.
+    """Checks the tensors of a file against the decoder's and returns the expected names and shapes.
 
-    A tensor the decoder has no place for is refused, because leaving it out would compute another
-    function. Allowed are a head beside tied embeddings, which has been compared with them
-    (`tying.settle`), and tensors that are no weights (`is_ignored`).
+    A tensor that the decoder does not have is an error: without it, the decoder would compute
+    another function. Two kinds of extra tensors are allowed: a head with tied embeddings, which
+    `tying.settle` has compared with the embedding, and tensors that are not weights
+    (`is_ignored`).
 
     Args:
-      found: name to shape of everything in the file.
-      config: the decoder.
-      where: the file or folder, for messages.
+      found: name to shape of every tensor in the file.
+      config: config of the decoder.
+      where: file or folder, for messages.
 
     Raises:
-      UserError: naming the tensors that are missing, of another shape or unknown.
+      UserError: tensors are missing, unknown or of another shape. The message names them.
     """
     expected = expected_shapes(config)
     if missing := [name for name in expected if name not in found]:
@@ -71,12 +72,12 @@ def check_shapes(
     if wrong:
         raise UserError(
             f"{where}: shapes do not agree with the model's config: {_some(wrong)}; "
-            "download both again"
+            "download weights and config again"
         )
     unknown = [name for name in found if name not in expected and not _allowed(name, config)]
     if unknown:
         raise UserError(
-            f"{where}: tensors that a {config.family} decoder with this config has no place for: "
+            f"{where}: has tensors that a {config.family} decoder with this config does not have: "
             f"{_some(unknown)}; give another model, or correct its config.json"
         )
     return expected

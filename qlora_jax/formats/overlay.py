@@ -1,4 +1,4 @@
-"""A checkpoint some of whose tensors are replaced, as an adapter may ask for."""
+"""A checkpoint in which an adapter folder replaces some of the tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from qlora_jax.quant import QTensor
 
 @dataclasses.dataclass(frozen=True)
 class Overlay:
-    """The checkpoint `below` with other values for some of its tensors.
+    """A `Checkpoint` with the tensors of `below`, some of them replaced.
 
     Attributes:
-      below: the checkpoint.
-      replaced: names to the other values, each of the shape that the tensor has below.
-      config: the config of `below`, or the same with embedding and head untied.
+      below: the original checkpoint.
+      replaced: name to new value, in the shape of the original tensor.
+      config: config of `below`, or a copy of it with embedding and head untied.
     """
 
     below: Checkpoint
@@ -68,14 +68,13 @@ def overlay(
 ) -> Checkpoint:
     """Returns a checkpoint with some of its tensors replaced.
 
-    Where embedding and head are tied and one of them is replaced, the other one keeps its values,
-    so that they are untied; two equal replacements stay tied.
+    If embedding and head are tied and only one of them is replaced, the other keeps its values and
+    they become untied. If both are replaced by equal values, they stay tied.
 
     Args:
-      below: the checkpoint.
-      replaced: names to the other values, of the shapes that the tensors have. The head may be
-        among them where it is tied.
-      tied: whether one replaced matrix stands for both.
+      below: the original checkpoint.
+      replaced: name to new value, in the shape of the original tensor. A tied head may be in it.
+      tied: whether one replaced matrix is used for both embedding and head.
     """
     if not replaced:
         return below

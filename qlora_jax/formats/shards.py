@@ -1,4 +1,4 @@
-"""Finds the tensors of a Hugging Face folder: in one safetensors file, or in shards by an index."""
+"""Finds the tensors of a Hugging Face folder: one safetensors file, or shards with an index."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +20,10 @@ class StoredTensor(NamedTuple):
     """A tensor in a safetensors file.
 
     Attributes:
-      file: the file.
-      name: the tensor's name there.
-      shape: its shape.
-      dtype: its dtype in safetensors' words, such as BF16.
+      file: path of the file.
+      name: name of the tensor in the file.
+      shape: shape of the tensor.
+      dtype: dtype by its name in safetensors, such as BF16.
     """
 
     file: Path
@@ -32,12 +32,12 @@ class StoredTensor(NamedTuple):
     dtype: str
 
     def read(self) -> np.ndarray:
-        """Reads the tensor as an array of its own.
+        """Reads the tensor into a new array.
 
         Raises:
-          UserError: it is not what was saved, by its digest.
+          UserError: the tensor does not match its digest.
         """
-        # A memory map's pages count as resident until it is closed: pread holds the tensor alone.
+        # pread needs memory for this tensor only; pages of a memory map stay until it is closed.
         with safe_open(self.file, framework="numpy", backend="pread") as file:
             return tensors.read(file, self.name, self.file)
 
@@ -49,7 +49,7 @@ class StoredTensor(NamedTuple):
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Returns all tensors of a folder by name; reads the files' headers only.
+    """Returns all tensors of a folder by name. Reads only the headers of the files.
 
     Raises:
       UserError: a file is missing or damaged, or the files contradict the index.
@@ -73,7 +73,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """Returns each tensor's shard by the index; nothing where the weights are in one file."""
+    """Returns tensor name to file name, from the index; empty if the weights are in one file."""
     index = folder / INDEX
     if paths.is_file(folder / WEIGHTS) or not paths.is_file(index):
         return {}
@@ -83,7 +83,7 @@ def _places(folder: Path) -> dict[str, str]:
     for file in places.values():
         if Path(file).name != file:
             raise UserError(
-                f"{index}: {file!r} is no name of a file in the folder; download it again"
+                f"{index}: {file!r} is not the name of a file in the folder; download it again"
             )
     return places
 
@@ -96,8 +96,8 @@ def _weight_files(folder: Path, places: Mapping[str, str]) -> list[Path]:
         shards = [folder / name for name in sorted(set(places.values()))]
         if absent := [shard.name for shard in shards if not paths.is_file(shard)]:
             raise UserError(
-                f"{folder}: {absent[0]} is missing, {len(absent)} of {len(shards)} shards are; "
-                "download them"
+                f"{folder}: {absent[0]} is missing, {len(absent)} of {len(shards)} shards are "
+                "missing; download them"
             )
         return shards
     raise contents.not_a_model(folder, WEIGHTS)

@@ -1,4 +1,4 @@
-"""Turns the `model` section of a config into an open checkpoint."""
+"""Opens the checkpoint that the `model` section of a config names."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +32,14 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens the model that `model.path` names: a built-in, a folder, a .gguf file or a hub id.
 
-    A built-in or a hub id is downloaded into its cache first; HF_HUB_OFFLINE is honoured.
+    Downloads a built-in model or a hub id into its cache first. Obeys HF_HUB_OFFLINE.
 
     Args:
-      model: the section of the config.
-      warn: called with a line for each of the checkpoint's notes.
+      model: the section `model` of the config.
+      warn: callback that gets one line for each note of the checkpoint.
 
     Raises:
-      UserError: nothing by that name, or what is there cannot be used.
+      UserError: `model.path` names nothing, or the model cannot be used.
     """
     checkpoint = _open(model)
     for note in checkpoint.notes:

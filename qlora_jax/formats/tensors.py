@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that this project writes carry digests, which reading compares."""
+"""Writes safetensors files with a digest of each tensor, and checks the digests when it reads."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from qlora_jax.runtime import digests, json_files
 from qlora_jax.runtime.errors import UserError
 
 KEY = "qlora_jax.sha256"
-"""The key in a file's metadata that holds the digests: a JSON object of names to digests."""
+"""Key in the metadata of a file. Its value is a JSON object: tensor name to digest."""
 
 
 def save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes tensors with their digests; equal tensors give equal bytes."""
+    """Writes a file of tensors with their digests. Equal tensors give files with equal bytes."""
     save_file(tensors, path, metadata=metadata(tensors))
-    # safetensors writes the keys of the metadata in a random order
+    # safetensors writes the metadata keys in a random order, so sort them in the written file.
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json_files.parse(file.read(size))
@@ -30,27 +30,27 @@ def save(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def metadata(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Returns the metadata of a file of tensors: PyTorch's format, and the digests."""
+    """Returns the metadata of a file of tensors: format "pt" (PyTorch), and the digests."""
     found = {name: digests.digest(tensor) for name, tensor in tensors.items()}
     return {"format": "pt", KEY: json.dumps(found)}
 
 
 def read(file: Any, name: str, path: Path) -> np.ndarray:
-    """Reads a tensor and compares its digest where the file has one.
+    """Reads a tensor and checks its digest, if the file has one.
 
     Args:
-      file: of `safetensors.safe_open`, for numpy.
-      name: of the tensor.
-      path: of the file, for messages.
+      file: file that `safetensors.safe_open` opened for numpy.
+      name: name of the tensor.
+      path: path of the file, for messages.
 
     Raises:
-      UserError: the tensor is not the one that was saved.
+      UserError: the digest of the tensor differs from the digest in the file.
     """
     tensor: np.ndarray = file.get_tensor(name)
     expected = _digests(file, path).get(name)
     if expected is not None and expected != digests.digest(tensor):
         raise UserError(
-            f"{path}: {name} differs from what was saved, by the digest in the file; "
+            f"{path}: {name} differs from what was saved: its digest does not match; "
             "copy or export it again"
         )
     return tensor
@@ -65,5 +65,5 @@ def _digests(file: Any, path: Path) -> Mapping[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: {KEY} in its metadata is no JSON object; export it again")
+        raise UserError(f"{path}: {KEY} in its metadata is not a JSON object; export it again")
     return found

@@ -1,6 +1,6 @@
-"""Decides whether a model's head is its embedding: the stored tensors tell, not the config.
+"""Decides from the stored tensors, not from the config, whether head and embedding are tied.
 
-A config.json often says otherwise than its file: fine-tuning tools write a head of its own beside
+A config.json often contradicts the weights: fine-tuning tools write a separate head and
 `tie_word_embeddings: true`, or leave out a head that was tied.
 """
 
@@ -13,19 +13,19 @@ import numpy as np
 from qlora_jax.models.config import DecoderConfig
 
 ROWS = 1024
-"""Rows of the two matrices that are compared at one time."""
+"""Number of rows of the two matrices that are compared at a time."""
 
 Rows = Callable[[int, int], np.ndarray]
-"""Reads the rows of a matrix from the first index up to the second one."""
+"""Function of (start, stop) that reads the rows start to stop - 1 of a matrix."""
 
 
 class Tie(NamedTuple):
-    """The outcome of `settle`.
+    """The result of `settle`.
 
     Attributes:
-      config: the config, its `tie_embeddings` as the tensors have it.
-      stored: the name under which the embedding is stored.
-      note: a line for the user where the config said otherwise; None where it agreed.
+      config: config, with `tie_embeddings` set from the stored tensors.
+      stored: name of the tensor that holds the embedding.
+      note: line for the user if the config was wrong; None if it was right.
     """
 
     config: DecoderConfig
@@ -34,14 +34,15 @@ class Tie(NamedTuple):
 
 
 def settle(config: DecoderConfig, found: Container[str], equal: Callable[[], bool]) -> Tie:
-    """Returns what the stored tensors say of embedding and head.
+    """Decides from the stored tensors whether embedding and head are tied.
 
-    One of the two stored is both. Two equal ones are tied; two different ones are not.
+    They are tied if only one of them is stored, or if both are stored and equal.
 
     Args:
-      config: the config as its file has it.
-      found: the names of the stored tensors.
-      equal: whether the two matrices are equal; called only if both are stored.
+      config: config as read from its file.
+      found: names of the stored tensors.
+      equal: function that returns whether the two matrices are equal; called only if both are
+        stored.
     """
     embed, head = matrices(config)
     both = embed in found and head in found
@@ -58,12 +59,12 @@ def settle(config: DecoderConfig, found: Container[str], equal: Callable[[], boo
 
 
 def matrices(config: DecoderConfig) -> tuple[str, str]:
-    """Returns the names of the embedding's and of the head's matrix."""
+    """Returns the tensor names of the embedding and the head."""
     return f"{config.names.embed}.weight", f"{config.names.head}.weight"
 
 
 def equal_rows(count: int, first: Rows, second: Rows) -> bool:
-    """Whether two matrices of `count` rows hold the same values; stops at the first difference."""
+    """Returns whether two matrices of `count` rows are equal; stops at the first difference."""
     starts = range(0, count, ROWS)
     blocks = ((first(i, min(i + ROWS, count)), second(i, min(i + ROWS, count))) for i in starts)
     return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in blocks)

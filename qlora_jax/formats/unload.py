@@ -1,4 +1,4 @@
-"""From a model back to parameters under their Hugging Face names: the inverse of `load_model`."""
+"""Reads a parameter of a model by its Hugging Face name: the inverse of `load_model`."""
 
 import numpy as np
 
@@ -8,14 +8,14 @@ from qlora_jax.quant import QTensor
 
 
 def parameter(model: Decoder, name: str) -> np.ndarray:
-    """One pretrained parameter, linears [out, in]; of adapters nothing is in it.
+    """Returns one pretrained parameter without its adapter; linears are [out, in].
 
     Args:
-      model: any.
-      name: as `names.expected_shapes` has it.
+      model: the model.
+      name: name of the parameter, a key of `names.expected_shapes`.
 
     Returns:
-      The stored dtype; float32 where the weight is quantized.
+      An array in the stored dtype; float32 if the weight is quantized.
 
     Raises:
       KeyError: the model has no such parameter.

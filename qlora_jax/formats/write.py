@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers loads: floats, or bitsandbytes' 4-bit weights."""
+"""Writes a checkpoint as a folder for transformers, as floats or in bitsandbytes' 4 bits."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,24 +28,25 @@ def write_model(
     replace: bool = False,
     add: Callable[[Path], None] = lambda folder: None,
 ) -> int:
-    """Writes a model, read a tensor at a time.
+    """Writes a checkpoint as a model folder, one tensor at a time.
 
     Args:
-      checkpoint: floats of any kind.
-      folder: where; absent or empty, unless it may be replaced.
-      quant: how the layers' linears are stored; None leaves them floats.
-      dtype: of everything that is not quantized, and that to compute in.
-      progress: called once per tensor read.
-      tokenizer: the tokenizer, where the checkpoint has none.
-      replace: put it in the place of the model folder that is there.
-      add: puts more files into the folder, before it is there under its name.
+      checkpoint: checkpoint with float weights.
+      folder: folder to write; it must be absent or empty unless `replace` is set.
+      quant: quantization of the layers' linears; None writes them as floats.
+      dtype: dtype of all weights that are not quantized; also the compute dtype in
+        `quantization_config`.
+      progress: callback, called once per tensor that is read.
+      tokenizer: tokenizer to write; None: the checkpoint's tokenizer.
+      replace: whether to replace an existing model folder.
+      add: function that writes more files into the folder before it gets its final name.
 
     Returns:
-      Bytes of the weights.
+      Number of bytes of the weights.
 
     Raises:
-      UserError: settings bitsandbytes does not know, weights that are not finite or are in 4 bits
-        already, or a folder that cannot be written.
+      UserError: bitsandbytes does not support the settings, weights are not finite or already in 4
+        bits, or the folder cannot be written.
     """
     changes: dict[str, Any] = {}
     if quant is not None:

@@ -1,4 +1,4 @@
-"""x @ W, where W is a QTensor or an array, and its gradient."""
+"""The product x @ W and its gradient, for W in 4 bits (QTensor) or in floats."""
 
 from qlora_jax.kernels.dense import KEPT as KEPT
 from qlora_jax.kernels.dense import dense as dense

@@ -1,4 +1,4 @@
-"""x @ W where W is an array: the same dtype rule as `matmul`, and a gradient for both."""
+"""The product x @ W for W in floats, with the dtype rule of `matmul` and gradients of x and W."""
 
 import functools
 import math
@@ -10,38 +10,39 @@ from jax.ad_checkpoint import checkpoint_name
 from qlora_jax.quant.sharded import Sharded, whole
 
 KEPT = "product"
-"""The name of what `saved_for_backward` marks, for policies of `jax.checkpoint`."""
+"""Name of the values that `saved_for_backward` tags, for policies of `jax.checkpoint`."""
 
 SLICES = 12
-"""Slices of a 16-bit weight that `_one_row` adds up in one expression, at most. With 16, XLA of jax
-0.10 converts the weight to float32 outside of it."""
+"""Most slices of a 16-bit weight that `_one_row` sums in one expression. With 16, XLA of jax 0.10
+converts the weight to float32 outside the expression."""
 
 
 @jax.custom_vjp
 def dense(x: jax.Array, w: jax.Array | Sharded) -> jax.Array:
-    """x @ w.astype(x.dtype), accumulated in float32.
+    """Returns x @ w.astype(x.dtype), accumulated in float32.
 
-    The products of the backward pass also run in x's dtype; w's gradient is accumulated in
+    The products of the backward pass also run in x's dtype. The gradient of w is accumulated in
     float32 and rounded once, to w's dtype. (JAX's own rule would multiply in float32.)
 
     Args:
-      x: float [..., K].
-      w: float [K, N], in its storage dtype. One that is in parts is gathered in each pass, what is
-        kept is the part, and its gradient is the part of what all devices add up to.
+      x: input, float [..., K].
+      w: weight, float [K, N], in its storage dtype. A sharded weight is gathered in each pass, and
+        only the shard is saved between the passes. Its gradient is this device's shard of the sum
+        over all devices.
 
     Returns:
-      [..., N] in x's dtype.
+      Product, [..., N] in x's dtype.
     """
     return product(x, whole(w).astype(x.dtype), 0).astype(x.dtype)
 
 
 def saved_for_backward(y: jax.Array) -> jax.Array:
-    """y, marked as a product that rather takes memory than is computed again."""
+    """Tags y so that the remat policy `dots` saves it instead of recomputing it."""
     return checkpoint_name(y, KEPT)
 
 
 def product(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
-    """Contracts x's last axis with axis `contracted` of the matrix w; float32."""
+    """Contracts x's last axis with axis `contracted` of the matrix w; the result is float32."""
     if math.prod(x.shape[:-1]) == 1 and w.dtype == jnp.bfloat16:
         one_row = functools.partial(_one_row, contracted=contracted)
         default = functools.partial(_dot, contracted=contracted)
@@ -55,12 +56,12 @@ def _dot(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
 
 
 def _one_row(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
-    """The same for a single row of x, without a copy of w in float32, which XLA:CPU would make.
+    """Computes `product` for a single row of x, without the float32 copy of w that XLA:CPU makes.
 
-    One elementwise expression adds up slices of w along the contracted axis; the product with
-    ones adds up the rest.
+    One elementwise expression sums the slices of w along the contracted axis. A product with ones
+    sums the values that remain.
     """
-    # Held to x, so that no loop around this converts w to float32 beforehand and keeps that.
+    # The barrier ties w to x. Otherwise XLA would convert w to float32 before an enclosing loop.
     x, w = jax.lax.optimization_barrier((x, w))
     part = _slice_length(w.shape[contracted])
     parts = range(w.shape[contracted] // part)
@@ -77,15 +78,15 @@ def _one_row(x: jax.Array, w: jax.Array, contracted: int) -> jax.Array:
 
 
 def _float32(bits: jax.Array) -> jax.Array:
-    """The float32 values of bfloat16 numbers given as uint16.
+    """Returns the float32 values of bfloat16 numbers that are given as uint16.
 
-    XLA:CPU vectorizes this better than its own conversion, which takes half as long again.
+    XLA:CPU vectorizes this better than its own conversion, which takes 1.5 times as long.
     """
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def _slice_length(features: int) -> int:
-    """Returns how long a slice is: it divides `features`, and is a multiple of 16 if one does."""
+    """Returns the length of a slice, a divisor of `features`; if possible a multiple of 16."""
     least = -(-features // SLICES)
     parts = [p for p in range(least, features + 1) if features % p == 0]
     return next((p for p in parts if p % 16 == 0), features)
@@ -105,7 +106,7 @@ def _backward(saved: tuple[jax.Array, Weight], g: jax.Array) -> tuple[jax.Array,
     rows, columns = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     dw = product(rows.T, columns, 0)
     if isinstance(held, Sharded):
-        # in float32 until all devices' rows are in it
+        # dw stays in float32 until it is summed over all devices
         return dx, held.part_of(dw, w.dtype)
     return dx, dw.astype(w.dtype)
 

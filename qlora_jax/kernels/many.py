@@ -1,4 +1,4 @@
-"""Products of one x with several weights in 4 bits."""
+"""Multiplies one x by several weights in 4 bits."""
 
 import functools
 import math
@@ -18,21 +18,22 @@ from qlora_jax.quant.stack import is_sharded
 def matmul_many(
     x: jax.Array, qs: Sequence[QTensor | QLayer], implementation: str | None = None
 ) -> list[jax.Array]:
-    """Returns matmul(x, q, implementation) for each q, to the bit, from one launch if it can be.
+    """Returns matmul(x, q, implementation) for each q, bit for bit, in one launch if possible.
 
-    It can for the rows in `FusedProduct.together`, if the weights have one block size and one format of
-    scales. A small product alone does not fill a GPU.
+    One launch is possible for the rows in `FusedProduct.together`, if all weights have the same K,
+    block sizes and format of scales, and none is sharded. It saves time because a small product
+    alone does not fill a GPU.
 
     Args:
-      x: float [..., K].
-      qs: matrices [K, N], each with an N of its own.
-      implementation: as `matmul` takes it.
+      x: input, float [..., K].
+      qs: matrices [K, N]; N may differ.
+      implementation: name of an implementation, or None; see `matmul`.
 
     Returns:
-      [..., N] in x's dtype for each.
+      Product with each weight, [..., N] in x's dtype.
 
     Raises:
-      UserError: as `matmul`.
+      UserError: the implementation is unknown, or the shapes do not match.
     """
     rows = math.prod(x.shape[:-1])
     name = implementation or pick(rows, x.dtype)
@@ -59,7 +60,7 @@ def _several_forward(implementation: str, x: jax.Array, qs: list[QTensor | QLaye
 
 def _several_backward(implementation: str, qs: list[QTensor | QLayer], gs: Any) -> Any:
     parts = [backward(implementation, q, g)[0] for q, g in zip(qs, gs)]
-    return functools.reduce(jnp.add, reversed(parts)), None  # in the order of single products
+    return functools.reduce(jnp.add, reversed(parts)), None  # the order of separate products
 
 
 _several.defvjp(_several_forward, _several_backward)
@@ -76,7 +77,7 @@ def _product_of_several(implementation: str) -> Callable[..., list[jax.Array]]:
 
     @product.def_vmap
     def fold(size: int, batched: Any, x: jax.Array, qs: list[QTensor | QLayer]) -> Any:
-        # one by one, since a batch makes more rows
+        # one product per weight, because the batch makes more rows
         single = product_of(implementation, "forward")
         axes = jax.tree.map(lambda moves: 0 if moves else None, batched)
         found = [

@@ -1,4 +1,4 @@
-"""The one entry point for x @ W with W in 4 bits."""
+"""The entry point for x @ W with W in 4 bits."""
 
 import dataclasses
 import functools
@@ -20,25 +20,27 @@ from qlora_jax.runtime.errors import UserError
 
 
 def matmul(x: jax.Array, q: Matrix, implementation: str | None = None) -> jax.Array:
-    """x @ dequantize(q, x.dtype), accumulated in float32, with a gradient for x alone.
+    """Returns x @ dequantize(q, x.dtype), accumulated in float32; only x has a gradient.
 
-    The backward pass keeps the QTensor and decodes it again; the weight in floats is never a
-    residual.
+        forward:  y  = x @ dequantize(q)        (QLoRA, section 3, equation 5, without the adapter)
+        backward: dx = dy @ dequantize(q).T
+
+    The backward pass saves the QTensor and decodes it again; the decoded weight is never saved.
 
     Args:
-      x: float [..., K].
-      q: one matrix [K, N]; map or scan over a stack, or name one of it by a QLayer. One that is
-        in parts is gathered in each pass, as codes and scales; what is kept is the part.
-      implementation: "xla" decodes the weight, then multiplies, on every device. "mosaic" (jax
-        0.11; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80 on:
-        the weight in floats is never in memory. None picks by device, dtype and rows, see
+      x: input, float [..., K].
+      q: one matrix [K, N]. For a stack, use `vmap`, `scan` or a QLayer. A sharded matrix is
+        gathered in each pass, as codes and scales; only the shard is saved between the passes.
+      implementation: "xla" decodes the weight, then multiplies; it runs on every device. "mosaic"
+        (jax 0.11; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80
+        on, so the decoded weight is never in memory. None picks by device, dtype and rows, see
         `select.pick`.
 
     Returns:
-      [..., N] in x's dtype.
+      Product, [..., N] in x's dtype.
 
     Raises:
-      UserError: unknown implementation, or shapes that do not match.
+      UserError: the implementation is unknown, or the shapes do not match.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise UserError(
@@ -49,15 +51,22 @@ def matmul(x: jax.Array, q: Matrix, implementation: str | None = None) -> jax.Ar
 
 
 def kind(q: QTensor | QLayer) -> tuple[Any, ...]:
-    """Returns what weights have in common that one kernel multiplies; last is its scales' dtype."""
+    """Returns the properties that weights of one kernel launch share; the last is scales.dtype."""
     stack = cast(QTensor, q.stack if isinstance(q, QLayer) else q)
     return q.shape[0], stack.block_size, stack.nested_block, stack.scales.dtype
 
 
 def check(x: jax.Array, q: Matrix) -> None:
-    """Raises UserError unless x @ W can be."""
+    """Checks that the shapes of x and q allow x @ W.
+
+    Raises:
+      UserError: they do not.
+    """
     if q.ndim != 2 or x.shape[-1] != q.shape[0]:
-        raise UserError(f"matmul: x {x.shape} does not match one matrix, q {q.shape}")
+        raise UserError(
+            f"matmul: x {x.shape} and q {q.shape}: "
+            "q must be one matrix [K, N] where K is the last axis of x"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,15 +85,17 @@ def _forward(implementation: str, x: jax.Array, q: Matrix) -> tuple[jax.Array, M
 
 
 def backward(implementation: str, q: Matrix, g: jax.Array) -> tuple[jax.Array, None]:
-    """Returns g @ W.T [..., K] in g's dtype, and None: W has no gradient."""
-    # where the forward pass is done again, XLA makes one gather of its and of this one
+    """Returns g @ W.T [..., K] in g's dtype, and None for W, which has no gradient."""
+    # with rematerialization, XLA merges this gather with the gather of the repeated forward pass
     q = _gathered(q)
     if isinstance(q, QLayer):
-        # One cut for both passes would be a copy of the codes; this one is fused with its use.
+        # XLA would share one slice between both passes, which copies the codes. With this barrier
+        # each pass has its own slice, and XLA fuses it with its use.
         q = dataclasses.replace(q, layer=jax.lax.optimization_barrier(q.layer))
     elif isinstance(q, QTensor):
-        # XLA would keep the weight that the forward pass has decoded. Held to g, this decoding is
-        # another one, and not done before g is there. Of the leaves the codebook is the least.
+        # Without a barrier XLA would keep the weight that the forward pass decoded. The barrier
+        # ties this decoding to g, so it is separate and runs after g is known. It uses the codebook
+        # because that is the smallest leaf.
         _, codebook = jax.lax.optimization_barrier((g, q.codebook))
         q = dataclasses.replace(q, codebook=codebook)
     return product_of(implementation, "backward")(g, q), None
@@ -94,7 +105,7 @@ _matmul.defvjp(_forward, backward)
 
 
 def readable(kernel: FusedProduct | None, q: QTensor | QLayer) -> QTensor | QLayer:
-    """Returns the weight in a form that an implementation takes; None is xla, which takes one."""
+    """Returns the weight in a form that the kernel accepts; None is xla, which takes a QTensor."""
     if kernel is None:
         return cut(q)
     if kind(q)[-1].name not in kernel.scales:
@@ -104,7 +115,7 @@ def readable(kernel: FusedProduct | None, q: QTensor | QLayer) -> QTensor | QLay
 
 @functools.cache
 def product_of(implementation: str, direction: str) -> Product:
-    """Returns an implementation's forward or backward for every weight, size and `vmap`."""
+    """Returns an implementation's "forward" or "backward" for any form and size, and for `vmap`."""
     kernel = FUSED.get(implementation)
     plain = getattr(module_of(implementation), direction)
 
@@ -118,8 +129,8 @@ def product_of(implementation: str, direction: str) -> Product:
     def fold(
         size: int, batched: tuple[bool, Any], x: jax.Array, q: QTensor | QLayer
     ) -> tuple[Any, bool]:
-        # A batch of x over one weight is more rows of x. (Under its own rule a kernel would
-        # decode the weight once for each.)
+        # If only x is batched, the batch becomes rows of x. (By the default rule a kernel would
+        # decode the weight once per element of the batch.)
         if not any(jax.tree.leaves(batched[1])):
             return product(x, q), True
 

@@ -1,12 +1,17 @@
-"""Products with very many rows, done in parts, so that no kernel's offsets outgrow 32 bits.
+"""Splits products with very many rows, so that no offset in a kernel exceeds 32 bits.
 
-What was read in jax 0.10.2, 0.11.2 and 0.12.0. Offsets count elements. Pallas Triton
-(`_compute_offsets_from_indices`) computes them in 32 bits, and in 64 where an array has more than
-2^32 bytes. Mosaic GPU computes the start of a tile in 64 bits (`index`, in both of its copies and
-in `memref_ptr`) and places within the tile in 32. `mosaic/results.py`, for the forms "split" and
-"wgmma", computes the whole offset in 32 signed bits: 2^31 elements are too many for it. The bound
-here counts bytes: an array of 16 bits is divided at half of what would still be right, and padding
-of the features needs no reckoning. A product of 2 GiB loses nothing by it.
+The limits come from the source of jax 0.10.2, 0.11.2 and 0.12.0. Offsets count elements.
+
+  * Pallas Triton (`_compute_offsets_from_indices`) computes offsets in 32 bits, and in 64 bits if
+    an array has more than 2^32 bytes.
+  * Mosaic GPU computes the start of a tile in 64 bits (`index`, in both of its copies and in
+    `memref_ptr`), and offsets within the tile in 32 bits.
+  * `mosaic/results.py` computes the whole offset in 32 signed bits for the forms "split" and
+    "wgmma", so an array must have fewer than 2^31 elements.
+
+`LIMIT` counts bytes, not elements. So an array of 16-bit values is split at half of the largest
+correct size, and the padding of the features needs no extra check. A product of 2 GiB does not
+become slower when it is split.
 """
 
 import math
@@ -23,26 +28,26 @@ from qlora_jax.quant.stack import QLayer
 Product = Callable[[jax.Array, QTensor | QLayer], jax.Array]
 
 LIMIT = 2**31
-"""Bytes that an operand or a result of one kernel stays below."""
+"""Upper bound in bytes (exclusive) for each operand and result of one kernel."""
 
 TILE = max(
     *(tile.m for tiles in triton_tiles.TILES.values() for tile in tiles),
     *(tile.m for tiles in mosaic_tiles.TILES.values() for tile in tiles),
 )
-"""Rows of the tallest tile; those of all others divide it."""
+"""Rows of the tallest tile; the rows of every other tile divide this number."""
 
 
 def split(rows: int, q: QTensor | QLayer, itemsize: int) -> tuple[int, int]:
-    """Returns the number of parts that a product is done in, and the rows of each.
+    """Returns the number of parts of a product, and the rows of each part.
 
     Args:
-      rows: of x, or of g in the backward pass.
-      q: one matrix, or a stack of which one is meant.
-      itemsize: bytes of x's dtype.
+      rows: rows of x, or of g in the backward pass.
+      q: one matrix, or one layer of a stack.
+      itemsize: bytes per value of x.
 
     Returns:
-      The fewest parts whose operands and results are below `LIMIT`, and for these the fewest rows,
-      a multiple of `TILE`, that cover all. (One tile is not divided, even where it does not fit.)
+      Fewest parts whose operands and results are below `LIMIT`, and fewest rows per part, a
+      multiple of `TILE`, that cover all rows. (A single tile is not split, even above `LIMIT`.)
     """
     most = (LIMIT - 1) // (max(q.shape[-2:]) * itemsize)
     most = max(TILE, most // TILE * TILE)
@@ -51,10 +56,10 @@ def split(rows: int, q: QTensor | QLayer, itemsize: int) -> tuple[int, int]:
 
 
 def divided(product: Product) -> Product:
-    """The same product; where it does not fit, in equal parts along the rows, one after another.
+    """Returns a product that computes too many rows in equal parts, one after another.
 
-    The last part ends with the last row, so it computes some rows of the one before once more:
-    all parts are one compiled kernel, and the result is written in place.
+    The last part ends with the last row, so it computes some rows of the part before it again. So
+    all parts have one shape and use one compiled kernel. The result is written in place.
     """
 
     def whole_or_parts(x: jax.Array, q: QTensor | QLayer) -> jax.Array:

@@ -1,10 +1,11 @@
-"""Which implementation a product takes, and whether it is right on the device.
+"""Selects the implementation of a product, and checks that it is correct on the device.
 
-In this order: the implementations, as data; the rule by device, dtype and number of rows; the
-choice for a run; the check on the device.
+The module has four parts: the implementations, as data; the rule by device, dtype and number of
+rows; the choice for a run; the check on the device.
 
-To add one that decodes inside the product: its module, and its name in `IMPLEMENTATIONS`, `FUSED`
-and `FUSED_ROWS`. `make gpu-check` compiles it from then on and `docs/gpu.md` shows it.
+To add an implementation that decodes inside the product, write its module and add its name to
+`IMPLEMENTATIONS`, `FUSED` and `FUSED_ROWS`. `make gpu-check` then compiles it, and `docs/gpu.md`
+lists it.
 """
 
 import functools
@@ -33,24 +34,25 @@ IMPLEMENTATIONS: Mapping[str, str] = {
     "triton": "qlora_jax.kernels.triton",
     "mosaic": "qlora_jax.kernels.mosaic.kernel",
 }
-"""Name to module, each with `forward(x, q)` and `backward(g, q)`. xla runs on every device."""
+"""Name to module; a module has `forward(x, q)` and `backward(g, q)`. xla runs on every device."""
 
 
 class FusedProduct(NamedTuple):
-    """Where an implementation that decodes inside the product runs, and what it looks like.
+    """Requirements and properties of an implementation that decodes inside the product.
 
     Attributes:
-      capability: the least compute capability of an NVIDIA GPU.
-      jax: the least version of jax.
-      dtypes: of x.
-      scales: formats of block scales (`quant.scales.SCALES`) that it decodes; others are decoded to
-        float32 before it.
-      stacks: whether it takes a matrix out of its stack by itself (`quant.QLayer`).
-      together: the rows of x for which its module multiplies several weights in one launch, by
-        `several(x, qs)`.
-      target: how the target of its custom call begins, in a compiled program.
-      tile: (rows, dtype of x, contracted features, resulting features, direction, the GPU's
-        compute capability) to the rows and columns of the result that one block computes.
+      capability: least compute capability of an NVIDIA GPU.
+      jax: least version of jax.
+      dtypes: allowed dtypes of x.
+      scales: formats of block scales (`quant.scales.SCALES`) that the kernel decodes; other formats
+        are decoded to float32 before the kernel runs.
+      stacks: True if the kernel accepts a layer of a stack (`quant.QLayer`) without a copy.
+      together: numbers of rows of x for which the module multiplies several weights in one launch,
+        with `several(x, qs)`.
+      target: prefix of the custom call's target in a compiled program.
+      tile: function of (rows, dtype of x, contracted features, resulting features, direction,
+        compute capability of the GPU) that returns the rows and columns of the result that one
+        thread block computes.
     """
 
     capability: Capability
@@ -63,6 +65,7 @@ class FusedProduct(NamedTuple):
     tile: Callable[[int, DTypeLike, int, int, str, Capability], tuple[int, int]]
 
     def __str__(self) -> str:
+        """Returns the requirements as text, for messages."""
         major, minor = self.capability
         version = ".".join(map(str, self.jax))
         dtypes = " or ".join(self.dtypes)
@@ -76,7 +79,7 @@ FUSED: Mapping[str, FusedProduct] = {
         dtypes=("bfloat16", "float16"),
         scales=(PLAIN, DOUBLE),
         stacks=True,
-        together=range(1, 17),  # more rows fill a GPU by themselves
+        together=range(1, 17),  # a product with more rows fills a GPU alone
         target="mosaic_gpu",
         tile=mosaic_tiles.block,
     ),
@@ -91,10 +94,10 @@ FUSED: Mapping[str, FusedProduct] = {
         tile=triton_tiles.block,
     ),
 }
-"""Name to facts, the preferred first."""
+"""Name to properties, in order of preference."""
 
 EVERY = sys.maxsize
-"""More rows than there are."""
+"""End of a range of rows that has no upper limit."""
 
 FUSED_ROWS: Mapping[str, Mapping[Capability, tuple[range, ...]]] = {
     "mosaic": {
@@ -105,25 +108,26 @@ FUSED_ROWS: Mapping[str, Mapping[Capability, tuple[range, ...]]] = {
     },
     "triton": {},
 }
-"""Implementation to compute capability (and those above, up to the next) to the rows of x for which
-it is no slower than decoding first: as measured where docs/results/gpu has a report of such a GPU
-(`gpu/measured.py`), else as modelled (docs/gpu.md). This table is printed by `python -m
-experiments.tools.gpu_table --rows`."""
+"""Implementation, then compute capability, to the rows of x for which it is no slower than decoding
+first. An entry holds for its capability and those above, up to the next entry. The values are
+measured if docs/results/gpu has a report of such a GPU (`gpu/measured.py`), and modelled otherwise
+(docs/gpu.md). `python -m experiments.tools.gpu_table --rows` prints this table."""
 
 
 def module_of(implementation: str) -> ModuleType:
-    """Returns the module of an implementation; it is imported when first asked for.
+    """Imports and returns the module of an implementation.
 
     Raises:
-      UserError: mosaic, on a jax that is too old for it.
+      UserError: the implementation is mosaic and the installed jax is too old for it.
     """
     return importlib.import_module(IMPLEMENTATIONS[implementation])
 
 
 def pick(rows: int, dtype: DTypeLike) -> str:
-    """Returns the implementation for `rows` of x on the GPU that is compiled for.
+    """Returns the implementation for `rows` rows of x on the GPU that is compiled for.
 
-    It is the first that `FUSED_ROWS` has these rows for; elsewhere it is xla.
+    This is the first implementation whose entry in `FUSED_ROWS` contains the number of rows; if
+    there is none, xla.
     """
     for name, some in picked(compiled_for(), dtype).items():
         if any(rows in each for each in some):
@@ -132,7 +136,7 @@ def pick(rows: int, dtype: DTypeLike) -> str:
 
 
 def picked(capability: Capability | None, dtype: DTypeLike) -> dict[str, tuple[range, ...]]:
-    """Returns what `pick` takes on such a GPU: name to the rows of x that it may take it for."""
+    """Returns the implementations that `pick` may return on such a GPU, with their rows of x."""
     found = {}
     for name in usable(capability, dtype):
         known = [c for c in FUSED_ROWS[name] if capability is not None and c <= capability]
@@ -144,7 +148,9 @@ def picked(capability: Capability | None, dtype: DTypeLike) -> dict[str, tuple[r
 def usable(capability: Capability | None, dtype: DTypeLike) -> list[str]:
     """Returns the names in `FUSED` that run on a GPU of this capability in this dtype.
 
-    None is a device that is no such GPU: nothing runs there.
+    Args:
+      capability: compute capability; None for a device that is no NVIDIA GPU, where none runs.
+      dtype: dtype of x.
     """
     return [
         name
@@ -160,7 +166,7 @@ def choose_kernel(config: ModelSettings, device: Hardware) -> str | None:
     """Returns a run's implementation of products with 4-bit weights; None leaves it to `pick`.
 
     Raises:
-      UserError: what the config asks for does not run on the device.
+      UserError: no implementation that the config allows runs on the device.
     """
     asked, never = config.kernels.implementation, config.kernels.materialize == "never"
     if config.method != "qlora" or (asked is None and not never):
@@ -188,18 +194,18 @@ def choose_kernel(config: ModelSettings, device: Hardware) -> str | None:
 def trusted_kernel(
     config: ModelSettings, device: jax.Device, warn: Callable[[str], None]
 ) -> str | None:
-    """`choose_kernel`, after the kernels that the run may take were tried on the device.
+    """Returns the result of `choose_kernel`, after a test of the kernels on the device.
 
-    If one that `pick` may take is wrong, the run takes xla.
+    If a kernel that `pick` may return gives wrong products, the result is xla.
 
     Args:
-      config: of the run, or of the model alone.
-      device: to try them on.
-      warn: called with a line for the user.
+      config: config of the run, or of the model alone.
+      device: device on which the kernels are tested.
+      warn: function that receives a line for the user.
 
     Raises:
-      UserError: as `choose_kernel`.
-      RunFailed: the config asks for a kernel whose products are wrong here.
+      UserError: no implementation that the config allows runs on the device.
+      RunFailed: the config names a kernel that gives wrong products on the device.
     """
     chosen, dtype = choose_kernel(config, device), config.model.compute_dtype
     if config.method != "qlora" or chosen == "xla":
@@ -217,19 +223,19 @@ def trusted_kernel(
 
 CHECKED_SHAPE = (512, 384)
 CHECKED_ROWS = (3, 40, 200)
-"""One for each kind of tile."""
+"""Numbers of rows to check, one for each kind of tile."""
 
 
 def agrees(implementation: str, dtype: DTypeLike) -> bool:
-    """Returns whether products in both directions are those of xla, to the rounding of `dtype`.
+    """Returns whether products in both directions equal those of xla, up to rounding in `dtype`.
 
-    Drivers, compilers and GPUs differ from those a kernel was tested on, and a wrong product would
-    only show as a model that learns badly.
+    Drivers, compilers and GPUs can differ from those that a kernel was tested on. Without this
+    check, the only sign of a wrong product would be a model that learns badly.
     """
     random = np.random.default_rng(0)
     stack = quantize(random.normal(size=(2, *CHECKED_SHAPE)).astype(np.float32))
-    second = QLayer(stack, jnp.int32(1))  # as a model's layers give it
-    # codebook, scale, their product, the sum and the result are rounded
+    second = QLayer(stack, jnp.int32(1))  # the same form as in a model
+    # five values are rounded: codebook, scale, their product, the sum and the result
     tolerance = 8 * float(jnp.finfo(dtype).eps)
 
     def both(name: str, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -246,7 +252,7 @@ def agrees(implementation: str, dtype: DTypeLike) -> bool:
         for x, g in inputs
         for name in (implementation, "xla")
     ]
-    with ThreadPoolExecutor(len(programs)) as pool:  # a GPU's compilers take seconds for each
+    with ThreadPoolExecutor(len(programs)) as pool:  # compiling for a GPU takes seconds per program
         compiled = list(pool.map(jax.stages.Lowered.compile, programs))
     for (x, g), ours, reference in zip(inputs, compiled[::2], compiled[1::2]):
         for y, expected in zip(ours(x, g), reference(x, g)):

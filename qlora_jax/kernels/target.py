@@ -1,4 +1,4 @@
-"""The GPU that programs are compiled for, and what follows from its compute capability alone."""
+"""The GPU that programs are compiled for, and functions of its compute capability."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ from typing import Protocol
 import jax
 
 Capability = tuple[int, int]
-"""(8, 0) for sm_80."""
+"""Compute capability of an NVIDIA GPU; (8, 0) is sm_80."""
 
 
 class Hardware(Protocol):
-    """A jax device, or the description of one; an NVIDIA GPU's has `compute_capability` too."""
+    """A jax device or its description; for an NVIDIA GPU it also has `compute_capability`."""
 
     @property
     def device_kind(self) -> str: ...
 
 
 def capability_of(device: object) -> Capability | None:
-    """Returns an NVIDIA GPU's compute capability; None of any other device."""
+    """Returns the compute capability of an NVIDIA GPU; None for any other device."""
     text = getattr(device, "compute_capability", None)
     try:
         major, minor = map(int, str(text).split("."))
@@ -29,7 +29,7 @@ def capability_of(device: object) -> Capability | None:
 
 
 def half_dtype(capability: Capability | None) -> str:
-    """Returns the 16-bit dtype that a device multiplies fast: before sm_80, GPUs lack bfloat16."""
+    """Returns the fast 16-bit dtype of a device: float16 below sm_80, where bfloat16 is missing."""
     return "float16" if capability is not None and capability < (8, 0) else "bfloat16"
 
 
@@ -38,7 +38,7 @@ _target: ContextVar[Capability | None] = ContextVar("target", default=None)
 
 @contextlib.contextmanager
 def compiling_for(capability: Capability) -> Iterator[None]:
-    """Within it products are for a GPU of this capability, which need not be here."""
+    """Compiles products for a GPU of this capability, present or not, within the context."""
     token = _target.set(capability)
     try:
         yield
@@ -47,7 +47,7 @@ def compiling_for(capability: Capability) -> Iterator[None]:
 
 
 def compiled_for() -> Capability | None:
-    """Returns the capability of the GPU that programs are compiled for; None if it is no GPU."""
+    """Returns the capability of the GPU that programs are compiled for; None without such a GPU."""
     return _target.get() or capability_of(jax.devices()[0])
 
 

@@ -1,14 +1,15 @@
-"""The product fused with its decode, as Pallas kernels on the Triton backend (sm_80 and newer).
+"""Product kernels that decode inside the product, in Pallas on Triton (sm_80 and newer).
 
-One program computes one tile of the result; codes, scales and codebook are decoded in registers,
-so the weight in floats never reaches memory. Plain on purpose: it serves jax 0.10, where Mosaic
-GPU is not usable below sm_90, and is the second opinion on every other kernel.
+One program computes one tile of the result. It decodes the weights in registers, so the decoded
+weight is never in memory. The code is deliberately simple: it serves jax 0.10, where Mosaic GPU
+cannot be used below sm_90, and the other kernels are compared with it.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,16 @@ from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import GROUP, QTensor
 
 HALF = GROUP // 2
+
+Ref = Any
+"""A reference to an array, or a QTensor of references, in a kernel."""
+
 INTERPRET = False
-"""Run the kernels as plain JAX, on any device; for tests."""
+"""True runs the kernels as plain JAX on any device; for tests."""
 
 
 def forward(x: jax.Array, q: QTensor) -> jax.Array:
-    """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
+    """Returns x @ W, [..., K] to [..., N] in x's dtype, accumulated in float32."""
     rows = x.reshape(math.prod(x.shape[:-1]), q.in_features)
     tile = tile_for(rows.shape[0], rows.dtype)
     grid = (pl.cdiv(rows.shape[0], tile.m), pl.cdiv(q.shape[-1], tile.n))
@@ -35,7 +40,7 @@ def forward(x: jax.Array, q: QTensor) -> jax.Array:
 
 
 def backward(g: jax.Array, q: QTensor) -> jax.Array:
-    """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
+    """Returns g @ W.T, [..., N] to [..., K] in g's dtype, accumulated in float32."""
     rows = g.reshape(math.prod(g.shape[:-1]), q.shape[-1])
     tile = tile_for(rows.shape[0], rows.dtype)
     grid = (pl.cdiv(rows.shape[0], tile.m), pl.cdiv(q.in_features, GROUP))
@@ -66,7 +71,7 @@ def _call(
     return call(rows, q, jnp.asarray(dynamic_map()))
 
 
-def _forward_kernel(tile: TritonTile, x, q, table, y) -> None:
+def _forward_kernel(tile: TritonTile, x: Ref, q: Ref, table: Ref, y: Ref) -> None:
     rows = pl.program_id(0) * tile.m + jnp.arange(tile.m)[:, None]
     columns = pl.program_id(1) * tile.n + jnp.arange(tile.n)[None, :]
 
@@ -81,7 +86,7 @@ def _forward_kernel(tile: TritonTile, x, q, table, y) -> None:
     _store(y, rows, columns, total)
 
 
-def _backward_kernel(tile: TritonTile, g, q, table, dx) -> None:
+def _backward_kernel(tile: TritonTile, g: Ref, q: Ref, table: Ref, dx: Ref) -> None:
     rows = pl.program_id(0) * tile.m + jnp.arange(tile.m)[:, None]
     i = pl.program_id(1)
 
@@ -97,8 +102,8 @@ def _backward_kernel(tile: TritonTile, g, q, table, dx) -> None:
         _store(dx, rows, _elements(i, half), total)
 
 
-def _decode(q, table, i: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Group i of W, its first and its last 32 rows, float32[32, columns]."""
+def _decode(q: Ref, table: Ref, i: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Decodes group i of W: its first and its last 32 rows, each float32[32, columns]."""
     packed = _load(q.codes, i * HALF + jnp.arange(HALF)[:, None], columns)
     halves = []
     for half, index in enumerate((packed & 15, packed >> 4)):
@@ -118,18 +123,18 @@ def _elements(i: jax.Array, half: int) -> jax.Array:
     return i * GROUP + half * HALF + jnp.arange(HALF)[None, :]
 
 
-def _load(ref, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """ref[rows, columns], zero beyond its edges."""
+def _load(ref: Ref, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Loads ref[rows, columns], with zeros beyond the edges."""
     inside = (rows < ref.shape[0]) & (columns < ref.shape[1])
     return plt.load(ref.at[rows, columns], mask=inside, other=0)
 
 
-def _store(ref, rows: jax.Array, columns: jax.Array, values: jax.Array) -> None:
+def _store(ref: Ref, rows: jax.Array, columns: jax.Array, values: jax.Array) -> None:
     inside = (rows < ref.shape[0]) & (columns < ref.shape[1])
     plt.store(ref.at[rows, columns], values.astype(ref.dtype), mask=inside)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Without this, float32 operands would be rounded to TF32.
+    # With the default precision, float32 operands would be rounded to TF32.
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)

@@ -10,13 +10,13 @@ from qlora_jax.quant.qtensor import GROUP
 
 
 class TritonTile(NamedTuple):
-    """One program's share of a kernel.
+    """The part of a product that one program computes, and its launch settings.
 
     Attributes:
-      m: rows of x; 16 is the least that tensor cores take.
+      m: rows of x; tensor cores need at least 16.
       n: columns of W.
-      warps: the number of warps, of 32 threads each.
-      stages: the depth of the compiler's software pipeline.
+      warps: number of warps, of 32 threads each.
+      stages: depth of the compiler's software pipeline.
     """
 
     m: int
@@ -29,11 +29,11 @@ TILES = {
     2: (TritonTile(16, 32), TritonTile(32, 64), TritonTile(64, 64)),
     4: (TritonTile(16, 32),),
 }
-"""Bytes of x's dtype to tiles by m. Larger ones spill registers on an sm_80."""
+"""Bytes of x's dtype to tiles, ordered by m. Larger tiles spill registers on sm_80."""
 
 
 def tile_for(m: int, dtype: DTypeLike) -> TritonTile:
-    """Returns the smallest tile that holds m rows, or the largest there is."""
+    """Returns the smallest tile that holds m rows, or the largest tile if none does."""
     tiles = TILES[jnp.dtype(dtype).itemsize]
     return next((tile for tile in tiles if m <= tile.m), tiles[-1])
 
@@ -41,6 +41,9 @@ def tile_for(m: int, dtype: DTypeLike) -> TritonTile:
 def block(
     m: int, dtype: DTypeLike, inner: int, outer: int, direction: str, capability: Capability
 ) -> tuple[int, int]:
-    """Returns the rows and columns of the result that one program computes; see `select.FusedProduct`."""
+    """Returns the rows and columns of the result that one program computes.
+
+    The arguments are described in `select.FusedProduct.tile`.
+    """
     tile = tile_for(m, dtype)
     return tile.m, tile.n if direction == "forward" else GROUP

@@ -1,4 +1,4 @@
-"""The reference: decode the weight, then one matrix product. Runs on every backend."""
+"""The reference implementation: decodes the weight, then multiplies; runs on every backend."""
 
 import functools
 import math
@@ -12,20 +12,20 @@ from qlora_jax.quant.qtensor import GROUP, block_scales, group_scales, selected
 
 HALF = GROUP // 2
 ROWS_FUSED = 8
-"""Rows of each half of a group in one expression, in a product with one row of x on a CPU; divides
-HALF. With fewer, XLA of jax 0.10 slices the stack of layers inside the loop, which then stays
-scalar (7x slower); with more, compiling takes longer and the product no less."""
+"""Rows of each half of a group that `_one_row` sums in one expression on a CPU; divides HALF.
+With fewer rows, XLA of jax 0.10 slices the stack of layers inside the loop, and the loop is not
+vectorized (7x slower). With more rows, compilation is slower and the product is not faster."""
 
 
 def forward(x: jax.Array, q: QTensor) -> jax.Array:
-    """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
+    """Returns x @ W, [..., K] to [..., N] in x's dtype, accumulated in float32."""
     if math.prod(x.shape[:-1]) == 1:
         return jax.lax.platform_dependent(x, q, cpu=_one_row, default=_decoded)
     return _decoded(x, q)
 
 
 def backward(g: jax.Array, q: QTensor) -> jax.Array:
-    """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
+    """Returns g @ W.T, [..., N] to [..., K] in g's dtype, accumulated in float32."""
     return product(g, dequantize(q, g.dtype), 1).astype(g.dtype)
 
 
@@ -34,12 +34,13 @@ def _decoded(x: jax.Array, q: QTensor) -> jax.Array:
 
 
 def _one_row(x: jax.Array, q: QTensor) -> jax.Array:
-    """x @ W for a single row of x; the decoded weight is never in memory, nor rounded.
+    """Returns x @ W for a single row of x; the decoded weight is neither stored nor rounded.
 
     One elementwise expression over [group, row, n] sums `ROWS_FUSED` rows of each half and
-    scales the sum; XLA:CPU vectorizes it along n and divides it among threads. What is left to
-    add up is a product with ones, which unlike a sum is not fused into it and kept scalar. A byte
-    is widened once for both of its codes, whose bits are tested where they are.
+    multiplies the sum by the scale. XLA:CPU vectorizes it along n and divides it among threads. The
+    remaining sum is written as a product with ones, because XLA would fuse a plain sum into the
+    expression and then not vectorize it. A byte is widened once for both of its codes; the bits are
+    tested in place.
     """
     n = q.codes.shape[-1]
     flat = jnp.pad(x.reshape(-1), (0, 2 * q.codes.shape[0] - q.in_features)).astype(jnp.float32)

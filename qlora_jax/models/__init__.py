@@ -1,1 +1,1 @@
-"""One scanned decoder for every family, its config, generation, and the model as plain trees."""
+"""The decoder of all families (a scan over its layers), its config, generation and plain trees."""

@@ -1,4 +1,4 @@
-"""A model under one adapter that was read, or with banks of several."""
+"""Gives a model one adapter that was read from a file, or banks that hold several adapters."""
 
 from typing import cast
 
@@ -13,11 +13,11 @@ from qlora_jax.runtime.errors import UserError
 
 
 def wear(model: Decoder, adapters: LoraSet) -> None:
-    """Gives the model one adapter in place of those that it had, in place.
+    """Replaces the adapters of a model by one given adapter, in place.
 
     Args:
-      model: changed in place.
-      adapters: LoRA weights by path; the model has each path, with these shapes.
+      model: model to change.
+      adapters: module path to LoRA weights; the model has each of these modules, in this shape.
     """
     detach(model)
     specs = {path: AdapterSpec(own.rank, own.alpha, own.scale) for path, own in adapters.items()}
@@ -25,38 +25,42 @@ def wear(model: Decoder, adapters: LoraSet) -> None:
 
 
 def attach_bank(model: Decoder, *, slots: int, rank: int, dtype: jax.typing.DTypeLike) -> None:
-    """Gives every linear an empty bank, in place of the adapters that the model had.
+    """Replaces the adapters of every linear by an empty bank, in place.
 
     Args:
-      model: changed in place.
-      slots: most adapters at a time. The slot after them, `slots` itself, is the base's.
-      rank: largest rank of any.
-      dtype: of A and B; the compute dtype loses nothing, for products round them to it.
+      model: model to change.
+      slots: largest number of adapters at a time. Rows with slot number `slots` use the base alone.
+      rank: largest rank of an adapter.
+      dtype: dtype of A and B. The compute dtype loses no accuracy, because products round A and B
+        to it.
     """
     detach(model)
     for run in model.runs:
         for linear in run.linears().values():
             layers, k, n = linear.weight.get_value().shape
             bank = Bank(layers, k, n, slots, rank, dtype)
-            linear.adapter = nnx.data(cast(Adapter, bank))  # a linear calls it as it does one
+            # Bank has the methods of Adapter that a linear calls.
+            linear.adapter = nnx.data(cast(Adapter, bank))
 
 
 def put_adapter(model: Decoder, slot: int, adapters: LoraSet) -> None:
-    """Writes an adapter into a slot, in place. No shape changes, so no program compiles anew.
+    """Writes an adapter into a slot of the banks, in place.
+
+    No shape changes, so no program is compiled again.
 
     Args:
-      model: with banks.
-      slot: from 0.
-      adapters: LoRA weights by path; the model has each path, with these shapes.
+      model: model with banks.
+      slot: number of the slot, from 0.
+      adapters: module path to LoRA weights; the model has each of these modules, in this shape.
 
     Raises:
-      UserError: the adapter's rank is above the banks'.
+      UserError: the rank of the adapter is larger than the rank of the banks.
     """
     first = next(iter(model.runs[0].linears().values()))
     room = _bank(first).a.get_value().shape[-1]
     if (rank := largest_rank(adapters)) > room:
         raise UserError(
-            f"the adapter's rank {rank} is above the largest there is room for, {room}; start with "
+            f"the adapter's rank {rank} is above the largest allowed rank, {room}; start with "
             f"--max-rank {rank}, or reduce it with qlora-jax combine --rank {room}"
         )
     start = 0

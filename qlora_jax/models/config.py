@@ -1,4 +1,4 @@
-"""What a decoder looks like, read from a Hugging Face `config.json`."""
+"""The shapes and switches of a decoder, read from a Hugging Face `config.json`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,25 +11,31 @@ from qlora_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shapes and switches of one decoder. `windows[i]` is layer i's sliding window, or None.
+    """The shapes and switches of one decoder.
 
     Attributes:
-      norm: rms; rms_float32, whose weight is applied before rounding; rms_offset, the same with
-        1 + weight (Gemma); or layer, with mean and bias.
-      rope: None rotates nothing.
-      local_rope: of the layers with a window, where it is another.
-      unrotated: layers without rotation.
-      positions_before: rows of a learned table of positions ahead of position 0's; None: there is
-        no table.
-      scaled_embeddings: by the square root of the hidden size.
-      qk_norm: "head" normalizes each head of q and k, "all" the heads together; None: neither.
-      fused_qkv: q, k and v are one linear: "concatenated", or "interleaved" head by head.
-      fused_gate_up: gate and up are one linear.
-      attention_scale: factor on scores; None is head_dim^-1/2.
-      attention_softcap, final_softcap: c in c·tanh(x/c) of scores and of logits.
-      pre_norms, post_norms: norms of the input, and of the output, of attention and of the MLP.
-      gated: the MLP is down(activation(gate) · up) and not down(activation(up)).
-      parallel_residual: attention and MLP read the same x.
+      windows: length of the sliding window of each layer; None: the layer has no window.
+      norm: kind of norm. "rms" rounds to the compute dtype before it multiplies by the weight;
+        "rms_float32" multiplies before it rounds; "rms_offset" does the same with 1 + weight
+        (Gemma); "layer" is LayerNorm, with mean and bias.
+      rope: rotary position embedding; None: the decoder rotates nothing.
+      local_rope: rope of the layers with a window; None: they use `rope`.
+      unrotated: indices of the layers without rotation.
+      positions_before: number of rows before position 0 in the learned position table; None: the
+        decoder has no such table.
+      scaled_embeddings: whether embeddings are multiplied by the square root of the hidden size.
+      qk_norm: "head" normalizes each head of q and k alone, "all" normalizes all heads together;
+        None: q and k are not normalized.
+      fused_qkv: order of q, k and v in their common linear: "concatenated", or "interleaved" head
+        by head; None: q, k and v are three linears.
+      fused_gate_up: whether gate and up are one linear.
+      attention_scale: factor on scores; None: head_dim^-1/2.
+      attention_softcap, final_softcap: c in c·tanh(x/c) for scores and for logits; None: no cap.
+      pre_norms, post_norms: whether the inputs, and the outputs, of attention and MLP are
+        normalized.
+      gated: whether the MLP is down(activation(gate) · up); False: down(activation(up)).
+      activation: name of the activation function, one of `ACTIVATIONS`.
+      parallel_residual: whether attention and MLP read the same x.
     """
 
     family: str
@@ -68,14 +74,17 @@ class DecoderConfig:
 
     @property
     def longest(self) -> int:
-        """Positions of a sequence, at most: `max_positions`, or what the rope is scaled to."""
+        """Largest number of positions of a sequence.
+
+        It is `max_positions`, or the length that the rope scaling is made for if that is larger.
+        """
         return max([self.max_positions, *(rope.reach for rope in self._ropes)])
 
     @property
     def longest_cached(self) -> int:
-        """Positions of a sequence that is generated, at most.
+        """Largest number of positions of a sequence in generation with a KV cache.
 
-        A cache holds keys as they were rotated, so all its positions must have one rotation.
+        The cache holds rotated keys. So the frequencies must not change while the sequence grows.
         """
         return min([self.longest, *(r.original_positions for r in self._ropes if r.varies)])
 
@@ -96,7 +105,7 @@ ACTIVATIONS = (
 ALIASES = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"
 )
-"""transformers' other names of these functions."""
+"""Other names that transformers has for functions of `ACTIVATIONS`."""
 
 WINDOWED: Mapping[str, Callable[[int, Mapping[str, Any]], bool]] = {
     "all": lambda layer, values: True,
@@ -106,32 +115,35 @@ WINDOWED: Mapping[str, Callable[[int, Mapping[str, Any]], bool]] = {
         bool(values["use_sliding_window"]) and layer in values["unrotated"]
     ),
 }
-"""`Family.windows` to whether a layer has the window, given its index and the config's values.
+"""Value of `Family.windows` to a function of (layer index, config values): has the layer a window?
 
-`layer_types` decides in its place where a file has it.
+If a file has `layer_types`, that list decides instead.
 """
 
 
 MOST_LAYERS = 4096
-"""Layers of a model, at most: lists are made of them before the weights are looked at."""
+"""Largest allowed number of layers.
+
+The reader makes lists of this length before it opens the weights, so a damaged file needs a limit.
+"""
 
 
 def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
-    """Reads the config.json of transformers 4 or 5.
+    """Returns the config that a config.json of transformers 4 or 5 describes.
 
     Args:
-      raw: the parsed file.
-      where: the file's name, for messages.
+      raw: content of the file.
+      where: name of the file, for messages.
 
     Raises:
-      UserError: a model type, an activation or a rope scaling that is not supported, another value
-        that the decoder has no part for, or a missing key.
+      UserError: a model type, an activation, a rope scaling or another value is not supported, a
+        value cannot be used, or a key is missing.
     """
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type {raw.get('model_type')!r} is not supported; "
-            f"give a model of one that is: {', '.join(FAMILIES)}"
+            f"give a model of a supported type: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     for key, allowed in family.only.items():
@@ -148,7 +160,7 @@ def from_hugging_face(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     except KeyError as e:
         key = family.keys.get(e.args[0], e.args[0])
         raise UserError(
-            f"{where}: key {key} is missing; add it as the model's publisher has it"
+            f"{where}: key {key} is missing; add it with the value of the model's publisher"
         ) from None
     except UserError:
         raise
@@ -162,7 +174,7 @@ def _require(where: str, key: str, value: Any, values: tuple[Any, ...]) -> None:
     if value not in values:
         known = ", ".join("null" if v is None else str(v) for v in values)
         raise UserError(
-            f"{where}: {key} {value!r} is not supported; give a model with one that is: {known}"
+            f"{where}: {key} {value!r} is not supported; give a model with one of: {known}"
         )
 
 
@@ -183,7 +195,7 @@ def _fields(kind: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     attention_bias = bool(raw.get("attention_bias", False))
 
     def listed(key: str) -> Any:
-        """A key that counts only for the families that have it."""
+        """Returns the value of a key, or None if the family does not have this key."""
         return raw.get(key) if family.keys.get(key, key) in family.defaults else None
 
     scale = listed("query_pre_attn_scalar")
@@ -247,7 +259,7 @@ def _windows(
 
 
 def _unrotated(listed: Callable[[str], Any], layers: int) -> tuple[int, ...]:
-    rotated = listed("no_rope_layers")  # which holds 1 where a layer has rotation
+    rotated = listed("no_rope_layers")  # 1 for a layer with rotation, else 0
     if rotated is None:
         every = listed("no_rope_layer_interval")
         return tuple(i for i in range(layers) if every and not (i + 1) % int(every))

@@ -41,7 +41,7 @@ from qlora_jax.quant import QTensor, stack
 from qlora_jax.quant.sharded import Sharded, looked_up, whole
 
 INPUT = "layer input"
-"""The name of what a layer reads, for policies of `jax.checkpoint`."""
+"""Name of a layer's input for the policies of `jax.checkpoint`."""
 
 REMAT: Mapping[str, Callable[[Callable], Callable]] = {
     "none": lambda f: f,
@@ -59,24 +59,27 @@ REMAT: Mapping[str, Callable[[Callable], Callable]] = {
         ),
     ),
 }
-"""Name to what wraps a layer: what the backward pass keeps of it."""
+"""Name of a remat policy to the function that wraps a layer.
+
+The policy decides which values of the forward pass are saved for the backward pass."""
 
 WHOLE_LAYERS = ("full", "host")
-"""Keys of `REMAT` with which the backward pass computes whole layers again."""
+"""Keys of `REMAT` with which the backward pass recomputes whole layers."""
 
 
 class Decoder(nnx.Module):
     """A causal language model over stacked weights.
 
     Attributes:
-      embed: [vocab, hidden].
-      runs: stacks of structurally identical layers, in order; usually one.
-      head: [hidden, vocab], or None when it is the embedding's transpose.
-      positions: [rows, hidden] of a learned table, or None.
-      embed_adapter: the embedding's adapter, A [vocab, r] and B [r, hidden], or None. It leaves a
-        head that is tied to the embedding alone.
-      head_adapter: the head's adapter, A [hidden, r] and B [r, vocab], or None. It leaves an
-        embedding that is tied to the head alone.
+      embed: embedding, [vocab, hidden].
+      runs: stacks of layers with identical structure, in order; usually one stack.
+      norm: final norm.
+      head: head, [hidden, vocab]; None: the head is the transpose of the embedding.
+      positions: learned position table, [rows, hidden], or None.
+      embed_adapter: adapter of the embedding, A [vocab, r] and B [r, hidden], or None. It does not
+        change a head that is tied to the embedding.
+      head_adapter: adapter of the head, A [hidden, r] and B [r, vocab], or None. It does not
+        change an embedding that is tied to the head.
     """
 
     def __init__(
@@ -108,15 +111,15 @@ class Decoder(nnx.Module):
         remat: str = "none",
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The last layer's normalized output.
+        """Returns the normalized output of the last layer.
 
         Args:
-          tokens: int32[B, T].
-          segments: int32[B, T]; a token sees only its own segment.
-          positions: int32[B, T], from 0 in each segment.
+          tokens: token ids, int32[B, T].
+          segments: segment numbers, int32[B, T]; a token sees only tokens of its segment.
+          positions: positions, int32[B, T], from 0 in each segment.
           dtype: compute dtype.
           remat: a key of `REMAT`.
-          key: for dropout, one or one for each row [B]; None is inference.
+          key: dropout key, one for all rows or one for each row [B]; None: inference, no dropout.
 
         Returns:
           dtype[B, T, hidden].
@@ -142,9 +145,9 @@ class Decoder(nnx.Module):
         dtype: jax.typing.DTypeLike,
         key: jax.Array | None,
     ) -> tuple[jax.Array, SharedInputs, LayerInputs]:
-        """Returns the first layer's input, and what the layers share and own, as a stack of all.
+        """Returns the first layer's input, the inputs that all layers share, and each layer's own.
 
-        The arguments are those of `hidden`.
+        The layers' inputs are one stack over all layers. The arguments are those of `hidden`.
         """
         lengths = segment_lengths(segments, positions) if self.config.varying_rope else None
         shared = shared_inputs(self.config, in_segments(segments), positions, lengths)
@@ -158,10 +161,11 @@ class Decoder(nnx.Module):
         *,
         dtype: jax.typing.DTypeLike,
     ) -> tuple[jax.Array, KVCache]:
-        """Like `hidden` for one segment a row, reading and writing a cache [L, B, S, ...].
+        """Returns the output of `hidden` and the updated KV cache [L, B, S, ...].
 
-        A token at position p is written to slot p and sees slots 0 to p. It is rotated as in a
-        sequence of no more than `config.longest_cached` positions, which the caller keeps to.
+        Each row is one segment. A token at position p is written to slot p and sees slots 0 to p.
+        The caller must keep positions below `config.longest_cached`, because beyond it the rope
+        frequencies change.
         """
         x = self.enter(tokens, positions, dtype)
         shared = shared_inputs(self.config, up_to(positions), positions, None)
@@ -176,7 +180,7 @@ class Decoder(nnx.Module):
 
             x, new = jax.lax.scan(body, x, (weights, self.part(everything, place)))
             written.append(new)
-        # All layers' tokens at once: a cache that each layer writes is copied by each layer.
+        # Write the tokens of all layers at once: if each layer wrote, each would copy the cache.
         rows = jnp.arange(tokens.shape[0])[:, None], positions
         new = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
         return self.norm(x), jax.tree.map(lambda all, x: all.at[:, *rows].set(x), cache, new)
@@ -184,9 +188,10 @@ class Decoder(nnx.Module):
     def enter(
         self, tokens: jax.Array, positions: jax.Array, dtype: jax.typing.DTypeLike
     ) -> jax.Array:
-        """Returns what the first layer reads, dtype[B, T, hidden]; arguments as in `hidden`."""
+        """Returns the first layer's input, dtype[B, T, hidden]; arguments as in `hidden`."""
         config = self.config
-        # Held to the tokens: XLA:CPU would convert all of it before a loop over tokens and keep it.
+        # The barrier ties the embedding to the tokens. Without it, XLA:CPU converts the whole
+        # embedding before a loop over tokens and keeps the copy.
         embed, tokens = jax.lax.optimization_barrier((self.embed.get_value(), tokens))
         x = looked_up(embed, tokens).astype(dtype)
         if self.embed_adapter is not None:
@@ -198,13 +203,13 @@ class Decoder(nnx.Module):
         return x
 
     def part(self, stacks: Any, place: int) -> Any:
-        """Returns the layers of the run at `place` in `runs` of stacks of all layers."""
+        """Cuts the layers of `runs[place]` out of stacks over all layers of the model."""
         start = self._starts()[place]
         end = start + run_length(self.runs[place])
         return jax.tree.map(lambda all: all[start:end], stacks)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden @ head, soft-capped where the family does it, in float32: [..., vocab]."""
+        """Returns float32[..., vocab]: hidden @ head, soft-capped if the config has a cap."""
         stored, vocab_axis = self.stored_head()
         weight = whole(stored)
         logits = product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
@@ -215,39 +220,41 @@ class Decoder(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def stored_head(self) -> tuple[jax.Array | Sharded, int]:
-        """The head as it is stored, maybe in parts, and which of its axes is the vocabulary."""
+        """Returns the stored head, which may be `Sharded`, and the index of its vocabulary axis."""
         stored, axis = (self.embed, 0) if self.head is None else (self.head, 1)
         return stored.get_value(), axis
 
     def head_update(
         self, hidden: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array] | None:
-        """Returns the two factors of what the head's adapter adds to hidden @ head, or None.
+        """Returns the two factors of the term that the head's adapter adds, or None without one.
+
+        The logits become hidden @ head + low @ B, with low = scale · (hidden @ A).
 
         Args:
-          hidden: float[..., hidden].
-          key: as `hidden` takes it.
+          hidden: normalized output of the last layer, float[..., hidden].
+          key: dropout key, as for the method `hidden`.
 
         Returns:
-          [..., r] in hidden's dtype and [r, vocab], whose product is added.
+          low [..., r] in hidden's dtype, and B [r, vocab].
         """
         if self.head_adapter is None:
             return None
-        # the layers' keys are those of 0 to num_layers - 1
+        # the layers use the numbers 0 to num_layers - 1
         own = None if key is None else dropout.fold_in(key, self.config.num_layers)
         return self.head_adapter.low(hidden, own), self.head_adapter.b.get_value()
 
     def outer_adapters(self) -> dict[str, Adapter]:
-        """Returns the adapters of embedding and head by Hugging Face module path."""
+        """Returns the adapters of the embedding and the head, by Hugging Face module path."""
         found = {self.config.names.embed: self.embed_adapter, HEAD: self.head_adapter}
         return {path: adapter for path, adapter in found.items() if adapter is not None}
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Every layer's linears: Hugging Face module path to (in_features, out_features)."""
+        """Returns the linears of all layers: Hugging Face path to (in_features, out_features)."""
         return {path: linear.weight.get_value().shape[-2:] for path, linear, _ in self.walk()}
 
     def walk(self) -> Iterator[tuple[str, LoraLinear, int]]:
-        """Every layer's linears: Hugging Face module path, the stack it is in, its index there."""
+        """Yields (Hugging Face path, stack, index in the stack) of every linear of every layer."""
         for run, start in zip(self.runs, self._starts()):
             for i in range(run_length(run)):
                 for path, linear in run.linears().items():
@@ -258,9 +265,10 @@ class Decoder(nnx.Module):
 
 
 def _layers(run: Layer) -> tuple[Callable[[Any], Layer], Any]:
-    """Returns what makes a layer of one slice of a tree, and that tree of stacks.
+    """Returns a function that builds one layer from a slice of a tree, and the tree of stacks.
 
-    QTensors are not in it: a layer has the whole stack and its place there (`quant.QLayer`).
+    The tree does not contain the QTensors: a layer refers to the whole stack of a QTensor by its
+    index (`quant.QLayer`), so a scan does not copy the codes.
     """
     graph, weights = nnx.split(run)
     rest, stacks = stack.apart(weights)
@@ -273,14 +281,14 @@ def _layers(run: Layer) -> tuple[Callable[[Any], Layer], Any]:
 
 
 def run_length(run: Layer) -> int:
-    """Number of layers in a stack."""
+    """Returns the number of layers in a stack."""
     return next(iter(run.linears().values())).weight.get_value().shape[0]
 
 
 def empty_cache(
     config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike
 ) -> KVCache:
-    """A zeroed cache [layers, batch, slots, kv_heads, head_dim]."""
+    """Returns a KV cache of zeros, [layers, batch, slots, kv_heads, head_dim]."""
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -299,18 +307,18 @@ def attach(
 ) -> None:
     """Gives every module named in `specs` an adapter, in place.
 
-    An adapter of the embedding starts as PEFT's does, with A at zero, and drops nothing.
+    The adapter of the embedding is initialized as in PEFT, with A = 0, and has no dropout.
 
     Args:
-      model: without adapters.
-      specs: by Hugging Face module path.
-      key: of the fresh values.
+      model: model without adapters; changed in place.
+      specs: Hugging Face module path to rank, alpha and scale of its adapter.
+      key: random key of the initial values.
       init: a key of `lora.initializers.random_init.INITS`.
-      dropout: rate on the input of A, in training.
-      dtype: of A and B.
-      variant: a key of `VARIANTS`; embedding and head are adapted by plain LoRA alone.
-      freeze_a: leave A out of what is trained.
-      values: what adapters start with instead of fresh values, by path.
+      dropout: dropout rate on the input of A, in training.
+      dtype: dtype of A and B.
+      variant: a key of `VARIANTS`; the embedding and the head always get plain LoRA.
+      freeze_a: whether A is not trained.
+      values: path to the values that an adapter gets instead of random initial values.
     """
     values = values or {}
     for run, start in zip(model.runs, model._starts()):
@@ -342,7 +350,7 @@ def attach(
 
 
 def _single(adapter: Adapter, value: LoraWeights | None) -> Adapter:
-    """Returns a stack of one adapter, filled with a value if any, as one without that axis."""
+    """Fills a stack of one adapter with `value`, if given, and removes the stack axis."""
     if value is not None:
         adapter.fill([value])
     adapter.unstack()
@@ -350,7 +358,7 @@ def _single(adapter: Adapter, value: LoraWeights | None) -> Adapter:
 
 
 def detach(model: Decoder) -> None:
-    """Takes every adapter off, in place."""
+    """Removes every adapter, in place."""
     for run in model.runs:
         for linear in run.linears().values():
             linear.adapter = None
@@ -358,13 +366,13 @@ def detach(model: Decoder) -> None:
 
 
 def use_kernel(model: Decoder, implementation: str | None) -> None:
-    """Has every linear multiply by this implementation of `matmul`, in place."""
+    """Sets the implementation of `matmul` for every linear, in place; None: `matmul` picks one."""
     for run in model.runs:
         for linear in run.linears().values():
             linear.implementation = implementation
 
 
 def use_attention(model: Decoder, implementation: str | None) -> None:
-    """Has every layer attend by this implementation of `attend`, in place."""
+    """Sets the implementation of `attend` for every layer, in place; None: `attend` picks one."""
     for run in model.runs:
         run.attention = implementation

@@ -1,7 +1,7 @@
-"""The supported model families: what a `model_type` implies, and where its checkpoints keep what.
+"""The supported model families: settings that a `model_type` implies, and names of its weights.
 
-A family is data: options of the one decoder, and the names of its parts. What a config.json leaves
-out is filled in as transformers' class of that `model_type` does.
+A family is data: options of the one decoder, and the names of its parts. Keys that are missing in
+a config.json get the defaults of transformers' config class of that `model_type`.
 """
 
 import dataclasses
@@ -11,10 +11,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Names:
-    """Hugging Face's module paths of the decoder's parts: whole ones of those outside the layers,
-    paths below `layers`.N of those in a layer. The defaults are Llama's, or most common.
+    """The Hugging Face module paths of the decoder's parts.
 
-    Tensors whose names end in one of `ignored` are no weights.
+    A part outside the layers has its whole path. A part of a layer has its path below `layers`.N.
+    The defaults are Llama's paths; parts that Llama lacks have their most common paths.
+
+    Attributes:
+      ignored: endings of tensor names; a tensor whose name ends so is not a weight.
     """
 
     embed: str = "model.embed_tokens"
@@ -45,8 +48,8 @@ class Names:
 LLAMA = Names()
 
 HEAD = "lm_head"
-"""The head's module path in transformers 5, in every family. `Names.head` is how its tensor is
-stored: GPT-NeoX's has the name that transformers 4 has for its module, too."""
+"""Module path of the head in transformers 5, for every family. `Names.head` is the name in files,
+which differs for GPT-NeoX: embed_out, as in transformers 4."""
 
 
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -54,18 +57,19 @@ ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a `model_type` implies and its config.json does not say.
+    """The settings that a `model_type` implies, and that its config.json does not contain.
 
     Attributes:
-      names: of its parts.
-      keys: what its config.json calls the usual key, where it has another name for it.
+      names: module paths of the decoder's parts.
+      keys: usual key to the name that this family's config.json has for it, where they differ.
       defaults: values of keys that a file may leave out. Keys that most families do not have
         (soft caps, windows, rotated fractions) are read only if they are listed here.
-      windows: which layers have the sliding window: a key of `config.WINDOWED`; None: no layer has.
-      activations: names of activations that mean another one here.
-      fixed: fields of `DecoderConfig` that no key decides.
-      only: keys of which the decoder has some values alone.
-      ropes: `rope_type` to the kind of `Rope` that it is.
+      windows: key of `config.WINDOWED`, the rule that gives layers a sliding window; None: no
+        layer has a window.
+      activations: name of an activation in this family's files to the activation that it means.
+      fixed: fields of `DecoderConfig` that have the same value in every model of the family.
+      only: key to the values of it that the decoder supports.
+      ropes: `rope_type` to the kind of `Rope`.
     """
 
     names: Names = LLAMA
@@ -88,7 +92,7 @@ QWEN = {
 GEMMA = {"norm": "rms_offset", "scaled_embeddings": True}
 CAUSAL = {"use_bidirectional_attention": (None, False)}
 SANDWICH = Names(mlp_norm="pre_feedforward_layernorm")
-"""A norm before and after both halves of a layer."""
+"""Names of a layer that has a norm before and after attention, and before and after the MLP."""
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
@@ -137,7 +141,7 @@ FAMILIES: Mapping[str, Family] = {
             "tie_word_embeddings": True,
         },
         fixed=GEMMA,
-        activations={"gelu": "gelu_pytorch_tanh"},  # as files of the first release mean it
+        activations={"gelu": "gelu_pytorch_tanh"},  # files of the first release say gelu
         only=CAUSAL,
     ),
     "gemma2": Family(
@@ -196,7 +200,7 @@ FAMILIES: Mapping[str, Family] = {
             "output_bias": False,
             "mlp_bias": False,
         },
-        # the names that longrope had in files of the first releases
+        # files of the first releases have other names for longrope
         ropes={
             "default": "default",
             "longrope": "longrope",
@@ -210,7 +214,7 @@ FAMILIES: Mapping[str, Family] = {
             layers="gpt_neox.layers",
             norm="gpt_neox.final_layer_norm",
             head="embed_out",
-            # causal masks in old files
+            # old files hold causal masks under these names
             ignored=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
             qkv_proj="attention.query_key_value",
             o_proj="attention.dense",
@@ -268,7 +272,8 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
 }
-"""The supported values of `model_type`; a family whose parts the decoder has is a row here."""
+"""Supported `model_type` to its family. To add a family that needs no new part, add a row."""
 
 EMBEDDINGS = frozenset(family.names.embed for family in FAMILIES.values())
-"""The embeddings' module paths: adapters of these are looked up, and stored under other names."""
+"""Module paths of the embedding in all families. Its adapter looks rows up instead of multiplying,
+and PEFT has other names for its tensors."""

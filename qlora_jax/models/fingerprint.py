@@ -1,25 +1,27 @@
-"""A hash of a model's pretrained weights: whether two models have the same base.
+"""Computes a hash of a model's pretrained weights, to see whether two models have the same base.
 
-A hash is a version, a colon and SHA-256 as hex, such as 2:9f86d0…. Hashes of two versions say
-nothing about each other, so `like` gives a model's hash in the version of an earlier one.
-What a version means never changes.
+A hash is a version, a colon and SHA-256 as hex, such as 2:9f86d0…. Hashes of different versions
+cannot be compared, so `like` computes a model's hash in the version of an earlier hash.
+The definition of a version never changes.
 
-Version 2 is over names and values. It does not depend on how a weight is packed, stacked or
-sharded, nor on the dtype that holds it. Each parameter has four sums modulo 2³², over its elements
-at row r and column c in the checkpoint (a vector is one row):
+Version 2 hashes names and values. It does not depend on the packing, stacking, sharding or dtype
+of a weight. Each parameter has four sums modulo 2³², over its elements at row r and column c in
+the checkpoint (a vector is one row):
 
     Σ mix(bits ^ (mix(r + ROWS[i]) + mix(c + COLUMNS[i])))        i = 0, 1, 2, 3
 
-mix is the finalizer of MurmurHash3's 32-bit variant, and bits are those of the element as float32.
-A 4-bit weight counts by its decoded numbers. What some devices flush to zero counts as zero:
-numbers below the smallest normal one, and -0. SHA-256 is of lines of text, see `_digest`.
+mix is the finalizer of MurmurHash3's 32-bit variant; bits are the 32 bits of the element as
+float32. The elements of a 4-bit weight are its decoded values. -0 and numbers below the smallest
+normal number count as zero, because some devices flush them to zero. The hash is SHA-256 of lines
+of text with these sums, see `_digest`.
 
-Why this holds: mix maps the 32-bit numbers one to one, so an element that changes alone changes
-all four sums. Several changes cancel by chance in one sum of 2³², in all four of 2¹²⁸. A sum has
-no order. The sums are taken where the weights are, and they alone are copied to the host.
+Why the hash detects a change: mix maps the 32-bit numbers one to one, so a change of one element
+changes all four sums. Several changes cancel by chance with probability 2⁻³² in one sum and 2⁻¹²⁸
+in all four. The order of the additions does not matter. The sums are computed on the devices that
+hold the weights; only the sums are copied to the host.
 
-Version 1 is SHA-256 of the bytes of the frozen tree (method full: of the trained tree), copied to
-the host, with the tree's paths and shapes. An adapter's constants are among them.
+Version 1 is SHA-256 of the paths, shapes and bytes of the frozen tree (method full: of the trained
+tree), copied to the host. The constants of an adapter are part of that tree.
 """
 
 import functools
@@ -41,30 +43,30 @@ from qlora_jax.runtime.mesh import mesh_place
 
 ROWS = (0x9E3779B9, 0xBF58476D, 0x94D049BB, 0xD6E8FEB8)
 COLUMNS = (0x7F4A7C15, 0x1CE4E5B9, 0x133111EB, 0x6659FD93)
-"""Where each sum starts to count rows and columns: halves of the constants of SplitMix64 and of
-its kin. Rows and columns start apart, so that a transpose has another hash."""
+"""Offsets of the row and column numbers of the four sums: halves of the constants of SplitMix64 and
+of related generators. Rows and columns have different offsets, so a transpose has another hash."""
 
 
 def base_hash(model: Decoder, method: str) -> str:
-    """The hash of the model's pretrained weights in the newest version; adapters are not in it.
+    """Returns the hash of the model's pretrained weights, without adapters, in the newest version.
 
     Args:
-      model: any; method full trains its weights, so its hash changes.
+      model: the model; method full trains the pretrained weights, so the hash changes in training.
       method: qlora, lora or full.
     """
     return _hash(model, method, NEWEST)
 
 
 def like(before: str | None, model: Decoder, method: str) -> str:
-    """The hash of the model's pretrained weights in the version of the hash `before`.
+    """Returns the hash of the model's pretrained weights in the version of the hash `before`.
 
     Args:
-      before: an earlier hash; None asks for the newest version.
-      model: any.
+      before: an earlier hash; None selects the newest version.
+      model: the model.
       method: qlora, lora or full.
 
     Raises:
-      UserError: this program does not know the version.
+      UserError: this program does not know the version of `before`.
     """
     version = before.partition(":")[0] if before else NEWEST
     if version not in VERSIONS:
@@ -77,11 +79,11 @@ def like(before: str | None, model: Decoder, method: str) -> str:
 
 
 def sums(model: Decoder) -> list[tuple[StoredParameter, list[jax.Array]]]:
-    """Every parameter, or stack of one, with the four sums of each layer, uint32[4] each.
+    """Returns every stored parameter with its four sums, one uint32[4] for each layer of its stack.
 
-    Layers of a stack are summed by one program, one after the other, so no more than one layer's
-    matrix is ever decoded. (A loop in the program would make XLA:CPU convert a whole stack of
-    16-bit floats to float32 before it.)
+    A parameter outside the layers has one uint32[4]. One program sums the layers of a stack one
+    after the other, so at most one layer's matrix is decoded at a time. (With a loop inside the
+    program, XLA:CPU converts a whole stack of 16-bit floats to float32 before the loop.)
     """
     found = []
     for part in stored(model):
@@ -118,10 +120,12 @@ NEWEST = "2"
 
 
 def _digest(parameters: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> str:
-    """SHA-256 of text such as "base 2\\nlm_head.weight 256x64 0123…\\n", sums as 32 hex digits.
+    """Returns SHA-256 of text such as "base 2\\nlm_head.weight 256x64 0123…\\n".
+
+    The four sums of a parameter are 32 hex digits. The lines are sorted by name.
 
     Args:
-      parameters: shape in the checkpoint and sums uint32[4], by name; the lines are sorted by it.
+      parameters: name to (shape in the checkpoint, sums uint32[4]).
     """
     lines = ["base 2\n"]
     for name, (shape, four) in sorted(parameters.items()):
@@ -135,9 +139,10 @@ def _shape(part: StoredParameter) -> tuple[int, ...]:
 
 
 def _keys(count: int, starts: tuple[int, ...]) -> jax.Array:
-    """mix(n + start) for n below `count`, uint32[4, count].
+    """Returns mix(n + start) for n = 0 … count - 1 and each of the four starts, uint32[4, count].
 
-    An argument of the program, which would else mix them again for every element.
+    `_sums` takes the result as an argument; inside its program, XLA would compute mix again for
+    every element.
     """
     numbers = np.arange(count, dtype=np.uint32) + np.array(starts, np.uint32)[:, None]
     return jnp.asarray(_mix(numbers))
@@ -152,27 +157,27 @@ def _sums(
     transposed: bool,
     home: NamedSharding | None = None,
 ) -> jax.Array:
-    """The four sums of one parameter, uint32[4].
+    """Returns the four sums of one parameter, uint32[4].
 
     Args:
-      value: the parameter, or a stack of it.
-      layer: its place in the stack; None without one.
-      rows: their keys, uint32[4, rows].
-      columns: likewise.
-      transposed: whether `value` has columns before rows.
-      home: every device of the mesh that `value` is on; None for one device.
+      value: the parameter, or its stack over the layers.
+      layer: index in the stack; None if `value` is not a stack.
+      rows: keys of the rows in the checkpoint, uint32[4, rows].
+      columns: keys of the columns in the checkpoint, uint32[4, columns].
+      transposed: whether the model holds the matrix as [columns, rows].
+      home: replicated sharding on the mesh that holds `value`; None for one device.
     """
     if layer is not None:
         value = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), value)
     if home is not None:
-        # one layer, gathered as it is stored
+        # Gather one layer in its stored form (4-bit codes or 16-bit floats), before decoding.
         value = jax.lax.with_sharding_constraint(value, home)
     number = to_float32(value)
     bits = jax.lax.bitcast_convert_type(jnp.atleast_2d(number), jnp.uint32)
     bits = jnp.where(bits & 0x7F800000 == 0, jnp.uint32(0), bits)
     down, across = (columns, rows) if transposed else (rows, columns)
     terms = [_mix(bits ^ (d[:, None] + a)) for d, a in zip(down, across)]
-    # One reduction of all four: XLA:CPU would write the terms of a sum of its own to memory.
+    # One reduction for all four sums: with four reductions, XLA:CPU writes the terms to memory.
     zeros = [jnp.uint32(0)] * len(terms)
     return jnp.stack(jax.lax.reduce(terms, zeros, _add, (0, 1)))
 
@@ -182,7 +187,7 @@ def _add(left: list[jax.Array], right: list[jax.Array]) -> list[jax.Array]:
 
 
 def _mix(x: Any) -> Any:
-    """The finalizer of MurmurHash3's 32-bit variant (Appleby), one to one on uint32."""
+    """Applies the finalizer of MurmurHash3's 32-bit variant (Appleby), one to one on uint32."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -22,33 +22,33 @@ from qlora_jax.quant.qtensor import with_plain_scales
 from qlora_jax.runtime.errors import UserError
 
 SMALLEST = 64
-"""Prompts and caches are padded to this times a power of two, so that few programs compile."""
+"""Prompts and caches are padded to SMALLEST · 2ⁿ, so that few different programs are compiled."""
 
 CHUNK = 16
-"""Tokens decoded on the device between two looks at them on the host."""
+"""Tokens per row that the device generates before the host reads them."""
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn; every field may differ without a new program.
+    """Settings for drawing the next token; no value of them needs another compiled program.
 
-    Temperature and top_p are one number for all rows, or one per row.
+    Temperature and top_p are one number for all rows, or one number per row.
     """
 
     temperature: jax.Array | float
     top_p: jax.Array | float
     keys: jax.Array
-    """One random key per row."""
+    """Random keys, one per row."""
 
 
 class RowState(NamedTuple):
-    """Where each row stands."""
+    """State of each row of a batch in generation."""
 
     tokens: jax.Array
-    """int32[B], drawn last and not in the cache yet."""
+    """int32[B], the tokens drawn last; the cache does not have them yet."""
     positions: jax.Array
-    """int32[B], where they belong."""
+    """int32[B], the positions of `tokens`."""
     done: jax.Array
-    """bool[B], a stop id was drawn."""
+    """bool[B], whether the row drew a stop id."""
 
 
 def generate(
@@ -66,32 +66,33 @@ def generate(
     on_tokens: Callable[[list[list[int]]], None] | None = None,
     mesh: Mesh | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt.
+    """Generates a continuation of every prompt.
 
-    A row's text depends on its prompt and the seed, not on the other rows; equal prompts in a
-    batch, under the same adapter, are drawn independently.
+    The text of a row depends on its prompt and the seed, not on the other rows. Equal prompts with
+    the same adapter in one batch have independent random draws.
 
     Args:
-      model: with or without adapters.
-      prompts: token ids; the lengths may differ.
-      max_new_tokens: most tokens per row.
-      stop_ids: tokens that end a row.
-      pad_id: fills rows that are shorter or done; it is never seen.
-      dtype: of computation and cache.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: draws from the fewest tokens that together have this probability.
-      seed: of the draws.
+      model: model with or without adapters.
+      prompts: token ids of each prompt; the lengths may differ.
+      max_new_tokens: largest number of new tokens per row.
+      stop_ids: token ids that end a row.
+      pad_id: token id that fills shorter and finished rows; no token sees it.
+      dtype: compute dtype, also the dtype of the cache.
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_p: probability p; a token is drawn from the smallest set of most likely tokens whose
+        probabilities add up to p or more.
+      seed: seed of the random draws.
       adapters: each row's slot in the model's banks; None for a model without banks.
-      on_tokens: called after the first token and then every `CHUNK` with each row's new ids; an
-        exception it raises ends the generation.
-      mesh: the devices over which the weights are split; None is one device.
+      on_tokens: callback with the new ids of each row, called after the first token and then after
+        every `CHUNK` tokens; an exception in it ends the generation.
+      mesh: devices over which the weights are split; None: one device.
 
     Returns:
       The new ids of each row, without the stop id.
 
     Raises:
-      UserError: a prompt that is empty, holds an id outside the vocabulary or leaves too little
-        room, or a setting out of its range.
+      UserError: a prompt is empty, holds an id outside the vocabulary or is too long, or a setting
+        is out of its range.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p)
     if not prompts:
@@ -131,7 +132,7 @@ def generate(
 
 
 def padded_size(size: int, smallest: int = SMALLEST) -> int:
-    """The least `smallest` times a power of two that holds `size`."""
+    """Returns the smallest value of `smallest` · 2ⁿ, n >= 0, that is not below `size`."""
     padded = smallest
     while padded < size:
         padded *= 2
@@ -139,7 +140,7 @@ def padded_size(size: int, smallest: int = SMALLEST) -> int:
 
 
 def padded_stops(stop_ids: Collection[int]) -> np.ndarray:
-    """The ids, and -1 up to a few lengths."""
+    """Returns the ids, padded with -1 to 8 · 2ⁿ entries, so that few programs are compiled."""
     stops = np.full(padded_size(len(stop_ids), 8), -1, np.int32)
     stops[: len(stop_ids)] = list(stop_ids)
     return stops
@@ -148,12 +149,16 @@ def padded_stops(stop_ids: Collection[int]) -> np.ndarray:
 def row_keys(
     seed: int, prompts: Sequence[Sequence[int]], adapters: Sequence[int] | None = None
 ) -> jax.Array:
-    """A random key per row, made of seed and prompt and of how many equal rows stand above it."""
+    """Returns one random key per row.
+
+    The key depends on the seed, the prompt, and the number of equal rows (same prompt and adapter)
+    above the row.
+    """
     return _row_keys(np.uint32(seed & 0xFFFFFFFF), _ids(prompts, adapters))
 
 
 def draw(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token per row, int32[B], from float32 logits[B, vocab]."""
+    """Draws one token per row, int32[B], from float32 logits[B, vocab]."""
     temperature, top_p = (jnp.broadcast_to(x, logits.shape[:1])[:, None] for x in sampling[:2])
 
     def likeliest() -> jax.Array:
@@ -166,8 +171,8 @@ def draw(logits: jax.Array, sampling: Sampling) -> jax.Array:
         p = jnp.take_along_axis(jax.nn.softmax(scaled, axis=-1), order, axis=-1)
         kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p >= 1)
         kept = kept.at[:, 0].set(True)
-        # back in the vocabulary's order: noise that belongs to a token and not to its rank keeps
-        # the draw when rounding swaps two neighbours
+        # Back to the order of the vocabulary: each token, not each rank, gets its noise. So the
+        # draw stays the same if rounding swaps two tokens of nearly equal probability.
         kept = jnp.put_along_axis(kept, order, kept, axis=-1, inplace=False)
         masked = jnp.where(kept, scaled, -jnp.inf)
         drawn = jax.vmap(jax.random.categorical)(sampling.keys, masked).astype(jnp.int32)
@@ -188,9 +193,10 @@ def prefill(
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
 ) -> tuple[RowState, KVCache]:
-    """Reads the prompts and draws each row's first token.
+    """Fills the cache with the prompts and draws the first token of each row.
 
-    A padded place writes to a slot that nothing sees until the token of that position replaces it.
+    Padding behind a shorter prompt writes to its cache slots too. No token sees such a slot before
+    the generated token of that position overwrites it.
     """
 
     def first(weights: nnx.State, tokens: jax.Array, lengths: jax.Array, *rest: Any) -> Any:
@@ -219,9 +225,15 @@ def generate_chunk(
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
 ) -> tuple[RowState, KVCache, jax.Array]:
-    """Draws up to `steps` tokens a row into int32[B, CHUNK], fewer once every row is done."""
+    """Draws up to `steps` tokens per row; stops early if all rows are done.
+
+    Returns:
+      The new state of the rows, the cache, and the drawn tokens int32[B, CHUNK], padded with
+      `pad_id`.
+    """
     if mesh is None and for_a_cpu():
-        # Once, not for every token. A GPU's kernels decode them as they go, and read less.
+        # On a CPU, decode the scales once for all tokens. A GPU kernel decodes them itself, and so
+        # reads fewer bytes.
         weights = jax.tree.map(with_plain_scales, weights, is_leaf=lambda x: isinstance(x, QTensor))
     drawn = functools.partial(_drawn, structure, dtype)
     return on_mesh(mesh, drawn, weights, cache, rows, sampling, stops, pad_id, steps)
@@ -238,7 +250,7 @@ def _drawn(
     pad_id: jax.Array,
     steps: jax.Array,
 ) -> tuple[RowState, KVCache, jax.Array]:
-    """Draws tokens as `generate_chunk` does, with the weights as a model is made of."""
+    """Draws the tokens of `generate_chunk` on one device, with the device's part of the weights."""
     model = nnx.merge(structure, weights)
 
     def proceed(state: tuple[jax.Array, RowState, KVCache, jax.Array]) -> jax.Array:
@@ -281,7 +293,7 @@ def _row_keys(seed: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _ids(prompts: Sequence[Sequence[int]], adapters: Sequence[int] | None) -> np.ndarray:
-    """A number per row made of its prompt and of how many equal rows stand above it."""
+    """Returns a hash per row of its prompt and the number of equal rows above it."""
     seen: list[tuple[int, tuple[int, ...]]] = []
     ids = []
     for row in zip(adapters or [0] * len(prompts), map(tuple, prompts)):
@@ -300,7 +312,7 @@ def _until(ids: np.ndarray, stop_ids: Collection[int]) -> list[int]:
 
 
 def cached_positions(config: DecoderConfig) -> str:
-    """Returns how many positions a generated sequence may have, in words for a message."""
+    """Returns the largest length of a generated sequence, in words for a message."""
     why = ", beyond which its rope scaling changes" if config.varying_rope else ""
     return f"{config.longest_cached} positions{why}"
 

@@ -1,4 +1,4 @@
-"""What a layer reads beside its weights and its input."""
+"""The inputs of a layer beside x and its weights: visible keys, rotations, dropout key, cache."""
 
 from typing import NamedTuple
 
@@ -13,30 +13,30 @@ from qlora_jax.models.visible import KeyRange
 
 
 class KVCache(NamedTuple):
-    """Keys and values [L, B, S, kv_heads, head_dim]; slot s holds position s."""
+    """The KV cache: keys and values, [L, B, S, kv_heads, head_dim]; slot s holds position s."""
 
     k: jax.Array
     v: jax.Array
 
 
 class Slots(NamedTuple):
-    """A layer's part of the cache [B, S, ...] and the positions [B, T] of its input."""
+    """One layer's part of the KV cache [B, S, ...], and the positions [B, T] of its input."""
 
     cache: KVCache
     positions: jax.Array
 
     def put(self, new: KVCache) -> KVCache:
-        """The layer's cache with keys and values [B, T, kv_heads, head_dim] in their slots."""
+        """Returns the layer's cache with `new` [B, T, kv_heads, head_dim] written to its slots."""
         rows = jnp.arange(new.k.shape[0])[:, None]
         return jax.tree.map(lambda all, x: all.at[rows, self.positions].set(x), self.cache, new)
 
 
 class SharedInputs(NamedTuple):
-    """What all layers read.
+    """The inputs that all layers share.
 
     Attributes:
-      keys: what each token sees where there is no window.
-      rotations: as `rope.rotations` returns them.
+      keys: range of keys that each token sees in a layer without a window.
+      rotations: result of `rope.rotations`.
     """
 
     keys: KeyRange
@@ -44,12 +44,14 @@ class SharedInputs(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """What one layer reads, or a stack of layers with a leading axis.
+    """The inputs of one layer, or of a stack of layers, with a leading axis on every array.
 
     Attributes:
-      window: int32[], how many keys back a token sees, itself included; None: no layer has one.
-      rotation: int32[], which of the shared rotations; None: there is one for all.
-      key: of dropout; None is inference.
+      window: number of keys that a token sees, itself included, int32[]; None: no layer has a
+        window.
+      rotation: index of the layer's rotation in the shared rotations, int32[]; None: all layers
+        share one rotation.
+      key: dropout key; None: inference, no dropout.
     """
 
     window: jax.Array | None
@@ -57,7 +59,7 @@ class LayerInputs(NamedTuple):
     key: jax.Array | None
 
     def keys(self, shared: SharedInputs) -> KeyRange:
-        """Returns what each token sees in this layer."""
+        """Returns the range of keys that each token sees in this layer."""
         return shared.keys if self.window is None else shared.keys.within(self.window)
 
     def turns(self, shared: SharedInputs) -> Rotation | None:
@@ -70,23 +72,23 @@ class LayerInputs(NamedTuple):
 def shared_inputs(
     config: DecoderConfig, keys: KeyRange, positions: jax.Array, lengths: jax.Array | None
 ) -> SharedInputs:
-    """Returns what all layers read.
+    """Computes the inputs that all layers share.
 
     Args:
-      config: shapes and switches.
-      keys: what each token sees where there is no window.
-      positions: int32[B, T].
-      lengths: int32[B, T], as `rope.frequencies` takes them.
+      config: shapes and switches of the decoder.
+      keys: range of keys that each token sees in a layer without a window.
+      positions: positions of the tokens, int32[B, T].
+      lengths: length of each token's sequence, int32[B, T], or None, as for `rope.frequencies`.
     """
     return SharedInputs(keys, rotations(config, positions, lengths))
 
 
 def own_inputs(config: DecoderConfig, key: jax.Array | None) -> LayerInputs:
-    """Returns what each layer reads, as one stack of all layers.
+    """Computes the inputs of each layer, as one stack over all layers.
 
     Args:
-      config: shapes and switches.
-      key: of dropout, one or one for each row [B]; None is inference.
+      config: shapes and switches of the decoder.
+      key: dropout key, one for all rows or one for each row [B]; None: inference, no dropout.
     """
     everything = np.iinfo(np.int32).max
     ropes, index = by_layer(config)

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer as modules over (stacks of) weights."""
+"""A decoder layer and its norms as modules. Their weights are one layer's, or stacks of layers."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -33,24 +33,24 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "linear": lambda x: x,
 }
-"""By their names in config.json; `config.ACTIVATIONS` are its keys."""
+"""Activation functions by their name in config.json; the keys equal `config.ACTIVATIONS`."""
 
 
 Products = Callable[..., list[jax.Array]]
-"""An input and the paths of linears to its products with each of them."""
+"""Function of (input x, *paths of linears). It returns the list of the products of x with them."""
 
 MLP_BYTES = 2**28
-"""What one array inside the MLP takes at most: with fewer rows, decoding the weights once more for
-each part would be felt."""
+"""Largest size in bytes of one array inside the MLP. A smaller limit gives more parts, and the
+weights are decoded once for each part, which then takes noticeable time."""
 
 
 class Norm(nnx.Module):
     """Normalization over the last axis in float32, by root mean square or as LayerNorm.
 
     Attributes:
-      weight: [..., features].
-      bias: the same, or None.
-      kind: `DecoderConfig.norm`.
+      weight: weight, [..., features].
+      bias: bias, [..., features], or None.
+      kind: value of `DecoderConfig.norm`.
     """
 
     def __init__(self, config: DecoderConfig, weight: jax.Array, bias: jax.Array | None = None):
@@ -75,17 +75,18 @@ class Norm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer, or a stack of them with a leading axis on every weight.
+    """One decoder layer, or a stack of layers, with a leading axis on every weight.
 
-    Its linears and norms are attributes by the last part of their Hugging Face path, such as
-    q_proj or input_layernorm.
+    The linears and norms are attributes, named by the last part of their Hugging Face path, such
+    as q_proj or input_layernorm.
 
     Attributes:
-      attention: the implementation of `attend`; None leaves it to its pick.
+      attention: name of the implementation of `attend`; None: `attend` picks one.
 
     Args:
-      config: shapes and switches.
-      weights: Hugging Face's names below the layer to stacks, linears [L, in, out].
+      config: shapes and switches of the decoder.
+      weights: Hugging Face name in the layer to stack of the layers' weights; linears are
+        [L, in, out].
     """
 
     def __init__(self, config: DecoderConfig, weights: Mapping[str, jax.Array | QTensor]):
@@ -100,11 +101,11 @@ class Layer(nnx.Module):
             setattr(self, _attribute(path), Norm(config, weight, bias))
 
     def linears(self) -> dict[str, LoraLinear]:
-        """The linears by their path below the layer, such as self_attn.q_proj."""
+        """Returns the linears by their path in the layer, such as self_attn.q_proj."""
         return {path: getattr(self, _attribute(path)) for path in linears(self.config)}
 
     def norms(self) -> dict[str, Norm]:
-        """The norms by their path below the layer, such as input_layernorm."""
+        """Returns the norms by their path in the layer, such as input_layernorm."""
         return {path: getattr(self, _attribute(path)) for path in norms(self.config)}
 
     def __call__(
@@ -118,14 +119,16 @@ class Layer(nnx.Module):
         """Computes one layer.
 
         Args:
-          x: [B, T, hidden].
-          shared, own: what it reads beside x.
-          slots: the layer's part of a cache, which attention reads too.
-          recompute: whether the backward pass computes the MLP's inside again where the rows are
-            many, a part of the rows at a time; else it is kept.
+          x: input, [B, T, hidden].
+          shared: inputs that all layers share.
+          own: inputs of this layer.
+          slots: this layer's part of the KV cache, whose keys attention sees too; None: no cache.
+          recompute: whether the backward pass recomputes the activations inside the MLP, one part
+            of the rows at a time. False keeps them. Applies only if `mlp_parts` is above 1.
 
         Returns:
-          x, and the keys and values [B, T, kv_heads, head_dim] to write to the cache, if any.
+          Output [B, T, hidden]; the new keys and values [B, T, kv_heads, head_dim] for the cache,
+          None without a cache.
         """
         config, names = self.config, self.config.names
         products = self._products(own.key)
@@ -160,7 +163,7 @@ class Layer(nnx.Module):
         return x + y, new
 
     def _products(self, key: jax.Array | None) -> Products:
-        """Returns what multiplies by linears; each has a key of its own."""
+        """Returns the function that multiplies by linears; each linear has its own dropout key."""
         paths = list(linears(self.config))
         keys = (
             dict.fromkeys(paths)
@@ -175,7 +178,7 @@ class Layer(nnx.Module):
         return products
 
     def _heads(self, h: jax.Array, products: Products) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values [B, T, heads, head_dim] before their rotation."""
+        """Returns queries, keys and values, [B, T, heads, head_dim], before the rotation."""
         config, names = self.config, self.config.names
         head = (*h.shape[:2], -1, config.head_dim)
         if config.fused_qkv == "interleaved":
@@ -199,7 +202,7 @@ class Layer(nnx.Module):
         return q.reshape(head), k.reshape(head), v.reshape(head)
 
     def _mlp(self, h: jax.Array, key: jax.Array | None, recompute: bool) -> jax.Array:
-        """The MLP of [B, T, hidden]; what is inside it exists for a part of the rows at a time."""
+        """Computes the MLP of h[B, T, hidden], one part of the sequence at a time (`mlp_parts`)."""
         batch, length, width = h.shape
         parts = mlp_parts(batch, length, self.config.intermediate_size * h.dtype.itemsize)
         if parts == 1:
@@ -232,15 +235,16 @@ class Layer(nnx.Module):
 
 
 def mlp_parts(batch: int, length: int, row_bytes: int) -> int:
-    """Returns the number of equal parts that the MLP divides a sequence into.
+    """Returns the number of equal parts into which the MLP divides a sequence.
 
     Args:
-      batch, length: of the rows.
-      row_bytes: of one row inside the MLP.
+      batch: number of sequences.
+      length: number of tokens in a sequence.
+      row_bytes: bytes of one token's activations inside the MLP (one array).
 
     Returns:
-      The fewest parts that take at most `MLP_BYTES` each, of those that divide the length; 1 where
-      none of up to twice as many does.
+      The smallest divisor n of `length` for which a part takes at most `MLP_BYTES`. 1 if no n
+      below twice the needed number of parts divides `length`.
     """
     least = -(-batch * length * row_bytes // MLP_BYTES)
     return next((n for n in range(least, 2 * least) if length % n == 0), 1)

@@ -1,4 +1,4 @@
-"""Which weights a decoder has, by its config: paths as Hugging Face names them, and shapes."""
+"""The paths (Hugging Face names) and shapes of a decoder's weights, from its config."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from qlora_jax.models.families import HEAD
 
 
 class LinearShape(NamedTuple):
-    """One linear of a layer."""
+    """Shape of one linear of a layer, and whether the linear has a bias."""
 
     inputs: int
     outputs: int
@@ -15,7 +15,7 @@ class LinearShape(NamedTuple):
 
 
 def linears(config: DecoderConfig) -> dict[str, LinearShape]:
-    """A layer's linears by their path below it, such as self_attn.q_proj, in order of use."""
+    """Returns the linears of one layer in order of use, by path in the layer (self_attn.q_proj)."""
     names, hidden, inner = config.names, config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     if config.fused_qkv:
@@ -37,7 +37,7 @@ def linears(config: DecoderConfig) -> dict[str, LinearShape]:
 
 
 def layer_linears(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Every layer's linears: Hugging Face module path to (in_features, out_features)."""
+    """Returns the linears of all layers: Hugging Face path to (in_features, out_features)."""
     return {
         f"{config.names.layers}.{i}.{path}": (linear.inputs, linear.outputs)
         for i in range(config.num_layers)
@@ -57,7 +57,7 @@ def adaptable(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def norms(config: DecoderConfig) -> dict[str, int]:
-    """A layer's norms by their path below it, and how many features each has."""
+    """Returns the norms of one layer: path in the layer to number of features."""
     names, hidden = config.names, config.hidden_size
     found: dict[str, int] = {}
     if config.pre_norms:
@@ -71,9 +71,9 @@ def norms(config: DecoderConfig) -> dict[str, int]:
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter name of the decoder and its shape, in layer order; linears are [out, in].
+    """Returns the name and shape of every parameter, in layer order; linears are [out, in].
 
-    The head is among them only if the embeddings are not tied.
+    The head is included only if the embeddings are not tied.
     """
     names, hidden = config.names, config.hidden_size
     norm_parts = ("weight", "bias") if config.norm == "layer" else ("weight",)

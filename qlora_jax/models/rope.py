@@ -1,4 +1,7 @@
-"""Rotary position embedding in Hugging Face's half-split convention."""
+"""Rotary position embedding, in the convention of Hugging Face.
+
+Channel i of the first half of the rotated channels forms a pair with channel i of the second half.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,20 +15,20 @@ from qlora_jax.models.config import DecoderConfig, Rope
 Frequencies = np.ndarray | jax.Array
 
 Rotation = tuple[jax.Array, jax.Array]
-"""Cosine and sine."""
+"""Cosine and sine of the angles, each times the attention factor."""
 
 
 def frequencies(rope: Rope, head_dim: int, lengths: jax.Array | None = None) -> Frequencies:
-    """Angle per position of each pair of rotated channels.
+    """Returns the frequency (angle per position) of each pair of rotated channels.
 
     Args:
-      rope: its kind and settings.
-      head_dim: channels of a head.
-      lengths: int32[B, T], the length of the sequence that each position is in; None: none is
-        longer than `rope.original_positions`.
+      rope: kind and settings of the rope.
+      head_dim: number of channels of a head.
+      lengths: length of the sequence that each position belongs to, int32[B, T]; None: no sequence
+        is longer than `rope.original_positions`.
 
     Returns:
-      float32[rotated / 2], or float32[B, T, 1, rotated / 2] where they depend on the lengths.
+      float32[rotated / 2]; float32[B, T, 1, rotated / 2] if the frequencies depend on `lengths`.
     """
     found = KINDS[rope.kind](rope, int(head_dim * rope.fraction), lengths)
     return found.astype(np.float32)
@@ -40,7 +43,10 @@ def _linear(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
 
 
 def _llama3(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, a ramp between."""
+    """Returns Llama 3.1's frequencies: low ones are divided by the factor, high ones are kept.
+
+    Between the two limits, the divisor changes along a ramp that is linear in the frequency.
+    """
     base = _default(rope, rotated, lengths)
     turns = rope.original_positions * base / (2 * math.pi)
     ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -49,10 +55,10 @@ def _llama3(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
 
 
 def _yarn(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
-    """YaRN (arXiv 2309.00071): the same with a ramp that is linear in the channel."""
+    """Returns YaRN's frequencies (arXiv 2309.00071): as Llama 3.1's, with a ramp in the channel."""
 
     def pair(turns: float) -> float:
-        """Where a pair of channels would make so many turns over the original positions."""
+        """Returns the (fractional) index of the pair that makes `turns` over original_positions."""
         ratio = rope.original_positions / (turns * 2 * math.pi)
         return rotated * math.log(ratio) / (2 * math.log(rope.theta))
 
@@ -61,14 +67,18 @@ def _yarn(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
     if low == high:
-        high += 0.001  # as transformers does, for a step in the place of a ramp
+        high += 0.001  # as transformers; avoids a division by 0 and makes the ramp a step
     base = _default(rope, rotated, lengths)
     divided = np.clip((np.arange(rotated // 2) - low) / (high - low), 0, 1)
     return base * ((1 - divided) + divided / rope.factor)
 
 
 def _dynamic(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
-    """NTK-aware: theta grows with the sequence, so that the slowest frequency keeps its turns."""
+    """Returns NTK-aware frequencies: theta grows with the length of the sequence.
+
+    The slowest frequency is divided by 1 + factor · beyond / original_positions, with beyond the
+    number of positions above original_positions.
+    """
     base = _default(rope, rotated, lengths)
     if lengths is None:
         return base
@@ -79,7 +89,7 @@ def _dynamic(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies
 
 
 def _longrope(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
-    """LongRoPE (arXiv 2402.13753): each frequency has a divisor, and another in long sequences."""
+    """Returns LongRoPE's frequencies (arXiv 2402.13753): long sequences have other divisors."""
     base = _default(rope, rotated, lengths)
     short, long = base / np.array(rope.short), base / np.array(rope.long)
     if lengths is None:
@@ -96,13 +106,15 @@ KINDS: Mapping[str, Callable[[Rope, int, jax.Array | None], Frequencies]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
-"""Kind to its frequencies, of a rope, its rotated channels and the lengths of `frequencies`."""
+"""Kind of a rope to its function of (rope, number of rotated channels, lengths).
+
+It returns the frequencies; `lengths` is the argument of `frequencies`."""
 
 
 def by_layer(config: DecoderConfig) -> tuple[tuple[Rope | None, ...], np.ndarray]:
-    """The different ropes of a decoder, and the index of each layer's, int32[L].
+    """Returns the different ropes of a decoder, and the index of each layer's rope, int32[L].
 
-    None is a layer without rotation.
+    None instead of a rope means no rotation.
     """
     local = config.local_rope or config.rope
     layers = [local if window else config.rope for window in config.windows]
@@ -114,16 +126,17 @@ def by_layer(config: DecoderConfig) -> tuple[tuple[Rope | None, ...], np.ndarray
 def rotations(
     config: DecoderConfig, positions: jax.Array, lengths: jax.Array | None
 ) -> Rotation | None:
-    """The rotations of all layers, each computed once.
+    """Computes the rotations of all layers, each different rotation once.
 
     Args:
-      config: shapes and switches.
-      positions: int32[B, T].
-      lengths: as in `frequencies`.
+      config: shapes and switches of the decoder.
+      positions: positions of the tokens, int32[B, T].
+      lengths: length of each token's sequence, int32[B, T], or None, as for `frequencies`.
 
     Returns:
-      Cosine and sine float32[B, T, 1, rotated / 2] where all layers share them, or None where none
-      is rotated. Otherwise stacks of them with a leading axis, in the order of `by_layer`.
+      Cosine and sine, float32[B, T, 1, rotated / 2], if all layers share one rotation; None if no
+      layer has a rotation. If layers differ, two stacks with a leading axis, in the order of
+      `by_layer`.
     """
     ropes, _ = by_layer(config)
     turned = [
@@ -141,17 +154,17 @@ def rotations(
 def rotation(
     positions: jax.Array, rope: Rope, head_dim: int, lengths: jax.Array | None = None
 ) -> Rotation:
-    """Cosine and sine, float32[B, T, 1, rotated / 2], of int32 positions[B, T]."""
+    """Returns cosine and sine, float32[B, T, 1, rotated / 2], for int32 positions[B, T]."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim, lengths)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def segment_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
-    """The length of the segment that each position is in, int32[B, T].
+    """Returns the length of the segment that each token belongs to, int32[B, T].
 
     Args:
-      segments: int32[B, T]; a segment's places are neighbours.
-      positions: int32[B, T], from 0 in each segment.
+      segments: segment number of each token, int32[B, T]; tokens of a segment are neighbours.
+      positions: positions, int32[B, T], from 0 in each segment.
     """
     starts = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
     runs = jnp.cumsum(starts, axis=1)
@@ -164,7 +177,10 @@ def segment_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first channels of x[B, T, heads, head_dim] in float32; x's dtype."""
+    """Rotates the first channels of x[B, T, heads, head_dim]; the other channels are unchanged.
+
+    Computes in float32 and returns the dtype of x.
+    """
     rotated = 2 * cos.shape[-1]
     if rotated < x.shape[-1]:
         rest = x[..., rotated:]

@@ -1,14 +1,16 @@
-"""The rotary position embeddings of a decoder, read from its config.json as transformers reads it.
+"""Reads the rotary position embeddings (ropes) from a config.json, as transformers does.
 
-The precedence is that of transformers 5.24 (`convert_rope_params_to_dict` and
-`standardize_rope_params`), which reads the files of transformers 4 too:
+If a value is given twice, the precedence is that of transformers 5.24
+(`convert_rope_params_to_dict` and `standardize_rope_params`), which reads the files of
+transformers 4 too. "Inside" means in the object `rope_scaling` or `rope_parameters`, "outside"
+means at the top level of config.json:
 
-- `rope_scaling` replaces `rope_parameters` unless it is empty. Where a family has a rope for each
+- `rope_scaling` replaces `rope_parameters` unless it is empty. In a family with one rope for each
   kind of layer (Gemma 3), it updates `rope_parameters.full_attention` instead.
-- `rope_type` counts before `type`.
-- `rope_theta` and `partial_rotary_factor` count within these before beside them.
-- `original_max_position_embeddings` counts beside them before within, and otherwise is
-  `max_position_embeddings`. Gemma 3 reads it within only.
+- `rope_type` comes before `type`.
+- `rope_theta` and `partial_rotary_factor`: the value inside comes before the value outside.
+- `original_max_position_embeddings`: the value outside comes before the value inside; the default
+  is `max_position_embeddings`. Gemma 3 reads only the value inside.
 """
 
 import dataclasses
@@ -22,22 +24,24 @@ from qlora_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding of the first `fraction` of a head's channels.
+    """Settings of a rotary position embedding of the first `fraction` of a head's channels.
 
     Attributes:
       theta: base of the frequencies.
       fraction: rotated part of a head, from 0 to 1.
-      kind: a key of `READERS`, whose functions give the other fields that the kind has.
-      factor: how much longer sequences are than before the scaling.
-      low_freq_factor, high_freq_factor: turns over `original_positions` up to which llama3 divides
-        a frequency by the factor, and from which it keeps it.
-      original_positions: positions before the scaling. A sequence of more has other frequencies
-        under dynamic and longrope.
-      beta_fast, beta_slow: turns over `original_positions` from which yarn keeps a frequency, and
-        up to which it divides it by the factor.
-      truncate: whether yarn rounds the channels with these turns to whole numbers.
-      short, long: divisors of longrope's frequencies, one per pair of channels.
-      attention_factor: multiplies cosine and sine.
+      kind: a key of `READERS`. The reader of the kind sets the fields below that the kind uses.
+      factor: ratio of the sequence length after the scaling to the length before it.
+      low_freq_factor, high_freq_factor: limits of llama3, in turns over `original_positions`. A
+        frequency with at most low_freq_factor turns is divided by `factor`; one with at least
+        high_freq_factor turns is kept.
+      original_positions: number of positions before the scaling. With dynamic and longrope, a
+        longer sequence has other frequencies.
+      beta_fast, beta_slow: limits of yarn, in turns over `original_positions`. A frequency with at
+        least beta_fast turns is kept; one with at most beta_slow turns is divided by `factor`.
+      truncate: whether yarn rounds the channel indices of these two limits to whole numbers.
+      short, long: longrope's divisors of the frequencies in short and in long sequences, one for
+        each pair of channels.
+      attention_factor: factor on cosine and sine.
     """
 
     theta: float = 10000.0
@@ -56,12 +60,12 @@ class Rope:
 
     @property
     def varies(self) -> bool:
-        """Whether a sequence of more than `original_positions` has other frequencies."""
+        """Whether sequences longer than `original_positions` have other frequencies."""
         return self.kind in ("dynamic", "longrope")
 
     @property
     def reach(self) -> int:
-        """Positions that the scaling is made for, where the kind says them; else 0."""
+        """Number of positions that dynamic and yarn are scaled for; 0 for the other kinds."""
         stated = self.kind in ("dynamic", "yarn")
         return int(self.factor * self.original_positions) if stated else 0
 
@@ -72,19 +76,22 @@ KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 def read_ropes(
     raw: Mapping[str, Any], family: Family, head_dim: int, positions: int, where: str
 ) -> tuple[Rope, Rope | None]:
-    """Reads the rope, and that of the layers with a window where the family has another.
+    """Reads the ropes of a config.json.
 
     Args:
-      raw: the file under the usual keys, with the family's defaults.
-      family: its `model_type`.
-      head_dim: channels of a head.
-      positions: `max_position_embeddings`.
-      where: the file's name, for messages.
+      raw: content of the file under the usual keys, with the family's defaults.
+      family: family of the file's `model_type`.
+      head_dim: number of channels of a head.
+      positions: value of `max_position_embeddings`.
+      where: name of the file, for messages.
+
+    Returns:
+      The rope; the rope of the layers with a window, None if they use the same rope.
 
     Raises:
-      UserError: a scaling that is not supported, or a value that cannot be used.
+      UserError: a scaling is not supported, or a value cannot be used.
       KeyError: a key that the scaling needs is missing.
-      TypeError, ValueError, ZeroDivisionError: a value without sense.
+      TypeError, ValueError, ZeroDivisionError: a value makes no sense.
     """
     stated: dict[str, Mapping[str, Any] | None] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -124,7 +131,7 @@ def read_ropes(
 def _by_layers(
     scaling: Mapping[str, Any] | None, parameters: Mapping[str, Any] | None, where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the layers with full attention, and of those with a window."""
+    """Returns the rope settings of the layers with full attention and of those with a window."""
     if parameters is None:
         parameters = {key: {"rope_type": "default"} for key in KINDS_OF_LAYERS}
     for key in KINDS_OF_LAYERS:
@@ -137,14 +144,14 @@ def _by_layers(
             f"{where}: rope_scaling beside rope_parameters without full_attention is not "
             "supported; write the scaling into rope_parameters.full_attention"
         )
-    # transformers looks for this one key outside the kinds of layers
+    # transformers reads this key, and no other, beside full_attention and sliding_attention
     truncate = {"truncate": parameters.get("truncate", True)}
     return {**(full or {}), **(scaling or {}), **truncate}, {**(local or {}), **truncate}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What a file says of one rope, in transformers' keys."""
+    """The settings of one rope in a config.json, under transformers' keys."""
 
     values: Mapping[str, Any]
     family: Family
@@ -157,27 +164,30 @@ class _Settings:
         if kind is None:
             raise UserError(
                 f"{self.where}: rope scaling {stated!r} is not supported; "
-                f"give a model with one that is: {', '.join(self.family.ropes)}"
+                f"give a model with one of: {', '.join(self.family.ropes)}"
             )
         theta, fraction = self.positive("rope_theta"), self._fraction(kind)
         return Rope(theta=theta, fraction=fraction, kind=kind, **READERS[kind](self))
 
     @property
     def rotated(self) -> int:
-        """Channels of a head that are rotated by a kind other than default."""
+        """Number of channels of a head that a kind other than default rotates."""
         return int(self.head_dim * self.values.get("partial_rotary_factor", 1.0))
 
     def number(self, key: str) -> float:
-        """Returns a finite number.
+        """Returns the value of a key, which must be a finite number.
 
         Raises:
           KeyError: the key is missing.
-          UserError: the value is something else.
+          UserError: the value is not a finite number.
         """
         return self._checked(key, self.values[key])
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """Returns a finite number above 0; the default, where there is one, for a missing key."""
+        """Returns the value of a key, which must be a finite number above 0.
+
+        A missing key gives `default`, or KeyError if `default` is None.
+        """
         value = self.values[key] if default is None else self.values.get(key, default)
         if not self._checked(key, value) > 0:
             raise UserError(f"{self.where}: {key} {value!r} is not supported; give more than 0")
@@ -219,8 +229,8 @@ class _Settings:
             if not 0 <= fraction <= 1:
                 raise UserError(f"{self.where}: {key} {fraction} is not from 0 to 1; correct it")
             return fraction
-        # The other families rotate whole heads: transformers' default rope ignores the key, and
-        # its scaled ones make too few frequencies and fail.
+        # The other families rotate whole heads: transformers' default rope ignores the key; its
+        # scaled ropes compute too few frequencies and fail.
         if kind != "default" and key in self.values:
             self.number(key)
             if self.rotated != self.head_dim:
@@ -290,7 +300,7 @@ def _yarn(settings: _Settings) -> dict[str, Any]:
 
 
 def _mscale(factor: float, mscale: float) -> float:
-    """YaRN's factor of attention (arXiv 2309.00071, equation 22)."""
+    """Returns YaRN's attention factor (arXiv 2309.00071, equation 22)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -323,4 +333,4 @@ READERS: Mapping[str, Callable[[_Settings], dict[str, Any]]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
-"""Kind to what reads the fields of `Rope` that only some kinds have."""
+"""Kind of a rope to the function that reads the fields of `Rope` of this kind."""

@@ -1,10 +1,14 @@
-"""The shapes of published models, so that a run can be planned without their weights.
+"""The shapes of published models, which allow to plan a run without the weights.
 
-Every row repeats the config.json of a hub id. Sources: LLaMA (arXiv 2302.13971, table 2) with the
-MLP of transformers' converter, 8/3 of the hidden size rounded up to a multiple of 256; the others
-from Lightning-AI/litgpt's `config.py` and, where it has them, pytorch/torchtune's builders, which
-agree; SmolLM2 from public copies of its config.json. What they add up to is the published number
-of parameters.
+Every row repeats the config.json of a hub id. Sources:
+
+- LLaMA: arXiv 2302.13971, table 2. The MLP size is that of transformers' converter: 8/3 of the
+  hidden size, rounded up to a multiple of 256.
+- SmolLM2: public copies of its config.json.
+- The others: `config.py` of Lightning-AI/litgpt. The builders of pytorch/torchtune agree with it
+  for the models that they have.
+
+The number of parameters of each row equals the published number.
 """
 
 import difflib
@@ -54,7 +58,7 @@ _ROWS = {
 SHAPES: Mapping[str, DecoderConfig] = {
     name: from_hugging_face(row._asdict(), name) for name, row in _ROWS.items()
 }
-"""Published models by name."""
+"""Name of a published model to its config."""
 
 HUB: Mapping[str, str] = {
     "huggyllama/llama-7b": "llama-7b",
@@ -70,23 +74,23 @@ HUB: Mapping[str, str] = {
     "smollm2-135m-instruct": "smollm2-135m",
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama-1.1b",
 }
-"""Hub ids and built-in models with these shapes. An Instruct model has its base's weights by name
-and shape, and is found by its own id with `-Instruct` too."""
+"""Hub id or built-in model to its name in `SHAPES`. `find` also accepts an id with `-Instruct`,
+because an Instruct model has the tensor names and shapes of its base model."""
 
 
 def config_json(name: str) -> dict[str, Any]:
-    """What config.json says of a model in `SHAPES`, for a program that has no `DecoderConfig`."""
+    """Returns the config.json of a model in `SHAPES`, for a program without `DecoderConfig`."""
     return _ROWS[name]._asdict()
 
 
 def find(name: str) -> DecoderConfig:
-    """The shapes of a published model.
+    """Returns the config of a published model.
 
     Args:
-      name: a name in `SHAPES`, or a hub id of `HUB`, with or without `-Instruct`.
+      name: a name in `SHAPES`, or a hub id in `HUB`, with or without `-Instruct`.
 
     Raises:
-      UserError: unknown name; the nearest known one is named.
+      UserError: the name is not known. The message gives the nearest known name.
     """
     for known in (name, name.removesuffix("-Instruct")):
         if (model := HUB.get(known, known)) in SHAPES:

@@ -1,4 +1,4 @@
-"""Which axis of each leaf of a model's trees is split over the devices of a mesh."""
+"""Chooses the axis of each leaf of a model's trees that is split over the devices of a mesh."""
 
 import itertools
 import math
@@ -14,32 +14,32 @@ from qlora_jax.quant.sharded import Sharded
 from qlora_jax.runtime.mesh import DATA, FSDP, ROWS, on_devices, sent
 
 WHOLE_BELOW = 2**12
-"""Elements of one layer's array below which every device has all of it."""
+"""An array of a layer with fewer elements than this is not split: every device holds all of it."""
 
 OUTER = {"embed": -1, "head": -2}
-"""Arrays outside the layers that are split, and the axis, that of the hidden size."""
+"""Arrays outside the layers that are split, and their split axis: the axis of the hidden size."""
 
 LAYERS = "runs."
-"""Begins the path of a stack of layers."""
+"""Prefix of the path of every array in a stack of layers."""
 
 IN_CODES = {"codes": 2, "scales": 2, "nested": 1}
-"""Leaves of a QTensor that are split, and of how many of the last axes one may be."""
+"""Leaf of a QTensor to n: one of the last n axes of this leaf may be split."""
 
 SPLIT = PartitionSpec(ROWS)
-"""Of the arrays of a batch [B, T]."""
+"""Partition spec of the arrays of a batch [B, T]: the rows are split over all devices."""
 
 Axes = tuple[tuple[int | None, ...], ...]
-"""For each array and QTensor of a tree, in its order: the axis of each of its leaves that is split,
-counted from the last; None where every device has the whole leaf."""
+"""One tuple for each array or QTensor of a tree, in the tree's order. A tuple holds, for each leaf,
+the axis that is split, counted from the last axis (-1); None: every device holds the whole leaf."""
 
 
 class MeshLayout(NamedTuple):
-    """How a model's two trees are split over a mesh.
+    """The split of a model's trained tree and frozen tree over a mesh.
 
     Attributes:
-      mesh: of the axes `DATA` and `FSDP`; an abstract one where no array is.
-      trained: axes of the trained tree that are split.
-      frozen: those of the frozen tree.
+      mesh: mesh with the axes `DATA` and `FSDP`; an abstract mesh if no array is on the devices.
+      trained: split axes of the trained tree.
+      frozen: split axes of the frozen tree.
     """
 
     mesh: Mesh | AbstractMesh
@@ -51,30 +51,36 @@ class MeshLayout(NamedTuple):
         return specs(trained, self.trained), specs(frozen, self.frozen)
 
     def in_parts(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
-        """Returns a device's part of both trees, inside `on_devices`, as a model can be made of."""
+        """Returns this device's part of both trees, from which a model can be built.
+
+        Call it inside `on_devices`.
+        """
         return in_parts(trained, self.trained), in_parts(frozen, self.frozen)
 
     def homes(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
-        """Returns where each leaf of both trees lives."""
+        """Returns the sharding of each leaf of both trees."""
         return (
             _shardings(self.mesh, trained, self.trained),
             _shardings(self.mesh, frozen, self.frozen),
         )
 
     def placed(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
-        """Returns both trees with every leaf on the devices that hold it."""
+        """Returns both trees with every leaf placed on the devices by its sharding."""
         return sent((trained, frozen), self.homes(trained, frozen))
 
     def everywhere(self, tree: Any) -> Any:
-        """Returns a tree with all of every leaf on every device."""
+        """Returns a tree whose leaves are replicated: every device holds every leaf whole."""
         return sent(tree, jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree))
 
     def moments(self, unit: Mapping[str, Any], state: Any) -> Any:
-        """Returns where an optimizer's state of a unit lives: each leaf as what it is of.
+        """Returns the shardings of the optimizer state of one layer.
+
+        A leaf of the state is split like the array of the layer that has the same shape. A leaf of
+        any other shape is split if its size allows.
 
         Args:
-          unit: path to array, as `layer_groups.take_layer` gives.
-          state: arrays or shapes; leaves of other shapes than the unit's are split if they can be.
+          unit: one layer of a `LayerGroup`, path to array, as `layer_groups.take_layer` returns it.
+          state: optimizer state of this layer, as arrays or shapes.
         """
         parts = self.mesh.shape[FSDP]
         known = {
@@ -91,23 +97,23 @@ class MeshLayout(NamedTuple):
 
 
 def layout_of(mesh: Mesh | AbstractMesh, trained: Any, frozen: Any) -> MeshLayout:
-    """Chooses how both trees of a model are split over a mesh."""
+    """Chooses the split of both trees of a model over a mesh."""
     return MeshLayout(mesh, axes_of(mesh, trained), axes_of(mesh, frozen))
 
 
 def axes_of(mesh: Mesh | AbstractMesh, tree: Any) -> Axes:
-    """Chooses the axes of a tree, trained or frozen, that are split."""
+    """Chooses the split axes of one tree, trained or frozen."""
     return tuple(_axes(mesh, path, held) for path, held in flatten(tree, _is_q).items())
 
 
 def shardings(mesh: Mesh, path: str, held: Any, like: Any) -> Any:
-    """Returns where the leaves of one array or QTensor of a model live.
+    """Returns the shardings of the leaves of one array or QTensor.
 
     Args:
-      mesh: of the axes `DATA` and `FSDP`.
-      path: in the model's trees.
-      held: the array or QTensor, or its shapes.
-      like: `held`, or one layer of the stack that it is.
+      mesh: mesh with the axes `DATA` and `FSDP`.
+      path: path of the array or QTensor in the model's trees.
+      held: the array or QTensor, or its shapes; the split axes are chosen for it.
+      like: value that gets the shardings: `held`, or one layer of it if `held` is a stack.
     """
     return _shardings(mesh, like, (_axes(mesh, path, held),))
 
@@ -116,10 +122,10 @@ def on_mesh(mesh: Mesh | None, function: Callable[..., Any], tree: Any, *rest: A
     """Calls a function on every device of a mesh, each with its part of a model's tree.
 
     Args:
-      mesh: None calls it as it is.
-      function: gets the tree, as a model can be made of it, and the rest.
-      tree: of arrays that are split as `axes_of` says.
-      rest: the same on every device.
+      mesh: the mesh; None calls the function directly, with the whole tree.
+      function: function of (tree, *rest); it can build a model from the tree that it gets.
+      tree: model tree, whose arrays are split along `axes_of`.
+      rest: further arguments, the same on every device.
 
     Returns:
       The function's result, the same on every device.
@@ -152,12 +158,12 @@ def _leaves(q: QTensor) -> Iterator[tuple[str, Any]]:
 
 
 def _array_axis(path: str, shape: Sequence[int], parts: int) -> int | None:
-    """Returns the axis of an array that is split.
+    """Returns the split axis of an array, or None.
 
     Args:
-      path: in the model's trees.
-      shape: without the axis of a stack of layers.
-      parts: devices along `FSDP`.
+      path: path of the array in the model's trees.
+      shape: shape of the array without the axis of layers.
+      parts: number of devices along `FSDP`.
     """
     if path in OUTER:
         return OUTER[path] if parts > 1 and shape[OUTER[path]] % parts == 0 else None
@@ -167,14 +173,20 @@ def _array_axis(path: str, shape: Sequence[int], parts: int) -> int | None:
 
 
 def _divided(shape: Sequence[int], most: int, parts: int) -> int | None:
-    """Returns the first of the last `most` axes that can be split evenly; rows gather fastest."""
+    """Returns the first of the last `most` axes that `parts` divides, or None.
+
+    The first axis comes first because a weight that is split by rows gathers fastest.
+    """
     if parts == 1:
         return None
     return next((a for a in range(-most, 0) if shape[a] % parts == 0), None)
 
 
 def undivided(tree: Any, axes: Axes) -> dict[str, int]:
-    """Returns the bytes of what every device has all of since it could not be split, by path."""
+    """Returns path to bytes of each weight that should be split, but that no axis allows to split.
+
+    Every device holds such a weight whole.
+    """
     found: dict[str, int] = {}
     for (path, held), own in zip(flatten(tree, _is_q).items(), axes):
         leaves = jax.tree.leaves(held)
@@ -199,21 +211,25 @@ def _spec(ndim: int, axis: int | None) -> PartitionSpec:
 
 
 def _shardings(mesh: Mesh | AbstractMesh, tree: Any, axes: Axes) -> Any:
-    """Returns where each leaf of a tree lives."""
+    """Returns the sharding of each leaf of a tree."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, axes))
 
 
 def in_parts(tree: Any, axes: Axes) -> Any:
-    """Returns a device's part of a tree, inside `jax.shard_map`; what is split is `Sharded`."""
+    """Returns this device's part of a tree; every split array or QTensor becomes a `Sharded`.
+
+    Call it inside `jax.shard_map`.
+    """
     held, structure = jax.tree.flatten(tree, is_leaf=_is_q)
     marked = [x if set(own) == {None} else Sharded(x, own) for x, own in zip(held, axes)]
     return jax.tree.unflatten(structure, marked)
 
 
 def added_up(gradients: Any, axes: Axes) -> Any:
-    """Adds up gradients over all devices, inside `jax.shard_map`.
+    """Returns the gradients summed over all devices. Call it inside `jax.shard_map`.
 
-    What is split is added up over `FSDP` already, by the gather's transpose.
+    The gradient of a split array is summed over `DATA` only: the transpose of the gather has
+    already summed it over `FSDP`.
     """
     leaves, structure = jax.tree.flatten(gradients)
     flat = itertools.chain.from_iterable(axes)

@@ -1,4 +1,4 @@
-"""Where a model holds each parameter of its checkpoint."""
+"""Maps the parameters of a checkpoint to the arrays of a model that hold them."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from qlora_jax.quant import QTensor
 
 
 class StoredParameter(NamedTuple):
-    """One parameter, or the same parameter of all layers of a run.
+    """One parameter outside the layers, or the same parameter of all layers of a stack.
 
     Attributes:
-      names: in the checkpoint, one for each layer of the stack; else a single one.
-      value: the array or QTensor that the model holds.
+      names: names in the checkpoint, one for each layer of the stack; one name if not stacked.
+      value: array or QTensor that the model holds.
       stacked: whether `value` has a leading axis of layers.
-      transposed: whether the checkpoint has a matrix as [out, in] and the model as [in, out].
+      transposed: whether the checkpoint has the matrix as [out, in] and the model as [in, out].
     """
 
     names: tuple[str, ...]
@@ -26,7 +26,7 @@ class StoredParameter(NamedTuple):
 
 
 def stored(model: Decoder) -> Iterator[StoredParameter]:
-    """Yields every pretrained parameter, the outer ones first; nothing of adapters."""
+    """Yields every pretrained parameter, first those outside the layers. Adapters are left out."""
     names = model.config.names
     outer = {
         f"{names.embed}.weight": model.embed,

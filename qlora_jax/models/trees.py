@@ -1,4 +1,4 @@
-"""A model as plain pytrees: what is trained, what is frozen, and how their leaves are named."""
+"""Splits a model into plain pytrees, trained and frozen, and names and counts their leaves."""
 
 import hashlib
 import math
@@ -14,16 +14,16 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.quant import QTensor, nbytes
 
 TRAINED = {"qlora": LoraParam, "lora": LoraParam, "full": Weight}
-"""Method to the kind of variable that is differentiated and updated; the rest is frozen."""
+"""Method to the kind of variable that it trains; all other variables are frozen."""
 
 
 class SplitModel(NamedTuple):
-    """A model taken apart, of arrays or of shapes.
+    """A model as a structure and two trees; the leaves are arrays or shapes.
 
     Attributes:
-      graph: its structure.
-      trained: the trained tree.
-      frozen: the rest.
+      graph: structure of the model.
+      trained: tree of the trained variables.
+      frozen: tree of all other variables.
     """
 
     graph: nnx.GraphDef
@@ -32,24 +32,25 @@ class SplitModel(NamedTuple):
 
 
 def split(model: Decoder, method: str) -> SplitModel:
-    """Takes a model apart; `nnx.merge(*parts)` puts it together again, inside jit as well."""
+    """Splits a model. `nnx.merge(*parts)` builds the model again, also inside `jax.jit`."""
     graph, *states = nnx.split(model, TRAINED[method], ...)
     return SplitModel(graph, states[0], states[1])
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Leaves by a dotted path such as runs.0.q_proj.adapter.a, in the tree's own order.
+    """Returns the leaves of a tree by dotted path (runs.0.q_proj.adapter.a), in the tree's order.
 
     Args:
       tree: any pytree.
-      is_leaf: as `jax.tree.flatten` takes it; a QTensor, say, may count as one leaf.
+      is_leaf: function that makes a subtree, such as a QTensor, one leaf, as in
+        `jax.tree.flatten`.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
     return {".".join(_key(k) for k in path if _key(k)): leaf for path, leaf in leaves}
 
 
 def sha256(tree: Any) -> str:
-    """Digest of every leaf's path, dtype, shape and bytes, as hex."""
+    """Returns SHA-256 of every leaf's path, dtype, shape and bytes, as hex."""
     digest = hashlib.sha256()
     for path, leaf in flatten(tree).items():
         array = np.ascontiguousarray(leaf)
@@ -59,9 +60,9 @@ def sha256(tree: Any) -> str:
 
 
 def quantized_size(model: Decoder) -> tuple[float, int]:
-    """(bits per parameter, bytes) of the quantized weights, scales and codebooks included.
+    """Returns (bits per parameter, bytes) of all quantized weights, with scales and codebooks.
 
-    Both are 0 where there are none.
+    Both are 0 if no weight is quantized.
     """
     weights = jax.tree.leaves(nnx.state(model, Weight), is_leaf=lambda x: isinstance(x, QTensor))
     quantized = [w for w in weights if isinstance(w, QTensor)]
@@ -70,10 +71,10 @@ def quantized_size(model: Decoder) -> tuple[float, int]:
 
 
 def parameter_counts(model: Decoder, method: str) -> tuple[int, int]:
-    """(trained, total) parameters; zero padding of mixed ranks is not counted.
+    """Returns the numbers (trained, total) of parameters.
 
-    The total holds the pretrained weights and the adapters, a quantized weight counted by the
-    elements it stands for.
+    The total is the number of elements of the pretrained weights (of the matrix that a QTensor
+    represents) plus those of the adapters. The zero padding of smaller ranks is not counted.
     """
     weights = jax.tree.leaves(nnx.state(model, Weight), is_leaf=lambda x: isinstance(x, QTensor))
     base = sum(math.prod(w.shape) for w in weights)

@@ -1,4 +1,4 @@
-"""Which keys each query sees: a range, of which the first and the last are kept."""
+"""The range of keys that each query sees, stored as its first and last key."""
 
 from typing import NamedTuple
 
@@ -7,25 +7,30 @@ import jax.numpy as jnp
 
 
 class KeyRange(NamedTuple):
-    """The keys `first` to `last`, both included, that each query sees: int32[B, T] each."""
+    """The keys that each query sees: `first` to `last`, both included.
+
+    Attributes:
+      first: index of the first key that each query sees, int32[B, T].
+      last: index of the last key that each query sees, int32[B, T].
+    """
 
     first: jax.Array
     last: jax.Array
 
     def within(self, window: jax.Array) -> "KeyRange":
-        """Returns the part of a range that ends with the last key and has at most `window` keys.
+        """Returns the last `window` keys of each range, or the whole range if it is shorter.
 
         Args:
-          window: int32[].
+          window: number of keys in the sliding window, int32[].
         """
         return KeyRange(jnp.maximum(self.first, self.last - window + 1), self.last)
 
 
 def in_segments(segments: jax.Array) -> KeyRange:
-    """Returns the keys from the beginning of a query's segment up to the query itself.
+    """Returns, for each query, the keys from the first token of its segment to the query itself.
 
     Args:
-      segments: int32[B, T]; equal neighbours are one segment.
+      segments: segment number of each token, int32[B, T]; equal neighbours are one segment.
     """
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     begins = segments[:, 1:] != segments[:, :-1]
@@ -34,5 +39,5 @@ def in_segments(segments: jax.Array) -> KeyRange:
 
 
 def up_to(positions: jax.Array) -> KeyRange:
-    """Returns the keys 0 to `positions`, int32[B, T]: the slots of a cache that are filled."""
+    """Returns the keys 0 to `positions`, int32[B, T]: the cache slots that are filled."""
     return KeyRange(jnp.zeros_like(positions), positions)

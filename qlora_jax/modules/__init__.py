@@ -1,1 +1,1 @@
-"""QLoRA for any Flax model: `adapt` is the idea for NNX, `trace` how a weight stays 4 bits."""
+"""QLoRA for any Flax model. `adapt` changes NNX modules; `trace` keeps a weight in 4 bits."""

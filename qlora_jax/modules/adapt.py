@@ -1,7 +1,7 @@
-"""Modules whose weights are in 4 bits or adapted, used as before.
+"""Changes NNX modules so that their methods work with weights in 4 bits and with adapters.
 
-A module that owns such a weight gets a subclass of its class. The subclass carries out each of the
-class's methods by `trace.run`: on a copy of the module that has arrays for these weights.
+A module that holds such a weight gets a subclass of its class. The subclass runs each method of the
+class by `trace.run`, on a copy of the module that has arrays in the place of these weights.
 """
 
 import copyreg
@@ -24,33 +24,33 @@ from qlora_jax.modules.variables import QWeight
 from qlora_jax.runtime.errors import UserError
 
 ADAPTERS = "_adapters"
-"""What is added to a kernel's name for the attribute that holds its adapters by name."""
+"""Suffix of an attribute: `kernel` + ADAPTERS holds the adapters of `kernel` by name."""
 
 
 class _AdaptedClass(type(nnx.Module)):  # type: ignore[misc]
-    """The class of the subclasses, by which `pickle` finds them again."""
+    """Metaclass of the subclasses; `pickle` saves its classes by `_reduced`."""
 
 
 def is_adapted(module: Any) -> bool:
-    """Returns whether a module has a subclass from here."""
+    """Checks if a module has a subclass that `adapt` has set."""
     return isinstance(type(module), _AdaptedClass)
 
 
 def adapt(module: nnx.Module) -> None:
-    """Gives a module the subclass of its class, in place."""
+    """Replaces a module's class by the subclass that `adapted` makes, in place."""
     if not is_adapted(module):
         module.__class__ = adapted(type(module))
 
 
 def restore(module: nnx.Module) -> None:
-    """Gives a module its own class back, in place."""
+    """Undoes `adapt`: gives a module its original class, in place."""
     if is_adapted(module):
         module.__class__ = type(module).__mro__[1]
 
 
 @functools.cache
 def adapted(cls: type[nnx.Module]) -> type[nnx.Module]:
-    """Returns the subclass of a class of modules; it is made once."""
+    """Returns the subclass of a class of modules; each class has one, made at the first call."""
     own: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     for base in reversed(cls.__mro__):
         if base not in nnx.Module.__mro__:
@@ -61,7 +61,7 @@ def adapted(cls: type[nnx.Module]) -> type[nnx.Module]:
 
 
 def _reduced(cls: type) -> Any:
-    """Returns how `pickle` makes the subclass again."""
+    """Returns the function and arguments by which `pickle` makes the subclass again."""
     return adapted, (cls.__mro__[1],)
 
 
@@ -73,7 +73,7 @@ def _is_method(name: str, value: Any) -> bool:
         return False
     own = inspect.unwrap(value)
     if inspect.isgeneratorfunction(own) or inspect.iscoroutinefunction(own):
-        return False  # what it returns still runs when a trace would be over
+        return False  # its body runs after the call, when the trace has ended
     return name == "__call__" or not name.startswith("__")
 
 
@@ -91,18 +91,18 @@ def adapters_of(module: nnx.Module, name: str) -> Mapping[str, Adapter]:
 
 
 def variables_of(module: nnx.Module) -> dict[str, nnx.Variable]:
-    """Returns the variables that a module holds itself, by attribute."""
+    """Returns a module's variables by attribute, without those of its submodules."""
     return {k: v for k, v in vars(module).items() if isinstance(v, nnx.Variable)}
 
 
 class _Stand(NamedTuple):
-    """A parameter that stands for a kernel while a method runs.
+    """Description of the parameter that replaces a kernel while a method runs.
 
     Attributes:
-      attribute: the module's attribute that holds it.
-      kernel: name of the kernel, the same for attributes that share a variable.
+      attribute: attribute of the module that holds the parameter.
+      kernel: name of the kernel; attributes that share a variable have the same name.
       kind: class of the variable.
-      metadata: its metadata.
+      metadata: metadata of the variable.
     """
 
     attribute: str
@@ -112,12 +112,12 @@ class _Stand(NamedTuple):
 
 
 class _Method(NamedTuple):
-    """What of a call is no array.
+    """The static part of a call: everything that is not an array.
 
     Attributes:
-      cls: the module's own class.
+      cls: original class of the module.
       name: name of the method.
-      stands: what stands for the kernels.
+      stands: descriptions of the parameters that replace the kernels.
       graph: structure of the module without its kernels, and of the arguments.
     """
 
@@ -130,7 +130,7 @@ class _Method(NamedTuple):
 def _called(
     cls: type[nnx.Module], name: str, module: nnx.Module, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """Calls a method of a module, whose kernels stay what they are."""
+    """Calls a method of a module without making its kernels arrays."""
     kernels, stands = _kernels(module)
     hidden = {x for stand in stands for x in (stand.attribute, stand.attribute + ADAPTERS)}
     rest = object.__new__(cls)
@@ -155,7 +155,7 @@ def _called(
 def _performed(
     method: _Method, kernels: Mapping[str, Kernel], state: nnx.State, uses: list[Use]
 ) -> tuple[Any, Effects]:
-    """Returns what the method returns, and what else it does."""
+    """Returns the packed result of a method, and its effects on module and arguments."""
 
     def function(arrays: Mapping[str, jax.Array], state: nnx.State) -> tuple[Any, Effects]:
         objects: Any = nnx.merge(method.graph, state)
@@ -189,7 +189,7 @@ def _parameter(stands: Sequence[_Stand], kernel: str, array: jax.Array) -> nnx.V
 
 
 def _kernels(module: nnx.Module) -> tuple[dict[str, Kernel], tuple[_Stand, ...]]:
-    """Returns the kernels that a module holds itself, and what stands for them in its methods."""
+    """Returns a module's own kernels, and the parameters that replace them in its methods."""
     kernels: dict[str, Kernel] = {}
     stands = []
     first: dict[int, str] = {}
@@ -209,7 +209,7 @@ def _kernels(module: nnx.Module) -> tuple[dict[str, Kernel], tuple[_Stand, ...]]
 def kernel_of(module: nnx.Module, name: str) -> Kernel | None:
     """Returns a module's variable as a kernel; None if it is neither in 4 bits nor adapted.
 
-    While uses are recorded, each variable with a `PATH` is one.
+    While uses are recorded, each variable with a `PATH` is a kernel, too.
     """
     variable, adapters = getattr(module, name), adapters_of(module, name)
     if isinstance(variable, QWeight):

@@ -1,4 +1,4 @@
-"""Adapters for matrices with any number of axes in front: layers, experts."""
+"""Makes and switches adapters of weights with any leading axes, such as layers and experts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,17 @@ ELSEWHERE = {
     "target_modules": "`where` chooses the weights",
     "from_adapter": "load_adapter reads an adapter",
 }
-"""Settings of the section `lora` that the library has otherwise."""
+"""Setting of the section `lora` that these functions refuse, to what replaces the setting."""
 
 
 def lora_settings(**values: Any) -> LoraConfig:
-    """Returns the settings of adapters.
+    """Returns the config of adapters.
 
     Args:
       values: settings of the section `lora`, such as rank=16, init="gaussian".
 
     Raises:
-      UserError: an unknown setting, or a value of the wrong type.
+      UserError: a setting is unknown, or a value has the wrong type.
     """
     for name in values.keys() & ELSEWHERE.keys():
         raise UserError(f"{name}: {ELSEWHERE[name]}; remove it")
@@ -45,7 +45,7 @@ def lora_settings(**values: Any) -> LoraConfig:
 
 
 def names_of(path: str) -> tuple[str, str]:
-    """Returns the paths of a weight and of its module: a rank's pattern may mean either."""
+    """Returns the paths of a weight and of its module; `rank_pattern` may match either of them."""
     return path, path.rpartition(".")[0]
 
 
@@ -62,17 +62,17 @@ def made(
     Args:
       path: path of the weight, for errors.
       weight: matrices [*stack, K, N].
-      lora: settings.
+      lora: settings of the adapter.
       spec: rank, alpha and scale.
       key: key of the random numbers.
       quantization: arguments of `quant.quantize`, for init "loftq".
 
     Returns:
-      What is stored of the weight from now on, and the adapter, whose arrays have the same
-      [*stack] in front.
+      The weight to store (init pissa and loftq change the weight), and the adapter, whose arrays
+      have the same leading axes [*stack].
 
     Raises:
-      UserError: an init that starts from 16-bit weights, for 4-bit ones, or loftq without
+      UserError: init is pissa or loftq and the weight is in 4 bits, or init is loftq without
         `quantization`.
     """
     *stack, k, n = weight.shape
@@ -99,15 +99,15 @@ def _started(
     adapter: Adapter,
     quantization: Mapping[str, Any] | None,
 ) -> StoredWeight:
-    """Fills an adapter from a weight [L, K, N], and returns what is stored of the weight."""
+    """Computes an adapter's values from a weight [L, K, N]; returns the weight to store."""
     if isinstance(weight, QTensor):
         raise UserError(
-            f"{path}: init {lora.init} starts from 16-bit weights, and this one is in 4 bits; "
+            f"{path}: init {lora.init} needs a 16-bit weight, and this weight is in 4 bits; "
             "add adapters before quantize_model"
         )
     if lora.init == "loftq" and quantization is None:
         raise UserError(
-            'init loftq starts from what quantizing loses; give quantization={"codebook": "nf4"}'
+            'init loftq needs the error of quantization; give quantization={"codebook": "nf4"}'
         )
     dtype = weight.dtype
 
@@ -128,12 +128,12 @@ def _started(
 
 
 def restack(adapter: Adapter, axes: int, stack: Sequence[int]) -> None:
-    """Replaces the first axes of an adapter's arrays, in place.
+    """Reshapes the leading axes of an adapter's arrays, in place.
 
     Args:
-      adapter: the adapter.
-      axes: how many are replaced.
-      stack: sizes of those that take their place.
+      adapter: adapter to change.
+      axes: number of leading axes to replace.
+      stack: sizes of the new leading axes.
     """
     for variable in vars(adapter).values():
         if isinstance(variable, nnx.Variable):
@@ -142,31 +142,33 @@ def restack(adapter: Adapter, axes: int, stack: Sequence[int]) -> None:
 
 
 def is_on(adapter: Adapter) -> bool:
-    """Returns whether an adapter adds anything: its scale is not zero."""
+    """Checks if an adapter is on: its scale is not zero."""
     return bool(jnp.any(adapter.scale.get_value() != 0))
 
 
 def check_together(path: str, adapters: Mapping[str, Adapter]) -> None:
-    """Raises UserError if adapters of a weight cannot be on at once: DoRA's lengths are for one.
+    """Raises UserError if a DoRA adapter would be on together with another adapter of the weight.
+
+    DoRA trains the lengths of the columns of W + s·B·A, so they hold for one adapter only.
 
     Args:
-      path: path of the weight.
-      adapters: those that are to be on, by name.
+      path: path of the weight, for the error.
+      adapters: adapters to switch on, by name.
     """
     if len(adapters) > 1 and any(isinstance(x, DoraAdapter) for x in adapters.values()):
         raise UserError(
-            f"{path}: adapters {', '.join(adapters)} cannot be on at once, since a DoRA adapter is "
-            "on alone; switch others off by use_adapter before"
+            f"{path}: adapters {', '.join(adapters)} cannot be on at once, because a DoRA adapter "
+            "must be on alone; first switch the others off by use_adapter"
         )
 
 
 def on_with(adapters: Mapping[str, Adapter], name: str, adapter: Adapter) -> dict[str, Adapter]:
-    """Returns the adapters of a weight that are on once it has one more."""
+    """Returns the adapters of a weight that are on after `adapter` is added as `name`."""
     return {**{k: x for k, x in adapters.items() if k != name and is_on(x)}, name: adapter}
 
 
 def strength(adapter: Adapter, active: bool) -> None:
-    """Switches an adapter on or off, in place: its scale becomes that of its specs, or zero."""
+    """Switches an adapter on or off, in place: sets its scale to that of its specs, or to 0."""
     shape = adapter.scale.get_value().shape
     scales = [spec.scale if spec and active else 0.0 for spec in adapter.specs]
     adapter.scale.set_value(jnp.array(scales, jnp.float32).reshape(shape))

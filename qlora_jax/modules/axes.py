@@ -1,4 +1,4 @@
-"""Which axes of a weight a product sums over, and the same weight as matrices."""
+"""Describes which axes of a weight a product sums over, and converts a weight to matrices."""
 
 import math
 from collections.abc import Iterator
@@ -11,15 +11,16 @@ from qlora_jax.runtime.errors import UserError
 
 
 class Axes(NamedTuple):
-    """The axes of one layer's weight by their part in its product with an input.
+    """The axes of one layer's weight, sorted by their role in its product with an input.
 
-    An adapter and a `QTensor` hold the weight as matrices [*batch, K, N]: K is all of `contract`,
-    N all of `keep`. A stack of layers has more axes, in front of these; they are not counted here.
+    An adapter and a `QTensor` hold the weight as matrices [*batch, K, N]: K is the product of the
+    sizes of `contract`, N that of `keep`. A stack of layers has additional leading axes, which are
+    not counted here.
 
     Attributes:
-      batch: those that the input and the result have as well, such as a layer's experts.
-      contract: those that are summed over.
-      keep: those that the result has.
+      batch: axes that the input and the result also have, such as a layer's experts.
+      contract: axes that the product sums over.
+      keep: axes that the result has and the input does not have.
     """
 
     batch: tuple[int, ...]
@@ -32,7 +33,7 @@ class Axes(NamedTuple):
         return (*self.batch, *self.contract, *self.keep)
 
     def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the sizes of the axes in front of a layer's own."""
+        """Returns the sizes of the leading axes, in front of the axes of one layer's weight."""
         return tuple(shape[: len(shape) - len(self.order)])
 
     def own(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -41,27 +42,28 @@ class Axes(NamedTuple):
 
 
 MATRIX = Axes((), (0,), (1,))
-"""Those of W[K, N] in x @ W."""
+"""Axes of W [K, N] in x @ W."""
 
 TABLE = Axes((), (1,), (0,))
-"""Those of a table [N, K] of N rows, which are looked up, or multiplied as x @ table.T."""
+"""Axes of a table [N, K], such as an embedding: its rows are looked up, or used in x @ table.T."""
 
 
 REGISTERED = "by qlora_jax.register_kernel"
-"""How axes are told of an NNX module's weight, for errors."""
+"""How a user gives the axes of an NNX module's weight; part of error messages."""
 
 
 def checked(axes: Axes, name: str, ndim: int, how: str = REGISTERED) -> Axes:
-    """Returns the axes if they are those of a matrix product.
+    """Checks that axes are those of a matrix product, and returns them.
 
     Args:
-      axes: the axes, of which each must be one of the weight's.
-      name: the weight's path, for the error.
-      ndim: number of the weight's axes, its stack's included.
-      how: how axes are told, for the error.
+      axes: axes of the weight.
+      name: path of the weight, for the error.
+      ndim: number of axes of the weight, with those of a stack.
+      how: way in which a user gives axes, for the error.
 
     Raises:
-      UserError: they are not.
+      UserError: an axis is missing, occurs twice or does not exist, or no axis is contracted or
+        kept.
     """
     order = sorted(axes.order)
     if order == list(range(len(order))) and axes.contract and axes.keep and len(order) <= ndim:
@@ -74,15 +76,15 @@ def checked(axes: Axes, name: str, ndim: int, how: str = REGISTERED) -> Axes:
 
 
 def from_equation(equation: str, name: str, how: str = REGISTERED) -> Axes:
-    """Reads an einsum of an input and a weight, in this order, such as "btd,dnh->btnh".
+    """Returns the axes of a weight from an einsum of an input and this weight.
 
     Args:
-      equation: the einsum.
-      name: the weight's path, for the error.
-      how: how axes are told, for the error.
+      equation: einsum with the input first, such as "btd,dnh->btnh".
+      name: path of the weight, for the error.
+      how: way in which a user gives axes, for the error.
 
     Raises:
-      UserError: the equation has other than two operands, or is no matrix product.
+      UserError: the equation does not have two operands, or is no matrix product.
     """
     inputs, arrow, result = equation.replace(" ", "").replace("...", "").partition("->")
     x, comma, weight = inputs.partition(",")
@@ -101,14 +103,14 @@ def from_equation(equation: str, name: str, how: str = REGISTERED) -> Axes:
 
 
 def to_matrices(weight: Any, axes: Axes) -> Any:
-    """Returns a weight [*stack, *shape], of JAX or numpy, as matrices [*stack, *batch, K, N]."""
+    """Converts a weight [*stack, *shape], of JAX or numpy, to matrices [*stack, *batch, K, N]."""
     stack, shape = axes.stack(weight.shape), axes.own(weight.shape)
     moved = weight.transpose(*range(len(stack)), *(len(stack) + i for i in axes.order))
     return moved.reshape(*stack, *matrices_shape(axes, shape))
 
 
 def from_matrices(matrices: jax.Array, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
-    """Returns matrices [*stack, *batch, K, N] as a weight [*stack, *shape]."""
+    """Converts matrices [*stack, *batch, K, N] to a weight [*stack, *shape]."""
     stack = matrices.shape[: matrices.ndim - 2 - len(axes.batch)]
     apart = matrices.reshape(*stack, *(shape[i] for i in axes.order))
     back = (len(stack) + int(i) for i in np.argsort(axes.order))
@@ -116,11 +118,11 @@ def from_matrices(matrices: jax.Array, axes: Axes, shape: tuple[int, ...]) -> ja
 
 
 def all_matrices_shape(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns (*stack, *batch, K, N) of a weight [*stack, *shape]."""
+    """Returns the shape (*stack, *batch, K, N) of the matrices of a weight [*stack, *shape]."""
     return (*axes.stack(shape), *matrices_shape(axes, axes.own(shape)))
 
 
 def matrices_shape(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns (*batch, K, N) of one layer's weight of a shape."""
+    """Returns the shape (*batch, K, N) of the matrices of one layer's weight."""
     sizes: Iterator[int] = (math.prod(shape[i] for i in part) for part in axes[1:])
     return (*(shape[i] for i in axes.batch), *sizes)

@@ -1,4 +1,4 @@
-"""The weights of an NNX model that can be quantized or adapted, by their paths."""
+"""Finds the weights of an NNX model that can be quantized or adapted, by their paths."""
 
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -24,11 +24,12 @@ class Candidate(NamedTuple):
     """A weight, and the modules that hold its variable.
 
     Attributes:
-      path: path of the variable, such as layers.0.attention.query.kernel; the first of several.
-      variable: the variable.
-      owners: modules, each with the attribute that holds the variable.
-      axes: what the axes of one layer's weight are.
-      table: whether it is a table that is looked up.
+      path: path of the variable, such as layers.0.attention.query.kernel; the first path if there
+        are several.
+      variable: variable of the weight.
+      owners: modules that hold the variable, each with the name of the attribute.
+      axes: axes of one layer's weight.
+      table: True for a table whose rows are looked up, such as an embedding.
     """
 
     path: str
@@ -39,20 +40,20 @@ class Candidate(NamedTuple):
 
     @property
     def own_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's weight."""
+        """Returns the shape of one layer's weight."""
         return self.axes.own(_shape(self.variable))
 
     @property
     def matrices_shape(self) -> tuple[int, ...]:
-        """Shape of its matrices, [*stack, *batch, K, N]."""
+        """Returns the shape of the weight's matrices, (*stack, *batch, K, N)."""
         return all_matrices_shape(self.axes, _shape(self.variable))
 
 
 def check_model(model: Any) -> nnx.Module:
-    """Returns the model.
+    """Checks that a model is an NNX module, and returns it.
 
     Raises:
-      UserError: it is no NNX module.
+      UserError: the model is no NNX module.
     """
     if isinstance(model, nnx.Module):
         return model
@@ -64,8 +65,8 @@ def check_model(model: Any) -> nnx.Module:
 def owned(model: nnx.Module) -> Iterator[Owned]:
     """Yields the path, module, attribute and variable of each of a model's weights.
 
-    A weight is a parameter of two axes or more that is no adapter's, or a `QWeight`. One that
-    several modules hold comes several times.
+    A weight is a `QWeight`, or a parameter with two or more axes that is not part of an adapter. A
+    weight that several modules hold is yielded once for each of them.
     """
     inside = {id(m) for _, m in nnx.iter_modules(model) if isinstance(m, Adapter)}
     for parts, module in nnx.iter_modules(model):
@@ -78,10 +79,10 @@ def owned(model: nnx.Module) -> Iterator[Owned]:
 
 
 def candidates(model: nnx.Module, where: Where) -> list[Candidate]:
-    """Returns the weights that are asked for.
+    """Returns the weights that `where` matches.
 
     Raises:
-      UserError: `where` matches nothing, or a weight whose axes are not known.
+      UserError: `where` matches no weight, or a weight whose axes are not known.
     """
     by_path = _by_path(model)
     parts = {path: items[0][1] for path, items in by_path.items()}
@@ -91,7 +92,7 @@ def candidates(model: nnx.Module, where: Where) -> list[Candidate]:
 
 
 def _left_out(model: nnx.Module, where: Where) -> list[str]:
-    """Returns what `where` matches and a call has shown to be no kernel."""
+    """Returns the weights that `where` matches and that `discover` has found in no product."""
     others = {
         path: module
         for path, module, name, variable in owned(model)
@@ -101,13 +102,13 @@ def _left_out(model: nnx.Module, where: Where) -> list[str]:
 
 
 def of_paths(model: nnx.Module, paths: Collection[str]) -> dict[str, Candidate]:
-    """Returns the weights with these paths; those that the model does not have are left out."""
+    """Returns the weights with these paths, without paths that the model does not have."""
     found = _by_path(model)
     return {path: _candidate(found[path]) for path in paths if path in found}
 
 
 def _by_path(model: nnx.Module) -> dict[str, list[Owned]]:
-    """Returns each weight that may be a kernel with all that hold it, by its first path."""
+    """Returns, by first path, each weight that may be a kernel, with all its owners."""
     found: dict[int, list[Owned]] = {}
     for item in owned(model):
         if not (axes_of(item[1], item[2], item[0]) is None and is_understood(item[1], item[2])):
@@ -121,8 +122,8 @@ def _candidate(items: list[Owned]) -> Candidate:
     shape = _shape(variable)
     if axes is None:
         raise UserError(
-            f"{path}: which axes of {type(module).__name__}.{name} {shape} are summed over is not "
-            "known; call qlora_jax.discover(model, *example), or qlora_jax.register_kernel"
+            f"{path}: it is not known which axes of {type(module).__name__}.{name} {shape} are "
+            "summed over; call qlora_jax.discover(model, *example), or qlora_jax.register_kernel"
             f"({type(module).__name__}, {name!r}, ...), or leave it out of `where`"
         )
     checked(axes, path, len(shape))

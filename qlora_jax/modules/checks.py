@@ -1,4 +1,4 @@
-"""Checks whether weights and adapters fit what is asked of them: one line for each fault."""
+"""Checks that weights and adapters allow the requested change; each fault is a one-line error."""
 
 import warnings
 from collections.abc import Collection
@@ -13,19 +13,25 @@ from qlora_jax.runtime.errors import UserError
 
 
 def check_values(path: str, value: Any, remedy: str) -> None:
-    """Raises UserError if a weight is abstract."""
+    """Raises UserError if a weight is abstract: a shape without values.
+
+    Args:
+      path: path of the weight.
+      value: value of the weight.
+      remedy: advice to the user, the end of the message.
+    """
     if isinstance(value, jax.ShapeDtypeStruct):
         raise UserError(f"{path}: is abstract and has no values; {remedy}")
 
 
 def warn_left_out(paths: Collection[str]) -> None:
-    """Warns of weights that `where` matches and no product has: they are not changed.
+    """Warns that weights matched by `where` stay unchanged because no product uses them.
 
     The warning points at the user's call, which is two calls above the caller of this function.
     """
     if paths:
         warnings.warn(
-            "where matches weights that no product of the example call has; they are not changed: "
+            "where matches weights that no product of the example call uses; they are not changed: "
             f"{named(paths)}",
             stacklevel=4,
         )
@@ -40,29 +46,29 @@ def check_floats(path: str, value: Any) -> None:
 def check_adapter(
     path: str, value: Any, table: bool, lora: LoraConfig, name: str, names: Collection[str]
 ) -> None:
-    """Raises UserError unless a weight can have a new adapter.
+    """Raises UserError if a weight cannot get a new adapter.
 
     Args:
       path: path of the weight.
-      value: what is stored of it.
-      table: whether it is a table that is looked up.
-      lora: settings of the adapter.
-      name: name of the adapter.
-      names: names of the adapters that the weight has.
+      value: stored value of the weight.
+      table: True if the weight is a table whose rows are looked up, such as an embedding.
+      lora: settings of the new adapter.
+      name: name of the new adapter.
+      names: names of the adapters that the weight has already.
     """
     if name in names:
         raise UserError(f"{path}: has an adapter {name!r} already; give another name")
     if table and lora.variant != "lora":
         raise UserError(
-            f"{path}: variant {lora.variant} is not for embeddings; leave it out of `where`, or "
-            "give variant='lora'"
+            f"{path}: variant {lora.variant} does not support embeddings; leave it out of `where`, "
+            "or give variant='lora'"
         )
     if lora.init == "loftq":
         check_floats(path, value)
 
 
 def check_names(names: Collection[str], known: Collection[str]) -> None:
-    """Raises UserError unless all names are those of a model's adapters."""
+    """Raises UserError if a name is not the name of an adapter of the model."""
     for name in names:
         if name not in known:
             have = ", ".join(sorted(known)) or "none"
@@ -70,14 +76,14 @@ def check_names(names: Collection[str], known: Collection[str]) -> None:
 
 
 def check_trained(names: Collection[str], known: Collection[str]) -> None:
-    """Raises UserError unless a model has adapters, and all of the names that are to be trained."""
+    """Raises UserError if a model has no adapters, or not all of those to train."""
     if not known:
         raise UserError("the model has no adapters to train; call add_lora first")
     check_names(names, known)
 
 
 def check_merged(changed: Collection[Any]) -> None:
-    """Raises UserError if a model has nothing that can be merged."""
+    """Raises UserError if a model has nothing to merge."""
     if not changed:
         raise UserError(
             "the model has no adapters and no weight in 4 bits, so there is nothing to merge; "
@@ -86,8 +92,8 @@ def check_merged(changed: Collection[Any]) -> None:
 
 
 def check_not_tables_alone(found: Collection[Any], where: Any) -> None:
-    """Raises UserError if nothing is left to quantize without embeddings."""
+    """Raises UserError if `where` matches only embeddings, so that nothing would be quantized."""
     if not found:
         raise UserError(
-            f"where: {where!r} matches embeddings alone; give embeddings=True to quantize them"
+            f"where: {where!r} matches only embeddings; give embeddings=True to quantize them"
         )

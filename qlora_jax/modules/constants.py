@@ -1,4 +1,4 @@
-"""What of arguments and results is no array, kept beside what JAX traces."""
+"""Separates the arrays of a tree, which JAX traces, from its other leaves."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,20 +11,20 @@ import numpy as np
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A result that is no array."""
+    """A leaf of a result that is not an array, stored in the tree's static structure."""
 
     value: Any
 
 
 def packed(results: Any) -> Any:
-    """Returns a tree of arrays alone, with all other leaves in its structure."""
+    """Returns a tree with only arrays as leaves: every other leaf becomes a `Constant`."""
     return jax.tree.map(
         lambda x: x if isinstance(x, jax.Array | np.ndarray) else Constant(x), results
     )
 
 
 def unpacked(results: Any) -> Any:
-    """Returns what `packed` was given."""
+    """Undoes `packed`: replaces each `Constant` by its value."""
     return jax.tree.map(
         lambda x: x.value if isinstance(x, Constant) else x,
         results,
@@ -35,7 +35,12 @@ def unpacked(results: Any) -> Any:
 def arrays_of(
     tree: Any, kinds: tuple[type, ...] = (jax.Array,)
 ) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """Returns a tree's leaves of some kinds, and a function of others that puts these in place."""
+    """Returns the leaves of some types, and a function that puts new leaves in their places.
+
+    Args:
+      tree: any pytree.
+      kinds: types of the leaves to return.
+    """
     leaves, structure = jax.tree.flatten(tree)
     places = [i for i, x in enumerate(leaves) if isinstance(x, kinds)]
 

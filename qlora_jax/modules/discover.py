@@ -1,4 +1,4 @@
-"""The axes of weights whose class is not known, from one abstract call of the model."""
+"""Finds the axes of weights of unknown classes by one abstract call of the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,19 +17,22 @@ from qlora_jax.modules.variables import FOUND, KnownVariable
 def discover(
     model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any
 ) -> dict[str, Axes]:
-    """Finds out which axes of a model's weights are summed over, and keeps it in their variables.
+    """Finds the axes of a model's weights that products sum over, and stores them in the variables.
 
-    The model is called once, abstractly: nothing is computed. A weight that no product has is no
-    longer offered to `where`.
+    The function traces one call of the model and computes nothing. Afterwards, functions with an
+    argument `where` skip weights that no product and no look-up uses.
 
     Args:
-      model: an NNX model.
+      model: NNX model.
       args: arguments of the call, arrays or their shapes.
-      method: the method that is called.
-      kwargs: more arguments of the call.
+      method: name of the method to call.
+      kwargs: keyword arguments of the call.
 
     Returns:
-      The axes by the path of the weight, for each that a product or a look-up has.
+      Path to axes, for each newly found weight that a product or a look-up uses.
+
+    Raises:
+      UserError: the model is no NNX module.
     """
     uses = uses_of(check_model(model), args, kwargs, method)
     found = {}
@@ -38,7 +41,7 @@ def discover(
             continue
         axes = [use.axes for use in uses[path] if use.axes is not None]
         table = any(use.kind == "rows" for use in uses[path])
-        # a table that is multiplied as well is held by rows
+        # a weight that is looked up and also multiplied is stored as a table
         first = TABLE if table else next(iter(axes), None)
         variable.set_metadata(FOUND, KnownVariable(first, table))
         if first is not None:
@@ -49,7 +52,7 @@ def discover(
 def uses_of(
     model: nnx.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], method: str
 ) -> dict[str, list[Use]]:
-    """Returns what a call does with each weight, by path; [] for one that it does not read."""
+    """Returns path to uses of each weight in one abstract call; [] if the call does not read it."""
     weights = list(owned(model))
     paths: dict[int, str] = {}
     strangers = []

@@ -1,7 +1,7 @@
-"""What a method does to the objects that it is given, beside its result, told outside of a trace.
+"""Repeats the side effects of a traced method on the original module and arguments.
 
-A method that is traced gets copies of its module and arguments. What it changes in them is found by
-their paths, and done again to the originals.
+A traced method gets copies of its module and arguments. The changes to the copies are found by path
+and then made to the originals.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from qlora_jax.modules.constants import Constant
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A result that is one of the objects that were given.
+    """A result that is one of the method's own input objects.
 
     Attributes:
       path: path of the object.
@@ -28,12 +28,12 @@ class Reference:
 
 
 class Attributes(NamedTuple):
-    """How the attributes of an object have changed that hold no arrays.
+    """Changes to the attributes of one object; new values are only those without arrays.
 
     Attributes:
       path: path of the object.
-      values: names and new values.
-      deleted: names of those that are gone, of any kind.
+      values: names and new values of changed attributes that hold no arrays.
+      deleted: names of deleted attributes of any kind.
     """
 
     path: tuple[Any, ...]
@@ -42,11 +42,11 @@ class Attributes(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What a method has done to its objects.
+    """All changes that a method has made to its objects.
 
     Attributes:
-      variables: those that it has changed or added.
-      attributes: a `Constant` of a tuple of `Attributes`.
+      variables: changed or added variables.
+      attributes: `Constant` with a tuple of `Attributes`.
     """
 
     variables: nnx.State
@@ -54,7 +54,7 @@ class Effects(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What objects hold before a method is called.
+    """Snapshot of objects before a method is called.
 
     Attributes:
       arrays: path of a variable to its arrays.
@@ -68,14 +68,14 @@ class Before(NamedTuple):
 
 
 def before(objects: Any) -> Before:
-    """Returns what a pytree of modules and arguments holds now."""
+    """Returns a snapshot of a pytree of modules and arguments."""
     found = dict(_objects(objects))
     attributes = {path: _attributes(x) for path, x in found.items()}
     return Before(_arrays(nnx.state(objects)), attributes, {id(x): p for p, x in found.items()})
 
 
 def effects(was: Before, objects: Any) -> Effects:
-    """Returns what has been done to objects since."""
+    """Returns the changes to objects since the snapshot `was`."""
     state = nnx.state(objects)
     now = _arrays(state)
     changed = {path for path in now if not _same(was.arrays.get(path), now[path])}
@@ -86,7 +86,7 @@ def effects(was: Before, objects: Any) -> Effects:
 
 
 def do_again(done: Effects, objects: Any) -> None:
-    """Does to other objects of the same structure what has been done to their copies."""
+    """Makes the changes `done`, found on copies, to the original objects, in place."""
     if done.attributes.value:
         by_path = dict(_objects(objects))
         for path, values, deleted in done.attributes.value:
@@ -99,7 +99,7 @@ def do_again(done: Effects, objects: Any) -> None:
 
 
 def packed(was: Before, out: Any) -> Any:
-    """Returns a result as arrays and constants."""
+    """Returns a result with only arrays as leaves; input objects become `Reference`s."""
 
     def pack(x: Any) -> Any:
         return Reference(was.paths[id(x)]) if id(x) in was.paths else x
@@ -108,7 +108,7 @@ def packed(was: Before, out: Any) -> Any:
 
 
 def unpacked(out: Any, objects: Any) -> Any:
-    """Returns a result that has been packed, its references being to `objects`."""
+    """Undoes `packed`: replaces each `Reference` by the object of `objects` with its path."""
 
     def unpack(x: Any) -> Any:
         return dict(_objects(objects))[x.path] if isinstance(x, Reference) else x
@@ -134,7 +134,7 @@ def _compared(path: tuple[Any, ...], was: dict[str, Any], now: dict[str, Any]) -
 
 
 def _is_data(x: Any) -> bool:
-    """Returns whether a value is an array or holds some."""
+    """Checks if a value is or contains an array, a variable or a module."""
     if isinstance(x, nnx.Variable | nnx.Pytree):
         return True
     return any(isinstance(leaf, jax.Array | nnx.Pytree) for leaf in jax.tree.leaves(x))

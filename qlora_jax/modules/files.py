@@ -1,4 +1,4 @@
-"""Adapters of any Flax model as a folder: adapter.safetensors and adapter.json."""
+"""Writes and reads the adapters of any Flax model: adapter.safetensors and adapter.json."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -23,14 +23,14 @@ from qlora_jax.runtime.errors import UserError
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 
 FORMAT = 1
-"""Version of the folder's content."""
+"""Version of the format of the folder."""
 
 PARTS = ("a", "b", "magnitude")
-"""The arrays of an adapter that a file holds, where the adapter has them."""
+"""Names of the arrays of an adapter in a file; only DoRA has `magnitude`."""
 
 
 class Described(TypedDict):
-    """One adapter in adapter.json."""
+    """Entry of one weight's adapter in adapter.json."""
 
     rank: Annotated[int, Field(ge=1, le=2**20, strict=True)]
     alpha: Annotated[float, Field(allow_inf_nan=False)]
@@ -38,7 +38,7 @@ class Described(TypedDict):
 
 
 class Description(TypedDict):
-    """The content of adapter.json."""
+    """Content of adapter.json; `weights` maps the path of a weight to its entry."""
 
     format: Literal[1]
     variant: Literal["lora", "dora"]
@@ -49,11 +49,12 @@ _DESCRIPTION = TypeAdapter(Description)
 
 
 class Saved(NamedTuple):
-    """One weight's adapter as a folder holds it.
+    """One weight's adapter, as read from a folder.
 
     Attributes:
       spec: rank, alpha and scale.
-      arrays: a [*stack, *batch, K, r], b [*stack, *batch, r, N] and, for DoRA, magnitude.
+      arrays: a [*stack, *batch, K, r], b [*stack, *batch, r, N] and, for DoRA, magnitude
+        [*stack, *batch, N].
     """
 
     spec: AdapterSpec
@@ -61,10 +62,15 @@ class Saved(NamedTuple):
 
 
 def write(adapters: Mapping[str, Adapter], folder: str | Path) -> None:
-    """Writes adapters by the path of their weight into a folder, as a whole.
+    """Writes adapters into a folder, which appears only when all its files are complete.
+
+    Args:
+      adapters: path of a weight to its adapter.
+      folder: folder to write; an adapter in this folder is replaced.
 
     Raises:
-      UserError: something else is in the folder's place, or it cannot be written.
+      UserError: the folder holds other files or cannot be written, or the adapters are of two
+        variants.
     """
     folder = Path(folder).expanduser()
     if paths.exists(folder):
@@ -79,7 +85,7 @@ def write(adapters: Mapping[str, Adapter], folder: str | Path) -> None:
         "dora" if hasattr(adapter, "magnitude") else "lora" for adapter in adapters.values()
     }
     if len(variants) > 1:
-        raise UserError("adapters of the variants lora and dora in one; save them by two names")
+        raise UserError("one adapter has both variants, lora and dora; name them differently")
     weights = {
         path: {"rank": spec.rank, "alpha": spec.alpha, "scale": spec.scale}
         for path, adapter in adapters.items()
@@ -92,14 +98,14 @@ def write(adapters: Mapping[str, Adapter], folder: str | Path) -> None:
 
 
 def named(adapters: Iterable[tuple[str, str, Adapter]], name: str | None) -> dict[str, Adapter]:
-    """Returns the adapters of one name by the path of their weight.
+    """Returns the adapters with one name, by the path of their weight.
 
     Args:
-      adapters: path, name and adapter of each.
-      name: the name; None if there is one alone.
+      adapters: path of the weight, name and adapter, for each adapter of a model.
+      name: name of the adapter; None if the model has adapters of only one name.
 
     Raises:
-      UserError: there is none of this name, or several and no name is given.
+      UserError: no adapter has this name, or `name` is None and there are several names.
     """
     found = list(adapters)
     names = sorted({own for _, own, _ in found})
@@ -112,13 +118,13 @@ def named(adapters: Iterable[tuple[str, str, Adapter]], name: str | None) -> dic
 
 
 def read(folder: str | Path) -> tuple[str, dict[str, Saved]]:
-    """Reads what `write` has written.
+    """Reads the adapters that `write` has written into a folder.
 
     Returns:
-      The variant, and each weight's adapter by its path.
+      The variant, lora or dora, and path of a weight to its adapter.
 
     Raises:
-      UserError: a file is missing or damaged, or is not what was saved.
+      UserError: a file is missing or damaged, or its content does not fit adapter.json.
     """
     folder = Path(folder).expanduser()
     file = folder / DESCRIPTION
@@ -147,26 +153,26 @@ def read(folder: str | Path) -> tuple[str, dict[str, Saved]]:
 
 
 def _check_shapes(file: Path, path: str, rank: int, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError unless the arrays of an adapter go together."""
+    """Raises UserError if the shapes of an adapter's arrays do not fit each other or the rank."""
     a, b = arrays["a"].shape, arrays["b"].shape
     if len(a) < 2 or a[:-2] != b[:-2] or a[-1] != b[-2] or a[-1] != rank:
         raise UserError(
-            f"{file}: {path}: a {a} with b {b} is not of the rank in {DESCRIPTION}, {rank}; "
+            f"{file}: {path}: a {a} with b {b} does not have the rank in {DESCRIPTION}, {rank}; "
             "save the adapter again"
         )
     if (m := arrays.get("magnitude")) is not None and m.shape != (*b[:-2], b[-1]):
-        raise UserError(f"{file}: {path}: magnitude {m.shape} is not for b {b}; save it again")
+        raise UserError(f"{file}: {path}: magnitude {m.shape} does not fit b {b}; save it again")
 
 
 def check_fits(
     folder: str | Path, saved: Mapping[str, Saved], weights: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises UserError unless a model has all weights of saved adapters in their shapes.
+    """Raises UserError if a weight of a saved adapter is not in the model, or has another shape.
 
     Args:
-      folder: where the adapters come from, for the error.
-      saved: the adapters by path.
-      weights: shapes [*stack, *batch, K, N] of the model's weights, by path.
+      folder: folder of the adapters, for the error.
+      saved: path of a weight to its saved adapter.
+      weights: path of each of the model's weights to the shape (*stack, *batch, K, N).
     """
     wrong = []
     for path, (_, arrays) in saved.items():
@@ -181,7 +187,7 @@ def check_fits(
 
 
 def built(path: str, weight: Any, variant: str, saved: Saved) -> Adapter:
-    """Returns a saved adapter for a weight of matrices [*stack, *batch, K, N]."""
+    """Makes an adapter with saved values for a weight of matrices [*stack, *batch, K, N]."""
     lora = lora_settings(variant=variant, rank=saved.spec.rank, alpha=saved.spec.alpha)
     _, adapter = made(path, weight, lora, saved.spec, jax.random.key(0))
     replace_values(adapter, saved)
@@ -189,7 +195,7 @@ def built(path: str, weight: Any, variant: str, saved: Saved) -> Adapter:
 
 
 def replace_values(adapter: Adapter, saved: Saved) -> None:
-    """Puts saved values into an adapter of their shapes, in place, and switches it on."""
+    """Replaces an adapter's values by saved values of the same shapes, and switches it on."""
     for part, array in saved.arrays.items():
         getattr(adapter, part).set_value(jnp.asarray(array))
     adapter.specs = (saved.spec,) * len(adapter.specs)
@@ -197,7 +203,7 @@ def replace_values(adapter: Adapter, saved: Saved) -> None:
 
 
 def fits(adapter: Adapter, saved: Saved) -> bool:
-    """Returns whether saved values have the shapes of an adapter's."""
+    """Checks if saved values have the same parts and shapes as an adapter."""
     parts = {part for part in PARTS if hasattr(adapter, part)}
     return parts == saved.arrays.keys() and all(
         getattr(adapter, part).get_value().shape == array.shape
@@ -207,7 +213,7 @@ def fits(adapter: Adapter, saved: Saved) -> bool:
 
 def _check_replaceable(folder: Path) -> None:
     if not paths.is_dir(folder):
-        raise UserError(f"{folder}: a file is in the way; give another folder")
+        raise UserError(f"{folder}: is a file, not a folder; give another folder")
     if other := sorted({p.name for p in folder.iterdir()} - {WEIGHTS, DESCRIPTION}):
         raise UserError(
             f"{folder}: holds {other[0]}, which is not an adapter's; give an empty or a new folder"

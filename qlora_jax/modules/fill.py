@@ -1,4 +1,4 @@
-"""Gives an abstract model its values, one array at a time."""
+"""Fills an abstract model with values, one array at a time."""
 
 from typing import Any, TypeVar
 
@@ -26,26 +26,33 @@ def fill(
     embeddings: bool = False,
     **quantization: Any,
 ) -> Model:
-    """Gives an abstract model its values, in place; the 16-bit model is never in memory.
+    """Fills an abstract model with values, in place; the 16-bit model is never whole in memory.
 
-    Each value is read, put on the device in the model's dtype or quantized, and let go of before
-    the next.
+    Reads one value at a time, puts it on the device in the model's dtype or quantizes it, and frees
+    the value before it reads the next one.
 
     Args:
-      model: an NNX model of shapes, from `nnx.eval_shape`.
-      source: a function of (path, `jax.ShapeDtypeStruct`) that returns the array, or None if it
-        has none; a .safetensors file or a folder of them; or the folder of an orbax checkpoint. In
-        files the names are the paths of the variables.
-      where: which weights are quantized, as in `quantize_model`; None quantizes nothing.
-      embeddings: whether tables that are looked up are quantized, too.
-      quantization: arguments of `quant.quantize`.
+      model: NNX model of shapes, from `nnx.eval_shape`.
+      source: function (path, `jax.ShapeDtypeStruct`) that returns an array, or None if it has no
+        such value; .safetensors file or folder of them; or folder of an orbax checkpoint. In files
+        the names are the paths of the variables.
+      where: weights to quantize, as in `quantize_model`; None quantizes nothing.
+      embeddings: True also quantizes tables whose rows are looked up, such as embeddings.
+      quantization: arguments of `quant.quantize`, such as codebook and block_size.
 
     Returns:
-      The model. Keys of random numbers that the source does not have start at 0.
+      The same model. Keys of random numbers that the source does not have are made from seed 0.
 
     Raises:
-      UserError: a value that the source does not have, has in another shape, or that is not
-        finite; what `quantize_model` raises for `where`. The model is then as it was.
+      UserError: the source lacks a value, a value has another shape or cannot be quantized because
+        it is not finite, or `where` is refused as in `quantize_model`. The model then stays
+        unchanged.
+
+    Example:
+      ```python
+      model = nnx.eval_shape(lambda: MyModel(rngs=nnx.Rngs(0)))
+      qj.fill(model, "weights.safetensors", where=r".*kernel", codebook="nf4")
+      ```
     """
     chosen = {} if where is None else _chosen(check_model(model), where, embeddings)
     read = reader(source)
@@ -72,7 +79,7 @@ def _chosen(model: nnx.Module, where: Where, embeddings: bool) -> dict[int, Cand
 
 
 def _abstract(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:
-    """Returns each variable that has no value yet, and its path."""
+    """Returns the path and variable of each variable without a value."""
     found: dict[int, tuple[str, nnx.Variable]] = {}
     for parts, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Variable) and isinstance(
@@ -83,7 +90,7 @@ def _abstract(model: nnx.Module) -> list[tuple[str, nnx.Variable]]:
 
 
 def _value(read: Read, path: str, variable: nnx.Variable) -> Any:
-    """Returns a variable's value in the dtype of the model, on the host or the device."""
+    """Reads a variable's value and converts it to the dtype of the model."""
     shape = variable.get_raw_value()
     value = read(path, shape)
     if value is None and isinstance(variable, nnx.RngState):
@@ -103,7 +110,7 @@ def _value(read: Read, path: str, variable: nnx.Variable) -> Any:
 
 
 def _first(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns keys of random numbers, or counts of those drawn, as they start."""
+    """Returns the initial value of an `nnx.RngState`: keys from seed 0, or counts of zero."""
     if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), shape.shape)
     return jnp.zeros(shape.shape, shape.dtype)

@@ -1,7 +1,7 @@
-"""A weight of some module, as floats or in 4 bits, and what its products and rows are.
+"""Holds a weight of any module, as floats or in 4 bits, and computes its products and rows.
 
-It has any number of axes. Its arithmetic is that of matrices: `kernels.matmul`, `kernels.dense` and
-`lora.Adapter`, as in this project's own decoder.
+The weight has any number of axes. Its products are computed as matrix products by
+`kernels.matmul`, `kernels.dense` and `lora.Adapter`, as in this project's own decoder.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ class Kernel:
     """A weight of one layer, or of a stack of layers, with its adapters.
 
     Attributes:
-      value: [*stack, *shape], or the QTensor of its matrices [*stack, *batch, K, N].
-      adapters: name to A [*stack, *batch, K, r], B [*stack, *batch, r, N] and scale.
-      keys: name to the keys of an adapter's dropout [*stack, *batch]; None drops nothing.
-      axes: what its axes are; None where that is not known, and it has no adapter.
+      value: array [*stack, *shape], or QTensor of the weight's matrices [*stack, *batch, K, N].
+      adapters: name to adapter: A [*stack, *batch, K, r], B [*stack, *batch, r, N] and scale.
+      keys: name of an adapter to the keys of its dropout [*stack, *batch]; None drops nothing.
+      axes: axes of one layer's weight; None if they are not known, and then there is no adapter.
       shape: shape of one layer's weight.
-      dtype: dtype as which the module sees the weight.
+      dtype: dtype of the weight for the module's code.
     """
 
     value: jax.Array | QTensor
@@ -48,25 +48,25 @@ class Kernel:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """Returns the sizes of the axes in front of a layer's own."""
+        """Returns the sizes of the leading axes, in front of the axes of one layer's weight."""
         own = 2 + len(self.known.batch) if isinstance(self.value, QTensor) else len(self.shape)
         return tuple(self.value.shape[: self.value.ndim - own])
 
     @property
     def known(self) -> Axes:
-        """Returns the axes of a weight that has an adapter or is in 4 bits."""
+        """Returns `axes`; only for a weight with known axes: in 4 bits or with an adapter."""
         assert self.axes is not None
         return self.axes
 
     def product(self, x: jax.Array, base: jax.Array | None = None) -> jax.Array:
-        """Returns x times the adapted weight, matrix by matrix; one layer.
+        """Returns x times the adapted weight, for each matrix of one layer's weight.
 
         Args:
-          x: [*batch, rows, K].
-          base: x times the weight without adapters [*batch, rows, N], where it is known.
+          x: input, [*batch, rows, K].
+          base: x @ W [*batch, rows, N], if the caller has it.
 
         Returns:
-          [*batch, rows, N] in x's dtype.
+          Product [*batch, rows, N] in x's dtype.
         """
         value = self.value
         if not isinstance(value, QTensor):
@@ -77,14 +77,14 @@ class Kernel:
         return one(value, dict(self.adapters), dict(self.keys), x, base)
 
     def rows(self, index: jax.Array, base: jax.Array | None = None) -> jax.Array:
-        """Returns some rows of a table: a weight whose one kept axis counts them; one layer.
+        """Returns rows of one layer's table [N, K], with the adapters' parts.
 
         Args:
-          index: int[m], from 0 to N - 1.
-          base: these rows without what adapters add [m, K], where they are known.
+          index: int[m], indices of rows, from 0 to N - 1.
+          base: these rows without the adapters' parts [m, K]; None only for a table in 4 bits.
 
         Returns:
-          [m, K] in `dtype`.
+          Rows [m, K] in `dtype`.
         """
         if base is None:
             assert isinstance(self.value, QTensor)
@@ -100,7 +100,7 @@ class Kernel:
         return from_matrices(dequantize(self.value, self.dtype), self.known, self.shape)
 
     def whole(self) -> jax.Array:
-        """Returns the weight with what adapters add, rounded once: dtype[*stack, *shape]."""
+        """Returns the weight merged with its adapters, rounded once: dtype[*stack, *shape]."""
         if not self.adapters:
             return self.plain()
         value = self.value
@@ -111,7 +111,7 @@ class Kernel:
         flat = jax.tree.map(
             lambda x: x.reshape(math.prod(stack), *x.shape[lead:]), (value, dict(self.adapters))
         )
-        # one after the other: each is float32 for a moment
+        # one matrix after the other, so that only one is in float32 at a time
         matrices = jax.lax.map(lambda x: _whole(x[0], x[1], self.dtype), flat)
         return from_matrices(matrices.reshape(*stack, *matrices.shape[1:]), self.known, self.shape)
 
@@ -123,7 +123,7 @@ def _product(
     x: jax.Array,
     base: jax.Array | None,
 ) -> jax.Array:
-    """Returns x [rows, K] times one matrix and its adapters, [rows, N]."""
+    """Returns x [rows, K] times one matrix with its adapters: [rows, N]."""
 
     def multiply(other: jax.Array) -> jax.Array:
         if base is not None and other is x:
@@ -138,7 +138,7 @@ def _product(
 def _whole(
     value: jax.Array | QTensor, adapters: Mapping[str, Adapter], dtype: jnp.dtype
 ) -> jax.Array:
-    """Returns one matrix with what its adapters add, dtype[K, N]."""
+    """Returns one matrix merged with its adapters, dtype[K, N]."""
     matrix = to_float32(value)
     for adapter in adapters.values():
         matrix = merged(matrix, adapter)
@@ -146,10 +146,10 @@ def _whole(
 
 
 whole = jax.jit(Kernel.whole)
-"""`Kernel.whole`, compiled once for all kernels of a shape."""
+"""`Kernel.whole` under `jax.jit`: compiled once for all kernels of a shape."""
 
 
 def of_array(value: Any, axes: Axes | None) -> Kernel:
-    """Returns an array as a kernel without adapters; without axes it is one layer's."""
+    """Returns an array as a kernel without adapters; without axes, as the weight of one layer."""
     shape = tuple(value.shape) if axes is None else axes.own(value.shape)
     return Kernel(value, {}, {}, axes, shape, value.dtype)

@@ -1,4 +1,4 @@
-"""Which variables of a module's class are kernels, and what their axes are."""
+"""Knows which variables of a class of modules are kernels, and the axes of these kernels."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from qlora_jax.modules.variables import FOUND
 from qlora_jax.runtime.errors import UserError
 
 Rule = Axes | str | Callable[[Any], Axes | str | None]
-"""Axes, an einsum of an input and the weight, or a function of the module that returns one."""
+"""`Axes`, an einsum of input and weight, or a function of the module that returns one of these."""
 
 
 def _linear_general(module: Any) -> Axes:
@@ -30,7 +30,7 @@ _RULES: dict[type, dict[str, Rule]] = {
     nnx.RMSNorm: {},
     nnx.GroupNorm: {},
 }
-"""Class to its kernels by attribute. A subclass has those of its nearest base that is here."""
+"""Class to attribute to axes of the kernel. A subclass uses the entry of its nearest base."""
 
 _SHAPES: Mapping[type, Callable[[Any], tuple[int, ...]]] = {
     nnx.Linear: lambda m: (m.in_features, m.out_features),
@@ -38,28 +38,33 @@ _SHAPES: Mapping[type, Callable[[Any], tuple[int, ...]]] = {
     nnx.Einsum: lambda m: tuple(m.kernel_shape),
     nnx.Embed: lambda m: (m.num_embeddings, m.features),
 }
-"""Class to the shape that one layer's kernel has by what the module says of itself."""
+"""Class to the function that computes the shape of one layer's kernel from module attributes."""
 
 TABLES = (nnx.Embed,)
-"""Classes whose kernels are tables that are looked up; they are quantized only when asked for."""
+"""Classes whose kernels are tables of rows; tables are quantized only with embeddings=True."""
 
 _BY_SHAPE: Mapping[str, Callable[[Any], str | None]] = {
     "w": lambda module: getattr(module, "einsum_str", None),
 }
-"""Attribute to the equation of a module of any class that keeps it, as tunix's `Einsum` does."""
+"""Attribute to the module's einsum, for any class that stores one, such as tunix's `Einsum`."""
 
 
 def register_kernel(cls: type[nnx.Module], name: str, axes: Rule) -> None:
-    """Tells which axes of a class's variable a product sums over.
+    """Registers a weight of your own class of modules, with the axes that its product sums over.
 
     Args:
-      cls: a class of modules; its subclasses have the same kernel.
-      name: the attribute that holds the variable.
-      axes: an einsum of an input and the weight such as "...k,kn->...n"; `Axes`; or a function of
-        the module that returns one of these. They are those of one layer: a stack's are in front.
+      cls: class of NNX modules; the registration also holds for subclasses.
+      name: attribute of the module that holds the weight.
+      axes: einsum of input and weight, such as "...k,kn->...n"; `Axes`; or function of the module
+        that returns one of these. The axes are those of one layer, without a stack's leading axes.
 
     Raises:
       UserError: `cls` is no class of NNX modules, or the axes are no matrix product.
+
+    Example:
+      ```python
+      qj.register_kernel(MyDense, "weight", "...k,kn->...n")
+      ```
     """
     if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
         raise UserError(f"register_kernel: {cls!r} is no class of NNX modules; give one")
@@ -70,15 +75,15 @@ def register_kernel(cls: type[nnx.Module], name: str, axes: Rule) -> None:
 
 
 def axes_of(module: nnx.Module, name: str, path: str) -> Axes | None:
-    """Returns the axes of a module's variable; None where they are not known.
+    """Returns the axes of a module's variable; None if they are not known.
 
     Args:
-      module: the module.
-      name: the attribute that holds the variable.
-      path: the variable's path, for errors.
+      module: module that holds the variable.
+      name: attribute that holds the variable.
+      path: path of the variable, for errors.
 
     Raises:
-      UserError: what a class says of itself is no matrix product.
+      UserError: the axes that the module's class gives are no matrix product.
     """
     variable = getattr(module, name)
     if found := variable.get_metadata(FOUND, None):
@@ -91,32 +96,32 @@ def axes_of(module: nnx.Module, name: str, path: str) -> Axes | None:
 
 
 def check_stack(module: nnx.Module, path: str, own: tuple[int, ...]) -> None:
-    """Raises UserError if a stack's axes are not in front of those of a layer's weight.
+    """Raises UserError if the axes of a stack are not in front of the axes of a layer's weight.
 
     Args:
-      module: the module.
+      module: module that holds the weight.
       path: path of the weight, for the error.
-      own: the last axes of the weight, as many as a layer's has.
+      own: sizes of the weight's last axes, as many as one layer's weight has.
     """
     shapes = (_SHAPES[base] for base in type(module).__mro__ if base in _SHAPES)
     expected = next(shapes, None)
     if expected is not None and expected(module) != own:
         raise UserError(
-            f"{path}: a layer's weight is {expected(module)}, and the last axes of this stack are "
+            f"{path}: a layer's weight is {expected(module)}, but the last axes of this stack are "
             f"{own}; stack the layers along axis 0"
         )
 
 
 def is_understood(module: nnx.Module, name: str) -> bool:
-    """Returns whether a variable without axes is known to be no kernel.
+    """Checks if a variable without axes is known not to be a kernel.
 
-    It is if the class is known, or a call has shown it.
+    It is known if the module's class has rules, or if `discover` has recorded the variable's uses.
     """
     return getattr(module, name).has_metadata(FOUND) or _rules_of(type(module)) is not None
 
 
 def is_table(module: nnx.Module, name: str) -> bool:
-    """Returns whether a variable is a table that is looked up."""
+    """Checks if a variable is a table whose rows are looked up."""
     found = getattr(module, name).get_metadata(FOUND, None)
     return found.table if found else isinstance(module, TABLES)
 

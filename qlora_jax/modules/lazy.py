@@ -1,4 +1,4 @@
-"""A weight that is not an array until an operation needs one."""
+"""Represents a weight that becomes an array only if an operation needs the whole array."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ class Lazy:
     """A weight that no operation has needed as an array yet.
 
     Attributes:
-      name: its name, for `uses`.
-      kernel: its value and adapters.
-      order: its axes, as transpositions have moved them.
-      dtype: dtype to which it has been cast.
-      uses: what is told of each operation on it.
+      name: name of the weight, for `uses`.
+      kernel: value and adapters of the weight.
+      order: order of the weight's axes after the transpositions so far.
+      dtype: dtype after the casts so far.
+      uses: list to which each operation on the weight is appended.
     """
 
     name: str
@@ -31,30 +31,30 @@ class Lazy:
     uses: list[Use]
 
     def array(self) -> jax.Array:
-        """Returns the weight as an array, with what its adapters add."""
+        """Returns the weight merged with its adapters, as an array."""
         return self.kernel.whole().astype(self.dtype).transpose(self.order)
 
     def base(self) -> jax.Array:
-        """Returns the weight as an array, without adapters."""
+        """Returns the weight without adapters as an array."""
         return self.kernel.plain().astype(self.dtype).transpose(self.order)
 
     def used(self, kind: str, operation: str, axes: Axes | None = None) -> None:
-        """Tells of an operation."""
+        """Appends an operation on the weight to `uses`."""
         self.uses.append(Use(self.name, kind, operation, axes))
 
     def untouched(self) -> bool:
-        """Returns whether no axis has been moved."""
+        """Checks if the axes are in their original order."""
         return self.order == tuple(range(len(self.order)))
 
 
 def lazy(name: str, kernel: Kernel, uses: list[Use], dtype: Any = None) -> Lazy:
-    """Returns a weight as it is before any operation."""
+    """Makes the lazy weight of a kernel, before any operation."""
     order = tuple(range(len(kernel.stack) + len(kernel.shape)))
     return Lazy(name, kernel, order, dtype or kernel.dtype, uses)
 
 
 def as_array(x: Any, operation: str) -> Any:
-    """Returns a value as an array; of a lazy one it tells that this operation has decoded it."""
+    """Returns a value as an array; a lazy weight is decoded, and `operation` is recorded for it."""
     if not isinstance(x, Lazy):
         return x
     x.used("decoded", operation)
@@ -62,9 +62,9 @@ def as_array(x: Any, operation: str) -> Any:
 
 
 def bound(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Returns the results of one operation on arrays."""
+    """Runs one operation of a jaxpr on arrays and returns its results."""
     found = equation.primitive.get_bind_params(equation.params)
-    # a pair with functions until jax 0.10
+    # until jax 0.10 this is a pair (functions, params)
     functions, params = found if isinstance(found, tuple) else ((), found)
     with equation.ctx.manager:
         out = equation.primitive.bind(*functions, *inputs, **params)
@@ -72,16 +72,16 @@ def bound(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def is_stack(x: Lazy) -> bool:
-    """Returns whether the first axis may be that of a stack."""
+    """Checks if the first axis of a lazy weight may be the axis of a stack of layers."""
     return x.untouched() and (x.kernel.axes is None or bool(x.kernel.stack))
 
 
 def layer_of(stack: Lazy, kernel: Kernel) -> Lazy:
-    """Returns one layer of a stack.
+    """Returns one layer of a stack as a lazy weight.
 
     Args:
-      stack: the stack.
-      kernel: the layer's values, as parts of the stack's.
+      stack: stack of layers.
+      kernel: kernel of the stack with the arrays of one layer only.
     """
     if kernel.axes is None:
         kernel = dataclasses.replace(kernel, shape=kernel.shape[1:])

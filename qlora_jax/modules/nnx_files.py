@@ -19,31 +19,43 @@ def save_adapter(model: nnx.Module, folder: str | Path, name: str | None = None)
     """Writes an adapter of a model into a folder: adapter.safetensors and adapter.json.
 
     Args:
-      model: an NNX model.
-      folder: where; an adapter that is there is replaced.
-      name: name of the adapter; it may be left out if the model has one.
+      model: NNX model with adapters.
+      folder: folder to write; an adapter in this folder is replaced.
+      name: name of the adapter; None if the model has only one.
 
     Raises:
-      UserError: the model has no such adapter, or several and no name is given; the folder holds
-        something else or cannot be written.
+      UserError: the model has no adapter of this name, or has several and no name is given; the
+        folder holds other files or cannot be written.
+
+    Example:
+      ```python
+      qj.save_adapter(model, "my-adapter")
+      ```
     """
     files.write(files.named(all_adapters(check_model(model)), name), folder)
 
 
 def load_adapter(model: Model, folder: str | Path, name: str = "default") -> Model:
-    """Reads an adapter into a model, in place: into one of this name, or a new one.
+    """Reads an adapter from a folder into a model, in place, and switches the adapter on.
 
     Args:
-      model: an NNX model with the weights that the adapter is for.
-      folder: what `save_adapter` has written.
-      name: name that the adapter has in the model.
+      model: NNX model with the weights that the adapter changes.
+      folder: folder from `save_adapter`.
+      name: name of the adapter in the model. Values of an adapter with this name are replaced;
+        otherwise a new adapter is added.
 
     Returns:
-      The model.
+      The same model.
 
     Raises:
-      UserError: a file that cannot be used, or an adapter for weights that the model does not
-        have, or has in another shape. The model is then as it was.
+      UserError: a file cannot be used, the model lacks a weight of the adapter or has it in another
+        shape, or an adapter of this name has another rank or variant. The model then stays
+        unchanged.
+
+    Example:
+      ```python
+      qj.load_adapter(model, "my-adapter")
+      ```
     """
     variant, saved = files.read(folder)
     found = of_paths(check_model(model), saved)

@@ -1,4 +1,4 @@
-"""4-bit weights and adapters in any NNX model, in place."""
+"""Puts 4-bit weights and adapters into any NNX model, in place."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -39,27 +39,34 @@ from qlora_jax.quant import QTensor
 Model = TypeVar("Model", bound=nnx.Module)
 
 READ = "qlora_jax.fill(model, source, ...) reads them one by one"
-"""What to do with weights that are abstract."""
+"""Advice to the user in the error about an abstract weight."""
 
 
 def quantize_model(
     model: Model, where: Where, *, embeddings: bool = False, **quantization: Any
 ) -> Model:
-    """Stores weights of a model in 4 bits (QLoRA, section 3), in place.
+    """Quantizes weights of a model to 4 bits (QLoRA, section 3), in place.
 
     Args:
-      model: an NNX model.
-      where: which weights, by the paths of their variables (`lora.where.Where`).
-      embeddings: whether tables that are looked up, such as `nnx.Embed`'s, are quantized, too.
+      model: NNX model of arrays. A weight is a parameter with two or more axes.
+      where: weights to quantize: a regular expression that matches the whole path of a variable, a
+        list of names that occur in paths, or a function (path, module) to bool.
+      embeddings: True also quantizes tables whose rows are looked up, such as `nnx.Embed`'s.
       quantization: arguments of `quant.quantize`: codebook, block_size, double_quant,
         nested_block.
 
     Returns:
-      The model.
+      The same model. Each quantized weight [*stack, *shape] is stored as matrices
+      [*stack, *batch, K, N], with K the axes that its product sums over.
 
     Raises:
-      UserError: `where` matches nothing, or weights whose axes are not known, that are in 4 bits
-        already, abstract, or not finite; an argument that cannot be used.
+      UserError: `where` matches nothing; a weight has unknown axes (`register_kernel`, `discover`),
+        is in 4 bits already, is abstract (`fill`) or is not finite; or an argument is not allowed.
+
+    Example:
+      ```python
+      qj.quantize_model(model, r".*(attn|mlp).*kernel", codebook="nf4", double_quant=True)
+      ```
     """
     found = to_quantize(check_model(model), where, embeddings)
     values = [c.variable.get_raw_value() for c in found]
@@ -73,10 +80,10 @@ def quantize_model(
 
 
 def to_quantize(model: nnx.Module, where: Where, embeddings: bool) -> list[Candidate]:
-    """Returns the weights that `quantize_model` stores in 4 bits.
+    """Returns the weights that `quantize_model` quantizes.
 
     Raises:
-      UserError: as `candidates`, or `where` matches embeddings alone and they are not asked for.
+      UserError: as `candidates`, or `where` matches only embeddings and `embeddings` is False.
     """
     found = [c for c in candidates(model, where) if embeddings or not c.table]
     check_not_tables_alone(found, where)
@@ -84,7 +91,7 @@ def to_quantize(model: nnx.Module, where: Where, embeddings: bool) -> list[Candi
 
 
 def put_quantized(candidate: Candidate, q: QTensor) -> None:
-    """Puts a QTensor in the place of a weight, in each module that holds it."""
+    """Replaces a weight by a QTensor, in each module that holds the weight."""
     variable = in_place_of(candidate.variable, q, candidate.axes, candidate.table)
     for module, name in candidate.owners:
         setattr(module, name, variable)
@@ -102,28 +109,36 @@ def add_lora(
     quantization: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Model:
-    """Puts adapters on weights of a model (LoRA, section 4.1), in place.
+    """Adds adapters to weights of a model (LoRA, section 4.1), in place.
 
-    The model computes the same as before until the adapters are trained, unless `init` is pissa or
-    loftq. Those go on weights in 16 bits: pissa before `quantize_model`, loftq in its place.
+    The adapted weight is W + s·A·B; variant dora also trains the length of each of its columns.
+    Until the adapters are trained, the model computes the same as before, except with init pissa
+    and loftq. These two need weights in 16 bits: call add_lora with pissa before `quantize_model`;
+    with loftq add_lora quantizes the weights itself.
 
     Args:
-      model: an NNX model; its weights may be in 4 bits.
-      where: which weights, by the paths of their variables (`lora.where.Where`).
-      rank: r.
-      alpha: numerator of the scale.
-      rngs: where the keys for A and for dropout come from (`params`).
-      name: name of the adapter; a model can have several.
-      quantization: arguments of `quant.quantize` for init loftq.
+      model: NNX model; its weights may be in 4 bits.
+      where: weights to adapt, as in `quantize_model`.
+      rank: rank r of the adapters: A is [*stack, *batch, K, r] and B is [*stack, *batch, r, N] for
+        a weight of matrices [*stack, *batch, K, N].
+      alpha: numerator of the scale; by default s = alpha / r.
+      rngs: source of the keys for A and for dropout (stream `params`).
+      name: name of the adapter; a model can have several adapters with different names.
+      quantization: arguments of `quant.quantize`, only for init loftq.
       settings: other settings of the section `lora`: variant, scaling, init, dropout, dtype,
         freeze_a, rank_pattern, alpha_pattern, loftq_iterations. Patterns match the end of a path.
 
     Returns:
-      The model.
+      The same model.
 
     Raises:
-      UserError: `where` matches nothing, or weights whose axes are not known or that have an
-        adapter of this name; a setting that cannot be used.
+      UserError: `where` matches nothing; a weight has unknown axes, is abstract or has an adapter
+        of this name; or a setting is not allowed.
+
+    Example:
+      ```python
+      qj.add_lora(model, ["query", "value"], rank=16, alpha=32, rngs=nnx.Rngs(1))
+      ```
     """
     found = candidates(check_model(model), where)
     lora = lora_settings(rank=rank, alpha=alpha, **settings)
@@ -154,7 +169,7 @@ def add_lora(
 
 
 def attach(candidate: Candidate, name: str, adapter: Adapter) -> None:
-    """Puts an adapter on a weight, in each module that holds it."""
+    """Adds an adapter to a weight, in each module that holds the weight."""
     for module, attribute in candidate.owners:
         if not adapters_of(module, attribute):
             setattr(module, attribute + ADAPTERS, nnx.data(nnx.Dict()))
@@ -163,12 +178,20 @@ def attach(candidate: Candidate, name: str, adapter: Adapter) -> None:
 
 
 def use_adapter(model: Model, *names: str) -> Model:
-    """Switches the named adapters on and all others off, in place; no name leaves the base alone.
+    """Switches the named adapters on and all others off, in place.
 
-    Which are on is data (their scale): a compiled program serves any choice.
+    An adapter is off if its scale is 0. The scale is data, so switching compiles nothing.
+
+    Args:
+      model: NNX model with adapters.
+      names: names of the adapters to switch on; without a name, all are off.
+
+    Returns:
+      The same model.
 
     Raises:
-      UserError: an adapter that the model does not have, or a DoRA adapter beside another one.
+      UserError: the model has no adapter of a name, or a DoRA adapter would be on together with
+        another adapter of the same weight.
     """
     adapters = list(all_adapters(check_model(model)))
     check_names(names, {name for _, name, _ in adapters})
@@ -181,7 +204,7 @@ def use_adapter(model: Model, *names: str) -> Model:
 
 
 def all_adapters(model: nnx.Module) -> Iterator[tuple[str, str, Adapter]]:
-    """Yields the weight's path, the name and the adapter of each adapter of a model."""
+    """Yields the path of the weight, the name and the adapter, for each adapter of a model."""
     seen = set()
     for path, module, attribute, _ in owned(model):
         for name, adapter in adapters_of(module, attribute).items():
@@ -191,13 +214,25 @@ def all_adapters(model: nnx.Module) -> Iterator[tuple[str, str, Adapter]]:
 
 
 def merge(model: Model) -> Model:
-    """Returns a model of plain arrays: 4-bit weights decoded, what adapters add to them added.
+    """Returns a copy of a model with plain weights: decoded, and merged with the adapters.
 
-    The model that is given stays as it is; arrays that do not change are shared with it, so do not
-    donate them.
+    The given model does not change. Both models share the arrays that are equal, so donate neither
+    of them to a compiled function.
+
+    Args:
+      model: NNX model with weights in 4 bits or adapters. Adapters that are off add nothing.
+
+    Returns:
+      A new model with the original classes, whose weights [*stack, *shape] have their original
+      dtype.
 
     Raises:
       UserError: the model has no adapters and no weight in 4 bits.
+
+    Example:
+      ```python
+      plain = qj.merge(model)
+      ```
     """
     graph, state = nnx.split(check_model(model))
     plain: Any = nnx.merge(graph, state, copy=True)
@@ -223,17 +258,25 @@ def _merged(variable: nnx.Variable, value: jax.Array) -> nnx.Variable:
 
 
 def split(model: nnx.Module, *names: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Takes a model apart into its structure, what is trained and what is frozen.
+    """Splits a model into its structure, its trained state and its frozen state.
 
     Args:
-      model: an NNX model with adapters.
-      names: names of the adapters that are trained; none given is all.
+      model: NNX model with adapters.
+      names: names of the adapters to train; without a name, all adapters are trained.
 
     Returns:
-      The structure; A and B (`LoraParam`); and everything else. `join` puts them together.
+      The structure; the trained variables of the adapters (`LoraParam`, such as A and B); and all
+      other variables. `join` makes a model of these three.
 
     Raises:
-      UserError: an adapter that the model does not have; a model without adapters.
+      UserError: the model has no adapters, or no adapter of a name.
+
+    Example:
+      ```python
+      graph, trained, frozen = qj.split(model)
+      loss_fn = lambda trained, batch: loss(qj.join(graph, trained, frozen), batch)
+      grads = jax.jit(jax.grad(loss_fn))(trained, batch)
+      ```
     """
     adapters = list(all_adapters(check_model(model)))
     check_trained(names, {own for _, own, _ in adapters})
@@ -249,16 +292,21 @@ def split(model: nnx.Module, *names: str) -> tuple[nnx.GraphDef, nnx.State, nnx.
 
 
 def join(graph: nnx.GraphDef, *states: Any, key: jax.Array | None = None) -> Any:
-    """Puts together what `split` took apart, inside `jax.jit` and `jax.grad` as well.
+    """Makes a model of the parts that `split` returns; also inside `jax.jit` and `jax.grad`.
 
     Args:
       graph: structure of the model.
-      states: what is trained and what is frozen, in any order.
-      key: key of this step's dropout; without it a model's dropout is that of its own keys, which
-        are the same in each call since this function does not change them.
+      states: trained and frozen state, in any order.
+      key: key of the adapters' dropout in this step. With None the model uses its own keys, which
+        this function does not change, so each call drops the same elements.
 
     Returns:
       A new model.
+
+    Example:
+      ```python
+      model = qj.join(graph, trained, frozen, key=jax.random.fold_in(key, step))
+      ```
     """
     model = nnx.merge(graph, *states, copy=True)
     if key is not None:
@@ -271,6 +319,6 @@ def join(graph: nnx.GraphDef, *states: Any, key: jax.Array | None = None) -> Any
 
 
 def matrices_of(candidate: Candidate) -> Any:
-    """Returns a weight's matrices [*stack, *batch, K, N], an array or a QTensor."""
+    """Returns a weight as matrices [*stack, *batch, K, N], an array or a QTensor."""
     value = candidate.variable.get_raw_value()
     return value if isinstance(value, QTensor) else to_matrices(value, candidate.axes)

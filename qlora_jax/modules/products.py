@@ -1,4 +1,4 @@
-"""What a weight that stays 4 bits can do: products, and rows that are looked up."""
+"""Carries out products and look-ups of rows with a weight that stays in 4 bits."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from qlora_jax.quant import QTensor
 
 
 def product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
-    """Carries out dot_general where its axes are the kernel's; else returns None."""
+    """Carries out dot_general if it contracts the kernel's axes; otherwise returns None."""
     first = isinstance(inputs[0], Lazy)
     held, x = (inputs[0], inputs[1]) if first else (inputs[1], inputs[0])
     if isinstance(x, Lazy):
@@ -42,7 +42,7 @@ def product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     aval: Any = equation.outvars[0].aval
     rows = [x.shape[i] for i in free]
     sizes = [kernel.shape[i] for i in axes.batch]
-    # [*batch, *free, *kept]: where the result's axes are among these
+    # places of the result's axes among [*batch, *free, *kept]
     kept = [i for i in held.order if i in axes.keep]
     k_places = [len(sizes) + len(free) + axes.keep.index(i) for i in kept]
     f_places = list(range(len(sizes), len(sizes) + len(free)))
@@ -56,7 +56,7 @@ def product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
         base = y.transpose(*np.argsort(places)).reshape(*sizes, math.prod(rows), outputs)
         x = x.astype(y.dtype)
     elif np.dtype(aval.dtype).itemsize > np.dtype(x.dtype).itemsize:
-        # the caller asks for sums in a wider dtype
+        # the operation asks for sums in a wider dtype than x's
         x = x.astype(aval.dtype)
     contracted = math.prod(x.shape[i] for i in x_contract)
     x = x.transpose(*x_batch, *free, *x_contract).reshape(*sizes, math.prod(rows), contracted)
@@ -65,7 +65,7 @@ def product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
 
 
 def looked_up(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
-    """Carries out a gather of whole rows along the one kept axis; else returns None."""
+    """Carries out a gather of whole rows of a table; otherwise returns None."""
     held, index = inputs
     p = equation.params
     numbers = p["dimension_numbers"]

@@ -1,4 +1,4 @@
-"""Quantizes a weight of any number of axes, one matrix at a time."""
+"""Quantizes a weight with any number of axes, one matrix at a time."""
 
 import math
 from typing import Any
@@ -12,16 +12,16 @@ from qlora_jax.quant.stack import empty_stack, with_layer
 
 
 def quantized(weight: jax.Array | np.ndarray, axes: Axes, name: str, **arguments: Any) -> QTensor:
-    """Returns a weight in 4 bits; one matrix of it at a time is in float32.
+    """Quantizes a weight to 4 bits; only one of its matrices at a time is in float32.
 
     Args:
-      weight: [*stack, *shape], on the device or the host.
-      axes: what the axes of one layer's weight are.
+      weight: array [*stack, *shape], on the device or the host.
+      axes: axes of one layer's weight.
       name: path of the weight, for errors.
-      arguments: codebook, block_size, double_quant, nested_block, as `quant.quantize` takes them.
+      arguments: arguments of `quant.quantize`: codebook, block_size, double_quant, nested_block.
 
     Returns:
-      [*stack, *batch, K, N].
+      QTensor of matrices [*stack, *batch, K, N].
 
     Raises:
       UserError: as `quant.quantize`.

@@ -1,4 +1,4 @@
-"""Where the values of an abstract model come from: one array at a time."""
+"""Reads the values of an abstract model from files, a checkpoint or a function, one at a time."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,23 +15,24 @@ from qlora_jax.runtime.errors import UserError, first_line
 
 Array = np.ndarray | jax.Array
 Read = Callable[[str, jax.ShapeDtypeStruct], Array | None]
-"""A variable's path, and its shape and dtype, to its value; None where the source has none."""
+"""Function (path of a variable, shape and dtype) to value; None if the source has no value."""
 
 Source = Read | str | Path
-"""Such a function, a .safetensors file, a folder of them, or the folder of an orbax checkpoint."""
+"""`Read` function, .safetensors file, folder of them, or folder of an orbax checkpoint."""
 
 ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
-"""Files of which an orbax checkpoint has one."""
+"""Names of files; the folder of an orbax checkpoint holds at least one of them."""
 
 
 def reader(source: Source) -> Read:
-    """Returns what reads one value of a source.
+    """Returns a function that reads one value of a source.
 
-    In files, names are the paths of the variables. A checkpoint of an `nnx.State`, or of pure
-    dictionaries, is read.
+    Args:
+      source: function, file or folder. In files the names are the paths of the variables. An orbax
+        checkpoint may hold an `nnx.State` or pure dictionaries.
 
     Raises:
-      UserError: there is no such file, or it is damaged.
+      UserError: the file or folder does not exist, or is damaged.
     """
     if callable(source):
         return source

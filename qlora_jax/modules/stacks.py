@@ -1,4 +1,4 @@
-"""One layer, or one expert, taken out of a stack by its place: the rest of it stays 4 bits."""
+"""Takes one layer or expert out of a stack by its index, without decoding the stack."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from qlora_jax.modules.lazy import Lazy, is_stack, layer_of, lazy
 
 
 def sliced(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
-    """Carries out a slice of one layer at a constant place; else returns None."""
+    """Carries out a slice of one layer at a constant index; otherwise returns None."""
     (stack,) = inputs
     p = equation.params
     start, *rest = p["start_indices"]
@@ -25,11 +25,11 @@ def sliced(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
 
 
 def sliced_at(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
-    """Carries out a slice of one layer at a place that is data; else returns None."""
+    """Carries out a slice of one layer at a traced index; otherwise returns None."""
     stack, place, *rest = inputs
     if not isinstance(stack, Lazy) or any(isinstance(x, Lazy) for x in (place, *rest)):
         return None
-    # with the other axes whole, JAX puts their places to 0, whatever they are
+    # The other axes are whole, so JAX clamps their start indices to 0.
     if not is_stack(stack) or tuple(equation.params["slice_sizes"]) != (1, *_shape(stack)[1:]):
         return None
     kernel = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1), stack.kernel)
@@ -37,7 +37,7 @@ def sliced_at(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
 
 
 def squeezed(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
-    """Takes the axis of a stack of one layer away; else returns None."""
+    """Removes the first axis of a stack of one layer; otherwise returns None."""
     (stack,) = inputs
     if tuple(equation.params["dimensions"]) != (0,) or not is_stack(stack):
         return None

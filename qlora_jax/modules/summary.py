@@ -1,4 +1,4 @@
-"""What of a model is in 4 bits, frozen and trained, in numbers."""
+"""Counts the 4-bit, frozen and trained parameters and bytes of a model."""
 
 import math
 from collections import Counter
@@ -19,12 +19,12 @@ from qlora_jax.quant import QTensor, nbytes
 
 
 class KindSummary(NamedTuple):
-    """The variables of one kind.
+    """Counts of the variables of one kind.
 
     Attributes:
-      variables: number of them.
-      parameters: numbers that they stand for.
-      bytes: bytes that they hold.
+      variables: number of variables.
+      parameters: number of parameters; a weight in 4 bits counts with its original shape.
+      bytes: stored bytes.
     """
 
     variables: int
@@ -33,16 +33,16 @@ class KindSummary(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a model holds; `str` makes a table of it.
+    """Counts of a model's variables; `str` returns a table.
 
     Attributes:
       quantized: weights in 4 bits.
-      trained: A and B, and what else of the adapters is trained.
+      trained: A, B and other trained variables of the adapters.
       frozen: all other parameters.
-      other: what is no parameter, such as running averages and keys.
-      adapters: name of an adapter to the number of weights that it is on.
-      decoded: path of a 4-bit or adapted weight that a call needs as a whole array, to the
-        operations that do; None where no example was given.
+      other: variables that are no parameters, such as running averages and keys.
+      adapters: name of an adapter to the number of its weights.
+      decoded: path of a 4-bit or adapted weight to the operations that need the weight as a whole
+        array; None if `summary` got no example.
     """
 
     quantized: KindSummary
@@ -57,13 +57,25 @@ class Summary(NamedTuple):
 
 
 def summary(model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any) -> Summary:
-    """Counts what a model holds.
+    """Counts parameters and bytes of a model: quantized, trained and frozen.
 
     Args:
-      model: an NNX model, of arrays or of their shapes.
-      args: example arguments of a call; with them the summary says which weights it decodes.
-      method: the method that is called.
-      kwargs: more arguments of the call.
+      model: NNX model of arrays or of shapes.
+      args: example arguments of a call, arrays or shapes; with them the summary also lists the
+        weights that this call decodes as a whole.
+      method: name of the method to call.
+      kwargs: keyword arguments of the call.
+
+    Returns:
+      The counts; `print` shows them as a table.
+
+    Raises:
+      UserError: the model is no NNX module.
+
+    Example:
+      ```python
+      print(qj.summary(model, tokens))
+      ```
     """
     check_model(model)
     parts = [(kind_of(x), x.get_raw_value()) for x in _variables(model)]
@@ -83,14 +95,14 @@ def counted(
     changed: Collection[str],
     uses: Mapping[str, Sequence[Use]] | None,
 ) -> Summary:
-    """Returns the summary of what any model holds.
+    """Builds the summary of an NNX or Linen model.
 
     Args:
-      values: the kind of each variable, one of "quantized", "trained", "frozen" and "other", and
-        its arrays or QTensor.
-      adapters: the name of each weight's each adapter.
+      values: for each variable its kind ("quantized", "trained", "frozen" or "other") and its
+        arrays or QTensor.
+      adapters: name of each adapter of each weight.
       changed: paths of the weights that are in 4 bits or have adapters.
-      uses: what a call does with each weight, by path; None if none is known.
+      uses: path of a weight to its uses in an example call; None without an example.
     """
     kinds: dict[str, list[Any]] = {"quantized": [], "trained": [], "frozen": [], "other": []}
     for kind, value in values:
@@ -114,7 +126,7 @@ def _variables(model: nnx.Module) -> Iterator[nnx.Variable]:
 
 
 def kind_of(variable: nnx.Variable) -> str:
-    """Returns the kind of a model's or an adapter's variable, for `counted`."""
+    """Returns the kind of a variable, for `counted`: quantized, trained, frozen or other."""
     if isinstance(variable, QWeight):
         return "quantized"
     if isinstance(variable, LoraParam):

@@ -1,9 +1,9 @@
-"""Runs a function of weights so that their products never need the weights as arrays.
+"""Runs a function of weights without decoding the weights for its products.
 
 The function is traced once (`jax.make_jaxpr`), and its operations are carried out one by one. A
-weight stays a `Lazy` through casts, transpositions, calls and loops. Where a product reads it, the
-product is that of 4 bits and adapters; where a table's rows are looked up, these rows alone are
-decoded. Any other operation gets the whole weight as an array.
+weight stays a `Lazy` through casts, transpositions, calls and loops. A product with the weight is
+computed from the 4-bit codes and the adapters. A look-up decodes only the rows that it needs. Any
+other operation gets the whole weight as an array.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ def run(
     args: Sequence[Any],
     uses: list[Use] | None = None,
 ) -> Any:
-    """Returns function(arrays, *args), where arrays are the kernels' by name.
+    """Returns function(arrays, *args), where `arrays` maps each kernel's name to its weight.
 
     Args:
-      function: what JAX can trace; all that it returns are arrays.
-      kernels: the weights.
+      function: function that JAX can trace, and that returns a pytree of arrays.
+      kernels: name to weight.
       args: pytrees of arrays.
-      uses: where to tell of the operations on the weights.
+      uses: list to which the operations on the weights are appended; None records nothing.
     """
     told = [] if uses is None else uses
     held = {name: lazy(name, kernel, told) for name, kernel in kernels.items()}
@@ -49,7 +49,7 @@ def _closed(closed: ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
 
 
 def _interpreted(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Returns the results of a program, of which any value may be lazy."""
+    """Runs a jaxpr, whose inputs may be lazy, and returns its results, which may be lazy too."""
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values]))
     for equation in jaxpr.eqns:
         inputs = [v.val if isinstance(v, Literal) else known[v] for v in equation.invars]
@@ -84,9 +84,10 @@ def _called(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
 
 
 def _with_arrays(function: Callable[..., list[Any]], inputs: Sequence[Any]) -> tuple[Any, list]:
-    """Returns a function of the arrays among inputs alone, and these; what is lazy is closed over.
+    """Returns a function of only the arrays among `inputs`, and these arrays.
 
-    Lazy results are decoded, so that JAX can take the function.
+    The function closes over the lazy inputs and decodes lazy results, so that JAX's transformations
+    accept it.
     """
     places = [i for i, x in enumerate(inputs) if not isinstance(x, Lazy)]
 
@@ -146,7 +147,7 @@ def _scanned(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
 
 
 def _parts_of_scan(params: Mapping[str, Any], inputs: Sequence[Any]) -> list[list[Any]]:
-    """Returns a scan's inputs as constants, what is carried, and what is gone through."""
+    """Splits the inputs of a scan into constants, initial carry and scanned arrays."""
     if "ft_in" in params:  # from jax 0.12 on
         return [list(part) for part in params["ft_in"].update(list(inputs)).unpack()]
     first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
@@ -188,4 +189,4 @@ HANDLERS: Mapping[str, Callable[[JaxprEqn, Sequence[Any]], list[Any] | None]] = 
     "dot_general": product,
     "gather": looked_up,
 }
-"""JAX's primitives that leave a weight lazy, or do not need all of it; None decodes it."""
+"""JAX primitive to its handler for lazy weights; a handler that returns None needs arrays."""

@@ -1,4 +1,4 @@
-"""What a model's call does with each weight, recorded from one abstract call."""
+"""Records the operations on each weight in one abstract call of a model."""
 
 import contextlib
 import contextvars
@@ -8,17 +8,17 @@ from typing import NamedTuple
 from qlora_jax.modules.axes import Axes
 
 PATH = "kernel_path"
-"""The key of a variable's metadata that holds its path while uses are recorded."""
+"""Metadata key of a variable; it holds the variable's path while uses are recorded."""
 
 
 class Use(NamedTuple):
-    """What an operation did with a weight.
+    """One operation on a weight.
 
     Attributes:
-      name: the weight's name, or its path.
-      kind: "product", "rows", or "decoded" where it needed the whole weight.
-      operation: the name of JAX's primitive.
-      axes: those of a product of a weight whose axes were not known.
+      name: name or path of the weight.
+      kind: "product", "rows" (a look-up), or "decoded" if the operation needed the whole weight.
+      operation: name of JAX's primitive.
+      axes: axes found by a product or a look-up; None if the weight's axes were known before.
     """
 
     name: str
@@ -32,7 +32,7 @@ _recorded: contextvars.ContextVar[list[Use] | None] = contextvars.ContextVar("us
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Use]]:
-    """Collects the uses of all variables that have a `PATH`, by this path."""
+    """Collects, while entered, the uses of all variables that have a `PATH`, under this path."""
     uses: list[Use] = []
     token = _recorded.set(uses)
     try:
@@ -42,5 +42,5 @@ def recording() -> Iterator[list[Use]]:
 
 
 def recorded() -> list[Use] | None:
-    """Returns where uses are collected; None where nobody asks for them."""
+    """Returns the list of `recording`; None outside of `recording`."""
     return _recorded.get()

@@ -1,4 +1,4 @@
-"""A module's weight in 4 bits, in the place of its parameter."""
+"""Defines the variable that replaces a module's parameter by a weight in 4 bits."""
 
 import math
 from typing import Any, NamedTuple
@@ -14,18 +14,18 @@ from qlora_jax.modules.uses import PATH, Use, recorded
 from qlora_jax.quant import QTensor
 
 ARRAY = frozenset(name for name in dir(jax.Array) if not name.startswith("_"))
-"""Attributes and methods of an array."""
+"""Names of the attributes and methods of an array."""
 
 FOUND = "kernel_found"
-"""The key of a variable's metadata that holds a `KnownVariable`: a `QWeight`'s, or from `discover`."""
+"""Metadata key for a `KnownVariable`; each `QWeight` has one, and variables after `discover`."""
 
 
 class KnownVariable(NamedTuple):
-    """What is known of a variable itself, whatever its class says.
+    """Axes of one variable, used instead of the rules of its module's class.
 
     Attributes:
-      axes: what the axes of one layer's weight are; None if no product has it.
-      table: whether it is a table that is looked up.
+      axes: axes of one layer's weight; None if no product and no look-up uses the weight.
+      table: True for a table whose rows are looked up.
     """
 
     axes: Axes | None
@@ -33,13 +33,13 @@ class KnownVariable(NamedTuple):
 
 
 class StandsFor(NamedTuple):
-    """The parameter that a `QWeight` has taken the place of.
+    """Description of the parameter that a `QWeight` has replaced.
 
     Attributes:
       shape: shape of one layer's weight.
-      dtype: name of its dtype.
+      dtype: name of the parameter's dtype.
       kind: class of the variable.
-      metadata: its metadata, such as its sharding.
+      metadata: metadata of the variable, such as its sharding.
     """
 
     shape: tuple[int, ...]
@@ -49,26 +49,26 @@ class StandsFor(NamedTuple):
 
 
 class QWeight(nnx.Variable):
-    """A frozen weight in 4 bits: no `nnx.Param`, so no gradient is taken of its codes.
+    """A frozen weight in 4 bits; not an `nnx.Param`, so gradients do not include it.
 
-    Its raw value is the QTensor of the weight's matrices. Code that reads the variable as an array
-    gets one that is decoded.
+    The raw value is the QTensor of the weight's matrices. Code that reads the variable as an array
+    gets the decoded weight.
     """
 
     @property
     def stands_for(self) -> StandsFor:
-        """What this has taken the place of."""
+        """Returns the description of the parameter that this weight has replaced."""
         return self.get_metadata("stands_for")
 
     @property
     def kernel(self) -> Kernel:
-        """The weight without adapters."""
+        """Returns the weight as a kernel without adapters."""
         was, axes = self.stands_for, self.get_metadata(FOUND).axes
         return Kernel(self.get_raw_value(), {}, {}, axes, was.shape, jnp.dtype(was.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter that this stands for."""
+        """Returns the shape of the replaced parameter, (*stack, *shape)."""
         kernel = self.kernel
         return (*kernel.stack, *kernel.shape)
 
@@ -82,32 +82,32 @@ class QWeight(nnx.Variable):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the parameter that this stands for."""
+        """Returns the dtype of the replaced parameter."""
         return jnp.dtype(self.stands_for.dtype)
 
     def __getattr__(self, name: str) -> Any:
-        # what code elsewhere reads of an array it finds here
+        # Code of the module may use any attribute or method of an array.
         return getattr(self.get_value(), name) if name in ARRAY else super().__getattr__(name)
 
     def get_value(self, **index: Any) -> jax.Array:
-        """Returns the weight, decoded; with `index=`, that part of it."""
+        """Returns the decoded weight; with `index=`, only weight[index]."""
         if (uses := recorded()) is not None and self.has_metadata(PATH):
             uses.append(Use(self.get_metadata(PATH), "decoded", "read"))
         value = self.get_raw_value()
         if not isinstance(value, QTensor) or not isinstance(value.codes, jax.Array | np.ndarray):
-            return value  # of shapes, or of what a caller has mapped the arrays to
+            return value  # not arrays: shapes, or results of a jax.tree.map
         weight = self.kernel.plain()
         return weight[index["index"]] if index else weight
 
 
 def in_place_of(variable: nnx.Variable, q: QTensor, axes: Axes, table: bool) -> QWeight:
-    """Returns a QTensor as a variable that takes the place of a parameter.
+    """Makes the `QWeight` that replaces a parameter.
 
     Args:
-      variable: the parameter [*stack, *shape], of arrays or of their shapes.
-      q: its matrices [*stack, *batch, K, N].
-      axes: what the axes of one layer's weight are.
-      table: whether it is a table that is looked up.
+      variable: parameter [*stack, *shape], an array or a shape.
+      q: quantized matrices of the parameter [*stack, *batch, K, N].
+      axes: axes of one layer's weight.
+      table: True for a table whose rows are looked up.
     """
     value, metadata = variable.get_raw_value(), tuple(variable.get_metadata().items())
     was = StandsFor(axes.own(value.shape), value.dtype.name, type(variable), metadata)
@@ -115,5 +115,5 @@ def in_place_of(variable: nnx.Variable, q: QTensor, axes: Axes, table: bool) -> 
 
 
 def restored(was: StandsFor, value: jax.Array) -> nnx.Variable:
-    """Returns a parameter as it was before, with this value."""
+    """Makes the replaced parameter again, with a new value."""
     return was.kind.from_metadata(value, dict(was.metadata))

@@ -1,1 +1,1 @@
-"""Says what a run needs: by counting shapes (`ledger`), or by compiling its step (`compiled_memory`)."""
+"""Computes a run's memory, by shapes (`ledger`) or by compiling the step (`compiled_memory`)."""

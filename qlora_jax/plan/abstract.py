@@ -1,6 +1,6 @@
-"""Builds what a step takes in shapes alone: the model of a run, its rows and its key.
+"""Builds the inputs of a training step as shapes, without arrays: model, batch and key.
 
-On a mesh each shape says where it lives (`jax.ShapeDtypeStruct.sharding`).
+On a mesh each shape has a sharding (`jax.ShapeDtypeStruct.sharding`).
 """
 
 from collections.abc import Sequence
@@ -27,18 +27,18 @@ from qlora_jax.train.targets import targets
 
 
 def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -> SplitModel:
-    """Returns the model that a run of this config would train, with shapes in place of arrays.
+    """Returns the model that a run of this config trains, with shapes in place of arrays.
 
     Args:
-      config: of the run; its model's files are not opened.
+      config: config of the run; the function does not open the model's files.
       decoder: shapes of the model.
-      kernel: implementation of products with 4-bit weights; None picks.
+      kernel: implementation of products with 4-bit weights; None chooses one.
 
     Returns:
       Trees of `jax.ShapeDtypeStruct`.
 
     Raises:
-      UserError: settings that do not fit the shapes.
+      UserError: settings do not fit the shapes.
     """
 
     def build() -> Decoder:
@@ -52,26 +52,26 @@ def abstract_model(config: Config, decoder: DecoderConfig, kernel: str | None) -
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the arrays of one step's rows, [micro-batches, rows, tokens], as shapes."""
+    """Returns the shapes of one step's batch arrays, [micro-batches, rows, tokens]."""
     train = config.train
     shape = (train.gradient_accumulation, train.batch_size, config.data.sequence_length)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in DTYPES.items()}
 
 
 def abstract_key(config: Config) -> jax.ShapeDtypeStruct | None:
-    """Returns the key of one step's dropout as a shape; None where nothing is dropped."""
+    """Returns the shape of the key of one step's dropout; None without dropout."""
     return jax.eval_shape(lambda: jax.random.key(0)) if drops_out(config) else None
 
 
 def mesh_in_shapes(asked: MeshConfig) -> AbstractMesh | None:
-    """Returns a mesh of no devices, to count what each would hold; None for one device."""
+    """Returns a mesh without real devices, to count each device's bytes; None for one device."""
     if asked.devices == 1:
         return None
     return AbstractMesh((asked.data, asked.fsdp), (DATA, FSDP))
 
 
 def spread(mesh: Mesh | AbstractMesh, parts: SplitModel) -> tuple[SplitModel, MeshLayout]:
-    """Returns a model in shapes, each with where it lives, and how it is split over a mesh."""
+    """Returns a model of shapes with their shardings on a mesh, and the layout of the model."""
     layout = layout_of(mesh, parts.trained, parts.frozen)
     homes = layout.homes(parts.trained, parts.frozen)
     trained, frozen = (_living(tree, home) for tree, home in zip(parts[1:], homes))
@@ -79,12 +79,13 @@ def spread(mesh: Mesh | AbstractMesh, parts: SplitModel) -> tuple[SplitModel, Me
 
 
 def spread_moments(layout: MeshLayout, trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
-    """Returns an optimizer's states of all units in shapes, each with where it lives.
+    """Returns the optimizer's states of all layers as shapes with their shardings.
 
     Args:
-      layout: how the model is split.
-      trained: the trained tree in shapes.
-      states: of its units, in shapes, as `layer_groups.init_layers` gives them.
+      layout: layout of the model on the mesh.
+      trained: trained tree of shapes.
+      states: states of the layers of all groups, as shapes, in the order of
+        `layer_groups.init_layers`.
     """
     leaves = jax.tree.leaves(trained)
     made: list[Any] = []
@@ -97,7 +98,7 @@ def spread_moments(layout: MeshLayout, trained: Any, states: Sequence[Any]) -> t
 
 
 def everywhere(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Returns a tree in shapes, all of each on every device of a mesh."""
+    """Returns a tree of shapes that are replicated: each device of the mesh holds all of them."""
     home = NamedSharding(mesh, PartitionSpec())
     return _living(tree, jax.tree.map(lambda _: home, tree))
 
@@ -110,7 +111,7 @@ def _living(tree: Any, homes: Any) -> Any:
 
 
 def _of_zeros(config: Config, decoder: DecoderConfig) -> Decoder:
-    """Returns the pretrained model in the dtypes of a run, every weight zero."""
+    """Returns the pretrained model in the dtypes of a run, with all weights zero."""
     names, shapes = decoder.names, expected_shapes(decoder)
     dtype = jnp.dtype(config.lora.dtype if config.method == "full" else config.model.storage_dtype)
     layers, first = f"{names.layers}.", f"{names.layers}.0."
@@ -142,7 +143,7 @@ def _quantized(weight: Any, quant: QuantConfig) -> QTensor:
 
 
 def _adapt(model: Decoder, lora: LoraConfig) -> None:
-    """Gives the model the adapters of a run, in place."""
+    """Adds the adapters of a run to the model, in place."""
     attach(
         model,
         targets(lora, model.config),

@@ -1,7 +1,8 @@
-"""Estimates what XLA allocates on a device within a training step's gradient.
+"""Estimates the memory that XLA allocates on a device in the gradient of a training step.
 
-What is kept of every layer follows from the code and is what JAX saves; that XLA keeps just that,
-and what it needs for a moment, was compared with its buffer assignment for GPUs (`compile`).
+The arrays that are saved of each layer follow from the code: JAX saves them for the backward pass.
+These arrays, and the temporaries of the formulas, were compared with XLA's buffer assignment for
+GPUs (`compile`).
 """
 
 from collections.abc import Mapping
@@ -25,19 +26,19 @@ FLOAT32 = 4
 
 
 class _Step(NamedTuple):
-    """What the formulas have in common: widths of a layer, and bytes of the compute dtype.
+    """Inputs of the formulas: widths of a layer, size of a micro-batch, bytes of an element.
 
     Attributes:
       hidden, query, key, inner: features of the layer's input, q, k (and v), and the MLP.
-      heads: of queries.
-      outputs: of all linears, summed, as far as the backward pass reads them.
-      norms: features of all norms, and how many means they take, summed.
-      mlp: arrays as wide as `inner` that the MLP's elementwise part keeps.
-      ranks: of all adapters of a layer, summed.
-      dropped: input features of all adapters that drop some of theirs, summed.
-      scaled: output features of all linears that DoRA scales, summed.
+      heads: number of query heads.
+      outputs: sum of the output features of the linears whose output the backward pass reads.
+      norms: sum of the features of all norms and of the number of means that they compute.
+      mlp: number of arrays of `inner` features that the MLP's elementwise part saves.
+      ranks: sum of the ranks of a layer's adapters.
+      dropped: sum of the input features of all adapters with dropout.
+      scaled: sum of the output features of all linears that DoRA scales.
       width: bytes of an element in the compute dtype.
-      rows, length: of a micro-batch.
+      rows, length: rows of a micro-batch on one device, and tokens of a row.
     """
 
     hidden: int
@@ -61,18 +62,19 @@ class _Step(NamedTuple):
 
 
 def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> dict[str, int]:
-    """Estimates bytes by part.
+    """Estimates the bytes of activations, working set, decoded weights and loss.
 
     Args:
       model: shapes of the decoder.
-      run: dtypes, remat, rows and their length are read.
-      ranks: rank of each of a layer's adapters, by the linear's path below the layer, and of those
-        of embedding and head, by their paths.
+      run: config of the run; dtypes, remat, rows and sequence length are read.
+      ranks: path to rank: of each adapter of a layer, by the linear's path below the layer, and of
+        the adapters of embedding and head.
     """
     parts, names = linears(model), model.names
     head_rank = ranks.get(HEAD, 0)
     ranks = {path: rank for path, rank in ranks.items() if path in parts}
-    # what is only added to x is not read again: the MLP's, and attention's beside it
+    # The backward pass does not read outputs that are only added to x: those of the MLP, and of
+    # attention in a parallel residual.
     added = set() if model.post_norms else {names.down_proj}
     added |= {names.o_proj} if model.parallel_residual else set()
     step = _Step(
@@ -95,7 +97,7 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
     kept = KEPT[remat]
     if run.model.layer_inputs == "int8" and kept is _input:
         kept = _input_in_8_bits
-    # where ropes differ, a layer's angles are its own
+    # If layers have different ropes, each layer has its own angles.
     inside = model.num_layers * (remat == "none")
     ropes = len(by_layer(model)[0])
     turns = inside if inside and ropes > 1 else ropes
@@ -112,19 +114,19 @@ def estimates(model: DecoderConfig, run: Config, ranks: Mapping[str, int]) -> di
 
 
 def _angles(model: DecoderConfig) -> int:
-    """Returns how many pairs of channels a head rotates."""
+    """Returns the number of pairs of channels that a head rotates."""
     return 0 if model.rope is None else int(model.head_dim * model.rope.fraction) // 2
 
 
 def _normalized(model: DecoderConfig) -> int:
-    """Counts the elements that a layer's norms read per token, and the means they take."""
+    """Counts the elements that a layer's norms read per token, plus the means that they compute."""
     heads = {model.names.q_norm: model.num_heads, model.names.k_norm: model.num_kv_heads}
     each = heads if model.qk_norm == "head" else {}
     return sum(each.get(path, 1) * (width + 1) for path, width in norms(model).items())
 
 
 def _residuals(activation: str) -> int:
-    """Counts the arrays that the gradient of an activation function keeps, which is up to jax."""
+    """Counts the arrays that JAX saves for the gradient of an activation function."""
     x = jax.ShapeDtypeStruct((2,), jnp.bfloat16)
     saved = jax.eval_shape(lambda x: jax.tree.leaves(jax.vjp(ACTIVATIONS[activation], x)[1]), x)
     return sum(s.shape == x.shape and s.dtype == x.dtype for s in saved)
@@ -150,19 +152,22 @@ def _input_in_8_bits(step: _Step) -> int:
 
 
 KEPT = {"none": _everything, "dots": _products, "full": _input, "host": _input}
-"""`decoder.REMAT`'s policies, each with the bytes that a layer keeps per token.
+"""Policy of `decoder.REMAT` to the function of the bytes that a layer saves per token.
 
-full: the layer's input. dots: also the outputs and normalizers of attention, and the outputs of A
-and of the linears, but of those that are only added to x, and DoRA's before they are scaled. none:
-the norms' float32 inputs and results, the normalizers of attention, the inputs of all linears (with
-dropout, what is left of them, and the mask), q, k and v, the parts of the activation function, and
-what DoRA scales in float32. Where few linears have adapters, a little less is kept.
+full: the layer's input. dots: the same, the outputs and normalizers of attention, the outputs of A
+and of the linears whose output is not only added to x, and DoRA's outputs before scaling. none: the
+norms' float32 inputs and results, the normalizers of attention, the inputs of all linears (with
+dropout also the dropped inputs and the mask), q, k and v, the parts of the activation function, and
+DoRA's outputs before scaling, in float32. If few linears have adapters, slightly less is saved.
 """
 
 
 def _working_set(model: DecoderConfig, step: _Step) -> int:
-    """Estimates a layer's backward pass: all that its second forward pass gives, the scores of some
-    queries twice in float32 and twice in the compute dtype, and the MLP's two gradients."""
+    """Estimates the bytes of one layer's backward pass.
+
+    They are all results of the layer's second forward pass, one block of attention scores twice in
+    float32 and twice in the compute dtype, and the MLP's two gradients.
+    """
     block = min(reference.QUERIES, step.length) * min(reference.KEYS, step.length)
     scores = step.rows * model.num_heads * block
     scores *= 2 * (FLOAT32 + step.width)
@@ -173,8 +178,10 @@ def _working_set(model: DecoderConfig, step: _Step) -> int:
 
 
 def _decoded(run: Config, step: _Step, elements: int) -> int:
-    """Estimates a layer's weights in the compute dtype, where they are not stored in it: nothing
-    keeps XLA from decoding all of them before it multiplies by the first."""
+    """Estimates the bytes of one layer's weights in the compute dtype, if stored in another dtype.
+
+    All weights of the layer count, because XLA may decode all of them before the first product.
+    """
     if run.method == "qlora":
         return 0 if run.kernels.materialize == "never" else step.width * elements
     stored = run.lora.dtype if run.method == "full" else run.model.storage_dtype
@@ -182,8 +189,11 @@ def _decoded(run: Config, step: _Step, elements: int) -> int:
 
 
 def _loss(model: DecoderConfig, run: Config, step: _Step, head_rank: int) -> int:
-    """Adds up a block of logits, of their exponentials and of the head, its part of the mean, and
-    the gradients of all positions and of a trained head or of its B, in float32."""
+    """Adds up the bytes of the loss.
+
+    They are one block of logits, of their exponentials and of the head, the block's part of the
+    mean, and the float32 gradients of all positions and of a trained head or of its B.
+    """
     rows, columns = min(ROWS, step.tokens), min(COLUMNS, model.vocab_size)
     width = step.hidden + head_rank
     block = rows * columns * (2 * FLOAT32 + step.width) + columns * width * step.width

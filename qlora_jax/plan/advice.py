@@ -1,4 +1,4 @@
-"""Says what to change when a run does not fit, by the ledger, in the order that costs least."""
+"""Finds the settings to change if a run does not fit, by the ledger, the cheapest change first."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,7 +10,12 @@ from qlora_jax.plan.ledger import ledger, total
 
 
 class Change(NamedTuple):
-    """A setting to change, and the device bytes that this saves after the changes before it."""
+    """A setting to change.
+
+    Attributes:
+      setting: command-line argument that changes the setting, such as "--lora.rank=8".
+      saved: device bytes that the change saves after all earlier changes.
+    """
 
     setting: str
     saved: int
@@ -34,15 +39,20 @@ CHANGES: Sequence[tuple[str, str, Callable[[Config, Any], Any]]] = (
     ("lora", "rank", _half(8)),
     ("data", "sequence_length", _half(128)),
 )
-"""Section, key, and what gives the new value. The first four leave the mathematics
-alone; a smaller batch goes with more gradient accumulation."""
+"""Section, key, and function that returns the new value. The first four do not change the computed
+result, if a smaller batch is made up for by more gradient accumulation."""
 
 
 def changes(model: DecoderConfig, config: Config, missing: int) -> tuple[list[Change], int]:
-    """Returns the first of `CHANGES` that save anything, until `missing` bytes are saved.
+    """Returns the first of `CHANGES` that save device bytes, until `missing` bytes are saved.
+
+    Args:
+      model: shapes of the decoder.
+      config: config of the run.
+      missing: device bytes to save.
 
     Returns:
-      The changes, and the bytes that are missing after all of them; 0 or less if none are.
+      The changes, and the bytes that are still missing after them; 0 or less if enough are saved.
     """
     made = []
     now = total(ledger(model, config))

@@ -1,4 +1,4 @@
-"""Chooses what is kept and where, for settings that are `auto`: the fastest that fits."""
+"""Chooses remat and offload for settings that are `auto`: the fastest that fit in memory."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,11 +9,17 @@ from qlora_jax.plan import compiled_memory
 from qlora_jax.plan.compiled_memory import AbstractStep, ProgramMemory
 
 POLICIES = ("dots", "full", "host")
-"""What `model.remat: auto` may be, the fastest first."""
+"""Values that `model.remat: auto` may become, the fastest first."""
 
 
 class Compiled(NamedTuple):
-    """A step with the accounts of its programs, without moments."""
+    """A step with the memory of its compiled programs, without moments.
+
+    Attributes:
+      step: functions and shapes of the step.
+      gradients: memory of the gradient's programs.
+      updates: memory of the update's programs.
+    """
 
     step: AbstractStep
     gradients: Sequence[ProgramMemory]
@@ -21,11 +27,11 @@ class Compiled(NamedTuple):
 
 
 class MemoryChoice(NamedTuple):
-    """What is kept and where, and what the step then holds.
+    """Chosen settings of memory, and the memory of the step with them.
 
     Attributes:
-      remat, offload: values of the settings.
-      programs: accounts of the gradient's programs, then of the updates'.
+      remat, offload: values of `model.remat` and `optimizer.offload`.
+      programs: memory of the gradient's programs, then of the update's programs.
     """
 
     remat: str
@@ -37,7 +43,7 @@ class MemoryChoice(NamedTuple):
         return max(program.device for program in self.programs)
 
     def settings(self, config: Config) -> list[str]:
-        """Returns the settings that were chosen because the fastest ones do not fit."""
+        """Returns the chosen values of `auto` settings whose fastest value does not fit."""
         found = []
         if config.model.remat == "auto" and self.remat != POLICIES[0]:
             found.append(f"model.remat={self.remat}")
@@ -47,12 +53,15 @@ class MemoryChoice(NamedTuple):
 
 
 def choose(config: Config, limit: int, compile_: Callable[[Config], Compiled]) -> MemoryChoice:
-    """Compiles a run's step by one policy after another, until it fits; the last one otherwise.
+    """Compiles a run's step with one remat policy after another, until the step fits.
 
     Args:
-      config: the run's settings.
-      limit: bytes of the device that the run may use.
-      compile_: from settings whose `model.remat` is not auto.
+      config: config of the run.
+      limit: device bytes that the run may use.
+      compile_: function of a config whose `model.remat` is not auto.
+
+    Returns:
+      The first choice that fits; the last one if none fits.
     """
     asked = config.model.remat
     for remat in POLICIES if asked == "auto" else (asked,):

@@ -1,6 +1,6 @@
-"""Compiles a run's step for GPUs that are not here, and adds up what it needs on each.
+"""Compiles a run's step for a GPU that this machine does not have, and adds up its memory.
 
-The real step is compiled from shapes alone. Nothing runs: the figures are XLA's own buffer
+The step of real training is compiled from shapes. Nothing runs: the figures are XLA's own buffer
 assignment for the described device.
 """
 
@@ -28,26 +28,28 @@ GEMMS: Mapping[str, Mapping[str, Any]] = {
     "Triton": {},
     "cuBLAS": {"xla_gpu_enable_triton_gemm": False},
 }
-"""Who multiplies plain matrices: on a GPU, autotuning chooses. The larger program counts."""
+"""Library of plain matrix products to its XLA options. On a GPU autotuning chooses the library, so
+the larger program of the two counts."""
 
 LARGEST = 12
-"""Temporaries that are listed."""
+"""Number of temporaries that are listed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one run needs on a GPU, one of several on a mesh, in bytes.
+    """Memory of one run on a GPU, in bytes; on a mesh, of each of its GPUs.
 
     Attributes:
       gpu: name in `described.GPUS`.
-      offload: where moments live: device or host; decided here for `auto`.
-      remat: what of the layers is kept; decided here for `auto`.
+      offload: memory of the moments, device or host; chosen by the plan if the setting is `auto`.
+      remat: remat policy of the layers; chosen by the plan if the setting is `auto`.
       limit: bytes of the GPU that the run may use (`gpu_memory.usable`).
-      host: pinned host memory.
-      programs: the step's: those of the gradient by each of `GEMMS`, then updates.
-      temporaries: bytes of temporaries of the largest gradient program.
-      traffic: on a mesh, what a device receives in that program.
-      times: on a mesh, modelled seconds of it.
+      host: bytes of pinned host memory.
+      programs: memory of the step's programs: the gradient's with each of `GEMMS`, then the
+        update's.
+      temporaries: largest temporaries of the largest gradient program.
+      traffic: bytes that a device receives in the largest gradient program; None without a mesh.
+      times: modelled seconds of a gradient; None without a mesh.
     """
 
     gpu: str
@@ -73,9 +75,9 @@ class Made(NamedTuple):
     """A compiled program of the gradient.
 
     Attributes:
-      account: its bytes.
-      largest: its largest temporaries.
-      text: the program.
+      account: memory of the program.
+      largest: largest temporaries of the program.
+      text: HLO text of the program.
     """
 
     account: ProgramMemory
@@ -84,10 +86,15 @@ class Made(NamedTuple):
 
 
 def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
-    """Compiles the step for a GPU in this process, which must have `compile.environment`.
+    """Compiles a run's step for a GPU in this process, which must have `compile.environment`.
+
+    Args:
+      config: config of the run.
+      decoder: shapes of the model.
+      gpu: name in `described.GPUS`.
 
     Raises:
-      UserError: unknown GPU, missing packages, or settings that do not go together.
+      UserError: the GPU is unknown, packages are missing, or settings exclude each other.
     """
     hardware = read_gpu(gpu)
     limit, mesh = gpu_memory.usable(hardware.memory), mesh_of(config, gpu)
@@ -118,13 +125,20 @@ def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
 
 
 def mesh_of(config: Config, gpu: str) -> Mesh | None:
-    """Returns the mesh that a config asks for, of GPUs that are not here; None is one GPU."""
+    """Returns the mesh of a config, of described GPUs; None for one GPU."""
     asked = config.mesh
     return None if asked.devices == 1 else mesh_for(gpu, asked.data, asked.fsdp)
 
 
 def gradient(step: AbstractStep, gpu: str, gemm: str, mesh: Mesh | None) -> list[Made]:
-    """Compiles the gradient's programs with one of `GEMMS`; moments on the device do not count."""
+    """Compiles the gradient's programs with one of `GEMMS`; their memory is without moments.
+
+    Args:
+      step: functions and shapes of the step.
+      gpu: name in `described.GPUS`.
+      gemm: key of `GEMMS`.
+      mesh: devices over which the model is split; None is one device.
+    """
     made = []
     for piece in compiled_memory.gradient_pieces(step):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""Adds up what the programs of a step hold on a device, by the compiler's own assignment.
+"""Adds up the device memory of a step's programs, by the compiler's own buffer assignment.
 
-On a mesh the bytes are those of one of its devices, all of which hold the same.
+On a mesh the bytes are those of one device; all devices hold the same number of bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,20 +28,23 @@ from qlora_jax.plan.share import nbytes
 from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import assemble
+from qlora_jax.train.state import TrainState
 
 Compile = Callable[..., jax.stages.Compiled]
-"""(function, *arguments, donate) to a compiled program; the arguments are abstract."""
+"""Function (function, *arguments, donate) to compiled program; the arguments are shapes."""
 
 
 class ProgramMemory(NamedTuple):
-    """One program's bytes on the device.
+    """Memory of one compiled program, in bytes.
 
     Attributes:
-      name: gradient, or update and what of.
-      arguments, outputs, alias, temp: the compiler's figures; `alias` is of outputs that take an
-        argument's place.
-      elsewhere: arrays of the training that live meanwhile and are no argument.
-      host: bytes in pinned host memory: temporaries, which `temp` leaves out, and inputs of layers.
+      name: name of the program, such as "gradient" or "update of a layer".
+      arguments, outputs, alias, temp: the compiler's figures; `alias` counts outputs that reuse the
+        memory of an argument.
+      elsewhere: device bytes of training arrays that exist while the program runs and are not its
+        arguments.
+      host: bytes in pinned host memory: temporaries, which `temp` does not count, and inputs of
+        layers.
     """
 
     name: str
@@ -58,17 +61,17 @@ class ProgramMemory(NamedTuple):
 
 
 class AbstractStep(NamedTuple):
-    """The functions of a step with the shapes they are called with.
+    """The functions of a step, and the shapes of their arguments.
 
     Attributes:
-      program: its functions.
-      state: with the moments of every unit.
-      gradients: as the gradient program returns them.
-      frozen, batch, key: the gradient program's other arguments.
+      program: functions of the step.
+      state: shapes of the training state, with the moments of every layer.
+      gradients: shapes of the gradients that the gradient program returns.
+      frozen, batch, key: shapes of the gradient program's other arguments.
     """
 
     program: steps.StepProgram
-    state: steps.TrainState
+    state: TrainState
     gradients: Any
     frozen: Any
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -78,16 +81,16 @@ class AbstractStep(NamedTuple):
 def abstract_step(
     config: Config, decoder: DecoderConfig, hardware: Hardware, mesh: Mesh | None = None
 ) -> AbstractStep:
-    """Returns the step of a run in shapes, with the kernel that it would take on this hardware.
+    """Returns the step of a run in shapes, with the 4-bit kernel for this hardware.
 
     Args:
-      config: of the run.
-      decoder: the model's shapes.
-      hardware: a device.
-      mesh: the devices over which the model is split; None is one.
+      config: config of the run.
+      decoder: shapes of the model.
+      hardware: device, real or described.
+      mesh: devices over which the model is split; None is one device.
 
     Raises:
-      UserError: settings that do not go together, or with the hardware.
+      UserError: settings exclude each other, or the hardware does not support them.
     """
     model, layout = abstract_model(config, decoder, choose_kernel(config, hardware)), None
     if mesh is not None:
@@ -104,23 +107,23 @@ def abstract_step(
 
 def step_of(
     program: steps.StepProgram,
-    state: steps.TrainState,
+    state: TrainState,
     frozen: Any,
     batch: Mapping[str, jax.ShapeDtypeStruct],
     key: jax.ShapeDtypeStruct | None,
 ) -> AbstractStep:
-    """Returns the step of a program, with the shapes of its gradients.
+    """Returns the abstract step of a program, with the shapes of its gradients.
 
     Args:
-      program: the functions.
-      state, frozen, batch, key: in shapes, what `program.gradient` is called with.
+      program: functions of the step.
+      state, frozen, batch, key: shapes of the arguments of `program.gradient`.
     """
     slopes = gradients(state.trained, batch["mask"].shape[0])
     return AbstractStep(program, state, slopes, frozen, batch, key)
 
 
 def gradient_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
-    """Compiles the programs of the gradient, without moments: `with_moments` adds them."""
+    """Compiles the gradient's programs; their memory is without moments (see `with_moments`)."""
     made = []
     for piece in gradient_pieces(step):
         compiled = compile_(piece.function, *piece.arguments, donate=piece.donate)
@@ -129,14 +132,17 @@ def gradient_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory
 
 
 def gradient_pieces(step: AbstractStep) -> list[GradientProgram]:
-    """Returns the programs of the gradient."""
+    """Returns the programs of a step's gradient."""
     return list(gradient_programs(step.program, step.state, step.frozen, step.batch, step.key))
 
 
 class LayerUpdate(NamedTuple):
-    """The update of one unit of a group: what it is of, the function, and its abstract arguments.
+    """The update of one layer of a group.
 
-    The first and the fourth argument are donated.
+    Attributes:
+      name: name of the program.
+      function: function to compile.
+      arguments: trees of shapes; the first and the fourth argument are donated.
     """
 
     name: str
@@ -145,7 +151,7 @@ class LayerUpdate(NamedTuple):
 
 
 def layer_updates(step: AbstractStep) -> Iterator[LayerUpdate]:
-    """Yields the update of a unit of each group."""
+    """Yields the update of one layer of each group."""
     leaves, slopes = jax.tree.leaves(step.state.trained), jax.tree.leaves(step.gradients)
     at_once = step.program.direct is not None
     first = 0
@@ -156,7 +162,14 @@ def layer_updates(step: AbstractStep) -> Iterator[LayerUpdate]:
         moments = step.state.optimizer[first]
         index, finite = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.bool_))
 
-        def update(own: Any, grads: Any, i: Any, moments: Any, finite: Any, group=group) -> Any:
+        def update(
+            own: Any,
+            grads: Any,
+            i: Any,
+            moments: Any,
+            finite: Any,
+            group: layer_groups.LayerGroup = group,
+        ) -> Any:
             return step.program.update_layer(group, own, grads, i, moments, finite)
 
         name = "update of a layer" if group.layers else "update of the rest"
@@ -165,10 +178,10 @@ def layer_updates(step: AbstractStep) -> Iterator[LayerUpdate]:
 
 
 def update_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
-    """Compiles the update of a unit of each group, without the other units' moments."""
+    """Compiles the update of one layer of each group; other layers' moments are not counted."""
     at_once = step.program.direct is not None
     alive = nbytes((step.state.trained, step.gradients, step.frozen))
-    if at_once:  # on the way back through the layers, beside the gradients of one
+    if at_once:  # the update runs during the backward pass, with the gradients of one layer
         alive = max(piece.alive for piece in gradient_pieces(step))
     made = []
     for name, update, arguments in layer_updates(step):
@@ -179,12 +192,13 @@ def update_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
 
 
 def held_moments(step: AbstractStep, on_host: bool, updating: bool) -> tuple[int, int]:
-    """Returns the (device, host) bytes of moments that are no argument of a program.
+    """Returns the (device, host) bytes of moments that are not an argument of the running program.
 
     Args:
-      step: the step.
-      on_host: whether they live there.
-      updating: whether a unit's update runs, whose own moments are its argument; else a gradient.
+      step: functions and shapes of the step.
+      on_host: True if the moments are in host memory.
+      updating: True while a layer's update runs, whose moments are its argument; False while a
+        gradient runs.
     """
     sizes = [nbytes(unit) for unit in step.state.optimizer]
     if on_host:
@@ -199,13 +213,16 @@ def place_moments(
     after: Sequence[ProgramMemory],
     limit: int,
 ) -> tuple[str, list[ProgramMemory]]:
-    """Decides where moments live, and adds those on the device to the accounts, in their order.
+    """Decides the memory of the moments, and adds the moments on the device to each program.
 
     Args:
-      step: the step.
-      asked: `optimizer.offload`; auto is the host where they do not fit on the device.
-      before, after: accounts of the gradient's and of the update's programs, without moments.
-      limit: bytes that there are.
+      step: functions and shapes of the step.
+      asked: `optimizer.offload`; auto is the host if the moments do not fit on the device.
+      before, after: memory of the gradient's and of the update's programs, without moments.
+      limit: device bytes that the run may use.
+
+    Returns:
+      "device" or "host", and the memory of all programs with moments, in the same order.
     """
     made: list[ProgramMemory] = []
     for offload in ("device", "host") if asked == "auto" else (asked,):
@@ -220,8 +237,9 @@ def place_moments(
 def with_moments(
     step: AbstractStep, on_host: bool, account: ProgramMemory, updating: bool
 ) -> ProgramMemory:
-    """Adds to an account the moments that are on the device and no argument of the program."""
-    # where layers are updated on the way back, moments of two may still be on the device
+    """Adds to a program's memory the moments on the device that are not its argument."""
+    # If layers are updated during the backward pass, the moments of two layers may still be on the
+    # device.
     device, _ = held_moments(
         step, on_host, updating or (on_host and step.program.direct is not None)
     )
@@ -229,7 +247,7 @@ def with_moments(
 
 
 def memory_of(piece: GradientProgram, compiled: jax.stages.Compiled) -> ProgramMemory:
-    """Returns the account of a compiled piece, with what lives beside it."""
+    """Returns the memory of a compiled gradient program, with the arrays that exist beside it."""
     account = _account(piece.name, compiled, 0)
     return account._replace(
         elsewhere=piece.alive - account.arguments, host=account.host + piece.host

@@ -1,7 +1,7 @@
-"""Counts, to the byte, what a training step takes and gives on a device.
+"""Counts, to the byte, the inputs and outputs of a training step on a device.
 
-What is counted is the model as `abstract_model` builds it, and the state that the optimizer's own
-`init` makes for it, all in shapes: no array is made, and no size is worked out here.
+The counted trees are the model of `abstract_model` and the state of the optimizer's own `init`,
+both as shapes. No array is made, and no size comes from a formula.
 """
 
 import functools
@@ -30,6 +30,7 @@ from qlora_jax.quant import QTensor
 from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of
+from qlora_jax.train.state import init_state
 
 PARTS: Sequence[tuple[type[nnx.Variable], str | None, str]] = (
     (Vector, None, "norms and biases"),
@@ -42,8 +43,8 @@ PARTS: Sequence[tuple[type[nnx.Variable], str | None, str]] = (
     (LoraConstant, None, "adapter scales"),
     (LoraScale, None, "adapter scales"),
 )
-"""Kind of variable, the last name of its path where that decides too, and the part that it belongs
-to. The first match counts."""
+"""Class of variable, last name of its path (None is any name), and part of the model. The first
+match counts."""
 
 QUANTIZED: Mapping[str, str] = {
     "codes": "codes",
@@ -52,7 +53,7 @@ QUANTIZED: Mapping[str, str] = {
     "offset": "nested scales and codebooks",
     "codebook": "nested scales and codebooks",
 }
-"""Array of a `QTensor` to the part that it belongs to."""
+"""Array of a `QTensor` to the part of the model."""
 
 ORDER = (
     "embeddings",
@@ -65,25 +66,26 @@ ORDER = (
     "adapters",
     "adapter scales",
 )
-"""The parts of a model."""
+"""Parts of a model, in the order of the output."""
 
 
 CONFIG = TypeAdapter(Config)
-"""To JSON and back."""
+"""Converts a `Config` to JSON and back."""
 
 
 class Exact(NamedTuple):
-    """Bytes of a run's trees on a device.
+    """Bytes of a run's trees on a device, and ranks of the adapters.
 
     Attributes:
-      model: bytes of the trained and the frozen tree, by part, in `ORDER`.
+      model: part of the model to bytes, of the trained and the frozen tree, in `ORDER`.
       trained: bytes of the trained tree.
-      gradients: of the whole tree, as the update takes them.
-      layer_gradients: of one layer, or of what is outside the layers, whichever is more.
-      moments: bytes of the optimizer's moments, of all units.
-      counters: counts of steps, the loss scale, and with dropout the key.
-      ranks: rank of each of a layer's adapters, by the linear's path below the layer, and of those
-        of embedding and head; a stack is as wide as its widest layer.
+      gradients: bytes of the gradients of the whole tree, in the dtype that the update takes.
+      layer_gradients: bytes of the gradients of one layer, or of the parameters outside the layers
+        if these are more.
+      moments: bytes of the optimizer's moments of all layers.
+      counters: bytes of step counts, loss scale and, with dropout, the key.
+      ranks: path to rank: of each adapter of a layer, by the linear's path below the layer, and of
+        the adapters of embedding and head. A stack of layers has the largest rank of its layers.
     """
 
     model: Mapping[str, int]
@@ -96,21 +98,21 @@ class Exact(NamedTuple):
 
 
 def count(model: DecoderConfig, run: Config) -> Exact:
-    """Returns the bytes of a run's trees on a device.
+    """Counts the bytes of a run's trees on a device.
 
     Args:
       model: shapes of the pretrained decoder.
-      run: of its settings those in `_read` are read. Two runs that differ in others alone are
-        counted once.
+      run: config of the run; only the settings in `_read` are read. Runs that differ only in other
+        settings share one cached count.
 
     Raises:
-      UserError: settings that do not fit the shapes.
+      UserError: settings do not fit the shapes.
     """
     return _count(model, CONFIG.dump_json(_read(run)))
 
 
 def _read(run: Config) -> Config:
-    """Returns a run with the settings that decide the bytes, all others at their defaults."""
+    """Returns a config with the settings that decide the bytes; all others are defaults."""
     return Config(
         model=ModelConfig(path="", storage_dtype=run.model.storage_dtype),
         data=DataConfig(source=""),
@@ -126,7 +128,7 @@ def _read(run: Config) -> Config:
 
 @functools.cache
 def _count(model: DecoderConfig, settings: bytes) -> Exact:
-    """Counts a run whose config is given as JSON, since a config itself has no hash."""
+    """Counts a run whose config is JSON, because a `Config` has no hash for the cache."""
     run = CONFIG.validate_json(settings)
     parts, layout = abstract_model(run, model, None), None
     if (mesh := mesh_in_shapes(run.mesh)) is not None:
@@ -145,7 +147,7 @@ def _count(model: DecoderConfig, settings: bytes) -> Exact:
 
 
 def by_part(*trees: nnx.State) -> dict[str, int]:
-    """Returns the bytes of trees of variables by part, in `ORDER`."""
+    """Returns part of the model to bytes, for trees of variables, in `ORDER`."""
     found = dict.fromkeys(ORDER, 0)
     for tree in trees:
         for path, variable in nnx.to_flat_state(tree):
@@ -165,7 +167,12 @@ def _part(variable: nnx.Variable, name: Any) -> str:
 
 
 def gradients(trained: Any, micro_batches: int) -> Any:
-    """Returns the gradients of a trained tree, as shapes; sums of micro-batches are in float32."""
+    """Returns the shapes of a trained tree's gradients.
+
+    Args:
+      trained: trained tree of shapes.
+      micro_batches: micro-batches of a step; sums over several are in float32.
+    """
 
     def kept(x: Any) -> jax.ShapeDtypeStruct:
         dtype = steps.gradient_dtype(x.dtype if micro_batches == 1 else jnp.float32)
@@ -175,7 +182,12 @@ def gradients(trained: Any, micro_batches: int) -> Any:
 
 
 def largest_unit(trained: Any, slopes: Any) -> int:
-    """Returns the bytes of the largest unit's gradients."""
+    """Returns the bytes of the largest layer's gradients.
+
+    Args:
+      trained: trained tree of shapes.
+      slopes: gradients of this tree, as shapes.
+    """
     leaves = jax.tree.leaves(slopes)
     return max(
         nbytes([leaves[p] for p in group.places]) // group.size
@@ -184,9 +196,10 @@ def largest_unit(trained: Any, slopes: Any) -> int:
 
 
 def optimizer_bytes(trained: Any, run: Config, layout: MeshLayout | None = None) -> tuple[int, int]:
-    """Returns the bytes of the moments and of the counters of a run's state, of all units.
+    """Returns the bytes of the moments and of the counters of a run's state, for all layers.
 
-    Moments are the arrays with axes. A group's units are alike, so one of each group is made.
+    Moments are the arrays with axes. The layers of a group have equal shapes, so the function
+    builds the state of only one layer of each group.
     """
     optimizer = optimizer_of(run)
     leaves, structure = jax.tree.flatten(trained)
@@ -195,7 +208,7 @@ def optimizer_bytes(trained: Any, run: Config, layout: MeshLayout | None = None)
         stack = leaves[place]
         leaves[place] = jax.ShapeDtypeStruct((1, *stack.shape[1:]), stack.dtype)
     single = jax.tree.unflatten(structure, leaves)
-    state = jax.eval_shape(lambda tree: steps.init(tree, optimizer, False), single)
+    state = jax.eval_shape(lambda tree: init_state(tree, optimizer, False), single)
     each = state.optimizer
     if layout is not None:
         each = spread_moments(layout, single, each)

@@ -1,4 +1,4 @@
-"""What a plan says of the bytes between devices, as plain values and as lines."""
+"""Describes the bytes between devices in a plan, as plain values and as lines of text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ from qlora_jax.plan.compiled import Plan
 
 GIB = 2**30
 SHOWN = 6
-"""Collectives that are listed."""
+"""Number of collectives that are listed."""
 
 MODELLED = "modelled from data sheets, not measured"
 
 
 def described(plan: Plan) -> dict[str, Any]:
-    """Returns `traffic` and `times` of a plan as plain values; nothing without a mesh."""
+    """Returns `traffic` and `times` of a plan as plain values; an empty dict without a mesh."""
     found: dict[str, Any] = {}
     if (sent := plan.traffic) is not None:
         found["traffic"] = {
@@ -30,10 +30,10 @@ def described(plan: Plan) -> dict[str, Any]:
 
 
 def lines(row: Mapping[str, Any]) -> list[str]:
-    """Returns lines on the traffic of a GPU's plan and on the modelled times.
+    """Returns lines of text about the traffic and the modelled times of a plan.
 
     Args:
-      row: with what `described` gives.
+      row: plan as plain values, with the entries of `described`.
     """
     sent = row["traffic"]
     parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in sent["received"].items())

@@ -1,4 +1,4 @@
-"""Decides whether a run fits on the devices that are here, before a weight is read."""
+"""Decides if a run fits on the devices of this machine, before a weight is read."""
 
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ GIB = 2**30
 
 
 class Fit(NamedTuple):
-    """What a run keeps and where, and what it will hold on the device.
+    """Chosen settings of memory for a run, and its planned memory on the device.
 
     Attributes:
-      offload, remat: values of the settings.
-      device: bytes, of each device of a mesh; None where they are unknown.
-      chosen: settings that are not the fastest, since those do not fit; in words.
+      offload, remat: values of `optimizer.offload` and `model.remat`.
+      device: planned bytes on each device; None if the device does not report its memory.
+      chosen: text with the `auto` settings whose fastest value does not fit; "" if there are none.
     """
 
     offload: str
@@ -32,19 +32,19 @@ class Fit(NamedTuple):
 
 
 def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool) -> Fit:
-    """Compiles the step for the device, from shapes alone, and compares with its memory.
+    """Compiles the step for the device from shapes, and compares its memory with the device's.
 
-    A device that does not tell its memory (a CPU) is taken to hold any run. On a mesh what each of
-    its devices holds is compared, which is the same for all.
+    If a device does not report its memory (a CPU), any run fits. On a mesh the memory of one device
+    is compared, because all devices hold the same number of bytes.
 
     Args:
-      config: of the run.
-      decoder: the model's shapes.
-      device: that it would run on, or one of them.
-      force: go on where it does not fit.
+      config: config of the run.
+      decoder: shapes of the model.
+      device: device of the run, or one of its devices.
+      force: True accepts a run that does not fit.
 
     Raises:
-      UserError: it does not fit, with what to change.
+      UserError: the run does not fit; the message lists settings to change.
     """
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
@@ -79,5 +79,5 @@ def fit(config: Config, decoder: DecoderConfig, device: jax.Device, force: bool)
 
 
 def compiled(function: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
-    """Compiles for the default device: an `compiled_memory.Compile`."""
+    """Compiles a function for the default device; a `compiled_memory.Compile`."""
     return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()

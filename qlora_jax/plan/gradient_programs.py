@@ -1,4 +1,4 @@
-"""The programs of a step's gradient, each with the bytes of all that lives while it runs."""
+"""Lists the programs of a step's gradient, with the bytes of all arrays that exist meanwhile."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,22 +11,23 @@ from qlora_jax.plan.exact import gradients
 from qlora_jax.plan.share import nbytes
 from qlora_jax.train import layered
 from qlora_jax.train import step as steps
+from qlora_jax.train.state import TrainState
 
 ON_THE_WAY = 3
-"""Inputs of layers that are on the device while the others wait on the host, at most."""
+"""Largest number of layer inputs on the device while the others wait in host memory."""
 
 
 class GradientProgram(NamedTuple):
-    """One program.
+    """One program of a step's gradient.
 
     Attributes:
-      name: "gradient", or the part of it.
-      function: to compile.
+      name: "gradient", or name of the part, such as "backward of a layer".
+      function: function to compile.
       arguments: trees of shapes.
       donate: positions of donated arguments.
-      alive: bytes on the device of all arrays that live while it runs, its arguments among them,
-        without moments and without what it returns.
-      host: bytes that wait in pinned host memory meanwhile, without moments.
+      alive: device bytes of all arrays that exist while the program runs: with its arguments,
+        without moments and without its results.
+      host: bytes of arrays in pinned host memory while the program runs, without moments.
     """
 
     name: str
@@ -38,14 +39,14 @@ class GradientProgram(NamedTuple):
 
 
 def gradient_programs(
-    program: steps.StepProgram, state: steps.TrainState, frozen: Any, batch: Any, key: Any
+    program: steps.StepProgram, state: TrainState, frozen: Any, batch: Any, key: Any
 ) -> Iterator[GradientProgram]:
-    """Yields the programs of a gradient.
+    """Yields the programs of a step's gradient: one, or one for each part of a layered gradient.
 
     Args:
-      program: the functions of a step.
-      state: in shapes; its moments are not looked at.
-      frozen, batch, key: in shapes, as the gradient takes them.
+      program: functions of the step.
+      state: shapes of the training state; the moments are not read.
+      frozen, batch, key: shapes of the gradient's other arguments.
     """
     model = nbytes((state.trained, frozen, batch))
     if program.parts is None:
@@ -62,7 +63,7 @@ def _by_layer(
     (trees, groups, layers), leaves = layered.taken_apart(trained, frozen)
     micro = batch["mask"].shape[0]
     rows = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
-    if key is not None:  # each row has one
+    if key is not None:  # each row has its own key
         key = jax.eval_shape(partial(jax.random.split, num=batch["mask"].shape[1]), key)
     number, index = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
 
@@ -86,7 +87,7 @@ def _by_layer(
     if program.direct is None:
         alive += nbytes(gradients(trained, micro))
     elif program.recipe.clip_norm:
-        alive += nbytes(x)  # the gradient of the last layer's output, for the second way down
+        alive += nbytes(x)  # the gradient of the last layer's output, for the second backward pass
     alive += nbytes((shared, own)) + inputs
     yield GradientProgram(
         "loss", top, (leaves, x, rows, key, number), (1,), alive + nbytes(x), host
@@ -95,9 +96,9 @@ def _by_layer(
         yield GradientProgram(
             "a layer's input in 8 bits", parts.pack, (x,), (), alive + 2 * nbytes(x), host
         )
-        alive += nbytes(x)  # the layer's input is unpacked beside what waits
+        alive += nbytes(x)  # the unpacked input of one layer, beside all packed inputs
     alive += nbytes((x, jax.eval_shape(top, leaves, x, rows, key, number)[2]))
-    # a layer's forward pass holds nothing that its backward pass does not hold
+    # No program for a layer's forward pass: its backward pass holds the same arrays and more.
     for place in dict.fromkeys(place for place, _ in layers):
         arguments = leaves, index, x, x, shared, own
         function = partial(backward, place)

@@ -1,8 +1,9 @@
-"""Lists what a training step holds in a device's memory, part by part, without compiling anything.
+"""Lists the memory of a training step by part, without compiling.
 
-What the step takes and gives (weights, adapters, gradients, moments, counters, batch) is exact to
-the byte: it is counted on the real trees in shapes (`exact`). What XLA allocates in between
-(activations, working set, decoded weights, loss) is estimated by formulas (`activations`).
+The step's inputs and outputs (weights, adapters, gradients, moments, counters, batch) are exact to
+the byte, because they are counted on the real trees of shapes (`exact`). The memory that XLA
+allocates during the step (activations, working set, decoded weights, loss) is estimated by formulas
+(`activations`).
 """
 
 import math
@@ -22,10 +23,10 @@ from qlora_jax.train.offload import memory_of
 
 
 class LedgerLine(NamedTuple):
-    """One line of the ledger.
+    """One part of a step's memory.
 
     Attributes:
-      nbytes: what it holds.
+      nbytes: bytes of the part.
       place: "device" or "host".
       exact: False for an estimate.
     """
@@ -36,17 +37,19 @@ class LedgerLine(NamedTuple):
 
 
 def ledger(model: DecoderConfig, run: Config) -> dict[str, LedgerLine]:
-    """Returns the parts of a step's memory by name, exact ones first, none of zero bytes.
+    """Returns the parts of a step's memory by name, exact parts first, without parts of zero bytes.
 
-    `optimizer.offload: auto` is counted as device: who knows the device decides. A layer's moments
-    on their way from the host are not counted; they come when the activations are gone.
+    `optimizer.offload: auto` counts as device, because the ledger does not know the device. Moments
+    that are copied from the host for a layer's update are not counted, because the activations are
+    freed before.
 
     Args:
       model: shapes of the pretrained decoder.
-      run: method, dtypes, adapters, optimizer, rows and their length are read.
+      run: config of the run; method, dtypes, adapters, optimizer, rows and sequence length are
+        read.
 
     Raises:
-      UserError: settings that do not fit the shapes, such as adapters that match no linear.
+      UserError: settings do not fit the shapes, such as target modules that match no linear.
     """
     counted = count(model, run)
     host = run.optimizer.offload == "host"
@@ -74,11 +77,16 @@ def ledger(model: DecoderConfig, run: Config) -> dict[str, LedgerLine]:
 
 
 def total(parts: Mapping[str, LedgerLine], place: str = "device", exact: bool | None = None) -> int:
-    """Returns the bytes in one place, of all parts or of those that are exact (or are not).
+    """Returns the sum of bytes in one place.
 
-    The estimates are not all alive at the same moment. For steps of 1.7B to 65B models with
-    float32 adapters the device's sum was 0.98 to 1.11 times what XLA allocates when it compiles
-    them for an A100 or a T4.
+    The estimated arrays do not all exist at the same time. For steps of 1.7B to 65B models with
+    float32 adapters, the sum on the device was 0.98 to 1.11 times the memory that XLA allocates
+    when it compiles them for an A100 or a T4.
+
+    Args:
+      parts: parts of a step's memory, from `ledger`.
+      place: "device" or "host".
+      exact: True counts only exact parts, False only estimates, None all parts.
     """
     return sum(
         part.nbytes
@@ -88,10 +96,10 @@ def total(parts: Mapping[str, LedgerLine], place: str = "device", exact: bool | 
 
 
 def text(nbytes: float) -> str:
-    """Writes bytes for people: in GB (10^9), and in GiB (2^30)."""
+    """Returns a number of bytes as text, in GB (10^9) and in GiB (2^30)."""
     return f"{nbytes / 1e9:,.3f} GB ({nbytes / 2**30:,.3f} GiB)"
 
 
 def parameters(model: DecoderConfig) -> int:
-    """Returns the number of pretrained parameters; a tied head is counted once."""
+    """Returns the number of pretrained parameters; a tied embedding and head count once."""
     return sum(math.prod(shape) for shape in expected_shapes(model).values())

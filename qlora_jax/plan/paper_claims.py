@@ -1,7 +1,7 @@
-"""Sets what the papers say that adapters save beside the same figures by formula.
+"""Compares the papers' figures of memory with the same figures computed by formula.
 
-The formulas hold weights, gradients and moments only; the papers' figures for training are readings
-that hold activations and whatever else was allocated.
+The formulas count only weights, gradients and moments. The papers' figures of training are
+measured, so they include activations and all other allocated memory.
 """
 
 from typing import NamedTuple
@@ -11,20 +11,21 @@ from qlora_jax.plan.ledger import parameters, text
 
 WEIGHT_16, GRADIENT_16, MOMENTS_32 = 2, 2, 8
 FULL = WEIGHT_16 + GRADIENT_16 + MOMENTS_32
-"""Bytes per parameter of full fine-tuning with Adam: 16 bits, and 32 for each moment."""
+"""Bytes per parameter of full fine-tuning with Adam: weight and gradient in 16 bits, two moments
+in 32 bits each."""
 
 GPT3_LAYERS, GPT3_WIDTH, GPT3_VOCAB, GPT3_POSITIONS = 96, 12288, 50257, 2048
-"""arXiv 2005.14165, table 2.1; the vocabulary is GPT-2's."""
+"""Shapes of GPT-3 175B: arXiv 2005.14165, table 2.1; the vocabulary is GPT-2's."""
 
 
 class PaperClaim(NamedTuple):
-    """One figure.
+    """One figure of a paper, and the same figure computed by formula.
 
     Attributes:
-      what: in words.
-      value: by formula; bytes, or a number of parameters.
-      unit: of `value`.
-      paper: what the paper says.
+      what: description of the figure.
+      value: figure by formula.
+      unit: unit of `value`, "bytes" or "parameters".
+      paper: figure in the paper, as text.
     """
 
     what: str
@@ -38,15 +39,15 @@ class PaperClaim(NamedTuple):
 
 
 def full_fine_tuning(parameters: int) -> int:
-    """Returns the bytes of 16-bit weights and gradients and 32-bit moments."""
+    """Returns the bytes of full fine-tuning: 16-bit weights and gradients, two 32-bit moments."""
     return FULL * parameters
 
 
 def gpt3_parameters() -> int:
-    """Returns the parameters of GPT-3 175B, which is no Llama-like decoder.
+    """Returns the number of parameters of GPT-3 175B.
 
-    A layer has four attention matrices, two of the MLP at four times the width, their biases and
-    two layer norms; the head is the embedding.
+    GPT-3 is no Llama-like decoder: a layer has four attention matrices, two MLP matrices with four
+    times the width, biases of these and two layer norms. The head is the embedding.
     """
     d = GPT3_WIDTH
     layer = 12 * d**2 + 9 * d + 4 * d
@@ -54,12 +55,12 @@ def gpt3_parameters() -> int:
 
 
 def gpt3_adapters(rank: int) -> int:
-    """Returns the parameters of adapters on GPT-3's query and value projections."""
+    """Returns the number of parameters of LoRA on GPT-3's query and value projections."""
     return GPT3_LAYERS * 2 * rank * 2 * GPT3_WIDTH
 
 
 def paper_claims() -> list[PaperClaim]:
-    """Returns the papers' figures: QLoRA (section 1), LoRA (section 4.2, table 4)."""
+    """Returns the figures of the papers: QLoRA (section 1), LoRA (section 4.2, table 4)."""
     llama, gpt3 = full_fine_tuning(parameters(find("llama-65b"))), gpt3_parameters()
     adam, gradients = 3 * WEIGHT_16 * gpt3, GRADIENT_16 * gpt3
     return [

@@ -1,4 +1,4 @@
-"""Draws plans as stacked bars, a GPU each, with the line that they must stay under."""
+"""Draws plans as stacked bars, one for each GPU, with a line at the usable memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,11 @@ COLORS = {
 
 
 def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws what `command.describe` gives for each GPU.
+    """Draws the plans of one run on several GPUs, and writes the picture.
+
+    Args:
+      rows: plan of each GPU as plain values, from `commands.plan.describe`.
+      path: file to write.
 
     Raises:
       UserError: the file cannot be written.

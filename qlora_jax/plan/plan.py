@@ -1,7 +1,7 @@
-"""Plans a run on a GPU by that GPU's compiler, before it is rented.
+"""Plans a run on a GPU that this machine does not have, with the compiler for this GPU.
 
-The compiler is started as a process of its own (`worker`), because a process compiles Mosaic
-kernels for one architecture only.
+The compiler runs in a separate process (`worker`), because one process can compile Mosaic kernels
+for only one architecture.
 """
 
 import json
@@ -29,7 +29,7 @@ COMMAND = [sys.executable, "-m", "qlora_jax.plan.worker"]
 SEARCHES = ("batch", "sequence")
 
 DECODER = TypeAdapter(DecoderConfig)
-"""To JSON and back, for the process that compiles."""
+"""Converts a `DecoderConfig` to JSON and back, for the compiling process."""
 
 
 def planned(
@@ -40,19 +40,19 @@ def planned(
     search: Sequence[str],
     positions: int | None = None,
 ) -> dict[str, Any]:
-    """Plans a run in a process of its own; see `compiled.make`.
+    """Plans a run in a separate process, by `compiled.make`.
 
     Args:
-      config: of the run.
-      decoder: the model's shapes.
+      config: config of the run.
+      decoder: shapes of the model.
       gpu: name in `described.GPUS`.
-      say: told progress.
-      search: which of `SEARCHES` to find the largest of that fits: at these rows the longest
-        sequence, or at this length the most rows.
-      positions: the longest sequence that is looked for; None: as many as the model has.
+      say: function that is called with lines about the progress.
+      search: names in `SEARCHES`. "batch" finds the most rows that fit at this sequence length,
+        "sequence" the longest sequence that fits at this number of rows.
+      positions: longest sequence, in tokens, that the search tries; None is the model's longest.
 
     Returns:
-      `plan`, and with `search` `largest_batch` or `largest_sequence`.
+      Dict with `plan` and, for each search, `largest_batch` or `largest_sequence`.
 
     Raises:
       UserError: as `compiled.make`.
@@ -79,7 +79,7 @@ def planned(
 
 
 def _environment(mesh: Mapping[str, int]) -> dict[str, str]:
-    """Returns what a compiling process sets: on a mesh, what a run on one does."""
+    """Returns the environment of the compiling process; on a mesh with the XLA flags of a run."""
     made = environment()
     if mesh["data"] * mesh["fsdp"] > 1:
         compilation.overlap(made)
@@ -87,9 +87,9 @@ def _environment(mesh: Mapping[str, int]) -> dict[str, str]:
 
 
 def _answer(request: Mapping[str, Any], say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    """Returns what a process answers to a request, and with what code and last words it ended."""
+    """Returns the answer of a process to a request, and its exit code with its last error line."""
     answer: dict[str, Any] = {}
-    # a file, since a pipe that nobody reads yet would stop a compiler that has much to say
+    # A file, because a compiler with many messages would block on a pipe that nobody reads yet.
     with tempfile.TemporaryFile("w+") as said:
         with subprocess.Popen(
             COMMAND,

@@ -1,4 +1,4 @@
-"""Searches for the largest value that fits, in few attempts."""
+"""Searches for the largest value that fits in memory, with few attempts."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,17 @@ from collections.abc import Callable
 def largest(
     needs: Callable[[int], int], limit: int, first: tuple[int, int], unit: int, most: int
 ) -> int:
-    """Returns the largest value up to `most`, `first` and a multiple of `unit` above it, that fits.
+    """Returns the largest value first + i * unit, up to `most`, whose bytes are within `limit`.
 
-    Guesses along the line through what is known, since memory is nearly straight in rows and in
-    tokens, and goes on until the next value is known not to fit.
+    The search guesses on a line through known values, because memory is nearly linear in rows and
+    in tokens. The search ends when the next larger value is known not to fit.
 
     Args:
-      needs: bytes of a value.
-      limit: bytes that there are.
+      needs: function of a value that returns its bytes.
+      limit: bytes that may be used.
       first: a value that fits, and its bytes.
-      unit: granularity.
-      most: the largest value that makes sense.
+      unit: difference between two tried values.
+      most: largest value to try.
     """
     (fits, device), start = first, first[0]
     too_much = start + ((most - start) // unit + 1) * unit
@@ -31,7 +31,7 @@ def largest(
             too_much = guess
         reach = fits + int((limit - device) / slope) if slope > 0 else too_much
         attempts += 1
-        # where the line misleads, every other guess halves what is left
+        # If the line misleads (after three attempts), every second guess halves the interval.
         by_line = fits <= reach < too_much and (attempts < 4 or attempts % 2)
         guess = reach if by_line else (fits + too_much) // 2
     return fits

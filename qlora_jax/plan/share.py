@@ -1,4 +1,4 @@
-"""Counts the bytes of trees that are on one device; on a mesh each holds a part of most arrays."""
+"""Counts the bytes of trees on one device; on a mesh a device holds a part of most arrays."""
 
 import math
 from typing import Any
@@ -7,10 +7,10 @@ import jax
 
 
 def nbytes(tree: Any) -> int:
-    """Returns the bytes of a tree that one device holds.
+    """Returns the bytes of a tree on one device.
 
     Args:
-      tree: of arrays or their shapes; one that does not say where it lives is all on each device.
+      tree: tree of arrays or shapes; a leaf without sharding is whole on each device.
     """
     return sum(math.prod(_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

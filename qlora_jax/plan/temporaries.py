@@ -1,7 +1,7 @@
-"""Reads the largest temporaries of a compiled program and the lines of source they come from.
+"""Reads the largest temporaries of a compiled program, and the source lines that make them.
 
-XLA leaves them in a folder (`xla_dump_to`): in its buffer assignment, and in the program, whose
-instructions name their source.
+XLA writes both into a folder (`xla_dump_to`): the sizes in the buffer assignment, and the source
+lines in the instructions of the program.
 """
 
 import re
@@ -17,13 +17,13 @@ _ENTRY = re.compile(r"(\d+) (?:\{(.*)\}|\"(.*)\")$")
 
 
 class Temporary(NamedTuple):
-    """A place in a program's temporary memory, with the largest value that it ever holds.
+    """An offset in a program's temporary memory, and the largest value stored there.
 
     Attributes:
-      bytes: of the value.
-      shape: dtype and axes.
-      operation: the end of its JAX name.
-      source: file:line in this package, or nothing where the compiler does not say.
+      bytes: bytes of the value.
+      shape: dtype and axes of the value.
+      operation: end of the operation's name in JAX.
+      source: file:line in this package; "" if the compiler does not give it.
     """
 
     bytes: int
@@ -33,11 +33,11 @@ class Temporary(NamedTuple):
 
 
 def temporaries(folder: Path, count: int) -> list[Temporary]:
-    """Returns the `count` largest, each place once, of the program that was dumped last.
+    """Returns the largest temporaries of the program that was dumped last, one for each offset.
 
     Args:
-      folder: of `xla_dump_to`.
-      count: at most this many.
+      folder: folder that `xla_dump_to` named.
+      count: largest number of temporaries to return.
     """
     assignments = sorted(folder.glob("*after_optimizations-buffer-assignment.txt"))
     if not assignments:
@@ -69,7 +69,7 @@ def _values(text: str) -> Iterator[tuple[str, int, int, str]]:
 
 
 def _origins(program: str) -> dict[str, tuple[str, str]]:
-    """Maps an instruction to (operation, source)."""
+    """Returns name of an instruction to (operation, source)."""
     frames = _frames(program)
     found = {}
     for match in _MADE.finditer(program):
@@ -85,7 +85,7 @@ def _origins(program: str) -> dict[str, tuple[str, str]]:
 
 
 def _frames(program: str) -> dict[int, str]:
-    """Maps a stack frame to the innermost line of this package in it."""
+    """Returns id of a stack frame to the innermost line of this package in the stack."""
     files = {i: paths.in_package(text) for i, text in _table(program, "FileNames").items()}
     lines: dict[int, str] = {}
     for i, text in _table(program, "FileLocations").items():

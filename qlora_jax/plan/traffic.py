@@ -1,4 +1,4 @@
-"""Adds up what a step's devices send each other, and models how long that and the rest take."""
+"""Adds up the bytes between the devices of a step, and models the times of traffic and compute."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,30 +21,30 @@ from qlora_jax.plan.compiled_memory import AbstractStep
 WEIGHTS, ADAPTERS, GRADIENTS, REST = PARTS = ("weights", "adapters", "gradients", "rest")
 
 CODES = jnp.uint8, "u8"
-"""Dtype of codes and of their scales, as jax and as HLO write it."""
+"""Dtype of codes and of double-quantized scales: jax's dtype, and its name in HLO."""
 
 ADAPTER = ".adapter."
-"""In the path of an adapter's array."""
+"""Part of the path of each array of an adapter."""
 
 BFLOAT16 = 2
 PASSES = 2
-"""In which the weights of a layer are needed: forward and backward."""
+"""Number of passes that need the weights of a layer: forward and backward."""
 
 CAUSAL = 0.5
-"""Share of all pairs of positions that attend."""
+"""Share of the pairs of positions that causal attention computes."""
 
 
 class Traffic(NamedTuple):
-    """What a device receives in a gradient.
+    """Bytes that a device receives from other devices in a gradient.
 
     Attributes:
-      received: bytes by part: the layers' weights (codes and scales, where they are in 4 bits),
-        their adapters, gradients, and the rest.
+      received: part to bytes: the layers' weights (codes and scales, if they are in 4 bits), their
+        adapters, gradients, and the rest.
       in_bfloat16: bytes if the layers' weights were gathered in bfloat16, once in each pass.
-      collectives: what it is made of, the most bytes first.
-      gathers: all-gathers in the program, each counted once however often it is done.
-      overlapped: those of them that have a product or a kernel between start and end.
-      hidden: share of all gathered bytes that are in these.
+      collectives: collectives of the program, those with the most bytes first.
+      gathers: number of all-gathers in the program; one in a loop counts once.
+      overlapped: number of all-gathers that have a product or a kernel between start and end.
+      hidden: share of all gathered bytes that belong to overlapped all-gathers.
     """
 
     received: dict[str, int]
@@ -60,7 +60,7 @@ class Traffic(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Bytes of weights, as a share of those in bfloat16."""
+        """Returns the received bytes of weights, divided by those in bfloat16."""
         return self.received[WEIGHTS] / self.in_bfloat16 if self.in_bfloat16 else 0.0
 
 
@@ -68,8 +68,8 @@ class Times(NamedTuple):
     """Modelled seconds of a gradient on each device, at the rates of data sheets.
 
     Attributes:
-      link: what joins the devices.
-      bandwidth: its bytes per second, each way.
+      link: name of the link between the devices.
+      bandwidth: bytes per second of the link, in each direction.
       compute: seconds of all products.
       sending: seconds of the traffic.
     """
@@ -85,13 +85,13 @@ class Times(NamedTuple):
 
 
 def traffic(text: str, step: AbstractStep, decoder: DecoderConfig, fsdp: int) -> Traffic:
-    """Returns what a device receives in a compiled gradient.
+    """Returns the bytes that a device receives in a compiled gradient.
 
     Args:
-      text: the compiled program's.
-      step: in shapes.
+      text: HLO text of the compiled program.
+      step: functions and shapes of the step.
       decoder: shapes of the model.
-      fsdp: devices over which the weights are split.
+      fsdp: number of devices over which the weights are split.
     """
     shapes = _layer_shapes(step)
     found = collectives(text)
@@ -115,26 +115,26 @@ def traffic(text: str, step: AbstractStep, decoder: DecoderConfig, fsdp: int) ->
 
 
 def as_traffic(fields: Sequence[Any]) -> Traffic:
-    """Returns a `Traffic` that was written as JSON."""
+    """Makes a `Traffic` of its fields, as read from JSON."""
     made = Traffic(*fields)
     found = [Collective(*one)._replace(shape=tuple(one[2])) for one in made.collectives]
     return made._replace(collectives=found)
 
 
 def times(config: Config, decoder: DecoderConfig, gpu: str, received: int) -> Times | None:
-    """Models a gradient's seconds on a mesh: nothing is measured, and nothing waits for a latency.
+    """Models the seconds of a gradient on a mesh; nothing is measured, and latency is not counted.
 
-    Products and decoding take the time of `roofline`, all bytes of the traffic go one way after
-    another at the link's rate.
+    Products and decoding take the time of `roofline`. All received bytes pass one after another at
+    the link's rate in one direction.
 
     Args:
-      config: of the run; remat and offload are decided.
+      config: config of the run; remat and offload are not `auto`.
       decoder: shapes of the model.
-      gpu: a name in `GPUS`.
-      received: bytes that a device receives.
+      gpu: name in `described.GPUS`.
+      received: bytes that a device receives in a gradient.
 
     Returns:
-      The times; None where the rates of the GPU or of its links are not known.
+      The times; None if the rates of the GPU or of its links are not known.
     """
     link = link_of(gpu, config.mesh.devices)
     if link is None or gpu not in RATES:
@@ -149,7 +149,7 @@ def _micro_batch(config: Config, decoder: DecoderConfig, gpu: str) -> float:
     rows = config.train.batch_size // config.mesh.devices * length
     again = config.model.remat in WHOLE_LAYERS
     full = config.method == "full"
-    passes = 2 + again + full  # a trained weight has a gradient of its own
+    passes = 2 + again + full  # the gradient of a trained weight is one more product
 
     def product(k: int, n: int) -> float:
         moved = BFLOAT16 * (rows * (k + n) + k * n)
@@ -161,11 +161,11 @@ def _micro_batch(config: Config, decoder: DecoderConfig, gpu: str) -> float:
     matrices = _matrices(decoder)
     layer = sum(passes * (product(*shape) + decoding(*shape)) for shape in matrices)
     flop = 0.0
-    if not full:  # both factors: forward, again, and the gradients of input and factor
+    if not full:  # A and B: forward, recomputed forward, gradients of the input and of A or B
         flop += sum(2 * rows * config.lora.rank * (k + n) for k, n in matrices) * (3 + again)
     attention = 4 * rows * length * CAUSAL * decoder.num_heads * decoder.head_dim
-    flop += attention * (1 + again + 2.5)  # backward has five products to forward's two
-    # the logits and the mean of the head's vectors; a trained head takes the logits once more
+    flop += attention * (1 + again + 2.5)  # backward has 5 products, forward 2: 5 / 2 = 2.5
+    # The logits and the mean of the head's vectors; a trained head computes the logits once more.
     head = (2 + 2 * full) * product(decoder.hidden_size, decoder.vocab_size)
     return decoder.num_layers * (layer + flop / sheet.tensor) + head
 
@@ -175,9 +175,9 @@ def _matrices(decoder: DecoderConfig) -> list[tuple[int, int]]:
 
 
 def _layer_shapes(step: AbstractStep) -> dict[tuple[int, ...], str]:
-    """Maps the sizes of the arrays of a layer, sorted, to the part that they are of.
+    """Returns sorted sizes of each array of a layer to its part, weights or adapters.
 
-    Codes are left out: nothing else that moves is of bytes.
+    Codes are left out, because they are known by their dtype: no other exchanged array is uint8.
     """
     found: dict[tuple[int, ...], str] = {}
     for tree in (step.frozen, step.state.trained):

@@ -1,4 +1,4 @@
-"""A training run that is placed on the device as the plan says."""
+"""Runs a training run with the memory settings that its plan has chosen."""
 
 from collections.abc import Callable
 
@@ -22,18 +22,21 @@ def train_placed(
     overwrite: bool = False,
     force: bool = False,
 ) -> RunSummary:
-    """Fine-tunes, with what the device has no room for kept on the host.
+    """Fine-tunes a model; plans the run first, and keeps arrays on the host if they do not fit.
 
     Args:
-      config: of the run.
-      say: called with lines for the user.
-      command: what reproduces the run, for the report and the manifest.
-      resume: go on where the directory's run stopped.
-      overwrite: delete the run that the directory holds.
-      force: run even where the device's memory is too small.
+      config: config of the run.
+      say: function that is called with lines for the user.
+      command: shell command that reproduces the run, for the report and the manifest.
+      resume: True continues the run in the output directory.
+      overwrite: True deletes the run in the output directory first.
+      force: True runs even if the memory of the device is too small.
+
+    Returns:
+      Figures of the run.
 
     Raises:
-      UserError: the input is at fault, or the run does not fit.
+      UserError: the config, the data or the model cannot be used, or the run does not fit.
       RunFailed: as `train.run.train`.
       Stopped: as `train.run.train`.
     """
@@ -50,7 +53,7 @@ def train_placed(
     summary = train(
         config, say=say, command=command, resume=resume, overwrite=overwrite, place=place
     )
-    # a run that was finished before is not planned again
+    # A run that was already finished is not planned again.
     bytes_ = planned[0].device if planned else None
     if bytes_ is not None and summary.peak_device_bytes is not None:
         say(

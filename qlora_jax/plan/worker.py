@@ -1,6 +1,6 @@
-"""Answers one request for a plan, in the process that `plan.planned` starts for it.
+"""Answers one request for a plan, as the process that `plan.planned` starts.
 
-Messages are lines of JSON on standard output: progress, then the answer.
+The process writes lines of JSON to standard output: progress first, and the answer last.
 """
 
 import dataclasses
@@ -44,14 +44,14 @@ def _largest(
 ) -> dict[str, int]:
     """Finds the largest batch at this length, or the longest sequence at this batch, or both.
 
-    What is `auto` is taken as what holds the least.
+    Settings that are `auto` take the value that needs the least device memory.
 
     Args:
-      config: the run's settings.
+      config: config of the run.
       decoder: shapes of the model.
-      first: the plan of the run.
-      search: some of `plan.SEARCHES`.
-      positions: the longest sequence that is looked for.
+      first: plan of the run.
+      search: names in `plan.SEARCHES`.
+      positions: longest sequence to try, in tokens.
     """
     hardware, away = read_gpu(first.gpu), config.optimizer.offload != "device"
     if config.model.remat == "auto":
@@ -90,7 +90,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """Reads a request from standard input and writes messages, the last of them the answer."""
+    """Reads a request from standard input, and writes messages; the last one is the answer."""
     jax.config.update("jax_platforms", "cpu")
     try:
         answer = _answer(json_files.parse(sys.stdin.read()))

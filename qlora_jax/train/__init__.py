@@ -1,7 +1,8 @@
-"""Trains: the loss, the step, the optimizer, the loop, checkpoints, the report.
+"""Training: the loss, the step, the optimizer, the loop, checkpoints and the report.
 
-`qlora_jax.train(config)` is `qlora_jax.library.train`: Python makes a package that is imported an
-attribute of the package above it, where a function of the same name would be lost.
+The package itself is callable: `qlora_jax.train(config)` calls `qlora_jax.library.train`. When
+Python imports a subpackage, it sets an attribute on the parent package, and that attribute would
+replace a function named `train`.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from typing import Any
 
 class _Callable(types.ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # by its name, since the library imports this package
+        # imported at the call, because the library imports this package
         return importlib.import_module("qlora_jax.library").train(*args, **kwargs)
 
 

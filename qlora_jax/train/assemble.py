@@ -1,4 +1,4 @@
-"""From a model and a config to what trains it: the one place where settings become a step."""
+"""Builds the training step of a model from a config; no other module maps settings to a step."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,29 +17,30 @@ from qlora_jax.train import layered
 from qlora_jax.train import step as steps
 from qlora_jax.train.offload import ON_DEVICE, PLACEMENTS, Memory, memory_of
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import TrainState, init_state
 
 
 class Training(NamedTuple):
-    """A model with what trains it.
+    """A model, the functions of its training step, and the training state.
 
     Attributes:
-      graph: the model's structure.
-      program: the functions of a step.
-      state: everything that a step changes, such as the trained tree.
-      frozen: the tree that no step changes.
+      graph: structure of the model.
+      program: functions of a step.
+      state: training state, which includes the trained tree.
+      frozen: frozen tree, which no step changes.
     """
 
     graph: nnx.GraphDef
     program: steps.StepProgram
-    state: steps.TrainState
+    state: TrainState
     frozen: Any
 
     def model(self) -> Decoder:
-        """Returns the model with what has been trained so far."""
+        """Returns the model with the trained tree of the current state."""
         return nnx.merge(self.graph, self.state.trained, self.frozen)
 
     def gathered(self) -> Decoder:
-        """Returns the same with all that has been trained on every device."""
+        """Returns the model like `model`, but with the whole trained tree on every device."""
         layout, trained = self.program.recipe.layout, self.state.trained
         if layout is not None:
             trained = layout.everywhere(trained)
@@ -53,21 +54,21 @@ def assemble(
     device: Hardware | None = None,
     layout: MeshLayout | None = None,
 ) -> Training:
-    """Builds the step that a config asks for, and the state before the first one.
+    """Builds the training step of a config, and the state before the first step.
 
     Args:
-      config: the run's config.
-      parts: the model, of arrays or of `jax.ShapeDtypeStruct`; the state is of the same, and no
-        memory holds it.
-      memory: what is kept, and where; None is what the config asks for.
-      device: where the step will run; None is the default device.
-      layout: how `parts` is split over a mesh; None is one device.
+      config: config of the run.
+      parts: model, of arrays or of `jax.ShapeDtypeStruct`. With `ShapeDtypeStruct` the state is
+        abstract too and takes no memory.
+      memory: memory choices; None takes those of the config.
+      device: device that will run the step; None for the default device.
+      layout: split of `parts` over a mesh; None for one device.
     """
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(parts.trained))
     moments, remat = memory or memory_of(config)
     moments = ON_DEVICE if abstract else moments
     first = partial(
-        steps.init,
+        init_state,
         optimizer=optimizer_of(config),
         dynamic_scale=scales_loss(config),
         moments=moments,
@@ -87,13 +88,13 @@ def program_of(
     memory: Memory | None = None,
     layout: MeshLayout | None = None,
 ) -> steps.StepProgram:
-    """Builds the functions of the step that a config asks for, with a gradient in one program.
+    """Builds the step functions of a config, with the gradient as one program.
 
     Args:
-      config: the run's config.
-      graph: the model's structure, from `trees.split`.
-      memory: what is kept, and where; None is what the config asks for.
-      layout: how the model is split over a mesh; None is one device.
+      config: config of the run.
+      graph: structure of the model, from `trees.split`.
+      memory: memory choices; None takes those of the config.
+      layout: split of the model over a mesh; None for one device.
     """
     memory = memory or memory_of(config)
     return steps.build(
@@ -110,19 +111,19 @@ def program_of(
 
 
 def goes_by_layer(device: Hardware) -> bool:
-    """Whether whole layers that are recomputed are programs of their own on a device.
+    """Returns whether a gradient that recomputes whole layers runs layer by layer on a device.
 
-    On a CPU one program is faster and takes no more memory: there a program's memory is made anew
-    in each call, and the host is the device.
+    On a CPU the gradient is one program. That is faster and takes no more memory, because a CPU
+    program allocates its memory in each call, and the device memory is the host memory.
     """
     return capability_of(device) is not None
 
 
 def updates_at_once(config: Config) -> bool:
-    """Whether a layer can be updated before the gradients of all are known.
+    """Returns whether a layer can be updated before the gradients of all layers are known.
 
-    Nothing waits for them: no clipping by a norm that is not known yet, no further micro-batch, no
-    loss scale at which a whole step may have to be undone.
+    This needs a single micro-batch, no dynamic loss scale (which may have to undo a whole step),
+    and either no clipping or `optimizer.norm_first`, which computes the norm before the updates.
     """
     several = config.train.gradient_accumulation > 1
     waits = config.optimizer.clip_norm > 0 and not config.optimizer.norm_first
@@ -130,15 +131,15 @@ def updates_at_once(config: Config) -> bool:
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
-    """Returns the optimizer that a config asks for."""
+    """Returns the optimizer of a config."""
     return adamw(config.optimizer, config.train.step_count)
 
 
 def scales_loss(config: Config) -> bool:
-    """Whether the loss has a dynamic scale, since gradients in float16 would underflow."""
+    """Returns whether the loss has a dynamic scale; without it float16 gradients underflow."""
     return config.model.compute_dtype == "float16"
 
 
 def drops_out(config: Config) -> bool:
-    """Whether a step draws random numbers: dropout is on the input of adapters."""
+    """Returns whether a step draws random numbers, for dropout on the adapters' inputs."""
     return config.lora.dropout > 0 and config.method != "full"

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one orbax step folder each, written whole or not at all."""
+"""Checkpoints of a run: each is one orbax step folder, written completely or not at all."""
 
 import contextlib
 import re
@@ -17,38 +17,39 @@ from qlora_jax.runtime.atomic import storage_error
 from qlora_jax.runtime.digests import Damaged
 from qlora_jax.runtime.errors import FULL_MEMORY, UserError, first_line
 from qlora_jax.train import layer_groups, orbax_noise
-from qlora_jax.train.step import TrainState
+from qlora_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
 ASIDE = "damaged-"
-"""Begins the name of a checkpoint that was set aside; its step follows."""
+"""Prefix of the name of a damaged checkpoint that was renamed; the step number follows."""
 
 
 class Checkpoints:
     """The checkpoints of one run directory.
 
-    Each holds the State (trained tree, optimizer, step, loss scale) by dotted path, the optimizer's
-    units stacked (`layer_groups.stack_states`) wherever they live, and `extra`: plain JSON values such as the
-    loader's position and the seed. Randomness follows from seed and step, so no other generator
-    state exists. `extra` also holds a digest of every array and of itself, which are compared when
-    a checkpoint is read.
+    Each checkpoint holds the `TrainState` (trained tree, optimizer, step, loss scale) by dotted
+    path, and `extra`: plain JSON values such as the position of the loader and the seed. The
+    optimizer states of the layers are stacked (`layer_groups.stack_states`), independent of their
+    memory. All random numbers follow from seed and step, so there is no generator state to save.
+    `extra` also holds a digest of every array and of itself; reading a checkpoint compares them.
     """
 
     def __init__(
         self, run_dir: Path, keep: int = 0, before_save: Callable[[], None] = lambda: None
     ):
-        """Opens RUN_DIR/checkpoints to write there, and makes it; the newest `keep` are kept.
+        """Opens RUN_DIR/checkpoints for writing, and creates the folder.
 
-        With `keep` 0 it is opened for reading alone, and a run that is writing there goes on
-        undisturbed.
+        With `keep` 0 the folder is opened for reading only. This does not disturb a run that is
+        writing there.
 
         Args:
-          run_dir: the run directory.
-          keep: how many.
-          before_save: called before each is written; raises if it must not be.
+          run_dir: run directory.
+          keep: number of newest checkpoints to keep; 0 opens the folder for reading only.
+          before_save: function called before each checkpoint is written; raises an error to
+            forbid the save.
 
         Raises:
-          UserError: the folder cannot be made, or is not there to be read.
+          UserError: the folder cannot be created, or does not exist and `keep` is 0.
         """
         orbax_noise.silence()
         self._read_only, self._before_save = not keep, before_save
@@ -57,14 +58,14 @@ class Checkpoints:
             raise UserError(f"{self.folder}: no checkpoint in it; train the run first")
         self._keep = keep
         options = ocp.CheckpointManagerOptions(
-            # `save` deletes: what is kept depends on the held-out loss
+            # orbax must not delete: `save` does, because the held-out loss decides what to keep
             max_to_keep=None,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
-            # half-written folders belong to the run that writes
+            # a reader must not delete a half-written folder of a run that is writing
             read_only=self._read_only,
         )
-        # named, so that a manager which has saved nothing can describe what is there
+        # explicit handlers, so that a manager that has saved nothing can read the metadata
         handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
         try:
             self._manager = ocp.CheckpointManager(
@@ -74,25 +75,25 @@ class Checkpoints:
             raise storage_error(self.folder, e) or e from None
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
+        """Returns the step of the newest complete checkpoint; None without checkpoints."""
         return self._manager.latest_step()
 
     def latest_text(self) -> str:
-        """What is kept, for messages about a run that ends."""
+        """Returns a phrase on the newest checkpoint, for messages about a run that ends."""
         step = self.latest()
         if step is None:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is step {step}"
 
     def steps(self) -> list[int]:
-        """The steps of all whole checkpoints, the oldest first."""
+        """Returns the steps of all complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def extra(self) -> dict[str, Any]:
-        """The `extra` of the newest checkpoint in which it is whole; empty where there is none.
+        """Returns `extra` of the newest checkpoint whose `extra` is undamaged; else an empty dict.
 
         Raises:
-          UserError: it is of a newer format, or may not be read.
+          UserError: a checkpoint has a newer format, or the user may not read it.
         """
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
@@ -100,16 +101,16 @@ class Checkpoints:
         return {}
 
     def save(self, state: TrainState, extra: Mapping[str, Any], best: int | None = None) -> None:
-        """Writes a checkpoint and waits until it is on disk; older ones beyond `keep` go then.
+        """Writes a checkpoint, waits until it is on disk, and deletes those older than `keep`.
 
         Args:
-          state: what is saved.
-          extra: plain JSON values beside it.
-          best: the step of a checkpoint that stays, however old.
+          state: training state to save.
+          extra: plain JSON values to save beside the state.
+          best: step of a checkpoint that is never deleted; None for none.
 
         Raises:
-          UserError: the disk is full or not writable, or `before_save` forbids it. The
-            checkpoints before are untouched.
+          UserError: the disk is full or not writable, or `before_save` forbids the save. Earlier
+            checkpoints remain unchanged.
         """
         step = int(state.step)
         self._before_save()
@@ -142,19 +143,20 @@ class Checkpoints:
         step: int | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint, by default the newest that is whole.
+        """Reads a checkpoint, by default the newest undamaged one.
 
-        Damaged ones that are newer than it are set aside where the run writes: they are renamed,
-        so that their steps can be saved again.
+        If the folder is open for writing, newer damaged checkpoints are renamed, so that their
+        steps can be saved again.
 
         Args:
-          like: a State of the same structure, shapes and dtypes.
-          step: that of the lowest held-out loss, to read that one or none.
-          say: called with a line for each damaged one.
+          like: `TrainState` with the structure, shapes and dtypes to read.
+          step: step of the only checkpoint to try (the one with the lowest held-out loss); None
+            tries all checkpoints, newest first.
+          say: function called with a line for each damaged checkpoint.
 
         Raises:
-          UserError: there is none, none is whole, or it holds another model's, method's or
-            optimizer's state.
+          UserError: there is no checkpoint, none is undamaged, or the checkpoint holds the state
+            of another model, method or optimizer.
         """
         steps = self.steps()[::-1] if step is None else [step]
         if not steps:
@@ -170,7 +172,7 @@ class Checkpoints:
                 damaged[each] = f"{self.folder}/{each}: damaged: {e}"
                 continue
             for other, problem in damaged.items():
-                say(f"warning: {problem}; step {each} is taken{self._set_aside(other)}")
+                say(f"warning: {problem}; step {each} is used instead{self._set_aside(other)}")
             state = jax.tree.unflatten(jax.tree.structure(template), list(flat.values()))
             optimizer = layer_groups.unstack_states(like.trained, state.optimizer, like.optimizer)
             return state._replace(optimizer=optimizer), extra
@@ -182,8 +184,9 @@ class Checkpoints:
         """Reads one checkpoint and compares its digests.
 
         Raises:
-          Damaged: its files are not what was saved.
-          UserError: it holds another state, is of a newer format, or may not be read.
+          Damaged: the files differ from the saved ones.
+          UserError: the checkpoint holds another state or a newer format, or the user may not
+            read it.
         """
         extra, saved = self._extra(step)
         if saved is None:
@@ -202,7 +205,7 @@ class Checkpoints:
         return {path: found[path] for path in like}, extra
 
     def _extra(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
-        """Reads one checkpoint's `extra`, and the digests of its arrays; raises as `_read`."""
+        """Reads `extra` of one checkpoint and the digests of its arrays; raises like `_read`."""
         with self._guarded():
             args = ocp.args.Composite(extra=ocp.args.JsonRestore())
             stored = self._manager.restore(step, args=args).extra
@@ -213,11 +216,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Within it orbax reads; its errors, of a dozen types, mean damage.
+        """Translates the errors of an orbax read, which have a dozen types, into `Damaged`.
 
         Raises:
-          Damaged: it failed.
-          UserError: the files may not be read.
+          Damaged: orbax failed.
+          UserError: the user may not read the files.
         """
         try:
             yield
@@ -231,28 +234,28 @@ class Checkpoints:
             raise Damaged(f"orbax cannot read it ({type(e).__name__}: {first_line(e)})") from e
 
     def _set_aside(self, step: int) -> str:
-        """Renames a damaged checkpoint; returns what is said of it."""
+        """Renames a damaged checkpoint; returns the end of the message about it."""
         if self._read_only:
             return ""
         aside = self.folder / f"{ASIDE}{step}"
         shutil.rmtree(aside, ignore_errors=True)
         (self.folder / str(step)).rename(aside)
         self._manager.reload()
-        return f", and the damaged one is now {aside.name}"
+        return f", and the damaged one was renamed to {aside.name}"
 
     def _check(self, step: int, flat: Mapping[str, Any], there: Mapping[str, str]) -> None:
-        # orbax converts dtypes silently
+        # orbax would convert a different dtype without an error
         here = {path: _kind(x) for path, x in flat.items()}
         differing = [path for path in {**here, **there} if here.get(path) != there.get(path)]
         if not differing:
             return
         path = min(differing, key=_is_optimizers)
         remedy = (
-            "; give the optimizer.moments that it was made with" if _is_optimizers(path) else ""
+            "; give the optimizer.moments of the run that wrote it" if _is_optimizers(path) else ""
         )
         raise UserError(
             f"{self.folder}/{step}: does not hold this run's state: {path} is "
-            f"{there.get(path, 'absent')} there, {here.get(path, 'absent')} here{remedy}"
+            f"{there.get(path, 'absent')} there, but {here.get(path, 'absent')} in this run{remedy}"
         )
 
     def close(self) -> None:
@@ -262,17 +265,17 @@ class Checkpoints:
 def _remedy(step: int | None) -> str:
     if step is None:
         return (
-            "there is no older one: train the run again with --overwrite, or give back a copy of "
-            "the folder"
+            "there is no older one: train the run again with --overwrite, or restore the folder "
+            "from a copy"
         )
     return (
-        "it is the one of the lowest held-out loss: give back a copy of the folder, or go on with "
+        "it has the lowest held-out loss: restore the folder from a copy, or continue with "
         "--resume --train.keep_best=false, which exports the last step"
     )
 
 
 def _storage_error(folder: Path, error: Exception) -> UserError | None:
-    # tensorstore reports an OSError as a ValueError with its number in the text
+    # tensorstore raises a ValueError for an OSError, with the error number in the text
     number = re.search(r"os_error_code='(\d+)'", str(error))
     return storage_error(folder, OSError(int(number[1]), "") if number else error)
 

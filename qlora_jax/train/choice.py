@@ -1,4 +1,4 @@
-"""Which step a run exports and when it stops early, by its held-out losses. Pure functions."""
+"""Chooses the step that a run exports, and early stopping, by held-out loss. Pure functions."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ class Evaluation:
     """The held-out losses at one step, in nats per target token.
 
     Attributes:
-      step: steps done.
-      loss: of the set that decides, which is the first or only one.
-      sets: name of a set to its loss; empty where the only one has no name.
+      step: number of steps done.
+      loss: loss of the set that decides: the first or only set.
+      sets: map from the name of a set to its loss; empty if the only set has no name.
     """
 
     step: int
@@ -26,12 +26,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class BestStep:
-    """What the evaluations since the first step have told; part of each checkpoint.
+    """The best and the last evaluation since the first step; saved in each checkpoint.
 
     Attributes:
-      best: the first one of the lowest loss; None before there is any.
-      last: the newest one.
-      since: evaluations after `best`.
+      best: first evaluation with the lowest loss; None before the first evaluation.
+      last: newest evaluation; None before the first evaluation.
+      since: number of evaluations after `best`.
     """
 
     best: Evaluation | None = None
@@ -39,64 +39,64 @@ class BestStep:
     since: int = 0
 
     def seen(self, new: Evaluation) -> "BestStep":
-        """Returns what is known after one more evaluation."""
+        """Returns the best and last evaluation after one more evaluation."""
         if self.best is None or _rank(new) < _rank(self.best):
             return BestStep(new, new, 0)
         return BestStep(self.best, new, self.since + 1)
 
     def stops(self, patience: int) -> bool:
-        """Whether training stops here; never with a patience of 0."""
+        """Returns whether training stops early now; patience 0 never stops."""
         return 0 < patience <= self.since
 
     def exported(self, keep_best: bool) -> Evaluation | None:
-        """The evaluation of the step that the run exports; None without held-out data."""
+        """Returns the evaluation of the exported step; None without held-out data."""
         return self.best if keep_best else self.last
 
 
 def describe_losses(found: Evaluation) -> str:
-    """Returns the losses in words, each set's with its name."""
+    """Returns the losses as text, with the name of each set."""
     sets = ", ".join(f"{name} {loss:.4f}" for name, loss in found.sets.items())
     return sets or f"{found.loss:.4f}"
 
 
 def describe_patience(patience: int) -> str:
-    """Returns why a run stopped early."""
+    """Returns the reason of an early stop, for messages."""
     return f"no lower held-out loss in {patience} evaluations in a row (train.patience)"
 
 
 def read_evaluation(values: Mapping[str, Any] | None) -> Evaluation | None:
-    """Returns the evaluation that `dataclasses.asdict` made a dict; None of None."""
+    """Returns an evaluation from the dict of `dataclasses.asdict`; None for None."""
     return None if values is None else Evaluation(**values)
 
 
 def read_choice(values: Mapping[str, Any]) -> BestStep:
-    """Returns the choice that `dataclasses.asdict` made a dict."""
+    """Returns a `BestStep` from the dict of `dataclasses.asdict`."""
     best, last = read_evaluation(values["best"]), read_evaluation(values["last"])
     return BestStep(best, last, values["since"])
 
 
 def check(train: TrainConfig) -> None:
-    """Makes sure that a run that goes by the held-out loss evaluates on the way.
+    """Checks that a run with `keep_best` or `patience` evaluates during training.
 
     Raises:
-      UserError: it does not.
+      UserError: the run has one of these settings, and `train.eval_every` is 0.
     """
     if (name := _setting(train)) and not train.eval_every:
         raise UserError(
-            f"{name} goes by the held-out loss, and train.eval_every 0 evaluates at the end only; "
-            f"give train.eval_every, or remove {name}"
+            f"{name} needs evaluations in training, but train.eval_every 0 evaluates only at the "
+            f"end; give train.eval_every, or remove {name}"
         )
 
 
 def check_held_out(train: TrainConfig, held_out: bool) -> None:
-    """Makes sure that a run that goes by the held-out loss has held-out data.
+    """Checks that a run with `keep_best` or `patience` has held-out data.
 
     Raises:
-      UserError: it has none.
+      UserError: the run has one of these settings and no held-out data.
     """
     if (name := _setting(train)) and not held_out:
         raise UserError(
-            f"{name} goes by the held-out loss, and nothing is held out; give data.eval_source or "
+            f"{name} needs a held-out loss, but no data is held out; give data.eval_source or "
             f"data.eval_fraction, or remove {name}"
         )
 

@@ -1,7 +1,7 @@
-"""The parts of tensorboardX that write event files, imported without torch.
+"""Imports the parts of tensorboardX that write event files, without importing torch.
 
-tensorboardX imports torch where it is installed, for features that are not used here. That takes
-seconds of every start.
+If torch is installed, tensorboardX imports it for features that this package does not use. The
+import would add seconds to the start of every command.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The examples of a run: read, encoded, and in batches."""
+"""Reads and encodes the examples of a run, and makes batches of them."""
 
 import contextlib
 import dataclasses
@@ -22,14 +22,14 @@ class Data:
     """Encoded examples of a run.
 
     Attributes:
-      train: examples to train on.
-      held_out: name of a held-out set to its examples, none of which is empty; the only set may
-        have the name "".
-      questions: prompts of the first set, to answer as samples.
-      stats: what encoding `train` made.
-      dropped: reason to number of records left out.
-      found: what reading the records found.
-      notes: what is to be told of answers or conversations, and their number.
+      train: training examples.
+      held_out: map from the name of a held-out set to its examples, at least one for each set; a
+        single set may have the name "".
+      questions: prompts of the first held-out set, which the model answers as samples.
+      stats: statistics of the encoded training examples.
+      dropped: map from a reason to the number of records left out for it.
+      found: findings from reading the records.
+      notes: map from a remark about answers or conversations to the number of affected ones.
     """
 
     train: list[Example]
@@ -44,7 +44,8 @@ class Data:
 def read_data(config: Config, tokenizer: Tokenizer, max_positions: int) -> Data:
     """Reads, splits and encodes the examples.
 
-    A held-out prompt is a question when it and `train.sample_tokens` fit in `max_positions`.
+    A held-out prompt becomes a sample question if the prompt is not longer than
+    `data.sequence_length`, and prompt plus `train.sample_tokens` fit in `max_positions`.
 
     Raises:
       UserError: the data cannot be used.
@@ -72,7 +73,7 @@ def read_data(config: Config, tokenizer: Tokenizer, max_positions: int) -> Data:
 
 
 def _nothing_left(config: Config, where: str, count: int, bad: BadRecords) -> UserError:
-    """Returns the error of records of which none can be trained on."""
+    """Returns the error for a set without any usable record."""
     reasons = f"; or correct the records: {bad.reasons()}" if bad.count else ""
     return UserError(
         f"{where}none of the {count} examples has an answer within data.sequence_length "
@@ -83,13 +84,13 @@ def _nothing_left(config: Config, where: str, count: int, bad: BadRecords) -> Us
 def _questions(
     records: Sequence[Record], config: Config, text: Tokenizer, max_positions: int
 ) -> list[SamplePrompt]:
-    """Returns the first held-out prompts that leave room for an answer."""
+    """Returns the first `train.samples` held-out prompts that leave room for an answer."""
     found: list[SamplePrompt] = []
     room = min(config.data.sequence_length, max_positions - config.train.sample_tokens)
     for record in records:
         if len(found) == config.train.samples:
             break
-        with contextlib.suppress(UserError):  # a bad record, of which encoding has told
+        with contextlib.suppress(UserError):  # a bad record; the encoder already reported it
             asked = question(record, text, config.data)
             if asked is not None and 0 < len(asked.ids) <= room:
                 found.append(asked)
@@ -97,7 +98,7 @@ def _questions(
 
 
 def describe_data(data: Data) -> str:
-    """Returns a line on what is trained on, and one for each thing to be known of it."""
+    """Returns a summary line of the data, followed by the lines of `warnings`."""
     stats = data.stats
     parts = [
         f"{stats.examples:,} examples, {stats.tokens:,} tokens of which {stats.target_tokens:,} "
@@ -111,24 +112,24 @@ def describe_data(data: Data) -> str:
 
 
 def left_out(data: Data) -> list[str]:
-    """Returns how many records were left out, by reason."""
+    """Returns, for each reason, a text with the number of records left out."""
     return [f"{count:,} left out: {reason}" for reason, count in data.dropped.items()]
 
 
 def warnings(data: Data) -> list[str]:
-    """Returns a line for each thing that the user should know of the records."""
+    """Returns a line for each problem of the records that the user should know."""
     notes = [f"warning: {count:,} {note}" for note, count in data.notes.items()]
     return [*data.found.lines(), *notes]
 
 
 def loader(config: Config, data: Data, pad_id: int, seed: int) -> Loader:
-    """Returns the batches to train on, in the order that the seed gives.
+    """Returns the training batches, in an order that depends on the seed.
 
     Args:
-      config: the run's config.
-      data: its examples.
-      pad_id: token of what fills a row.
-      seed: the seed of the order.
+      config: config of the run.
+      data: examples of the run.
+      pad_id: id of the padding token.
+      seed: seed of the order.
     """
     return Loader(
         data.train,
@@ -141,7 +142,7 @@ def loader(config: Config, data: Data, pad_id: int, seed: int) -> Loader:
 
 
 def held_out(config: Config, data: Data, pad_id: int) -> dict[str, Sequence[Batch]]:
-    """Returns the batches that evaluations are on, by set; none where nothing is set aside."""
+    """Returns the batches of each held-out set, by name; empty without held-out data."""
     rows, size = config.train.eval_rows, config.train.batch_size
     return {
         name: held_out_batches(examples, config.data, size, rows, pad_id)
@@ -150,5 +151,5 @@ def held_out(config: Config, data: Data, pad_id: int) -> dict[str, Sequence[Batc
 
 
 def targets(batches: Sequence[Batch]) -> int:
-    """Returns the number of target tokens in batches."""
+    """Returns the number of target tokens in the batches."""
     return sum(int(batch["mask"].sum()) for batch in batches)

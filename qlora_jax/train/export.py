@@ -1,4 +1,4 @@
-"""What a run trained as files for other tools: adapters, or a whole model."""
+"""Writes the result of a run as files for other tools: adapters, or a whole model."""
 
 from pathlib import Path
 
@@ -20,19 +20,20 @@ MODEL = "model"
 
 
 def adapters(model: Decoder) -> LoraSet:
-    """Returns every adapter by its Hugging Face module path."""
+    """Returns all adapters, each by its Hugging Face module path."""
     found = {path: linear.adapter.weights(i) for path, linear, i in model.walk() if linear.adapter}
     found |= {path: adapter.weights() for path, adapter in model.outer_adapters().items()}
     return {path: weights for path, weights in found.items() if weights is not None}
 
 
 def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
-    """Writes the model's adapters in PEFT's format, for the pretrained model as it was.
+    """Writes the model's adapters in PEFT's format, for use with the original pretrained model.
 
-    What a start took from the weights (pissa, loftq) is subtracted again, which doubles the rank:
-    W + s·(B·A − B0·A0). In 4 bits the trained model is not that to the bit: it holds the rounded
-    rest of W, as every adapter trained in 4 bits has seen a rounded W. Parameters that came with
-    an adapter to go on from are written with it.
+    The initializers pissa and loftq move a part s·B0·A0 of the weights into the adapter. The export
+    subtracts this part again, which doubles the rank: W + s·(B·A − B0·A0). With a 4-bit base, the
+    exported model is not bit-identical to the trained model, because the trained model holds
+    W − s·B0·A0 rounded to 4 bits. The same is true of every adapter trained on a rounded W.
+    Parameters that `lora.from_adapter` brought along are written with the adapter.
 
     Raises:
       UserError: the folder cannot be written.
@@ -57,7 +58,7 @@ def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
 
 
 def export_model(config: Config, model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a model trained from scratch as a Hugging Face folder, in `model.storage_dtype`.
+    """Writes a model trained from scratch to a Hugging Face folder, in `model.storage_dtype`.
 
     Raises:
       UserError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""The end of a run: what was trained as files for other tools, and the report."""
+"""The end of a run: exports the result as files for other tools, and writes the report."""
 
 import dataclasses
 import resource
@@ -32,19 +32,19 @@ from qlora_jax.train.samples import answer
 
 
 def made(config: Config) -> list[str]:
-    """Returns what a finished run leaves in its directory for people to look into."""
+    """Returns the names of the results for users in the directory of a finished run."""
     own = {export.FOLDER: config.method != "full", export.MODEL: config.model.path == fresh.NAME}
     return ["report.md", *(name for name, there in own.items() if there), "checkpoints"]
 
 
 def finished(config: Config) -> RunSummary | None:
-    """Returns the summary of a run that has nothing left to do; None where it has.
+    """Returns the summary of a run that has nothing left to do; None if steps or files are missing.
 
     Args:
-      config: of the run to be resumed.
+      config: config of the run to resume.
 
     Raises:
-      UserError: its directory cannot be read, or was made with another config.
+      UserError: the run directory cannot be read, or belongs to another config.
     """
     if not rundir.holds_run(config.output):
         return None
@@ -57,14 +57,14 @@ def finished(config: Config) -> RunSummary | None:
 
 
 def _results(folder: Path, made: Sequence[str]) -> dict[str, Any] | None:
-    """Returns what a finished run's manifest says of its results; None where it is not finished.
+    """Returns the results in the manifest of a finished run; None if the run is not finished.
 
-    A run is not finished where its newest checkpoint is of another step, or something is missing
-    that it exports: resumed, it is finished again.
+    A run is not finished if its newest checkpoint is from another step than the results, or if an
+    exported file is missing. Resuming such a run finishes it again.
 
     Args:
-      folder: the run directory.
-      made: what a finished run has in it.
+      folder: run directory.
+      made: names that must exist in the directory of a finished run.
 
     Raises:
       UserError: the manifest cannot be read.
@@ -81,7 +81,7 @@ def _results(folder: Path, made: Sequence[str]) -> dict[str, Any] | None:
 
 
 def describe_finished(config: Config, summary: RunSummary) -> str:
-    """Returns that a run has nothing left to do, and what makes it go on."""
+    """Returns a line that a run is finished, with the option that continues it."""
     remedy = "--train.steps=M" if config.train.epochs is None else "--train.epochs=E"
     early = describe_early(summary)
     if early:
@@ -90,13 +90,13 @@ def describe_finished(config: Config, summary: RunSummary) -> str:
 
 
 def finish(asked: PrepareRequest, opened: Opened, begun: Begun, fitted: Fitted) -> RunSummary:
-    """Exports what was trained, answers the samples again and writes the report.
+    """Exports the trained weights, answers the sample prompts again and writes the report.
 
     Raises:
-      UserError: the directory cannot be written to.
+      UserError: the run directory cannot be written to.
       RunFailed: the frozen base changed.
     """
-    begun.owned.check()  # what follows would make a deleted folder anew
+    begun.owned.check()  # or the export would create a deleted folder again
     _export(asked, opened, begun, fitted)
     after = answer(
         asked.config,
@@ -120,7 +120,7 @@ def _report(summary: RunSummary) -> None:
 
 
 def describe_no_gain(summary: RunSummary) -> str | None:
-    """Returns a warning where the step of the lowest held-out loss is no better than none."""
+    """Returns a warning if the lowest held-out loss is not below the loss before training."""
     before, after = summary.eval_before, summary.eval_after
     if not summary.keep_best or before is None or after is None or after < before:
         return None
@@ -134,7 +134,7 @@ def _export(asked: PrepareRequest, opened: Opened, begun: Begun, fitted: Fitted)
     """Writes the adapter, or the model that was trained from scratch.
 
     Raises:
-      UserError: the directory cannot be written to.
+      UserError: the run directory cannot be written to.
       RunFailed: the frozen base changed.
     """
     config, folder, facts = asked.config, begun.owned.folder, begun.built.facts
@@ -196,7 +196,7 @@ def _summary(
 
 
 def _median_rate(folder: Path) -> float:
-    """Tokens per second, the median over steps."""
+    """Returns the median over steps of the tokens per second."""
     name = "train/tokens_per_s"
     return float(
         np.median([row[name] for row in read_metrics(folder / metrics.NAME) if name in row])

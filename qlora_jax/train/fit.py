@@ -1,4 +1,4 @@
-"""The second half of a run: its directory is claimed, and what is in it is trained on."""
+"""The second half of a run: claims the run directory, restores the state, and trains."""
 
 import contextlib
 import dataclasses
@@ -25,18 +25,18 @@ from qlora_jax.train.samples import answer
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """A run with its directory, at its first step or where it goes on.
+    """A run that has claimed its directory, before its first step or at the step to resume from.
 
     Attributes:
-      built: the training, with the state of the newest checkpoint if the run goes on from one.
-      owned: the directory, which is this run's alone.
-      checkpoints: those in it.
-      counters: those of the checkpoint, or zeros; they go on.
-      earlier_s: seconds of the sessions before this one.
-      resumed: whether the run goes on from a checkpoint.
-      stored: the config in the directory, which a resumed run may change; None for a new run.
-      manifest: the manifest of this session, to be joined to those of earlier sessions; None for
-        a new run.
+      built: training, with the state of the newest checkpoint if the run resumes from one.
+      owned: run directory, locked for this run.
+      checkpoints: checkpoints in the run directory.
+      counters: counters of the checkpoint, or zeros; the loop advances them.
+      earlier_s: seconds that earlier sessions of the run spent in steps.
+      resumed: whether the run resumes from a checkpoint.
+      stored: config in the run directory before this session; None for a new run.
+      manifest: manifest of this session, to append to those of earlier sessions; None for a new
+        run.
     """
 
     built: Built
@@ -51,12 +51,12 @@ class Begun:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What training came to.
+    """The result of training.
 
     Attributes:
-      training: with the state that is exported.
-      steps: done, not all of which the exported state may have.
-      after: the held-out losses of the exported state; None without held-out data.
+      training: training with the state to export.
+      steps: number of steps done; the exported state may be from an earlier step.
+      after: held-out losses of the exported state; None without held-out data.
     """
 
     training: Training
@@ -65,17 +65,19 @@ class Fitted:
 
 
 def begin(asked: PrepareRequest, built: Built, held: contextlib.ExitStack) -> Begun:
-    """Claims the run directory, and reads the state that a resumed run goes on from.
+    """Claims the run directory, and reads the state from which a resumed run continues.
 
-    A caller that keeps no `built` of its own does not hold the trained tree twice afterwards.
+    The caller should keep no reference to `built`, because a resumed run would then hold the
+    trained tree twice.
 
     Args:
-      asked: the run.
-      built: the training.
-      held: keeps the directory this run's until it is closed.
+      asked: request of the run.
+      built: training to begin.
+      held: stack that holds the lock on the run directory until it is closed.
 
     Raises:
-      UserError: the directory cannot be claimed, or its checkpoints are damaged or another run's.
+      UserError: the directory cannot be claimed, or its checkpoints are damaged or belong to
+        another run.
     """
     config, say = asked.config, asked.say
     described = manifest.build(config, asked.command, entries(config, built.facts))
@@ -104,7 +106,7 @@ def begin(asked: PrepareRequest, built: Built, held: contextlib.ExitStack) -> Be
 def _check_best(
     config: Config, counters: Progress, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> None:
-    """Forgets the lowest held-out loss where its checkpoint is to be kept and was not."""
+    """Discards the lowest held-out loss so far if the run needs its checkpoint and has none."""
     step = best_step(config, counters)
     if step is None or step in checkpoints.steps():
         return
@@ -116,20 +118,20 @@ def _check_best(
 
 
 def fit(asked: PrepareRequest, opened: Opened, begun: Begun) -> Fitted:
-    """Trains to the last step, evaluates on the way, and reads the state that is exported.
+    """Trains to the last step with evaluations, and reads the state to export.
 
     Raises:
-      UserError: the directory cannot be written to, its metrics are damaged, or the checkpoint of
-        the lowest held-out loss is.
+      UserError: the run directory cannot be written to, the metrics file is damaged, or the
+        checkpoint with the lowest held-out loss is damaged.
       RunFailed: the loss is not finite.
-      Stopped: by a signal, with the state saved.
+      Stopped: a signal arrived; the state is saved.
     """
     training, folder, config = begun.built.training, begun.owned.folder, opened.config
     counters, held_out = begun.counters, begun.built.held_out
     with open_log(folder, start_step=int(training.state.step)) as log:
         if log.lost:
             asked.say(describe_lost(log, int(training.state.step)))
-        _go_on(asked, opened, begun)  # and what is there can be read
+        _go_on(asked, opened, begun)  # after all earlier files were read without error
         if not begun.resumed:
             _before(asked, opened, begun, log)
         state = loop(
@@ -148,14 +150,14 @@ def fit(asked: PrepareRequest, opened: Opened, begun: Begun) -> Fitted:
         )
         steps, last = int(state.step), counters.choice.last
         if held_out and (last is None or last.step != steps):
-            # earlier versions saved before they evaluated
+            # earlier versions saved a step before its evaluation
             with progress("evaluating", None):
                 found = look(training.program, state, training.frozen, held_out, log)
             counters.choice = counters.choice.seen(found)
         training = training._replace(state=state)
     best = best_step(config, counters)
     if best not in (None, steps):
-        # the last state is let go before the other one is read
+        # frees the last state before the other one is read
         del state
         training = _read_best(training, begun, best)
     begun.checkpoints.close()
@@ -163,10 +165,10 @@ def fit(asked: PrepareRequest, opened: Opened, begun: Begun) -> Fitted:
 
 
 def _go_on(asked: PrepareRequest, opened: Opened, begun: Begun) -> None:
-    """Writes the manifest and the config of a resumed run, and says what its length changes.
+    """Writes manifest and config of a resumed run, and warns if its length changes the rate.
 
-    The manifest, by which a run is known as finished, goes first: killed in between, the run is
-    resumed as any other.
+    The manifest marks a run as finished, so it is written first. If the process is killed between
+    the two files, the run can be resumed like any other.
     """
     if begun.manifest is None or begun.stored is None:
         return
@@ -196,11 +198,11 @@ def _read_best(training: Training, begun: Begun, step: int) -> Training:
 
 
 def describe_lost(log: Log, start_step: int) -> str:
-    """Returns a warning of steps that a resumed run's metrics lack.
+    """Returns a warning about steps that are missing in the metrics of a resumed run.
 
     Args:
-      log: with at least one.
-      start_step: the step of the checkpoint that the run goes on from.
+      log: log with at least one lost step.
+      start_step: step of the checkpoint from which the run resumes.
     """
     return (
         f"warning: {log.path}: damaged: {len(log.lost)} of the {start_step} steps resumed from "
@@ -209,7 +211,7 @@ def describe_lost(log: Log, start_step: int) -> str:
 
 
 def _before(asked: PrepareRequest, opened: Opened, begun: Begun, log: Log) -> None:
-    """Notes the held-out loss and the samples' answers before the first step."""
+    """Stores the held-out loss and the answers to the sample prompts before the first step."""
     training, counters = begun.built.training, begun.counters
     if held_out := begun.built.held_out:
         with progress("evaluating", None):

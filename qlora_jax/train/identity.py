@@ -1,4 +1,4 @@
-"""Whether fresh adapters leave what every module computes as it was."""
+"""Checks that fresh adapters do not change the output of any module."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from qlora_jax.runtime.errors import RunFailed
 from qlora_jax.runtime.mesh import on_devices
 
 TOLERANCE = {"lora": 0.0, "dora": 1e-5}
-"""How far a fresh adapter may move a product, in units of the product's largest number. DoRA
-multiplies by norms divided by themselves, which a GPU computes to within two units in the last
-place of float32. On a CPU, and in 16 bits, the quotient is one."""
+"""Largest change of a product x @ W by a fresh adapter, relative to the product's largest absolute
+value. DoRA multiplies by the quotient of two equal norms, which a GPU computes to within two units
+in the last place of float32. On a CPU, and in 16 bits, the quotient is exactly one."""
 
 ROWS = 16
-"""Rows of the input that each linear is tried with."""
+"""Rows of the random test input of each linear."""
 
 
 def starts_as_base(config: Config) -> bool:
-    """Whether the adapters change nothing: fresh ones, not read or taken from the weights."""
+    """Returns whether the adapters are fresh: not read from files, not computed from weights."""
     return config.lora.from_adapter is None and config.lora.init not in INITIALIZERS
 
 
@@ -42,17 +42,17 @@ def check_identity(
 ) -> None:
     """Checks that fresh adapters change no linear's product by more than `TOLERANCE`.
 
-    Those of embedding and head must add nothing at all.
+    The adapters of embedding and head must add exactly zero.
 
     Args:
-      graph: the model's structure, from `trees.split`.
-      trained: its trained tree.
-      frozen: its frozen tree.
-      config: names the variant and the compute dtype.
-      layout: how the model is split over a mesh; None is one device.
+      graph: structure of the model, from `trees.split`.
+      trained: trained tree.
+      frozen: frozen tree.
+      config: config of the run, with the adapter variant and the compute dtype.
+      layout: split of the model over a mesh; None for one device.
 
     Raises:
-      RunFailed: an adapter changes a product; the message names the first such linear.
+      RunFailed: an adapter changes a product; the message names the first such module.
     """
     dtype, tolerance = jnp.dtype(config.model.compute_dtype), TOLERANCE[config.lora.variant]
     model = nnx.merge(graph, trained, frozen)
@@ -66,11 +66,11 @@ def check_identity(
 
 
 def first_changed(model: Decoder, found: Sequence[Mapping[str, np.ndarray]]) -> str | None:
-    """Returns the checkpoint's name of the first linear whose product changed; None without one.
+    """Returns the checkpoint's name of the first linear whose product changed; None if none did.
 
     Args:
-      model: a decoder.
-      found: the result of `unchanged` for this model, as NumPy arrays.
+      model: decoder with adapters.
+      found: result of `unchanged` for this model, as NumPy arrays.
     """
     by_layer = [
         (run, same, i) for run, same in zip(model.runs, found) for i in range(run_length(run))
@@ -83,18 +83,18 @@ def first_changed(model: Decoder, found: Sequence[Mapping[str, np.ndarray]]) -> 
 
 
 def first_added(model: Decoder, dtype: jnp.dtype) -> str | None:
-    """Returns the path of the first adapter of embedding or head that adds something, or None.
+    """Returns the path of the first embedding or head adapter whose product is not zero, or None.
 
     Args:
-      model: a decoder.
-      dtype: of what the head is tried with, [16, hidden] drawn from N(0, 1).
+      model: decoder with adapters.
+      dtype: dtype of the head's test input, [16, hidden] drawn from N(0, 1).
     """
     for path, adapter in model.outer_adapters().items():
         if path == HEAD:
             x = jax.random.normal(jax.random.key(0), (ROWS, model.config.hidden_size), dtype)
             added = adapter(x, None)
         else:
-            # every row of A; and B, which may hold NaN, by what the first row gives
+            # all rows of A, and the product of the first row with B, which shows a NaN in B
             a, first = adapter.a.get_value(), adapter.looked_up(jnp.arange(1), dtype)
             added = jnp.concatenate([a.reshape(-1), first.reshape(-1)])
         if not bool(jnp.all(added == 0)):
@@ -111,23 +111,23 @@ def unchanged(
     tolerance: float,
     layout: MeshLayout | None = None,
 ) -> list[dict[str, jax.Array]]:
-    """Compares x @ W with and without the adapter, for every linear that has one.
+    """Compares x @ W with and without the adapter, for every linear that has an adapter.
 
-    It is one program, in which both sides read one product of x and W. Two programs may multiply
-    by different algorithms, since XLA picks a GPU's by timing them, and then their results differ
-    in the last bits although the adapter adds zero.
+    Both sides of the comparison use the same product x @ W, in one program. Two programs may use
+    different matmul algorithms on a GPU, because XLA chooses by timing. Then their results would
+    differ in the last bits although the adapter adds zero.
 
     Args:
-      graph: the model's structure.
-      trained: its trained tree.
-      frozen: its frozen tree.
-      dtype: of x [16, in], which is drawn from N(0, 1).
-      tolerance: the largest difference, in units of the largest number of x @ W.
-      layout: how both trees are split over a mesh; None is one device.
+      graph: structure of the model.
+      trained: trained tree.
+      frozen: frozen tree.
+      dtype: dtype of x [16, in], which is drawn from N(0, 1).
+      tolerance: largest difference, relative to the largest absolute value of x @ W.
+      layout: split of both trees over a mesh; None for one device.
 
     Returns:
-      For each of the model's runs the linears' paths below the layer, each with bool[L]: whether
-      that layer's product is unchanged. False where a number is NaN.
+      For each run of the model, a map from a linear's path below the layer to bool[L]: True for
+      each layer whose product is unchanged, False if a value is NaN.
     """
 
     def compared(trained: Any, frozen: Any) -> list[dict[str, jax.Array]]:
@@ -157,7 +157,7 @@ def _unchanged(linear: LoraLinear, dtype: jnp.dtype, tolerance: float) -> jax.Ar
 
     def one(layer: Any) -> jax.Array:
         linear = nnx.merge(graph, layer)
-        # Kept whole: else a product in 16 bits could go into the sum before it is rounded.
+        # Without the barrier, XLA could add to a 16-bit product before the product is rounded.
         before = jax.lax.optimization_barrier(linear.multiply(x))
 
         def multiply(y: jax.Array) -> jax.Array:
@@ -166,7 +166,7 @@ def _unchanged(linear: LoraLinear, dtype: jnp.dtype, tolerance: float) -> jax.Ar
         after = cast(Adapter, linear.adapter).product(x, multiply, None).astype(jnp.float32)
         before = before.astype(jnp.float32)
         limit = tolerance * jnp.abs(before).max()
-        # equal infinities have no difference; a maximum on a CPU may leave NaN out
+        # `==` because inf - inf is NaN; both compare False for NaN, which a CPU's max may ignore
         return jnp.all((after == before) | (jnp.abs(after - before) <= limit))
 
     return jax.lax.map(one, stacks)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop at the next safe point."""
+"""Turns SIGINT and SIGTERM into a request to stop at the next safe point."""
 
 import signal
 import threading
@@ -6,11 +6,11 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """The run was asked to stop and saved its state.
+    """The error of a run that a signal stopped, after the run saved its state.
 
     Attributes:
-      number: of the signal.
-      code: the exit code, 128 + signal.
+      number: number of the signal.
+      code: exit code of the process, 128 + signal number.
     """
 
     def __init__(self, number: int, step: int):
@@ -20,9 +20,10 @@ class Stopped(Exception):
 
 
 class Requests:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal`; the next acts at once.
+    """A context that stores the first SIGINT or SIGTERM in `signal`; the next one acts at once.
 
-    A thread other than the main one gets no signals, and leaves their handlers alone.
+    Python delivers signals to the main thread only, so in another thread the context does not
+    change the signal handlers.
     """
 
     def __init__(self) -> None:

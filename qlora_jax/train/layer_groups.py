@@ -1,7 +1,8 @@
-"""The trained tree in units, a layer each, which are updated one after another.
+"""Splits the trained tree into groups of stacked layers, which are updated layer by layer.
 
-Moments exist per unit, so that they can live elsewhere and come to the device a unit at a time
-(QLoRA, section 3: paged optimizers).
+The optimizer state is stored for each layer separately. So the moments can live on the host and
+come to the device one layer at a time (compare paged optimizers: QLoRA, arXiv 2305.14314,
+section 3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,21 +15,22 @@ from qlora_jax.models.trees import flatten
 from qlora_jax.runtime.mesh import stack_like, stack_on_hosts
 
 STACKS = "runs"
-"""The part of a trained tree whose parts are stacks of layers."""
+"""Key of the trained tree under which each entry is a stack of layers."""
 
 OUTER = {"embed_adapter", "head_adapter"}
-"""Parts that may be the whole of a trained tree: no layer has an adapter then."""
+"""Keys outside the layers; a trained tree with only these keys has no adapter on any layer."""
 
 
 class LayerGroup(NamedTuple):
-    """Leaves that are stacked alike: a run of layers, or everything outside the layers.
+    """The trained leaves of one run of layers, or those outside the layers (one layer).
 
     Attributes:
-      places: of its leaves in the flattened trained tree.
-      paths: their dotted paths.
-      variables: the structure of the variable around each leaf, whose kind the optimizer goes by.
-      run: index of the run of layers; None outside the layers.
-      layers: length of the stack; None outside the layers.
+      places: indices of the group's leaves in the flattened trained tree.
+      paths: dotted path of each leaf.
+      variables: structure of the variable around each leaf; the optimizer treats a leaf by the kind
+        of its variable.
+      run: index of the run of layers; None for the group outside the layers.
+      layers: number of layers in the stack; None for the group outside the layers.
     """
 
     places: tuple[int, ...]
@@ -43,13 +45,13 @@ class LayerGroup(NamedTuple):
 
 
 def find_groups(trained: Any) -> list[LayerGroup]:
-    """Returns the groups of a trained tree, in its own order.
+    """Returns the groups of a trained tree, in the order of its leaves.
 
     Args:
-      trained: an `nnx.State` or another mapping, of arrays or abstract shapes.
+      trained: `nnx.State` or other mapping, with arrays or abstract shapes.
 
     Raises:
-      KeyError: the tree has no `STACKS`, so that its layers are not to be found.
+      KeyError: the tree has keys outside `OUTER` but no key `STACKS`, so it has no layers.
     """
     leaves, structure = jax.tree.flatten(trained)
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
@@ -74,7 +76,7 @@ def find_groups(trained: Any) -> list[LayerGroup]:
 
 
 def stack(group: LayerGroup, leaves: Sequence[jax.Array]) -> dict[str, Any]:
-    """Returns a group's leaves by path, each in a variable of its kind."""
+    """Returns a map from path to leaf for a group, with each leaf in a variable of its kind."""
     return {
         path: jax.tree.unflatten(variable, [leaf])
         for path, variable, leaf in zip(group.paths, group.variables, leaves)
@@ -82,14 +84,14 @@ def stack(group: LayerGroup, leaves: Sequence[jax.Array]) -> dict[str, Any]:
 
 
 def stack_leaves(group: LayerGroup, stack: Mapping[str, Any]) -> list[jax.Array]:
-    """Returns the leaves that `stack` was given."""
+    """Returns the leaves of a map that `stack` returned; the inverse of `stack`."""
     return [jax.tree.leaves(stack[path])[0] for path in group.paths]
 
 
 def take_layer(
     group: LayerGroup, leaves: Sequence[jax.Array], index: int | jax.Array
 ) -> dict[str, Any]:
-    """Returns one unit of a group's leaves by path, each in a variable of its kind."""
+    """Returns one layer of a group as a map from path to leaf, each in a variable of its kind."""
     if group.layers is None:
         return stack(group, leaves)
     taken = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in leaves]
@@ -99,7 +101,7 @@ def take_layer(
 def put_layer(
     group: LayerGroup, leaves: Sequence[jax.Array], index: int | jax.Array, new: Mapping[str, Any]
 ) -> list[jax.Array]:
-    """The group's leaves with one unit replaced."""
+    """Returns the leaves of the group with one layer replaced."""
     if group.layers is None:
         return stack_leaves(group, new)
     return [
@@ -109,7 +111,7 @@ def put_layer(
 
 
 def init_layers(trained: Any, one: Callable[[dict[str, Any]], Any]) -> tuple[Any, ...]:
-    """`one(unit)` for every unit of the tree, in order."""
+    """Returns `one(layer)` for every layer of the trained tree, in the order of the groups."""
     leaves = jax.tree.leaves(trained)
     return tuple(
         one(take_layer(group, [leaves[p] for p in group.places], i))
@@ -119,9 +121,10 @@ def init_layers(trained: Any, one: Callable[[dict[str, Any]], Any]) -> tuple[Any
 
 
 def stack_states(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
-    """Per group, the states of its units as one tree of arrays with a leading axis.
+    """Returns, for each group, the states of its layers stacked along a leading axis.
 
-    They are numpy's, unless other processes hold a part of them: then they are where the units are.
+    The stacks are numpy arrays on the host. If other processes hold a part of the states, the
+    stacks are jax arrays with the placement of the single states.
     """
     rest = list(states)
     made = []
@@ -132,7 +135,7 @@ def stack_states(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def stack_states_like(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
-    """Arrays of no content and no memory, of the shapes and dtypes that `stack_states` gives."""
+    """Returns placeholders without memory, in the shapes and dtypes of `stack_states`' result."""
     first, made = 0, []
     for group in find_groups(trained):
         made.append(
@@ -146,7 +149,10 @@ def stack_states_like(trained: Any, states: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def unstack_states(trained: Any, stacks: Sequence[Any], like: Sequence[Any]) -> tuple[Any, ...]:
-    """The units' states that `stack_states` joined, each placed where its counterpart in `like` is."""
+    """Returns the states of single layers from stacks; the inverse of `stack_states`.
+
+    Each state gets the dtypes and the placement of its counterpart in `like`.
+    """
     rest = list(like)
     made = []
     for group, stack in zip(find_groups(trained), stacks):

@@ -1,6 +1,6 @@
-"""The programs that a gradient consists of which goes layer by layer: `layered` runs them."""
+"""The compiled programs of a gradient that is computed layer by layer; `layered` runs them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.inputs import LayerInputs, SharedInputs
 from qlora_jax.models.trees import TRAINED
 from qlora_jax.quant.dynamic8 import decode8, encode8
 from qlora_jax.quant.stack import layer_of
 from qlora_jax.train import layer_groups
 from qlora_jax.train.step import (
+    Figures,
     Recipe,
     clipped,
     factor_of,
@@ -24,42 +26,47 @@ from qlora_jax.train.step import (
 )
 
 Leaves = Sequence[jax.Array]
+Batch = Mapping[str, jax.Array]
 
 
 class Trees(NamedTuple):
-    """How the two trees of a model are made of their leaves; hashable."""
+    """The structures of a model's two trees; hashable, so jit takes them as a static argument."""
 
     trained: jax.tree_util.PyTreeDef
     frozen: jax.tree_util.PyTreeDef
 
 
 class LayeredModel(NamedTuple):
-    """The leaves of a model's two trees: lists, which a program takes faster than `nnx.State`s."""
+    """The leaves of a model's two trees; jit handles lists of leaves faster than `nnx.State`s."""
 
     trained: Leaves
     frozen: Leaves
 
 
 class Layered(NamedTuple):
-    """The compiled parts of a gradient. `trees` and `place`, the index of a run, are static.
+    """The compiled programs of a gradient. `trees` and `place` (index of a run) are static.
 
     Attributes:
-      begin: (scale, mask [k, B, T]) to the number of target tokens and the factor on the loss.
-      enter: (trees, model, batch, key) to the first layer's input, and what layers share and own.
-      forward: (trees, place, model, index in the run, x, shared, own) to the layer's output.
-      top: (trees, model, x, batch, key, factor) to the loss sum, the gradient of x, and those of
+      begin: (scale, mask [k, B, T]) -> number of target tokens, factor on the loss.
+      enter: (trees, model, batch, key) -> input of the first layer, inputs that all layers share,
+        and a stack of the inputs that each layer has for itself.
+      forward: (trees, place, model, index in the run, x, shared, own) -> output of the layer.
+      top: (trees, model, x, batch, key, factor) -> loss sum, gradient of x, and gradients of the
         trained leaves outside the layers; donates x.
-      backward: (trees, place, model, index, x, g, shared, own) to the gradient of x and those of
-        the layer's trained leaves [1, ...]; donates g.
-      bottom: (trees, model, batch, g) to the gradients of trained leaves outside the layers.
-      zeros: (whether there is one micro-batch, leaves) to sums of gradients, in the dtypes of such.
-      add: (sums, gradients, index) to the sums; donates them.
-      finish: (sums, loss sum, count, scale) to the gradients and figures; donates the sums.
-      pack: a layer's input to what waits in its place.
-      unpack: the way back.
-      squares: (squared norm, gradients) to the squared norm of both, and whether it is finite.
-      shrink: squared norm to the factor by which gradients are clipped.
-      scaled: (gradients, factor) to their products; donates the gradients.
+      backward: (trees, place, model, index in the run, x, g, shared, own) -> gradient of x, and
+        gradients of the layer's trained leaves [1, ...]; donates g.
+      bottom: (trees, model, batch, g) -> gradients of the trained leaves outside the layers, with g
+        the gradient of the first layer's input.
+      zeros: (True for one micro-batch, leaves) -> zeros in the shapes of the leaves and the dtypes
+        of their gradients.
+      add: (sums, gradients, index) -> sums with the gradients added; donates the sums.
+      finish: (sums, loss sum, count, scale) -> gradients and figures; donates the sums.
+      pack: (layer input) -> stored form of the input, for the backward pass.
+      unpack: (stored form) -> layer input.
+      squares: (squared norm, gradients) -> squared norm with the gradients added, and whether it
+        is finite.
+      shrink: (squared norm) -> factor that clips the gradients.
+      scaled: (gradients, factor) -> gradients times the factor; donates the gradients.
     """
 
     begin: Callable[..., Any]
@@ -79,7 +86,7 @@ class Layered(NamedTuple):
 
 
 def compiled(recipe: Recipe) -> Layered:
-    """Compiles the parts lazily."""
+    """Builds the gradient programs; jax compiles each program at its first call."""
     pack, unpack = _same, _same
     if recipe.layer_inputs == "int8":
         pack = jax.jit(lambda x: encode8(to_float32(x)))
@@ -111,20 +118,41 @@ def _decoder(recipe: Recipe, trees: Trees, model: LayeredModel) -> Decoder:
     return nnx.merge(recipe.graph, trained, jax.tree.unflatten(trees.frozen, model.frozen))
 
 
-def _enter(recipe, trees, model, batch, key):
+def _enter(
+    recipe: Recipe, trees: Trees, model: LayeredModel, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, SharedInputs, LayerInputs]:
     decoder = _decoder(recipe, trees, model)
     tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
     return decoder.begin(tokens, segments, positions, recipe.compute_dtype, key)
 
 
-def _layer(recipe, trees, place, model, index, x, shared, own):
+def _layer(
+    recipe: Recipe,
+    trees: Trees,
+    place: int,
+    model: LayeredModel,
+    index: jax.Array,
+    x: jax.Array,
+    shared: SharedInputs,
+    own: LayerInputs,
+) -> jax.Array:
     decoder = _decoder(recipe, trees, model)
     graph, weights = nnx.split(decoder.runs[place])
     weights, own = layer_of((weights, decoder.part(own, place)), index)
     return nnx.merge(graph, weights)(x, shared, own)[0]
 
 
-def _backward(recipe, trees, place, model, index, x, g, shared, own):
+def _backward(
+    recipe: Recipe,
+    trees: Trees,
+    place: int,
+    model: LayeredModel,
+    index: jax.Array,
+    x: jax.Array,
+    g: jax.Array,
+    shared: SharedInputs,
+    own: LayerInputs,
+) -> tuple[jax.Array, list[jax.Array]]:
     decoder = _decoder(recipe, trees, model)
     graph, *states = nnx.split(decoder.runs[place], TRAINED[recipe.method], ...)
     (trained, frozen), own = layer_of((states, decoder.part(own, place)), index)
@@ -136,7 +164,15 @@ def _backward(recipe, trees, place, model, index, x, g, shared, own):
     return g, [leaf[None] for leaf in jax.tree.leaves(grads)]
 
 
-def _top(recipe, trees, model, x, batch, key, factor):
+def _top(
+    recipe: Recipe,
+    trees: Trees,
+    model: LayeredModel,
+    x: jax.Array,
+    batch: Batch,
+    key: jax.Array | None,
+    factor: jax.Array,
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     def scaled(outer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         decoder = _decoder(recipe, trees, _with_outer(trees, model, outer))
         total, _ = loss_of(recipe, decoder, decoder.norm(x), batch, key)
@@ -147,7 +183,9 @@ def _top(recipe, trees, model, x, batch, key, factor):
     return total, g, grads
 
 
-def _bottom(recipe, trees, model, batch, g):
+def _bottom(
+    recipe: Recipe, trees: Trees, model: LayeredModel, batch: Batch, g: jax.Array
+) -> list[jax.Array]:
     def entered(outer: Any) -> jax.Array:
         return _enter(recipe, trees, _with_outer(trees, model, outer), batch, None)[0]
 
@@ -156,13 +194,13 @@ def _bottom(recipe, trees, model, batch, g):
 
 
 def _outer(trees: Trees, model: LayeredModel) -> list[int]:
-    """Returns the places of the trained leaves outside the layers."""
+    """Returns the indices of the trained leaves outside the layers."""
     groups = layer_groups.find_groups(jax.tree.unflatten(trees.trained, model.trained))
     return [place for group in groups if group.run is None for place in group.places]
 
 
 def _with_outer(trees: Trees, model: LayeredModel, outer: Leaves) -> LayeredModel:
-    """Returns the model with other trained leaves outside the layers."""
+    """Returns the model with its trained leaves outside the layers replaced by `outer`."""
     leaves = list(model.trained)
     for place, leaf in zip(_outer(trees, model), outer):
         leaves[place] = leaf
@@ -183,7 +221,9 @@ def _add(sums: Leaves, grads: Leaves, index: jax.Array) -> list[jax.Array]:
     return [added(total, g) for total, g in zip(sums, grads)]
 
 
-def _finish(recipe, sums, total, count, scale):
+def _finish(
+    recipe: Recipe, sums: Leaves, total: jax.Array, count: jax.Array, scale: jax.Array
+) -> tuple[Any, Figures]:
     return clipped(recipe.clip_norm, sums, total, count, scale)
 
 

@@ -1,10 +1,10 @@
-"""The gradient a layer at a time: what `remat: full` and `remat: host` are on a device.
+"""The gradient, computed layer by layer: how a GPU runs `remat: full` and `remat: host`.
 
-The forward pass is a program for each layer, and what a layer read waits on the device or the
-host. The backward pass goes back through the layers: each is computed again from what it read, and
-its gradients are added to those of the step, or used for its update at once. So no more than one
-layer's residuals exist, and where nothing has to know all gradients before the first update, no
-more than one layer's gradients.
+The forward pass runs one program for each layer, and stores each layer's input on the device or the
+host. The backward pass goes from the last layer to the first. It computes each layer again from the
+stored input, and adds the layer's gradients to those of the step, or updates the layer at once. So
+the residuals of only one layer exist at a time. If no step needs all gradients before the first
+update, the gradients of only one layer exist at a time as well.
 """
 
 import dataclasses
@@ -20,16 +20,18 @@ import numpy as np
 from qlora_jax.train import layer_groups
 from qlora_jax.train.layer_programs import Layered, LayeredModel, Leaves, Trees, compiled
 from qlora_jax.train.offload import Placement
-from qlora_jax.train.step import Figures, StepProgram, TrainState, figures_of
+from qlora_jax.train.state import TrainState
+from qlora_jax.train.step import Figures, StepProgram, figures_of
 
 
 class Walk(NamedTuple):
-    """The way through a model.
+    """The order in which the programs visit the layers of a model.
 
     Attributes:
-      trees: its structure.
-      groups: of its trained leaves, by run; None is outside the layers.
-      layers: the run of each layer, and the layer's index in it.
+      trees: structures of the model's two trees.
+      groups: map from the index of a run to the layer group of its trained leaves; the key None
+        holds the group outside the layers.
+      layers: for each layer, the index of its run and the index of the layer in the run.
     """
 
     trees: Trees
@@ -38,13 +40,13 @@ class Walk(NamedTuple):
 
 
 def of(program: StepProgram, moments: Placement, inputs: Placement, at_once: bool) -> StepProgram:
-    """Returns the functions of a step with a gradient that goes layer by layer.
+    """Returns the functions of a step whose gradient is computed layer by layer.
 
     Args:
-      program: with a gradient in one program.
-      moments: where the optimizer's state lives.
-      inputs: where the layers' inputs wait.
-      at_once: update each layer as soon as its gradients are there.
+      program: functions of a step whose gradient is one program.
+      moments: placement of the optimizer state.
+      inputs: placement of the stored layer inputs.
+      at_once: whether to update each layer as soon as its gradients exist.
     """
     parts = compiled(program.recipe)
     return dataclasses.replace(
@@ -63,12 +65,12 @@ def gradient(
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
 ) -> tuple[Any, Figures]:
-    """Computes the gradients of the trained tree, and figures: `StepProgram.gradient`.
+    """Computes the gradients of the trained tree and the figures; see `StepProgram.gradient`.
 
     Args:
-      parts: from `compiled`.
-      inputs: where the layers' inputs wait.
-      state, frozen, batch, key: as `StepProgram.gradient` takes them.
+      parts: gradient programs, from `compiled`.
+      inputs: placement of the stored layer inputs.
+      state, frozen, batch, key: arguments of `StepProgram.gradient`.
     """
     way, model = taken_apart(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
@@ -100,16 +102,17 @@ def step(
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
 ) -> tuple[TrainState, Figures]:
-    """Updates each layer as soon as its gradients are there: `StepProgram.direct`.
+    """Updates each layer as soon as its gradients exist; see `StepProgram.direct`.
 
-    Where gradients are clipped, a first way down through the layers finds their norm.
+    If gradients are clipped, a first backward pass computes their norm, and a second backward pass
+    updates the layers.
 
     Args:
-      parts: from `compiled`.
-      inputs: where the layers' inputs wait.
-      program: what updates a unit and counts a step.
-      moments: where the optimizer's state lives.
-      state, frozen, batch, key: as `StepProgram.gradient` takes them, of one micro-batch.
+      parts: gradient programs, from `compiled`.
+      inputs: placement of the stored layer inputs.
+      program: functions that update a layer (`update_layer`) and count a step (`count`).
+      moments: placement of the optimizer state.
+      state, frozen, batch, key: arguments of `StepProgram.gradient`, with one micro-batch.
     """
     way, model = taken_apart(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
@@ -156,14 +159,14 @@ def step(
 
 
 class Ascent(NamedTuple):
-    """Holds what the backward pass needs of the forward pass.
+    """The results of the forward pass that the backward pass needs.
 
     Attributes:
-      total: the summed loss.
-      g: the gradient of the last layer's output.
-      outer: gradients of trained leaves outside the layers.
-      waiting: the layers' inputs, the first layer's first.
-      shared, own: what layers read beside them.
+      total: summed loss.
+      g: gradient with respect to the output of the last layer.
+      outer: gradients of the trained leaves outside the layers, from the loss and the final norm.
+      waiting: stored layer inputs, from the first layer to the last.
+      shared, own: further inputs of the layers: one for all layers, and a stack of one per layer.
     """
 
     total: jax.Array
@@ -183,15 +186,15 @@ def ascend(
     key: jax.Array | None,
     factor: jax.Array,
 ) -> Ascent:
-    """Runs all layers forward, then the loss and its gradient.
+    """Runs all layers forward, then computes the loss and its gradient.
 
     Args:
-      parts: from `compiled`.
-      inputs: where the layers' inputs wait.
-      way, model: from `taken_apart`.
-      batch: arrays [B, T].
-      key: of dropout, or None.
-      factor: on the loss that is differentiated.
+      parts: gradient programs, from `compiled`.
+      inputs: placement of the stored layer inputs.
+      way, model: results of `taken_apart`.
+      batch: batch arrays, [B, T].
+      key: random key of dropout; None without dropout.
+      factor: factor on the loss before it is differentiated.
     """
     x, shared, own = parts.enter(way.trees, model, batch, key)
     waiting: list[Any] = []
@@ -214,13 +217,13 @@ def descend(
     up: Ascent,
     use: Callable[[layer_groups.LayerGroup, int, Leaves], None],
 ) -> None:
-    """Runs all layers backward, and hands their gradients on.
+    """Runs all layers backward, and passes the gradients of each layer to `use`.
 
     Args:
-      parts, inputs, way, model, batch: as `ascend` takes them.
-      up: the result of `ascend`; its `g` is donated, and its `waiting` is empty afterwards.
-      use: gets each group's gradients, layer by layer, from the last to the first; it may replace
-        the trained leaves of the model that it gets gradients of.
+      parts, inputs, way, model, batch: arguments of `ascend`.
+      up: result of `ascend`; `up.g` is donated, and `up.waiting` is empty afterwards.
+      use: function (group, index, gradients), called for each layer from the last to the first and
+        then for the group outside the layers. The function may replace the layer's trained leaves.
     """
     trees, groups, layers = way
     g, waiting = up.g, up.waiting
@@ -237,7 +240,7 @@ def descend(
 
 
 def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, LayeredModel]:
-    """Returns the way through a model of two trees, and their leaves."""
+    """Returns the order of the layers of a model, and the leaves of its two trees."""
     trained_leaves, trained_structure = jax.tree.flatten(trained)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
     sizes = {
@@ -252,6 +255,6 @@ def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, LayeredModel]:
 
 
 def _first_units(way: Walk) -> dict[int | None, int]:
-    """Returns the index of each group's first unit among those of all groups."""
+    """Returns, for each group, the number of layers in the groups before it."""
     starts = itertools.accumulate((group.size for group in way.groups.values()), initial=0)
     return dict(zip(way.groups, starts))

@@ -1,4 +1,4 @@
-"""The loop over steps: log, evaluate, save, stop."""
+"""The loop over steps: it logs, evaluates, saves and stops."""
 
 import dataclasses
 import time
@@ -27,24 +27,25 @@ from qlora_jax.train.choice import (
 )
 from qlora_jax.train.interrupt import Requests, Stopped
 from qlora_jax.train.metrics import Log
-from qlora_jax.train.step import Figures, StepProgram, TrainState
+from qlora_jax.train.state import TrainState
+from qlora_jax.train.step import Figures, StepProgram
 
 MOST_SKIPPED = 20
-"""Overflowing steps in a row that stop a run."""
+"""Number of overflowing steps in a row that ends a run with an error."""
 
 
 @dataclasses.dataclass
 class Progress:
-    """Plain counters that go on across a resume; saved in each checkpoint.
+    """Plain counters of a run, saved in each checkpoint and continued when the run resumes.
 
     Attributes:
-      tokens: trained on so far, padding excluded.
-      skipped: steps without an update because a gradient overflowed.
-      skipped_in_a_row: of those, the latest uninterrupted ones.
-      seconds: spent in steps.
-      before: the held-out losses before training.
-      choice: what later evaluations told.
-      answers_before: the samples' answers before training.
+      tokens: number of tokens trained on so far, padding excluded.
+      skipped: number of steps without an update because a gradient overflowed.
+      skipped_in_a_row: number of skipped steps since the last update.
+      seconds: time spent in steps.
+      before: held-out losses before training.
+      choice: best and last evaluation since the first step.
+      answers_before: answers to the sample prompts before training.
     """
 
     tokens: int = 0
@@ -57,9 +58,9 @@ class Progress:
 
 
 def read_progress(values: Mapping[str, Any]) -> Progress:
-    """Returns the counters of a checkpoint's `extra`."""
+    """Returns the counters from the entry `progress` of a checkpoint's `extra`."""
     rest = dict(values)
-    # earlier runs kept one number
+    # earlier versions saved one number
     old = rest.pop("eval_before", None)
     before = read_evaluation(rest.pop("before", None))
     if old is not None:
@@ -71,7 +72,7 @@ def read_progress(values: Mapping[str, Any]) -> Progress:
 def evaluate(
     program: StepProgram, trained: Any, frozen: Any, batches: Sequence[Mapping[str, np.ndarray]]
 ) -> tuple[float, int]:
-    """Mean loss in nats per target token over fixed batches, and the number of those tokens."""
+    """Returns the mean loss in nats per target token over fixed batches, and the target tokens."""
     sums = [program.evaluate(trained, frozen, batch) for batch in batches]
     count = sum(float(n) for _, n in sums)
     return sum(float(s) for s, _ in sums) / max(count, 1), int(count)
@@ -84,14 +85,14 @@ def look(
     held_out: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
     log: Log,
 ) -> Evaluation:
-    """Evaluates on every held-out set, and logs the losses.
+    """Evaluates the state on every held-out set, and logs the losses.
 
     Args:
-      program: the functions of a step.
-      state: evaluated.
-      frozen: the tree that no step changes.
-      held_out: name of a set to its batches, at least one set.
-      log: gets one line, in which `eval/loss` is the first set's.
+      program: functions of a step.
+      state: training state to evaluate.
+      frozen: frozen tree.
+      held_out: map from the name of a set to its batches, with at least one set.
+      log: log that gets one line; `eval/loss` in it is the loss of the first set.
     """
     losses = {
         name: evaluate(program, state.trained, frozen, batches)[0]
@@ -123,22 +124,24 @@ def loop(
     moves: bool = False,
     ahead: bool = False,
 ) -> TrainState:
-    """Trains from `state` to the last step, or until the held-out loss falls no more.
+    """Trains from `state` to the last step, or until the held-out loss stops falling.
 
-    Evaluates on the way and after the last step, before that is saved: so the counters of each
-    checkpoint hold every evaluation up to it.
+    A step is evaluated before it is saved, the last step too. So the counters in each checkpoint
+    hold every evaluation up to its step.
 
     Args:
-      moves: whether moments come to the device and go back; that is reported then.
-      ahead: read a step's figures after the next one was asked for, so that the device need not
-        wait; not under a loss scale, which the next step depends on.
+      moves: whether the moments live on the host and visit the device; if so, the transfer is
+        logged.
+      ahead: whether to read a step's figures only after the next step was dispatched, so that the
+        device does not wait for the host. With a dynamic loss scale, figures are read at once,
+        because the next step depends on the scale.
 
     Returns:
       The last state.
 
     Raises:
       Stopped: a signal arrived; the state is saved.
-      RunFailed: the loss or gradient is not finite; the checkpoints before stay.
+      RunFailed: the loss or the gradient is not finite; earlier checkpoints remain.
     """
     train, step = config.train, int(state.step)
     steps = train.step_count
@@ -162,7 +165,7 @@ def loop(
         start = time.perf_counter()
 
         def receive() -> None:
-            """Waits for the step that was sent last, checks and logs it."""
+            """Waits for the step that was dispatched last, then checks and logs it."""
             nonlocal sent, start
             if sent is None:
                 return
@@ -211,12 +214,12 @@ def _due(every: int, step: int) -> bool:
 
 
 class _Around(NamedTuple):
-    """What all steps of a loop share: `loop`'s arguments and what follows from them.
+    """The constants of a loop: the arguments of `loop` and values computed from them.
 
     Attributes:
-      key: of dropout, or None.
-      leaves: paths of the trained tree's leaves.
-      moment_bytes: of the optimizer's state.
+      key: random key of dropout; None without dropout.
+      leaves: paths of the leaves of the trained tree.
+      moment_bytes: size of the optimizer state in bytes.
     """
 
     config: Config
@@ -233,15 +236,15 @@ class _Around(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """A step that the device was asked for.
+    """A step that was dispatched to the device and may not be finished.
 
     Attributes:
-      step: its number, the first being 1.
-      figures: not waited for.
-      scale: the loss scale that it began with.
-      tokens: in its batch, without padding.
-      epoch: that its batch is from.
-      update_seconds: what the update took, if the step was waited for; else None.
+      step: number of the step, from 1.
+      figures: figures of the step; the device may still compute them.
+      scale: loss scale before the step.
+      tokens: number of tokens in the batch, padding excluded.
+      epoch: epoch of the batch.
+      update_seconds: time of the update in seconds; None if the loop did not wait for the update.
     """
 
     step: int
@@ -253,9 +256,10 @@ class _Sent(NamedTuple):
 
 
 def _send(around: _Around, state: TrainState, step: int) -> tuple[TrainState, _Sent]:
-    """Asks the device for a step; returns its state, which may not be there yet, and the rest.
+    """Dispatches a step; returns its state, which may not be computed yet, and its figures.
 
-    The gradients are let go here: else they would stand beside the next step's.
+    The gradients go out of scope here, because otherwise they would take memory beside those of
+    the next step.
     """
     program = around.program
     batch = next(around.loader)
@@ -267,9 +271,9 @@ def _send(around: _Around, state: TrainState, step: int) -> tuple[TrainState, _S
     else:
         grads, figures = program.gradient(state, around.frozen, batch, key)
         if around.moves:
-            jax.block_until_ready(figures)  # else the update's time would hold the gradient's
+            jax.block_until_ready(figures)  # so that `update_seconds` excludes the gradient
         updating = time.perf_counter()
-        # asked for while a GPU is busy with the gradient: it is a program for each layer
+        # one program for each layer; a GPU still computes the gradient while they are dispatched
         state = program.update(state, grads, figures.finite)
         if around.moves:
             jax.block_until_ready(state)
@@ -279,22 +283,22 @@ def _send(around: _Around, state: TrainState, step: int) -> tuple[TrainState, _S
 
 
 def _received(around: _Around, sent: _Sent, start: float) -> dict[str, float]:
-    """Waits for a step and returns what is logged of it.
+    """Waits for a step, and returns the values to log.
 
     Args:
-      around: what all steps share; its counters go on.
-      sent: the step.
-      start: when the step before was received, by `time.perf_counter`.
+      around: constants of the loop; this function advances its counters.
+      sent: dispatched step.
+      start: time of `time.perf_counter` at which the previous step was received.
 
     Raises:
-      RunFailed: the loss or gradient is not finite.
+      RunFailed: the loss or the gradient is not finite.
     """
     config, counters = around.config, around.counters
     figures = jax.device_get(sent.figures)
     seconds = time.perf_counter() - start
     counters.tokens += sent.tokens
     counters.seconds += seconds
-    # the optimizer counts the steps that it took
+    # the optimizer does not count skipped steps
     rate = around.learning_rate(sent.step - 1 - counters.skipped)
     _check(around, figures, sent)
     values = {
@@ -325,7 +329,7 @@ def _save(around: _Around, state: TrainState) -> None:
 
 
 def best_step(config: Config, counters: Progress) -> int | None:
-    """Returns the step whose checkpoint stays, however old; None where only the newest do."""
+    """Returns the step whose checkpoint is never deleted; None without `train.keep_best`."""
     best = counters.choice.best
     return best.step if config.train.keep_best and best is not None else None
 

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy as (sum, count), without the logits of a batch or of a vocabulary."""
+"""Next-token cross-entropy as (sum, count), computed without storing all logits of a batch."""
 
 import functools
 from typing import Any, NamedTuple
@@ -11,33 +11,33 @@ from qlora_jax.quant.sharded import Sharded, looked_up, whole
 from qlora_jax.runtime import mesh
 
 ROWS = 256
-"""Positions taken at a time."""
+"""Positions that are computed at a time."""
 
 ROWS_OF_PARTS = 2048
-"""Positions taken at a time with a head in parts, which is gathered anew for the next ones."""
+"""Positions computed at a time with a sharded head, which each chunk gathers again."""
 
 COLUMNS = 4096
-"""Most tokens of the vocabulary whose logits exist at one time."""
+"""Largest number of vocabulary tokens whose logits exist at one time."""
 
 LIFT = 2.0**12
-"""Factor on exponentials, at most 1, while they are in the compute dtype: in float16 most
-probabilities of a large vocabulary would be subnormal."""
+"""Factor on exponentials (each at most 1) while they are in the compute dtype. Without the factor,
+most probabilities of a large vocabulary would be subnormal in float16."""
 
 
 Arrays = tuple[jax.Array, ...]
 """One array for each matrix of a head."""
 
 Matrices = tuple[jax.Array | Sharded, ...]
-"""The matrices of a head; one in parts has all of the vocabulary, and part of each vector."""
+"""The matrices of a head; a `Sharded` one holds the whole vocabulary and a part of each vector."""
 
 
 class _Head(NamedTuple):
-    """What is fixed about a head whose logits are the sum of h @ weight over its matrices.
+    """The static properties of a head, whose logits are the sum of h @ weight over its matrices.
 
     Attributes:
-      vocab_axes: which axis of each matrix is the vocabulary.
-      trained: which matrices need a gradient.
-      softcap: as `token_loss` takes it.
+      vocab_axes: axis of the vocabulary in each matrix.
+      trained: for each matrix, whether it needs a gradient.
+      softcap: argument of `token_loss`.
     """
 
     vocab_axes: tuple[int, ...]
@@ -45,29 +45,29 @@ class _Head(NamedTuple):
     softcap: float | None
 
     def logits(self, h: Arrays, weights: Arrays) -> jax.Array:
-        """Of a block of the vocabulary's vectors in each matrix, float32[R, block]."""
+        """Returns the logits of one vocabulary block, float32[R, block], softcap included."""
         parts = zip(h, weights, self.vocab_axes)
         products = [product(x, weight.astype(x.dtype), 1 - axis) for x, weight, axis in parts]
         logits = functools.reduce(jnp.add, products)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def sloped(self, values: jax.Array, logits: jax.Array) -> jax.Array:
-        """values times the derivative of the cap where it gave these logits."""
+        """Returns values times the derivative of the softcap, 1 - (logits / softcap)²."""
         return values if self.softcap is None else values * (1 - (logits / self.softcap) ** 2)
 
 
 class _Online(NamedTuple):
-    """What has been seen of the vocabulary: per row, all float32."""
+    """The running sums of the online softmax over the vocabulary, for R rows, all float32."""
 
     highest: jax.Array
-    """[R], the largest logit."""
+    """[R], largest logit so far."""
     total: jax.Array
-    """[R], the sum of exp(logit - highest)."""
+    """[R], sum of exp(logit - highest)."""
     target: jax.Array
-    """[R], the target's logit."""
+    """[R], logit of the target."""
     mean: Arrays
-    """[R, D] for each matrix of the head, the sum of exp(logit - highest) times the slope of the
-    cap times the vocabulary's vectors in it."""
+    """[R, D] for each matrix of the head: sum over the vocabulary of exp(logit - highest) times the
+    derivative of the softcap times the token's vector in the matrix."""
 
 
 def token_loss(
@@ -81,32 +81,36 @@ def token_loss(
     softcap: float | None = None,
     update: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy over the positions that carry loss, and their number.
+    """Returns the summed cross-entropy over the positions with loss, and the number of positions.
 
-    Positions are taken `ROWS` at a time, those with loss first, and the vocabulary in blocks of
-    `COLUMNS`; rows without any loss are skipped. The gradient is formed in the forward pass with
-    an online softmax: d loss / d hidden is the mean of the head's vectors under the predicted
-    distribution, less the target's, as attention over the vocabulary would compute it. The
-    gradient of the head, or of the matrix b of an update, takes the logits a second time.
+    The loss computes `ROWS` positions at a time, positions with loss first, and the vocabulary in
+    blocks of at most `COLUMNS` tokens. Chunks without any loss are skipped. The forward pass
+    computes the gradient with an online softmax:
 
-    A head in parts is gathered a block of the vocabulary at a time, for `ROWS_OF_PARTS` positions,
-    which are skipped where no device has loss in its own.
+        d loss / d hidden = sum over tokens v of p(v) · head[v]  -  head[target]
+
+    This is the computation of attention over the vocabulary. The gradient of the head, or of the
+    matrix b of an update, computes the logits a second time.
+
+    A sharded head is gathered one block of the vocabulary at a time, for `ROWS_OF_PARTS` positions.
+    A chunk is skipped if no device has a position with loss in its own chunk.
 
     Args:
-      hidden: [..., D] in the compute dtype.
-      head: [D, vocab], or [vocab, D] with vocab_axis 0; inside `jax.shard_map` maybe in parts.
-      targets: int32[...].
-      mask: bool[...].
-      vocab_axis: which axis of the head is the vocabulary.
-      train_head: whether the head needs a gradient; without it, its gradient is zero.
-      softcap: c in logits of c·tanh(x / c); None: as they are.
-      update: low [..., r] in the compute dtype and b [r, vocab], of which low @ b is added to
-        hidden @ head; both get gradients.
+      hidden: hidden states, [..., D] in the compute dtype.
+      head: head, [D, vocab], or [vocab, D] with vocab_axis 0; inside `jax.shard_map` a `Sharded`
+        head is possible.
+      targets: target tokens, int32[...].
+      mask: positions with loss, bool[...].
+      vocab_axis: axis of the vocabulary in the head.
+      train_head: whether the head needs a gradient; if False, the head's gradient is zero.
+      softcap: c in logits c·tanh(x / c); None leaves the logits unchanged.
+      update: low [..., r] in the compute dtype and b [r, vocab]; low @ b is added to
+        hidden @ head, and both arrays get gradients.
 
     Returns:
       float32 sum and float32 count.
     """
-    # each product that the logits are a sum of: input, matrix, vocabulary's axis, trained or not
+    # the products that add up to the logits: (input, matrix, axis of the vocabulary, trained)
     products = [(hidden, head, vocab_axis, train_head)]
     if update is not None:
         products.append((*update, 1, True))
@@ -115,7 +119,8 @@ def token_loss(
     split = isinstance(head, Sharded)
     rows = min(ROWS_OF_PARTS if split else ROWS, len(mask))
     order = jnp.argsort(~mask, stable=True)
-    # Rows without loss read as zeros, so that what is not finite there reaches no gradient.
+    # The index len(order) makes `chunks` fill rows without loss with zeros, so that NaN or
+    # infinity in such a row reaches no gradient.
     order = jnp.where(jnp.arange(len(order)) < mask.sum(), order, len(order))
     order = jnp.pad(order, (0, -len(order) % rows), constant_values=len(order))
 
@@ -125,7 +130,7 @@ def token_loss(
 
     carrying = chunks(mask)
     busy = carrying.any(axis=-1)
-    if split:  # devices gather together, or none does
+    if split:  # the gather is a collective: all devices take part, or none
         busy = jax.lax.pmax(busy.astype(jnp.int32), mesh.ROWS) > 0
     total = _total(
         _Head(axes, trained, softcap),
@@ -158,11 +163,20 @@ def _total(
     return jax.lax.scan(chunk, jnp.float32(0), (hidden, targets, mask, busy))[0]
 
 
-def _forward(kind, hidden, head, targets, mask, busy):
-    def chunk(carry, xs):
+def _forward(
+    kind: _Head,
+    hidden: Arrays,
+    head: Matrices,
+    targets: jax.Array,
+    mask: jax.Array,
+    busy: jax.Array,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    def chunk(
+        carry: tuple[jax.Array, Arrays], xs: tuple[Any, ...]
+    ) -> tuple[tuple[jax.Array, Arrays], Arrays]:
         h, t, m, computes = xs
 
-        def compute(dhead):
+        def compute(dhead: Arrays) -> tuple[jax.Array, Arrays, Arrays]:
             seen = _over_vocabulary(kind, h, head, t, with_mean=True)
             dh = tuple(
                 _input_gradient(kind, seen, mean, weight, axis, t, m, x.dtype)
@@ -172,7 +186,7 @@ def _forward(kind, hidden, head, targets, mask, busy):
                 dhead = _add_head_gradient(kind, dhead, h, head, t, m, seen)
             return _loss(seen, m), dh, dhead
 
-        def skip(dhead):
+        def skip(dhead: Arrays) -> tuple[jax.Array, Arrays, Arrays]:
             return jnp.float32(0), tuple(jnp.zeros(x.shape, jnp.float32) for x in h), dhead
 
         total, dhead = carry
@@ -189,9 +203,18 @@ def _forward(kind, hidden, head, targets, mask, busy):
     return total, (dh, dhead, *nothing)
 
 
-def _input_gradient(kind, seen, mean, weight, vocab_axis, targets, mask, dtype):
-    """Gradient with respect to what one matrix of the head is multiplied by, float32[R, D]."""
-    # rounded as the product before it rounded the other vectors
+def _input_gradient(
+    kind: _Head,
+    seen: _Online,
+    mean: jax.Array,
+    weight: jax.Array | Sharded,
+    vocab_axis: int,
+    targets: jax.Array,
+    mask: jax.Array,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Returns the gradient with respect to the input of one matrix of the head, float32[R, D]."""
+    # rounded to the compute dtype, because the vectors summed in `mean` were rounded to it too
     if isinstance(weight, Sharded):
         of_target = looked_up(weight, targets, vocab_axis).astype(dtype)
     else:
@@ -201,7 +224,7 @@ def _input_gradient(kind, seen, mean, weight, vocab_axis, targets, mask, dtype):
     return (mean / seen.total[:, None] - of_target) * mask[:, None]
 
 
-def _backward(kind, saved, g):
+def _backward(kind: _Head, saved: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     dh, dhead, hidden, head = saved
     dhidden = tuple((slope * g).astype(x.dtype) for slope, x in zip(dh, hidden))
     grads = tuple(
@@ -215,12 +238,12 @@ _total.defvjp(_forward, _backward)
 
 
 def _held(weight: jax.Array | Sharded) -> Any:
-    """Returns what this device has of a matrix."""
+    """Returns this device's shard of a matrix; an unsharded matrix is returned unchanged."""
     return weight.part if isinstance(weight, Sharded) else weight
 
 
 def _like(weight: jax.Array | Sharded, held: jax.Array) -> jax.Array | Sharded:
-    """Returns an array as a matrix in the parts that another is in."""
+    """Returns an array as a shard with the axes of `weight`; unchanged if `weight` is unsharded."""
     return Sharded(held, weight.axes) if isinstance(weight, Sharded) else held
 
 
@@ -232,7 +255,7 @@ def _loss(seen: _Online, mask: jax.Array) -> jax.Array:
 def _over_vocabulary(
     kind: _Head, h: Arrays, head: Matrices, targets: jax.Array, *, with_mean: bool
 ) -> _Online:
-    """One pass over the head, block by block; `mean` stays zero unless it is asked for."""
+    """Runs over the vocabulary block by block; without `with_mean`, `mean` stays zero."""
 
     def block(i: jax.Array, seen: _Online) -> _Online:
         weights, ids, new = _block(kind.vocab_axes, head, i)
@@ -271,7 +294,7 @@ def _add_head_gradient(
     mask: jax.Array,
     seen: _Online,
 ) -> Arrays:
-    """The gradients of the trained matrices with those of R rows added; the others as they are."""
+    """Returns the gradients of the trained matrices with those of R rows added."""
     normalizer = seen.highest + jnp.log(seen.total)
 
     def block(i: jax.Array, dhead: Arrays) -> Arrays:
@@ -302,21 +325,22 @@ def _vocabulary(vocab_axes: tuple[int, ...], head: Matrices) -> int:
 
 
 def _blocks(vocabulary: int) -> tuple[int, int]:
-    """Number and size of the blocks; the last may reach back into the one before it."""
+    """Returns the number and the size of the blocks; the last may overlap the block before it."""
     blocks = -(-vocabulary // COLUMNS)
-    # whole vectors of a CPU and tiles of a GPU
+    # a multiple of 128 fills whole CPU vectors and GPU tiles
     return blocks, min(vocabulary, -(-vocabulary // (blocks * 128)) * 128)
 
 
 def _block(
     vocab_axes: tuple[int, ...], head: Matrices, i: jax.Array
 ) -> tuple[Arrays, jax.Array, jax.Array]:
-    """Block i of each matrix, the tokens in it, and which of them no block before it held."""
+    """Returns block i of each matrix, its tokens, and which tokens no earlier block contained."""
     vocabulary = _vocabulary(vocab_axes, head)
     _, size = _blocks(vocabulary)
     start = jnp.minimum(i * size, vocabulary - size)
     ids = start + jnp.arange(size)
-    # Held to the block: XLA:CPU would convert the whole head before the loop, and keep that.
+    # The barrier keeps the conversion of the dtype inside the loop. Without it, XLA:CPU converts
+    # the whole head before the loop and holds the copy.
     head, start = jax.lax.optimization_barrier((head, start))
     weights = tuple(
         whole(_like(weight, jax.lax.dynamic_slice_in_dim(_held(weight), start, size, axis)))

@@ -1,8 +1,8 @@
-"""The members of a population as trees with an axis K, and the programs that train them all.
+"""Trains the K members of a population in one program, as trees with a leading axis K.
 
-Ranks and targets that a member lacks are zeros, whose gradients are exactly zero. The base has no
-axis K: products with its weights see the members as more rows (`kernels/matmul.py`), so that a
-weight is decoded once for all.
+If a member has a smaller rank or fewer target modules than others, its adapters are padded with
+zeros, whose gradients are exactly zero. The base has no axis K: a product with a base weight
+treats the members as additional rows (`kernels/matmul.py`), so each weight is decoded only once.
 """
 
 import dataclasses
@@ -30,15 +30,16 @@ from qlora_jax.train import export, layer_groups
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
 from qlora_jax.train.offload import memory_of
+from qlora_jax.train.state import TrainState
 
 
 class MemberConstants(NamedTuple):
-    """What is fixed for each member.
+    """The constants that differ between members.
 
     Attributes:
-      scales: the scale of each stack of adapters, float32[K, L].
-      rate: peak learning rate, float32[K].
-      rate_of_b: peak learning rate of B, float32[K].
+      scales: adapter scales, float32[K, L] for each stack of adapters.
+      rate: peak learning rates, float32[K].
+      rate_of_b: peak learning rates of B, float32[K].
     """
 
     scales: Sequence[jax.Array]
@@ -47,15 +48,15 @@ class MemberConstants(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """The members' adapters over one model, as trees.
+    """The adapters of all members over one model, as trees.
 
     Attributes:
-      graph: the model's structure, with an adapter on every linear that a member targets.
-      trained: A and B, [K, ...] each.
-      own: the settings that are fixed for each member.
-      frozen: the base, and placeholders for the scales.
-      specs: module path to adapter, for each member.
-      own_batches: whether each member has batches of its own.
+      graph: structure of the model, with an adapter on every linear that any member targets.
+      trained: A and B of all adapters, [K, ...] each.
+      own: constants of each member.
+      frozen: base, with placeholders for the scales.
+      specs: for each member, a map from module path to adapter spec.
+      own_batches: whether the batches have a leading axis K, a different batch for each member.
     """
 
     graph: nnx.GraphDef
@@ -70,10 +71,11 @@ class PopulationProgram(NamedTuple):
     """The compiled functions of a population.
 
     Attributes:
-      init: trained [K, ...] to moments.
-      step: (trained, moments, own, frozen, batch) to (trained, moments, Figures of [K]); donates
-        the first two. The batch is [k, B, T], or [K, k, B, T] where each member has its own.
-      evaluate: (trained, own, frozen, batch [B, T]) to loss sums [K] and token counts [K].
+      init: function (trained [K, ...]) -> moments.
+      step: function (trained, moments, own, frozen, batch) -> (trained, moments, Figures with
+        arrays [K]); donates trained and moments. The batch is [k, B, T], or [K, k, B, T] if
+        members have different batches.
+      evaluate: function (trained, own, frozen, batch [B, T]) -> loss sums [K], token counts [K].
     """
 
     init: Callable[[Any], Any]
@@ -82,10 +84,10 @@ class PopulationProgram(NamedTuple):
 
 
 def union(model: Decoder, configs: Sequence[Config]) -> dict[str, AdapterSpec]:
-    """Every linear that some member targets, with the largest rank that one has there.
+    """Returns all linears that any member targets, each with the largest rank of the members.
 
     Raises:
-      UserError: targets that match nothing.
+      UserError: `lora.target_modules` matches no module.
     """
     linears = model.linears()
     specs = [choose_adapters(config.lora, linears) for config in configs]
@@ -97,12 +99,12 @@ def union(model: Decoder, configs: Sequence[Config]) -> dict[str, AdapterSpec]:
 
 
 def draw(model: Decoder, configs: Sequence[Config], common: Mapping[str, AdapterSpec]) -> Adapters:
-    """Draws every member's adapters as its own run would, and stacks them.
+    """Draws the adapters of each member as a single run would, and stacks them.
 
     Args:
-      model: loaded; its adapters are replaced by placeholders.
-      configs: the members' configs.
-      common: the adapter specs to which all are padded, from `union`.
+      model: loaded model; this function replaces its adapters by placeholders.
+      configs: configs of the members.
+      common: adapter specs to which all members are padded, from `union`.
     """
     specs = [choose_adapters(config.lora, model.linears()) for config in configs]
     drawn = []
@@ -126,14 +128,17 @@ def draw(model: Decoder, configs: Sequence[Config], common: Mapping[str, Adapter
 
 
 def build(config: Config, adapters: Adapters, mesh: Mesh | None = None) -> PopulationProgram:
-    """Compiles lazily, for any members over these linears; see `PopulationProgram`.
+    """Builds the functions of a population; jax compiles each function at its first call.
+
+    The functions accept other members too, with the same linears and the same number of members.
 
     Args:
-      config: what the members have in common.
-      adapters: of as many members as all others.
-      mesh: devices over which the members are split along `DATA`; None is one device.
+      config: config with the settings that the members share.
+      adapters: adapters of the first group of members.
+      mesh: devices over which the members are split along `DATA`; None for one device.
     """
-    # A rate is a factor on AdamW's update, decay included: all members share one of rate 1.
+    # The learning rate is a factor on AdamW's update, decay included. So all members share an
+    # optimizer with rate 1, and `_moved` multiplies the update by each member's rate.
     shared = dataclasses.replace(config.optimizer, learning_rate=1.0, lora_plus_ratio=1.0)
     config = dataclasses.replace(config, optimizer=shared)
     optimizer, single = optimizer_of(config), program_of(config, adapters.graph, memory_of(config))
@@ -155,7 +160,7 @@ def build(config: Config, adapters: Adapters, mesh: Mesh | None = None) -> Popul
 
 
 def placed(mesh: Mesh | None, adapters: Adapters) -> Adapters:
-    """Returns adapters whose members are split over the devices of a mesh, and the base on all."""
+    """Returns the adapters with the members split over the mesh, and the base on every device."""
     if mesh is None:
         return adapters
     own, same = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((DATA,), ()))
@@ -171,7 +176,7 @@ def placed(mesh: Mesh | None, adapters: Adapters) -> Adapters:
 
 
 def first_moments(optimizer: optax.GradientTransformation, trained: Any) -> list[Any]:
-    """Returns one member's moments before the first step, for each stack of layers."""
+    """Returns one member's moments before the first step, for each layer group."""
     leaves = jax.tree.leaves(trained)
     return [
         jax.vmap(optimizer.init)(
@@ -190,10 +195,10 @@ def take_step(
     frozen: Any,
     batch: Any,
 ) -> tuple[Any, Any, steps.Figures]:
-    """Takes a step of every member: `PopulationProgram.step`. One member's is mapped, the base is not."""
+    """Takes a step of every member with `jax.vmap`, the base unmapped; `PopulationProgram.step`."""
 
     def member(trained: Any, moments: Any, own: MemberConstants, batch: Any) -> Any:
-        state = steps.TrainState(trained, (), jnp.int32(0), jnp.float32(1), jnp.int32(0))
+        state = TrainState(trained, (), jnp.int32(0), jnp.float32(1), jnp.int32(0))
         grads, figures = single.gradient(state, _scaled(frozen, own), batch, None)
         return *_moved(optimizer, trained, grads, moments, own, figures.finite), figures
 
@@ -204,7 +209,7 @@ def take_step(
 def evaluate(
     single: steps.StepProgram, trained: Any, own: MemberConstants, frozen: Any, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns every member's loss sum and token count of a batch: `PopulationProgram.evaluate`."""
+    """Returns each member's loss sum and token count of a batch; `PopulationProgram.evaluate`."""
 
     def member(trained: Any, own: MemberConstants) -> tuple[jax.Array, jax.Array]:
         return single.evaluate(trained, _scaled(frozen, own), batch)
@@ -220,7 +225,7 @@ def _moved(
     own: MemberConstants,
     finite: jax.Array,
 ) -> tuple[Any, list[Any]]:
-    """Returns one member's trained tree and moments after an update; as before if not finite."""
+    """Returns one member's trained tree and moments after an update; unchanged if not finite."""
     leaves, slopes, after = jax.tree.leaves(trained), jax.tree.leaves(grads), []
 
     def moved(x: jax.Array, update: jax.Array, group: str) -> jax.Array:
@@ -232,7 +237,7 @@ def _moved(
             layer_groups.stack(group, [xs[place] for place in group.places])
             for xs in (leaves, slopes)
         )
-        # a layer at a time, as `layer_groups` does: what is stored in blocks is a layer's own
+        # one layer at a time, as in a single run: a block of 8-bit moments never spans two layers
         updates, new = jax.vmap(optimizer.update)(along, before, params)
         params = jax.tree.map(moved, params, updates, group_labels(params))
         for place, leaf in zip(group.places, layer_groups.stack_leaves(group, params)):
@@ -242,7 +247,7 @@ def _moved(
 
 
 def _scaled(frozen: Any, own: MemberConstants) -> Any:
-    """Returns the frozen tree with one member's scales."""
+    """Returns the frozen tree with the adapter scales of one member."""
     scales = iter(own.scales)
 
     def scaled(variable: Any) -> Any:
@@ -254,7 +259,7 @@ def _scaled(frozen: Any, own: MemberConstants) -> Any:
 
 
 def extract(adapters: Adapters, trained: Any, k: int) -> LoraSet:
-    """One member's adapters, padding cut off, by module path."""
+    """Returns the adapters of member k without padding, by module path."""
     tree = jax.tree.map(lambda x: x[k], trained)
     model: Decoder = nnx.merge(adapters.graph, tree, adapters.frozen)
     return {
@@ -276,8 +281,8 @@ def _scales(frozen: Any) -> dict[str, jax.Array]:
 
 
 def _stacked(members: Sequence[jax.Array | None], like: jax.Array) -> jax.Array:
-    """Zero-padded to one shape; nothing but padding where a member has no adapter."""
-    # by NumPy, since jax would compile a program for every rank
+    """Stacks arrays, each padded with zeros to the shape of `like`; None becomes all zeros."""
+    # with NumPy, because jax would compile a program for every rank
     whole = np.zeros((len(members), *like.shape), like.dtype)
     for place, x in zip(whole, members):
         if x is not None:

@@ -1,4 +1,4 @@
-"""A run on several devices: which they are, and how its model is split over them."""
+"""Chooses the device mesh of a run, and splits the model over it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from qlora_jax.runtime.mesh import DATA, FSDP, device_mesh
 
 
 def mesh_of(config: Config) -> Mesh | None:
-    """Returns the mesh that a config asks for; None is one device.
+    """Returns the mesh of a config; None for one device.
 
     Raises:
-      UserError: there are fewer devices, or the rows of a batch are not a multiple of them.
+      UserError: there are too few devices, or the rows of a batch are not a multiple of them.
     """
     mesh = device_mesh(config.mesh.data, config.mesh.fsdp)
     check_rows(config)
@@ -26,18 +26,18 @@ def mesh_of(config: Config) -> Mesh | None:
 
 
 def check_rows(config: Config) -> None:
-    """Raises UserError unless the rows of a batch are a multiple of the devices."""
+    """Raises UserError if the rows of a batch are not a multiple of the devices."""
     asked, rows = config.mesh, config.train.batch_size
     if rows % asked.devices:
         raise UserError(
-            f"train.batch_size {rows} is divided over the {asked.devices} devices of mesh "
-            f"{{data: {asked.data}, fsdp: {asked.fsdp}}}, and is not a multiple of them; give "
+            f"train.batch_size {rows} is not a multiple of the {asked.devices} devices of mesh "
+            f"{{data: {asked.data}, fsdp: {asked.fsdp}}}, which share its rows; give "
             f"--train.batch_size={-(-rows // asked.devices) * asked.devices}, or a smaller mesh"
         )
 
 
 def describe_mesh(config: Config) -> str:
-    """Returns the devices of a run in words."""
+    """Returns a description of the devices of a run, for messages."""
     found, asked = describe_devices(), config.mesh
     if asked.devices == 1 and jax.process_count() == 1:
         return str(dataclasses.replace(found, count=1))
@@ -49,15 +49,15 @@ def describe_mesh(config: Config) -> str:
 def split_over(
     mesh: Mesh, parts: SplitModel, warn: Callable[[str], None]
 ) -> tuple[SplitModel, MeshLayout]:
-    """Puts a model's trees on the devices of a mesh.
+    """Places a model's trees on the devices of a mesh.
 
     Args:
-      mesh: from `mesh_of`.
-      parts: the model; its pretrained weights may be there already.
-      warn: called with a line on what could not be split.
+      mesh: mesh of the run, from `mesh_of`.
+      parts: model; its pretrained weights may be on the mesh already.
+      warn: function called with a line about weights that cannot be split.
 
     Returns:
-      The model, and how it is split.
+      The model on the mesh, and its layout.
     """
     layout = layout_of(mesh, parts.trained, parts.frozen)
     whole = undivided(parts.trained, layout.trained) | undivided(parts.frozen, layout.frozen)

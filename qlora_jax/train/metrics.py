@@ -1,4 +1,4 @@
-"""metrics.jsonl, a run's figures over time, and the same scalars for TensorBoard."""
+"""Writes the figures of each step to metrics.jsonl and to TensorBoard, and reads metrics.jsonl."""
 
 import contextlib
 import json
@@ -16,28 +16,28 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.events import Event, RecordWriter, SessionLog, scalar
 
 NAME = "metrics.jsonl"
-# Each flush of the event file waits for the disk.
+# Least time between two flushes of the event file, because each flush waits for the disk.
 FLUSH_SECONDS = 10
 
 
 class Log:
-    """Keeps nothing: the log of every process of a run but the first.
+    """A log that writes nothing, for all processes of a run except the first.
 
     Attributes:
-      path: the file metrics.jsonl.
-      lost: steps before the first that have no line, since the file was damaged.
+      path: path of the file metrics.jsonl.
+      lost: steps before the step to resume from that have no line, because the file was damaged.
     """
 
     def __init__(self, run_dir: str | Path):
-        """Takes note of where the file is."""
+        """Stores the path of the file."""
         self.path = Path(run_dir) / NAME
         self.lost: list[int] = []
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Adds one line."""
+        """Does nothing; `MetricsLog` adds one line."""
 
     def close(self) -> None:
-        """Ends the log."""
+        """Does nothing; `MetricsLog` closes the files."""
 
     def __enter__(self) -> Self:
         return self
@@ -48,34 +48,33 @@ class Log:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What ended the run matters more than what then goes wrong in closing its log.
+        # The error that ended the run matters more than an error in closing the log.
         with contextlib.suppress(*([Exception] if error else [])):
             self.close()
 
 
 def open_log(run_dir: str | Path, *, start_step: int) -> Log:
-    """Opens a run's log: in its first process `MetricsLog`."""
+    """Opens the log of a run: a `MetricsLog` in the first process, a `Log` in the others."""
     return processes.by_first(lambda: MetricsLog(run_dir, start_step=start_step)) or Log(run_dir)
 
 
 class MetricsLog(Log):
-    """Appends figures to RUN_DIR/metrics.jsonl and to event files in RUN_DIR/tensorboard.
+    """A log in RUN_DIR/metrics.jsonl, with the same scalars in event files in RUN_DIR/tensorboard.
 
-    Each line is one JSON object: `step` and slash-separated names such as `train/loss`. A value
-    that is not finite is null, since JSON has no NaN. A line reaches the system as it is
-    written, so that a killed process loses none.
-
+    Each line is one JSON object with `step` and slash-separated names such as `train/loss`. A value
+    that is not finite is written as null, because JSON has no NaN. Lines are written without a
+    buffer, so that a killed process loses none.
     """
 
     def __init__(self, run_dir: str | Path, *, start_step: int) -> None:
-        """Opens the log of a run whose last checkpoint holds `start_step` steps; 0 for a new one.
+        """Opens the log of a run that continues after step `start_step`; 0 for a new run.
 
-        Lines of later steps, which will be run again, and a half-written last line are dropped.
+        Removes lines of later steps, which will run again, and a half-written last line.
 
         Raises:
           UserError: the folder is not writable, or the file is malformed before its last line.
         """
-        # it warns of every gradient norm that is not finite, which the loss scale deals with
+        # tensorboardX warns about each NaN or infinity; the loss scale handles such gradient norms
         logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         super().__init__(run_dir)
         self._start_step = start_step
@@ -85,11 +84,11 @@ class MetricsLog(Log):
         self.lost = [step for step in range(1, start_step + 1) if step not in there]
         try:
             self._file = self.path.open("ab", buffering=0)
-            # SummaryWriter writes from a thread, which would wait for ever once the disk is full.
+            # Not SummaryWriter: it writes from a thread that hangs forever if the disk is full.
             events = self.path.parent / "tensorboard"
             events.mkdir(exist_ok=True)
             self._events = RecordWriter(str(events / f"events.out.tfevents.{time.time_ns()}"))
-            # TensorBoard forgets the steps from this one on, which earlier event files may hold.
+            # SessionLog.START makes TensorBoard drop steps >= `first` of earlier event files.
             first = start_step + 1 if start_step else 0
             self._add_event(first, file_version="brain.Event:2")
             self._add_event(first, session_log=SessionLog(status=SessionLog.START))
@@ -98,7 +97,7 @@ class MetricsLog(Log):
             raise storage_error(self.path.parent, e) or e from e
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Adds one line. At the step resumed from, it replaces the line with the same names.
+        """Adds one line; at step `start_step`, the line replaces one with the same names.
 
         Raises:
           UserError: the disk is full.
@@ -121,7 +120,7 @@ class MetricsLog(Log):
             raise storage_error(self.path.parent, e) or e from e
 
     def close(self) -> None:
-        """Ends the log.
+        """Closes both files.
 
         Raises:
           UserError: the disk is full.
@@ -142,10 +141,10 @@ class MetricsLog(Log):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl in order; null becomes NaN, a cut last line is left out.
+    """Returns the lines of a metrics.jsonl in order, with NaN for null, without a cut last line.
 
     Raises:
-      UserError: no such file, or a malformed line before the last.
+      UserError: the file does not exist, or has a malformed line before the last.
     """
     return [
         {key: math.nan if value is None else value for key, value in row.items()}
@@ -172,7 +171,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> set[int]:
-    """Drops the lines that are not wanted; returns the steps of the others."""
+    """Removes the unwanted lines from the file; returns the steps of the other lines."""
     kept = [(line, row["step"]) for line, row in _rows(path) if wanted(row)]
     content = b"".join(line + b"\n" for line, _ in kept)
     if content != path.read_bytes():

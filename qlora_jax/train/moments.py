@@ -1,8 +1,8 @@
-"""What is kept of Adam's moments between updates: float32, bfloat16 or 8 bits.
+"""Stores Adam's moments between updates in float32, bfloat16 or 8 bits.
 
-An update decodes them, computes in float32 and encodes the results. Each array is stored by
-itself, from its values and the count of updates alone, so any part of a tree can be updated
-without the rest, and a resumed run is the same run.
+An update decodes the moments, computes in float32 and encodes the results. The stored form of an
+array depends only on its values and the count of updates. So any part of a tree can be updated
+alone, and a resumed run computes the same moments as a run without interruption.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ import optax
 from qlora_jax.quant.dynamic8 import Dynamic8, decode8, encode8
 
 MIN_8BIT_SIZE = 4096
-"""Elements from which an array is stored in 8 bits, as in bitsandbytes."""
+"""Smallest number of elements of an array stored in 8 bits; the value of bitsandbytes."""
 
 
 def stored(adam: optax.GradientTransformation, moments: str) -> optax.GradientTransformation:
-    """`optax.scale_by_adam`, the moments of its state stored as `moments` says.
+    """Returns the transformation `adam` with its moments stored in the format `moments`.
 
     Args:
-      adam: the transformation; its state has count, mu and nu.
-      moments: a key of `ENCODERS`.
+      adam: `optax.scale_by_adam`; its state has count, mu and nu.
+      moments: key of `ENCODERS`.
     """
     encoder = ENCODERS[moments]
 
@@ -44,15 +44,15 @@ def stored(adam: optax.GradientTransformation, moments: str) -> optax.GradientTr
 
 
 def dithered(x: jax.Array, step: jax.Array) -> jax.Array:
-    """Rounds to bfloat16, up or down by chance, so that the expected value is x.
+    """Rounds x to bfloat16 stochastically, so that the expected value is x.
 
-    To the nearest, a change of less than 1/512 would be lost in every step anew: a second moment
-    that decays by 0.999 would not decay at all. Chance is a hash of `step` and the position,
-    since jax.random takes many times what all else in an update does on a CPU.
+    Rounding to nearest would lose every relative change below 1/512: a second moment with a decay
+    of 0.999 would not decay at all. The random bits are a hash of `step` and the position, because
+    jax.random takes many times longer on a CPU than the whole other update.
 
     Args:
-      x: float32, any shape.
-      step: integer scalar; equal steps round equal arrays alike.
+      x: array to round, float32 of any shape.
+      step: count of updates, integer scalar; the same step rounds equal arrays to equal results.
     """
     position = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
     chance = _hash(position ^ _hash(step.astype(jnp.uint32))) >> 16
@@ -69,7 +69,7 @@ ENCODERS: dict[str, Callable[[jax.Array, bool, jax.Array], Any]] = {
     "bfloat16": lambda x, signed, step: dithered(x, step),
     "int8": _block_wise,
 }
-"""Setting to what stores a float32 array, given whether it has a sign and the count of updates."""
+"""Map from `optimizer.moments` to a function (float32 array, signed, updates) -> stored array."""
 
 
 def _is_encoded(x: Any) -> bool:
@@ -81,7 +81,7 @@ def _wide(x: Any) -> jax.Array:
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    # MurmurHash3's finalizer: every bit of the result depends on every bit of x.
+    # finalizer of MurmurHash3: every bit of the result depends on every bit of x
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,8 +1,9 @@
-"""Stands in for paged optimizers (QLoRA, section 3): moments on the host visit the device in turn.
+"""Keeps moments in host memory and moves them to the device for each layer's update.
 
-A driver moves the pages of a paged optimizer between the memories when the device is full. Here the
-program moves the moments itself, a unit of the trained tree (`layer_groups`) at a time: a unit's come to
-the device for its update and go back, while the next unit's are on their way.
+This replaces the paged optimizers of QLoRA (arXiv 2305.14314, section 3), where the driver moves
+pages between the two memories when the device is full. Here the program itself moves the moments,
+one layer (`layer_groups`) at a time: the moments of a layer come to the device for the layer's
+update and go back to the host, while the moments of the next layer are copied to the device.
 """
 
 from collections.abc import Callable
@@ -14,16 +15,16 @@ from qlora_jax.config import Config
 
 
 class Placement(NamedTuple):
-    """A home for moments.
+    """The memory in which arrays are stored between uses, device or host, and its copy functions.
 
     Attributes:
-      store: a tree on the device to the same tree at home.
-      fetch: the way back; returns before the copy is done.
-      wait: until a tree has arrived at home. A caller that does not wait would have the moments
-        of all layers on their way at one time.
-      begin: prepares the state before the first step. With moments on the host it commits every
-        array to its device. Moments that come from the host are committed, so the arrays of all
-        later states are too, and jit compiles a program once for each of the two kinds.
+      store: function that copies a tree from the device to the memory.
+      fetch: function that copies a tree back to the device; returns before the copy is done.
+      wait: function that waits until a tree has arrived in the memory. Without waiting, the copies
+        of all layers would be in flight at one time.
+      begin: function that prepares the state before the first step. For the host, it commits every
+        array to its device: arrays fetched from the host are committed, so those of all later
+        states are too, and jit would compile each program once more for uncommitted arrays.
     """
 
     store: Callable[[Any], Any]
@@ -50,15 +51,15 @@ def _committed(tree: Any) -> Any:
 ON_DEVICE = Placement(_same, _same, _same, _same)
 ON_HOST = Placement(_to("pinned_host"), _to("device"), jax.block_until_ready, _committed)
 PLACEMENTS = {"device": ON_DEVICE, "host": ON_HOST}
-"""A setting `optimizer.offload` to the placement it stands for."""
+"""Map from a value of `optimizer.offload` to its placement."""
 
 
 class Memory(NamedTuple):
-    """What a run keeps, and where.
+    """The two choices that decide a run's memory: placement of moments, and rematerialization.
 
     Attributes:
-      moments: where the optimizer's state lives.
-      remat: a key of `decoder.REMAT`, what of the layers is kept for the backward pass.
+      moments: placement of the optimizer state.
+      remat: key of `decoder.REMAT`; names which values of a layer are saved for the backward pass.
     """
 
     moments: Placement
@@ -66,7 +67,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(config: Config) -> Memory:
-    """Returns what a config asks for; auto is the device, and dots, since there is no plan."""
+    """Returns the memory choices of a config; without a memory plan, auto means device and dots."""
     offload, remat = config.optimizer.offload, config.model.remat
     return Memory(
         PLACEMENTS["device" if offload == "auto" else offload],

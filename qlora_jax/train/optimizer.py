@@ -1,8 +1,8 @@
-"""AdamW over the trained tree, one transformation per group of variables.
+"""AdamW over the trained tree, with one transformation for each group of variables.
 
-There is no mask for the frozen base here, and none is needed: the loss is differentiated with
-respect to the trained tree alone (A and B, or every weight for method full), so nothing else has a
-gradient, moments or an update (`train/step.py`). `lora/masks.py` has the same as an optax mask.
+The optimizer needs no mask for the frozen base. The loss is differentiated with respect to the
+trained tree only (A and B, or every weight for method full), so nothing else has a gradient,
+moments or an update (`train/step.py`). `lora/masks.py` offers a mask for other training loops.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from qlora_jax.train.moments import stored
 
 
 def schedule(config: OptimizerConfig, steps: int, ratio: float = 1.0) -> optax.Schedule:
-    """The learning rate by step, times `ratio`: linear warm-up, then the named schedule."""
+    """Returns the learning rate of each step, times `ratio`: warm-up, then `config.schedule`."""
     peak, rest = config.learning_rate * ratio, max(steps - config.warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -31,11 +31,12 @@ def schedule(config: OptimizerConfig, steps: int, ratio: float = 1.0) -> optax.S
 
 
 def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with decay on matrices only and B's own rate (LoRA+, arXiv 2402.12354).
+    """Returns AdamW with decay on matrices only, and LoRA+'s rate of B (arXiv 2402.12354).
 
-    Clipping is not part of it: it needs the norm of the whole tree, which the gradient program
-    has. What is here works leaf by leaf, on any part of the tree. An update computes in float32
-    whatever the leaves are; `config.moments` is what it keeps.
+    The rate of B is lora_plus_ratio · learning_rate. The gradient program clips the gradients,
+    because clipping needs the norm of the whole tree. This transformation treats each leaf
+    independently, so it can update any part of the tree. An update computes in float32 for leaves
+    of any dtype; `config.moments` names the format of the stored moments.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
 

@@ -1,4 +1,4 @@
-"""Drops what orbax and tensorstore print about errors that they also raise."""
+"""Suppresses messages of orbax and tensorstore about errors that they also raise."""
 
 import functools
 import logging
@@ -8,18 +8,19 @@ import warnings
 from typing import Any
 
 NAMES = ("orbax", "tensorstore", "ocdbt")
-"""An error of theirs has one of these in its text or its traceback; OCDBT is a file format."""
+"""Each error of orbax or tensorstore has one of these names in its text or traceback; OCDBT is a
+file format."""
 COROUTINES = r"coroutine '[\w.<>]*(serialize|ocdbt|metadata|async_save|_read_)"
-"""Matches the start of Python's warning about a coroutine of orbax that never ran."""
+"""Regular expression for the start of Python's warning about an orbax coroutine that never ran."""
 
 
 @functools.cache
 def silence() -> None:
-    """Drops, until the process ends, what their threads and tasks report after an error.
+    """Suppresses, until the process ends, the reports of orbax threads and tasks after an error.
 
-    There are four reports, which may come long after the error: orbax's own log (`absl`), asyncio's
-    log of reads that failed as well, Python's warning about writes that never began, and Python's
-    report of an event loop that tensorstore wakes after orbax closed it.
+    Four kinds of report may come long after the error: orbax's log (`absl`), asyncio's log of other
+    failed reads, Python's warning about writes that never began, and Python's report about an event
+    loop that orbax closed before tensorstore used it.
     """
     warnings.filterwarnings("ignore", COROUTINES, RuntimeWarning)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -35,7 +36,7 @@ def silence() -> None:
 
 
 def _is_others(record: logging.LogRecord) -> bool:
-    """Returns False for a record with an error of theirs, or about a task of theirs."""
+    """Returns False for a log record about an error or a task of orbax or tensorstore."""
     error = record.exc_info[1] if record.exc_info else None
     return not (_is_theirs(error) or _names_them(record.getMessage()))
 
@@ -45,7 +46,7 @@ def _is_closed_loop(error: BaseException | None) -> bool:
 
 
 def _is_theirs(error: BaseException | None) -> bool:
-    """Returns whether an error comes from their code, or names it."""
+    """Returns whether orbax or tensorstore is in the text or the traceback of an error."""
     return bool(error) and _names_them("".join(traceback.format_exception(error)))
 
 

@@ -1,4 +1,4 @@
-"""Who owns a run directory: a lock for as long as a run writes there, and the folder's identity."""
+"""Locks a run directory while a run writes to it, and detects if the folder was replaced."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from qlora_jax.runtime.errors import UserError
 
 LOCK = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What some network file systems answer; runs there are not kept apart."""
+"""Errors of network file systems without locks; runs there are not protected from each other."""
 
 
 class Owner:
@@ -23,21 +23,21 @@ class Owner:
     """
 
     def __init__(self, folder: Path, lock: int):
-        """Takes note of which folder and which file it is.
+        """Stores the identity of the folder and of the lock file.
 
         Args:
-          folder: the run directory.
-          lock: file descriptor of the file `LOCK` in it.
+          folder: run directory.
+          lock: file descriptor of the file `LOCK` in the run directory.
         """
         self.folder = folder
         self._lock = lock
         self._identity = _identity(os.stat(folder))
 
     def check(self) -> None:
-        """Makes sure that the folder is still the one that was claimed.
+        """Checks that the folder is still the claimed one.
 
         Raises:
-          UserError: it was deleted, moved or replaced.
+          UserError: the folder was deleted, moved or replaced.
         """
         try:
             same = (_identity(os.stat(self.folder)), _identity(os.stat(self.folder / LOCK))) == (
@@ -54,21 +54,21 @@ class Owner:
 
 
 class Guest(Owner):
-    """A process of the same run that owns nothing: the first one has the directory."""
+    """A process of the same run that does not own the directory; the first process owns it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def check(self) -> None:
-        """Does nothing: the owner checks."""
+        """Does nothing, because the owning process checks the folder."""
 
 
 @contextlib.contextmanager
 def own(folder: Path) -> Iterator[Owner]:
-    """Holds a folder's lock; the kernel releases it too, however the process ends.
+    """Holds the lock of a folder; if the process dies, the kernel releases the lock.
 
     Raises:
-      UserError: another run holds it, or the folder cannot be written to.
+      UserError: another run holds the lock, or the folder cannot be written to.
     """
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -82,14 +82,14 @@ def own(folder: Path) -> Iterator[Owner]:
 
 
 def check_free(folder: Path) -> None:
-    """Makes sure that no run holds the folder's lock; changes nothing.
+    """Checks that no run holds the lock of a folder; changes nothing.
 
     Raises:
-      UserError: one does.
+      UserError: a run holds the lock.
     """
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # no run ever took it, or it is for `own` to tell what is wrong
+    except OSError:  # no lock file yet, or a problem that `own` will report
         return
     try:
         _take(folder, lock)

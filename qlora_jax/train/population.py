@@ -1,7 +1,8 @@
-"""Many adapters over one frozen base, trained by one program.
+"""Trains a population: many adapters over one frozen base, in one program.
 
-Members may differ in what their adapters hold and in how fast they learn. The single run's gradient
-is mapped over them (`train/mapped.py`), so losses, norms and clipping are each member's own.
+Members may differ in their adapters and their learning rates (`VARIED`). The gradient of a single
+run is mapped over the members (`train/mapped.py`), so each member has a separate loss, gradient
+norm and clipping.
 """
 
 import dataclasses
@@ -37,21 +38,21 @@ VARIED = (
 """Settings in which members may differ."""
 
 Overrides = Mapping[str, str]
-"""Dotted setting to its text, as on the command line."""
+"""Map from a dotted setting to its value as text, as on the command line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemberResult:
-    """What became of one member.
+    """The result of training one member.
 
     Attributes:
-      config: its whole config.
-      losses: mean loss over target tokens, a step each.
-      norms: the gradient's norm before clipping, a step each.
-      held_out: step to held-out loss; step 0 is before training.
-      adapters: by module path, as `formats.peft.write_adapter` takes them.
-      diverged: the first step whose loss or gradient was not finite, which changed nothing, as
-        those after it; None where there is none.
+      config: complete config of the member.
+      losses: for each step, the mean loss over the target tokens.
+      norms: for each step, the gradient norm before clipping.
+      held_out: map from step to held-out loss; step 0 is before training.
+      adapters: adapters by module path, the format of `formats.peft.write_adapter`.
+      diverged: first step whose loss or gradient was not finite; None if there is none. Neither
+        this step nor later ones change the member.
     """
 
     config: Config
@@ -63,7 +64,7 @@ class MemberResult:
 
 
 def fixed(overrides: Overrides) -> str:
-    """What members must have in common: equal for overrides that can train together."""
+    """Returns the overrides that members must share, as text; equal texts can train together."""
     return json.dumps({k: v for k, v in sorted(overrides.items()) if not _varied(k)})
 
 
@@ -76,21 +77,22 @@ def train_population(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda step: None,
 ) -> list[MemberResult]:
-    """Trains every member as a run of its own would be trained.
+    """Trains each member like a single run, all members in one program; writes no files.
 
-    Nothing is written. Dropout, float16 and moments on the host are a single run's. Members are
-    split over the devices of `mesh.data`, each of which has the whole base.
+    A population does not support dropout, float16 or moments on the host. The members are split
+    over the devices of `mesh.data`, and each device holds the whole base.
 
     Args:
-      config: of the run; method qlora or lora.
-      members: what each changes, among `VARIED`.
-      largest: members at a time, of more than that; each part runs the same program.
-      data_seed: order of the data for all; None: each member's own train.seed, as in a run.
-      say: called with warnings.
-      progress: called with each finished step.
+      config: config that all members share; method qlora or lora.
+      members: overrides of each member, with settings of `VARIED` only.
+      largest: largest number of members to train at a time; more members are trained in groups
+        with the same program. None trains all at a time.
+      data_seed: seed of the data order of all members; None takes each member's train.seed.
+      say: function called with each warning.
+      progress: function called with the number of each finished step.
 
     Raises:
-      UserError: members that differ in more, or settings that a population does not have.
+      UserError: members differ in other settings, or a setting is not supported.
     """
     configs = member_configs(config, members, data_seed)
     mesh = device_mesh(config.mesh.data, config.mesh.fsdp)
@@ -109,7 +111,7 @@ def train_population(
     program = None
     for start in range(0, len(configs), size):
         part = configs[start : start + size]
-        # the last part is filled up, for the program's sake
+        # repeats the last member, because the compiled program needs `size` members
         filled = part + [part[-1]] * (size - len(part))
         adapters = draw(model, filled, common)._replace(own_batches=own_batches)
         program = program or build(config, adapters, mesh)
@@ -127,7 +129,7 @@ def run(
     program: PopulationProgram,
     progress: Callable[[int], None] = lambda step: None,
 ) -> list[MemberResult]:
-    """The loop of `train_population` over one part; consumes `adapters.trained`."""
+    """Trains one group of members of `train_population`; donates `adapters.trained`."""
     train = configs[0].train
     trained, moments = adapters.trained, program.init(adapters.trained)
     rest = adapters.own, adapters.frozen
@@ -166,10 +168,10 @@ def run(
 def member_configs(
     config: Config, members: Sequence[Overrides], data_seed: int | None = None
 ) -> list[Config]:
-    """Each member's config.
+    """Returns the config of each member.
 
     Raises:
-      UserError: as `train_population`.
+      UserError: an error of `train_population`.
     """
     if not members:
         raise UserError("a population has no members; give at least one")
@@ -177,7 +179,7 @@ def member_configs(
         for key in overrides:
             if not _varied(key):
                 raise UserError(
-                    f"{key}: members of a population have it in common; they may differ in "
+                    f"{key}: must be equal for all members of a population; they may differ in "
                     f"{', '.join(VARIED)}"
                 )
     refused = {
@@ -192,12 +194,14 @@ def member_configs(
         "mesh.fsdp above 1": config.mesh.fsdp > 1,
     }
     if setting := next((name for name, used in refused.items() if used), None):
-        raise UserError(f"{setting}: not for a population; change it, or train runs by themselves")
+        raise UserError(
+            f"{setting}: a population does not support it; change it, or train single runs instead"
+        )
     configs = [changed(config, overrides) for overrides in members]
     if not config.data.packing and data_seed is None and len({c.train.seed for c in configs}) > 1:
         raise UserError(
-            "data.packing false gives members of different train.seed rows of different lengths; "
-            "set it to true, or give all the same order by data_seed"
+            "data.packing false gives members with different train.seed rows of different lengths; "
+            "set it to true, or give data_seed, so that all members have the same order"
         )
     return configs
 
@@ -206,8 +210,8 @@ def _check_targets(configs: Sequence[Config], decoder: DecoderConfig) -> None:
     for config in configs:
         if outer := outer_targets(config.lora, decoder):
             raise UserError(
-                f"lora.target_modules: {outer[0]} is not for a population; leave it out, or train "
-                "runs by themselves"
+                f"lora.target_modules: a population does not support {outer[0]}; leave it out, or "
+                "train single runs instead"
             )
 
 

@@ -1,4 +1,4 @@
-"""The first half of a run: all that the input can be at fault for. Nothing is written here."""
+"""The first half of a run: opens and checks all inputs. Writes no files."""
 
 import dataclasses
 import hashlib
@@ -34,15 +34,15 @@ from qlora_jax.train.setup import load_run_model, open_model
 
 @dataclasses.dataclass(frozen=True)
 class PrepareRequest:
-    """What is asked for.
+    """The request of the user to run a training.
 
     Attributes:
-      config: the run's config; settings that the adapter it goes on from decides are filled in.
-      say: called with lines for the user.
-      command: the command that reproduces the run, for the report and the manifest.
-      resume: go on where the directory's run stopped.
-      overwrite: delete the run that the directory holds.
-      started: when it was asked for, by `time.perf_counter`.
+      config: config of the run, with the settings that `lora.from_adapter` decides filled in.
+      say: function called with lines for the user.
+      command: command that reproduces the run, for the report and the manifest.
+      resume: whether to continue the run in the run directory.
+      overwrite: whether to delete the run in the run directory.
+      started: time of the request, from `time.perf_counter`.
     """
 
     config: Config
@@ -55,18 +55,17 @@ class PrepareRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What is known before any weight is read.
+    """The opened inputs of a run, before any weight is read.
 
     Attributes:
-      config: the config of the run with its number of steps, also where `train.epochs` was asked
-        for.
-      checkpoint: the model, open.
-      tokenizer: its tokenizer.
-      data: the examples.
-      loader: the batches to train on.
-      memory: what is kept, and where.
-      mesh: the devices over which the model is split; None is one device.
-      device: in words.
+      config: config of the run with `train.steps` set, even if the user gave `train.epochs`.
+      checkpoint: opened model files.
+      tokenizer: tokenizer of the model.
+      data: examples of the run.
+      loader: loader of the training batches.
+      memory: memory choices.
+      mesh: devices over which the model is split; None for one device.
+      device: description of the devices.
     """
 
     config: Config
@@ -81,14 +80,14 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a run's manifest and report say of its model.
+    """The facts on the model for a run's manifest and report.
 
     Attributes:
-      adapted: whether adapters are trained on a frozen base; else every weight is.
-      trained: parameters that are trained.
-      total: all parameters.
-      base_hash: the hash of the pretrained weights before the first step (`models.fingerprint`).
-      quantization: the format of the linears; None where they are in 16 or 32 bits.
+      adapted: True if adapters are trained on a frozen base, False if every weight is trained.
+      trained: number of trained parameters.
+      total: number of all parameters.
+      base_hash: hash of the pretrained weights before the first step (`models.fingerprint`).
+      quantization: quantization of the linears; None if they are in 16 or 32 bits.
     """
 
     adapted: bool
@@ -100,14 +99,14 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What trains, before it has a run directory.
+    """A training that is ready to begin but has no run directory yet.
 
     Attributes:
-      training: the model and the functions of a step.
-      loader: the batches to train on.
-      held_out: name of a held-out set to the batches to evaluate on.
-      facts: about the model.
-      changed: a warning where a run to be resumed began with other weights.
+      training: model, step functions and training state.
+      loader: loader of the training batches.
+      held_out: map from the name of a held-out set to its batches.
+      facts: facts on the model.
+      changed: warning that the run to resume began with other weights; None if it did not.
     """
 
     training: Training
@@ -118,14 +117,14 @@ class Built:
 
 
 def open_inputs(asked: PrepareRequest, place: Callable[[DecoderConfig], Memory]) -> Opened:
-    """Opens the model and reads the data, once it is sure that the run may write its directory.
+    """Opens the model and reads the data, after checking that the run may use its directory.
 
     Args:
-      asked: the run.
-      place: what is kept where, given the model's shapes; it may refuse the run.
+      asked: request of the run.
+      place: function from the model's shapes to the memory choices; may raise to refuse the run.
 
     Raises:
-      UserError: the input is at fault.
+      UserError: an input is invalid.
     """
     config, say = asked.config, asked.say
     rundir.check(config, resume=asked.resume, overwrite=asked.overwrite)
@@ -133,7 +132,7 @@ def open_inputs(asked: PrepareRequest, place: Callable[[DecoderConfig], Memory])
     if asked.resume and config.train.epochs is None:
         resume.check_steps(Path(config.output), config.train.step_count)
     mesh = mesh_of(config)
-    choose_kernel(config, jax.local_devices()[0])  # refuses before anything is loaded
+    choose_kernel(config, jax.local_devices()[0])  # raises before anything is loaded
     checkpoint, text = open_model(config, say)
     memory = place(checkpoint.config)
     data = examples.read_data(config, text, checkpoint.config.longest_cached)
@@ -154,11 +153,12 @@ def open_inputs(asked: PrepareRequest, place: Callable[[DecoderConfig], Memory])
 
 
 def build(asked: PrepareRequest, opened: Opened) -> Built:
-    """Loads the model and builds what trains it.
+    """Loads the model and builds its training.
 
     Raises:
-      UserError: the input is at fault.
-      RunFailed: fresh adapters change the model's output, or a kernel is wrong on this device.
+      UserError: an input is invalid.
+      RunFailed: fresh adapters change the model's output, or a kernel computes wrong results on
+        this device.
     """
     config, data, pad_id = opened.config, opened.data, opened.tokenizer.pad_id
     model, specs = load_run_model(config, opened.checkpoint, asked.say, opened.mesh)
@@ -184,13 +184,13 @@ def build(asked: PrepareRequest, opened: Opened) -> Built:
 def describe_model(
     config: Config, model: Decoder, specs: Mapping[str, AdapterSpec], counts: tuple[int, int]
 ) -> list[str]:
-    """Returns lines on what is trained and how the rest is held.
+    """Returns lines on the trained parameters, the quantized linears and the adapter scale.
 
     Args:
-      config: the run's config.
-      model: loaded, with its adapters.
-      specs: module path to adapter.
-      counts: (trained, all) parameters.
+      config: config of the run.
+      model: loaded model with its adapters.
+      specs: map from module path to adapter spec.
+      counts: numbers of (trained, all) parameters.
     """
     trained, total = counts
     lines = [f"trainable: {trained:,} of {total:,} ({trained / total:.3%})"]
@@ -203,10 +203,10 @@ def describe_model(
 
 
 def entries(config: Config, facts: Facts) -> dict[str, Any]:
-    """Returns what the manifest says of the model.
+    """Returns the entries of the manifest about the model.
 
     Raises:
-      UserError: an adapter to go on from cannot be read.
+      UserError: the adapter `lora.from_adapter` cannot be read.
     """
     quant = facts.quantization
     found: dict[str, Any] = {
@@ -220,7 +220,7 @@ def entries(config: Config, facts: Facts) -> dict[str, Any]:
 
 
 def _base_changed(model: Decoder, config: Config) -> str | None:
-    """A warning where the run to be resumed began with other weights."""
+    """Returns a warning if the run to resume began with other weights; else None."""
     folder = Path(config.output)
     if not paths.exists(folder / manifest.NAME):
         return None
@@ -229,8 +229,8 @@ def _base_changed(model: Decoder, config: Config) -> str | None:
     if found == before:
         return None
     return (
-        f"warning: the model's weights are not those the run began with (hash {found}, "
-        f"then {before}): the files, the device or a version changed"
+        f"warning: the model's weights differ from those at the run's first step (hash {found} "
+        f"now, {before} then): the files, the device or a version changed"
     )
 
 

@@ -1,4 +1,4 @@
-"""A pretrained model, as its settings say: opened with its tokenizer, then loaded."""
+"""Opens a pretrained model with its tokenizer, and loads its weights."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,14 +33,14 @@ from qlora_jax.train.targets import targets
 def open_pretrained(
     settings: ModelSettings, warn: Callable[[str], None], template: str | None = None
 ) -> tuple[Checkpoint, Tokenizer]:
-    """Opens a model and its tokenizer, after all that can be checked before.
+    """Checks the settings, then opens a model and its tokenizer.
 
-    Where the settings name an adapter to go on from, the tensors that it replaces are replaced.
+    If `lora.from_adapter` is set, the checkpoint contains the tensors that the adapter replaces.
 
     Args:
-      settings: of the model.
-      warn: called with lines for the user.
-      template: a Jinja file with a chat template in place of the tokenizer's own.
+      settings: settings of the model.
+      warn: function called with lines for the user.
+      template: Jinja file with a chat template that replaces the tokenizer's; None for no file.
 
     Raises:
       UserError: a setting, the checkpoint or the tokenizer cannot be used.
@@ -53,19 +53,19 @@ def open_pretrained(
 
 
 def _check_settings(settings: ModelSettings) -> None:
-    """Raises `open_pretrained`'s errors that show in the settings alone."""
+    """Raises the errors of `open_pretrained` that follow from the settings alone."""
     if settings.method == "qlora":
         check_block_size(settings.quant.block_size)
         codebook(settings.quant.codebook, settings.quant.block_size)
     if settings.method == "lora" and settings.lora.init == "loftq":
         raise UserError(
-            "lora.init loftq starts from what quantizing loses, and method lora does not quantize; "
+            "lora.init loftq uses the quantization error, but method lora does not quantize; "
             "give method qlora, or another init"
         )
 
 
 def _check_checkpoint(settings: ModelSettings, checkpoint: Checkpoint) -> None:
-    """Raises `open_pretrained`'s errors that show in the settings and the checkpoint's shapes."""
+    """Raises the errors of `open_pretrained` that follow from settings and checkpoint shapes."""
     if checkpoint.quantization and settings.method != "qlora":
         raise UserError(
             f"method {settings.method}: {settings.model.path} holds 4-bit weights "
@@ -74,8 +74,8 @@ def _check_checkpoint(settings: ModelSettings, checkpoint: Checkpoint) -> None:
         )
     if checkpoint.quantization and settings.lora.init in INITIALIZERS:
         raise UserError(
-            f"lora.init {settings.lora.init} starts from 16-bit weights, and {settings.model.path} "
-            f"holds 4-bit ones ({checkpoint.description}); give another init or the 16-bit model"
+            f"lora.init {settings.lora.init} needs 16-bit weights, but {settings.model.path} holds "
+            f"4-bit weights ({checkpoint.description}); give another init or the 16-bit model"
         )
     if settings.method != "full":
         targets(settings.lora, checkpoint.config)
@@ -88,20 +88,21 @@ def load_base(
     splitter: Splitter | None = None,
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """Loads the weights, streamed, and chooses the kernels; the model has no adapters.
+    """Loads the weights one tensor at a time, without adapters, and chooses the kernels.
 
     Args:
-      settings: of the model.
-      checkpoint: where the weights come from.
-      warn: called with lines for the user.
-      splitter: takes what adapters start with out of the weights.
-      mesh: the devices over which the weights are split; None is the default device.
+      settings: settings of the model.
+      checkpoint: source of the weights.
+      warn: function called with lines for the user.
+      splitter: hook that moves a part of each weight into the initial adapter values; None if
+        adapters do not start from the weights.
+      mesh: devices over which the weights are split; None for the default device.
 
     Raises:
-      UserError: weights that cannot be quantized.
-      RunFailed: a kernel that the settings ask for is wrong on this device.
+      UserError: a weight cannot be quantized.
+      RunFailed: a kernel that the settings choose computes wrong results on this device.
     """
-    # here, since every program that follows is compiled beside the model
+    # before loading, because all later programs are compiled while the model is in memory
     compilation.give_memory_back()
     if checkpoint.quantization:
         for line in describe_stored(settings, checkpoint.quantization):
@@ -121,22 +122,22 @@ def load_adapted(
     seed: int,
     mesh: Mesh | None = None,
 ) -> tuple[Decoder, dict[str, AdapterSpec]]:
-    """Loads the weights, streamed, and attaches adapters.
+    """Loads the weights one tensor at a time, and attaches adapters.
 
-    Adapters are fresh, or start from the weights (`lora.init`) or another adapter
-    (`lora.from_adapter`).
+    The adapters are initialized with random values, from the weights (`lora.init`), or from another
+    adapter (`lora.from_adapter`).
 
     Args:
-      settings: of the model.
-      checkpoint: where the weights come from.
-      warn: called with lines for the user.
-      seed: of the adapters' initial values.
-      mesh: the devices over which the base is split; None is the default device.
+      settings: settings of the model.
+      checkpoint: source of the weights.
+      warn: function called with lines for the user.
+      seed: seed of the adapters' random initial values.
+      mesh: devices over which the base is split; None for the default device.
 
     Raises:
-      UserError: as `load_base`; targets that match nothing, or an adapter that is for another
-        model.
-      RunFailed: as `load_base`.
+      UserError: an error of `load_base`; `lora.target_modules` matches no module; or the adapter
+        is for another model.
+      RunFailed: an error of `load_base`.
     """
     lora = settings.lora
     values: LoraSet = given_values(settings, warn)
@@ -179,7 +180,7 @@ def _load(
     splitter: Splitter | None,
     mesh: Mesh | None,
 ) -> Decoder:
-    """Reads the weights, and shows how far it is."""
+    """Reads the weights, and shows the progress."""
     full, quantized = settings.method == "full", settings.method == "qlora"
     with progress(f"loading {settings.model.path}", len(checkpoint.names())) as advance:
         return load_model(
@@ -193,7 +194,7 @@ def _load(
 
 
 def _describe_ranks(above: Sequence[str]) -> str:
-    """Returns a warning of linears whose rank is above min(in, out)."""
+    """Returns a warning about linears whose rank is above min(in, out)."""
     kinds = ", ".join(sorted({path.rpartition(".")[2] for path in above}))
     return (
         f"warning: the rank is above min(in, out) of {len(above)} linears ({kinds}), "

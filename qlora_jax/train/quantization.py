@@ -1,4 +1,4 @@
-"""How a run holds its base: by the config or as the weights are stored, and in words."""
+"""Chooses and describes the quantization of a run's base: from the config or the checkpoint."""
 
 from qlora_jax.config import ModelSettings, QuantConfig
 from qlora_jax.formats.bitsandbytes import Quantization
@@ -6,14 +6,14 @@ from qlora_jax.formats.checkpoint import Checkpoint
 
 
 def held_quantization(config: ModelSettings, checkpoint: Checkpoint) -> QuantConfig | None:
-    """How the linears are held: as they are stored in 4 bits, else as the config says."""
+    """Returns the quantization of the linears: that of a 4-bit checkpoint, else the config's."""
     if config.method != "qlora":
         return None
     return checkpoint.quantization.config if checkpoint.quantization else config.quant
 
 
 def describe_stored(config: ModelSettings, stored: Quantization) -> list[str]:
-    """Lines on the 4-bit weights of a checkpoint, for the user."""
+    """Returns lines about the 4-bit weights of a checkpoint, for the user."""
     line = f"4-bit weights as they are stored: {describe_quantization(stored.config)}"
     if stored.config != config.quant:
         line += f"; the config's quant ({describe_quantization(config.quant)}) is not used"
@@ -27,7 +27,7 @@ def describe_stored(config: ModelSettings, stored: Quantization) -> list[str]:
 
 
 def describe_quantization(quant: QuantConfig | None) -> str:
-    """The base's storage in words; empty when it is not quantized."""
+    """Returns a description of the base's quantization; empty if the base is not quantized."""
     if quant is None:
         return ""
     double = ", double quantization" if quant.double_quant else ""

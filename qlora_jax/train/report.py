@@ -1,4 +1,4 @@
-"""What a run achieved, for people: the loss curve, report.md, samples.md."""
+"""Writes the report of a run for its user: the loss curve, report.md and samples.md."""
 
 import dataclasses
 import itertools
@@ -24,17 +24,17 @@ from qlora_jax.runtime.streams import printable
 from qlora_jax.train.choice import describe_patience
 from qlora_jax.train.metrics import read_metrics
 
-# Okabe and Ito's blue and vermillion: told apart under every common colour blindness.
+# blue and vermillion of Okabe and Ito: distinct under every common colour blindness
 TRAIN_COLOUR = "#0072B2"
 EVAL_COLOUR = "#D55E00"
-# of the same palette: each held-out set's own, the first one's first
+# the same palette: one colour for each held-out set, in the order of the sets
 SET_COLOURS = (EVAL_COLOUR, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _RING: Mapping[str, Any] = {"markersize": 13, "fillstyle": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One held-out prompt, the answer in the data, and the model's before and after training."""
+    """A held-out prompt, its answer in the data, and the answers before and after training."""
 
     prompt: str
     reference: str
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SetLoss:
-    """A held-out set's loss in nats per target token, before and after, and its target tokens."""
+    """The loss of a held-out set in nats per target token, and the number of target tokens."""
 
     before: float
     after: float
@@ -53,64 +53,64 @@ class SetLoss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """A finished run's figures."""
+    """The settings and results of a finished run, for its report and manifest."""
 
     model: str
     method: str
     """qlora, lora or full."""
     quantization: str
-    """In words, e.g. `nf4, block 64, double quantization`; empty for none."""
+    """Description, e.g. `nf4, block 64, double quantization`; empty without quantization."""
     rank: int | None
-    """None when every weight is trained."""
+    """Rank of the adapters; None if every weight is trained."""
     trainable: int
-    """Trained parameters."""
+    """Number of trained parameters."""
     total: int
-    """All parameters, the adapters' included."""
+    """Number of all parameters, adapters included."""
     device: str
     base_hash: str
-    """Of the pretrained weights (`models.fingerprint`), which stayed the same; empty where they are
+    """Hash of the frozen pretrained weights (`models.fingerprint`); empty if every weight is
     trained."""
     steps: int
-    """Steps done."""
+    """Number of steps done."""
     planned_steps: int | None = None
-    """Steps that were asked for; more than `steps` where the run stopped early. None in the
-    manifests of earlier versions, as the next one."""
+    """Number of steps in the config; more than `steps` if the run stopped early. None in manifests
+    of earlier versions."""
     exported_step: int | None = None
-    """The step that the adapter, the samples and `eval_after` are of."""
+    """Step of the adapter, the samples and `eval_after`; None in manifests of earlier versions."""
     keep_best: bool = False
-    """Whether that is the one of the lowest held-out loss; else it is the last one."""
+    """Whether the exported step is the one with the lowest held-out loss; False for the last."""
     patience: int = 0
-    """Evaluations in a row without a lower held-out loss that stop the run; 0 for none."""
+    """Evaluations in a row without a lower held-out loss that stop the run; 0 never stops it."""
     skipped: int
-    """Steps left out because a gradient overflowed."""
+    """Number of steps skipped because a gradient overflowed."""
     wall_s: float
     tokens: int
-    """Tokens trained on, padding excluded."""
+    """Number of tokens trained on, padding excluded."""
     tokens_per_s: float
     """Median over steps."""
     peak_rss_bytes: int
     peak_device_bytes: int | None = None
-    """None where the backend does not tell, as on a CPU."""
+    """Peak memory of the first device; None if the backend does not report it, as on a CPU."""
     eval_before: float | None
-    """Held-out loss in nats per target token, of the first set where there are several; None
-    without held-out data."""
+    """Loss of the first held-out set before training, in nats per target token; None without
+    held-out data."""
     eval_after: float | None
     eval_tokens: int
-    """Held-out target tokens."""
+    """Number of target tokens in the first held-out set."""
     eval_sets: Mapping[str, SetLoss] = dataclasses.field(default_factory=dict)
-    """Name of each held-out set to its losses; empty where the only one has no name."""
+    """Map from the name of a held-out set to its losses; empty if the only set has no name."""
     samples: Sequence[Sample]
     command: str
-    """What reproduces the run."""
+    """Command that reproduces the run."""
     run_dir: str
 
 
 def read_summary(results: Mapping[str, Any], run_dir: str) -> RunSummary | None:
-    """Returns the summary of a finished run, without its samples; None if the values are others.
+    """Returns the summary of a finished run without samples; None if its fields do not fit.
 
     Args:
-      results: what its manifest holds.
-      run_dir: where the run is, which may have been moved.
+      results: results in the run's manifest.
+      run_dir: current run directory, which may differ from the one at training.
     """
     known = {field.name for field in dataclasses.fields(RunSummary)}
     values = {**results, "samples": [], "run_dir": run_dir}
@@ -122,7 +122,7 @@ def read_summary(results: Mapping[str, Any], run_dir: str) -> RunSummary | None:
 
 
 def describe_losses(summary: RunSummary) -> list[str]:
-    """Returns a line for each held-out set, with its loss before and after."""
+    """Returns a line for each held-out set, with its loss before and after training."""
     found = {name: (x.before, x.after) for name, x in summary.eval_sets.items()}
     if not found and summary.eval_before is not None and summary.eval_after is not None:
         found = {"": (summary.eval_before, summary.eval_after)}
@@ -134,7 +134,7 @@ def describe_losses(summary: RunSummary) -> list[str]:
 
 
 def describe_export(summary: RunSummary) -> str:
-    """Returns which step is exported, and why."""
+    """Returns a phrase on the exported step and the reason for its choice."""
     of = f"step {summary.exported_step:,} of {summary.planned_steps:,}"
     why = "the last one"
     if summary.keep_best:
@@ -143,7 +143,7 @@ def describe_export(summary: RunSummary) -> str:
 
 
 def describe_early(summary: RunSummary) -> str:
-    """Returns, after a semicolon, where and why a run stopped early; nothing if it did not."""
+    """Returns a phrase, with a leading semicolon, on an early stop; empty without early stop."""
     if summary.planned_steps is None or summary.steps >= summary.planned_steps:
         return ""
     return f"; stopped early at step {summary.steps:,}, {describe_patience(summary.patience)}"
@@ -152,7 +152,8 @@ def describe_early(summary: RunSummary) -> str:
 def write_report(summary: RunSummary) -> Path:
     """Writes loss_curve.png, samples.md and report.md into the run directory.
 
-    Returns: the path of report.md.
+    Returns:
+      The path of report.md.
 
     Raises:
       UserError: metrics.jsonl is missing or malformed, or the folder cannot be written to.
@@ -165,12 +166,12 @@ def write_report(summary: RunSummary) -> Path:
 
 
 def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
-    """Writes the samples as markdown, every character shown as it is."""
+    """Writes the samples as markdown, escaped so that every character is displayed literally."""
     write_text(path, "# Samples\n\n" + _samples(samples))
 
 
 def print_samples(console: Console, samples: Sequence[Sample]) -> None:
-    """Shows each sample's answers side by side."""
+    """Prints the answers before and after training side by side, for each sample."""
     for sample in samples:
         table = Table(
             title=Text(printable(sample.prompt), style="bold"),
@@ -187,12 +188,12 @@ def print_samples(console: Console, samples: Sequence[Sample]) -> None:
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], summary: RunSummary, path: str | Path) -> None:
-    """Draws training and held-out loss over steps into a PNG.
+    """Draws training and held-out loss over steps into a PNG file.
 
     Args:
-      metrics: rows with `step` and `train/loss` or `eval/loss`, as `read_metrics` returns.
-      summary: names what is trained, for the title.
-      path: the file.
+      metrics: rows of `read_metrics`, with `step` and `train/loss` or `eval/loss`.
+      summary: summary of the run, for the title, the held-out sets and the exported step.
+      path: path of the PNG file.
     """
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -233,7 +234,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], summary: RunSummary, path: str 
 
 
 def _held_out(summary: RunSummary) -> dict[str, str]:
-    """The figures of held-out losses, and what each is called in the picture."""
+    """Returns a map from the metric of each held-out loss to its label in the plot."""
     sets = {f"eval/{name}/loss": f"held out: {name}" for name in summary.eval_sets}
     return sets or {"eval/loss": "held out"}
 
@@ -256,14 +257,14 @@ def _annotate(axes: Axes, steps: np.ndarray, losses: np.ndarray, colour: str) ->
 def _mark_exported(
     axes: Axes, steps: np.ndarray, losses: np.ndarray, summary: RunSummary, colour: str
 ) -> None:
-    """Draws a ring around the loss of the exported step, where that is not the last one."""
+    """Draws a ring around the loss of the exported step, if it is not the last step."""
     if summary.exported_step not in (None, summary.steps):
         found = losses[steps == summary.exported_step]
         axes.plot([summary.exported_step] * len(found), found, "o", **_RING, color=colour)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, an odd number; shorter, still centred, at the ends."""
+    """Returns the centred mean over `window` values (odd); the window is shorter at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     half = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))

@@ -1,4 +1,4 @@
-"""A run directory back into a model."""
+"""Restores a model from a run directory."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from qlora_jax.train.start import resolved
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run's model.
+    """The model of a run, with its config and tokenizer.
 
     Attributes:
-      config: the run's config.
-      checkpoint: the pretrained weights, open.
-      tokenizer: the tokenizer.
-      model: the model.
-      step: the step that the model is of; 0 before training. With `train.keep_best` that of the
+      config: config of the run.
+      checkpoint: opened files of the pretrained model.
+      tokenizer: tokenizer of the model.
+      model: model with the trained state.
+      step: step of the model's state; 0 before training. With `train.keep_best`, the step with the
         lowest held-out loss so far, else the newest.
     """
 
@@ -40,30 +40,31 @@ class Restored:
 
 
 def restore(folder: str | Path, *, base: bool, warn: Callable[[str], None]) -> Restored:
-    """Loads a run's model with what it trained, or without.
+    """Loads the model of a run, after or before training.
 
     Args:
       folder: run directory.
-      base: leave the trained part as it was before the first step.
-      warn: called with lines for the user.
+      base: whether to load the model before the first step.
+      warn: function called with lines for the user.
 
     Raises:
-      UserError: not a run directory, no checkpoint in it, or its model cannot be loaded.
+      UserError: the folder is not a run directory, has no checkpoint, or its model cannot be
+        loaded.
     """
     config = rundir.open_run(folder)
     return _restore(config, None if base else Path(folder), warn)
 
 
 def from_config(config: Config, warn: Callable[[str], None]) -> Restored:
-    """The model that a config starts from."""
+    """Returns the model of a config before training."""
     return _restore(config, None, warn)
 
 
 def check_base(folder: str | Path, restored: Restored) -> None:
-    """Compares the frozen weights with those that the run began with.
+    """Checks that the frozen weights are those with which the run began.
 
     Raises:
-      UserError: they are others, so an adapter trained on those does not fit.
+      UserError: the weights differ, so the run's adapter does not fit them.
     """
     if restored.config.method == "full":
         return
@@ -71,9 +72,9 @@ def check_base(folder: str | Path, restored: Restored) -> None:
     found = fingerprint.like(before, restored.model, restored.config.method)
     if found != before:
         raise UserError(
-            f"{folder}: the adapter was trained on weights of hash {before}, and those of "
-            f"{restored.config.model.path} are {found}: the files, the device or a version "
-            "changed; give back the model it was trained on"
+            f"{folder}: the adapter was trained on weights with hash {before}, but those of "
+            f"{restored.config.model.path} have hash {found}: the files, the device or a version "
+            "changed; restore the model that the adapter was trained on"
         )
 
 

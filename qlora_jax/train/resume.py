@@ -1,4 +1,4 @@
-"""What a resumed run may change in its config; imports no jax, which commands start later."""
+"""Checks which settings a resumed run changes; imports no jax, so that commands start fast."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ from qlora_jax.config import Config
 from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
-ROUNDING = "the last bits of what follows may differ from a run that was not changed"
+ROUNDING = "later results may differ in the last bits from those of an unchanged run"
 MAY_CHANGE: Mapping[str, str | None] = {
     "train.steps": None,
     "train.epochs": None,
@@ -26,29 +26,29 @@ MAY_CHANGE: Mapping[str, str | None] = {
     "mesh.data": ROUNDING,
     "mesh.fsdp": ROUNDING,
 }
-"""Settings that may change on resume, each with a warning where it changes what is computed.
+"""Settings that may change on resume; the value is a warning if the setting changes the results.
 
-The number of steps changes the learning rate of some schedules: `step_count.describe_jump`.
+The number of steps changes the learning rate of some schedules: `step_count.describe_jump` warns.
 """
 
 
 def check(folder: Path, stored: Config, asked: Config) -> None:
-    """Makes sure that a run may go on with another config.
+    """Checks that a run may continue with another config.
 
     Raises:
-      UserError: a setting differs that may not; names all of those.
+      UserError: settings outside `MAY_CHANGE` differ; the message names all of them.
     """
     refused = [line for key, line in _differences(stored, asked).items() if key not in MAY_CHANGE]
     if refused:
         raise UserError(
             f"{folder}: was made with another config, so it cannot be resumed; "
             f"{'; '.join(refused)}; leave these as they were, give another --output, or "
-            f"--overwrite to begin again (on resume may change: {', '.join(MAY_CHANGE)})"
+            f"--overwrite to begin again (these may change on resume: {', '.join(MAY_CHANGE)})"
         )
 
 
 def describe(stored: Config, asked: Config) -> list[str]:
-    """Returns lines on what changes; both configs have passed `check`."""
+    """Returns lines on the changed settings, for two configs that have passed `check`."""
     found = _differences(stored, asked)
     lines = [f"changed on resume: {'; '.join(found.values())}"] if found else []
     return lines + [
@@ -57,21 +57,21 @@ def describe(stored: Config, asked: Config) -> list[str]:
 
 
 def is_same(stored: Config, asked: Config) -> bool:
-    """Whether two configs differ in no setting but where the run is."""
+    """Returns whether two configs agree in all settings except `output`."""
     return not _differences(stored, asked)
 
 
 def _differences(stored: Config, asked: Config) -> dict[str, str]:
-    # The folder is where it is, however it is spelt and wherever it was made.
+    # the folder may have been moved, or be given by another path
     here = dataclasses.replace(asked, output=stored.output)
     return {line.partition(":")[0]: line for line in configs.difference(stored, here)}
 
 
 def steps_done(folder: Path) -> int:
-    """Returns the step of the newest checkpoint, by the names in the folder; 0 without any.
+    """Returns the step of the newest checkpoint, from the folder names; 0 without checkpoints.
 
     Raises:
-      UserError: the folder may not be read.
+      UserError: the user may not read the folder.
     """
     checkpoints = folder / "checkpoints"
     try:
@@ -82,10 +82,10 @@ def steps_done(folder: Path) -> int:
 
 
 def check_steps(folder: Path, steps: int) -> None:
-    """Makes sure that a run to be resumed has not gone further than it is to go.
+    """Checks that a run to resume has not done more than `steps` steps.
 
     Raises:
-      UserError: it has.
+      UserError: the run has done more steps.
     """
     if (done := steps_done(folder)) > steps:
         raise UserError(

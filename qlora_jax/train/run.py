@@ -1,4 +1,4 @@
-"""A fine-tuning run from its config to its report."""
+"""Runs a training from its config to its report."""
 
 import contextlib
 import time
@@ -23,22 +23,22 @@ def train(
     overwrite: bool = False,
     place: Callable[[DecoderConfig], Memory] | None = None,
 ) -> RunSummary:
-    """Fine-tunes, and leaves a run directory with the adapter, checkpoints and a report.
+    """Trains a model, and writes a run directory with the adapter, checkpoints and a report.
 
     Args:
-      config: of the run.
-      say: called with lines for the user.
-      command: what reproduces the run, for the report and the manifest.
-      resume: go on where the directory's run stopped; with nothing left to do, say so and return
-        the summary that the directory holds, without samples.
-      overwrite: delete the run that the directory holds.
-      place: what is kept where, given the model's shapes; asked before weights are read, it may
-        refuse the run. None: what the config asks for.
+      config: config of the run.
+      say: function called with lines for the user.
+      command: command that reproduces the run, for the report and the manifest.
+      resume: whether to continue the run in the run directory. If that run is finished, `train`
+        says so and returns the summary in the directory, without samples.
+      overwrite: whether to delete the run in the run directory.
+      place: function from the model's shapes to the memory choices, called before weights are read;
+        may raise to refuse the run. None takes the choices of the config.
 
     Raises:
-      UserError: the input is at fault; nothing is left half-written.
+      UserError: an input is invalid; no half-written file remains.
       RunFailed: the loss is not finite, or the frozen base changed.
-      Stopped: by a signal, with the state saved.
+      Stopped: a signal arrived; the state is saved.
     """
     started = time.perf_counter()
     config = resolved(config)
@@ -48,6 +48,6 @@ def train(
     asked = PrepareRequest(config, say, command, resume, overwrite, started)
     with contextlib.ExitStack() as held:
         opened = open_inputs(asked, place or (lambda decoder: memory_of(config)))
-        # what was built gets no name: a resumed run's first state would live as long as it
+        # no variable for the result of `build`: it would keep the first state of a resumed run
         begun = begin(asked, build(asked, opened), held)
         return finish(asked, opened, begun, fit(asked, opened, begun))

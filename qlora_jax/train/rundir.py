@@ -1,4 +1,4 @@
-"""The run directory: made, claimed for a new run or opened for one that goes on."""
+"""Creates run directories, claims them for a new or resumed run, and reads their config."""
 
 import contextlib
 import os
@@ -23,18 +23,18 @@ CHECKPOINTS = "checkpoints"
 FILES = (CONFIG, MANIFEST, "metrics.jsonl", "samples.md", "report.md", "loss_curve.png")
 FOLDERS = (CHECKPOINTS, "tensorboard", "adapter", "model")
 OWN = (*FILES, *FOLDERS)
-"""All that a run writes into its directory beside its lock, which stays."""
+"""All names that a run writes into its directory, except the lock file, which is never deleted."""
 TEMPORARY = (
     r"\.(config|manifest|metrics|samples|report|loss_curve)\.[0-9a-f]{8}\.\w+|\.(adapter|model)-\w+"
 )
-"""What a run that is killed while it writes may leave."""
+"""Pattern of temporary files that may remain if a run is killed while it writes."""
 
 
 def holds_run(folder: str | Path) -> bool:
-    """Whether a run was begun in the folder.
+    """Returns whether the folder holds a run that has begun.
 
     Raises:
-      UserError: the folder may not be searched.
+      UserError: the user may not search the folder.
     """
     folder = Path(folder)
     begun = paths.exists(folder / MANIFEST) or paths.is_dir(folder / CHECKPOINTS)
@@ -42,7 +42,7 @@ def holds_run(folder: str | Path) -> bool:
 
 
 def check(config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Raises what `claim` would, as far as it shows without writing; costs nothing."""
+    """Raises the errors of `claim` that can be found without writing; takes little time."""
     folder = Path(config.output)
     _check_links(folder)
     owner.check_free(folder)
@@ -77,7 +77,7 @@ def _check_kinds(folder: Path) -> None:
     for names, fits, kind in ((FILES, paths.is_file, "file"), (FOLDERS, paths.is_dir, "folder")):
         for path in (folder / name for name in names):
             if paths.exists(path) and not fits(path):
-                raise UserError(f"{path}: is no {kind}, and the run writes one there; move it away")
+                raise UserError(f"{path}: is not a {kind}, but the run writes one; move it away")
 
 
 def _check_links(folder: Path) -> None:
@@ -90,11 +90,11 @@ def _check_links(folder: Path) -> None:
 
 
 def _first_stranger(folder: Path) -> str | None:
-    """An entry that bars a new run from the folder; files whose names start with a dot do not."""
+    """Returns the first entry that forbids a new run in the folder; entries with a dot do not."""
     if not paths.is_dir(folder):
         return None
     for name in _entries(folder):
-        # The manifest comes before the config, so a run killed there leaves it alone.
+        # The manifest is written before the config, so a killed run may leave only the manifest.
         if not name.startswith(".") and not (name == MANIFEST and _is_manifest(folder / name)):
             return name
     return None
@@ -132,19 +132,21 @@ def _entries(folder: Path) -> list[str]:
 def claim(
     config: Config, manifest: Mapping[str, Any], *, resume: bool, overwrite: bool
 ) -> Iterator[Owner]:
-    """Makes the run directory with its manifest and config, or opens that of the run to resume.
+    """Creates the run directory with manifest and config, or opens that of the run to resume.
 
-    It is this run's alone inside the `with`. Of several processes the first one claims it.
+    Inside the `with`, no other run can claim the directory. In a run of several processes, only the
+    first process claims it.
 
     Args:
-      config: of the run.
-      manifest: of the run, written if it is a new one.
-      resume: go on where the directory's run stopped; a directory without a run starts one.
-      overwrite: delete the run that the directory holds.
+      config: config of the run.
+      manifest: manifest of the run; written if the run is new.
+      resume: whether to continue the run in the directory; without a run there, a new one begins.
+      overwrite: whether to delete the run in the directory.
 
     Raises:
-      UserError: the directory holds a run and neither was asked for, holds something else, was
-        made with another config, is another run's that is writing there, or cannot be written to.
+      UserError: the directory holds a run and both `resume` and `overwrite` are False; it holds
+        other files; its run has another config; another run is writing there; or it cannot be
+        written to.
     """
     with contextlib.ExitStack() as held:
 
@@ -162,12 +164,12 @@ def _claimed(
     folder = Path(config.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError:  # as /proc answers
+    except FileNotFoundError:  # the error of /proc
         raise UserError(f"{folder}: no folder can be made there; give another --output") from None
     except OSError as e:
         raise storage_error(folder, e) or e from None
     with owner.own(folder) as owned:
-        # once more: another run may have begun, and ended, before the lock was ours
+        # check again: another run may have begun and ended before this one got the lock
         _check_contents(config, folder, resume=resume, overwrite=overwrite)
         if not holds_run(folder) or overwrite:
             _begin(config, manifest, folder)
@@ -175,7 +177,7 @@ def _claimed(
 
 
 def _begin(config: Config, manifest: Mapping[str, Any], folder: Path) -> None:
-    """Makes an empty run directory, with what a run's begins with."""
+    """Empties the run directory, and writes the manifest and the config."""
     from qlora_jax.runtime.manifest import write
 
     if holds_run(folder):
@@ -185,7 +187,7 @@ def _begin(config: Config, manifest: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Writes the config of a run into its directory, whole or not at all.
+    """Writes the config of a run into its directory, completely or not at all.
 
     Raises:
       UserError: the directory cannot be written to.
@@ -195,8 +197,8 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def _clear(folder: Path) -> None:
-    # The folder itself stays: it may be a link or a mount. Killed on the way, it can be cleared
-    # again, since the names that make it a run's go last.
+    # The folder itself is not deleted, because it may be a link or a mount. The manifest and the
+    # config are deleted last, so that a folder cleared halfway is still known as a run directory.
     names = sorted(
         (name for name in _entries(folder) if name != LOCK), key=(MANIFEST, CONFIG).__contains__
     )
@@ -212,23 +214,23 @@ def _clear(folder: Path) -> None:
 
 
 def config_at(path: str, overrides: Mapping[str, str] | None = None) -> Config:
-    """The config of a YAML file or of a run directory, with dotted overrides laid over it.
+    """Returns the config of a YAML file or a run directory, with dotted overrides applied.
 
     Raises:
-      UserError: it cannot be read, or a setting is not allowed.
+      UserError: the file cannot be read, or a setting is not allowed.
     """
     file = Path(path) / CONFIG
     if not paths.is_file(file):
         return configs.load_config(path, overrides)
-    # The directory may have been moved, or been named from elsewhere, since it was made.
+    # the directory may have been moved, or be given by another path
     return configs.load_config(file, {"output": path} | dict(overrides or {}))
 
 
 def open_run(folder: str | Path) -> Config:
-    """The config of a finished or stopped run.
+    """Returns the config of a finished or stopped run.
 
     Raises:
-      UserError: not a run directory.
+      UserError: the folder is not a run directory.
     """
     if not paths.is_file(Path(folder) / CONFIG):
         raise UserError(

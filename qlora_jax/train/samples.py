@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, before and after training."""
+"""Answers held-out prompts with the model, before and after training."""
 
 from collections.abc import Sequence
 
@@ -21,15 +21,15 @@ def answer(
     description: str,
     mesh: Mesh | None = None,
 ) -> list[str]:
-    """Returns the model's greedy answers, decoded.
+    """Returns the model's greedy answers as text.
 
     Args:
-      config: of the run.
-      model: over one device, or over those of a mesh.
-      text: its tokenizer.
-      questions: to be answered.
-      description: what the user sees meanwhile.
-      mesh: the devices over which the weights are split; None is one device.
+      config: config of the run.
+      model: model on one device, or split over a mesh.
+      tokenizer: tokenizer of the model.
+      questions: prompts to answer.
+      description: text of the progress display.
+      mesh: devices over which the weights are split; None for one device.
     """
     if not questions:
         return []

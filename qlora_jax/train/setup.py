@@ -1,4 +1,4 @@
-"""From a run's config to its model: opened with its tokenizer, then loaded."""
+"""Opens the model of a run with its tokenizer, and loads it; includes training from scratch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,15 @@ from qlora_jax.train.pretrained import load_adapted, load_base, open_pretrained
 def open_model(
     config: Config, warn: Callable[[str], None] = lambda line: None
 ) -> tuple[Checkpoint, Tokenizer]:
-    """Opens the model that a run starts from, pretrained or from scratch, and its tokenizer.
+    """Opens the model of a run, pretrained or from scratch, and its tokenizer.
 
     Args:
-      config: of the run.
-      warn: called with lines for the user.
+      config: config of the run.
+      warn: function called with lines for the user.
 
     Raises:
-      UserError: as `open_pretrained`; the sequences are longer than the model's.
+      UserError: an error of `open_pretrained`; or `data.sequence_length` exceeds the positions of
+        the model.
     """
     if config.model.path == fresh.NAME:
         checkpoint = _fresh(config)
@@ -57,7 +58,7 @@ def _fresh(config: Config) -> Checkpoint:
 
 
 def _own_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the `pretrain` section names, or one trained on the training text."""
+    """Returns the tokenizer in the section `pretrain`, or one trained on the training text."""
     pretrain = config.pretrain
     if pretrain.tokenizer is not None:
         text = tokenizer.load_tokenizer(
@@ -79,17 +80,17 @@ def load_run_model(
     warn: Callable[[str], None],
     mesh: Mesh | None = None,
 ) -> tuple[Decoder, dict[str, AdapterSpec]]:
-    """Loads the weights, streamed, and attaches adapters unless every weight is trained.
+    """Loads the weights one tensor at a time; attaches adapters unless every weight is trained.
 
     Args:
-      config: of the run.
-      checkpoint: where the weights come from.
-      warn: called with lines for the user.
-      mesh: the devices over which pretrained weights are split; None is the default device.
+      config: config of the run.
+      checkpoint: source of the weights.
+      warn: function called with lines for the user.
+      mesh: devices over which the pretrained weights are split; None for the default device.
 
     Raises:
-      UserError: as `load_adapted`.
-      RunFailed: a kernel that the config asks for is wrong on this device.
+      UserError: an error of `load_adapted`.
+      RunFailed: a kernel that the config chooses computes wrong results on this device.
     """
     if config.method == "full":
         return load_base(config, checkpoint, warn, mesh=mesh), {}

@@ -1,4 +1,4 @@
-"""What adapters start with when it is not random: another adapter, or the weights themselves."""
+"""Initial adapter values that are not random: from another adapter, or from the weights."""
 
 import dataclasses
 import math
@@ -34,14 +34,14 @@ GIVEN = (
     "alpha_pattern",
     "init",
 )
-"""Settings that an adapter to go on from decides."""
+"""Settings of `lora` that the adapter in `lora.from_adapter` decides."""
 
 
 def resolved(config: S) -> S:
-    """The config with what `lora.from_adapter` decides filled in; without it, as it is.
+    """Returns the config with the settings of `lora.from_adapter` filled in; unchanged without it.
 
-    The adapter wins over defaults. A setting that is neither the default nor the adapter's is
-    refused.
+    The adapter's value replaces a default. A setting that differs from both the default and the
+    adapter's value is an error.
 
     Raises:
       UserError: the adapter cannot be read, or contradicts the config.
@@ -54,8 +54,8 @@ def resolved(config: S) -> S:
         asked, default = getattr(config.lora, name), getattr(LoraConfig(), name)
         if asked not in (default, value):
             raise UserError(
-                f"lora.{name} {asked!r} contradicts lora.from_adapter, whose is {value!r}; remove "
-                "it from the config: the adapter decides"
+                f"lora.{name} {asked!r} contradicts lora.from_adapter, which has {value!r}; remove "
+                "it from the config, because the adapter decides"
             )
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, **decided))
 
@@ -78,10 +78,10 @@ def _decided(adapters: peft.AdapterSet) -> dict[str, Any]:
 
 
 def with_replaced(config: ModelSettings, checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the checkpoint with the tensors that `lora.from_adapter` replaces.
+    """Returns the checkpoint with the tensors of `lora.from_adapter` in place of its own tensors.
 
     Raises:
-      UserError: the adapter cannot be read or is for another model.
+      UserError: the adapter cannot be read, or is for another model.
     """
     if config.method == "full" or config.lora.from_adapter is None:
         return checkpoint
@@ -93,7 +93,7 @@ def with_replaced(config: ModelSettings, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def given_values(config: ModelSettings, warn: Callable[[str], None]) -> LoraSet:
-    """Returns the adapters of `lora.from_adapter` by module path; none where it is not set.
+    """Returns the adapters of `lora.from_adapter` by module path; empty if it is not set.
 
     Raises:
       UserError: the adapter cannot be read.
@@ -106,19 +106,19 @@ def given_values(config: ModelSettings, warn: Callable[[str], None]) -> LoraSet:
         warn(f"warning: {folder}: A or B of every module is zero, so the adapter changes nothing")
     if found.replaced.ties and found.adapters.keys() & EMBEDDINGS:
         warn(
-            f"warning: {folder}: embedding and head share one adapter (ensure_weight_tying); they "
-            "get one each here, which training moves apart"
+            f"warning: {folder}: embedding and head share one adapter (ensure_weight_tying); here "
+            "each gets a copy, and training changes the two copies separately"
         )
     return found.adapters
 
 
 class Splitter:
-    """The hook of `formats.load.load_model` for a start that takes the adapter out of the weight.
+    """A hook of `formats.load.load_model` that splits each weight into a base and adapter values.
 
     Attributes:
-      values: what the adapters start with, by path.
-      errors: of each path, the relative error of base and adapter together, and that of the base
-        stored without an adapter, in the Frobenius norm.
+      values: initial adapter values, by module path.
+      errors: two relative errors by module path, in the Frobenius norm: that of base plus adapter,
+        and that of the weight stored without an adapter.
     """
 
     def __init__(self, lora: LoraConfig, specs: Mapping[str, AdapterSpec]):
@@ -130,7 +130,7 @@ class Splitter:
     def task(
         self, path: str, w: jax.Array, store: Callable[[jax.Array], StoredWeight]
     ) -> InitInput | None:
-        """What the start is given for a linear; None where it has no adapter."""
+        """Returns the input of the initializer for a linear; None if the linear has no adapter."""
         spec = self.specs.get(path)
         if spec is None:
             return None
@@ -149,21 +149,22 @@ class Splitter:
         return stored
 
     def report(self, say: Callable[[str], None]) -> None:
-        """Tells how near the start is to the pretrained weights.
+        """Reports the error of base plus adapters against the pretrained weights.
 
-        Such a start is not the base to the bit: its two parts are rounded on their own. It must
-        not be much further from the weights than storing them alone is, since what is left of a
-        weight is no harder to store than the weight: twice as far, and 1e-4 for the rounding of
-        float32 arithmetic, is an error of ours.
+        Base plus adapter are not bit-identical to the weight, because the two parts are rounded
+        separately. But the base part is no harder to store than the whole weight. So the error must
+        not exceed twice the error of the weight stored alone, plus 1e-4 for float32 rounding; a
+        larger error is a bug.
 
         Raises:
-          RunFailed: it is further.
+          RunFailed: an error exceeds this limit.
         """
         for path, (with_adapter, alone) in self.errors.items():
             if not with_adapter <= 2 * alone + 1e-4:
                 raise RunFailed(
-                    f"{path}: {self.lora.init} is {with_adapter:.2e} from the weight, storing it "
-                    f"alone {alone:.2e}; this is a bug, please report it"
+                    f"{path}: lora.init {self.lora.init} differs from the weight by "
+                    f"{with_adapter:.2e}, storing it without adapter by {alone:.2e}; this is a "
+                    "bug, please report it"
                 )
         squares = [math.sqrt(sum(e**2 for e in es) / len(es)) for es in zip(*self.errors.values())]
         say(
@@ -174,9 +175,9 @@ class Splitter:
 
 
 def split_values(config: Config, checkpoint: Checkpoint) -> LoraSet:
-    """What the adapters of a run started with, taken from the weights once more.
+    """Computes the initial adapter values of a run again, from the pretrained weights.
 
-    One weight at a time is read; the model is not.
+    Reads one weight at a time, and never loads the whole model.
     """
     specs, quant = targets(config.lora, checkpoint.config), config.quant
     splitter = Splitter(config.lora, specs)

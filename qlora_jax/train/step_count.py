@@ -1,4 +1,4 @@
-"""The number of steps of a run, and what of its schedule follows from that number."""
+"""Computes the number of steps of a run, and warns about its effect on the learning rate."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,8 +11,8 @@ def with_steps(config: Config, count: Callable[[float], int]) -> Config:
     """Returns the config with `train.steps` in place of `train.epochs`.
 
     Args:
-      config: the run's.
-      count: gives the steps of a number of epochs.
+      config: config of the run.
+      count: function from a number of epochs to the number of steps.
     """
     train = config.train
     steps = train.step_count if train.epochs is None else count(train.epochs)
@@ -20,10 +20,10 @@ def with_steps(config: Config, count: Callable[[float], int]) -> Config:
 
 
 def describe_warmup(config: Config) -> str | None:
-    """Returns a warning where the warm-up is longer than the run.
+    """Returns a warning if the warm-up does not end before the run; else None.
 
     Args:
-      config: with the number of steps.
+      config: config with `train.steps`.
     """
     warmup, steps = config.optimizer.warmup_steps, config.train.step_count
     if warmup < steps:
@@ -35,19 +35,19 @@ def describe_warmup(config: Config) -> str | None:
 
 
 def describe_jump(optimizer: OptimizerConfig, taken: int, before: int, after: int) -> str | None:
-    """Returns a warning where another number of steps changes the learning rate at once.
+    """Returns a warning if a new number of steps makes the learning rate jump on resume; else None.
 
     Args:
-      optimizer: the settings of the schedule.
-      taken: updates before the run goes on.
-      before: steps that the run was to have.
-      after: steps that it is to have.
+      optimizer: settings of the schedule.
+      taken: number of updates before the resume.
+      before: number of steps in the stored config.
+      after: number of steps in the new config.
     """
     old, new = (float(schedule(optimizer, steps)(taken)) for steps in (before, after))
     if old == new:
         return None
     return (
-        f"warning: optimizer.schedule {optimizer.schedule} follows from the number of steps: with "
-        f"{after} instead of {before} the learning rate goes on at {new:.3g}, not {old:.3g}; a run "
-        f"of {after} steps from the start would have had other rates before"
+        f"warning: optimizer.schedule {optimizer.schedule} depends on the number of steps: with "
+        f"{after} instead of {before} the learning rate continues at {new:.3g}, not {old:.3g}; a "
+        f"run of {after} steps from the start would have had other rates before"
     )

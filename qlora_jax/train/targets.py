@@ -1,4 +1,4 @@
-"""Chooses a run's adapters for the modules of its model."""
+"""Chooses the adapters of a run for the modules of its model."""
 
 from collections.abc import Mapping
 
@@ -11,15 +11,15 @@ from qlora_jax.runtime.errors import UserError
 
 
 def targets(lora: LoraConfig, decoder: DecoderConfig) -> dict[str, AdapterSpec]:
-    """Returns the adapters that a config asks for, by module path.
+    """Returns the adapters of a config, by module path.
 
     Args:
-      lora: the section `lora`.
-      decoder: the model's shapes.
+      lora: section `lora` of the config.
+      decoder: shapes of the model.
 
     Raises:
-      UserError: as `lora.choose_adapters`; or embedding or head are targeted with a setting that is for the
-        layers' linears alone.
+      UserError: an error of `lora.choose_adapters`; or `lora.target_modules` contains embedding or
+        head, with a setting that supports only the linears of layers.
     """
     specs = choose_adapters(lora, layer_linears(decoder), outer_modules(decoder))
     _check_outer(lora, decoder, specs)
@@ -27,7 +27,7 @@ def targets(lora: LoraConfig, decoder: DecoderConfig) -> dict[str, AdapterSpec]:
 
 
 def outer_targets(lora: LoraConfig, decoder: DecoderConfig) -> list[str]:
-    """Returns which of embedding and head a config targets."""
+    """Returns the paths of embedding and head, if a config targets them."""
     return _outer(decoder, targets(lora, decoder))
 
 

@@ -101,7 +101,7 @@ def test_a_wrong_key_or_value_is_named(refusal, text, expected):
         ("data: d\noutput: o\n", "run.yaml: model is missing"),
         (
             "model: m\noutput: o\ndata: {source: d, eval_source: {a/b: x}}\n",
-            "run.yaml: data.eval_source: name of a set should be of letters, digits",
+            "run.yaml: data.eval_source: name of a set should consist of letters, digits",
         ),
         (
             "model: m\noutput: o\ndata: {source: d, eval_source: {}}\n",
@@ -388,5 +388,5 @@ def test_what_is_dumped_loads_as_it_was(tmp_path, tree):
 )
 def test_a_name_that_is_no_utf8_is_refused(changes, named):
     tree = {"model": {"path": "m"}, "data": {"source": "d"}, "output": "o"} | changes
-    with pytest.raises(UserError, match=re.escape(f"{named} is no UTF-8 text")):
+    with pytest.raises(UserError, match=re.escape(f"{named} is not UTF-8 text")):
         config_lib.from_tree(tree, "c.yaml")

@@ -169,7 +169,7 @@ def test_the_command_line(tiny_model, tmp_path, write_config, run_cli, restored)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shots", "5"], "--shots is read with --multiple-choice only"),
+        (["--shots", "5"], "--shots is only valid with --multiple-choice"),
         (["--multiple-choice", "no.jsonl"], "no.jsonl: no such file"),
         (["--multiple-choice", "{file}", "--shots", "2"], "is one file; give --examples"),
         (["--multiple-choice", "{folder}", "--split", "val"], "no val/*_val.csv in it"),

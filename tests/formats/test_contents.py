@@ -51,7 +51,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path, files: list[str], says: str) 
         (["lora-f16.gguf"], "it holds a GGUF file, {}/lora-f16.gguf; give an adapter in PEFT's"),
         (
             ["config.json", "model.safetensors"],
-            "it is a model and no adapter; give it as model",
+            "it is a model, not an adapter; give it as model",
         ),
     ],
 )

@@ -148,9 +148,9 @@ def renamed(parts: list[Path]) -> Path:
     ("damage", "says"),
     [
         (second_given, r"m-00002-of-00003.gguf: part 2 of 3; give the first: .*m-00001-of-00003"),
-        (one_missing, r"m-00003-of-00003.gguf is missing beside it, 1 of 3 parts are; download"),
+        (one_missing, r"m-00003-of-00003.gguf is missing beside it, 1 of 3 parts are missing"),
         (one_twice, r"m-00003-of-00003.gguf: its metadata says part 1 of 3, counted from 0"),
-        (renamed, r"model.gguf: one of 3 parts.*NAME-00001-of-00003.gguf"),
+        (renamed, r"model.gguf: is one of 3 parts.*NAME-00001-of-00003.gguf"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(parts, damage, says: str) -> None:

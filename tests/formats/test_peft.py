@@ -251,7 +251,7 @@ def truncate(folder: Path) -> None:
         ),
         (
             lambda f: (f / "adapter_config.json").rename(f / "config.json"),
-            "no adapter_config.json in it; it is a model and no adapter; give it as model.path",
+            "no adapter_config.json in it; it is a model, not an adapter; give it as model.path",
         ),
         (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
@@ -410,8 +410,8 @@ def test_settings_that_match_nothing_in_the_model_are_no_fault(models, reference
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (without("layers.2."), r"not whole: .*file has no tensors .*model.layers.2.mlp.down_proj"),
-        (without(f"{UP1}.lora"), f"not whole: .*file has no tensors for them: {UP1}; export"),
+        (without("layers.2."), r"incomplete: .*file has no tensors .*model.layers.2.mlp.down_proj"),
+        (without(f"{UP1}.lora"), f"incomplete: .*file has no tensors for them: {UP1}; export"),
         (setting(target_modules=["q_proj"]), "modules that adapter_config.json does not cover: "),
         (setting(exclude_modules="model.*up_proj"), f"does not cover: {UP0}, "),
         (setting(layers_to_transform=[0, 1]), "does not cover: model.layers.2."),
@@ -445,7 +445,7 @@ def test_tensors_that_peft_saves_twice_are_read_once(models: Path, tmp_path: Pat
         np.testing.assert_array_equal(after.replaced.tensors[name], tensor)
     tensors[f"{key}.modules_to_save.weight"] = tensors[f"{key}.weight"] + 1
     save_file(tensors, path)
-    with pytest.raises(UserError, match=r"lm_head\.weight is there twice, with unlike values"):
+    with pytest.raises(UserError, match=r"lm_head\.weight is there twice, with different values"):
         read_adapter(folder)
 
 

@@ -80,7 +80,7 @@ def test_files_of_other_tools_have_no_digests(tmp_path: Path) -> None:
 def test_digests_that_are_no_object_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": np.ones(3)}, path, metadata={tensors.KEY: text})
-    with pytest.raises(UserError, match="no JSON object"):
+    with pytest.raises(UserError, match="not a JSON object"):
         read(path, "a")
 
 

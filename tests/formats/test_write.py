@@ -161,8 +161,8 @@ def test_a_gguf_file_becomes_the_folder_it_was_made_of(models, tmp_path):
 @pytest.mark.parametrize(
     ("quant", "says"),
     [
-        ({"codebook": "lloyd"}, "codebook 'lloyd': bitsandbytes has none; give nf4 or fp4_bnb"),
-        ({"block_size": 32}, "block size 32: bitsandbytes has none; give 64, 128"),
+        ({"codebook": "lloyd"}, "codebook 'lloyd': not in bitsandbytes; give nf4 or fp4_bnb"),
+        ({"block_size": 32}, "block size 32: not in bitsandbytes; give 64, 128"),
     ],
 )
 def test_what_bitsandbytes_lacks_is_refused(models, tmp_path, quant, says):
@@ -182,7 +182,7 @@ def test_what_is_4_bit_already_is_refused(models, tmp_path):
 
 def test_a_folder_in_use_is_left_alone(models, tmp_path):
     (tmp_path / "mine").write_text("")
-    with pytest.raises(UserError, match="is there already; give a new or an empty folder"):
+    with pytest.raises(UserError, match="exists already; give a new or an empty folder"):
         write_model(open_folder(models / "llama"), tmp_path, QuantConfig(), "float32")
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
@@ -208,7 +208,7 @@ def test_the_command_writes_and_says_so(run_cli, tiny_model, tmp_path, monkeypat
     }
     again = run_cli("quantize", tiny_model, tmp_path / "out")
     assert again.code == 2
-    assert "is there already" in again.message
+    assert "exists already" in again.message
     monkeypatch.setattr(expected, "SHORT", 0.5)
     text = run_cli("quantize", tiny_model, tmp_path / "b", "--no-double-quant")
     first, second, *_ = text.err.splitlines()

@@ -162,7 +162,7 @@ def test_another_adapter_replaces_all_of_the_one_before(models, adapters, refere
 def test_a_rank_above_the_banks_is_refused(models, adapters):
     model = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
     attach_bank(model, slots=1, rank=4, dtype=jnp.float32)
-    with pytest.raises(UserError, match="rank 8 is above the largest there is room for, 4"):
+    with pytest.raises(UserError, match="rank 8 is above the largest allowed rank, 4"):
         put_adapter(model, 0, adapters[0])
 
 

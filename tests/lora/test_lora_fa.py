@@ -14,6 +14,7 @@ from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import init_state
 
 pytestmark = pytest.mark.quick
 
@@ -30,7 +31,7 @@ def test_a_has_no_gradient_and_no_moments_and_b_moves_as_with_a_trained_a(models
         names = {path.rpartition(".")[2] for path in trees.flatten(trained)}
         assert names == ({"b"} if freeze else {"a", "b"})
         optimizer = adamw(OptimizerConfig(learning_rate=0.01), 10)
-        state = steps.init(trained, optimizer, False)
+        state = init_state(trained, optimizer, False)
         moments = sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim)
         assert moments == 2 * sum(x.size for x in jax.tree.leaves(trained))
         program = steps.build(

@@ -219,11 +219,11 @@ def test_reference_models_are_read(models):
         ({"model_type": None}, "model_type None is not supported"),
         (
             {"hidden_act": "xielu"},
-            "json: hidden_act 'xielu' is not supported; give a model with one that is: silu",
+            "json: hidden_act 'xielu' is not supported; give a model with one of: silu",
         ),
         (
             {"rope_scaling": {"type": "ntk", "factor": 4}},
-            "rope_scaling: rope scaling 'ntk' is not supported; give a model with one that is: "
+            "rope_scaling: rope scaling 'ntk' is not supported; give a model with one of: "
             "default, linear, dyn",
         ),
         ({"rope_parameters": {"rope_type": None}}, "rope scaling None is not supported"),

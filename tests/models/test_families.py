@@ -260,7 +260,7 @@ def test_what_a_family_implies():
         (
             "phi3",
             {"rope_scaling": {"type": "linear", "factor": 2}},
-            "rope scaling 'linear' is not supported; give a model with one that is: "
+            "rope scaling 'linear' is not supported; give a model with one of: "
             "default, longrope, su, yarn",
         ),
         ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 is not from 0 to 1"),

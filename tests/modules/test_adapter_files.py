@@ -98,7 +98,7 @@ def test_adapter_of_another_model_is_refused(tmp_path):
         (lambda f: _edited(f, variant="other"), "adapter.json: variant"),
         (lambda f: (f / "adapter.safetensors").write_bytes(b"abc"), "truncated or damaged"),
         (lambda f: save_file({"x": np.zeros(1)}, f / "adapter.safetensors"), "is missing"),
-        (lambda f: _ranked(f), "is not of the rank in adapter.json, 2"),
+        (lambda f: _ranked(f), "does not have the rank in adapter.json, 2"),
     ],
 )
 def test_damaged_files_are_refused(damage, message, tmp_path):

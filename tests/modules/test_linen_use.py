@@ -309,7 +309,7 @@ CASES = {
     ),
     "embeddings alone": (
         lambda m, p, q: linen.quantize(m, p, ["embed"], TOKENS),
-        "where: ['embed'] matches embeddings alone; give embeddings=True to quantize them",
+        "where: ['embed'] matches only embeddings; give embeddings=True to quantize them",
     ),
     "twice": (
         lambda m, p, q: linen.quantize(m, q, ["up"]),
@@ -341,13 +341,13 @@ CASES = {
     ),
     "no example": (
         lambda m, p, q: linen.quantize(m, p, ["up"]),
-        "up.kernel: which axes of (32, 64) are summed over is not known; give example arguments "
-        "of a call after `where`, or say it by axes={path: '...k,kn->...n'}",
+        "up.kernel: it is not known which axes of (32, 64) are summed over; give example arguments "
+        "of a call after `where`, or give the axes by axes={path: '...k,kn->...n'}",
     ),
     "no product": (
         lambda m, p, q: linen.add_lora(m, p, ["up", "conv"], TOKENS, key=KEY),
         "conv.kernel: no matrix product of the call has it, only: conv_general_dilated; leave it "
-        "out of `where`, or say which axes are summed over by axes={path: ",
+        "out of `where`, or give the axes by axes={path: ",
     ),
     "all axes summed": (
         lambda m, p, q: linen.quantize(m, p, ["up"], axes={"up.kernel": "kn,kn->"}),
@@ -366,7 +366,7 @@ CASES = {
     ),
     "dora on embedding": (
         lambda m, p, q: linen.add_lora(m, p, ["embed"], TOKENS, key=KEY, variant="dora"),
-        "embed.embedding: variant dora is not for embeddings; leave it out of `where`, or give",
+        "embed.embedding: variant dora does not support embeddings; leave it out of `where`, or ",
     ),
     "unknown setting": (
         lambda m, p, q: linen.add_lora(m, q, ["up"], key=KEY, name="x", ranks=3),
@@ -375,7 +375,7 @@ CASES = {
     "other axis": (
         lambda m, p, q: linen.add_lora(*other_axis(), key=KEY),
         "Dense_0.kernel: no matrix product of the call has it, only: a loop along another axis "
-        "than its first (give it variable_axes={'params': 0}); leave it out of `where`, or say",
+        "than its first (give it variable_axes={'params': 0}); leave it out of `where`, or give",
     ),
 }
 

@@ -144,17 +144,17 @@ CASES = {
     "DoRA on a table": (
         lambda: Tied(nnx.Rngs(0)),
         lambda m: qj.add_lora(m, ".*", variant="dora", **RNGS),
-        r"embed\.embedding: variant dora is not for embeddings.*`where`",
+        r"embed\.embedding: variant dora does not support embeddings.*`where`",
     ),
     "DoRA on a table in 4 bits": (
         lambda: qj.quantize_model(Tied(nnx.Rngs(0)), ".*", embeddings=True),
         lambda m: qj.add_lora(m, ".*", variant="dora", **RNGS),
-        r"embed\.embedding: variant dora is not for embeddings.*`where`",
+        r"embed\.embedding: variant dora does not support embeddings.*`where`",
     ),
     "pissa on 4 bits": (
         quantized,
         lambda m: qj.add_lora(m, ".*", init="pissa", **RNGS),
-        r"layers\.0\.down\.kernel: init pissa starts from 16-bit.*before quantize_model",
+        r"layers\.0\.down\.kernel: init pissa needs a 16-bit weight.*before quantize_model",
     ),
     "loftq on 4 bits": (
         quantized,
@@ -252,6 +252,6 @@ def test_a_dora_adapter_is_on_alone():
         qj.add_lora(model, "kernel", rngs=nnx.Rngs(2), name="second")
     qj.use_adapter(model)
     qj.add_lora(model, "kernel", rngs=nnx.Rngs(2), name="second")
-    with pytest.raises(UserError, match="a DoRA adapter is on alone"):
+    with pytest.raises(UserError, match="a DoRA adapter must be on alone"):
         qj.use_adapter(model, "default", "second")
     qj.use_adapter(model, "default")

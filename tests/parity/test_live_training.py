@@ -11,6 +11,7 @@ from qlora_jax.models import trees
 from qlora_jax.train import step as steps
 from qlora_jax.train.export import adapters
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import init_state
 
 peft = pytest.importorskip("peft", reason=REASON)
 pytest.importorskip("bitsandbytes", reason=REASON)
@@ -48,7 +49,7 @@ def our_losses(model, method: str, optimizer: OptimizerConfig, data) -> list[flo
         clip_norm=optimizer.clip_norm,
         method=method,
     )
-    state = steps.init(trained, transformation, dynamic_scale=False)
+    state = init_state(trained, transformation, dynamic_scale=False)
     losses = []
     for inputs, targets, mask in data:
         batch = {

@@ -17,6 +17,7 @@ from qlora_jax.train import step as steps
 from qlora_jax.train.export import adapters, export_adapter
 from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.setup import load_run_model
+from qlora_jax.train.state import init_state
 
 peft = pytest.importorskip("peft", reason=REASON)
 pytestmark = pytest.mark.parity
@@ -68,7 +69,7 @@ def test_doras_gradients_are_pefts(tmp_path, family):
         "segments": np.ones_like(inputs),
         "positions": np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape),
     }
-    state = steps.init(trained, optimizer, False)
+    state = init_state(trained, optimizer, False)
     grads, _ = program.gradient(state, frozen, {n: v[None] for n, v in batch.items()}, None)
     found = trees.flatten(grads)
     names = {"a": "lora_A.default.weight", "b": "lora_B.default.weight"}

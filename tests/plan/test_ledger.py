@@ -28,6 +28,7 @@ from qlora_jax.quant import nbytes, quantize
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import init_state
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 ROWS, LENGTH = 7, 24
@@ -190,7 +191,7 @@ def test_what_a_step_takes_is_exact(
             expected[part_of(path)] = expected.get(part_of(path), 0) + nbytes(leaf)
 
     optimizer = adamw(run.optimizer, run.train.step_count)
-    state = jax.eval_shape(lambda t: steps.init(t, optimizer, False), trained)
+    state = jax.eval_shape(lambda t: init_state(t, optimizer, False), trained)
     count = run.train.batch_size * run.train.gradient_accumulation
     rows = fill([], [], run.data.sequence_length, count)
     key = [jax.random.key_data(jax.random.key(0))] if changes.get("lora__dropout") else []
@@ -238,7 +239,7 @@ def test_gradients_are_what_the_program_gives() -> None:
         method="qlora",
     )
     batch = {n: x.reshape(3, ROWS, LENGTH) for n, x in fill([], [], LENGTH, 3 * ROWS).items()}
-    state = jax.eval_shape(lambda t: steps.init(t, optimizer, False), trained)
+    state = jax.eval_shape(lambda t: init_state(t, optimizer, False), trained)
     grads, _ = jax.eval_shape(program.gradient, state, frozen, batch, None)
     model = open_folder(MODELS / "llama").config
     assert ledger(model, run)["gradients"].nbytes == nbytes(grads)

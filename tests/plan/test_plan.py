@@ -28,8 +28,8 @@ from qlora_jax.quant import nbytes
 from qlora_jax.runtime import gpu_memory
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.paths import PACKAGE
-from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import init_state
 
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 GIB = 2**30
@@ -72,7 +72,7 @@ def test_shapes_alone_give_the_tree_of_the_real_model(method: str, variant: str)
         specs = adapters(run.lora, model.linears())
         attach(model, specs, jax.random.key(0), variant=variant)
     _, trained, frozen = trees.split(model, method)
-    state = steps.init(trained, adamw(run.optimizer, run.train.step_count), False)
+    state = init_state(trained, adamw(run.optimizer, run.train.step_count), False)
     step = abstract(run)
     for ours, real in ((step.state, state), (step.frozen, frozen)):
         assert jax.tree.structure(ours) == jax.tree.structure(real)
@@ -365,7 +365,7 @@ def test_packages_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_no_gpu_holds(run_cli) -> None:
     ended = run_cli("plan", "--model", "llama-65b", "--method=full", "--gpu", "t4,h100")
     assert ended.code == 2
-    assert "the roomiest GPU asked for, h100, lacks" in ended.message
+    assert "the largest GPU given, h100, lacks" in ended.message
     if not has_plugin():
         assert "--lora.dtype=bfloat16  saves" in ended.out
 

@@ -183,7 +183,7 @@ def test_the_command_without_the_packages(run_cli) -> None:
     arguments = ("plan", "--model", "llama3-70b", "--seq", "2048", "--gpu", "a100")
     out = run_cli(*arguments, "--mesh", "data=2,fsdp=4").out
     assert "8 x 2048 tokens, mesh data 2 x fsdp 4" in out
-    assert "Each of 8 GPUs holds what is listed." in out
+    assert "The figures are for each of the 8 GPUs." in out
     (row,) = json.loads(run_cli(*arguments, "--mesh.fsdp=8", "--json").out)
     (alone,) = json.loads(run_cli(*arguments, "--mesh", "none", "--json").out)
     codes = [x["components"]["codes"]["nbytes"] for x in (row, alone)]

@@ -22,6 +22,7 @@ from qlora_jax.models import trees
 from qlora_jax.models.decoder import attach
 from qlora_jax.train import step as steps
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import TrainState, init_state
 
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 VOCAB, LENGTH, ROWS = 256, 16, 6
@@ -37,10 +38,10 @@ class Trainer(NamedTuple):
     optimizer: optax.GradientTransformation
     program: steps.StepProgram
 
-    def start(self, trained: Any = None) -> steps.TrainState:
+    def start(self, trained: Any = None) -> TrainState:
         """A first state with buffers of its own, which `update` may take."""
         trained = jax.tree.map(jnp.copy, self.trained if trained is None else trained)
-        return steps.init(trained, self.optimizer, self.config.model.compute_dtype == "float16")
+        return init_state(trained, self.optimizer, self.config.model.compute_dtype == "float16")
 
     def moved(self) -> Any:
         """The trained tree a little away from its first values, where no B is zero."""

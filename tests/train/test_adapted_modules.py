@@ -106,9 +106,9 @@ def test_a_head_may_have_a_frozen_a(make_config):
 
 
 def test_a_population_and_random_weights_are_without_them(make_config, decoder):
-    with pytest.raises(UserError, match="lm_head is not for a population; leave it out"):
+    with pytest.raises(UserError, match="a population does not support lm_head; leave it out"):
         train_population(make_config(), [{"lora.target_modules": "[q_proj, lm_head]"}])
-    with pytest.raises(UserError, match=r"no adapter of model\.embed_tokens; leave it out"):
+    with pytest.raises(UserError, match=r"no adapter on model\.embed_tokens; remove it"):
         random_model(make_config(target_modules=OUTER), decoder, None)
 
 

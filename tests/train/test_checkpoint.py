@@ -25,7 +25,7 @@ from qlora_jax.train.checkpoint import FOLDER, Checkpoints
 from qlora_jax.train.moments import ENCODERS
 from qlora_jax.train.offload import ON_HOST
 from qlora_jax.train.optimizer import adamw
-from qlora_jax.train.step import TrainState, init
+from qlora_jax.train.state import TrainState, init_state
 
 EXTRA = {
     "loader": {"epoch": 3, "step": 1, "fingerprint": "ab12"},
@@ -177,7 +177,7 @@ def train(moments, steps, state=None):
     optimizer = adamw(OptimizerConfig(moments=moments), 10)
     if state is None:
         trained = {"weight": Weight(jnp.ones((65, 64))), "bias": Vector(jnp.ones(64)), "runs": {}}
-        state = init(trained, optimizer, False)
+        state = init_state(trained, optimizer, False)
     update = jax.jit(optimizer.update)
     for step in range(int(state.step), steps):
         keys = jax.random.split(jax.random.key(step), 2)
@@ -204,7 +204,8 @@ def test_moments_go_on_to_the_bit_and_only_as_what_they_were(tmp_path, moments):
         kind = r"(absent|\w+\[[\d, ]*\])"
         assert re.fullmatch(
             rf"{tmp_path / FOLDER}/2: does not hold this run's state: optimizer\.\S+ "
-            rf"is {kind} there, {kind} here; give the optimizer\.moments that it was made with",
+            rf"is {kind} there, but {kind} in this run; "
+            r"give the optimizer\.moments of the run that wrote it",
             str(e.value),
         )
 
@@ -241,7 +242,7 @@ KILLED = """
 import os, pathlib, signal, sys
 import jax.numpy as jnp
 from qlora_jax.train.checkpoint import Checkpoints
-from qlora_jax.train.step import TrainState
+from qlora_jax.train.state import TrainState
 a = lambda n: {"a": jnp.full((4, 4), 1.0 * n), "runs": {}}
 make = lambda n: TrainState(a(n), ({},), jnp.int32(n), jnp.float32(1), jnp.int32(0))
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), 2)

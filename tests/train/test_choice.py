@@ -75,9 +75,13 @@ def test_several_sets_are_named():
     [({"keep_best": True}, "train.keep_best"), ({"patience": 2}, "train.patience")],
 )
 def test_going_by_a_loss_that_is_not_measured_is_refused(settings, name):
-    with pytest.raises(UserError, match=f"^{name} goes by .* train.eval_every 0 evaluates at"):
+    with pytest.raises(
+        UserError, match=f"^{name} needs evaluations .* 0 evaluates only at the end"
+    ):
         check(TrainConfig(eval_every=0, **settings))
-    with pytest.raises(UserError, match=f"^{name} goes by .* nothing is held out; give data"):
+    with pytest.raises(
+        UserError, match=f"^{name} needs a held-out loss, .* is held out; give data"
+    ):
         check_held_out(TrainConfig(**settings), False)
     check(TrainConfig(eval_every=1, **settings))
     check_held_out(TrainConfig(**settings), True)

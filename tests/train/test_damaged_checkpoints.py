@@ -100,7 +100,7 @@ def test_damage_to_any_file_gives_an_older_checkpoint_or_the_same_bytes(
             assert_same(state, make(3))
             (line,) = said
             assert f"{FOLDER}/5: damaged: " in line
-            assert "step 3 is taken, and the damaged one is now damaged-5" in line
+            assert "step 3 is used instead, and the damaged one was renamed to damaged-5" in line
             assert "\n" not in line
             assert (run / FOLDER / "damaged-5").is_dir()
             assert not (run / FOLDER / "5").exists()
@@ -120,7 +120,7 @@ def test_an_array_that_differs_is_named(run: Path, monkeypatch) -> None:
         checkpoints.save(make(8), EXTRA)
     said: list[str] = []
     assert_same(checkpoints.restore(make(0), say=said.append)[0], make(5))
-    assert "/8: damaged: trained.b differs from what was saved; step 5 is taken" in said[0]
+    assert "/8: damaged: trained.b differs from what was saved; step 5 is used instead" in said[0]
 
 
 def test_with_no_whole_checkpoint_nothing_is_changed(run: Path) -> None:
@@ -150,7 +150,7 @@ def test_who_reads_takes_the_older_one_and_renames_nothing(run: Path) -> None:
     said: list[str] = []
     state, _ = Checkpoints(run).restore(make(0), say=said.append)
     assert_same(state, make(3))
-    assert said[0].endswith("; step 3 is taken")
+    assert said[0].endswith("; step 3 is used instead")
     assert sorted(run.rglob("*")) == before
 
 

@@ -16,12 +16,13 @@ from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.offload import ON_DEVICE, ON_HOST, Placement
+from qlora_jax.train.state import TrainState, init_state
 
 METHODS = ("qlora", "full")
 
 
 class Ran(NamedTuple):
-    state: steps.TrainState
+    state: TrainState
     norms: list[float]
 
 
@@ -45,7 +46,7 @@ def program(trainer) -> Callable[..., steps.StepProgram]:
 
 def run(t, program: steps.StepProgram, make_batch, moments: Placement, count: int) -> Ran:
     trained = jax.tree.map(jnp.copy, t.trained)
-    state = steps.init(trained, t.optimizer, False, moments)
+    state = init_state(trained, t.optimizer, False, moments)
     norms = []
     for seed in range(count):
         grads, figures = program.gradient(state, t.frozen, make_batch(seed=seed), None)
@@ -125,7 +126,7 @@ def test_moments_on_the_host_go_on_from_a_checkpoint(
     t, made = trainer(method), program(method, ON_HOST)
     fresh, checkpoints = jax.tree.map(jnp.copy, t.trained), Checkpoints(tmp_path, 1)
     checkpoints.save(run(t, made, make_batch, ON_HOST, 3).state, {})
-    state, _ = checkpoints.restore(steps.init(fresh, t.optimizer, False, ON_HOST))
+    state, _ = checkpoints.restore(init_state(fresh, t.optimizer, False, ON_HOST))
     checkpoints.close()
     for path, x in flatten(state.optimizer).items():
         assert x.sharding.memory_kind == "pinned_host", path

@@ -30,6 +30,7 @@ from qlora_jax.models.decoder import Decoder, attach, use_kernel
 from qlora_jax.quant import quantize
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train import step as steps
+from qlora_jax.train.state import init_state
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +100,7 @@ def step_hlo(
         clip_norm=1.0,
         method="qlora",
     )
-    state = steps.init(trained, optax.sgd(1.0), False)
+    state = init_state(trained, optax.sgd(1.0), False)
     tokens = jnp.ones((1, ROWS, LENGTH), jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), tokens)
     batch |= {"mask": tokens > 0}

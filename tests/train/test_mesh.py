@@ -16,6 +16,7 @@ from qlora_jax.models.trees import flatten
 from qlora_jax.quant import QTensor
 from qlora_jax.runtime.mesh import FSDP, device_mesh
 from qlora_jax.train import step as steps
+from qlora_jax.train.state import init_state
 
 ROWS, STEPS = 8, 3
 FLOAT = re.compile(r"(?:f32|bf16|f16)\[([\d,]*)\]")
@@ -72,7 +73,7 @@ def over(t, sizes: tuple[int, int], remat: str):
         method=t.config.method,
         layout=layout,
     )
-    return program, steps.init(trained, t.optimizer, False, layout=layout), frozen
+    return program, init_state(trained, t.optimizer, False, layout=layout), frozen
 
 
 def run(t, sizes: tuple[int, int], rows, remat: str, accumulation: int, key) -> Ran:

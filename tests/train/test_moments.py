@@ -17,6 +17,7 @@ from qlora_jax.quant.dynamic8 import BLOCK, Dynamic8
 from qlora_jax.train import step as steps
 from qlora_jax.train.moments import ENCODERS, MIN_8BIT_SIZE, dithered, stored
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import init_state
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dynamic8.npz")
 settings = pytest.mark.parametrize("moments", ENCODERS)
@@ -228,7 +229,7 @@ def test_losses_are_those_of_float32_within_one_step(trainer, make_loader) -> No
             method="full",
         )
         plain, batches, found = t.start(), make_loader(t.config), []
-        state = steps.init(plain.trained, optimizer, False)
+        state = init_state(plain.trained, optimizer, False)
         for _ in range(60):
             # compiled once: this program's own would differ in what it does not read, the moments
             plain = plain._replace(trained=state.trained)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import Checkpoints
-from qlora_jax.train.step import TrainState
+from qlora_jax.train.state import TrainState
 a = lambda n: {k: jnp.asarray(np.random.default_rng(n).normal(size=(64, 64))) for k in "abcd"} | {
     "runs": {}
 }

@@ -23,6 +23,7 @@ from qlora_jax.train import export, mapped, population
 from qlora_jax.train import step as steps
 from qlora_jax.train.metrics import read_metrics
 from qlora_jax.train.optimizer import adamw
+from qlora_jax.train.state import init_state
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +91,7 @@ def alone(
         clip_norm=config.optimizer.clip_norm,
         method="qlora",
     )
-    state, figures = steps.init(trained, optimizer, False), []
+    state, figures = init_state(trained, optimizer, False), []
     for batch in batches:
         grads, found = program.gradient(state, frozen, batch, None)
         state = program.update(state, grads, found.finite)
@@ -191,16 +192,24 @@ def test_padding_stays_zero_and_the_base_is_one(made: Made, make_batch: Callable
 @pytest.mark.parametrize(
     ("changes", "members", "message"),
     [
-        ({}, [{"lora.dropout": "0.1"}], "lora.dropout: members of a population have it in common"),
+        ({}, [{"lora.dropout": "0.1"}], "lora.dropout: must be equal for all members"),
         ({}, [], "a population has no members"),
-        ({"lora__dropout": 0.1}, [{}], "lora.dropout: not for a population"),
-        ({"method": "full"}, [{}], "method full: not for a population"),
-        ({"model__compute_dtype": "float16"}, [{}], "model.compute_dtype float16: not for"),
-        ({"data__eval_source": {"a": "b"}}, [{}], "data.eval_source of named sets: not for"),
-        ({"train__steps": None, "train__epochs": 2}, [{}], "train.epochs: not for a population"),
-        ({"train__keep_best": True}, [{}], "train.keep_best: not for a population"),
-        ({"train__patience": 1}, [{}], "train.patience: not for a population"),
-        ({"mesh": {"fsdp": 2}}, [{}], "mesh.fsdp above 1: not for a population"),
+        ({"lora__dropout": 0.1}, [{}], "lora.dropout: a population does not"),
+        ({"method": "full"}, [{}], "method full: a population does not"),
+        (
+            {"model__compute_dtype": "float16"},
+            [{}],
+            "model.compute_dtype float16: a population does not",
+        ),
+        (
+            {"data__eval_source": {"a": "b"}},
+            [{}],
+            "data.eval_source of named sets: a population does not",
+        ),
+        ({"train__steps": None, "train__epochs": 2}, [{}], "train.epochs: a population does not"),
+        ({"train__keep_best": True}, [{}], "train.keep_best: a population does not"),
+        ({"train__patience": 1}, [{}], "train.patience: a population does not"),
+        ({"mesh": {"fsdp": 2}}, [{}], "mesh.fsdp above 1: a population does not"),
         ({"data__packing": False}, [{}, {"train.seed": "1"}], "data.packing false gives members"),
     ],
 )

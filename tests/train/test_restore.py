@@ -15,11 +15,11 @@ from qlora_jax.formats.load import load_model
 from qlora_jax.models import trees
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
-from qlora_jax.train import step as steps
 from qlora_jax.train.checkpoint import Checkpoints
 from qlora_jax.train.optimizer import adamw
 from qlora_jax.train.restore import from_config, restore
 from qlora_jax.train.setup import load_run_model, open_model
+from qlora_jax.train.state import init_state
 
 pytestmark = pytest.mark.quick
 
@@ -59,7 +59,7 @@ def make_run(tmp_path, tiny_model, chats):
         trained = jax.tree.map(
             lambda x: x + jnp.asarray(random.normal(size=x.shape) * 0.1, x.dtype), trained
         )
-        state = steps.init(trained, adamw(config.optimizer, 10), compute == "float16")
+        state = init_state(trained, adamw(config.optimizer, 10), compute == "float16")
         state = state._replace(step=jnp.int32(7))
         checkpoints = Checkpoints(tmp_path / "run", 2)
         checkpoints.save(state, {})

@@ -90,7 +90,7 @@ def test_what_a_resumed_run_could_not_replace_is_named_first(tmp_path, name):
         lambda: rundir.check(config, resume=True, overwrite=False),
         lambda: claim(config, True),
     ):
-        with pytest.raises(UserError, match=f"{path}: is no {kind}, and the run writes one there"):
+        with pytest.raises(UserError, match=f"{path}: is not a {kind}, but the run writes one;"):
             act()
 
 
@@ -108,7 +108,7 @@ def test_resuming_with_another_config_lists_the_differences(tmp_path):
     message = str(e.value)
     assert message.startswith(f"{tmp_path / 'run'}: was made with another config")
     assert "; train.batch_size: 4 → 9; leave these as they were" in message
-    assert "(on resume may change: train.steps, " in message
+    assert "(these may change on resume: train.steps, " in message
     assert "train.steps: 7" not in message
     assert (tmp_path / "run" / "config.yaml").read_bytes() == config
 

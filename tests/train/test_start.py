@@ -243,7 +243,7 @@ def test_four_bits_lose_less_with_pissa_and_loftq_and_loftq_less_with_more_turns
 def test_a_start_that_is_far_from_the_weights_is_a_failure():
     splitter = Splitter(configs.LoraConfig(init="pissa"), {})
     splitter.errors = {"p": (0.19, 0.09), "q": (0.08, 0.09)}
-    with pytest.raises(RunFailed, match=r"p: pissa is 1\.90e-01 .* alone 9\.00e-02"):
+    with pytest.raises(RunFailed, match=r"p: lora\.init pissa .* 1\.90e-01, .* by 9\.00e-02"):
         splitter.report(pytest.fail)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.models.trees import flatten, sha256
 from qlora_jax.quant import QTensor, dequantize
-from qlora_jax.train.step import GROWTH_INTERVAL, INITIAL_SCALE
+from qlora_jax.train.state import GROWTH_INTERVAL, INITIAL_SCALE
 
 pytestmark = pytest.mark.quick
 METHODS = ("qlora", "lora", "full")

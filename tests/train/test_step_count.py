@@ -47,10 +47,10 @@ def test_the_rate_jumps_where_it_follows_from_the_number_of_steps():
     assert describe_jump(OptimizerConfig(learning_rate=0.5), 3, 3, 6) is None
     linear = OptimizerConfig(learning_rate=0.5, schedule="linear")
     line = describe_jump(linear, 3, 4, 6)
-    assert "with 6 instead of 4 the learning rate goes on at 0.25, not 0.125;" in line
+    assert "with 6 instead of 4 the learning rate continues at 0.25, not 0.125;" in line
     cosine = OptimizerConfig(learning_rate=0.5, schedule="cosine")
     rate = 0.25 * (1 + math.cos(math.pi / 4))
-    assert f"goes on at {rate:.3g}, not 0;" in describe_jump(cosine, 3, 3, 12)
+    assert f"continues at {rate:.3g}, not 0;" in describe_jump(cosine, 3, 3, 12)
     assert describe_jump(cosine, 3, 6, 6) is None
     warming = OptimizerConfig(learning_rate=0.5, schedule="cosine", warmup_steps=8)
     assert describe_jump(warming, 3, 10, 20) is None

@@ -1,4 +1,4 @@
-"""The architectures of .gguf files: which family each is, and what its tensors are called."""
+"""The supported architectures of .gguf files: their families and their tensor names."""
 
 import re
 from collections.abc import Mapping
@@ -10,14 +10,15 @@ from qlora_jax.runtime.errors import UserError
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp's converter stores a family.
+    """The form in which llama.cpp's converter stores a family.
 
     Attributes:
-      family: the `model_type`.
-      permuted: the rows of q and k are in another order (`unpermute`).
-      norms_above_one: norm weights are stored with one added.
-      wide_scale: number of layers of the one published model whose query_pre_attn_scalar is
-        hidden / heads and not head_dim; the file says neither.
+      family: `model_type` of the family.
+      permuted: whether the rows of q and k are in another order (`unpermute`).
+      norms_above_one: whether 1 is added to the stored norm weights.
+      wide_scale: number of layers of the published model of this family whose
+        query_pre_attn_scalar is hidden / heads; in all others it is head_dim. The file does not
+        hold this value. 0: there is no such model.
     """
 
     family: str
@@ -38,7 +39,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("phi3"),
     "gptneox": Architecture("gpt_neox"),
 }
-"""Supported values of `general.architecture`."""
+"""Supported value of `general.architecture` to its `Architecture`."""
 
 TOP = {"token_embd": "embed", "output_norm": "norm", "output": "head"}
 LAYER = {
@@ -57,14 +58,19 @@ LAYER = {
     "ffn_down": "down_proj",
     "post_ffw_norm": "mlp_post_norm",
 }
-"""A tensor's name to the part of `families.Names` it is."""
+"""Name of a layer's tensor to the field of `families.Names`. `TOP` has the names outside layers."""
 
 
 def hugging_face_name(name: str, family: Family, path: Path) -> str:
-    """Returns the name in a checkpoint of the family of a tensor such as blk.0.attn_q.weight.
+    """Returns the Hugging Face name of a tensor.
+
+    Args:
+      name: name in the file, such as blk.0.attn_q.weight.
+      family: family of the model.
+      path: path of the file, for the message.
 
     Raises:
-      UserError: no part of the decoder has this name; `path` is for the message.
+      UserError: the decoder has no part for this tensor.
     """
     stem, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)

@@ -1,4 +1,4 @@
-"""A .gguf file as a checkpoint."""
+"""Opens a .gguf file as a `Checkpoint`."""
 
 import dataclasses
 import functools
@@ -27,7 +27,12 @@ from qlora_jax.text.gguf_header import GgufTensor
 
 @dataclasses.dataclass(frozen=True)
 class GgufCheckpoint:
-    """A `Checkpoint` in a .gguf file. `layouts` hold what makes a tensor Hugging Face's."""
+    """A `Checkpoint` in a .gguf file.
+
+    Attributes:
+      layouts: name to the function that converts the stored tensor to Hugging Face's form; tensors
+        that need no conversion are absent.
+    """
 
     path: Path
     config: DecoderConfig
@@ -56,8 +61,8 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     """Opens a .gguf file of one of `ARCHITECTURES`.
 
     Raises:
-      UserError: not a whole GGUF file, an architecture, rope scaling or tensor that is not
-        supported, or tensors that do not agree with the metadata.
+      UserError: the file is not a complete GGUF file; an architecture, rope scaling or tensor is
+        not supported; or the tensors do not agree with the metadata.
     """
     header = read_parts(path)
     architecture = str(header.metadata.get("general.architecture"))
@@ -73,7 +78,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         if n not in TABLES
     }
     config = config_of(header, found, path)
-    # the metadata say nothing of it, so that a note would contradict nobody
+    # GGUF metadata does not say whether head and embedding are tied, so the note is not needed.
     matrices = tying.matrices(config)
     config = tying.settle(config, found, lambda: _equal(*(found[n] for n in matrices))).config
     expected = check_shapes({name: t.shape for name, t in found.items()}, config, path)
@@ -90,7 +95,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
 
 
 def _equal(first: GgufTensor, second: GgufTensor) -> bool:
-    """Whether two matrices are stored as the same bytes."""
+    """Returns whether two matrices are stored as the same bytes."""
     if (first.shape, first.type) != (second.shape, second.type):
         return False
     rows = [functools.partial(_rows, tensor) for tensor in (first, second)]

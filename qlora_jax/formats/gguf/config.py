@@ -1,4 +1,4 @@
-"""A .gguf file's metadata as the config of a decoder."""
+"""Converts the metadata of a .gguf file to the config of a decoder."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ OPTIONS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "use_parallel_residual": "use_parallel_residual",
 }
-"""Metadata to the key of a config.json; a family reads those it has."""
+"""Metadata key to key of config.json. A family reads only the keys that it has."""
 
 
 def config_of(header: GgufHeader, found: Mapping[str, GgufTensor], path: Path) -> DecoderConfig:
-    """Returns the config of a file's model.
+    """Returns the config of the model in a file.
 
     Args:
-      header: the file's header; its architecture is one of `ARCHITECTURES`.
-      found: Hugging Face's names to tensors.
-      path: the file.
+      header: header of the file; its architecture is one of `ARCHITECTURES`.
+      found: Hugging Face name to tensor, for all weights.
+      path: path of the file, for messages.
 
     Raises:
-      UserError: metadata that is missing, malformed or not supported.
+      UserError: metadata is missing, malformed or not supported.
     """
     architecture = header.metadata["general.architecture"]
     prefix = f"{architecture}."
@@ -63,7 +63,7 @@ def config_of(header: GgufHeader, found: Mapping[str, GgufTensor], path: Path) -
 
 
 def _head_sizes(metadata: Metadata, family: Family) -> tuple[int, int]:
-    """Features of a head, and how many of them are rotated."""
+    """Returns the number of channels of a head, and the number of rotated channels."""
     number = metadata.number
     heads, hidden = number("attention.head_count"), number("embedding_length")
     head_dim = number("attention.key_length", hidden // heads)
@@ -72,7 +72,7 @@ def _head_sizes(metadata: Metadata, family: Family) -> tuple[int, int]:
     if rotated != head_dim and not partial:
         raise UserError(
             f"{metadata.path}: {rotated} of {head_dim} dimensions per head are rotated; "
-            f"architecture {metadata.architecture} is supported with all of them"
+            f"architecture {metadata.architecture} is supported only with all of them rotated"
         )
     return head_dim, rotated
 
@@ -80,7 +80,7 @@ def _head_sizes(metadata: Metadata, family: Family) -> tuple[int, int]:
 def _keys(
     metadata: Metadata, family: Family, found: Mapping[str, GgufTensor], head_dim: int
 ) -> dict[str, Any]:
-    """The metadata under the keys of a config.json."""
+    """Returns the metadata under the keys of a config.json."""
     number, names = metadata.number, family.names
     embedding = found.get(f"{names.embed}.weight")
     if embedding is None:

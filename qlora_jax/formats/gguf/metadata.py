@@ -1,4 +1,4 @@
-"""A .gguf file's metadata about its model."""
+"""The metadata of a .gguf file that describes its model."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from qlora_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """The metadata of a file about its model.
+    """The metadata of a file that describes its model.
 
     Attributes:
-      path: the file, for messages.
-      architecture: `general.architecture`.
-      values: key without the architecture's name to value.
+      path: path of the file, for messages.
+      architecture: value of `general.architecture`.
+      values: key to value; the keys have no architecture prefix.
     """
 
     path: Path
@@ -26,23 +26,24 @@ class Metadata:
 
     @property
     def kind(self) -> Architecture:
+        """The entry of `ARCHITECTURES` for this file."""
         return ARCHITECTURES[self.architecture]
 
     @property
     def window(self) -> Any:
-        """The length of sliding windows, or None."""
+        """Length of the sliding window, or None without one."""
         return self.values.get("attention.sliding_window") or None
 
     @property
     def family(self) -> str:
-        """The `model_type`: Mistral is llama's architecture with a window."""
+        """The `model_type`; architecture llama with a sliding window is mistral."""
         return "mistral" if self.window and self.kind.family == "llama" else self.kind.family
 
     def number(self, key: str, default: Any = None) -> Any:
-        """Returns a positive number.
+        """Returns the value of a key, which must be a positive number.
 
         Raises:
-          UserError: the value is not a positive number.
+          UserError: the value, or the default for a missing key, is not a positive number.
         """
         value = self.values.get(key, default)
         if not isinstance(value, int | float) or not 0 < value < math.inf:

@@ -13,16 +13,16 @@ COUNT, INDEX = "split.count", "split.no"
 
 
 def read_parts(path: Path) -> GgufHeader:
-    """Returns the header of a .gguf file, with the tensors of all parts where it is split.
+    """Returns the header of a .gguf file; for a split model, with the tensors of all parts.
 
-    The first part has the metadata of the model and of its tokenizer.
+    The metadata of the model and its tokenizer are in the first part.
 
     Args:
-      path: the file, or the first part.
+      path: the file, or the first part of a split model.
 
     Raises:
-      UserError: a file is missing or damaged, it is not the first part, or two parts hold tensors
-        of the same name.
+      UserError: a file is missing or damaged, `path` is not the first part, or two parts hold
+        tensors of the same name.
     """
     header = read_header(path)
     count = header.metadata.get(COUNT, 1)
@@ -33,7 +33,7 @@ def read_parts(path: Path) -> GgufHeader:
     name = PART.fullmatch(path.name)
     if name is None or int(name[3]) != count:
         raise UserError(
-            f"{path}: one of {count} parts of a model; give it the name that it had, "
+            f"{path}: is one of {count} parts of a model; restore its original name, "
             f"NAME-00001-of-{count:05}.gguf"
         )
     files = [path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
@@ -41,8 +41,8 @@ def read_parts(path: Path) -> GgufHeader:
         raise UserError(f"{path}: part {int(name[2])} of {count}; give the first: {files[0]}")
     if absent := [file.name for file in files if not paths.is_file(file)]:
         raise UserError(
-            f"{path}: {absent[0]} is missing beside it, {len(absent)} of {count} parts are; "
-            "download them"
+            f"{path}: {absent[0]} is missing beside it, {len(absent)} of {count} parts are "
+            "missing; download them"
         )
     tensors = dict(header.tensors)
     for i, file in enumerate(files[1:], start=1):
@@ -50,7 +50,8 @@ def read_parts(path: Path) -> GgufHeader:
         if part.metadata.get(INDEX) != i or part.metadata.get(COUNT) != count:
             raise UserError(
                 f"{file}: its metadata says part {part.metadata.get(INDEX)!r} of "
-                f"{part.metadata.get(COUNT)!r}, counted from 0; download it again"
+                f"{part.metadata.get(COUNT)!r}, counted from 0, which is not the part in its name; "
+                "download it again"
             )
         if both := tensors.keys() & part.tensors.keys():
             raise UserError(f"{file}: holds {min(both)}, as another part does; download all again")

@@ -1,8 +1,8 @@
-"""A .gguf file's rotary position embedding under the keys of a config.json.
+"""Converts the rope metadata of a .gguf file to the keys of a config.json.
 
-What llama.cpp would do with the metadata is done by transformers' scaling of the same name, or
-refused. Its default for a file that names no type is linear, and for one without a factor none
-(`load_hparams` in llama-model.cpp).
+Each scaling of llama.cpp becomes transformers' scaling of the same name. The reader refuses
+metadata for which the two compute different values. As in llama.cpp (`load_hparams` in
+llama-model.cpp), a file without a type has type linear, and a file without a factor has no scaling.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,10 +22,10 @@ LONGROPE_TABLES = {
     "long_factor": "rope_factors_long.weight",
 }
 TABLES = {LLAMA3_TABLE, *LONGROPE_TABLES.values()}
-"""Tensors that are no weights: divisors of the rope's frequencies."""
+"""Names of tensors that are not weights, but divisors of the rope's frequencies."""
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The rope settings of Llama 3.1 to 3.3; a GGUF file holds only the table computed from them."""
+"""Rope settings of Llama 3.1 to 3.3. A GGUF file has only the table that is computed from them."""
 
 SCALING = "rope.scaling"
 READ = {
@@ -37,13 +37,13 @@ READ = {
     f"{SCALING}.original_context_length",
     f"{SCALING}.finetuned",
 }
-"""Keys that any file may have; `finetuned` says where the weights come from and changes nothing."""
+"""Keys that any file may have. `finetuned` tells the origin of the weights; it has no effect."""
 
 OWN = {
     "yarn": {f"{SCALING}.yarn_beta_fast", f"{SCALING}.yarn_beta_slow"},
     "longrope": {f"{SCALING}.attn_factor"},
 }
-"""Keys that are read for one type of scaling."""
+"""Type of scaling to the keys that are read only for this type."""
 
 WITHOUT_EFFECT = {
     f"{SCALING}.attn_factor": 1,
@@ -51,7 +51,7 @@ WITHOUT_EFFECT = {
     f"{SCALING}.yarn_ext_factor": 1,
     f"{SCALING}.yarn_log_multiplier": 0,
 }
-"""Keys that are not read, with the one value that changes nothing."""
+"""Key that is not read to its only allowed value, with which the key has no effect."""
 
 
 def rope_keys(
@@ -61,17 +61,17 @@ def rope_keys(
     head_dim: int,
     rotated: int,
 ) -> dict[str, Any]:
-    """Returns the keys of a config.json.
+    """Returns the keys of a config.json that describe the rope.
 
     Args:
-      metadata: the metadata of the file.
-      family: the model's family.
-      tensors: the file's own names to tensors.
-      head_dim: channels of a head.
-      rotated: number of channels that are rotated.
+      metadata: metadata of the file.
+      family: family of the model.
+      tensors: tensors of the file, by their names in the file.
+      head_dim: number of channels of a head.
+      rotated: number of rotated channels of a head.
 
     Raises:
-      UserError: a type of scaling, a table or other metadata of the rope that is not supported.
+      UserError: a type of scaling, a table or other metadata of the rope is not supported.
     """
     tables = {
         name: _table(metadata, name, tensors[name], rotated)
@@ -94,7 +94,7 @@ def rope_keys(
         keys["rope_scaling"] = SCALINGS[kind](metadata, tables)
     original = "original_max_position_embeddings"
     scaling = keys["rope_scaling"] or {}
-    # beside the scaling too, where Phi-3 reads it
+    # Phi-3 reads this key at the top level of config.json, so give it there too.
     return keys | {key: scaling[key] for key in (original,) if key in scaling}
 
 
@@ -109,7 +109,7 @@ def _table(metadata: Metadata, name: str, tensor: GgufTensor, rotated: int) -> n
 
 
 def _kind(metadata: Metadata, tables: Mapping[str, np.ndarray]) -> str:
-    """The type of scaling, a key of `SCALINGS`."""
+    """Returns the type of scaling, a key of `SCALINGS`."""
     long = LONGROPE_TABLES["long_factor"]
     stated = metadata.values.get(f"{SCALING}.type")
     kind = stated or ("longrope" if long in tables else "linear")
@@ -130,8 +130,10 @@ def _kind(metadata: Metadata, tables: Mapping[str, np.ndarray]) -> str:
 
 
 def _factor(metadata: Metadata) -> float | None:
-    """The factor under its key, or its old key; None where there is none, which llama.cpp and
-    some files write as 0."""
+    """Returns the scaling factor, from its key or its old key; None for no factor.
+
+    llama.cpp and some files write 0 for no factor.
+    """
     key = f"{SCALING}.factor" if f"{SCALING}.factor" in metadata.values else "rope.scale_linear"
     value = metadata.values.get(key, 0)
     return None if value == 0 else float(metadata.number(key))
@@ -164,7 +166,10 @@ def _linear(metadata: Metadata, tables: Mapping[str, np.ndarray]) -> dict[str, A
 
 
 def _yarn(metadata: Metadata, tables: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """llama.cpp's YaRN with its own ramp and attention factor, which are transformers' defaults."""
+    """Returns the settings of YaRN.
+
+    The ramp and the attention factor of llama.cpp equal transformers' defaults.
+    """
     factor = _factor(metadata)
     return {
         "rope_type": "yarn",
@@ -201,7 +206,7 @@ SCALINGS: Mapping[str, Callable[..., dict[str, Any] | None]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
-"""`rope.scaling.type` to what makes a `rope_scaling` of metadata and tables."""
+"""Type of scaling to the function of (metadata, tables) that returns `rope_scaling`."""
 
 
 def _original(metadata: Metadata) -> Any:

@@ -1,4 +1,4 @@
-"""The arrays of a .gguf file, dequantized, in Hugging Face's order of rows."""
+"""Reads the tensors of a .gguf file as floats, and puts their rows in Hugging Face's order."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.gguf_header import GgufTensor
 
 Layout = Callable[[np.ndarray], np.ndarray]
-"""From the rows of a file to Hugging Face's."""
+"""Function that converts a tensor of the file to Hugging Face's values and order of rows."""
 
 FLOATS: dict[GGMLQuantizationType, Any] = {
     GGMLQuantizationType.F32: np.float32,
@@ -28,8 +28,8 @@ FLOATS: dict[GGMLQuantizationType, Any] = {
 
 
 def read_tensor(tensor: GgufTensor) -> np.ndarray:
-    """Reads one tensor as floats, in float32 if it was quantized."""
-    # Not a memory map: its pages would stay resident beside the dequantized copy.
+    """Reads one tensor as floats. A quantized tensor becomes float32."""
+    # No memory map: its pages would stay in memory beside the dequantized copy.
     data = np.fromfile(tensor.file, np.uint8, tensor.nbytes, offset=tensor.offset)
     if tensor.type in FLOATS:
         return data.view(FLOATS[tensor.type]).reshape(tensor.shape)
@@ -51,12 +51,12 @@ def check_dequantizable(name: str, tensor: GgufTensor, path: Path) -> None:
 
 
 def layouts(kind: Architecture, config: DecoderConfig, tensors: Iterable[str]) -> dict[str, Layout]:
-    """Returns what brings each tensor into Hugging Face's order; tensors in it already are absent.
+    """Returns the conversion of each tensor that is not stored as Hugging Face stores it, by name.
 
     Args:
       kind: architecture of the file.
       config: the model's config.
-      tensors: Hugging Face's names of all tensors.
+      tensors: Hugging Face names of all tensors.
     """
     names, inside = config.names, dict[str, Layout]()
     if kind.permuted:
@@ -80,30 +80,31 @@ def _less_one(weight: np.ndarray) -> np.ndarray:
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Puts the rows of q or k back in Hugging Face's order.
 
-    llama.cpp rotates neighbouring rows of a head, Hugging Face rows that are half a head apart:
-    file row 2i + j of a head is Hugging Face's row i + j·head_dim/2.
+    llama.cpp rotates pairs of neighbouring rows of a head. Hugging Face rotates pairs of rows that
+    are half a head apart. So row 2i + j of a head in the file (j = 0 or 1) is row
+    i + j·head_dim/2 in Hugging Face.
 
     Args:
-      weight: [heads · head_dim, ...], a weight or a bias.
-      heads: the number of heads that share the rows.
+      weight: weight or bias, [heads · head_dim, ...].
+      heads: number of heads in the rows.
     """
     rows = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders rows from all of q, then k, then v to q, k and v of each head (GPT-NeoX).
+    """Changes the row order from (q, k, v) of all heads to (q, k, v) head by head (GPT-NeoX).
 
     Args:
-      weight: [3 · heads · head_dim, ...], a weight or a bias.
-      heads: the number of heads of q, of k and of v.
+      weight: weight or bias, [3 · heads · head_dim, ...].
+      heads: number of heads of q, which k and v have too.
     """
     rows = weight.reshape(3, heads, weight.shape[0] // heads // 3, *weight.shape[1:])
     return np.ascontiguousarray(rows.swapaxes(0, 1)).reshape(weight.shape)
 
 
 def describe(tensors: Mapping[str, GgufTensor]) -> str:
-    """Returns how the weights are stored, in words: the type that holds the most of them."""
+    """Returns, in words, the type that stores most of the layers' weights."""
     sizes: Counter[str] = Counter()
     for name, tensor in tensors.items():
         if ".layers." in name and len(tensor.shape) == 2:

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: adapter_config.json beside adapter_model.safetensors."""
+"""Reads and writes adapters in PEFT's format: adapter_config.json, adapter_model.safetensors."""
 
 from qlora_jax.formats.peft.adapter import CONFIG as CONFIG
 from qlora_jax.formats.peft.adapter import AdapterSet as AdapterSet

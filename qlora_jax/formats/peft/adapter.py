@@ -1,4 +1,4 @@
-"""What an adapter folder holds, in arrays laid out as ours."""
+"""The content of an adapter folder as arrays, with A as [in, r] and B as [r, out]."""
 
 import dataclasses
 import itertools
@@ -20,14 +20,18 @@ PREFIX = "base_model.model."
 MATRICES = frozenset(
     f"{module}.weight" for module in (*EMBEDDINGS, HEAD, *(f.names.head for f in FAMILIES.values()))
 )
-"""The names of the embedding's and of the head's matrix, in every family."""
+"""Names of the matrices of embedding and head in all families."""
 
 
 def within(name: str, saved: str) -> bool:
-    """Whether a parameter belongs to a module that `modules_to_save` names.
+    """Returns whether a parameter belongs to a module that `modules_to_save` names.
 
-    The module's path ends in the name, in the middle of a word too, as PEFT takes it: norm stands
-    for input_layernorm as well.
+    As in PEFT, the path of such a module ends with the name, and the name need not be a whole part
+    of the path: norm also matches input_layernorm.
+
+    Args:
+      name: name of the parameter.
+      saved: a name in `modules_to_save`.
     """
     modules = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
     return any(module.endswith(saved) for module in modules)
@@ -35,14 +39,14 @@ def within(name: str, saved: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """Parameters of the base that were trained beside the adapters.
+    """The parameters of the base that an adapter folder replaces.
 
     Attributes:
-      tensors: Hugging Face names to values, in Hugging Face's layout.
-      modules: names of the modules that were trained whole (`modules_to_save`); a tensor of no
-        such module is an embedding or a head that was saved as it was.
-      bias: which biases were trained, in PEFT's words.
-      ties: whether a replaced embedding is the head as well (`ensure_weight_tying`).
+      tensors: Hugging Face name to value, in Hugging Face's layout.
+      modules: names of the modules that were trained whole (`modules_to_save`). A matrix in
+        `tensors` outside these modules is an embedding or head that was saved without training.
+      bias: PEFT's setting for the trained biases: none, all, or lora_only.
+      ties: whether a replaced embedding is also the head (`ensure_weight_tying`).
     """
 
     tensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -52,9 +56,9 @@ class Replaced:
 
     @property
     def one_for_both(self) -> bool:
-        """Whether one replaced matrix stands for embedding and head, where the base ties them.
+        """Whether one replaced matrix is used for embedding and head, if the base ties them.
 
-        PEFT loads a matrix that was saved as it was into the one that both share.
+        PEFT loads a matrix that was saved without training into the shared matrix of both.
         """
         matrices = {name for name in self.tensors if name in MATRICES}
         trained = any(within(name, saved) for name in matrices for saved in self.modules)
@@ -63,15 +67,15 @@ class Replaced:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSet:
-    """What an adapter folder holds.
+    """The content of an adapter folder.
 
     Attributes:
-      adapters: module paths to adapters.
-      scaling: how alpha becomes the factor: alpha/r or alpha/sqrt(r).
-      base_name: the name or path of the model that it was trained on, or nothing.
-      dropout: the rate of dropout that it was trained with.
-      targets: the settings that chose its modules.
-      replaced: parameters of the base that were trained beside the adapters.
+      adapters: module path to adapter.
+      scaling: formula of the scale: alpha/r or alpha/sqrt(r).
+      base_name: name or path of the base model in training; empty if not recorded.
+      dropout: dropout rate in training.
+      targets: settings that choose the modules.
+      replaced: parameters of the base that the folder replaces.
     """
 
     adapters: dict[str, LoraWeights]
@@ -83,21 +87,21 @@ class AdapterSet:
 
     @property
     def dora(self) -> bool:
-        """Whether the adapters have magnitudes; all or none have."""
+        """Whether the adapters have magnitudes (DoRA). Either all adapters have one or none."""
         return any(adapter.magnitude is not None for adapter in self.adapters.values())
 
     @property
     def beyond_lora(self) -> bool:
-        """Whether it holds more than plain LoRA, so that it cannot be one of several adapters."""
+        """Whether the folder holds more than plain LoRA and so cannot share a base with others."""
         return self.dora or bool(self.replaced.tensors)
 
 
 def tensor_keys(path: str, dora: bool) -> dict[str, str]:
-    """Returns the names of one module's tensors in a file: A, B and, for DoRA, magnitude.
+    """Returns part to tensor name in a file, for the parts A, B and, with DoRA, magnitude.
 
     Args:
-      path: the module's path; PEFT has other names for the A and B of an embedding.
-      dora: whether there is a magnitude.
+      path: path of the module; an embedding has other names for A and B in PEFT.
+      dora: whether the adapter has a magnitude.
     """
     names = {"A": "lora_A.weight", "B": "lora_B.weight"}
     if path in EMBEDDINGS:
@@ -108,12 +112,12 @@ def tensor_keys(path: str, dora: bool) -> dict[str, str]:
 
 
 def without_effect(adapters: LoraSet) -> bool:
-    """Whether A or B of every adapter is zero, so that they change nothing."""
+    """Returns whether every adapter has A = 0 or B = 0, so that the output does not change."""
     return not any(np.any(adapter.a) and np.any(adapter.b) for adapter in adapters.values())
 
 
 def listed(names: list[str], most: int = 12) -> str:
-    """Names for a message: sorted, and where there are many, the first of them and a count."""
+    """Returns the sorted names for a message: the first `most` names and the number of others."""
     names = sorted(names)
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""adapter_config.json: what of it is understood, and what is refused because it is not."""
+"""Reads and makes adapter_config.json, and refuses settings that are not supported."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -28,7 +28,7 @@ Index = Annotated[int, Field(ge=0, strict=True)]
 
 @with_config(ConfigDict(extra="allow"))
 class AdapterConfigJson(TypedDict):
-    """Holds the keys of adapter_config.json that are read, by PEFT's names. Others are kept."""
+    """The keys of adapter_config.json that are read, by PEFT's names. Other keys are kept."""
 
     r: Rank
     lora_alpha: Factor
@@ -62,7 +62,7 @@ OTHER_FUNCTIONS = (
     "velora_config",
     "megatron_config",
 )
-"""Settings of PEFT that, when set, make an adapter compute something that is not LoRA or DoRA."""
+"""Settings of PEFT with which an adapter computes something other than LoRA or DoRA."""
 
 NO_EFFECT = (
     "peft_type",
@@ -71,30 +71,30 @@ NO_EFFECT = (
     "peft_version",
     "revision",
     "inference_mode",
-    "fan_in_fan_out",  # PEFT sets it to false for a linear
+    "fan_in_fan_out",  # PEFT sets this to false for a linear
     "init_lora_weights",
     "megatron_core",
     "loftq_config",
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_qalora",  # changes GPTQ's linears alone, which are not read
+    "use_qalora",  # changes only GPTQ linears, which are not supported
     "qalora_group_size",
     "runtime_config",
     "unsloth_fixed",
 )
-"""Settings that do not change what a stored adapter computes; `init_lora_weights` is checked."""
+"""Settings that do not change what a stored adapter computes. `init_lora_weights` has a check."""
 
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
-"""Values of `init_lora_weights` with which PEFT, loading the adapter, leaves the base as it is."""
+"""Values of `init_lora_weights` with which PEFT does not change the base when it loads."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads the settings of an adapter.
+    """Reads and checks the settings of an adapter.
 
     Raises:
-      UserError: the file is missing or damaged, a value is of a wrong type, or a setting asks for
-        something that is not LoRA or DoRA.
+      UserError: the file is missing or damaged, a value has a wrong type, or a setting needs
+        something other than LoRA or DoRA.
     """
     if not paths.is_file(path):
         raise contents.not_an_adapter(path.parent, path.name)
@@ -107,7 +107,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if config.get(key):
             raise UserError(
                 f"{path}: {key} is set, and only LoRA and DoRA adapters are supported; "
-                "merge it in PEFT"
+                "merge the adapter into its base with PEFT"
             )
     init = config.get("init_lora_weights")
     if not isinstance(init, bool | str | None) or init not in PLAIN_INITS:
@@ -132,9 +132,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_unknown(config: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError for a setting that is not known and is switched on.
+    """Raises UserError for an unknown setting that is switched on.
 
-    A number alone switches nothing on.
+    An unknown setting whose value is a number does not count as switched on.
     """
     known = {*AdapterConfigJson.__annotations__, *OTHER_FUNCTIONS, *NO_EFFECT}
     for key, value in config.items():
@@ -142,12 +142,12 @@ def _check_unknown(config: Mapping[str, Any], path: Path) -> None:
         if key not in known and value and not number:
             raise UserError(
                 f"{path}: {key} {value!r:.80} is not known, and may change what the adapter "
-                "computes; remove it if it does not"
+                "computes; if it does not, remove this key"
             )
 
 
 def targets_of(config: Mapping[str, Any]) -> Targets:
-    """Returns the settings that choose the modules, out of those that `read_config` checked."""
+    """Returns the settings that choose the modules, from the result of `read_config`."""
 
     def listed(key: str) -> Any:
         value = config.get(key)
@@ -164,16 +164,16 @@ def targets_of(config: Mapping[str, Any]) -> Targets:
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any, where: object) -> Any:
-    """Returns what `lora.patterns.first_match` does, for a file's patterns.
+    """Returns the value of the first pattern that matches a module's path (`lora.patterns`).
 
     Args:
-      patterns: keys and their values.
-      path: the module's.
-      default: returned if no key matches.
-      where: the file and key that the patterns are from, for messages.
+      patterns: pattern to value.
+      path: path of the module.
+      default: value if no pattern matches.
+      where: file and key of the patterns, for messages.
 
     Raises:
-      UserError: a key is not a regular expression, or takes too long.
+      UserError: a pattern is not a regular expression, or takes too long.
     """
     try:
         return first_match(patterns or {}, [path], default)
@@ -191,17 +191,17 @@ def make_config(
     replaced: Replaced,
     modules: Collection[str] | None,
 ) -> dict[str, Any]:
-    """Returns the settings with which PEFT loads these adapters; none has rank 0.
+    """Returns the content of an adapter_config.json with which PEFT loads these adapters.
 
     Args:
-      adapters: module paths to adapters.
-      base_name: the model's name or path.
-      revision: the model's revision, where it is a hub's.
-      scaling: how alpha becomes the factor.
-      dropout: the rate, for whoever trains on.
-      replaced: the parameters of the base that belong to the adapters.
-      modules: paths of all modules of the model that PEFT can adapt; None where they are not
-        known, so that every adapted path is written out.
+      adapters: module path to adapter; every rank is above 0.
+      base_name: name or path of the base model.
+      revision: revision of the base model on the hub; None without one.
+      scaling: formula of the scale from alpha and rank.
+      dropout: dropout rate, for further training.
+      replaced: parameters of the base that belong to the adapters.
+      modules: paths of all modules of the model that PEFT can adapt; None: not known, so
+        `target_modules` lists every adapted path.
     """
     ranks = {path: adapter.rank for path, adapter in adapters.items()}
     alphas = {
@@ -226,7 +226,7 @@ def make_config(
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": list(replaced.modules) or None,
-        # embedding and head have an adapter each, which need not be equal
+        # An embedding's adapter and a head's adapter may differ, so PEFT must not tie them.
         "ensure_weight_tying": replaced.ties and not adapters.keys() & EMBEDDINGS,
         "bias": replaced.bias,
         "fan_in_fan_out": False,

@@ -1,4 +1,4 @@
-"""Whether an adapter belongs to a model, and whether it is whole."""
+"""Checks that an adapter belongs to a model and that it is complete."""
 
 from collections.abc import Collection
 
@@ -15,15 +15,15 @@ from qlora_jax.runtime.errors import UserError
 
 
 def check_fits(adapters: AdapterSet, config: DecoderConfig, where: object) -> None:
-    """Raises UserError, listing what does not fit, unless the adapters are all of this model's.
+    """Raises UserError if the adapters do not fit the model or are incomplete.
 
-    The modules that the adapter's settings cover in this model are compared with those that its
-    file has, both ways. Settings that match nothing in this model are no fault, as in PEFT.
+    The modules that the adapter's settings cover in this model must be the modules in the adapter's
+    file. Settings that match no module are no error, as in PEFT. The message lists the problems.
 
     Args:
       adapters: the adapters.
-      config: the model's config.
-      where: the adapter's folder, for the message.
+      config: config of the model.
+      where: folder of the adapter, for the message.
     """
     if problems := _strangers(adapters, config):
         raise UserError(
@@ -33,12 +33,12 @@ def check_fits(adapters: AdapterSet, config: DecoderConfig, where: object) -> No
     covered = _covered(adapters, config, where)
     if absent := sorted(covered - adapters.adapters.keys()):
         raise UserError(
-            f"{where}: not whole: {CONFIG} covers these modules, and the file has no tensors for "
+            f"{where}: incomplete: {CONFIG} covers these modules, and the file has no tensors for "
             f"them: {listed(absent)}; export it again"
         )
     if absent := _not_replaced(adapters, config, covered):
         raise UserError(
-            f"{where}: not whole: {CONFIG} says that these were trained, and the file lacks them: "
+            f"{where}: incomplete: {CONFIG} says that these were trained, and the file lacks them: "
             f"{listed(absent)}; export it again"
         )
     if extra := sorted(adapters.adapters.keys() - covered):
@@ -49,28 +49,28 @@ def check_fits(adapters: AdapterSet, config: DecoderConfig, where: object) -> No
 
 
 def replaced_tensors(adapters: AdapterSet, config: DecoderConfig) -> dict[str, np.ndarray]:
-    """Returns the replaced parameters under the names that the model's checkpoint has for them.
+    """Returns the replaced parameters under their names in the checkpoint of the model.
 
-    The head of GPT-NeoX is lm_head as a module of transformers 5 and embed_out in a checkpoint.
+    Only one name differs: GPT-NeoX's head is lm_head in an adapter and embed_out in a checkpoint.
     """
     head = {f"{HEAD}.weight": matrices(config)[1]}
     return {head.get(name, name): value for name, value in adapters.replaced.tensors.items()}
 
 
 def _covered(adapters: AdapterSet, config: DecoderConfig, where: object) -> set[str]:
-    """Returns the modules that the adapter's settings cover."""
+    """Returns the paths of the modules that the adapter's settings cover in the model."""
     outer = outer_modules(config).keys()
     found = adapters.targets.covered(
         layer_linears(config), (*outer, *NEW_NAMES), f"{where}/{CONFIG}"
     )
     covered = {NEW_NAMES.get(path, path) for path in found}
-    # Where PEFT ties them, one of the two stands for both.
+    # If PEFT ties embedding and head, covering one of them covers both.
     tied = adapters.replaced.ties and config.tie_embeddings and covered & outer
     return covered | outer if tied else covered
 
 
 def _strangers(adapters: AdapterSet, config: DecoderConfig) -> list[str]:
-    """Returns what the model lacks or has in another shape."""
+    """Lists the modules and parameters that the model lacks or has in another shape."""
     shapes, (embed, head) = expected_shapes(config), matrices(config)
     shapes.setdefault(head, shapes[embed])
     problems = [
@@ -90,7 +90,7 @@ def _strangers(adapters: AdapterSet, config: DecoderConfig) -> list[str]:
 def _not_replaced(
     adapters: AdapterSet, config: DecoderConfig, covered: Collection[str]
 ) -> list[str]:
-    """Returns the parameters that the settings say were trained whole, and the file lacks."""
+    """Returns the trained parameters of the base, by the settings, that the file lacks."""
     replaced, found = adapters.replaced, replaced_tensors(adapters, config)
     biases = {
         "none": lambda path: False,

@@ -1,4 +1,4 @@
-"""Adapters that may be one of several over a base: plain LoRA, from a folder or a run directory."""
+"""Reads plain LoRA adapters, which can share one base, from a PEFT folder or a run directory."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from qlora_jax.runtime import paths
 from qlora_jax.runtime.errors import UserError
 
 IN_RUN = "adapter"
-"""Where a run directory keeps its adapter."""
+"""Name of the adapter folder in a run directory."""
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Returns the PEFT folder that a path names: itself, or the adapter of a run directory."""
+    """Returns the PEFT folder for a path: the path itself, or the adapter of a run directory."""
     folder = Path(path).expanduser()
     inner = folder / IN_RUN
     is_run = not paths.exists(folder / CONFIG) and paths.exists(inner / CONFIG)
@@ -32,10 +32,10 @@ def read_plain(path: str | Path, model: Decoder | None = None) -> dict[str, Lora
 
     Args:
       path: a folder in PEFT's format, or a run directory.
-      model: the model that the adapter must fit; None asks for no model.
+      model: model that the adapter must fit; None: no such check.
 
     Raises:
-      UserError: as `read_adapter` and `plain`.
+      UserError: a condition of `read_adapter` or `plain`.
     """
     folder = adapter_folder(path)
     return plain(folder, read_adapter(folder), model)
@@ -44,16 +44,16 @@ def read_plain(path: str | Path, model: Decoder | None = None) -> dict[str, Lora
 def plain(
     where: object, stored: AdapterSet, model: Decoder | None = None
 ) -> dict[str, LoraWeights]:
-    """Returns adapters in float32, if they are plain LoRA.
+    """Returns the adapters in float32, and checks that they are plain LoRA.
 
     Args:
-      where: the adapter's folder, for messages.
-      stored: what `read_adapter` read there.
-      model: the model that the adapters must fit; None asks for no model.
+      where: folder of the adapter, for messages.
+      stored: result of `read_adapter` for this folder.
+      model: model that the adapters must fit; None: no such check.
 
     Raises:
-      UserError: it is another kind of adapter, more than the linears was trained, or the adapters
-        do not fit the model.
+      UserError: the adapters are not plain LoRA, parameters of the base were trained too, or the
+        adapters do not fit the model.
     """
     replaced = dict(stored.replaced.tensors)
     if model is not None:
@@ -62,13 +62,13 @@ def plain(
         replaced = {n: x for n, x in found.items() if not _holds(model, n, x)}
     if replaced:
         raise UserError(
-            f"{where}: {next(iter(replaced))} was trained beside the adapters, so "
-            "it cannot be one of several adapters; merge it into the model instead"
+            f"{where}: {next(iter(replaced))} was trained beside the adapters, so the adapter "
+            "cannot be one of several adapters; merge it into the model instead"
         )
     for name, own in stored.adapters.items():
         if own.magnitude is not None:
             raise UserError(
-                f"{where}: {name} has magnitude, so it is no plain LoRA (DoRA, for one) and "
+                f"{where}: {name} has a magnitude, as in DoRA; this is not plain LoRA and "
                 "cannot be one of several adapters; merge it into the model instead"
             )
     return {
@@ -78,11 +78,13 @@ def plain(
 
 
 def check_shared(where: object, adapters: LoraSet) -> None:
-    """Raises UserError if adapters cannot share a bank, which has no place for outer modules.
+    """Raises UserError if an adapter of the embedding or the head is among the adapters.
+
+    A bank holds only adapters of the layers' linears.
 
     Args:
-      where: the adapter's folder, for the message.
-      adapters: module paths to adapters.
+      where: folder of the adapter, for the message.
+      adapters: module path to adapter.
     """
     for path in adapters:
         if path in EMBEDDINGS or path == HEAD:
@@ -93,7 +95,7 @@ def check_shared(where: object, adapters: LoraSet) -> None:
 
 
 def _holds(model: Decoder, name: str, value: np.ndarray) -> bool:
-    """Whether the model holds this value as a parameter of its own, in the dtype that it has."""
+    """Returns whether a parameter of the model equals `value`, rounded to its dtype."""
     embed, head = matrices(model.config)
     tied = name == head and model.config.tie_embeddings
     held = parameter(model, embed if tied else name)

@@ -1,4 +1,4 @@
-"""An adapter folder into arrays, strictly: every tensor is accounted for."""
+"""Reads an adapter folder into arrays. A tensor that is missing or not expected is an error."""
 
 import hashlib
 import re
@@ -37,12 +37,11 @@ BIAS = re.compile(re.escape(PREFIX) + r"(.+?)(?:\.base_layer)?\.bias")
 
 
 def read_adapter(folder: Path) -> AdapterSet:
-    """Reads a LoRA or DoRA adapter in PEFT's format, in the dtypes it is stored in.
+    """Reads a LoRA or DoRA adapter in PEFT's format, in the stored dtypes.
 
     Raises:
-      UserError: a file is missing or damaged, a tensor is missing, unexpected, not finite or of
-        another shape than the config says, or the config asks for something that is not LoRA or
-        DoRA.
+      UserError: a file is missing or damaged; a tensor is missing, unexpected, not finite or has
+        another shape than in the config; or the config needs something other than LoRA or DoRA.
     """
     config = read_config(folder / CONFIG)
     parts, replaced = _sorted(_plain_keys(_read_tensors(folder / WEIGHTS), folder), config, folder)
@@ -74,10 +73,10 @@ def read_adapter(folder: Path) -> AdapterSet:
 def _sorted(
     tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Returns the parts of each module's adapter, and the parameters of the base.
+    """Sorts the tensors into the parts of each module's adapter and the parameters of the base.
 
     Raises:
-      UserError: a tensor is neither, or belongs to a kind of adapter that is not supported.
+      UserError: a tensor is neither of the two, or its kind of adapter is not supported.
     """
     saved = tuple(config.get("modules_to_save") or ())
     bias, dora = config.get("bias", "none"), bool(config.get("use_dora"))
@@ -99,7 +98,7 @@ def _sorted(
             f"{folder / CONFIG}: use_dora with an adapter of {outer[0]} is not supported; leave it "
             "out of target_modules, or merge the adapter with PEFT"
         )
-    # one module under both of its names
+    # a module that is in the file under its old name and its new name
     unexpected += [path for path, new in NEW_NAMES.items() if {path, new} <= parts.keys()]
     if unexpected:
         raise UserError(
@@ -110,16 +109,17 @@ def _sorted(
 
 
 def sha256(folder: Path) -> str:
-    """Digest of an adapter's tensors as they are on disk, as hex."""
+    """Returns SHA-256 of the adapter's weight file, as hex."""
     with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain_keys(tensors: Mapping[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors without those that PEFT saves twice.
+    """Returns the tensors, each once: PEFT saves some of them twice.
 
-    Beside a module that was trained whole, `bias` all and `save_embedding_layers` save the base's
-    own module and the trained one again, under the names that PEFT has for the two in memory.
+    If a module was trained whole, `bias` all and `save_embedding_layers` save two more modules
+    under PEFT's names in memory: the base's original module (dropped here) and a copy of the
+    trained module (renamed and compared here).
 
     Raises:
       UserError: the two copies of a trained tensor differ.
@@ -131,30 +131,30 @@ def _plain_keys(tensors: Mapping[str, np.ndarray], folder: Path) -> dict[str, np
         plain = key.replace(".modules_to_save.", ".")
         if not np.array_equal(found.setdefault(plain, tensor), tensor):
             raise UserError(
-                f"{folder / WEIGHTS}: {plain} is there twice, with unlike values; "
+                f"{folder / WEIGHTS}: {plain} is there twice, with different values; "
                 "export the adapter again"
             )
     return found
 
 
 def _matrix(key: str) -> str | None:
-    """Returns the parameter's name, if it is an embedding or a head.
+    """Returns the parameter's name if it is the matrix of an embedding or a head, else None.
 
-    PEFT saves them beside an adapter that targets one of them, or whose vocabulary was resized
-    (`save_embedding_layers`).
+    PEFT saves these matrices (`save_embedding_layers`) if the adapter targets one of them or if the
+    vocabulary was resized.
     """
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     return name if name in MATRICES else None
 
 
 def _whole(key: str, saved: tuple[str, ...]) -> str | None:
-    """Returns the parameter's name in the base, if its module is one of those saved whole."""
+    """Returns the parameter's name in the base if `saved` names its module, else None."""
     name = key.removeprefix(PREFIX)
     return name if key.startswith(PREFIX) and any(within(name, s) for s in saved) else None
 
 
 def _missing(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """Returns the tensors that an adapter of the file lacks."""
+    """Returns the names of the tensors that are missing in the file."""
     return [
         key
         for path, found in parts.items()

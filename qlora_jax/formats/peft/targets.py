@@ -1,4 +1,4 @@
-"""Computes which modules of a model an adapter_config.json covers, as PEFT does."""
+"""Finds the modules of a model that an adapter_config.json covers, by the rules of PEFT."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -17,10 +17,12 @@ class Targets:
     Attributes:
       target_modules: names that a module's path ends in, a regular expression that matches the
         whole path, or `ALL_LINEAR`.
-      exclude_modules: names, or an expression, of modules that are left out.
-      layers_to_transform: indices of layers, for a list of names; empty takes all layers.
-      layers_pattern: names before a layer's index; empty takes any name.
-      modules_to_save: names of modules that are trained whole, so that none inside is adapted.
+      exclude_modules: names, or a regular expression, of modules that get no adapter.
+      layers_to_transform: indices of the layers that get adapters; empty: all layers. Applies only
+        if `target_modules` is a list of names.
+      layers_pattern: names before the layer index in a path; empty: any name.
+      modules_to_save: names of modules that are trained whole; they and the modules inside them
+        get no adapter.
     """
 
     target_modules: Sequence[str] | str
@@ -35,12 +37,12 @@ class Targets:
         """Returns the paths of the modules that get an adapter.
 
         Args:
-          linears: paths of the model's linears but the head.
-          others: paths of the head and of the embedding, which `ALL_LINEAR` leaves out.
-          where: the file that the settings are from, for messages.
+          linears: paths of the model's linears without the head.
+          others: paths of the head and the embedding, which `ALL_LINEAR` leaves out.
+          where: file of the settings, for messages.
 
         Raises:
-          UserError: a setting is no regular expression, or takes too long.
+          UserError: a setting is not a regular expression, or takes too long.
         """
         everything = self.target_modules
         if isinstance(everything, str) and everything.lower() == ALL_LINEAR:
@@ -54,7 +56,7 @@ class Targets:
     def _targeted(self, path: str, where: object) -> bool:
         if isinstance(self.target_modules, str):
             return _match(path, self.target_modules, f"{where}: target_modules") is not None
-        if path in self.target_modules:  # a whole path is taken in any layer
+        if path in self.target_modules:  # layers_to_transform does not apply to a whole path
             return True
         found = any(named(path, target) for target in self.target_modules)
         return found and (not self.layers_to_transform or self._in_layers(path, where))
@@ -71,7 +73,7 @@ class Targets:
             out = _match(path, self.exclude_modules, f"{where}: exclude_modules") is not None
         else:
             out = any(named(path, name) for name in self.exclude_modules)
-        # A module that is trained whole has no adapter, nor has any inside it.
+        # A module that is trained whole gets no adapter; the modules inside it get none either.
         around = r"(.*\.)?{}(\..*)?"
         return out or any(
             _match(path, name, f"{where}: modules_to_save", around) for name in self.modules_to_save
@@ -86,14 +88,14 @@ def _match(path: str, pattern: str, where: str, around: str = "{}") -> Any:
 
 
 def short_names(paths: Collection[str], modules: Collection[str]) -> list[str]:
-    """Returns the shortest `target_modules` that cover these paths and no others of the model.
+    """Returns short `target_modules` that cover exactly these modules of the model.
 
     Args:
-      paths: the modules to cover.
-      modules: the paths of all modules of the model that PEFT can adapt.
+      paths: paths of the modules to cover.
+      modules: paths of all modules of the model that PEFT can adapt.
 
     Returns:
-      The last parts of the paths, such as q_proj, or the whole paths.
+      The last parts of the paths, such as q_proj; the whole paths if those cover other modules.
     """
     short = sorted({path.rpartition(".")[2] for path in paths})
     claimed = {path for path in modules if any(named(path, name) for name in short)}

@@ -1,4 +1,4 @@
-"""Arrays into an adapter folder, whole or not at all."""
+"""Writes adapters as a PEFT folder, completely or not at all."""
 
 import json
 from collections.abc import Collection
@@ -29,25 +29,25 @@ def write_adapter(
     replaced: Replaced = NOTHING,
     modules: Collection[str] | None = None,
 ) -> None:
-    """Writes a folder that PEFT loads; an adapter that is there already is replaced.
+    """Writes a folder that PEFT can load. An existing adapter in the folder is replaced.
 
-    The folder appears whole or not at all. Scaling constant, which PEFT lacks, is written as
-    alpha/r with alpha = constant · r. Modules of rank 0 are left out.
+    The folder is written completely or not at all. PEFT has no scaling "constant", so it is
+    written as alpha/r with alpha = constant · r. Modules of rank 0 are left out.
 
     Args:
-      folder: where; its parents are made.
-      adapters: Hugging Face module path, e.g. `model.layers.0.self_attn.q_proj`, to its adapter;
-        all have a magnitude, or none has.
-      base_name: the model it belongs to, as a name or path.
-      revision: of the model, where it is a hub's.
-      scaling: how alpha becomes the factor.
-      dropout: recorded for whoever trains on.
+      folder: folder to write; missing parents are created.
+      adapters: Hugging Face module path, e.g. `model.layers.0.self_attn.q_proj`, to adapter.
+        Either all adapters have a magnitude or none.
+      base_name: name or path of the base model.
+      revision: revision of the base model on the hub; None without one.
+      scaling: formula of the scale from alpha and rank.
+      dropout: dropout rate, recorded for further training.
       replaced: parameters of the base that belong to the adapters.
-      modules: paths of all modules of the model that PEFT can adapt, so that `target_modules` may
-        hold short names; None writes whole paths.
+      modules: paths of all modules of the model that PEFT can adapt. With them, `target_modules`
+        can hold short names; None: it holds whole paths.
 
     Raises:
-      UserError: nothing to write, the folder holds something else, or the disk is full.
+      UserError: no module has a rank above 0, the folder holds other files, or the disk is full.
     """
     present = {path: adapter for path, adapter in adapters.items() if adapter.rank > 0}
     if not present:
@@ -58,7 +58,7 @@ def write_adapter(
     _check_replaceable(folder)
     tensors = {}
     for path, adapter in present.items():
-        # save_file takes the memory as it lies, so a transposed view would be scrambled.
+        # save_file writes the memory in its order, so a transposed view would be written wrongly.
         parts = {"A": adapter.a.T, "B": adapter.b.T, "magnitude": adapter.magnitude}
         for part, key in tensor_keys(path, adapter.magnitude is not None).items():
             tensors[key] = np.ascontiguousarray(parts[part])
@@ -79,7 +79,7 @@ def write_adapter(
 
 
 def _key(name: str, adapted: LoraSet) -> str:
-    # PEFT wraps an adapted linear, whose own bias then lies one level deeper.
+    # PEFT wraps an adapted linear, so the path of the linear's bias gets one more level.
     module, _, kind = name.rpartition(".")
     return f"{PREFIX}{module}.base_layer.{kind}" if module in adapted else f"{PREFIX}{name}"
 

@@ -1,6 +1,7 @@
-"""Attention in which each query sees a range of keys: the one entry point."""
+"""The entry point for attention in which each query sees a range of keys."""
 
 import functools
+from typing import Any
 
 import jax
 
@@ -19,23 +20,27 @@ def attend(
     softcap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped heads, softmax in float32.
+    """Returns scaled dot-product attention with grouped heads, with the softmax in float32.
 
-    No array of T x S exists, in the forward pass or in the backward one, which forms scores and
-    softmax again. The result, and what the softmax is divided by, are marked as `saved_for_backward`. Products
-    run in q's dtype, accumulated in float32.
+        out = softmax(scale · q kᵀ) v
+
+    No array of size T x S exists in either pass; the backward pass computes scores and softmax
+    again. The result and the normalizer of the softmax are tagged with `saved_for_backward`.
+    Products run in q's dtype and are accumulated in float32.
 
     Args:
-      q: [B, T, H, D].
-      k, v: [B, S, H_kv, D] with H a multiple of H_kv.
-      first, last: int32[B, T], the first and the last key that a query sees; all between are seen.
+      q: queries, [B, T, H, D].
+      k: keys, [B, S, H_kv, D]; H is a multiple of H_kv.
+      v: values, [B, S, H_kv, D].
+      first: first key that each query sees, int32[B, T].
+      last: last key that each query sees, int32[B, T]; a query sees all keys between the two.
       scale: factor on scores; None is D^-1/2.
-      softcap: c in c·tanh(score/c), after scaling; None: scores as they are.
-      implementation: "xla" runs on every device; "triton" keeps scores on the chip, on NVIDIA GPUs
+      softcap: c in c·tanh(score/c), applied after scaling; None applies no cap.
+      implementation: "xla" runs on every device; "triton" keeps scores in registers, on NVIDIA GPUs
         from sm_80 on. None picks by device, dtype and shapes, see `select.pick`.
 
     Returns:
-      [B, T, H·D] in q's dtype, the heads side by side.
+      [B, T, H·D] in q's dtype, with the heads concatenated.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     implementation = implementation or pick(q.shape[1], q.shape[3], q.dtype)
@@ -57,9 +62,18 @@ def _attend(
     return out.reshape(*out.shape[:2], -1)
 
 
-def _forward(implementation, scale, softcap, q, k, v, first, last):
+def _forward(
+    implementation: str,
+    scale: float,
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     out, normalizer = module_of(implementation).forward(scale, softcap, q, k, v, first, last)
-    # named here, where they are residuals: so no policy has to compute all scores once more
+    # the tags must be on the residuals, so that a remat policy need not compute all scores again
     out, normalizer = (
         saved_for_backward(out.reshape(*out.shape[:2], -1)),
         saved_for_backward(normalizer),
@@ -67,7 +81,13 @@ def _forward(implementation, scale, softcap, q, k, v, first, last):
     return out, (q, k, v, first, last, out, normalizer)
 
 
-def _backward(implementation, scale, softcap, saved, g):
+def _backward(
+    implementation: str,
+    scale: float,
+    softcap: float | None,
+    saved: tuple[jax.Array, ...],
+    g: jax.Array,
+) -> tuple[Any, ...]:
     q, k, v, first, last, out, normalizer = saved
     out, g = out.reshape(q.shape), g.reshape(q.shape)
     dq, dk, dv = module_of(implementation).backward(

@@ -1,4 +1,4 @@
-"""The blocks of the attention kernels, as data."""
+"""The block sizes of the attention kernels, as data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,12 +7,13 @@ from qlora_jax.kernels.target import Capability
 
 
 class Block(NamedTuple):
-    """One step of a kernel's loop: so many queries against so many keys.
+    """The queries and keys that a kernel processes in one step of its loop, and launch settings.
 
     Attributes:
-      queries, keys: powers of two; 16 is the least that tensor cores take.
-      warps: the number of warps, of 32 threads each.
-      stages: the depth of the compiler's software pipeline.
+      queries: number of queries, a power of two; tensor cores need at least 16.
+      keys: number of keys, a power of two of at least 16.
+      warps: number of warps, of 32 threads each.
+      stages: depth of the compiler's software pipeline.
     """
 
     queries: int
@@ -22,7 +23,13 @@ class Block(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The three kernels: the result, the gradients of keys and values, those of queries."""
+    """The blocks of the three kernels.
+
+    Attributes:
+      forward: block of the kernel that computes the result.
+      keys: block of the kernel that computes the gradients of keys and values.
+      queries: block of the kernel that computes the gradient of queries.
+    """
 
     forward: Block
     keys: Block
@@ -46,13 +53,14 @@ BLOCKS: Mapping[Capability, Mapping[int, Blocks]] = {
         64: _AMPERE[64]._replace(forward=Block(64, 64, 4, 2)),
     },
 }
-"""Compute capability (and those above, up to the next) to the most features of a head to blocks.
+"""Compute capability, then largest head size, to blocks.
 
-Larger ones spill registers, or need more shared memory than a block of threads may have."""
+An entry holds for its capability and those above, up to the next entry. Larger blocks spill
+registers or need more shared memory than a thread block may have."""
 
 
 def padded(head_size: int) -> int:
-    """Returns the number of features that the kernels compute with: a power of two."""
+    """Returns the head size padded for the kernels: a power of two of at least 16."""
     return max(16, 1 << (head_size - 1).bit_length())
 
 
@@ -60,7 +68,7 @@ def blocks_for(capability: Capability | None, head_size: int) -> Blocks:
     """Returns the blocks for a head size on a GPU of this capability.
 
     Args:
-      capability: the GPU's; None, where kernels are interpreted, stands for the oldest GPU.
+      capability: compute capability of the GPU; None (interpreted kernels) is the oldest GPU.
       head_size: features of a head.
     """
     known = min(BLOCKS) if capability is None else max(c for c in BLOCKS if c <= capability)

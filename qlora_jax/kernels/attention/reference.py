@@ -1,7 +1,8 @@
-"""Attention in plain XLA, in blocks of queries and keys. Runs on every device.
+"""Attention in plain XLA, in blocks of queries and keys; runs on every device.
 
-The softmax is online (FlashAttention, arXiv 2205.14135): each block of keys adds to a sum under the
-largest score so far. Blocks of keys that none of a block of queries sees are skipped.
+The softmax is online (FlashAttention, arXiv 2205.14135). The sums over keys are relative to the
+largest score so far; each block of keys updates them. A block of keys is skipped if no query of the
+block of queries sees it.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 QUERIES = 256
-"""Queries whose scores exist at one time."""
+"""Queries per block; only the scores of one block exist at a time."""
 
 KEYS = 1024
-"""Keys whose scores exist at one time."""
+"""Keys per block; only the scores of one block exist at a time."""
 
 UNSEEN = float(jnp.finfo(jnp.float32).min)
 """The score of a key that a query does not see."""
@@ -40,10 +41,10 @@ def forward(
     first: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the attention and what its softmax is divided by; the arguments are `attend`'s.
+    """Returns the attention and the normalizer of its softmax; for the arguments see `attend`.
 
     Returns:
-      [B, T, H, D] in q's dtype; and float32[B, H, T], the logarithm of the sum of exp(score).
+      Attention, [B, T, H, D] in q's dtype; and normalizer log(Σ exp(score)), float32[B, H, T].
     """
     length, keys = q.shape[1], min(KEYS, k.shape[1])
     q, first, last = (_padded(x, 1) for x in (q, first, last))
@@ -88,15 +89,17 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of q, k and v, each in its dtype.
 
+    The arguments before `out` are those of `forward`.
+
     Args:
-      scale, softcap, q, k, v, first, last: as `forward` takes them.
-      out, normalizer: what it returned.
-      g: the gradient of out.
+      out: first result of `forward`.
+      normalizer: second result of `forward`.
+      g: gradient of out.
     """
     length, keys = q.shape[1], min(KEYS, k.shape[1])
     q, first, last, out = (_padded(x, 1) for x in (q, first, last, out))
     normalizer = _padded(normalizer, 2)
-    # nothing flows from repeated queries
+    # the gradient of the queries that `_padded` repeated is zero
     g = jnp.pad(g, [(0, 0), (0, q.shape[1] - length), (0, 0), (0, 0)])
 
     def rows(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -104,7 +107,7 @@ def backward(
         out_, g_ = _part(out, i, QUERIES), _part(g, i, QUERIES)
         groups, slopes = _grouped(taken, k), _grouped(g_, k)
         whole = _part(normalizer, i, QUERIES, 2).reshape(_nothing(groups).total.shape)
-        # the mean slope over all keys, which the softmax takes off each one
+        # the gradient of the softmax subtracts Σ_j weight_j · gradient_j, which equals g · out
         mean = _grouped((_wide(g_) * _wide(out_)).sum(axis=-1, keepdims=True), k)
         mean = jnp.moveaxis(mean, 1, 3)
 
@@ -142,7 +145,7 @@ def _over_keys(
     keys: int,
     length: int,
 ) -> Any:
-    """Returns `block(j, sums)` over the blocks of keys from the least of `low` to the last seen."""
+    """Applies `block(j, sums)` to the blocks of keys from the first to the last that is seen."""
     if length == keys:
         return block(0, sums)
     return jax.lax.fori_loop(low.min() // keys, high.max() // keys + 1, block, sums)
@@ -153,7 +156,7 @@ def _count(length: int, size: int) -> int:
 
 
 def _padded(x: jax.Array, axis: int) -> jax.Array:
-    """Repeats the last of more queries than a block has, up to whole blocks."""
+    """Pads an axis to whole blocks by repeating its last entry; up to one block is not padded."""
     length = x.shape[axis]
     if length <= QUERIES:
         return x
@@ -162,7 +165,7 @@ def _padded(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _begin(i: jax.Array, size: int, length: int) -> jax.Array:
-    """Returns where block i is read. The last one reaches back into the one before it."""
+    """Returns the start of block i; the last block overlaps the block before it."""
     return jnp.minimum(i * size, max(length - size, 0))
 
 
@@ -174,21 +177,21 @@ def _part(x: jax.Array, i: jax.Array, size: int, axis: int = 1) -> jax.Array:
 
 
 def _put(whole: jax.Array, part: jax.Array, i: jax.Array, axis: int) -> jax.Array:
-    """Writes block i of queries."""
+    """Returns `whole` with block i of queries replaced."""
     return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), i * QUERIES, axis)
 
 
 def _added(whole: jax.Array, part: jax.Array, j: jax.Array, keys: int) -> jax.Array:
-    """Adds to block j of keys."""
+    """Returns `whole` with `part` added to block j of keys."""
     start = _begin(j, keys, whole.shape[1])
     old = jax.lax.dynamic_slice_in_dim(whole, start, keys, 1)
     return jax.lax.dynamic_update_slice_in_dim(whole, old + part, start, 1)
 
 
 def _seen(low: jax.Array, high: jax.Array, j: jax.Array, keys: int, length: int) -> jax.Array:
-    """Returns which keys of block j each query sees, bool[B, 1, 1, R, keys].
+    """Returns the mask of the keys of block j that each query sees, bool[B, 1, 1, R, keys].
 
-    Keys that were in the block before are left out.
+    Keys that were already in the block before are masked out.
     """
     places = _begin(j, keys, length) + jnp.arange(keys)
     low = jnp.maximum(low, j * keys)[..., None]
@@ -196,19 +199,19 @@ def _seen(low: jax.Array, high: jax.Array, j: jax.Array, keys: int, length: int)
 
 
 def _nothing(groups: jax.Array) -> _Sums:
-    """Returns the sums before any key, of queries [B, R, H_kv, G, D]."""
+    """Returns the initial sums, before any key, for queries [B, R, H_kv, G, D]."""
     batch, rows, heads, group, size = groups.shape
     one = jnp.zeros((batch, heads, group, rows, 1), jnp.float32)
     return _Sums(one + UNSEEN, one, jnp.broadcast_to(one, (*one.shape[:-1], size)))
 
 
 def _by_head(x: jax.Array) -> tuple[int, int, int]:
-    """[B, T, H, D] to (B, H, T)."""
+    """Returns the shape (B, H, T) for x [B, T, H, D]."""
     return x.shape[0], x.shape[2], x.shape[1]
 
 
 def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, T, H, D] to [B, T, H_kv, H / H_kv, D]."""
+    """Reshapes [B, T, H, D] to [B, T, H_kv, H / H_kv, D]."""
     return x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1])
 
 

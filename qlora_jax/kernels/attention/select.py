@@ -1,6 +1,6 @@
-"""Chooses the implementation of attention, and checks it on the device.
+"""Selects the implementation of attention, and checks that it is correct on the device.
 
-To add one: its module, and its name in `IMPLEMENTATIONS` and `FUSED`.
+To add an implementation, write its module and add its name to `IMPLEMENTATIONS` and `FUSED`.
 """
 
 import importlib
@@ -21,18 +21,18 @@ IMPLEMENTATIONS: Mapping[str, str] = {
     PLAIN: "qlora_jax.kernels.attention.reference",
     "triton": "qlora_jax.kernels.attention.triton",
 }
-"""Name to module, each with `forward` and `backward`. xla runs on every device."""
+"""Name to module; a module has `forward` and `backward`. xla runs on every device."""
 
 
 class FusedAttention(NamedTuple):
-    """Where an implementation whose scores stay on the chip runs.
+    """The requirements of an implementation that keeps scores in registers.
 
     Attributes:
-      capability: the least compute capability of an NVIDIA GPU.
-      jax: the least version of jax.
-      dtypes: of queries, keys and values.
-      head_size: the most features of a head.
-      queries: the fewest in a row: a block of queries takes the same time however few they are.
+      capability: least compute capability of an NVIDIA GPU.
+      jax: least version of jax.
+      dtypes: allowed dtypes of queries, keys and values.
+      head_size: largest number of features of a head.
+      queries: fewest queries per row; a block takes the same time with fewer queries.
     """
 
     capability: Capability
@@ -42,7 +42,13 @@ class FusedAttention(NamedTuple):
     queries: int
 
     def takes(self, capability: Capability | None, dtype: DTypeLike, head_size: int) -> bool:
-        """Returns whether it runs on a GPU of this capability; None is a device that is none."""
+        """Returns whether the implementation runs on the device.
+
+        Args:
+          capability: compute capability; None for a device that is no NVIDIA GPU.
+          dtype: dtype of queries, keys and values.
+          head_size: features of a head.
+        """
         return (
             capability is not None
             and capability >= self.capability
@@ -61,21 +67,21 @@ FUSED: Mapping[str, FusedAttention] = {
         queries=64,
     ),
 }
-"""Name to facts, the preferred first."""
+"""Name to requirements, in order of preference."""
 
 
 def module_of(implementation: str) -> ModuleType:
-    """Returns the module of an implementation; it is imported when first asked for."""
+    """Imports and returns the module of an implementation."""
     return importlib.import_module(IMPLEMENTATIONS[implementation])
 
 
 def pick(queries: int, head_size: int, dtype: DTypeLike) -> str:
-    """Returns the implementation for the GPU that is compiled for.
+    """Returns the implementation for the GPU that programs are compiled for.
 
     Args:
-      queries: of one row.
+      queries: number of queries per row.
       head_size: features of a head.
-      dtype: the queries', keys' and values'.
+      dtype: dtype of queries, keys and values.
     """
     able = usable(compiled_for(), dtype, head_size)
     return next((name for name in able if queries >= FUSED[name].queries), PLAIN)
@@ -87,13 +93,14 @@ def usable(capability: Capability | None, dtype: DTypeLike, head_size: int) -> l
 
 
 class Kind(NamedTuple):
-    """The attention of one model.
+    """The properties of one model's attention.
 
     Attributes:
-      dtype: the queries', keys' and values'.
+      dtype: dtype of queries, keys and values.
       head_size: features of a head.
-      group: heads of queries for each head of keys.
-      scale, softcap: as `attend` takes them.
+      group: heads of queries per head of keys.
+      scale: factor on scores; None is head_size^-1/2.
+      softcap: c in c·tanh(score/c), applied after scaling; None applies no cap.
     """
 
     dtype: str
@@ -104,15 +111,15 @@ class Kind(NamedTuple):
 
 
 def trusted_attention(kind: Kind, device: jax.Device, warn: Callable[[str], None]) -> str | None:
-    """Returns a run's implementation, after those that `pick` may take were tried on the device.
+    """Tests on the device the kernels that `pick` may return, and returns a run's implementation.
 
     Args:
-      kind: the attention of the run's model.
-      device: to try them on.
-      warn: called with a line for the user.
+      kind: attention of the run's model.
+      device: device on which the kernels are tested.
+      warn: function that receives a line for the user.
 
     Returns:
-      None, which leaves it to `pick`; or xla, if one is wrong.
+      None, which leaves the choice to `pick`; or xla, if a kernel gives wrong results.
     """
     for name in usable(capability_of(device), kind.dtype, kind.head_size):
         if not agrees(name, kind):
@@ -126,14 +133,15 @@ def trusted_attention(kind: Kind, device: jax.Device, warn: Callable[[str], None
 
 
 CHECKED = 2, 600, 2
-"""Rows, their length, which is no multiple of a block's, and heads of keys."""
+"""Rows, length of a row (no multiple of a block) and heads of keys in the check."""
 
 
 def agrees(implementation: str, kind: Kind) -> bool:
-    """Returns whether attention and its gradients are those of xla, to the rounding of the dtype.
+    """Returns whether attention and its gradients equal those of xla, up to rounding in the dtype.
 
-    Every vector of features is compared by its length: a result's is shorter the more keys a query
-    sees, and an error in a long one must not hide one in a short one.
+    The error of each feature vector is compared with the norm of the vector. The more keys a query
+    sees, the smaller is the norm of its result, and a large vector must not hide the error of a
+    small one.
     """
     inputs = _inputs(kind)
     scale = kind.head_size**-0.5 if kind.scale is None else kind.scale
@@ -141,7 +149,14 @@ def agrees(implementation: str, kind: Kind) -> bool:
     def compiled(name: str) -> jax.stages.Compiled:
         module = module_of(name)
 
-        def all_results(q, k, v, first, last, g):
+        def all_results(
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            first: jax.Array,
+            last: jax.Array,
+            g: jax.Array,
+        ) -> tuple[jax.Array, ...]:
             known = scale, kind.softcap, q, k, v, first, last
             results = module.forward(*known)
             return results[0], *module.backward(*known, *results, g)
@@ -150,8 +165,8 @@ def agrees(implementation: str, kind: Kind) -> bool:
 
     with ThreadPoolExecutor(2) as pool:
         ours, reference = pool.map(compiled, (implementation, PLAIN))
-    # by either: the weights of values or the slopes of scores, and the results; and in the slopes'
-    # mean, the attention; each by half of eps at most
+    # Both implementations round, by at most eps / 2 each time: the softmax weights or the gradients
+    # of the scores; the results; and the attention that enters the mean gradient of the scores.
     tolerance = 4 * float(jnp.finfo(kind.dtype).eps)
     for result, expected in zip(ours(*inputs), reference(*inputs)):
         wide, exact = (np.asarray(x, np.float64) for x in (result, expected))
@@ -162,7 +177,7 @@ def agrees(implementation: str, kind: Kind) -> bool:
 
 
 def _inputs(kind: Kind) -> tuple[jax.Array, ...]:
-    """Returns q, k, v, first, last and g: a row of one sequence, and packed ones in a window."""
+    """Returns q, k, v, first, last and g: one row with one sequence, one with packed sequences."""
     random, (rows, length, heads) = np.random.default_rng(0), CHECKED
 
     def normal(heads: int) -> jax.Array:

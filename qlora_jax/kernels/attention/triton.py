@@ -1,16 +1,16 @@
-"""Attention in blocks that stay on the chip, as Pallas kernels on the Triton backend (sm_80 on).
+"""Attention kernels that keep scores in registers, in Pallas on Triton (sm_80 and newer).
 
-Scores of a block of queries and a block of keys exist in registers alone, forward and backward
-(FlashAttention 2, arXiv 2307.08691). There are three kernels: the result and the normalizer of each
-softmax; the gradient of queries; the gradients of keys and values, summed over the queries that see
-them. Each passes over blocks in which no query sees a key, and reads and writes the arrays as they
-are: what is beyond their edges is masked.
+The scores of a block of queries and a block of keys exist only in registers, in both passes
+(FlashAttention 2, arXiv 2307.08691). There are three kernels. The first computes the result and the
+normalizer of each softmax, the second the gradient of queries, and the third the gradients of keys
+and values, summed over the queries that see them. Each kernel skips blocks in which no query sees a
+key. The arrays are not padded; elements beyond their edges are masked.
 
-Within the kernels scores are in units of log2: a GPU's exponential is one of base 2.
+Within the kernels scores are multiplied by log2(e), because a GPU computes exponentials of base 2.
 
-Offsets count elements, in 32 signed bits, and in 64 where an array has more than 2^32 bytes
-(`kernels/parts.py`): of 16 bits these are 2^31 elements, so no offset outgrows its bits. Those that
-are masked, beyond the end of the last row, may; they are not used.
+Offsets count elements in 32 signed bits, and in 64 bits if an array has more than 2^32 bytes
+(`kernels/parts.py`). An array of 16-bit values has 2^31 elements at this size, so no offset
+overflows. A masked offset beyond the end of the last row may overflow, but it is not used.
 """
 
 import functools
@@ -26,13 +26,16 @@ from jax.experimental.pallas import triton as plt
 from qlora_jax.kernels.attention.blocks import Block, blocks_for, padded
 from qlora_jax.kernels.target import compiled_for
 
+Ref = Any
+"""A reference to an array, or to a part of one, in a kernel."""
+
 INTERPRET = False
-"""Run the kernels as plain JAX, on any device; for tests."""
+"""True runs the kernels as plain JAX on any device; for tests."""
 
 LOG2_E = math.log2(math.e)
 
 LOWEST = -1e30
-"""Below every score, and finite: two of them differ by 0, not by NaN."""
+"""A number below every score. It is finite, so that LOWEST - LOWEST is 0 and not NaN."""
 
 
 def forward(
@@ -44,12 +47,12 @@ def forward(
     first: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the attention and what its softmax is divided by; the arguments are `attend`'s.
+    """Returns the attention and the normalizer of its softmax; for the arguments see `attend`.
 
-    A query that sees no key gets zeros.
+    The result of a query that sees no key is zero.
 
     Returns:
-      [B, T, H, D] in q's dtype; and float32[B, H, T], the logarithm of the sum of exp(score).
+      Attention, [B, T, H, D] in q's dtype; and normalizer log(Σ exp(score)), float32[B, H, T].
     """
     batch, length, heads, size = q.shape
     block = blocks_for(compiled_for(), size).forward
@@ -73,14 +76,16 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of q, k and v, each in its dtype.
 
+    The arguments before `out` are those of `forward`.
+
     Args:
-      scale, softcap, q, k, v, first, last: as `forward` takes them.
-      out, normalizer: what it returned.
-      g: the gradient of out.
+      out: first result of `forward`.
+      normalizer: second result of `forward`.
+      g: gradient of out.
     """
     batch, length, heads, size = q.shape
     blocks, scores = blocks_for(compiled_for(), size), _Scores(scale, softcap)
-    # the mean slope over all keys, which the softmax takes off each one
+    # the gradient of the softmax subtracts Σ_j weight_j · gradient_j, which equals g · out
     mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     inputs = q, k, v, g, normalizer, mean, first, last
     grid = pl.cdiv(length, blocks.queries.queries), heads, batch
@@ -92,21 +97,21 @@ def backward(
 
 
 class _Scores(NamedTuple):
-    """How products of queries and keys become scores.
+    """The map from products of queries and keys to scores.
 
     Attributes:
       scale: factor on the products.
-      softcap: c in c·tanh(score/c), after scaling; None: scores as they are.
+      softcap: c in c·tanh(score/c), applied after scaling; None applies no cap.
     """
 
     scale: float
     softcap: float | None
 
     def of(self, products: jax.Array) -> tuple[jax.Array, jax.Array | float]:
-        """Returns the scores in units of log2, and the slope of the scores in units of 1."""
+        """Returns scores · log2(e), and the derivative of the scores with respect to products."""
         if self.softcap is None:
             return products * (self.scale * LOG2_E), self.scale
-        # the exponential is 0 or infinite for large arguments, and tanh 1 or -1, never NaN
+        # for large arguments the exponential is 0 or infinite, so tanh is 1 or -1 and never NaN
         power = jnp.exp2(products * (2 * LOG2_E * self.scale / self.softcap))
         tanh = 1 - 2 / (1 + power)
         return tanh * (self.softcap * LOG2_E), self.scale * (1 - tanh * tanh)
@@ -119,7 +124,7 @@ def _call(
     grid: tuple[int, int, int],
     results: tuple[Any, ...],
 ) -> Callable[..., Any]:
-    """Returns a kernel as a function of arrays; `results` have the shapes of what it returns."""
+    """Returns a kernel as a function of arrays; `results` give the shapes and dtypes it returns."""
     return pl.pallas_call(
         functools.partial(kernel, scores, block),
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results),
@@ -133,13 +138,13 @@ def _call(
 def _seeing(
     block: Block, keys: int, first: jax.Array, last: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns which blocks of queries may see each block of keys, from one up to another.
+    """Returns the range of query blocks that may see each block of keys.
 
-    Between them are all that do, whatever the order of `first` and `last`; and no others, where
-    both never decrease.
+    The range contains every block that sees a key, for any order of `first` and `last`. If both
+    never decrease, it contains no other block.
 
     Returns:
-      Both int32[B, blocks of keys]; the second is excluded.
+      Begin and end (exclusive) of the range, each int32[B, blocks of keys].
     """
     pad = (0, 0), (0, -first.shape[1] % block.queries)
     least, most = (
@@ -157,13 +162,15 @@ _Sums = TypeVar("_Sums")
 
 
 class _Queries(NamedTuple):
-    """A block of queries of one head, with what they see.
+    """A block of queries of one head, with the ranges of keys that they see.
 
     Attributes:
-      row: of the batch.
-      head, kv_head: of the queries and of the keys.
-      places: int32[queries], where in the row; some may be beyond its end.
-      first, last: int32[queries], the keys seen: none beyond the end.
+      row: row of the batch.
+      head: head of the queries.
+      kv_head: head of the keys and values.
+      places: positions of the queries in the row, int32[queries]; some may be beyond its end.
+      first: first key seen, int32[queries]; a query beyond the end sees no key.
+      last: last key seen, int32[queries].
     """
 
     row: jax.Array
@@ -174,34 +181,45 @@ class _Queries(NamedTuple):
     last: jax.Array
 
     @classmethod
-    def of_program(cls, block: Block, q, k, first, last) -> "_Queries":
-        """Returns those of the running program, in a kernel whose grid is one of queries."""
-        # where a query sees all before it, the last block takes longest: it begins first
+    def of_program(cls, block: Block, q: Ref, k: Ref, first: Ref, last: Ref) -> "_Queries":
+        """Returns the queries of the running program, in a kernel with a grid over queries."""
+        # with causal masks the last block takes the longest, so it runs first
         part = pl.num_programs(0) - 1 - pl.program_id(0)
         head, row = pl.program_id(1), pl.program_id(2)
         return cls.of(block, part, row, head, jax.lax.div(head, _group(q, k)), k, first, last)
 
     @classmethod
-    def of(cls, block: Block, part, row, head, kv_head, k, first, last) -> "_Queries":
-        """Returns block `part` of the queries of a row's head."""
+    def of(
+        cls,
+        block: Block,
+        part: jax.Array,
+        row: jax.Array,
+        head: jax.Array,
+        kv_head: jax.Array,
+        k: Ref,
+        first: Ref,
+        last: Ref,
+    ) -> "_Queries":
+        """Returns block number `part` of the queries of one row and head."""
         places = part * block.queries + jnp.arange(block.queries)
         first = _numbers(first, (row,), places, k.shape[1])
         return cls(row, head, kv_head, places, first, _numbers(last, (row,), places, -1))
 
     def see(self, keys: jax.Array) -> jax.Array:
-        """Returns bool[queries, keys]."""
+        """Returns the mask of the keys that each query sees, bool[queries, keys]."""
         return (self.first[:, None] <= keys[None]) & (keys[None] <= self.last[:, None])
 
     def over_keys(
         self, size: int, step: Callable[[jax.Array, jax.Array | None, _Sums], _Sums], sums: _Sums
     ) -> _Sums:
-        """Returns `step(keys, seen, sums)` over the blocks of keys that some query sees.
+        """Applies `step(keys, seen, sums)` to each block of keys that some query sees.
 
         Args:
-          size: keys of a block.
-          step: gets the places of keys and the mask of them; None where all queries see all keys,
-            which for long sequences is most blocks: there the mask would take as long as a product.
-          sums: what the first step begins with.
+          size: keys per block.
+          step: function of the positions of the keys, the mask and the sums. The mask is None if
+            all queries see all keys of the block. This is so in most blocks of long sequences, and
+            there the mask would take as much time as a product.
+          sums: initial sums.
         """
         begin, end = jax.lax.div(jnp.min(self.first), size), jax.lax.div(jnp.max(self.last), size)
         end += 1
@@ -221,7 +239,17 @@ class _Queries(NamedTuple):
         return jax.lax.fori_loop(begin, end - whole, masked, sums)
 
 
-def _forward_kernel(scores: _Scores, block: Block, q, k, v, first, last, out, normalizers) -> None:
+def _forward_kernel(
+    scores: _Scores,
+    block: Block,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    first: Ref,
+    last: Ref,
+    out: Ref,
+    normalizers: Ref,
+) -> None:
     queries = _Queries.of_program(block, q, k, first, last)
     own = _load(q, queries.row, queries.places, queries.head)
 
@@ -240,7 +268,7 @@ def _forward_kernel(scores: _Scores, block: Block, q, k, v, first, last, out, no
     zero = jnp.zeros((block.queries,), jnp.float32)
     nothing = jnp.zeros(own.shape, jnp.float32), zero + LOWEST, zero
     mean, highest, total = queries.over_keys(block.keys, step, nothing)
-    total = jnp.where(total > 0, total, 1)  # of a query that sees nothing
+    total = jnp.where(total > 0, total, 1)  # a query that sees no key has total 0
     _store(out, queries.row, queries.places, queries.head, mean / total[:, None])
     place = normalizers.at[queries.row, queries.head, queries.places]
     inside = queries.places < normalizers.shape[2]
@@ -248,7 +276,17 @@ def _forward_kernel(scores: _Scores, block: Block, q, k, v, first, last, out, no
 
 
 def _queries_kernel(
-    scores: _Scores, block: Block, q, k, v, g, normalizers, means, first, last, dq
+    scores: _Scores,
+    block: Block,
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    g: Ref,
+    normalizers: Ref,
+    means: Ref,
+    first: Ref,
+    last: Ref,
+    dq: Ref,
 ) -> None:
     queries = _Queries.of_program(block, q, k, first, last)
     own, slope = (_load(x, queries.row, queries.places, queries.head) for x in (q, g))
@@ -268,7 +306,7 @@ def _queries_kernel(
     _store(dq, queries.row, queries.places, queries.head, total)
 
 
-def _keys_kernel(scores: _Scores, block: Block, *refs: Any) -> None:
+def _keys_kernel(scores: _Scores, block: Block, *refs: Ref) -> None:
     q, k, v, g, normalizers, means, first, last, begin, end, dk, dv = refs
     part, kv_head, row = (pl.program_id(i) for i in range(3))
     keys = part * block.keys + jnp.arange(block.keys)
@@ -276,7 +314,7 @@ def _keys_kernel(scores: _Scores, block: Block, *refs: Any) -> None:
     group, begins = _group(q, k), begin[row, part]
 
     def step(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # one head of the group after the other, then the next queries
+        # the loop runs over the heads of the group first, then over the blocks of queries
         head = kv_head * group + jax.lax.rem(i, group)
         where = begins + jax.lax.div(i, group)
         queries = _Queries.of(block, where, row, head, kv_head, k, first, last)
@@ -298,27 +336,27 @@ def _keys_kernel(scores: _Scores, block: Block, *refs: Any) -> None:
         _store(ref, row, keys, kv_head, total)
 
 
-def _group(q, k) -> int:
+def _group(q: Ref, k: Ref) -> int:
     return q.shape[2] // k.shape[2]
 
 
-def _numbers(ref, lead: tuple[jax.Array, ...], places: jax.Array, beyond: int) -> jax.Array:
-    """ref[*lead, places], and `beyond` beyond its end."""
+def _numbers(ref: Ref, lead: tuple[jax.Array, ...], places: jax.Array, beyond: int) -> jax.Array:
+    """Loads ref[*lead, places], with the value `beyond` for places after the end."""
     return plt.load(ref.at[(*lead, places)], mask=places < ref.shape[-1], other=beyond)
 
 
-def _load(ref, row: jax.Array, places: jax.Array, head: jax.Array) -> jax.Array:
-    """ref[row, places, head], with zeros beyond its edges, up to a power of two of features."""
+def _load(ref: Ref, row: jax.Array, places: jax.Array, head: jax.Array) -> jax.Array:
+    """Loads ref[row, places, head]; the features are zero-padded to a power of two."""
     place, inside = _at(ref, row, places, head)
     return plt.load(place, mask=inside, other=0)
 
 
-def _store(ref, row: jax.Array, places: jax.Array, head: jax.Array, values: jax.Array) -> None:
+def _store(ref: Ref, row: jax.Array, places: jax.Array, head: jax.Array, values: jax.Array) -> None:
     place, inside = _at(ref, row, places, head)
     plt.store(place, values.astype(ref.dtype), mask=inside)
 
 
-def _at(ref, row: jax.Array, places: jax.Array, head: jax.Array) -> tuple[Any, jax.Array]:
+def _at(ref: Ref, row: jax.Array, places: jax.Array, head: jax.Array) -> tuple[Any, jax.Array]:
     width = padded(ref.shape[3])
     places, features = places[:, None], jnp.arange(width)[None]
     inside = jnp.broadcast_to(places < ref.shape[1], (len(places), width))

@@ -1,1 +1,1 @@
-"""The fused product on NVIDIA tensor cores, in Pallas' Mosaic GPU dialect; README.md shows how."""
+"""Product kernels for NVIDIA tensor cores in Pallas Mosaic GPU; README.md explains them."""

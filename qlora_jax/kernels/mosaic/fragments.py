@@ -1,9 +1,9 @@
-"""Device code of the Mosaic GPU kernels: from codes in shared memory to the tensor cores' sums.
+"""Device code of the Mosaic GPU kernels: decodes codes and computes the tensor cores' sums.
 
-A weight reaches the tensor cores in three steps: a byte of codes indexes a table of pairs of
-codebook values in shared memory, two entries give two registers of the operand, and these are
-multiplied by the block's scale. Every lane has its own copy of the table in its own memory bank,
-so that look-ups never collide. `operand.py` says where everything is.
+A weight is decoded in three steps. A byte of codes selects an entry of a table of pairs of codebook
+values in shared memory. Two entries give two registers of the operand. The registers are multiplied
+by the block's scale. Each lane has its own copy of the table in its own memory bank, so look-ups
+never conflict. `operand.py` says which thread holds which element.
 """
 
 import functools
@@ -53,7 +53,7 @@ TABLE = (256, LANES)
 
 
 def fill_table(table: ir.Value, codebooks: ir.Value, layer: ir.Value, dtype: ir.Type) -> None:
-    """Writes the table of pairs in `dtype` from a layer's sixteen float32 values; no barrier."""
+    """Writes the table of pairs in `dtype` from a layer's float32[16] codebook; no barrier."""
     warp, lane = warp_id(), lane_id()
     values = part_of(codebooks, layer, f32())
 
@@ -77,9 +77,11 @@ def weights(
     scales: ir.Value,
     dtype: ir.Type,
 ) -> Iterator[fa.FragmentedArray]:
-    """Yields the operand in `dtype`, in its instruction's layout: codebook * scale, each rounded.
+    """Yields the decoded operand codebook[code] * scale, in the layout of its instruction.
 
-    For wgmma it comes in parts of GROUP_ROWS rows, each decoded when it is asked for; else in one.
+    Codebook, scale and product are each rounded to `dtype`. For the form "wgmma" the operand comes
+    in parts of GROUP_ROWS rows, and each part is decoded when the caller takes it; the other forms
+    have one part.
     """
     layout = operand.layout(dtype)
     packed = fa.FragmentedArray.load_tiled(
@@ -114,12 +116,12 @@ def weights(
 
 
 def _entry_offset(register: ir.Value, byte: int) -> ir.Value:
-    """Bytes from the start of the table to the running lane's copy of an entry."""
+    """Returns the offset in bytes of the running lane's copy of a table entry."""
     size = ir.VectorType(register.type).shape[0]
     if size < 4:
         code = arith.extui(i32(), extract(register, byte))
         return add(mul(code, 4 * LANES), mul(lane_id(), 4))
-    # a shift and a mask, where taking out the byte and multiplying it would be three operations
+    # A shift and a mask are two operations; extracting and multiplying the byte would be three.
     words = utils.bitcast(register, ir.VectorType.get((size // 4,), i32()))
     word, by = extract(words, byte // 4), 8 * (byte % 4) - (4 * LANES).bit_length() + 1
     shifted = arith.shrui(word, constant(by)) if by > 0 else arith.shli(word, constant(-by))
@@ -133,12 +135,18 @@ def product(
     right: Iterable[fa.FragmentedArray],
     meanwhile: Callable[[], None],
 ) -> fa.FragmentedArray:
-    """total + left @ right, left [m, c] in swizzled shared memory, right as `weights` yields it.
+    """Returns total + left @ right.
 
-    `meanwhile` writes code that runs while the tensor cores are busy. If the warps share the
-    contraction, each adds its own product to its own rows of `total` [4 * SPLIT_M, o]. With wgmma
-    `total` is transposed, [o, m], and the tensor cores multiply one part of `right` while the next
-    is decoded.
+    In the form "split" each warp adds its product to its own rows of `total` [4 * SPLIT_M, o]. In
+    the form "wgmma" `total` is transposed, [o, m], and the tensor cores multiply one part of
+    `right` while the next part is decoded.
+
+    Args:
+      operand: description of `right`.
+      total: sums so far.
+      left: left operand [m, c] in swizzled shared memory.
+      right: parts of the decoded operand, from `weights`.
+      meanwhile: function that emits code to run while the tensor cores are busy.
     """
     if operand.form == "wgmma":
         columns = utils.memref_transpose(left, (1, 0, 3, 2))
@@ -163,7 +171,7 @@ def _mma(
     layout = MMALayouts(right.mlir_dtype, m_warps=operand.m_warps).lhs
     if not operand.split:
         return mma(total, fa.FragmentedArray.load_tiled(left, swizzle=128, layout=layout), right)
-    # Every warp reads its own columns of the tile as rows of one larger operand.
+    # Each warp reads its own columns of the tile, as its own rows of one larger left operand.
     own = MMALayouts(right.mlir_dtype, m_warps=1).lhs
     row, c = divmod(ownership(layout, (WARPS * SPLIT_M, operand.share)), operand.share)
     same = ownership(own, (SPLIT_M, operand.share)) == row % SPLIT_M * operand.share + c

@@ -1,7 +1,7 @@
-"""The instructions that device code is made of, in MLIR, a function each.
+"""Functions that emit MLIR instructions of device code, one function per instruction.
 
-They are written where they are called, and run on each thread of a warpgroup. Integers have 32
-bits.
+A call emits the instruction at the current position of the device code. Each thread of a warpgroup
+runs it. Integers have 32 bits.
 """
 
 import math
@@ -31,7 +31,7 @@ def lane_id() -> ir.Value:
 
 
 def index_of(place: ThreadIndex) -> ir.Value:
-    """Returns what a place is for the running thread."""
+    """Returns the value of a ThreadIndex for the running thread."""
     lane = lane_id()
     own = add(
         mul(arith.divui(lane, constant(4)), place.g), mul(arith.remui(lane, constant(4)), place.t)
@@ -52,7 +52,7 @@ def address(pointer: ir.Value, index: ir.Value | int, element: ir.Type) -> ir.Va
 
 
 def part_of(stack: ir.Value, layer: ir.Value, element: ir.Type) -> ir.Value:
-    """Returns a pointer to one layer's part of an array whose first axis is the layers'."""
+    """Returns a pointer to one layer of an array whose first axis is the layer."""
     long = integer(64)  # a stack may have more than 2^31 elements
     size = math.prod(ir.MemRefType(stack.type).shape[1:])
     start = arith.muli(arith.extui(long, layer), utils.c(size, long))
@@ -77,7 +77,7 @@ def permute(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
 
 
 def prefetch(pointer: ir.Value) -> None:
-    """Asks for a line of device memory to be brought to the level 2 cache."""
+    """Prefetches a line of device memory into the level 2 cache."""
     llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
         [pointer],
@@ -98,17 +98,17 @@ def mul(a: ir.Value | int, b: int) -> ir.Value:
 
 
 def constant(value: int) -> ir.Value:
-    """Returns an integer that is known when the kernel is compiled."""
+    """Returns an integer constant of the compiled kernel."""
     return utils.c(value, i32())
 
 
 def as_index(value: ir.Value) -> ir.Value:
-    """Returns an integer in MLIR's type for the indices of a reference."""
+    """Returns an integer converted to MLIR's index type, for indices of a reference."""
     return arith.index_cast(ir.IndexType.get(), value)
 
 
 def integer(bits: int) -> ir.Type:
-    """Returns the type of integers of so many bits."""
+    """Returns the type of integers with this number of bits."""
     return ir.IntegerType.get_signless(bits)
 
 

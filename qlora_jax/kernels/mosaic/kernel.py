@@ -1,10 +1,10 @@
-"""The product fused with its decode, as Pallas Mosaic GPU kernels (jax 0.11, sm_80 and newer).
+"""Product kernels that decode inside the product, in Pallas Mosaic GPU (jax 0.11, sm_80 and newer).
 
-One source for Ampere to Blackwell: tiles of the left operand and of the codes arrive in shared
-memory in a pipeline, the codes are decoded in registers straight into the layout of the tensor
-cores' operand, and `mma`, or `wgmma` on Hopper, adds up in float32. Backward is the same kernel on
-the transposed weight. Codebook and scales are rounded to the compute dtype, and so is their
-product.
+One source serves Ampere to Blackwell. A pipeline copies tiles of the left operand and of the codes
+to shared memory. The codes are decoded in registers, directly in the layout of the tensor cores'
+operand. `mma`, or `wgmma` on Hopper, accumulates in float32. The backward pass uses the same kernel
+with the transposed weight. Codebook, scales and their product are each rounded to the compute
+dtype.
 """
 
 import dataclasses
@@ -40,31 +40,31 @@ from qlora_jax.quant.stack import QLayer, cut
 
 DTYPES = ("bfloat16", "float16")
 PREFETCH = 8
-"""How many steps ahead a scale's code is brought to the level 2 cache. On an H200 3 and 16 took no
-less time."""
+"""Number of steps ahead at which a scale's code is prefetched into the level 2 cache. On an H200, 3
+and 16 were not faster."""
 EDGE = 64
-"""Columns of W come in multiples of this; others are padded, which copies the codes."""
+"""Columns of W must be a multiple of this; other weights are padded, which copies the codes."""
 REF, SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
-"""Types of device code's arguments."""
+"""Argument types of device code: a reference and a scalar."""
 
 
 def forward(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
-    """x @ W: [..., K] to [..., N] in x's dtype, accumulated in float32."""
+    """Returns x @ W, [..., K] to [..., N] in x's dtype, accumulated in float32."""
     return _products(x, [q], transposed=False)[0]
 
 
 def backward(g: jax.Array, q: QTensor | QLayer) -> jax.Array:
-    """g @ W.T: [..., N] to [..., K] in g's dtype, accumulated in float32."""
+    """Returns g @ W.T, [..., N] to [..., K] in g's dtype, accumulated in float32."""
     return _products(g, [q], transposed=True)[0]
 
 
 def several(x: jax.Array, qs: Sequence[QTensor | QLayer]) -> list[jax.Array]:
-    """Returns what `forward` gives for each weight, to the bit, from one launch.
+    """Returns `forward(x, q)` for each weight, bit for bit, from one launch.
 
     Args:
-      x: [..., K].
-      qs: weights with one K, block size and format of scales. Where they need different tiles,
-        there is a launch for each.
+      x: input, [..., K].
+      qs: weights with the same K, block size and format of scales. If they need different tiles,
+        each weight has its own launch.
     """
     return _products(x, qs, transposed=False)
 
@@ -90,10 +90,10 @@ def _products(left: jax.Array, qs: Sequence[QTensor | QLayer], transposed: bool)
 
 
 def _stack(q: QTensor | QLayer) -> tuple[QTensor, jax.Array]:
-    """Returns a stack whose columns are a multiple of EDGE, and the matrix's place, int32[1]."""
+    """Returns a stack whose columns are a multiple of EDGE, and the matrix's index, int32[1]."""
     if isinstance(q, QLayer) and q.shape[1] % EDGE == 0:
         return q.stack, q.layer.astype(jnp.int32)[None]
-    q = cut(q)  # to be padded: not all of a stack
+    q = cut(q)  # slice first, so that only one layer is padded and not the whole stack
     n = _up(q.shape[1], EDGE)
     codes, scales = (_pad(leaf, leaf.shape[0], n) for leaf in (q.codes, q.scales))
     alone = dataclasses.replace(q, codes=codes, scales=scales)
@@ -110,13 +110,14 @@ def _kernel(rows: jax.Array, stack: QTensor, transposed: bool) -> "MosaicKernel"
 
 
 class StackedWeight(NamedTuple):
-    """Holds the arrays of a stack of weights, and the place of the one that a kernel multiplies.
+    """The arrays of a stack of weights, and the index of the weight that a kernel multiplies.
 
     Attributes:
-      layer: int32[1], the place.
-      codes: uint8[L * Kp / 2, N].
-      codebook: float32[L, 16].
-      scales: [L, nb, N], and with double quantization nested [L, ...], offset [L], dynamic map.
+      layer: index of the weight, int32[1].
+      codes: packed codes, uint8[L * Kp / 2, N].
+      codebook: values of the codes, float32[L, 16].
+      scales: stored scales [L, nb, N]; with double quantization also nested [L, ...], offset [L]
+        and the dynamic map [256].
     """
 
     layer: jax.Array
@@ -136,15 +137,16 @@ def _weight(stack: QTensor, layer: jax.Array) -> StackedWeight:
 def launch(
     kernels: Sequence["MosaicKernel"], left: jax.Array, weights: Sequence[StackedWeight]
 ) -> list[jax.Array]:
-    """left [M, C] @ each weight [C, outer], in one launch.
+    """Returns left @ weight for each weight [C, outer], in one launch.
 
     Args:
-      kernels: for each weight; with one tile, operand and dtype.
-      left: [M, C], M a multiple of the tile's.
-      weights: the right operands.
+      kernels: kernel of each weight; all have the same tile, operand and dtype.
+      left: left operand, [M, C]; M is a multiple of the tile's rows.
+      weights: right operands.
 
     Returns:
-      For each [splits, M, outer], parts of a sum in float32; one part is in the kernel's dtype.
+      Product with each weight, [splits, M, outer]: partial sums in float32; if there is only one
+      part, the product in the kernel's dtype.
     """
     first, rows = kernels[0], left.shape[0]
     leaves, tree = jax.tree.flatten(list(weights))
@@ -184,15 +186,16 @@ def launch(
 
 @dataclasses.dataclass(frozen=True)
 class MosaicKernel:
-    """One compiled form: everything about a product but its data and its number of rows.
+    """The static description of one compiled product: all except the data and the number of rows.
 
     Attributes:
-      tile: a block's share.
-      operand: the right operand of a step.
-      dtype: of the left operand and of the result.
-      inner, outer: contraction and output features, multiples of the tile's.
+      tile: part of the product that one thread block computes.
+      operand: right operand of a step.
+      dtype: dtype of the left operand and of the result.
+      inner: contraction features, a multiple of the tile's c.
+      outer: output features, a multiple of the tile's o.
       nested_block: scales per nested scale.
-      splits: into how many parts the contraction is divided, each a block's (split-K).
+      splits: number of parts of the contraction, each for one thread block (split-K).
     """
 
     tile: MosaicTile
@@ -205,12 +208,12 @@ class MosaicKernel:
 
     @property
     def steps(self) -> int:
-        """Steps along the contraction."""
+        """Number of steps along the contraction."""
         return self.inner // self.tile.c
 
     @property
     def blocks(self) -> int:
-        """Blocks for each tile of rows."""
+        """Number of thread blocks per tile of rows."""
         return self.outer // self.tile.o * self.splits
 
     @property
@@ -220,19 +223,23 @@ class MosaicKernel:
 
     @property
     def out_dtype(self) -> Any:
+        """Dtype of the kernel's result: float32 if the contraction is split, else `dtype`."""
         return jnp.dtype(jnp.float32) if self.splits > 1 else self.dtype
 
     @property
     def left_tiling(self) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+        """Tiling and swizzle of the left operand in shared memory."""
         return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
     @property
     def code_tiling(self) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+        """Tiling and swizzle of the codes in shared memory."""
         width = self.operand.code_swizzle
         return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)
 
     @property
     def accumulator(self) -> plgpu.ShapeDtypeStruct:
+        """Shape, dtype and register layout of the sums."""
         if self.operand.form == "wgmma":
             shape = (self.tile.o, self.tile.m)
             return plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
@@ -244,7 +251,10 @@ class MosaicKernel:
     def block(
         self, left: Any, weight: StackedWeight, out: Any, scratch: Sequence[Any], m: Any, b: Any
     ) -> None:
-        """Writes what block b of tile m of rows computes; all but m and b are references."""
+        """Computes and writes the result of thread block b of row tile m.
+
+        All arguments except m and b are references.
+        """
         _, codes, codebook, scales = weight
         table, slots, aside = scratch
         tile, acc, count = self.tile, self.accumulator, len(scales)
@@ -280,7 +290,7 @@ class MosaicKernel:
         finish(pipeline(left, codes), table, out, s * tiles + m, o)
 
     def _steps_of(self, split: Any) -> tuple[Any, Any]:
-        """The first step of a part of the contraction, and how many it has."""
+        """Returns the first step and the number of steps of a part of the contraction."""
         if self.splits == 1:
             return 0, self.steps
         each = -(-self.steps // self.splits)
@@ -291,15 +301,17 @@ class MosaicKernel:
 
 
 class DeviceCode(NamedTuple):
-    """The parts of a block that are written for threads, as functions of references.
+    """The parts of a thread block's work that are written per thread, as functions of references.
 
     Attributes:
-      prepare: (codebook, table, slot, aside, scales, layer, o, first), fills the table of pairs
-        and the scales of step `first`, and puts aside what those of the next step are made from.
-      multiply: (left, codes, table, now, later, aside, scales, layer, o, i, total), adds the
-        product of step i to `total` with the scales in `now`, and writes those of step i + 1 to
-        `later`.
-      finish: (total, table, out, m, o), writes tile (m, o) of `out`; the table is free.
+      prepare: function of (codebook, table, slot, aside, scales, layer, o, first). It fills the
+        table of pairs and the scales of step `first`, and stores the encoded scales of the next
+        step in `aside`.
+      multiply: function of (left, codes, table, now, later, aside, scales, layer, o, i, total). It
+        adds the product of step i to `total` with the scales in `now`, and writes the scales of
+        step i + 1 to `later`.
+      finish: function of (total, table, out, m, o). It writes tile (m, o) of `out` and may
+        overwrite the table.
     """
 
     prepare: Callable[..., None]
@@ -310,16 +322,27 @@ class DeviceCode(NamedTuple):
 def device_code(kernel: MosaicKernel, count: int) -> DeviceCode:
     """Returns the device code of a kernel whose QTensor has `count` arrays of scales.
 
-    A scale takes three loads, one after another, and the first comes from device memory. So that no
-    step waits for them, they are made in three different steps: PREFETCH steps ahead its code is
-    brought to the level 2 cache, two steps ahead to the block, and one step ahead it is decoded.
+    A scale needs three dependent loads, and the first one reads device memory. So that no step
+    waits for them, the loads run in three different steps. PREFETCH steps ahead, the scale's code
+    is prefetched into the level 2 cache. Two steps ahead, the block loads the code. One step ahead,
+    the scale is decoded.
     """
     return DeviceCode(_prepare(kernel, count), _multiply(kernel, count), _finish(kernel))
 
 
 def _prepare(kernel: MosaicKernel, count: int) -> Callable[..., None]:
     @plgpu.inline_mgpu(arg_types=(REF, REF, REF, REF, (REF,) * count, SCALAR, SCALAR, SCALAR))
-    def prepare(_, codebook, table, slot, aside, references, layer, o, first):
+    def prepare(
+        _: Any,
+        codebook: Any,
+        table: Any,
+        slot: Any,
+        aside: Any,
+        references: Any,
+        layer: Any,
+        o: Any,
+        first: Any,
+    ) -> tuple[()]:
         element = utils.dtype_to_ir_type(kernel.dtype)
         place, tile, step = (scalar.registers.item() for scalar in (layer, o, first))
         scales = _scales(kernel, references, place)
@@ -345,7 +368,20 @@ def _multiply(kernel: MosaicKernel, count: int) -> Callable[..., jax.Array]:
         ),
         return_type=kernel.accumulator,
     )
-    def multiply(_, left, codes, table, now, later, aside, references, layer, o, i, total):
+    def multiply(
+        _: Any,
+        left: Any,
+        codes: Any,
+        table: Any,
+        now: Any,
+        later: Any,
+        aside: Any,
+        references: Any,
+        layer: Any,
+        o: Any,
+        i: Any,
+        total: Any,
+    ) -> Any:
         element = utils.dtype_to_ir_type(kernel.dtype)
         place, tile, step = (scalar.registers.item() for scalar in (layer, o, i))
         scales = _scales(kernel, references, place)
@@ -359,7 +395,7 @@ def _multiply(kernel: MosaicKernel, count: int) -> Callable[..., jax.Array]:
 
         right = fragments.weights(kernel.operand, codes, table, now, element)
         total = fragments.product(kernel.operand, total, left, right, scales_of_next)
-        # the next step reads these scales, and its copies may overwrite this step's tiles
+        # the next step reads these scales, and its copies may overwrite the tiles of this step
         utils.warpgroup_barrier()
         return total
 
@@ -368,7 +404,7 @@ def _multiply(kernel: MosaicKernel, count: int) -> Callable[..., jax.Array]:
 
 def _finish(kernel: MosaicKernel) -> Callable[..., None]:
     @plgpu.inline_mgpu(arg_types=(kernel.accumulator.layout, REF, REF, SCALAR, SCALAR))
-    def finish(_, total, scratch, out, m, o):
+    def finish(_: Any, total: Any, scratch: Any, out: Any, m: Any, o: Any) -> tuple[()]:
         element = utils.dtype_to_ir_type(kernel.out_dtype)
         tile = m.registers.item(), o.registers.item()
         results.store(kernel.operand, total, scratch, out, *tile, element)
@@ -383,8 +419,8 @@ def _scales(kernel: MosaicKernel, references: Any, layer: Any) -> Scales:
 
 
 def _spec(shape: tuple[int, int], index_map: Callable, transforms: Any) -> plgpu.BlockSpec:
-    # In bounds by the padding; the pipelines of sm_80 take nothing else. An untiled block would
-    # be copied without regard to the rows' stride there, and nothing would say so.
+    # The padding guarantees that all accesses are in bounds, which the pipelines of sm_80 require.
+    # On sm_80 an untiled block would be copied with a wrong row stride, without an error.
     if not transforms:
         raise AssertionError("a block without a tiling")
     return plgpu.BlockSpec(

@@ -1,10 +1,9 @@
-"""The decoded operand of the Mosaic GPU kernels: which thread holds which of its elements, and
-where a thread finds what it decodes them from.
+"""The decoded operand of the Mosaic GPU kernels: which thread holds which elements and sources.
 
-Nothing here runs on a GPU. Which thread holds what is taken from the instructions' layouts, and
-whatever a register needs is looked for among what was loaded: that all threads find it in the same
-place is checked for each register (`locate`), as is that the address of what they read is one sum
-for all (`ThreadIndex`).
+This module runs when a kernel is compiled, not on a GPU. The instructions' layouts say which thread
+holds which element. For each register, `locate` finds the loaded register that holds its codes, and
+asserts that it is the same one in every thread. `ThreadIndex` asserts that the address of a scale
+is one sum over warp and lane for all threads.
 """
 
 import dataclasses
@@ -22,30 +21,33 @@ WGMMA_LAYOUT = fa.WGMMA_LAYOUT
 HALF = GROUP // 2
 LANES, WARPS = 32, 4
 SPLIT_M = 16
-"""Rows of an operand whose contraction the warps share."""
+"""Rows of the left operand in the form "split"."""
 
 Register = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """The decoded operand of one step, [c, o] of contraction and output features.
+    """The decoded operand of one step: a matrix [c, o] of contraction and output features.
 
-    Forward it is a tile of W[K, N] and `transposed` is false; backward of its transpose. How it
-    is divided among the four warps, and in which order the instruction counts its axes:
+    In the forward pass the operand is a tile of W[K, N]; in the backward pass, a tile of the
+    transpose of W. `form` says how the four warps divide the operand, and in which order the
+    instruction counts its axes:
 
-      * "mma": the right operand of mma; the warps share the output features.
-      * "split": likewise, but the warps share the contraction, so that each element of the other
-        operand is read once, by one warp: for few rows. Forward a thread takes columns of W that
-        are neighbours in memory, and output features are counted in another order.
-      * "wgmma": the left operand of wgmma (sm_90), which takes features as rows, 64 at a time;
-        their order is such that a thread has both nibbles of its bytes.
+      * "mma": the right operand of mma; the output features are divided among the warps.
+      * "split": the right operand of mma; the contraction is divided among the warps, so that one
+        warp reads each element of the other operand once. This form is for few rows. In the forward
+        pass a thread takes columns of W that are neighbours in memory, which changes the order of
+        the output features.
+      * "wgmma": the left operand of wgmma (sm_90), whose rows are features, 64 at a time. Their
+        order is chosen so that a thread has both nibbles of its bytes.
 
     Attributes:
-      c, o: its shape.
-      transposed: whether output features are rows of W.
-      block_size: of the QTensor.
-      form: one of the three.
+      c: number of contraction indices.
+      o: number of output features.
+      transposed: True if output features are rows of W (backward).
+      block_size: block size of the QTensor.
+      form: "mma", "split" or "wgmma".
     """
 
     c: int
@@ -56,16 +58,17 @@ class Operand:
 
     @property
     def split(self) -> bool:
+        """Whether the contraction is divided among the warps."""
         return self.form == "split"
 
     @property
     def share(self) -> int:
-        """Contraction indices of one warp."""
+        """Number of contraction indices of one warp."""
         return self.c // WARPS if self.split else self.c
 
     @property
     def codes_shape(self) -> tuple[int, int]:
-        """Of the bytes that hold it."""
+        """Shape of the bytes that hold the operand's codes."""
         k, n = (self.o, self.c) if self.transposed else (self.c, self.o)
         return k // 2, n
 
@@ -76,25 +79,28 @@ class Operand:
 
     @property
     def scale_shape(self) -> tuple[int, int]:
-        """Of its scales in shared memory: 16-bit values backward, pairs of equal ones forward."""
+        """Shape of the scales in shared memory; an entry is one 16-bit value, or two equal ones.
+
+        An entry is one value in the backward pass, and two equal values in the forward pass.
+        """
         rows = (self.o if self.transposed else self.c) // self.block_size
         return max(1, rows), self.codes_shape[1]
 
     @property
     def m_warps(self) -> int:
-        """Warps along the rows of the result, as `mma` counts them."""
+        """Number of warps along the rows of the result, for the layouts of `mma`."""
         return WARPS if self.split else 1
 
     def contraction(self, index: np.ndarray) -> np.ndarray:
-        """[warps, ...] of indices within a warp's share to those of the tile."""
+        """Maps indices within a warp's share, [warps, ...], to contraction indices of the tile."""
         if not self.split:
             return index
         return index + self.share * np.arange(WARPS).reshape(-1, *(1,) * (index.ndim - 1))
 
     def output(self, index: np.ndarray) -> np.ndarray:
-        """Output features in `mma`'s order to those of the tile."""
+        """Maps output features in the instruction's order to output features of the tile."""
         if self.split and not self.transposed:
-            return index % 8 * (self.o // 8) + index // 8  # lane g takes neighbours
+            return index % 8 * (self.o // 8) + index // 8  # so lane g takes neighbouring columns
         if self.form == "wgmma":
             # rows 16w + 8h + g of every 64 are features 32h + 8w + g
             return index // 64 * 64 + index // 8 % 2 * 32 + index % 64 // 16 * 8 + index % 8
@@ -102,15 +108,15 @@ class Operand:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """In the instruction's order of axes; one warp's share if they share the contraction."""
+        """Shape in the instruction's order of axes; for "split", the shape of one warp's share."""
         return (self.o, self.c) if self.form == "wgmma" else (self.share, self.o)
 
     def layout(self, dtype: ir.Type | str) -> fa.TiledLayout:
-        """The instruction's layout of registers."""
+        """Returns the instruction's layout of registers."""
         return WGMMA_LAYOUT if self.form == "wgmma" else MMALayouts(dtype, m_warps=self.m_warps).rhs
 
     def elements(self, layout: fa.TiledLayout) -> tuple[np.ndarray, np.ndarray]:
-        """k and n within the tile of W for [warps, lanes, *registers, vector]."""
+        """Returns k and n within the tile of W, each [warps, lanes, *registers, vector]."""
         first, second = divmod(ownership(layout, self.shape), self.shape[1])
         c, o = (second, first) if self.form == "wgmma" else (first, second)
         c, o = self.contraction(c), self.output(o)
@@ -118,10 +124,10 @@ class Operand:
 
 
 def code_layout(operand: Operand) -> fa.TiledLayout:
-    """How a warpgroup holds the bytes so that each thread has those of its own operand registers.
+    """Returns the layout of the bytes in which each thread holds the codes of its own registers.
 
-    The right operand of `mma` gives lane 4g + t the output features g of every eight, of its
-    warp's if the warps share them, and the contraction indices 2t, 2t + 1 of every eight.
+    In the right operand of `mma`, lane 4g + t holds output feature g of every eight (of its warp's
+    features, unless the form is "split") and the contraction indices 2t and 2t + 1 of every eight.
     """
     rows, columns = operand.codes_shape
     match operand.split, operand.transposed:
@@ -143,10 +149,10 @@ def _layout(*tiles: tuple[int, ...], warp: int, lanes: tuple[int, int]) -> fa.Ti
 
 
 def ownership(layout: fa.TiledLayout, shape: tuple[int, ...]) -> np.ndarray:
-    """Which element each thread holds in each register.
+    """Returns which element each thread holds in each register.
 
     Returns:
-      int[4 warps, 32 lanes, *registers, vector]: index into the flattened array.
+      Index into the flattened array, int[4 warps, 32 lanes, *registers, vector].
     """
     held = np.arange(math.prod(shape)).reshape(shape)
     for tile in layout.tiling.tiles:
@@ -168,17 +174,17 @@ def ownership(layout: fa.TiledLayout, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def locate(wanted: np.ndarray, held: np.ndarray) -> dict[Register, tuple[Register, int]]:
-    """Where registers find their elements among registers that were loaded.
+    """Finds, for each register, the loaded register that holds its element.
 
     Args:
-      wanted: int[warps, lanes, *registers]: each thread's element.
-      held: int[warps, lanes, *registers, vector], likewise.
+      wanted: element that each thread needs, int[warps, lanes, *registers].
+      held: element that each thread has loaded, int[warps, lanes, *registers, vector].
 
     Returns:
-      For every index into the registers of `wanted`, a register of `held` and a place in it.
+      Index of a register of `wanted` to the register of `held` and the position in it.
 
     Raises:
-      AssertionError: threads would have to look in different places.
+      AssertionError: the loaded register is not the same one in every thread.
     """
     where = {int(held[(0, 0, *i)]): i for i in np.ndindex(held.shape[2:])}
     found = {}
@@ -193,7 +199,13 @@ def locate(wanted: np.ndarray, held: np.ndarray) -> dict[Register, tuple[Registe
 
 @dataclasses.dataclass(frozen=True)
 class ThreadIndex:
-    """A memory index that differs between threads: warps[w] + g * (lane // 4) + t * (lane % 4)."""
+    """A memory index that depends on the thread: warps[w] + g * (lane // 4) + t * (lane % 4).
+
+    Attributes:
+      warps: first index of each warp w.
+      g: distance between groups of four lanes.
+      t: distance between the lanes of a group.
+    """
 
     warps: tuple[int, ...]
     g: int
@@ -201,10 +213,13 @@ class ThreadIndex:
 
     @staticmethod
     def of(index: np.ndarray) -> "ThreadIndex":
-        """From int[warps, lanes], which is such a sum with 0 for the first thread.
+        """Returns the ThreadIndex of given indices.
+
+        Args:
+          index: index of each thread, int[warps, lanes]; 0 for the first thread.
 
         Raises:
-          AssertionError: it is not.
+          AssertionError: the indices are not such a sum over warp and lane.
         """
         place = ThreadIndex(tuple(map(int, index[:, 0])), int(index[0, 4]), int(index[0, 1]))
         lane = np.arange(LANES)
@@ -216,13 +231,15 @@ class ThreadIndex:
 
 @dataclasses.dataclass(frozen=True)
 class RegisterSource:
-    """Where a register's two elements come from, the same in every thread.
+    """The sources of a register's two elements; they are the same in every thread.
+
+    The index of the 32-bit word of scales in shared memory is scale_place + scale_word.
 
     Attributes:
-      codes: of each element, the register of codes and the byte in it.
-      high: whether they are high nibbles.
-      scale_place, scale_word: 32-bit word of scales in shared memory, the thread's part and the
-        rest.
+      codes: register of codes and byte in it, for each of the two elements.
+      high: True if the codes are high nibbles.
+      scale_place: part of the index that depends on the thread.
+      scale_word: part of the index that is the same for all threads.
     """
 
     codes: tuple[tuple[Register, int], tuple[Register, int]]
@@ -233,10 +250,10 @@ class RegisterSource:
 
 @functools.cache
 def register_sources(operand: Operand, layout: fa.TiledLayout) -> dict[Register, RegisterSource]:
-    """Returns where every register of the operand in this layout comes from.
+    """Returns the sources of every register of the operand in this layout.
 
     Raises:
-      AssertionError: threads would have to look in different places.
+      AssertionError: the sources of a register are not the same in every thread.
     """
     k, n = operand.elements(layout)
     rows, columns = operand.codes_shape

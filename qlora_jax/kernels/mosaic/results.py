@@ -1,6 +1,6 @@
-"""Device code of the Mosaic GPU kernels: from the tensor cores' sums to the result.
+"""Device code of the Mosaic GPU kernels: writes the tensor cores' sums to the result.
 
-Each form of operand leaves its sums with other threads, and in another order of features; see
+The form of the operand decides which threads hold the sums, and the order of the features; see
 `operand.Operand`.
 """
 
@@ -39,12 +39,13 @@ def store(
     """Writes tile (m, o) of `out`, rounded to `dtype`.
 
     Args:
-      operand: the product's quantized operand.
-      total: the sums, as `fragments.product` returns them.
+      operand: quantized operand of the product.
+      total: sums that `fragments.product` returns.
       scratch: shared memory of at least WARPS * SPLIT_M * (operand.o + 8) words.
-      out: the result in device memory.
-      m, o: the tile's place.
-      dtype: the result's dtype.
+      out: result in device memory.
+      m: index of the tile along the rows.
+      o: index of the tile along the output features.
+      dtype: dtype of the result.
     """
     if operand.split:
         _sum_warps(operand, total, scratch, out, m, o, dtype)
@@ -64,7 +65,7 @@ def _store_transposed(
     o: ir.Value,
     dtype: ir.Type,
 ) -> None:
-    """`store` of `total` [o, m] of wgmma."""
+    """Writes the tile for the form "wgmma", where `total` is [o, m]."""
     rows, stride = total.shape[1], ir.MemRefType(out.type).shape[1]
     o_index, row = divmod(ownership(total.layout, total.shape), rows)
     places = row * stride + operand.output(o_index)
@@ -81,15 +82,15 @@ def _sum_warps(
     o: ir.Value,
     dtype: ir.Type,
 ) -> None:
-    """`store` of the sum of what the warps have, each in its own rows of `total`."""
-    width = operand.o + 8  # rows that start in the same bank would be written one by one
+    """Writes the tile for the form "split": sums the rows of `total` over the four warps."""
+    width = operand.o + 8  # without the 8, rows begin in one bank: slow writes
     row, o_index = divmod(ownership(total.layout, (WARPS * SPLIT_M, operand.o)), operand.o)
     words = row * width + operand.output(o_index)
     base = utils.memref_ptr(scratch)
     _scatter(total, words, base, f32())
     utils.warpgroup_barrier()
     each = SPLIT_M * operand.o // THREADS
-    threads = operand.o // each  # of a row
+    threads = operand.o // each  # threads per row
     thread = thread_id()
     r = arith.divui(thread, constant(threads))
     column = mul(arith.remui(thread, constant(threads)), each)
@@ -108,7 +109,7 @@ def _sum_warps(
 
 
 def _scatter(array: fa.FragmentedArray, places: np.ndarray, base: ir.Value, dtype: ir.Type) -> None:
-    """Stores the elements of an array at `places` [warps, lanes, *registers, vector] after base."""
+    """Stores an array's elements at base + `places` [warps, lanes, *registers, vector]."""
     bases: dict[ThreadIndex, ir.Value] = {}
     for register in np.ndindex(places.shape[2:]):
         index = places[(slice(None), slice(None), *register)]

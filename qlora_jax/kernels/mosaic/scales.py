@@ -1,8 +1,9 @@
-"""Device code of the Mosaic GPU kernels: block scales, from device memory to shared memory.
+"""Device code of the Mosaic GPU kernels: moves block scales from device memory to shared memory.
 
-With double quantization a scale is map[code] * nested + offset. Where the steps of this are done,
-see README.md. A tile's scales are divided among the threads of the warpgroup: thread i has those
-at i, i + 128, ...; of fewer than 128, some are made twice, with the same value.
+With double quantization scale = map[code] * nested + offset. README.md says in which steps this is
+computed. The scales of a tile are divided among the threads of the warpgroup: thread i has the
+scales i, i + 128, ... If a tile has fewer than 128 scales, some are computed twice, with the same
+value.
 """
 
 import dataclasses
@@ -31,15 +32,16 @@ from qlora_jax.kernels.mosaic.operand import Operand
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """Where a kernel finds block scales, as references to device memory: those of a stack.
+    """References to the block scales of a stack in device memory, for one kernel.
 
     Attributes:
-      operand: the quantized operand of one step.
-      steps: along the contraction; beyond the last, the scales of the last are taken.
-      layer: the matrix's place in its stack.
-      blocks: float32 or uint8[L, nb, N].
-      nested, offset: float32[L, ...], or None without double quantization.
-      dynamic_map: float32[256], or None likewise.
+      operand: quantized operand of one step.
+      steps: number of steps along the contraction; a step beyond the last uses its scales.
+      layer: index of the matrix in its stack.
+      blocks: stored scales, float32 or uint8[L, nb, N].
+      nested: scales of the scales, float32[L, ...]; None without double quantization.
+      offset: number added to every scale, float32[L]; None without double quantization.
+      dynamic_map: values of the 8-bit codes, float32[256]; None without double quantization.
       nested_block: scales per nested scale.
     """
 
@@ -53,17 +55,22 @@ class Scales:
     nested_block: int
 
     def prefetch(self, o: ir.Value, step: ir.Value, ahead: int) -> None:
-        """Asks for what `fetch` reads to be brought from device memory to the level 2 cache."""
+        """Prefetches the memory that `fetch` reads into the level 2 cache."""
         for pointers in self._pointers(o, step, ahead):
             for pointer in pointers:
                 prefetch(pointer)
 
     def fetch(self, o: ir.Value, step: ir.Value, ahead: int) -> list[ir.Value]:
-        """Loads what this thread's scales of output tile `o`, `ahead` steps after `step`, are of.
+        """Loads the stored form of this thread's scales.
+
+        Args:
+          o: index of the output tile.
+          step: index of the current step.
+          ahead: number of steps after `step` whose scales are loaded.
 
         Returns:
-          For each scale its float32, or with double quantization its code and its nested scale;
-          32 bits each.
+          32-bit words: for each scale its float32; with double quantization its code and its nested
+          scale.
         """
         found = []
         for block, *nested in self._pointers(o, step, ahead):
@@ -75,18 +82,18 @@ class Scales:
         return found
 
     def put_aside(self, fetched: list[ir.Value], aside: ir.Value) -> None:
-        """Writes what `fetch` loaded to shared memory, for this thread alone; no barrier."""
+        """Writes the words of `fetch` to this thread's own shared memory, without a barrier."""
         for i, word in enumerate(fetched):
             llvm.store(word, _own(aside, i))
 
     def take_back(self, aside: ir.Value) -> list[ir.Value]:
-        """Reads what this thread has put aside."""
+        """Reads the words that this thread wrote with `put_aside`."""
         words = 1 if self.nested is None else 2
         count = len(_entries(self.operand)) * words
         return [llvm.load(i32(), _own(aside, i)) for i in range(count)]
 
     def values(self, fetched: list[ir.Value]) -> list[ir.Value]:
-        """Returns the scales, float32, of what `fetch` loaded."""
+        """Computes the scales, float32, from the words of `fetch`."""
         if self.nested is None:
             return [utils.bitcast(word, f32()) for word in fetched]
         found = []
@@ -108,7 +115,7 @@ class Scales:
                 llvm.store(utils.bitcast(pair, i32()), address(base, entry, i32()))
 
     def _pointers(self, o: ir.Value, step: ir.Value, ahead: int) -> list[list[ir.Value]]:
-        """Where this thread's scales are, and with double quantization their nested scales."""
+        """Returns pointers to this thread's scales; with double quantization also to nested."""
         operand, step = self.operand, arith.minui(add(step, ahead), constant(self.steps - 1))
         block, column = (o, step) if operand.transposed else (step, o)
         k, n = (operand.o, operand.c) if operand.transposed else (operand.c, operand.o)
@@ -135,7 +142,12 @@ class Scales:
 
 
 def aside_shape(operand: Operand, count: int) -> tuple[int, int]:
-    """Shape of the 32-bit words that the threads put aside; `count` arrays hold the scales."""
+    """Returns the shape of the memory for `put_aside`, in 32-bit words.
+
+    Args:
+      operand: quantized operand of one step.
+      count: number of arrays that hold the scales; more than 1 means double quantization.
+    """
     each = max(1, math.prod(operand.scale_shape) // THREADS)
     return each * (1 if count == 1 else 2), THREADS
 
@@ -145,7 +157,7 @@ def _own(aside: ir.Value, i: int) -> ir.Value:
 
 
 def _entries(operand: Operand) -> list[ir.Value]:
-    """The running thread's indices into a tile of scales of `operand.scale_shape`, flattened."""
+    """Returns the running thread's indices into a flattened tile of scales."""
     count, thread = math.prod(operand.scale_shape), thread_id()
     if count < THREADS:
         return [arith.remui(thread, constant(count))]

@@ -1,4 +1,4 @@
-"""The tiles of the Mosaic kernels, as data; jax 0.10 can import this module."""
+"""The tiles of the Mosaic kernels, as data; this module can be imported with jax 0.10."""
 
 import sys
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from qlora_jax.quant.qtensor import GROUP
 
 
 class MosaicTile(NamedTuple):
-    """One block's share of a kernel.
+    """The part of a product that one thread block computes, and its launch settings.
 
     Attributes:
-      m: rows.
-      o: output features.
-      c: contraction indices of a step.
-      stages: steps in flight.
-      form: the way the decoded operand reaches the tensor cores; see `operand.Operand`.
-      rows: the most rows of x that it is taken for.
-      blocks: the most blocks that share the contraction of a small result (split-K).
+      m: rows of the result.
+      o: output features of the result.
+      c: contraction indices per step.
+      stages: steps in flight in the pipeline.
+      form: form of the decoded operand, see `operand.Operand`.
+      rows: most rows of x for which the tile is used.
+      blocks: most thread blocks of a product whose contraction is split (split-K); 0 never splits.
     """
 
     m: int
@@ -39,7 +39,7 @@ _ANY = (MosaicTile(64, 64, 64, 3),)
 
 TILES = {
     (8, 0): (*_FEW, MosaicTile(64, 128, 64, 3, rows=1023), MosaicTile(128, 128, 64, 3), *_ANY),
-    # 128 rows spill here, and their tensor cores are busy with 64
+    # on sm_86, 128 rows spill registers, and 64 rows keep the tensor cores busy
     (8, 6): (*_FEW, MosaicTile(64, 128, 64, 3), *_ANY),
     (9, 0): (
         *_FEW[:1],
@@ -49,17 +49,18 @@ TILES = {
     ),
     (10, 0): (*_FEW, MosaicTile(64, 128, 64, 3, rows=1023), MosaicTile(128, 128, 64, 3), *_ANY),
 }
-"""Compute capability (and those above, up to the next) to tiles, by preference. With fewer rows a
-large tile would leave multiprocessors idle."""
+"""Compute capability to tiles, in order of preference. An entry holds for its capability and those
+above, up to the next entry. With few rows a large tile would leave multiprocessors idle."""
 
 
 def tile_for(m: int, inner: int, outer: int, capability: Capability) -> MosaicTile:
-    """Returns the first tile that is for m rows and divides the features.
+    """Returns the first tile that allows m rows and divides the features.
 
     Args:
-      m: rows.
-      inner, outer: contraction and output features, multiples of 64.
-      capability: the GPU's compute capability, (8, 0) for sm_80.
+      m: rows of x.
+      inner: contraction features, a multiple of 64.
+      outer: output features, a multiple of 64.
+      capability: compute capability of the GPU, (8, 0) for sm_80.
     """
     tiles = TILES[max(c for c in TILES if c <= capability)]
     return next(t for t in tiles if m <= t.rows and inner % t.c == 0 and outer % t.o == 0)
@@ -68,7 +69,10 @@ def tile_for(m: int, inner: int, outer: int, capability: Capability) -> MosaicTi
 def block(
     m: int, dtype: DTypeLike, inner: int, outer: int, direction: str, capability: Capability
 ) -> tuple[int, int]:
-    """Returns the rows and columns of the result that one block computes; see `select.FusedProduct`."""
+    """Returns the rows and columns of the result that one thread block computes.
+
+    The arguments are described in `select.FusedProduct.tile`.
+    """
     inner, outer = (-(-size // GROUP) * GROUP for size in (inner, outer))
     tile = tile_for(m, inner, outer, capability)
     return tile.m, tile.o
@@ -76,17 +80,19 @@ def block(
 
 SPLITS = (1, 2, 4, 8)
 SPLIT_STEPS = 8
-"""Steps that a part of a contraction has at least; before the first a block fills its table."""
+"""Fewest steps of a part of a split contraction, because each block first fills its table."""
 
 
 def split_count(tile: MosaicTile, m: int, inner: int, outer: int) -> int:
-    """Returns into how many parts the contraction is divided, each for a block of its own.
+    """Returns the number of parts of the contraction; each part has its own thread block.
 
-    The parts of the sum, in float32, take less memory than a byte for each weight.
+    The partial sums, in float32, take less memory than one byte per weight.
 
     Args:
-      tile: the tile that `tile_for` returns.
-      m, inner, outer: likewise.
+      tile: tile that `tile_for` returns.
+      m: rows of x.
+      inner: contraction features.
+      outer: output features.
     """
     tiles = -(-m // tile.m)
     most = min(

@@ -1,7 +1,7 @@
-"""4-bit weights and adapters in any Linen module: params in, params out.
+"""Puts 4-bit weights and adapters into the params of any Linen module, and returns new params.
 
-In the params, a `Kernel` stands in the place of each array that is in 4 bits or has adapters.
-`apply` takes the place of `module.apply`.
+In the new params, a `Kernel` replaces each array that is in 4 bits or has adapters. Call `apply`
+instead of `module.apply`.
 """
 
 from qlora_jax.modules.kernel import Kernel as Kernel

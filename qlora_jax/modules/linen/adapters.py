@@ -1,4 +1,4 @@
-"""The adapters in a Linen module's params: which are on, and which are trained."""
+"""Switches the adapters in a Linen module's params, and splits params for training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,12 +17,17 @@ from qlora_jax.runtime.errors import UserError
 
 
 def use_adapter(params: Params, *names: str) -> Any:
-    """Returns params in which the named adapters are on and all others off; no name is the base.
+    """Returns params in which the named adapters are on and all others are off.
 
-    Which are on is data (their scale): a compiled program serves any choice.
+    An adapter is off if its scale is 0. The scale is data, so switching compiles nothing.
+
+    Args:
+      params: params with adapters.
+      names: names of the adapters to switch on; without a name, all are off.
 
     Raises:
-      UserError: an adapter that the params do not have, or a DoRA adapter beside another one.
+      UserError: the params have no adapter of a name, or a DoRA adapter would be on together with
+        another adapter of the same weight.
     """
     check_names(names, {name for _, name, _ in adapters_of(params)})
 
@@ -39,18 +44,18 @@ def use_adapter(params: Params, *names: str) -> Any:
 
 
 def split(params: Params, *names: str) -> tuple[dict[str, jax.Array], Any]:
-    """Takes params apart into what is trained and what is frozen.
+    """Splits params into trained arrays and frozen params.
 
     Args:
       params: params with adapters.
-      names: names of the adapters that are trained; none given is all.
+      names: names of the adapters to train; without a name, all adapters are trained.
 
     Returns:
-      A and B, and what else of the adapters is trained, by path; and everything else. `join` puts
-      them together.
+      Path to trained array, such as A and B of each adapter; and params without these arrays.
+      `join` makes params of both.
 
     Raises:
-      UserError: an adapter that the params do not have; params without adapters.
+      UserError: the params have no adapters, or no adapter of a name.
     """
     check_trained(names, {name for _, name, _ in adapters_of(params)})
     trained: dict[str, jax.Array] = {}
@@ -71,10 +76,14 @@ def split(params: Params, *names: str) -> tuple[dict[str, jax.Array], Any]:
 
 
 def join(trained: Mapping[str, jax.Array], frozen: Params) -> Any:
-    """Puts together what `split` took apart, inside `jax.jit` and `jax.grad` as well.
+    """Makes params of the two parts that `split` returns; also inside `jax.jit` and `jax.grad`.
+
+    Args:
+      trained: path to trained array.
+      frozen: params without these arrays.
 
     Raises:
-      UserError: arrays that are missing, or that the params have no place for.
+      UserError: an array is missing, or the params have no place for an array.
     """
     left = dict(trained)
 

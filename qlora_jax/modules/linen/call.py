@@ -1,4 +1,4 @@
-"""Calls of a Linen module with kernels in its params."""
+"""Calls a Linen module whose params hold kernels."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,20 +34,20 @@ def apply(
     dropout_key: jax.Array | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Calls a module, as module.apply({"params": params, **variables}, *args, **kwargs) does.
+    """Calls a module like module.apply({"params": params, **variables}, *args, **kwargs).
 
     Args:
-      module: a Linen module.
-      params: its params, with kernels or without.
+      module: Linen module.
+      params: params of the module, with or without kernels.
       args: arguments of the call.
-      method: the method that is called, or its name; None is `__call__`.
+      method: method to call, or its name; None is `__call__`.
       variables: other collections, such as batch_stats.
-      dropout_key: key of this step's dropout on the adapters' inputs; without it nothing is
-        dropped there. The module's own dropout has its key in `rngs`, as ever.
-      kwargs: more arguments of the call, and `mutable` and `rngs`.
+      dropout_key: key of the dropout on the adapters' inputs in this step; None drops nothing
+        there. The module's own dropout takes its key from `rngs`.
+      kwargs: keyword arguments of the call, and `mutable` and `rngs`.
 
     Returns:
-      What `module.apply` returns.
+      The same as `module.apply`.
 
     Raises:
       UserError: the module writes to a weight in 4 bits or with adapters.
@@ -86,19 +86,20 @@ def discover(
     variables: Mapping[str, Any] = {},
     **kwargs: Any,
 ) -> dict[str, KnownVariable]:
-    """Finds out which axes of a module's weights are summed over, by one abstract call.
+    """Finds the axes of a module's weights that products sum over, by one abstract call.
 
     Args:
-      module: a Linen module.
-      params: its params, or their shapes.
-      args: arguments of the call, arrays or their shapes.
-      method: the method that is called, or its name; None is `__call__`.
-      variables: other collections; those that the module makes itself may be left out.
-      kwargs: more arguments of the call, and `mutable` and `rngs`.
+      module: Linen module.
+      params: params of the module, arrays or shapes.
+      args: arguments of the call, arrays or shapes.
+      method: method to call, or its name; None is `__call__`.
+      variables: other collections; leave out those that the module makes itself.
+      kwargs: keyword arguments of the call, and `mutable` and `rngs`.
 
     Returns:
-      Path of each array of two axes or more to its axes (None if no product and no look-up has it)
-      and whether it is a table that is looked up; an argument `axes` of `quantize` and `add_lora`.
+      Path of each array with two or more axes to its axes (None if no product and no look-up uses
+      the array) and to whether it is a table. Give this dict to `quantize` and `add_lora` as
+      `axes`.
     """
     uses = uses_of(check_module(module), params, args, kwargs, method, variables)
     kernels = kernels_of(params)
@@ -113,15 +114,16 @@ def summary(
     variables: Mapping[str, Any] = {},
     **kwargs: Any,
 ) -> Summary:
-    """Counts what params hold.
+    """Counts parameters and bytes of params: quantized, trained and frozen.
 
     Args:
-      module: a Linen module.
-      params: its params, arrays or their shapes.
-      args: example arguments of a call; with them the summary says which weights it decodes.
-      method: the method that is called, or its name; None is `__call__`.
+      module: Linen module.
+      params: params of the module, arrays or shapes.
+      args: example arguments of a call; with them the summary also lists the weights that this call
+        decodes as a whole.
+      method: method to call, or its name; None is `__call__`.
       variables: other collections, as in `discover`.
-      kwargs: more arguments of the call.
+      kwargs: keyword arguments of the call.
     """
     check_module(module)
     values: list[tuple[str, Any]] = []

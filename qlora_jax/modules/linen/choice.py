@@ -1,4 +1,4 @@
-"""Which params of a Linen module can be quantized or adapted, and what their axes are."""
+"""Finds the params of a Linen module that can be quantized or adapted, and their axes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,21 +28,21 @@ from qlora_jax.quant import QTensor
 from qlora_jax.runtime.errors import UserError
 
 Given = Mapping[str, KnownVariable | Axes | str]
-"""Path of a weight to what its axes are: what `discover` has returned, or an einsum."""
+"""Path of a weight to its axes: the result of `discover`, `Axes`, or an einsum."""
 
 BY_AXES = "by axes={path: '...k,kn->...n'}"
-"""How axes are told, for errors."""
+"""How a user gives axes; part of error messages."""
 
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
 class ChosenWeight(NamedTuple):
-    """A weight that is asked for.
+    """A weight that `where` matches.
 
     Attributes:
-      path: its path, such as layers.attn.query.kernel.
-      kernel: the weight as it is.
-      table: whether it is a table that is looked up.
+      path: path of the weight, such as layers.attn.query.kernel.
+      kernel: unchanged weight.
+      table: True for a table whose rows are looked up.
     """
 
     path: str
@@ -51,13 +51,13 @@ class ChosenWeight(NamedTuple):
 
     @property
     def matrices(self) -> Any:
-        """[*stack, *batch, K, N], an array or a QTensor."""
+        """Returns the weight's matrices [*stack, *batch, K, N], an array or a QTensor."""
         value = self.kernel.value
         return value if isinstance(value, QTensor) else to_matrices(value, self.kernel.known)
 
     @property
     def matrices_shape(self) -> tuple[int, ...]:
-        """Shape of `matrices`."""
+        """Returns the shape of `matrices`."""
         kernel = self.kernel
         return all_matrices_shape(kernel.known, (*kernel.stack, *kernel.shape))
 
@@ -70,10 +70,10 @@ def uses_of(
     method: Any = None,
     variables: Mapping[str, Any] = {},
 ) -> dict[str, list[Use]]:
-    """Returns what a call does with each weight, by path; [] for one that it does not read.
+    """Returns path to uses of each weight in one abstract call; [] if the call does not read it.
 
-    A weight is a kernel, or an array of two axes or more. The call is abstract: it needs no other
-    collections and no keys if their names are usual.
+    A weight is a kernel, or an array with two or more axes. The call needs no other collections,
+    and no keys for the streams `params` and `dropout`, because it is abstract.
     """
     record = CallRecord()
     found: dict[str, list[Use]] = {}
@@ -105,9 +105,9 @@ def uses_of(
 
 
 def found_in(uses: list[Use]) -> KnownVariable:
-    """Returns what uses tell of a weight."""
+    """Returns the axes of a weight that its uses show, and whether it is a table."""
     if any(use.kind == "rows" for use in uses):
-        # a table that is multiplied as well is held by rows
+        # a weight that is looked up and also multiplied is stored as a table
         return KnownVariable(TABLE, True)
     return KnownVariable(next((use.axes for use in uses if use.axes is not None), None), False)
 
@@ -115,18 +115,19 @@ def found_in(uses: list[Use]) -> KnownVariable:
 def weights(
     module: nn.Module, params: Params, where: Where, example: tuple[Any, ...], axes: Given
 ) -> list[ChosenWeight]:
-    """Returns the weights that are asked for; warns of one that no product and no look-up has.
+    """Returns the weights that `where` matches; warns if no product and no look-up uses a weight.
 
     Args:
-      module: the module.
-      params: its params.
-      where: which weights, by their paths.
-      example: arguments of a call, by which axes are found; () calls nothing.
-      axes: path of a weight to its axes, where a call need not tell.
+      module: Linen module.
+      params: params of the module.
+      where: weights to return: a regular expression, a list of names, or a function of path and
+        array or `Kernel`.
+      example: arguments of one abstract call that shows the axes; () makes no call.
+      axes: path of a weight to its axes, for weights whose axes the call does not have to show.
 
     Raises:
-      UserError: `where` matches nothing, or no weight that a product or a look-up has; weights
-        whose axes are not known, or are no matrix product.
+      UserError: `where` or one of its names matches nothing, or only weights that no product and no
+        look-up uses; or the axes of a weight are not known, or are no matrix product.
     """
     leaves = _weights_of(params)
     known = {path: _read(path, axes[path], leaves) for path in axes}
@@ -137,8 +138,8 @@ def weights(
     matched = chosen(where, leaves, "weights")
     for path in matched.keys() - known.keys():
         raise UserError(
-            f"{path}: which axes of {matched[path].shape} are summed over is not known; give "
-            f"example arguments of a call after `where`, or say it {BY_AXES}"
+            f"{path}: it is not known which axes of {matched[path].shape} are summed over; give "
+            f"example arguments of a call after `where`, or give the axes {BY_AXES}"
         )
     parts = [where] if callable(where) or isinstance(where, str) else [[name] for name in where]
     for part in parts:
@@ -147,7 +148,7 @@ def weights(
             how = ", ".join(use.operation for use in uses.get(own[0], [])) or "nothing"
             raise UserError(
                 f"{own[0]}: no matrix product of the call has it, only: {how}; leave it out of "
-                f"`where`, or say which axes are summed over {BY_AXES}"
+                f"`where`, or give the axes {BY_AXES}"
             )
     warn_left_out([path for path in matched if known[path].axes is None])
     return [_weight(path, x, known[path]) for path, x in matched.items() if known[path].axes]
@@ -162,7 +163,7 @@ def _weight(path: str, leaf: Any, found: KnownVariable) -> ChosenWeight:
 
 
 def _weights_of(params: Params) -> dict[str, Any]:
-    """Returns the kernels, and the arrays of two axes or more, by path."""
+    """Returns the kernels, and the arrays with two or more axes, by path."""
     found = {}
     for path, leaf in leaves_of(params).items():
         x = within(leaf) or meta.unbox(leaf)

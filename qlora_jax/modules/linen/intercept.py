@@ -1,9 +1,9 @@
-"""Linen modules whose params hold kernels, carried out without the weights as arrays.
+"""Runs Linen modules whose params hold kernels, without decoding the weights for products.
 
 An interceptor (`nn.intercept_methods`) gets each call of a module's method. If the module's own
-params hold a `Kernel`, the method runs by `trace.run` on a copy of the module that has arrays for
-these. The copy is made as `nn.remat` makes one (`flax.core.lift.pack`), so what the method writes
-to other collections, draws from the module's keys and does with its submodules is as before.
+params hold a `Kernel`, the method runs by `trace.run` on a copy of the module that has arrays in
+place of the kernels. The copy is made by `flax.core.lift.pack`, as in `nn.remat`, so that the
+method still writes to other collections, draws from the module's keys and calls its submodules.
 """
 
 import contextlib
@@ -24,14 +24,16 @@ from qlora_jax.modules.uses import Use
 from qlora_jax.runtime.errors import UserError
 
 OTHER_AXIS = "a loop along another axis than its first (give it variable_axes={'params': 0})"
-"""What is told of a weight whose layers are not in front."""
+"""Recorded as the operation on a weight whose axis of layers is not the first."""
 
 
 class CallRecord:
-    """What an abstract call has told of weights; no two are equal, as `nn.jit` caches by them.
+    """The uses of weights that one abstract call records.
+
+    Two records are never equal, because `nn.jit` caches by the record.
 
     Attributes:
-      uses: by the weights' paths.
+      uses: recorded uses, each with the path of its weight.
     """
 
     def __init__(self) -> None:
@@ -45,11 +47,11 @@ class CallRecord:
 )
 @dataclasses.dataclass(frozen=True)
 class Probe(Kernel):
-    """A kernel whose uses are told.
+    """A kernel whose uses are recorded.
 
     Attributes:
-      path: its path in the params.
-      record: where they are told.
+      path: path of the kernel in the params.
+      record: record to which the uses are appended.
     """
 
     path: str
@@ -59,29 +61,29 @@ class Probe(Kernel):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Same:
-    """Stands among results for a kernel of this name that a method has left as it is."""
+    """Placeholder in the results for the kernel of this name, which a method did not change."""
 
     name: str
 
 
 def is_kernel(x: Any) -> bool:
-    """Returns whether x is a kernel: where to stop in a tree of params."""
+    """Checks if x is a kernel; the `is_leaf` of trees of params."""
     return isinstance(x, Kernel)
 
 
 def within(x: Any) -> Kernel | None:
-    """Returns the kernel that x is, or that a box of metadata such as `nn.Partitioned` holds."""
+    """Returns x if it is a kernel, or the kernel in a box of metadata such as `nn.Partitioned`."""
     leaves = jax.tree.leaves(x, is_leaf=is_kernel)
     return leaves[0] if len(leaves) == 1 and isinstance(leaves[0], Kernel) else None
 
 
 def adapted() -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which modules can be applied to params that hold kernels."""
+    """Returns a context in which `module.apply` accepts params that hold kernels."""
     return nn.intercept_methods(_intercepted)
 
 
 def _intercepted(next_method: Callable, args: Any, kwargs: Any, context: Any) -> Any:
-    """Calls a method of a module, as `nn.intercept_methods` asks for."""
+    """Calls a method of a module; the interceptor for `nn.intercept_methods`."""
     module = context.module
     own = _own(module)
     if not own:
@@ -100,7 +102,7 @@ def _intercepted(next_method: Callable, args: Any, kwargs: Any, context: Any) ->
 
 
 def _own(module: nn.Module) -> dict[str, Kernel]:
-    """Returns the kernels that a module's own params hold, not its submodules', by name."""
+    """Returns the kernels in a module's own params, without those of its submodules, by name."""
     if module.scope is None:
         return {}
     params = module.variables.get("params", {})
@@ -110,7 +112,7 @@ def _own(module: nn.Module) -> dict[str, Kernel]:
 
 @contextlib.contextmanager
 def _decoded(scope: Any) -> Iterator[None]:
-    """Gives a module's `setup` its kernels as arrays: as attributes others may read them."""
+    """Decodes the kernels for a module's `setup`, because other code may read its attributes."""
 
     def get_variable(collection: str, name: str, default: Any = None) -> Any:
         value = type(scope).get_variable(scope, collection, name, default)
@@ -125,11 +127,11 @@ def _decoded(scope: Any) -> Iterator[None]:
 
 
 def _lifted(where: str, own: Mapping[str, Kernel]) -> Callable:
-    """Returns a transformation of functions of scopes, such as `lift.checkpoint` is one.
+    """Returns a lifted transformation (like `lift.checkpoint`) that runs a method by `trace.run`.
 
     Args:
-      where: the module and its method, for errors.
-      own: the kernels for which the scopes get arrays.
+      where: names of the module and its method, for errors.
+      own: name to kernel; the scopes get arrays in place of these kernels.
     """
     names = {_identity(kernel): name for name, kernel in own.items()}
 
@@ -172,15 +174,15 @@ def _lifted(where: str, own: Mapping[str, Kernel]) -> Callable:
 
 
 def _identity(kernel: Kernel) -> Any:
-    """Returns what is the same for a kernel and for a copy with the same arrays."""
+    """Returns a key that is equal for a kernel and a copy with the same arrays."""
     return kernel.axes, tuple(id(x) for x in jax.tree.leaves(kernel))
 
 
 def _without(held: Mapping[str, jax.Array], written: Any, where: str) -> Any:
-    """Returns what a method writes with a mark in the place of each weight.
+    """Returns the variables that a method writes, with a `_Same` in place of each weight.
 
     Raises:
-      UserError: it writes other values to a weight.
+      UserError: the method writes other values to a weight.
     """
     names = {id(array): name for name, array in held.items()}
     leaves, structure = jax.tree.flatten(written)
@@ -194,7 +196,7 @@ def _without(held: Mapping[str, jax.Array], written: Any, where: str) -> Any:
 
 
 def _tell(uses: list[Use], own: Mapping[str, Kernel]) -> None:
-    """Tells the uses of probes where they are collected."""
+    """Appends the uses of probes to their records."""
     for use in uses:
         if isinstance(probe := own[use.name], Probe):
             if probe.axes is None and not _is_layer(probe):
@@ -203,13 +205,13 @@ def _tell(uses: list[Use], own: Mapping[str, Kernel]) -> None:
 
 
 def _is_layer(probe: Probe) -> bool:
-    """Returns whether it has lost no axes but its first to loops around the module."""
+    """Checks if loops around the module have removed only leading axes of the weight."""
     shape = tuple(probe.value.shape)
     return probe.shape[len(probe.shape) - len(shape) :] == shape
 
 
 def _seen(kernel: Kernel) -> Kernel:
-    """Returns a kernel of unknown axes with the shape that it has where it is used."""
+    """Returns a kernel; if its axes are unknown, `shape` is the shape of its current value."""
     if kernel.axes is not None:
         return kernel
     return dataclasses.replace(kernel, shape=tuple(kernel.value.shape))

@@ -1,4 +1,4 @@
-"""Params of a Linen module by dotted paths."""
+"""Reads and replaces the params of a Linen module by dotted paths."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,14 +13,14 @@ from qlora_jax.modules.linen.intercept import within
 from qlora_jax.runtime.errors import UserError
 
 Params = Mapping[str, Any]
-"""The collection `params` of a Linen module; a `Kernel` may be in the place of an array."""
+"""Collection `params` of a Linen module; each leaf is an array or a `Kernel`."""
 
 
 def check_module(module: Any) -> nn.Module:
-    """Returns the module.
+    """Checks that a module is a Linen module, and returns it.
 
     Raises:
-      UserError: it is no Linen module.
+      UserError: the module is no Linen module.
     """
     if isinstance(module, nn.Module):
         return module
@@ -31,10 +31,10 @@ def check_module(module: Any) -> nn.Module:
 
 
 def check_params(params: Any) -> Params:
-    """Returns the params.
+    """Checks that params are a mapping of params, and returns them.
 
     Raises:
-      UserError: they are no mapping, or all collections of variables.
+      UserError: the params are no mapping, or hold all collections of variables.
     """
     if isinstance(params, nnx.Module):
         raise UserError(
@@ -49,7 +49,7 @@ def check_params(params: Any) -> Params:
 
 
 def leaves_of(params: Params) -> dict[str, Any]:
-    """Returns the arrays and kernels of params by path; boxes of metadata are as they are."""
+    """Returns the arrays and kernels of params by path; boxes of metadata stay around them."""
     flat = traverse_util.flatten_dict(dict(check_params(params)))
     return {".".join(map(str, path)): leaf for path, leaf in flat.items()}
 
@@ -61,16 +61,16 @@ def kernels_of(params: Params) -> dict[str, Kernel]:
 
 
 def adapters_of(params: Params) -> Iterator[tuple[str, str, Adapter]]:
-    """Yields the weight's path, the name and the adapter of each adapter of params."""
+    """Yields the path of the weight, the name and the adapter, for each adapter of params."""
     for path, kernel in kernels_of(params).items():
         for name, adapter in kernel.adapters.items():
             yield path, name, adapter
 
 
 def replaced(params: Params, change: Callable[[str, Any], Any]) -> Any:
-    """Returns params whose leaves are change(path, leaf), in dicts of the same kind.
+    """Returns params in which each leaf is replaced by change(path, leaf).
 
-    Boxes of metadata stay, and `change` is given what they hold.
+    The dicts keep their type. Boxes of metadata stay, and `change` gets the content of a box.
     """
 
     def one(parts: tuple[str, ...], leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Saves and loads the adapters in a Linen module's params."""
+"""Saves and loads the adapters in the params of a Linen module."""
 
 import dataclasses
 from pathlib import Path
@@ -21,12 +21,12 @@ def save_adapter(params: Params, folder: str | Path, name: str | None = None) ->
 
     Args:
       params: params with adapters.
-      folder: where; an adapter that is there is replaced.
-      name: name of the adapter; it may be left out if there is one.
+      folder: folder to write; an adapter in this folder is replaced.
+      name: name of the adapter; None if the params have only one.
 
     Raises:
-      UserError: there is no such adapter, or several and no name is given; the folder holds
-        something else or cannot be written.
+      UserError: the params have no adapter of this name, or have several and no name is given; the
+        folder holds other files or cannot be written.
     """
     files.write(files.named(adapters_of(params), name), folder)
 
@@ -39,19 +39,20 @@ def load_adapter(
     name: str = "default",
     axes: Given = MappingProxyType({}),
 ) -> Any:
-    """Returns params with an adapter that is read from a folder: in the place of one, or a new one.
+    """Returns params with an adapter from a folder, switched on.
 
     Args:
-      module: a Linen module.
-      params: its params.
-      folder: what `save_adapter` has written.
-      example: arguments of one abstract call, which tells the axes of weights that are no kernels.
-      name: name that the adapter has in the params.
-      axes: path of a weight to its axes, where the call need not tell.
+      module: Linen module.
+      params: params of the module.
+      folder: folder from `save_adapter`.
+      example: arguments of one abstract call, which shows the axes of weights that are no kernels.
+      name: name of the adapter in the params. Values of an adapter with this name are replaced;
+        otherwise a new adapter is added.
+      axes: path of a weight to its axes, for weights whose axes the call does not have to show.
 
     Raises:
-      UserError: a file that cannot be used, or an adapter for weights that the params do not have,
-        or have in another shape; an adapter of this name of another rank or variant.
+      UserError: a file cannot be used, the params lack a weight of the adapter or have it in
+        another shape, or an adapter of this name has another rank or variant.
     """
     variant, saved = files.read(folder)
     here = [path for path in saved if path in leaves_of(params)]

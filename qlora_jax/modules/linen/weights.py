@@ -1,4 +1,4 @@
-"""Weights of a Linen module's params in 4 bits, with adapters, and as plain arrays again."""
+"""Quantizes, adapts and merges the weights in a Linen module's params."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from qlora_jax.modules.quantizing import quantized
 from qlora_jax.quant import QTensor
 
 VALUES = "give params with values, such as those of module.init"
-"""What to do with weights that are abstract."""
+"""Advice to the user in the error about an abstract weight."""
 
 
 def quantize(
@@ -40,28 +40,33 @@ def quantize(
     axes: Given = MappingProxyType({}),
     **quantization: Any,
 ) -> Any:
-    """Stores weights of a module in 4 bits (QLoRA, section 3).
+    """Quantizes weights of a module to 4 bits (QLoRA, section 3).
 
     Args:
-      module: a Linen module.
-      params: its params, such as module.init(key, x)["params"].
-      where: which weights, by their dotted paths (`lora.where.Where`); a function gets the path
-        and the array.
-      example: arguments of a call, by which it is found which axes are summed over. The call is
-        abstract: nothing is computed. Weights that no product and no look-up has are left alone,
-        with a warning.
-      embeddings: whether tables that are looked up, such as `nn.Embed`'s, are quantized, too.
-      axes: path of a weight to its axes, what `discover` has returned or an einsum of an input and
-        the weight such as "...k,kn->...n"; with it `example` may be left out.
+      module: Linen module.
+      params: params of the module, such as module.init(key, x)["params"].
+      where: weights to quantize: a regular expression that matches the whole dotted path, a list of
+        names that occur in paths, or a function (path, array) to bool.
+      example: arguments of one abstract call, which computes nothing and shows the axes that
+        products sum over. Weights that no product and no look-up uses stay unchanged, with a
+        warning.
+      embeddings: True also quantizes tables whose rows are looked up, such as `nn.Embed`'s.
+      axes: path of a weight to its axes: the result of `discover`, or an einsum of input and weight
+        such as "...k,kn->...n". With `axes` for all weights, leave `example` out.
       quantization: arguments of `quant.quantize`: codebook, block_size, double_quant,
         nested_block.
 
     Returns:
-      New params, with a `Kernel` in the place of each of these weights.
+      New params, with a `Kernel` in place of each quantized weight.
 
     Raises:
-      UserError: `where` matches nothing, or weights whose axes are not known, that are in 4 bits
-        already, abstract, or not finite; an argument that cannot be used.
+      UserError: `where` matches nothing; a weight has unknown axes, is in 4 bits already, is
+        abstract or is not finite; or an argument is not allowed.
+
+    Example:
+      ```python
+      params = qj.linen.quantize(module, params, ".*kernel", x, codebook="nf4")
+      ```
     """
     asked = weights(check_module(module), params, where, example, axes)
     found = [weight for weight in asked if embeddings or not weight.table]
@@ -90,32 +95,40 @@ def add_lora(
     quantization: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """Puts adapters on weights of a module (LoRA, section 4.1).
+    """Adds adapters to weights of a module (LoRA, section 4.1).
 
-    The module computes the same as before until the adapters are trained, unless `init` is pissa or
-    loftq. Those go on weights in 16 bits: pissa before `quantize`, loftq in its place.
+    The adapted weight is W + s·A·B; variant dora also trains the length of each of its columns.
+    Until the adapters are trained, the module computes the same as before, except with init pissa
+    and loftq. These two need weights in 16 bits: call add_lora with pissa before `quantize`; with
+    loftq add_lora quantizes the weights itself.
 
     Args:
-      module: a Linen module.
-      params: its params; weights may be in 4 bits.
-      where: which weights, by their dotted paths (`lora.where.Where`); a function gets the path
-        and the array or `Kernel`.
-      example: arguments of a call, as in `quantize`; weights in 4 bits need none.
+      module: Linen module.
+      params: params of the module; weights may be in 4 bits.
+      where: weights to adapt, as in `quantize`; a function gets the path and the array or `Kernel`.
+      example: arguments of a call, as in `quantize`; weights in 4 bits do not need an example.
       key: key of the random numbers of A.
-      rank: r.
-      alpha: numerator of the scale.
-      name: name of the adapter; a weight can have several.
-      axes: as in `quantize`.
-      quantization: arguments of `quant.quantize` for init loftq.
+      rank: rank r of the adapters: A is [*stack, *batch, K, r] and B is [*stack, *batch, r, N] for
+        a weight of matrices [*stack, *batch, K, N].
+      alpha: numerator of the scale; by default s = alpha / r.
+      name: name of the adapter; a weight can have several adapters with different names.
+      axes: path of a weight to its axes, as in `quantize`.
+      quantization: arguments of `quant.quantize`, only for init loftq.
       settings: other settings of the section `lora`: variant, scaling, init, dropout, dtype,
         freeze_a, rank_pattern, alpha_pattern, loftq_iterations. Patterns match the end of a path.
 
     Returns:
-      New params, with a `Kernel` in the place of each of these weights.
+      New params, with a `Kernel` in place of each adapted weight.
 
     Raises:
-      UserError: `where` matches nothing, or weights whose axes are not known or that have an
-        adapter of this name; a setting that cannot be used.
+      UserError: `where` matches nothing; a weight has unknown axes, is abstract or has an adapter
+        of this name; or a setting is not allowed.
+
+    Example:
+      ```python
+      key = jax.random.key(1)
+      params = qj.linen.add_lora(module, params, ["query", "value"], x, rank=16, key=key)
+      ```
     """
     found = weights(check_module(module), params, where, example, axes)
     lora = lora_settings(rank=rank, alpha=alpha, **settings)
@@ -136,7 +149,7 @@ def add_lora(
 
 
 def _with(weight: ChosenWeight, stored: Any, name: str, adapter: Adapter) -> Kernel:
-    """Returns a weight with one more adapter, and what is stored of it unless that stays."""
+    """Returns a weight with a new adapter; `stored`, if given, is its new value."""
     kernel = weight.kernel
     adapter.keys = None  # `apply` is given the key
     value = kernel.value
@@ -147,10 +160,10 @@ def _with(weight: ChosenWeight, stored: Any, name: str, adapter: Adapter) -> Ker
 
 
 def merge(params: Params) -> Any:
-    """Returns params of plain arrays: 4-bit weights decoded, what adapters add to them added.
+    """Returns params of plain arrays: weights decoded, and merged with their adapters.
 
     Raises:
-      UserError: there are no adapters and no weight in 4 bits.
+      UserError: the params have no adapters and no weight in 4 bits.
     """
     check_merged(kernels_of(params))
     return replaced(params, lambda _, leaf: whole(leaf) if isinstance(leaf, Kernel) else leaf)
