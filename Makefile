@@ -23,18 +23,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed$(EXTRA:%=-%)
 COMMA := ,
 PINNED := jax jaxlib $(foreach c,12 13,jax-cuda$c-plugin jax-cuda$c-pjrt)
+FAST := 'not parity and not slow and not other_models'
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install model quickstart test test-slow test-models lint format parity matrix chats gpu-check gpu-report clean
+.PHONY: help install model quickstart test test-slow test-cov test-models lint docs format parity matrix chats gpu-check gpu-report clean
 
 help:
 	@echo 'make install      set up $(VENV) with everything the project needs'
 	@echo 'make quickstart   fine-tune a small language model and show the result'
 	@echo 'make test         run the tests'
 	@echo 'make test-slow    run those of whole runs, servers and sweeps, some minutes more'
+	@echo 'make test-cov     run the tests of make test and show which lines they do not reach'
 	@echo 'make test-models  run those on models of other packages (Python 3.12 or newer)'
 	@echo 'make lint         check style, formatting, types and layers'
+	@echo 'make docs         build the guides and the API reference as a site in build/docs'
 	@echo 'make format       put the code into its standard form'
 	@echo 'make model        fetch the built-in model, $(MODEL)'
 	@echo 'make parity       compare with installed peers (large: torch, peft, bitsandbytes)'
@@ -63,10 +66,15 @@ quickstart: model
 	$(BIN)/qlora-jax train configs/quickstart.yaml --overwrite
 
 test: model
-	$(BIN)/python -m pytest -m 'not parity and not slow and not other_models' $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -m $(FAST) $(WORKERS) $(TESTS)
 
 test-slow: model
 	$(BIN)/python -m pytest -m 'slow and not parity and not other_models' $(WORKERS) $(TESTS)
+
+# What to count is in pyproject.toml. Processes that tests start are not counted.
+test-cov: model
+	@mkdir -p build/coverage
+	$(BIN)/python -m pytest -m $(FAST) $(WORKERS) --cov --cov-report=term:skip-covered --cov-report=xml $(TESTS)
 
 # What these packages declare cannot be installed together, and most of it serves no model.
 test-models:
@@ -88,6 +96,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+	@echo 'build/docs/index.html'
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -131,4 +143,4 @@ gpu-report: install
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find qlora_jax tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
+	find qlora_jax tests experiments docs examples -name __pycache__ -type d -prune -exec rm -rf {} +
