@@ -1,7 +1,8 @@
-"""The papers' questions, a module each, and the programs behind the documentation's figures.
+"""Experiments on the papers' claims, and programs that make the documentation's figures.
 
-A module here that declares `EXPERIMENT` is a question: `qlora-jax sweep NAME` runs it. `inputs`
-says what they run on; `cells` has what their cells share. The folders hold programs, each run as
+A module of this folder that declares `EXPERIMENT` answers one question; `qlora-jax sweep NAME` runs
+it. `inputs` names the models, texts and configs of the experiments; `cells` holds the functions
+that several experiments share. The subfolders hold programs, each run as
 `python -m experiments.FOLDER.NAME`: `benchmarks` measures speed and memory, `tools` makes tables
-and checks, `faults` tries to break qlora-jax.
+and runs checks, `faults` tries to break qlora-jax.
 """

@@ -1,4 +1,4 @@
-"""One base, many tasks: what does an adapter take, and what does switching cost?
+"""Measures the size of an adapter, the time to switch, and which adapter serves a task best.
 
 qlora-jax sweep adapters
 """
@@ -49,19 +49,19 @@ def _loss(restored: Any, data: dict[str, Any]) -> float:
 
 
 class _Tuned(NamedTuple):
-    """A finished run: its adapter's folder, and its model with what goes with it."""
+    """A finished run: folder of its adapter, and the restored model, config and tokenizer."""
 
     adapter: Path
     restored: Any
 
 
 def adapter_bytes(tuned: _Tuned) -> int:
-    """Bytes of the adapter's files."""
+    """Returns the bytes of the adapter's files."""
     return sum(file.stat().st_size for file in tuned.adapter.iterdir())
 
 
 def base_bytes(tuned: _Tuned) -> int:
-    """Bytes of the pretrained weights in memory."""
+    """Returns the bytes of the pretrained weights in memory."""
     import jax
     from flax import nnx
 
@@ -71,9 +71,10 @@ def base_bytes(tuned: _Tuned) -> int:
 
 
 def switch_seconds(tuned: _Tuned) -> float:
-    """Reading an adapter's folder and putting it into a loaded model, in which it is used at once.
+    """Returns the seconds to read an adapter's folder and write the adapter into a loaded model.
 
-    The median of five after a first one, which compiles the writing of a slot.
+    The next forward pass uses the adapter. The result is the median of five switches. One more
+    switch before them is not counted, because it compiles the write to a slot.
     """
     import jax
     from flax import nnx
@@ -95,7 +96,7 @@ def switch_seconds(tuned: _Tuned) -> float:
 
 
 def _of_runs(figure: str) -> Column:
-    """A column of a figure's mean over runs, each of which has a row for every task."""
+    """Returns a column of a figure's mean over runs; a run has one row for every task."""
     return lambda rows: str(_mean_of_runs(rows, figure))
 
 
@@ -110,8 +111,8 @@ METRICS: Mapping[str, Metric[_Tuned]] = {
         switch_seconds, "seconds to switch (read a folder, fill a slot)", show=_of_runs
     ),
 }
-"""Costs of an adapter. Each is measured once for a run and repeated in its rows, so the column of
-`_of_runs` counts it once."""
+"""Costs of an adapter. A cost is measured once per run and repeated in every row of the run;
+`_of_runs` counts it once per run."""
 
 COSTS: Mapping[str, Column] = {
     "bytes of an adapter": lambda rows: f"{rows.rows[0]['adapter_bytes']:,}",
@@ -158,7 +159,7 @@ def analyse(table: Table) -> Analysis:
 
 
 def _gap(table: Table, task: str) -> Interval:
-    """The best other adapter's loss on a task less its own adapter's."""
+    """Returns the task's loss under the best other adapter minus that under its own adapter."""
     own = table.where(task=task, scored_on=task)
     others = [
         min(

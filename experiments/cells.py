@@ -1,4 +1,4 @@
-"""What cells of several experiments do: train from a config, read a text, quantize a model."""
+"""Functions that several experiments share: train a config, read a text, quantize a model."""
 
 import functools
 import json
@@ -16,22 +16,22 @@ from qlora_jax.sweep import Context, Rows
 from qlora_jax.sweep.metrics import Metric, measured
 
 RUN = "run"
-"""A cell's run directory, in its folder."""
+"""Name of the run directory in a cell's folder."""
 
 
 def config_of(path: str, settings: Mapping[str, Any]) -> Config:
-    """The config of a YAML file with settings laid over it, given as Python values."""
+    """Returns the config of a YAML file, changed by settings: Python values by dotted key."""
     text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
     return configs.load_config(inputs.in_checkout(path), text)
 
 
 def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains in `RUN` of a cell's folder, going on where a killed cell stopped; its figures.
+    """Trains a config in `RUN` of a cell's folder, or resumes that run; returns its figures.
 
     Args:
-      path: YAML of the run.
-      folder: the cell's.
-      settings: laid over it, by dotted key.
+      path: YAML file of the run.
+      folder: folder of the cell.
+      settings: changes to the YAML file, Python values by dotted key.
     """
     from qlora_jax.train.run import train
 
@@ -49,7 +49,7 @@ def finetuned(path: str, folder: Path, settings: Mapping[str, Any]) -> dict[str,
 
 @functools.cache
 def text_ids(tokenizer: Path, source: str, tokens: int) -> np.ndarray:
-    """The first tokens of a source's held-out part, its records one after the other."""
+    """Returns the first token ids of a source's held-out part, its records concatenated."""
     from qlora_jax.data import sources
     from qlora_jax.text import tokenizer as tokenizers
 
@@ -65,14 +65,14 @@ def text_ids(tokenizer: Path, source: str, tokens: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def opened(model: str) -> Any:
-    """A model's open checkpoint; a worker's next cells have it at hand."""
+    """Returns a model's open checkpoint; the last one stays open for the worker's next cells."""
     from qlora_jax.formats.source import open_checkpoint
 
     return open_checkpoint(ModelConfig(path=model))
 
 
 def described(model: str) -> Any:
-    """A model's open checkpoint, or one of its shapes where the model is still to be made."""
+    """Returns a model's open checkpoint, or a fresh one of its shapes if it is not made yet."""
     from qlora_jax.formats.fresh import FreshCheckpoint, shapes
 
     if model in inputs.PRETRAINED and not Path(model).exists():
@@ -82,7 +82,7 @@ def described(model: str) -> Any:
 
 
 def losses(model: Any, checkpoint: Any) -> dict[str, Any]:
-    """A model's loss on every text of `inputs.TEXTS`, in nats per token."""
+    """Returns a model's loss on every text of `inputs.TEXTS`, in nats per token."""
     import jax.numpy as jnp
 
     from qlora_jax.evaluate.perplexity import text_loss
@@ -95,10 +95,10 @@ def losses(model: Any, checkpoint: Any) -> dict[str, Any]:
 
 
 def relative_error(checkpoint: Any, quant: Any) -> float:
-    """‖W - dequantize(quantize(W))‖ / ‖W‖ over all of a model's linears together."""
+    """Returns ‖W - dequantize(quantize(W))‖ / ‖W‖ over all linears of a model together."""
     import jax.numpy as jnp
 
-    from qlora_jax.models.parts import linears
+    from qlora_jax.models.weight_shapes import linears
     from qlora_jax.quant import quantize
     from qlora_jax.quant.error import quantization_error
 
@@ -115,14 +115,14 @@ def relative_error(checkpoint: Any, quant: Any) -> float:
 
 
 def short(model: str) -> str:
-    """A model's name in a picture."""
+    """Returns a model's short name, for pictures."""
     return model.removesuffix("/model").rpartition("/")[2]
 
 
 def linears(path: str, targets: str | list[str]) -> dict[str, tuple[int, int]]:
-    """The linears that a config's model has and the targets name, by path: (in, out)."""
+    """Returns the linears that the targets select in a config's model: path to (in, out)."""
     from qlora_jax.lora import choose_adapters
-    from qlora_jax.models.parts import layer_linears
+    from qlora_jax.models.weight_shapes import layer_linears
 
     config = config_of(path, {"lora.target_modules": targets})
     shapes = layer_linears(described(config.model.path).config)
@@ -132,13 +132,13 @@ def linears(path: str, targets: str | list[str]) -> dict[str, tuple[int, int]]:
 def population(
     path: str, members: Sequence[Mapping[str, Any]], context: Context, **common: Any
 ) -> list[Rows]:
-    """Trains adapters that differ in these settings by one program; the figures of each.
+    """Trains adapters of different settings in one program; returns the figures of each.
 
     Args:
-      path: YAML of the run.
-      members: what each lays over it.
-      context: of the first one's cell.
-      common: laid over it for all, dots written as `__`.
+      path: YAML file of the run.
+      members: settings of each adapter, by dotted key.
+      context: context of the first member's cell.
+      common: settings of all adapters; `__` stands for the dot in a key.
     """
     from qlora_jax.train.population import train_population
 
@@ -158,11 +158,11 @@ def population(
 
 
 class Member(NamedTuple):
-    """One member of a population.
+    """A trained member of a population.
 
     Attributes:
-      result: its losses, norms and adapters, a `train.population.MemberResult`.
-      base: parameters of the base.
+      result: losses, norms and adapters, a `train.population.MemberResult`.
+      base: number of parameters of the base.
     """
 
     result: Any
@@ -181,18 +181,18 @@ MEMBER: Mapping[str, Metric[Member]] = {
     "share": Metric(lambda member: member.trainable / (member.trainable + member.base)),
     "diverged": Metric(lambda member: member.result.diverged),
 }
-"""Figures of a population's member. Experiments show those with a title beside their own."""
+"""Figures of a population's member. Experiments add a column for each figure with a title."""
 
 
 def trained(run: Path) -> Any:
-    """A finished run's model and all that goes with it."""
+    """Restores a finished run: its model, config and tokenizer."""
     from qlora_jax.train.restore import restore
 
     return restore(run, base=False, warn=print)
 
 
 def answers(restored: Any, count: int, tokens: int = 48) -> list[tuple[Any, str]]:
-    """Greedy answers to a run's first held-out questions, each with its question."""
+    """Returns a run's first held-out questions, each with the model's greedy answer."""
     import jax.numpy as jnp
 
     from qlora_jax.models.generate import generate
@@ -213,7 +213,7 @@ def answers(restored: Any, count: int, tokens: int = 48) -> list[tuple[Any, str]
 
 
 def rouge_of(run: Path, count: int) -> float:
-    """Mean ROUGE-L of a run's greedy answers to held-out questions."""
+    """Returns the mean ROUGE-L of a run's greedy answers to `count` held-out questions."""
     from qlora_jax.evaluate.rouge import rouge_l
 
     pairs = answers(trained(run), count)
@@ -222,7 +222,7 @@ def rouge_of(run: Path, count: int) -> float:
 
 @functools.cache
 def base_loss(model: str, source: str) -> float:
-    """A model's own loss on a source's held-out text, in 16 bits or what it is stored in."""
+    """Returns the loss of an unquantized model, in float32, on a source's held-out text."""
     import jax.numpy as jnp
 
     from qlora_jax.evaluate.perplexity import text_loss

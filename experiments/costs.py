@@ -1,4 +1,4 @@
-"""Estimates time and memory of cells: means of docs/results/sweeps, on 2 CPU cores."""
+"""Estimates the time and memory of cells: means of docs/results/sweeps, on 2 CPU cores."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,7 +6,7 @@ from qlora_jax.sweep import Cell, Estimate
 
 
 def by(axis: str, seconds: Mapping[str, float], gib: float) -> Callable[[Cell], Estimate | None]:
-    """Returns an estimate by the value on an axis; it is None for a value that is not there."""
+    """Returns a function that estimates a cell by its value on an axis; None if unknown."""
 
     def estimate(cell: Cell) -> Estimate | None:
         known = seconds.get(cell[axis])

@@ -1,4 +1,4 @@
-"""Which 4-bit data type loses least when a trained model is quantized?
+"""Measures which 4-bit data type loses least when a trained model is quantized.
 
 qlora-jax sweep datatypes
 """
@@ -23,28 +23,29 @@ from qlora_jax.sweep.statistics import (
 
 PLAIN = "16 bits"
 PAPER = {"int4": 34.34, "fp4_e2m1": 31.07, "fp4_e3m0": 29.48, "nf4": 27.41}
-"""Perplexity on Pile Common Crawl over models of 125M to 13B; that of nf4 with DQ."""
+"""Mean perplexity on Pile Common Crawl over models of 125M to 13B (QLoRA, Table 2); nf4 is with
+double quantization."""
 
 CODEBOOKS = ["int4", "fp4_e2m1", "fp4_e3m0", "fp4_bnb", "nf4", "af4", "lloyd"]
 FLOATS = ["fp4_e2m1", "fp4_e3m0", "fp4_bnb"]
 
 
 class _Quantized(NamedTuple):
-    """A model's open checkpoint, and how it was quantized; None where it was not."""
+    """A model's open checkpoint and its quantization config; None if it is not quantized."""
 
     checkpoint: Any
     quant: Any
 
 
 def weight_error(quantized: _Quantized) -> float:
-    """Relative error of the quantized weights."""
+    """Returns the relative error of the quantized weights; 0 if none are quantized."""
     return cells.relative_error(*quantized) if quantized.quant else 0.0
 
 
 METRICS: Mapping[str, Metric[_Quantized]] = {
     "weight_error": Metric(weight_error, "relative error of weights", average)
 }
-"""Figures of a quantized model, beside its loss on each text."""
+"""Figures of a quantized model, in addition to its loss on each text."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
@@ -100,10 +101,11 @@ def analyse(table: Table) -> Analysis:
 
 
 def _verdict(usual: Table, floats: list[str], best: str) -> Verdict:
-    """Whether nf4 beats the nearest FP4: agrees where a model shows it and none the opposite.
+    """Judges whether nf4 loses less than the nearest FP4.
 
-    Models are judged one by one, since what a data type costs differs between them a hundredfold;
-    the interval is that of the model that quantization costs most.
+    The verdict agrees if at least one model agrees and none contradicts, and the other way round;
+    else it is undecided. Each model is judged alone, because the loss from a data type differs a
+    hundredfold between models. The interval is that of the model that loses most.
     """
     nearest, said = {}, {}
     for (model,), own in usual.groups("model").items():

@@ -1,4 +1,4 @@
-"""Which 4-bit data type is best after QLoRA fine-tuning?
+"""Measures which 4-bit data type is best after QLoRA fine-tuning.
 
 qlora-jax sweep datatypes_finetuned
 """
@@ -31,7 +31,7 @@ SHOWN = {
     "loss after [95%]": interval("loss"),
     **columns(cells.MEMBER),
 }
-"""Columns of the figures of a population's members."""
+"""Columns of the table: the losses, and the figures of `cells.MEMBER` that have a title."""
 
 
 def together(group: Sequence[Cell], context: Context) -> list[Rows]:

@@ -1,4 +1,4 @@
-"""What do quantized scales save, and what do they cost?
+"""Measures the memory that double quantization saves, and the loss that it adds.
 
 qlora-jax sweep double_quantization
 """
@@ -14,21 +14,22 @@ from qlora_jax.sweep.metrics import Metric, columns, first, interval, line, meas
 from qlora_jax.sweep.statistics import difference, within
 
 SAVED = 0.373
-"""Bits per parameter at block 64 (QLoRA, section 3): 32/64 - 8/64 - 32/(64 * 256)."""
+"""Bits saved per parameter at block 64: 32/64 - 8/64 - 32/(64 * 256) (QLoRA, section 3)."""
 
 LOST = 0.01
-"""Nats per token: what "without degrading performance" is taken to mean here, 1% of perplexity."""
+"""Largest added loss that counts as "without degrading performance", in nats per token: 1% of
+perplexity."""
 
 
 def bits(model: Any) -> float:
-    """Bits per parameter that is quantized, those of the scales included."""
+    """Returns the bits per quantized parameter, with the bits of the scales."""
     from qlora_jax.models.trees import quantized_size
 
     return quantized_size(model)[0]
 
 
 METRICS: Mapping[str, Metric[Any]] = {"bits": Metric(bits, "bits per parameter", first)}
-"""Figures of a quantized model, beside its loss on each text."""
+"""Figures of a quantized model, in addition to its loss on each text."""
 
 
 def run(cell: Cell, context: Context) -> Rows:

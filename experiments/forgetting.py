@@ -1,4 +1,4 @@
-"""Does a model forget less when adapters learn the new task?
+"""Measures whether a model forgets less when adapters learn the new task.
 
 qlora-jax sweep forgetting
 """
@@ -18,11 +18,11 @@ from qlora_jax.sweep.statistics import difference, mean, within
 
 USED = ("full", REFERENCE, CLAIMED)
 OLD = "python-source"
-"""The text that the base was trained on and that may be forgotten."""
+"""Source of the text that the base was trained on and that it may forget."""
 
 
 class _Tuned(NamedTuple):
-    """A run's model and what goes with it, and its loss on the old text after and before."""
+    """A restored run, and the loss on the old text after training and of the base before it."""
 
     restored: Any
     old: float
@@ -33,7 +33,7 @@ METRICS: Mapping[str, Metric[_Tuned]] = {
     "old_loss": Metric(lambda tuned: tuned.old),
     "forgotten": Metric(lambda tuned: tuned.old - tuned.base, "forgotten, nats", average),
 }
-"""Figures of a run, beside those of `cells.finetuned`."""
+"""Figures of a run, in addition to those of `cells.finetuned`."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
@@ -89,7 +89,7 @@ def analyse(table: Table) -> Analysis:
 
 
 def _common_level(table: Table) -> float:
-    """A loss on the new task that every run passes on its way."""
+    """Returns a loss on the new task that lies within the range of every run."""
     runs = [own.column("loss") for own in table.groups("arm", "seed").values()]
     low, high = max(min(r) for r in runs), min(max(r) for r in runs)
     if low > high:
@@ -98,7 +98,7 @@ def _common_level(table: Table) -> float:
 
 
 def _at(run: Table, level: float) -> float:
-    """What is forgotten where the run's loss on the new task is `level`, by straight lines."""
+    """Interpolates what a run forgot at loss `level` on the new task, linearly."""
     new, old = np.array(run.column("loss")), np.array(run.column("forgotten"))
     order = np.argsort(new)
     return float(np.interp(level, new[order], old[order]))

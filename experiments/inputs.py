@@ -1,7 +1,8 @@
-"""What the experiments run on. Change a line here, or give `--set`, for other models or a GPU.
+"""Models, texts and configs of the experiments.
 
-The small models are pretrained here, so that there are weights that were never in 4 bits; a sweep
-makes those that are not there (`made`). SmolLM2's weights reach us as Q4_1: its "16 bits" are
+Change a line here, or give `--set`, for other models or for a GPU. The small models are pretrained
+by the experiments, because their weights must never have been in 4 bits; a sweep makes the models
+that are missing (`made`). The available weights of SmolLM2 are Q4_1, so its "16 bits" are
 dequantized Q4_1.
 """
 
@@ -15,49 +16,51 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep import Cell, Input
 
 CONFIG = "configs/small.yaml"
-"""Where fine-tuning cells start from; `configs/rank.yaml` is the size of a GPU."""
+"""Config of the cells that fine-tune; `configs/rank.yaml` is a larger one for a GPU."""
 
 LOW_RANK_RATE, FULL_RATE = 4e-3, 1e-3
-"""Learning rates of adapters and of whole models; a tenth or less for models of a billion."""
+"""Learning rates of adapters and of full fine-tuning; models of a billion parameters need a tenth
+or less."""
 
 PRETRAINED: Mapping[str, str] = {
     f"runs/pretrain_{size}/model": f"configs/pretrain_{size}.yaml" for size in ("1m", "4m", "12m")
 }
-"""Models that `qlora-jax pretrain` makes, each from its config."""
+"""Path of each model that `qlora-jax pretrain` makes, to its config."""
 
 MODELS = [*PRETRAINED, "smollm2-135m-instruct"]
-"""Whose weights are quantized; hub ids such as EleutherAI/pythia-410m belong here too."""
+"""Models whose weights are quantized: paths, or hub ids such as EleutherAI/pythia-410m."""
 
 ONCE_4_BIT = {"smollm2-135m-instruct"}
-"""Of these, whose weights were in 4 bits before they reached us: no witness of normal weights."""
+"""Models of `MODELS` whose available weights were already quantized to 4 bits; they say nothing
+about whether trained weights are normal."""
 
 TEXTS = ["python-docs", "python-source", "package-docs"]
-"""Sources of `data.source` whose held-out part is read for perplexity."""
+"""Values of `data.source` whose held-out parts are used for perplexity."""
 
 TOKENS = 4096
-"""Tokens of each text that are read for perplexity."""
+"""Number of tokens of each text that are used for perplexity."""
 
 WINDOW = 256
 """Tokens of context for perplexity."""
 
 CHAT = "configs/quickstart.yaml"
-"""The run of `instruction_tuning`."""
+"""Config of the runs of `instruction_tuning`."""
 
 JUDGE = "smollm2-135m-instruct"
-"""The reference model: answers after which it finds the right one likelier win."""
+"""Judge of `instruction_tuning`: an answer wins if the right answer is likelier after it."""
 
 ENDPOINT: tuple[str, str] | None = None
-"""(URL, model) of an OpenAI-compatible endpoint that judges instead."""
+"""(URL, model) of an OpenAI-compatible endpoint that judges instead of `JUDGE`, or None."""
 
 
 def in_checkout(path: str) -> str:
-    """A file that is not in the current folder, where the checkout has it; else the path itself."""
+    """Returns the path in the checkout if only the checkout has the file; else `path`."""
     ours = Path(__file__).parents[1] / path
     return str(ours) if ours.exists() and not Path(path).exists() else path
 
 
 def made(cell: Cell) -> Sequence[Input]:
-    """Returns the models of `PRETRAINED` that a cell reads: by its axis `model` or its config's."""
+    """Returns the models of `PRETRAINED` that a cell's axes `model` and `config` name."""
     values = [cell.values.get(axis) for axis in ("model", "config")]
     models = [_model(value) for value in values if isinstance(value, str)]
     return [_input(model) for model in models if model in PRETRAINED]
@@ -69,15 +72,15 @@ def _input(model: str) -> Input:
     return Input(
         Path(model),
         ("pretrain", config, "--resume"),
-        cost[1] if cost else "its config does not tell the cost",
+        cost[1] if cost else "not stated in its config",
     )
 
 
 @functools.cache
 def _model(value: str) -> str:
-    """The model that a value names, itself or by a config; empty for a config that is none.
+    """Returns the model that a value names: the value itself, or the model of a config file.
 
-    The cell tells what is wrong with such a config.
+    Returns "" for an invalid config, because the cell reports that error.
     """
     if not value.endswith(".yaml"):
         return value

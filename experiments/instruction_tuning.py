@@ -1,4 +1,4 @@
-"""Which small assistant is better? A Guanaco-style run and a tournament.
+"""Compares small assistants in a tournament after Guanaco-style runs.
 
 qlora-jax sweep instruction_tuning
 """
@@ -28,7 +28,7 @@ ORDERINGS = 10_000
 
 
 class _Judged(NamedTuple):
-    """One answer with the judge's score, and the figures of the run that wrote it."""
+    """An answer: the judge's score, the pair that was scored, and the figures of the run."""
 
     score: Any
     pair: Any
@@ -76,10 +76,11 @@ def run(cell: Cell, context: Context) -> Rows:
 
 
 def told(prompt: str, answer: str) -> str:
-    """What the judge is told before the data's own answer, whose likelihood decides.
+    """Returns the judge's prompt; the likelihood of the right answer after it decides.
 
-    So a player earns by what its answer says of the right one. The likelihood of its own words
-    would favour the untuned model, which is the judge.
+    The prompt contains the player's answer, so a player scores by how likely its answer makes the
+    right one. The likelihood of the player's own words would favour the untuned model, because the
+    judge is that model.
     """
     return f"Question: {prompt}\nA student's answer: {answer.strip()}\nThe right answer:"
 
@@ -120,7 +121,7 @@ def analyse(table: Table) -> Analysis:
 
 
 def _games(table: Table) -> "list[Match]":
-    """Every pair of players on every prompt, in both orders; a prompt counts once for each seed."""
+    """Plays every pair of players on every prompt in both orders, separately for each seed."""
     from qlora_jax.evaluate.tournament import play
 
     games: list[Match] = []
@@ -135,7 +136,7 @@ def _games(table: Table) -> "list[Match]":
 
 
 def _judge(own: Table) -> "Judge":
-    """The endpoint where there is one, else what the reference model said in the cells."""
+    """Returns the endpoint's judge if there is one, else a judge by the cells' likelihoods."""
     from qlora_jax.evaluate.judges import by_endpoint, by_likelihood
 
     if inputs.ENDPOINT is not None:

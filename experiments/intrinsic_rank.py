@@ -1,4 +1,4 @@
-"""How many directions does fine-tuning move, and are they the same ones each time?
+"""Measures how many directions fine-tuning changes, and whether other runs change the same ones.
 
 qlora-jax sweep intrinsic_rank
 """
@@ -16,13 +16,13 @@ from qlora_jax.sweep.statistics import difference, mean, within
 
 SMALL, LARGE = 8, 64
 MODULES = ("q_proj", "v_proj")
-"""The linears that are looked at, in the middle layer (LoRA looks at layer 48 of 96)."""
+"""Linears that are analysed, in the middle layer (the LoRA paper takes layer 48 of 96)."""
 
 TOP = 4
-"""Directions of the amplification table."""
+"""Number of directions in the amplification table."""
 
 PUBLISHED = 0.5
-"""φ(1,1) of r 8 in r 64 that the LoRA paper finds exceeded (section 7.2)."""
+"""Lower bound that the LoRA paper reports for φ(1,1) of r 8 in r 64 (section 7.2)."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
@@ -55,13 +55,13 @@ def _lora(rank: int) -> dict[str, Any]:
 
 
 class _Update(NamedTuple):
-    """One linear before and after.
+    """One linear before and after training.
 
     Attributes:
-      base: W, [in, out].
-      change: what training added to it.
-      start: A before training, [in, r]; None where W itself was trained.
-      a: A after it.
+      base: W before training, [in, out].
+      change: ΔW, [in, out]: the change of W, or s·A·B of the adapter.
+      start: A before training, [in, r]; None if W itself was trained.
+      a: A after training, [in, r]; None if W itself was trained.
     """
 
     base: np.ndarray
@@ -71,16 +71,16 @@ class _Update(NamedTuple):
 
 
 class _Trained(NamedTuple):
-    """One linear, trained whole and by adapters of two ranks and two seeds.
+    """Updates of one linear by full fine-tuning and by adapters of two ranks and two seeds.
 
     Attributes:
-      full: trained whole.
-      small: by an adapter of rank `SMALL`.
-      large: by one of rank `LARGE`.
-      again: by one of rank `LARGE` from another seed.
+      full: update by full fine-tuning.
+      small: update by an adapter of rank `SMALL`.
+      large: update by an adapter of rank `LARGE`.
+      again: update by an adapter of rank `LARGE` from another seed.
       noise: two random matrices of the shape of A at rank `LARGE`.
-      spectrum: singular values of what training it whole added.
-      amplified: how what `large` added relates to W.
+      spectrum: singular values of the ΔW of `full`.
+      amplified: relation of the ΔW of `large` to W, a `lora.analysis.Amplification`.
     """
 
     full: _Update
@@ -109,21 +109,24 @@ def _trained(seed: int, full: _Update, small: _Update, large: _Update, again: _U
 
 
 def weight_values(trained: _Trained) -> list[float]:
-    """Singular values of W."""
+    """Returns the singular values of W."""
     from qlora_jax.lora.analysis import singular_values
 
     return singular_values(trained.full.base).round(4).tolist()
 
 
 def rank_of_90(trained: _Trained) -> int:
-    """Directions that hold 90% of what training the whole linear added."""
+    """Returns the number of directions that hold 90% of the energy of full fine-tuning's ΔW."""
     from qlora_jax.lora.analysis import rank_of_energy
 
     return rank_of_energy(trained.spectrum, 0.9)
 
 
 def _grid(a: np.ndarray, b: np.ndarray, size: tuple[int, int] = (LARGE, LARGE)) -> list[Any]:
-    """φ of the first directions of two matrices; of ΔW: what training moved, without A's start."""
+    """Returns φ(i, j) of the leading directions of two matrices, up to `size`.
+
+    φ of A includes what A was before training; φ of ΔW does not.
+    """
     from qlora_jax.lora.analysis import subspace_similarity
 
     return subspace_similarity(a, b)[: size[0], : size[1]].round(4).tolist()
@@ -147,16 +150,16 @@ METRICS: Mapping[str, Metric[_Trained]] = {
     "update": Metric(lambda x: x.amplified.update, "‖ΔW‖", average),
     "factor": Metric(lambda x: x.amplified.factor, "amplification", average),
 }
-"""Figures of a linear; those with a title are columns of how ΔW relates to W."""
+"""Figures of a linear; those with a title are columns of the table that relates ΔW to W."""
 
 LEADING = ("weight", "update")
-"""Metrics whose columns come before the others'."""
+"""Names of the metrics whose columns come first."""
 
 
 def _updates(
     cell: Cell, context: Context, settings: dict[str, Any], seed: int
 ) -> dict[str, _Update]:
-    """Trains, and gives the middle layer's linears of `MODULES`."""
+    """Trains a run; returns the updates of the linears of `MODULES` in the middle layer."""
     from qlora_jax.train.restore import restore
 
     folder = context.folder / f"{settings['method']}-{settings.get('lora.rank', '')}-{seed}"
@@ -183,7 +186,7 @@ def _update(old: Any, new: Any, layer: int) -> _Update:
 
 
 def _phi(figure: str, i: int = 1) -> Column:
-    """A column of the mean of φ(i, i)."""
+    """Returns a column of the mean of φ(i, i)."""
     return lambda rows: mean([row[figure][i - 1][i - 1] for row in rows.rows]).mean
 
 
@@ -201,7 +204,7 @@ DIRECTIONS: Mapping[str, Column] = {
     f"ΔW φ(1,1), r {SMALL} in r {LARGE}": _phi("change"),
     "ΔW of two seeds φ(1,1)": _phi("change_seeds"),
 }
-"""Columns of the directions that recur."""
+"""Columns of the table of directions."""
 
 
 def analyse(table: Table) -> Analysis:

@@ -1,4 +1,4 @@
-"""Do the papers' memory claims hold, line by line?
+"""Checks the memory claims of the papers, line by line.
 
 qlora-jax sweep memory_claims
 """
@@ -17,13 +17,13 @@ GIB = 2**30
 
 
 class Claim(NamedTuple):
-    """A training run and what was said of it.
+    """A training run and a published claim about its memory.
 
     Attributes:
-      model: published shapes.
-      gpu: to compile for.
-      sequence: tokens.
-      said: by whom and what.
+      model: name of the model's published shapes.
+      gpu: GPU to compile for.
+      sequence: sequence length in tokens.
+      said: source of the claim, and the claim.
       limit: GB that the claim allows.
     """
 
@@ -43,14 +43,14 @@ CLAIMS = {
 
 
 class _Planned(NamedTuple):
-    """A claim and the plan of its run, as `plan.describe` gives it."""
+    """A claim and the plan of its run, from `plan.describe`."""
 
     claim: Claim
     plan: Mapping[str, Any]
 
 
 def _by(figure: str) -> Column:
-    """A column of what the figures come from."""
+    """Returns a column that names the source of the figures: the compiler or the formula."""
     return lambda rows: (
         f"the compiler for {CLAIMS[rows.rows[0]['claim']].gpu}"
         if rows.rows[0][figure]

@@ -1,4 +1,4 @@
-"""Are the weights that are quantized normal, as NF4 assumes?
+"""Tests whether the weights that are quantized are normal, as NF4 assumes.
 
 qlora-jax sweep normality
 """
@@ -16,7 +16,7 @@ from qlora_jax.sweep.metrics import Metric, average, columns, lines, measured
 from qlora_jax.sweep.statistics import mean, within
 
 ROWS = 96
-"""Units of each matrix that are tested, evenly apart."""
+"""Number of output units of each matrix that are tested, evenly spaced."""
 
 PAPER = 0.075
 """Share of a 7B LLaMA's units that a Shapiro-Wilk test at 5% rejects (QLoRA, appendix F)."""
@@ -24,15 +24,16 @@ PAPER = 0.075
 CODEBOOKS = ("nf4", "fp4_bnb", "int4")
 
 CLAIM = 0.15
-"""Up to which share of units "mostly normal" is judged: twice the paper's, as 5% are chance."""
+"""Largest share of rejected units that counts as "mostly normal": twice the paper's share, because
+5% are rejected by chance."""
 
 
 class _Matrix(NamedTuple):
-    """One linear's weight, and the same quantized.
+    """The weight of one linear, exact and quantized.
 
     Attributes:
-      w: [in, out], float32.
-      quantized: codebook to QTensor.
+      w: exact weight, float32[in, out].
+      quantized: codebook to the quantized weight, a `QTensor`.
     """
 
     w: np.ndarray
@@ -40,7 +41,7 @@ class _Matrix(NamedTuple):
 
 
 def rejected(matrix: _Matrix) -> float:
-    """Share of `ROWS` units that are not normal at 5%."""
+    """Returns the share of `ROWS` output units that a test at 5% rejects as not normal."""
     from qlora_jax.quant.error import normality_rejected
 
     units = matrix.w.shape[1]
@@ -49,24 +50,24 @@ def rejected(matrix: _Matrix) -> float:
 
 
 def kurtosis(matrix: _Matrix) -> float:
-    """Kurtosis above that of a normal distribution."""
+    """Returns the excess kurtosis: the kurtosis minus 3, that of a normal distribution."""
     return float(np.mean((matrix.w / matrix.w.std()) ** 4) - 3)
 
 
 def outliers(matrix: _Matrix) -> float:
-    """Share of weights beyond six standard deviations."""
+    """Returns the share of weights beyond six standard deviations."""
     return float(np.mean(np.abs(matrix.w) > 6 * matrix.w.std()))
 
 
 def entropy(codebook: str, matrix: _Matrix) -> float:
-    """Bits that a code carries."""
+    """Returns the entropy of the 4-bit codes, in bits."""
     from qlora_jax.quant.error import code_counts, entropy
 
     return entropy(code_counts(matrix.quantized[codebook]))
 
 
 def error(codebook: str, matrix: _Matrix) -> float:
-    """Relative error of the weights."""
+    """Returns the relative error of the quantized weights."""
     from qlora_jax.quant.error import quantization_error
 
     return quantization_error(matrix.w, matrix.quantized[codebook]).relative_mse ** 0.5
@@ -86,13 +87,13 @@ METRICS: Mapping[str, Metric[_Matrix]] = {
 """Figures of a linear; those with a title are columns of the table."""
 
 LEADING = ("rejected", "kurtosis", "outliers", "entropy nf4", "entropy fp4_bnb")
-"""Metrics whose columns come before the others'."""
+"""Names of the metrics whose columns come first."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
     import jax.numpy as jnp
 
-    from qlora_jax.models.parts import linears
+    from qlora_jax.models.weight_shapes import linears
     from qlora_jax.quant import quantize
 
     checkpoint = cells.opened(cell["model"])

@@ -1,4 +1,4 @@
-"""Does QLoRA reach 16-bit LoRA, and how far is full fine-tuning?
+"""Tests whether QLoRA reaches the loss of 16-bit LoRA, and how far both are from full fine-tuning.
 
 qlora-jax sweep parity
 """
@@ -15,7 +15,7 @@ from qlora_jax.sweep.metrics import Column, Metric, columns, interval, lines, me
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
 
 RATES = [0.5, 1.0, 2.0, 4.0]
-"""Factors on the learning rates of `inputs`."""
+"""Factors that multiply the learning rates of `inputs`."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "optimizer.learning_rate": inputs.FULL_RATE},
@@ -35,14 +35,14 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 REFERENCE, CLAIMED = "lora 16 bits", "qlora nf4 + dq"
 ALIKE = 0.03
-"""Nats per token within which "matches" is judged: 3% of perplexity."""
+"""Largest difference in loss that counts as a match, in nats per token: 3% of perplexity."""
 
 ANSWERS = 24
 
 METRICS: Mapping[str, Metric[Path]] = {
     "rouge_l": Metric(lambda run: cells.rouge_of(run, ANSWERS), "ROUGE-L of answers [95%]"),
 }
-"""Figures of a finished run, by its folder, beside those of `cells.finetuned`."""
+"""Figures of a finished run, from its folder, in addition to those of `cells.finetuned`."""
 
 
 def run(cell: Cell, context: Context) -> Rows:
@@ -83,7 +83,7 @@ def analyse(table: Table) -> Analysis:
 
 
 def _best(arm: Table) -> Table:
-    """The rows of the learning rate whose mean loss is the least."""
+    """Returns the rows of the learning rate with the lowest mean loss."""
     by_rate = arm.groups("rate").values()
     return min(by_rate, key=lambda own: mean(own.column("loss")).mean)
 

@@ -1,4 +1,4 @@
-"""Does the rank matter, and which linears need an adapter?
+"""Measures whether the rank matters, and which linears need an adapter.
 
 qlora-jax sweep rank
 """
@@ -36,14 +36,14 @@ POLICIES: dict[str, dict[str, Any]] = {
     "scale 2": {"lora.alpha": 2, "lora.scaling": "constant"},
     "rsLoRA": {"lora.alpha": 8, "lora.scaling": "alpha/sqrt(r)"},
 }
-"""How the scale follows the rank: 16/r as in Guanaco, 2 always, 8/sqrt(r). The verdict is on the
-first, since QLoRA's search over ranks held alpha fixed."""
+"""Scale as a function of the rank r: 16/r as in Guanaco, 2 for every r, 8/sqrt(r). The verdict uses
+the first policy, because QLoRA's search over ranks held alpha fixed."""
 
 LARGEST = 64
-"""Rank up to which "the rank does not matter" is judged, from 8 on: the papers' range."""
+"""Largest rank in the verdict; the smallest is 8. The papers use this range."""
 
 ALIKE = 0.03
-"""Nats per token within which losses count as equal."""
+"""Largest difference between two losses that counts as none, in nats per token."""
 
 
 def settings(cell: Cell) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _smallest_side(config: str, targets: str) -> int:
 
 
 def key(cell: Cell) -> tuple[Any, ...]:
-    # a member is padded to the largest rank beside it
+    # ranks above 16 train apart, because every member is padded to the largest rank of its group
     return cell["config"], "small" if cell["rank"] <= 16 else cell["rank"]
 
 
@@ -114,7 +114,7 @@ def analyse(table: Table) -> Analysis:
 
 
 def _spread(figure: str) -> Column:
-    """A column of a figure's mean and half its interval."""
+    """Returns a column of a figure's mean ± half the width of its interval."""
 
     def shown(rows: Table) -> str:
         found = mean(rows.column(figure))
@@ -124,7 +124,7 @@ def _spread(figure: str) -> Column:
 
 
 SHOWN: Mapping[str, Column] = {"Held-out loss": _spread("loss"), **columns(cells.MEMBER)}
-"""Tables, each of one figure of the members, by rank and targets."""
+"""Title of each table to its column: one figure of the members, by rank and targets."""
 
 
 def _grid(table: Table, column: Column) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qlora_jax.modules import linen as linen
     from qlora_jax.modules.discover import discover as discover
     from qlora_jax.modules.fill import fill as fill
-    from qlora_jax.modules.known import register_kernel as register_kernel
+    from qlora_jax.modules.kernel_rules import register_kernel as register_kernel
     from qlora_jax.modules.nnx_files import load_adapter as load_adapter
     from qlora_jax.modules.nnx_files import save_adapter as save_adapter
     from qlora_jax.modules.nnx_model import add_lora as add_lora
@@ -42,7 +42,7 @@ _HOMES = {
     "quantize_model": "modules.nnx_model",
     "quantize_tree": "lora",
     "UserError": "runtime.errors",
-    "register_kernel": "modules.known",
+    "register_kernel": "modules.kernel_rules",
     "split": "modules.nnx_model",
     "summary": "modules.summary",
     "use_adapter": "modules.nnx_model",

@@ -104,13 +104,13 @@ def _exit_code(debug: bool) -> Iterator[_Code]:
         if interrupt.is_set():  # a library turned KeyboardInterrupt into another error
             code.value = INTERRUPTED
             _fail("interrupted", debug)
-        elif line := limits.told(e):
+        elif line := limits.limit_remedy(e):
             code.value = USER_ERROR
             _fail(line, debug)
         elif processes.count() > 1:  # the other processes would wait for this one
             code.value = FAILED
             traceback.print_exc()
-            processes.tell(repr(e))
+            processes.tell_others(repr(e))
         else:
             raise
 
@@ -120,7 +120,7 @@ def _fail(message: str, debug: bool) -> None:
         traceback.print_exc()
     line = printable(" ".join(f"{processes.name()}{message}".split()))
     print(f"qlora-jax: {line}", file=sys.stderr, flush=True)
-    processes.tell(message)
+    processes.tell_others(message)
 
 
 class _Parser(argparse.ArgumentParser):

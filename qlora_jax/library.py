@@ -24,7 +24,7 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.notebook import in_notebook
 from qlora_jax.runtime.streams import printable
 from qlora_jax.serve.answers import answers
-from qlora_jax.serve.base import Asking, Base, is_run, open_plain, open_trained
+from qlora_jax.serve.base import Base, PromptSettings, is_run, open_plain, open_trained
 from qlora_jax.serve.loading import regular_folder
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
@@ -165,7 +165,7 @@ def generate(
         model,
         tokenizer,
         [prompts] if isinstance(prompts, str) else prompts,
-        asking=Asking(system, "auto" if chat else "none"),
+        asking=PromptSettings(system, "auto" if chat else "none"),
         dtype=_held(model) if dtype is None else dtype,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -24,7 +24,7 @@ from qlora_jax import cli
 from qlora_jax.runtime import compilation, cpu_devices
 
 # What is compared to the bit with the program's own process is compiled alike.
-compilation.widen()
+compilation.use_wide_vectors()
 
 # All workers, and the processes that tests start, share what they compile: most of their time.
 # Set before jax is imported; pytest's first process has the folder, and its workers inherit it.

@@ -65,14 +65,14 @@ def test_what_cannot_be_added(tmp_path: Path, run_cli: RunCli) -> None:
     save_file(tensors, other / "adapter_model.safetensors")
     for arguments, expected in {
         (): "--adapter is missing; give --adapter WEIGHT=DIR",
-        ("--adapter", str(ONE)): "--adapter: must be WEIGHT=DIR, as -0.5=my-adapter is, not",
+        ("--adapter", str(ONE)): "--adapter: must be WEIGHT=DIR, for example -0.5=DIR, not",
         ("--adapter", f"x={ONE}"): "--adapter: must be WEIGHT=DIR",
         ("--adapter", f"inf={ONE}"): "--adapter: must be WEIGHT=DIR",
         ("--adapter", "1=none"): "none: no such folder; give a folder in PEFT's format",
         ("--adapter", f"1={ONE}", "--rank", "0"): "--rank: must be a whole number of 1 or more",
         ("--adapter", f"1={ONE}", "--adapter", f"1={other}"): (
-            "other: model.layers.0.mlp.down_proj is [100, 64] (in, out), and [128, 64] in an "
-            "adapter before it"
+            "other: model.layers.0.mlp.down_proj is [100, 64] (in, out), but [128, 64] in an "
+            "earlier adapter"
         ),
     }.items():
         ended = run_cli("combine", tmp_path / "out", *arguments)

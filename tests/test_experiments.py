@@ -93,7 +93,9 @@ def test_there_are_those_of_the_papers():
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 def test_committed_rows_still_give_the_committed_verdict(folder):
     experiment = load_experiment(ROOT / "experiments" / f"{folder.name}.py")
-    analysis = experiment.analyse(table.of(arranged(experiment, read(folder, experiment).values())))
+    analysis = experiment.analyse(
+        table.table_of(arranged(experiment, read(folder, experiment).values()))
+    )
     told = json.loads((folder / VERDICT).read_text())
     assert analysis.verdict.ours == told["ours"]
     assert analysis.verdict.verdict == told["verdict"]

@@ -106,7 +106,7 @@ def test_a_tokenizer_of_another_model(
     ("changes", "message"),
     [
         ({"method": "qlora"}, "method qlora: a model from-scratch has nothing to freeze"),
-        ({"model__path": "some/folder/there"}, "pretrain starts from nothing; set it to"),
+        ({"model__path": "some/folder/there"}, "pretrain trains a new model; set it to"),
         ({"pretrain__heads": 3}, "3 heads do not divide hidden_size 32"),
         ({"pretrain__vocab_size": 200}, "give 259 or more"),
         ({"pretrain__tokenizer": "nowhere"}, "nowhere: no such folder"),

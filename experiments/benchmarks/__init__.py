@@ -1,1 +1,1 @@
-"""Programs that measure speed and memory, beside installed peers where there are some."""
+"""Programs that measure speed and memory, and compare them with installed peers."""

@@ -1,9 +1,10 @@
 """Times calls of an NNX model: unmodified, with adapters, and with adapters on 4-bit weights.
 
-Question: how long do the first eager call, an eager call, compiling and a compiled call take for a
-  model unmodified, with adapters, and with adapters on 4-bit weights?
+Question: how long do the first eager call, a later eager call, compilation and a compiled call take
+  for each of these models?
 Expected: the first eager call compiles a small program for each kind of layer; later eager calls
-  pay for splitting modules; compiled, adapters cost their two products and 4 bits the decoding.
+  take time to split modules; in compiled calls, adapters cost their two products and 4-bit weights
+  cost the decoding.
 Cost: three minutes on 2 CPU cores.
 Command: python -m experiments.benchmarks.adapted_calls [--shape tiny] [--rows 2] [--json]
 """
@@ -47,7 +48,7 @@ MODELS: dict[str, Callable[[str], PlainLlama]] = {
 
 
 def seconds(call: Callable[[], jax.Array]) -> float:
-    """Returns how long a call takes until its result is there."""
+    """Returns the seconds of a call, until its result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start

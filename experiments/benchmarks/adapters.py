@@ -1,10 +1,10 @@
-"""What adapters cost when a model writes: none, one, one merged, and several in one batch.
+"""Measures the cost of adapters in generation: none, one, one merged, and several in one batch.
 
-Question: how many tokens per second does a model write without an adapter, with one, with one
-  added into its weights, and with four adapters in one batch against four runs, one for each?
-Expected: one adapter costs a few percent at rank 16; merged costs nothing; eight rows under four
-  adapters in one batch are about as quick as eight rows under one, and so some times as quick as
-  four runs of two rows, since the base is read once for all.
+Question: how many tokens per second does a model generate without an adapter, with one, with one
+  merged into its weights, and with four adapters in one batch compared with four runs of one each?
+Expected: one adapter of rank 16 costs a few percent; a merged adapter costs nothing; a batch of
+  eight rows with four adapters is about as fast as eight rows with one adapter, and several times
+  as fast as four runs of two rows, because the batch reads the base once.
 Cost: about a minute on 2 CPU cores with the small random model, which is made once (0.3 GB).
 Command: python -m experiments.benchmarks.adapters [--model MODEL] [--bits 16] [--out FILE.json]
 """
@@ -42,7 +42,7 @@ SCALE = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is measured: prompts of `prompt` tokens, answers of `tokens`."""
+    """Options of a measurement: prompts have `prompt` tokens, answers have `tokens` tokens."""
 
     model: str
     bits: int
@@ -53,7 +53,7 @@ class Setting:
 
 
 def updates(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, LoraWeights]:
-    """A random adapter of every linear."""
+    """Returns a random adapter for every linear."""
     random = np.random.default_rng(seed)
 
     def draw(*shape: int) -> np.ndarray:
@@ -68,7 +68,7 @@ def updates(linears: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dic
 
 
 def with_one(model: Decoder, adapter: LoraSet, setting: Setting) -> Decoder:
-    """The model with an adapter of its own, as training leaves it."""
+    """Attaches an adapter to the model as after training; returns the model."""
     spec = AdapterSpec(setting.rank, SCALE * setting.rank, SCALE)
     attach(model, dict.fromkeys(adapter, spec), jax.random.key(0), dtype=setting.dtype)
     for run in model.runs:
@@ -81,7 +81,7 @@ def with_one(model: Decoder, adapter: LoraSet, setting: Setting) -> Decoder:
 
 
 def merged(model: Decoder, adapter: LoraSet) -> Decoder:
-    """The model with an adapter added into its weights, stored as they were."""
+    """Adds an adapter to the model's weights, in their storage format; returns the model."""
     for run in model.runs:
         for linear in run.linears().values():
             own = [adapter[path] for path, other, _ in model.walk() if other is linear]
@@ -95,7 +95,7 @@ def merged(model: Decoder, adapter: LoraSet) -> Decoder:
 
 
 def cases(setting: Setting) -> tuple[dict[str, Callable[[], int]], str]:
-    """What is timed by name, each returning how many tokens it wrote."""
+    """Returns the timed calls by name, and the device; a call returns its number of tokens."""
     checkpoint = open_checkpoint(ModelConfig(path=setting.model))
     quant = QuantConfig() if setting.bits == 4 else None
 
@@ -143,7 +143,10 @@ def cases(setting: Setting) -> tuple[dict[str, Callable[[], int]], str]:
 
 
 def measure(runs: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Tokens per second of each case in each round; every round runs all, compiled before."""
+    """Returns the tokens per second of each case in each round.
+
+    Every round runs all cases. Each case runs once before the rounds, to compile.
+    """
     for call in runs.values():
         call()
     speeds: dict[str, list[float]] = {name: [] for name in runs}
@@ -156,7 +159,7 @@ def measure(runs: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, lis
 
 
 def table(medians: Mapping[str, float]) -> str:
-    """Markdown: each case beside the base with as many rows."""
+    """Formats each case as a Markdown row, with its ratio to the base with as many rows."""
     lines = ["| what | tokens/s | of the base |", "|---|---|---|"]
     for name, speed in medians.items():
         base = medians[f"{name.split(',')[0]}, base"]
@@ -179,8 +182,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     hugepages.restart()
-    compilation.widen()
-    compilation.keep()
+    compilation.use_wide_vectors()
+    compilation.enable_cache()
     path = options.model
     if path in random_models.SHAPES:
         path = str(random_models.folder(path, print))

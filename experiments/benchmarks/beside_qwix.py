@@ -1,12 +1,12 @@
-"""QLoRA of tunix's Gemma 3 by this library and by qwix, on the same weights.
+"""Compares QLoRA of tunix's Gemma 3 by this library and by qwix, on the same weights.
 
-Question: how do code, memory, time and error compare, and what can each of the two do?
-Expected: the same NF4 blocks, so nearly the same errors; double quantization stores fewer bits,
-  and A, B and the scales in the model's dtype, as qwix has them, fewer bytes.
+Question: how do code size, memory, time and error compare, and which uses does each side support?
+Expected: nearly the same errors, because the NF4 blocks are the same; double quantization stores
+  fewer bits; A, B and the scales take fewer bytes in qwix, which keeps them in the model's dtype.
 Cost: six minutes on 2 CPU cores. Needs the environment of `make test-models`.
 Command: python -m experiments.benchmarks.beside_qwix [--shape small] [--dtype bfloat16]
   [--write PAGE] [--json]
-  The tables replace what stands in the page between the comments named qwix.
+  The tables replace the text of the page between the comments named qwix.
 """
 
 import argparse
@@ -54,20 +54,20 @@ LINES: dict[str, Callable[[Figures], str]] = {
 
 
 def table(figures: dict[str, Figures]) -> str:
-    """Formats the figures as a table with a column for each side."""
+    """Formats the figures as a table with one column per side."""
     head = ["", *figures]
     rows = [[name, *map(shown, figures.values())] for name, shown in LINES.items()]
     return markdown([head, *rows])
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Formats rows, the first of which is the head, as Markdown."""
+    """Formats rows as a Markdown table; the first row is the head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the figures belong to."""
+    """Returns the settings, device and versions of the measurement."""
     versions = {name: importlib.metadata.version(name) for name in ("qwix", "google-tunix")}
     return {
         "shape": options.shape,

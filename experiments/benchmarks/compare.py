@@ -1,15 +1,15 @@
-"""Every benchmark beside the installed peers: JSON, tables and a picture.
+"""Runs every benchmark for this library and installed peers; writes JSON, tables and a picture.
 
 Question: how do speed and memory compare with bitsandbytes, PEFT, transformers and qwix on this
   machine?
-Expected: the targets that docs/benchmarks.md names.
-Cost: about half an hour on 2 CPU cores with 3 rounds, 5 GB of memory. Each round is saved as it
-  ends: a run that was stopped, or that --minutes cut, goes on with the same command. Rounds that
-  other code or other versions measured are measured anew.
+Expected: the targets in docs/benchmarks.md.
+Cost: about half an hour on 2 CPU cores with 3 rounds, 5 GB of memory. Each round is saved when it
+  ends. If a run was stopped, or ended by --minutes, the same command continues it. Rounds that were
+  measured with other code or other versions are measured again.
 Command: python -m experiments.benchmarks.compare all --peer PYTHON [--peer PYTHON]
     --out docs/results/benchmarks-cpu-jax012.json [--page docs/benchmarks.md]
-  OUT.png is drawn beside it; the tables replace what stands in the page between
-  `<!-- begin NAME -->` and `<!-- end NAME -->`, NAME being OUT's without its ending.
+  The picture is OUT with the suffix .png. The tables replace the text of the page between
+  `<!-- begin NAME -->` and `<!-- end NAME -->`; NAME is the file name of OUT without its suffix.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SMALL, LARGE = "random-smollm2-135m", "random-tinyllama-1.1b"
 
 
 class Section(NamedTuple):
-    """One table. `against`: our own other options, measured in place of peers."""
+    """One table. `against`: label and options of a second run of ours, instead of peers."""
 
     title: str
     what: str
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, metavar="FILE.md")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="begin no round after this many"
+        "--minutes", type=float, default=float("inf"), help="start no round after this many minutes"
     )
     options = parser.parse_args()
     chosen = SECTIONS if "all" in options.sections else {s: SECTIONS[s] for s in options.sections}
@@ -109,11 +109,11 @@ def main() -> None:
             _write(options.out, {n: results[n] for n in SECTIONS if n in results})
     _show(results, options.out, options.page)
     if left := [n for n in chosen if len(results.get(n, {}).get("rounds", ())) < options.rounds]:
-        _say(f"not complete: {', '.join(left)}; the same command goes on")
+        _say(f"not complete: {', '.join(left)}; run the same command to continue")
 
 
 def _sides(section: Section, pythons: Sequence[str]) -> list[Tool]:
-    """Ours, and every peer of this section that one of the interpreters has."""
+    """Returns our tool, and each peer of this section that one of the interpreters has."""
     found, errors = [tools.ours()], []
     if section.against is not None:
         return found
@@ -137,12 +137,12 @@ def _round(section: Section, sides: Sequence[Tool]) -> list[dict[str, Any]]:
     named = getattr(section.options, "model", None)
     for report in reports:
         if "model" in report["options"]:
-            report["options"]["model"] = named  # and not where this machine keeps it
+            report["options"]["model"] = named  # the name, not the path on this machine
     return reports
 
 
 def _key(section: Section, sides: Sequence[Tool]) -> dict[str, Any]:
-    """What must be the same for rounds to belong together."""
+    """Returns the versions, sides and options that rounds must share to be combined."""
     return {
         "code": code_digest(),
         "python": platform.python_version(),
@@ -183,10 +183,10 @@ def _show(results: Mapping[str, Any], out: Path, page: Path | None) -> None:
 
 
 def replaced(page: str, name: str, text: str) -> str:
-    """Returns the page with what stands between the marks of `name` replaced.
+    """Returns the page with the text between the marks of `name` replaced.
 
     Raises:
-      UserError: the page lacks them.
+      UserError: the page does not have each mark once, the end mark after the begin mark.
     """
     marks = pages.Marks(f"<!-- begin {name} -->", f"<!-- end {name} -->")
     try:

@@ -1,7 +1,7 @@
-"""How much memory an abstract model takes while it is filled and quantized, value by value.
+"""Measures the peak memory while an abstract model is filled and quantized, value by value.
 
-Question: does a 16-bit model ever exist while `qlora_jax.fill` makes a 4-bit one of its values?
-Expected: the peak is the 4-bit model, what is not quantized, and a few times the largest value.
+Question: does the 16-bit model ever exist in memory while `qlora_jax.fill` makes a 4-bit model?
+Expected: the peak is the 4-bit model, the unquantized values, and a few times the largest value.
 Cost: two minutes on 2 CPU cores, about 2 GB of memory.
 Command: python -m experiments.benchmarks.fill_abstract [--shape 1.1b] [--json]
 """
@@ -24,12 +24,12 @@ WHERE = r"layers\..*kernel"
 
 
 def peak() -> int:
-    """Returns the most bytes that the process has had in memory."""
+    """Returns the peak resident bytes of the process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def drawn(path: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Returns random values, as a file would give them, in the dtype of the model."""
+    """Returns random values in the model's dtype, in place of values from a file."""
     random = np.random.default_rng(len(path))
     values = random.standard_normal(shape.shape, np.float32)
     values *= 0.02

@@ -1,4 +1,4 @@
-"""A Llama in flax's own layers, which knows nothing of this project: a model for its benchmarks."""
+"""A Llama made of flax's own layers, without code of this project: a model for benchmarks."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ SHAPES: dict[str, Shape] = {
     "135m": (30, 576, 9, 3, 1536, 49152),
     "1.1b": (22, 2048, 32, 4, 5632, 32000),
 }
-"""Name to layers, hidden size, heads, heads of keys, size of the MLP, tokens."""
+"""Name to (layers, hidden size, heads, KV heads, MLP size, vocabulary size)."""
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotated positions."""
+    """Grouped-query attention with RoPE."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, rngs: nnx.Rngs):
         self.heads, self.kv_heads, self.size = heads, kv_heads, hidden // heads
@@ -33,7 +33,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One layer."""
+    """One layer: attention and a gated MLP, each after a norm and with a residual."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, inner: int, rngs: nnx.Rngs):
         self.attn = Attention(hidden, heads, kv_heads, rngs)
@@ -77,7 +77,7 @@ def norm(size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def rotated(x: jax.Array) -> jax.Array:
-    """Rotates pairs of features by their positions (RoPE), base 10,000."""
+    """Rotates pairs of features by their positions (RoPE with base 10,000)."""
     half = x.shape[-1] // 2
     rate = 10_000.0 ** (-jnp.arange(half) / half)
     angle = (jnp.arange(x.shape[1])[:, None] * rate)[:, None]

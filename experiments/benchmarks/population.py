@@ -1,17 +1,17 @@
-"""K adapters as K runs, as one population, and beside PEFT's runs.
+"""Compares K adapters trained as one population, as K runs of ours, and as runs of PEFT.
 
-Question: what does training K adapters in one program save of the time that K runs take, each with
-  its own start, loading and compilation?
-Expected: at K = 8 at most two thirds of the time of 8 runs of ours; four ranks at once in at most
-  40% of four runs of PEFT.
+Question: how much time does one program that trains K adapters save, compared with K runs that each
+  start, load and compile?
+Expected: a population of 8 takes at most two thirds of the time of 8 runs of ours; a population of
+  four ranks takes at most 40% of the time of four runs of PEFT.
 Cost: at SmolLM2-135M's shape, 1 x 128 tokens and 10 steps, about 15 minutes on 2 CPU cores.
 Command: python -m experiments.benchmarks.population [--members 2,4,8] [--peer PYTHON] [--rounds 3]
     [--model random-smollm2-135m] [--json FILE]
-  --many 1000 trains that many adapters on a random model of 1M parameters, --at-a-time 50.
+  --many 1000 --at-a-time 50 trains 1000 adapters on a random model of 1M parameters, 50 at a time.
 
-Every figure is of whole processes; compile_s is of the gradient alone for runs, of every program
-for populations. Ranks are 4, 8, 16, 32 and again; every step has the same random tokens, as in
-`qlora-jax bench step`. Of several rounds the medians are shown; a share is of one round.
+Every figure covers whole processes. compile_s covers only the gradient for runs, and every program
+for populations. The ranks repeat 4, 8, 16, 32; every step has the same random tokens, as in
+`qlora-jax bench step`. The table shows medians of the rounds; a share compares within one round.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from qlora_jax.runtime.atomic import write_text
 from qlora_jax.sweep import markdown
 
 MODULE = "experiments.benchmarks.population"
-"""This one, as a worker's process is given it."""
+"""Name of this module, which the worker's process runs."""
 
 RANKS = (4, 8, 16, 32)
 FIGURES = ("wall_s", "compile_s", "peak_mib", "share")
@@ -49,11 +49,11 @@ SMALL = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
-"""1,016,960 weights, norms included."""
+"""Config of a model with 1,016,960 weights, norms included."""
 
 
 def runs(tool: tools.Tool, options: argparse.Namespace, count: int) -> dict[str, Any]:
-    """The seconds of `count` runs of one tool after another, and the largest one's memory."""
+    """Measures `count` runs of a tool, one after another: total time and largest peak memory."""
     began, reports = time.perf_counter(), []
     for i in range(count):
         step = StepOptions(
@@ -61,7 +61,7 @@ def runs(tool: tools.Tool, options: argparse.Namespace, count: int) -> dict[str,
             batch=options.batch,
             seq=options.seq,
             rank=RANKS[i % len(RANKS)],
-            steps=options.steps - 1,  # one more is done to warm up
+            steps=options.steps - 1,  # the benchmark adds one step to warm up
         )
         reports.append(tools.measured(tool, "step", step, _say))
     compiled = [r["figures"].get("compile", {}).get("value") for r in reports]
@@ -75,7 +75,7 @@ def runs(tool: tools.Tool, options: argparse.Namespace, count: int) -> dict[str,
 
 
 def population(options: argparse.Namespace, count: int) -> dict[str, Any]:
-    """The same in one program, which is a process of its own, too."""
+    """Measures `count` adapters in populations of one program, in a separate process."""
     own = {k: v for k, v in vars(options).items() if k in ("model", "batch", "seq", "steps")}
     own |= {"count": count, "at_a_time": options.at_a_time or count}
     began = time.perf_counter()
@@ -97,7 +97,7 @@ def worker(model: str, batch: int, seq: int, steps: int, count: int, at_a_time: 
     from qlora_jax.runtime import compilation, hugepages
 
     hugepages.restart()
-    compilation.widen()
+    compilation.use_wide_vectors()
     import jax
 
     from qlora_jax.config import from_tree
@@ -156,7 +156,7 @@ def _batches(vocabulary: int, batch: int, seq: int) -> Iterator[dict[str, np.nda
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side in turn, each population with its share of the time of as many runs."""
+    """Measures every side in turn; a population has its share of the time of as many runs."""
     model = with_model(StepOptions(options.model), bool(options.peer), _say)
     assert isinstance(model, StepOptions)
     options.model = model.model
@@ -172,7 +172,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each side: the median of each of its figures over the rounds."""
+    """Returns one row per side: the median of each figure over the rounds."""
     found = []
     for same in zip(*rounds):
         row = {"side": same[0]["side"]}
@@ -184,7 +184,7 @@ def medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def many(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`--many` adapters on the model of 1M parameters, in populations."""
+    """Trains `--many` adapters on the model of 1M parameters, in populations."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         random_models.write(path, {**random_models.COMMON, **SMALL})

@@ -1,7 +1,7 @@
-"""The ten operations that take most of a training step, from XLA's own trace.
+"""Lists the ten operations that take most of a training step, from XLA's own trace.
 
 Command: python -m experiments.benchmarks.profile_step MODEL [--dtype bfloat16 --remat dots ...]
-Expected: matrix products first; decoding the weights behind them.
+Expected: matrix products first, then the decoding of the weights.
 Cost: a minute at SmolLM2-135M's shape on 2 CPU cores.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=10, help="operations to list")
     parser.add_argument("--json", action="store_true")
     hugepages.restart()
-    compilation.widen()
+    compilation.use_wide_vectors()
     options = parser.parse_args(namespace=argparse.Namespace(what="step"))
     step = with_model(options_of(options), False, print)
 
@@ -41,7 +41,7 @@ def main() -> None:
     assert isinstance(step, StepOptions)
     program, state, frozen, batch = prepare(step)[:4]
     if program.parts is not None:
-        raise UserError(f"--remat {step.remat} is a program for each layer; give none or dots")
+        raise UserError(f"--remat {step.remat} compiles one program per layer; give none or dots")
     jitted = cast(jax.stages.Wrapped, program.gradient)
     gradient = jitted.lower(state, frozen, batch, None).compile()
     made = origins(gradient.as_text() or "")
@@ -68,10 +68,10 @@ def main() -> None:
 
 
 def origins(program: str) -> dict[str, tuple[str, str]]:
-    """The operations of a compiled program that hold no others.
+    """Returns the operations of a compiled program that contain no other operations.
 
     Returns:
-      Name to its result's type and the end of its JAX name.
+      Name of each operation to the type of its result and the end of its JAX name.
     """
     made = {}
     for line in program.splitlines():
@@ -86,7 +86,7 @@ def origins(program: str) -> dict[str, tuple[str, str]]:
 
 
 def durations(profile: Any, names: set[str]) -> collections.Counter[str]:
-    """Milliseconds per operation, summed over threads."""
+    """Returns the milliseconds of each operation, summed over threads."""
     spent: collections.Counter[str] = collections.Counter()
     for plane in profile.planes:
         for line in plane.lines:

@@ -1,4 +1,4 @@
-"""Measures tunix's Gemma 3 in 4 bits: bytes, times and errors, the same for each library."""
+"""Measures tunix's Gemma 3 in 4 bits by each library: bytes, times and errors."""
 
 import statistics
 import time
@@ -31,15 +31,15 @@ class Figures(NamedTuple):
 
     Attributes:
       code: lines and statements of the user's code.
-      quantized: numbers in 4 bits.
-      nbytes: bytes of what they are stored in as numpy counts them, a byte for a uint4.
-      packed: the same with two uint4 in a byte.
-      device: the same as the arrays' own device holds them.
-      trained: numbers of A and B.
-      trained_dtype: their dtype.
+      quantized: number of weights in 4 bits.
+      nbytes: bytes of their arrays by numpy's `nbytes`, which counts a byte for each uint4.
+      packed: bytes of their arrays with two uint4 in a byte.
+      device: bytes of their arrays on the device.
+      trained: number of elements of A and B.
+      trained_dtype: dtype of A and B.
       trained_bytes: bytes of A, B and Adam's moments.
-      arguments: bytes that the compiled step takes.
-      temporaries: bytes that it allocates while it runs.
+      arguments: bytes of the compiled step's arguments.
+      temporaries: bytes that the compiled step allocates while it runs.
       step: median seconds of a step.
       forward: median seconds of a forward pass.
       weights: error of the quantized weights, relative root mean square.
@@ -67,7 +67,7 @@ class Figures(NamedTuple):
 
 
 def batch(vocabulary: int, length: int) -> Batch:
-    """Returns random tokens [ROWS, length], positions, no cache and a causal mask."""
+    """Returns random tokens [ROWS, length], their positions, no cache and a causal mask."""
     tokens = jax.random.randint(jax.random.key(7), (ROWS, length), 1, vocabulary)
     positions = jnp.broadcast_to(jnp.arange(length), (ROWS, length))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (ROWS, length, length))
@@ -75,7 +75,7 @@ def batch(vocabulary: int, length: int) -> Batch:
 
 
 class Programs:
-    """The compiled programs of one side and what they run on; `step` trains."""
+    """The compiled programs of one side and their arrays; `step` trains."""
 
     def __init__(self, model: Any, inputs: Batch):
         graph, *states = nnx.split(model, nnx.LoRAParam, ...)
@@ -102,7 +102,7 @@ class Programs:
         self._forward = jax.jit(logits).lower(self.trained, self.frozen).compile()
 
     def counted(self) -> dict[str, Any]:
-        """Counts what is trained and what the step takes."""
+        """Returns the sizes of the trained arrays and the memory of the compiled step."""
         found: Any = self._step.memory_analysis()
         trained = jax.tree.leaves(self.trained)
         return {
@@ -122,25 +122,25 @@ class Programs:
 
 
 def error(found: np.ndarray, exact: np.ndarray) -> float:
-    """Returns the root mean square of the difference, relative to that of `exact`."""
+    """Returns ‖found - exact‖ / ‖exact‖, the relative root mean square error."""
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def timed(call: Callable[[], jax.Array]) -> tuple[float, np.ndarray]:
-    """Returns how long a call takes until its result is there, and the result."""
+    """Returns the seconds of a call until its result is ready, and the result."""
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, np.asarray(result, np.float32)
 
 
 def compare(shape: str, dtype: str, length: int, times: int) -> dict[str, Figures]:
-    """Measures all sides; their programs run by turns.
+    """Measures all sides; their programs run in turn.
 
     Args:
       shape: a name in `SHAPES`.
       dtype: name of the model's dtype.
-      length: tokens in a row.
-      times: steps, and forward passes, after the first, which is not timed.
+      length: tokens per row.
+      times: number of timed steps and forward passes; one more of each runs first, not timed.
     """
     inputs = batch(SHAPES[shape]["num_embed"], length)
     models = {name: adapted(gemma3(shape, dtype)) for name, adapted in SIDES.items()}
@@ -172,7 +172,7 @@ def compare(shape: str, dtype: str, length: int, times: int) -> dict[str, Figure
 
 
 def counted(kept: dict[str, Stored], values: dict[str, jax.Array]) -> dict[str, Any]:
-    """Counts what quantized weights take, and how far they are from their exact values."""
+    """Returns the bytes of quantized weights, and their error against the exact values."""
     arrays = [x for q in kept.values() for x in q.arrays]
     weights = np.concatenate([q.weight.ravel() for q in kept.values()])
     exact = np.concatenate([np.asarray(values[path], np.float32).ravel() for path in kept])

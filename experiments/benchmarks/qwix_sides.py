@@ -1,6 +1,7 @@
-"""tunix's Gemma 3 in NF4 with adapters, by this library and by qwix: the same weights, rank, alpha.
+"""Makes tunix's Gemma 3 in NF4 with adapters, by this library and by qwix, from the same weights.
 
-What a user writes is the body of `ours` and of `with_qwix`; the rest is the same code for both.
+Rank and alpha are also the same. The bodies of `ours` and `with_qwix` are the code that a user
+writes; all other code is common to both sides.
 """
 
 import ast
@@ -21,7 +22,7 @@ from qlora_jax.modules.variables import QWeight
 RANK, ALPHA, BLOCK = 16, 32.0, 64
 
 Adapted = Callable[[Any], Any]
-"""Takes an unmodified model, returns one with 4-bit weights and adapters."""
+"""A function that takes an unmodified model and returns one with 4-bit weights and adapters."""
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"num_embed": 128, "num_layers": 2, "embed_dim": 64, "hidden_dim": 128, "head_dim": 16},
@@ -33,29 +34,29 @@ SHAPES: dict[str, dict[str, int]] = {
         "head_dim": 64,
     },
 }
-"""Name to what of the configuration differs; all have 4 heads and 2 of keys and values."""
+"""Name to the settings in which shapes differ; every shape has 4 heads and 2 KV heads."""
 
 
 def sizes_of(shape: str, dtype: str) -> dict[str, Any]:
-    """Returns the arguments of a configuration."""
+    """Returns the arguments of the model's configuration."""
     own = {**SHAPES[shape], "sliding_window_size": 32, "param_dtype": jnp.dtype(dtype)}
     return tunix.SIZES | own
 
 
 def gemma3(shape: str, dtype: str, **changes: Any) -> Any:
-    """Returns Gemma 3 with random weights, the same ones in every call."""
+    """Returns Gemma 3 with random weights, which are the same in every call."""
     return tunix.gemma3(0, **(sizes_of(shape, dtype) | changes))
 
 
 def ours(model: Any) -> Any:
-    """Quantizes and adapts the model by this library, as a user writes it."""
+    """Quantizes and adapts the model with this library, as a user writes it."""
     where = r"layers\.\d+\.(attn\.(q|kv)_einsum\.w|mlp\.\w+_proj\.kernel)"
     qj.quantize_model(model, where, block_size=BLOCK)
     return qj.add_lora(model, where, rank=RANK, alpha=ALPHA, rngs=nnx.Rngs(1))
 
 
 def like_qwix(model: Any) -> Any:
-    """The same with what qwix does: no double quantization, A and B in the model's dtype."""
+    """Does as `ours` with qwix's choices: no double quantization, A and B in the model's dtype."""
     where = r"layers\.\d+\.(attn\.(q|kv)_einsum\.w|mlp\.\w+_proj\.kernel)"
     dtype = jnp.dtype(model.config.param_dtype).name
     qj.quantize_model(model, where, block_size=BLOCK, double_quant=False)
@@ -63,7 +64,7 @@ def like_qwix(model: Any) -> Any:
 
 
 def with_qwix(model: Any) -> Any:
-    """Quantizes and adapts the model by qwix, as tunix's examples for Gemma do."""
+    """Quantizes and adapts the model with qwix, as tunix's examples for Gemma do."""
     import qwix
 
     provider = qwix.LoraProvider(
@@ -85,7 +86,7 @@ SIDES: dict[str, Adapted] = {
 
 
 def code_of(function: Adapted) -> tuple[int, int]:
-    """Counts the lines and statements of a function's body, its docstring and imports excepted."""
+    """Counts the lines and statements of a function's body, without docstring and imports."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     assert isinstance(tree, ast.FunctionDef)
     body = tree.body[1:] if ast.get_docstring(tree) else tree.body
@@ -97,9 +98,9 @@ class Stored(NamedTuple):
     """A 4-bit weight of either library.
 
     Attributes:
-      arrays: codes, scales and what else it is stored in.
-      weight: its numbers, in the shape that the model uses.
-      block: numbers that one scale belongs to.
+      arrays: arrays that store the weight: codes, scales and others.
+      weight: decoded weight, in the shape that the model uses.
+      block: number of weights that share one scale.
     """
 
     arrays: list[jax.Array]
@@ -108,7 +109,7 @@ class Stored(NamedTuple):
 
 
 def stored(model: Any) -> dict[str, Stored]:
-    """Returns the quantized weights of a model of either library by their dotted paths."""
+    """Returns the quantized weights of a model of either library, by dotted path."""
     return dict(_stored(model))
 
 

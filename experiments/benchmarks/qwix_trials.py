@@ -1,4 +1,4 @@
-"""Tries what this library and qwix can do on tunix's Gemma 3, and keeps the error of what fails."""
+"""Tries uses of this library and qwix on tunix's Gemma 3, and records the error of each failure."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,11 +19,11 @@ LONGEST = 120
 
 
 class Unmet(Exception):
-    """Nothing was refused, but what came out is not what was asked for."""
+    """A call that raises no error, but whose result is not the one that the trial wants."""
 
 
 class Trial(NamedTuple):
-    """Something that a user may want, and a function for each side that fails if it is not had."""
+    """A use that a user may want; each side's function raises if the side does not support it."""
 
     what: str
     ours: Callable[[], Any]
@@ -41,7 +41,7 @@ def remat(name: str) -> Any:
 
 
 class Scanned(nnx.Module):
-    """tunix's layers of Gemma 3 as one stack in `nnx.scan`."""
+    """A Gemma 3 whose layers, which are tunix's, are one stack in `nnx.scan`."""
 
     def __init__(self, axes: Any):
         from tunix.models.gemma3 import model as gemma
@@ -78,7 +78,7 @@ KEYS_SHARED = nnx.StateAxes(_AXES)
 
 
 def ours(model: Any, weights: str = WHERE, adapted: str = WHERE, **settings: Any) -> Any:
-    """Returns a model with 4-bit weights and adapters, which a gradient was taken of."""
+    """Quantizes and adapts a model with this library and takes a gradient; returns the model."""
     qj.discover(model, *tunix.example())
     qj.quantize_model(model, weights, **settings)
     return differentiated(qj.add_lora(model, adapted, rank=RANK, alpha=ALPHA, rngs=nnx.Rngs(1)))
@@ -92,7 +92,7 @@ def qwix_rule(paths: str = PATHS, **settings: Any) -> Any:
 
 
 def with_qwix(model: Any, *rules: Any, in_jit: bool = False) -> Any:
-    """Returns a model with 4-bit weights and adapters, which a gradient was taken of."""
+    """Quantizes and adapts a model with qwix and takes a gradient; returns the model."""
     import qwix
 
     provider = qwix.LoraProvider(rules or [qwix_rule()])
@@ -104,7 +104,7 @@ def with_qwix(model: Any, *rules: Any, in_jit: bool = False) -> Any:
 
 
 def differentiated(model: Any) -> Any:
-    """Takes the gradient for A and B in a compiled program, and returns the model."""
+    """Computes the gradient of A and B in a compiled program, and returns the model."""
     graph, *states = nnx.split(model, nnx.LoRAParam, ...)
 
     def loss(adapters: Any, rest: Any) -> jax.Array:
@@ -115,7 +115,7 @@ def differentiated(model: Any) -> Any:
 
 
 def adapters(model: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of A and B by their dotted paths."""
+    """Returns the shapes of A and B by dotted path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     return {".".join(map(str, path)): variable.shape for path, variable in state}
 
@@ -126,7 +126,7 @@ def in_4_bits(model: Any, path: str) -> None:
 
 
 def on_embedding(model: Any) -> None:
-    """Checks that an adapter of the embedding changes the head and the rows looked up."""
+    """Checks that an adapter of the embedding changes the head and the rows that are looked up."""
     state = nnx.state(model, nnx.LoRAParam)
     if "embedder" not in state:
         raise Unmet("no error, and no adapter is there")
@@ -137,20 +137,20 @@ def on_embedding(model: Any) -> None:
 
 
 def hidden(model: Any) -> jax.Array:
-    """Returns the hidden states before the head, with adapters of the embedding alone."""
+    """Returns the hidden states before the head, which only the embedding's adapter changes."""
     model(*tunix.example(), output_hidden_states=True)
     return jax.tree.leaves(nnx.pop(model, nnx.Intermediate))[0]
 
 
 def one_block(model: Any) -> None:
-    """Checks that each scale of the output projections belongs to BLOCK numbers."""
+    """Checks that each scale of the output projections belongs to BLOCK weights."""
     for path, q in stored(model).items():
         if "attn_vec" in path and (q.block != BLOCK):
             raise Unmet(f"a block is {q.block} numbers, {BLOCK} would be one")
 
 
 def own_a(model: Any) -> None:
-    """Checks that K and V do not share A."""
+    """Checks that K and V each have their own A."""
     shapes = [s for p, s in adapters(model).items() if "kv_einsum" in p and p[-1] == "a"]
     inputs = sizes_of("tiny", "float32")["embed_dim"]
     if shapes[0] == (inputs, RANK):
@@ -158,7 +158,7 @@ def own_a(model: Any) -> None:
 
 
 def trials() -> Iterator[Trial]:
-    """Yields what is tried."""
+    """Yields the trials."""
     narrow = {"hidden_dim": 96}
     yield Trial(
         "double quantization",
@@ -232,17 +232,17 @@ def trials() -> Iterator[Trial]:
 
 
 def outcome(call: Callable[[], Any]) -> str:
-    """Returns yes, or the first line of the error that a call ends in."""
+    """Returns "yes", or "no: " and the first line of the error that the call raises."""
     try:
         call()
     except Unmet as e:
         return f"no: {e}"
-    except Exception as e:  # whatever a library refuses with
+    except Exception as e:  # a library may refuse with any exception
         line = (str(e).splitlines() or [""])[0].replace("|", "\\|")
         return f"no: `{type(e).__name__}: {line[:LONGEST]}`"
     return "yes"
 
 
 def tried() -> list[tuple[str, str, str]]:
-    """Returns what was tried and the outcomes, ours and qwix's."""
+    """Runs the trials; returns the name, our outcome and qwix's outcome of each."""
     return [(t.what, outcome(t.ours), outcome(t.qwix)) for t in trials()]

@@ -1,12 +1,12 @@
-"""Times the tiles of the Mosaic kernels on the GPU at hand.
+"""Times the tiles of the Mosaic kernels on this machine's GPU.
 
-Question: which tiles belong into TILES of qlora_jax/kernels/mosaic/tiles.py, and up to how many
-  rows is a kernel quicker than decoding the weight first?
-Expected: with few rows blocks share the contraction, since there are fewer tiles than
-  multiprocessors; with many rows tiles are large, since each tile decodes its part of the weight.
+Question: which tiles should TILES of qlora_jax/kernels/mosaic/tiles.py hold, and up to how many
+  rows is a kernel faster than decoding the weight first?
+Expected: with few rows, thread blocks share the contraction, because there are fewer tiles than
+  multiprocessors; with many rows, tiles are large, because each tile decodes part of the weight.
 Cost: not measured in this form. On an H200, 224 products took 66 s, compiled by 20 processes.
 Command: python -m experiments.benchmarks.tiles --out docs/results/tiles-nvidia-h200.json
-  --rows and --shapes choose products. Every product is compared with that of `xla`.
+  --rows and --shapes choose products. Every result is compared with that of `xla`.
 """
 
 import functools
@@ -37,7 +37,7 @@ from qlora_jax.sweep.table import markdown
 
 SHAPES = ((4096, 11008), (4096, 4096), (8192, 28672))
 L2 = 130_000_000
-"""Bytes of codes that take turns, more than a level 2 cache holds."""
+"""Bytes of the codes of all weights that take turns; more than a level 2 cache holds."""
 
 FEW = tuple(
     MosaicTile(16, o, 256, stages, "split", blocks=blocks)
@@ -63,13 +63,13 @@ CANDIDATES: Mapping[int, Sequence[MosaicTile]] = {
     **dict.fromkeys((32, 64, 128), SOME),
     **dict.fromkeys((256, 512, 1024, 2048, 8192), MANY),
 }
-"""Rows to the tiles that are tried."""
+"""Rows of x to the tiles that are tried."""
 
 FIELDS = ("rows", "k", "n", "direction")
 
 
 def measured(product: GpuProduct, sets: Sequence[Any]) -> list[dict[str, Any]]:
-    """Times decoding first and every candidate, in microseconds, and compares their results."""
+    """Times decoding first and every candidate tile, in microseconds; compares their results."""
     names: list[tuple[str, MosaicTile | None]] = [("xla", None)]
     names += [("mosaic", tile) for tile in CANDIDATES[product.rows] if fits(tile, product)]
     rows: list[dict[str, Any]] = []
@@ -86,7 +86,7 @@ def measured(product: GpuProduct, sets: Sequence[Any]) -> list[dict[str, Any]]:
             program = usable(outcome)
             last = program(np.int32(1), sets)[-1].astype(jnp.float32)
             seconds = statistics.median(jax_timing.program_seconds(program, sets, 3))
-        except Exception as e:  # several compilers, and the GPU, each with errors of its own
+        except Exception as e:  # the compilers and the GPU raise different types
             rows.append({**row, "failed": f"{type(e).__name__}: {e}".partition("\n")[0]})
             continue
         expected = last if expected is None else expected
@@ -97,7 +97,10 @@ def measured(product: GpuProduct, sets: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def fits(tile: MosaicTile, product: GpuProduct) -> bool:
-    """Whether a tile divides a product; backward, a byte of codes holds rows that are 32 apart."""
+    """Returns whether a tile divides a product.
+
+    Backward tiles need 64 outputs, because a byte of codes holds rows that are 32 apart.
+    """
     return (
         product.inner % tile.c == 0
         and product.outer % tile.o == 0
@@ -108,25 +111,28 @@ def fits(tile: MosaicTile, product: GpuProduct) -> bool:
 def programs(
     product: GpuProduct, names: Sequence[tuple[str, MosaicTile | None]], sets: Sequence[Any]
 ) -> Iterator[BenchProgram]:
-    """Yields a timed program for each implementation and tile; it is traced before the next."""
+    """Yields a timed program for each implementation and tile.
+
+    The caller must trace a program before it takes the next one, because the tile is a global.
+    """
     for name, tile in names:
         if tile is not None:
             tiles.TILES = dict.fromkeys(tiles.TILES, (tile,))
-        # a function of its own for each tile: jax keeps what it has traced of a function
+        # a new function for each tile, because jax caches the trace of a function
         call = jax.jit(functools.partial(getattr(module_of(name), product.direction)))
         over = functools.partial(jax_timing.over_all, call)
         yield BenchProgram(name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
 
 
 def weights(k: int, n: int) -> list[Any]:
-    """Quantized weights, enough to leave nothing in the level 2 cache."""
+    """Returns quantized weights [k, n], more of them than the level 2 cache holds."""
     make = jax.jit(lambda key: quantize(jax.random.normal(key, (k, n), jnp.float32)))
     count = max(2, min(16, -(-L2 // (k * n // 2))))
     return [make(key) for key in jax.random.split(jax.random.key(0), count)]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The three quickest of each product, and decoding first."""
+    """Formats the three fastest programs of each product, and decoding first, as Markdown."""
     shown = []
     by_product = itertools.groupby(rows, lambda row: [row[field] for field in FIELDS])
     for _, group in by_product:

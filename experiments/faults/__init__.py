@@ -1,1 +1,1 @@
-"""Faults that qlora-jax must survive, a module for each part: `python -m experiments.faults`."""
+"""Faults that qlora-jax must survive, one module per part: `python -m experiments.faults`."""

@@ -1,10 +1,12 @@
 """Tries to break the program: kills, damaged files, full disks, foreign input, hostile clients.
 
-Question: does any fault end in a traceback, a hang, too much memory, or a wrong result in silence?
-Expected: none; every fault ends in the result of a whole run, or in one line that names the cause.
-Cost: hours on 2 CPU cores for all parts; of them, fuzz takes 4 minutes and clients 25.
+Question: does any fault end in a traceback, a hang, too much memory, or a wrong result that no
+  message reports?
+Expected: no; after every fault the result equals that of an undisturbed run, or one line names the
+  cause.
+Cost: hours on 2 CPU cores for all parts; fuzz takes 4 minutes and clients takes 25.
 Command: python -m experiments.faults [--parts fuzz,kills] [--seed 0] [--scale 1] [--out OUT.json]
-  Prints each fault as it is found, and a table at the end; exit code 1 if there was a fault.
+  Prints each fault when it is found, and a table at the end; exit code 1 if there was a fault.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from experiments.faults.common import Campaign, Row, make_seeds, share_compiled,
 PARTS = ("fuzz", "commands", "damage", "kills", "disks", "signals", "environments", "clients")
 """Modules of this folder; each has `run(campaign)`, which yields rows."""
 SHOWN = 20
-"""Faults of a row that are printed; `--out` holds all."""
+"""Number of faults of a row that are printed; `--out` holds all faults."""
 
 
 def main() -> int:
@@ -35,8 +37,8 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="1 is the whole campaign")
-    parser.add_argument("--folder", type=Path, help="a folder to work in, and to leave there")
-    parser.add_argument("--out", type=Path, help="a .json file for the rows and every fault")
+    parser.add_argument("--folder", type=Path, help="folder to work in; it is kept")
+    parser.add_argument("--out", type=Path, help=".json file to write: the rows and every fault")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):

@@ -1,9 +1,10 @@
-"""Hostile clients against a server, which must answer honest ones as if they were alone.
+"""Attacks a server with hostile clients; it must answer honest clients as if they were alone.
 
-The server and the hostile clients are processes of their own; the honest client asks from this one,
-one request after the other, by a new connection each. The hostile process has a lower priority, at
-most OPEN connections at a time and RATE new ones a second, so that 2 cores measure the server and
-not the attack. Before anything is timed, prompts of each padded length compile their programs.
+The server is one process and the hostile clients are another. The honest client runs in this
+process and sends one request after the other, each by a new connection. The hostile process has a
+lower priority, at most OPEN connections at a time and RATE new ones per second, so that 2 cores
+measure the server and not the attack. Prompts of each padded length compile their programs before
+anything is timed.
 """
 
 import concurrent.futures
@@ -42,15 +43,15 @@ from experiments.faults.hostile import (
 )
 
 RATE, LOAD_RATE = 16.0, 4.0
-"""New hostile connections a second in the attack and in the load."""
+"""New hostile connections per second during the attack and during the load."""
 GRACE = 5
-"""Seconds of the server's --grace."""
+"""Value of the server's --grace, in seconds."""
 
 LINE = functools.partial(Row, part="clients")
 
 
 class Server:
-    """A server of the campaign's model and an adapter named one, in a process of its own."""
+    """A server process with the campaign's model and an adapter named `one`."""
 
     def __init__(self, campaign: Campaign, folder: Path) -> None:
         self.log = folder / "log"
@@ -71,7 +72,7 @@ class Server:
         self.port = int(found[1])
 
     def ask(self, path: str, body: object = None) -> tuple[int, bytes]:
-        """Returns status and body of a request by a new connection."""
+        """Sends a request by a new connection; returns the status and body of the response."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         data = None if body is None else json.dumps(body)
         with contextlib.closing(connection):
@@ -82,15 +83,15 @@ class Server:
 
 
 SAID = re.compile(rb'"(?:text|content|finish_reason)":\s?"((?:[^"\\]|\\.)*)"')
-"""Finds the parts of an answer that follow from the request alone."""
+"""Matches the parts of an answer that depend on the request alone."""
 
 
 class Honest:
-    """A client whose answers must stay what they were when the server was quiet.
+    """A client that expects the same answers as it got when no other client was there.
 
     Args:
-      server: is asked.
-      folder: with an adapter named run, which is loaded and unloaded.
+      server: server that gets the requests.
+      folder: folder that holds an adapter in `run`, which the client loads and unloads.
     """
 
     def __init__(self, server: Server, folder: Path) -> None:
@@ -118,7 +119,7 @@ class Honest:
         return str(status).encode() + (b" ".join(SAID.findall(said)) or said)
 
     def ask(self, number: int) -> float:
-        """Asks one of `mixed` and compares; returns the seconds."""
+        """Sends request `number` of `mixed` and compares the answer; returns the seconds."""
         began = time.monotonic()
         try:
             said = self._answer(*self.mixed[number])
@@ -131,7 +132,7 @@ class Honest:
         return time.monotonic() - began
 
     def shorts(self, goes_on: Callable[[int], bool]) -> tuple[float, float, int]:
-        """Asks `short` in turn as long as `goes_on` of their count; returns p50, p99 and count."""
+        """Sends the requests of `short` in turn while `goes_on(count)`; returns p50, p99, count."""
         took: list[float] = []
         while goes_on(len(took)):
             took.append(self.ask(len(took) % len(self.short)))
@@ -140,7 +141,7 @@ class Honest:
 
 
 def _rows(found: Found) -> Iterator[Row]:
-    """The rows of the hostile clients: equal faults of a kind are told once."""
+    """Yields the rows of the hostile clients; equal faults of a kind are listed once."""
     for group in GROUPS:
         of_group = [(name, fault) for name, fault in found if KINDS[name].group == group]
         faults = Counter(f"{name}: {fault}" for name, fault in of_group if fault)
@@ -150,7 +151,7 @@ def _rows(found: Found) -> Iterator[Row]:
 
 
 def _under_attack(honest: Honest, quiet: tuple[float, float, int], attack: Any) -> Row:
-    """Asks until the attack is over."""
+    """Sends honest requests until the attack is over; returns the row of their times."""
     p50, p99, count = honest.shorts(lambda done: done < 100 or not attack.done())
     ratio = p99 / quiet[1]
     slow = (f"p99 is {ratio:.1f} times the quiet one",) if ratio > 2 else ()
@@ -164,7 +165,7 @@ def _under_attack(honest: Honest, quiet: tuple[float, float, int], attack: Any) 
 
 
 def _memory(honest: Honest, pid: int, seconds: float) -> Row:
-    """Asks all kinds of requests in turn, and looks at the server's memory every second."""
+    """Sends all kinds of requests in turn, and samples the server's memory every second."""
     honest.faults.clear()
     samples: list[float] = []
     asked, began = 0, time.monotonic()
@@ -197,7 +198,7 @@ def _log(server: Server, clients: int) -> Row:
 
 
 def _end(server: Server) -> Row:
-    """Ends the server by SIGTERM while clients have sent half, or do not read."""
+    """Sends SIGTERM while clients have sent half a request or do not read the answer."""
     said = (WHOLE[:20], WHOLE[:-1], request(STREAM), b"")
     with contextlib.ExitStack() as stack:
         for i in range(OPEN):
@@ -214,7 +215,7 @@ def _end(server: Server) -> Row:
 
 
 def _make_files(campaign: Campaign, folder: Path) -> None:
-    """Makes an adapter, and what is none."""
+    """Makes an adapter, and files and folders that are no adapters."""
     steps = {f"train__{name}": 2 for name in ("steps", "eval_every", "save_every")}
     ended = command("train", campaign.config(folder / "train.yaml", **steps))
     if ended.code != 0:
@@ -227,7 +228,7 @@ def _make_files(campaign: Campaign, folder: Path) -> None:
 
 
 def run(campaign: Campaign) -> Iterator[Row]:
-    """Yields a row for each group of hostile clients, and for what the server made of them."""
+    """Yields a row for each group of hostile clients, and rows for how the server behaved."""
     folder = campaign.folder / "clients"
     _make_files(campaign, folder)
     server = Server(campaign, folder)

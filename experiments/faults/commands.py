@@ -1,4 +1,4 @@
-"""Gives damaged files to commands, each in a process of its own."""
+"""Runs commands on damaged files, each command in a separate process."""
 
 import collections
 import shutil
@@ -9,9 +9,9 @@ from experiments.faults.common import HANGS_AFTER, HUGE, MIB, Campaign, Row, com
 
 INPUTS = 300
 START_SECONDS = 10.0
-"""CPU seconds that a command may take for imports and compiling, whatever the input."""
+"""CPU seconds that a command may take for imports and compilation, for any input."""
 FIRST = 1_000_000
-"""Number of the first input, so that they are others than those of `fuzz`."""
+"""Offset of the numbers of the inputs, so that they differ from the inputs of `fuzz`."""
 
 
 def run(campaign: Campaign) -> Iterator[Row]:
@@ -32,7 +32,7 @@ def run(campaign: Campaign) -> Iterator[Row]:
         if made.arguments:
             campaign.config(folder / "input.yaml", train__steps=2)
             ended = command(*(a.replace("{}", str(case)) for a in made.arguments))
-            # the analysis of a sweep is the user's own code, which damaged figures may break
+            # the analysis of a sweep is the user's code, which may fail on damaged figures
             fault = ended.fault(0, 2, *([1] if made.arguments[0] == "sweep" else []))
             if not fault and ended.computed > HANGS_AFTER + START_SECONDS:
                 fault = f"took {ended.computed:.0f} s of computing"

@@ -1,4 +1,4 @@
-"""Defines what all parts share: a small model, its data, commands, and the rule for a fault."""
+"""Code that all parts share: a small model, its data, commands, and the rule for a fault."""
 
 import dataclasses
 import json
@@ -17,14 +17,14 @@ from typing import Any
 from qlora_jax.runtime import compilation
 
 ROOT = Path(__file__).parents[2]
-"""The checkout, whose code all processes of the campaign run."""
+"""Folder of the checkout; all processes of the campaign run its code."""
 MIB = 2**20
 HANGS_AFTER = 10.0
-"""Seconds of one input after which it counts as a fault."""
+"""Seconds for one input above which it counts as a fault."""
 HUGE = 1024 * MIB
-"""Bytes of one input above which it counts as a fault."""
+"""Bytes of memory for one input above which it counts as a fault."""
 LINES = 12
-"""Lines on stderr of a refused command above which it counts as noise."""
+"""Lines on stderr of a refused command above which it counts as a fault."""
 WORDS = ("copytree", "rmtree", "sorted", "divmod", "chr", "open", "hash", "zip", "slice", "repr")
 
 SWEEP = """
@@ -43,7 +43,7 @@ EXPERIMENT = Experiment(
     axes={"rank": [2, 4]}, seeds=(0, 1, 2), run=run, analyse=analyse,
 )
 """
-"""A module with an experiment of six cells, each done in no time."""
+"""Source of a module with an experiment of six cells that take almost no time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ class Row:
     """One line of the table at the end.
 
     Attributes:
-      part: the part of the campaign.
-      what: the kind of fault that was tried.
-      tried: how often.
-      faults: one line each for what went wrong.
+      part: name of the part of the campaign.
+      what: kind of fault that was tried.
+      tried: number of tries.
+      faults: one line for each fault that was found.
       note: figures, such as times.
     """
 
@@ -67,13 +67,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Campaign:
-    """Holds what each part needs.
+    """Settings of a campaign, which every part reads.
 
     Attributes:
-      folder: a new folder of the campaign's own.
-      seed: every random choice comes from it.
-      scale: 1.0 is the whole campaign; less tries proportionally less, at least one of a kind.
-      say: prints a line of progress to stderr.
+      folder: new folder that only the campaign uses.
+      seed: seed of every random choice.
+      scale: share of the whole campaign's tries, at least one of a kind; 1.0 is the whole campaign.
+      say: function that prints a line of progress to stderr.
     """
 
     folder: Path
@@ -82,29 +82,29 @@ class Campaign:
     say: Callable[[str], None]
 
     def rng(self, *names: object) -> random.Random:
-        """Returns a generator of its own for each name, so that parts do not shift each other."""
+        """Returns a random generator for these names, which other parts do not advance."""
         return random.Random(f"{self.seed} {names}")
 
     def times(self, whole: int) -> int:
-        """Returns how often something is tried that the whole campaign tries `whole` times."""
+        """Returns the number of tries here for `whole` tries in the whole campaign; at least 1."""
         return max(1, round(self.scale * whole))
 
     @property
     def model(self) -> Path:
-        """A folder with a llama of two layers, its tokenizer and its chat template."""
+        """Folder with a Llama of two layers, its tokenizer and its chat template."""
         return self.folder / "seeds" / "model"
 
     @property
     def chats(self) -> Path:
-        """A .jsonl file of 24 conversations."""
+        """Path of a .jsonl file with 24 conversations."""
         return self.folder / "seeds" / "chats.jsonl"
 
     def config(self, path: Path, **settings: Any) -> Path:
-        """Writes a config of a run of seconds.
+        """Writes the config of a run that takes seconds; returns `path`.
 
         Args:
-          path: the file to write; the run's output folder is `run` beside it.
-          settings: laid over it, with __ for the dot, as in `lora__rank=8`.
+          path: file to write; the run's output folder is `run` in the same folder.
+          settings: changes to the config; `__` stands for the dot, as in `lora__rank=8`.
         """
         tree: dict[str, Any] = {
             "model": {"path": str(self.model), "compute_dtype": "float32"},
@@ -138,8 +138,8 @@ class Ended:
       out: text on stdout.
       err: text on stderr.
       seconds: wall time.
-      computed: seconds of the CPU, which a busy machine does not change.
-      peak: highest resident bytes of the process.
+      computed: CPU seconds, which do not depend on the machine's other load.
+      peak: peak resident bytes of the process.
     """
 
     code: int | None
@@ -152,15 +152,15 @@ class Ended:
     def fault(self, *codes: int, lines: int = LINES) -> str | None:
         """Returns what is wrong with this end, or None.
 
-        An end is right if the exit code is one of `codes` and no traceback is on stderr. If the
-        code is above 0, stderr must also end with one line of ours, after at most `lines` others.
+        An end is right if the exit code is one of `codes` and stderr has no traceback. If the code
+        is above 0, stderr must also have at most `lines` lines, the last of them ours.
         """
         said = self.err.rstrip("\n").splitlines()
         last = said[-1] if said else ""
         if self.code is None:
             return f"still running after {self.seconds:.0f} s; last line: {last[:200]}"
         if (start := self.err.find("Traceback (most recent call last)")) >= 0:
-            # the error is the first line after it that is not indented
+            # the first line after the traceback's head that is not indented is the error
             error = next((x for x in self.err[start:].splitlines()[1:] if x[:1].strip()), last)
             return f"traceback, exit code {self.code}: {error[:200]}"
         if self.code not in codes:
@@ -179,18 +179,18 @@ def command(
     hit: Callable[[subprocess.Popen[str]], None] | None = None,
     prepare: Callable[[], object] | None = None,
 ) -> Ended:
-    """Runs a `qlora-jax` command in a process of its own.
+    """Runs a `qlora-jax` command in a separate process.
 
     Args:
-      arguments: the name of the command and its options.
+      arguments: name of the command and its options.
       timeout: seconds after which the process is killed.
-      environment: laid over this process's; None removes a variable.
-      hit: called in a thread with the running process, to send it signals.
-      prepare: called in the new process before the command starts.
+      environment: changes to this process's variables; None removes a variable.
+      hit: function that a thread calls with the running process, to send signals.
+      prepare: function that the new process calls before the command starts.
     """
 
     def begin() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores SIGINT
         if prepare is not None:
             prepare()
 
@@ -231,13 +231,13 @@ def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _computed() -> float:
-    """Returns the seconds of the CPU that processes of this one took, as far as they ended."""
+    """Returns the CPU seconds of this process's children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 class Peak:
-    """Watches a process's highest resident bytes from a thread."""
+    """A thread that watches the peak resident bytes of a process."""
 
     def __init__(self, pid: int) -> None:
         self._highest = 0
@@ -250,14 +250,14 @@ class Peak:
             self._highest = max(self._highest, resident(pid, "VmHWM"))
 
     def stop(self) -> int:
-        """Ends the watch and returns the bytes."""
+        """Stops the thread and returns the peak in bytes."""
         self._ended.set()
         self._thread.join()
         return self._highest
 
 
 def resident(pid: int, field: str = "VmRSS") -> int:
-    """Returns a process's resident bytes (VmRSS), or the most so far (VmHWM); 0 if it is gone."""
+    """Returns a process's resident bytes (VmRSS) or their peak (VmHWM); 0 if it has ended."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -269,16 +269,16 @@ def resident(pid: int, field: str = "VmRSS") -> int:
 
 
 def share_compiled(campaign: Campaign) -> None:
-    """Has all processes that the campaign starts from here on share what they compile."""
+    """Makes all later processes of the campaign share their compiled programs."""
     os.environ[compilation.FOLDER] = str(campaign.folder / "compiled")
     os.environ.update(compilation.SETTINGS)
 
 
 def make_seeds(campaign: Campaign) -> None:
-    """Makes the model and the data that the parts start from, unless they are there.
+    """Makes the model and the data that the parts use, unless the model exists.
 
     Raises:
-      RuntimeError: a command failed.
+      RuntimeError: the command that makes the model failed.
     """
     seeds = campaign.folder / "seeds"
     if campaign.model.exists():

@@ -1,8 +1,8 @@
-"""Damages files of runs, adapters and merged models, one at a time, and goes on with them.
+"""Damages files of runs, adapters and merged models, one at a time, and then uses them.
 
-Right: `train --resume` gives the adapter of the whole run, or ends with exit code 2, a line that
-names the file or a folder of it, and no other file changed. A tensor of an adapter or of a model
-that differs from what was written is named.
+Right: `train --resume` gives the adapter of the undamaged run; or it ends with exit code 2 and a
+line that names the file or one of its folders, and changes no file. A command that reads an adapter
+or a model names a tensor that differs from the written one.
 """
 
 import collections
@@ -27,11 +27,11 @@ from experiments.tools.kill_resume import Moment, Trial, adapter_hash
 STEPS = 12
 WORKERS = 2
 SECONDS = 300.0
-"""After which a resumed run counts as hanging."""
+"""Seconds after which a resumed run counts as hanging."""
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """Changes one bit."""
+    """Flips one bit of a file."""
     data = bytearray(path.read_bytes())
     bit = rng.randrange(8 * len(data))
     data[bit // 8] ^= 1 << bit % 8
@@ -39,7 +39,7 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def cut(path: Path, rng: random.Random) -> None:
-    """Leaves a prefix."""
+    """Cuts a file to a random prefix."""
     os.truncate(path, rng.randrange(path.stat().st_size))
 
 
@@ -49,13 +49,13 @@ def remove(path: Path, rng: random.Random) -> None:
 
 
 def to_folder(path: Path, rng: random.Random) -> None:
-    """Puts an empty folder in the place of a file."""
+    """Replaces a file by an empty folder."""
     path.unlink()
     path.mkdir()
 
 
 def to_file(path: Path, rng: random.Random) -> None:
-    """Puts a file in the place of a folder."""
+    """Replaces a folder by a file."""
     shutil.rmtree(path)
     path.write_bytes(b"a file\n")
 
@@ -70,19 +70,19 @@ OF_FILES: Mapping[str, tuple[int, Change]] = {
     "removed": (1, remove),
     "a folder in its place": (1, to_folder),
 }
-"""Damage to how often each file gets it, and what does it."""
+"""Kind of damage to the number of times that each file gets it, and the function for it."""
 
 OF_FOLDERS: Mapping[str, tuple[int, Change]] = {
     "a folder removed": (1, remove),
     "a file in a folder's place": (1, to_file),
 }
-"""The same of each folder."""
+"""Kind of damage to a folder, in the form of `OF_FILES`."""
 
 ALL = {**OF_FILES, **OF_FOLDERS}
 
 
 class Case(NamedTuple):
-    """Damage `how` to the file `name` of a copy of `start`; `whole` was left alone."""
+    """Damage `how` to the file `name` of a copy of run `start`; `whole` is a complete run."""
 
     start: Path
     whole: Path
@@ -95,12 +95,12 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Holds the result of one case.
+    """Result of one case.
 
     Attributes:
-      what: a key of `ENDS`.
-      fault: empty if all is right.
-      figures: whether metrics.jsonl holds other figures than the whole run's, and nothing says so.
+      what: kind of the end, a key of `ENDS`.
+      fault: description of the fault; empty if there is none.
+      figures: whether metrics.jsonl differs from the complete run's and no message says so.
     """
 
     what: str
@@ -135,7 +135,7 @@ def run(campaign: Campaign) -> Iterator[Row]:
 
 
 def make_starts(campaign: Campaign) -> Sequence[Path]:
-    """Makes a whole run, and one that was killed between two checkpoints."""
+    """Makes a complete run, and one that was killed between two checkpoints."""
     folder = campaign.folder / "damage"
     config = campaign.config(folder / "config.yaml", train__steps=STEPS, train__eval_every=4)
     trial = Trial(config, environment=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -146,7 +146,7 @@ def make_starts(campaign: Campaign) -> Sequence[Path]:
 
 
 def make_cases(campaign: Campaign, starts: Sequence[Path], how: str) -> list[Case]:
-    """Every file, or folder, of the runs and of their newest checkpoints, in random order."""
+    """Returns cases for files or folders of the runs and their newest checkpoints, shuffled."""
     rng = campaign.rng("damage", how)
     times = ALL[how][0]
     cases = []
@@ -164,18 +164,18 @@ def make_cases(campaign: Campaign, starts: Sequence[Path], how: str) -> list[Cas
 
 
 def begin_worker() -> None:
-    """Sends what a worker prints to a file of its own, and has it compile as the program does."""
+    """Redirects a worker's output to its own file, and makes it compile as the program does."""
     log, path = tempfile.mkstemp()
     os.unlink(path)
     for number in (1, 2):
         os.dup2(log, number)
     from qlora_jax.runtime import compilation
 
-    compilation.widen()
+    compilation.use_wide_vectors()
 
 
 def run_here(*arguments: str) -> Ended:
-    """Runs a command in this worker; everything that is printed counts as stderr."""
+    """Runs a command in this worker; all its output counts as stderr."""
     from qlora_jax import cli
 
     os.ftruncate(2, 0)
@@ -186,7 +186,7 @@ def run_here(*arguments: str) -> Ended:
         code = cli.main(arguments)
     except BaseException:
         traceback.print_exc()
-    gc.collect()  # what was left complains now, not in the next case
+    gc.collect()  # leftover objects print their warnings now, not in the next case
     text = os.pread(2, 2**24, 0).decode(errors="replace")
     return Ended(
         code=code, out="", err=text, seconds=time.monotonic() - began, computed=0.0, peak=0
@@ -194,7 +194,7 @@ def run_here(*arguments: str) -> Ended:
 
 
 def resume(case: Case) -> Outcome:
-    """Damages a copy of a run, and goes on with it; called in a worker."""
+    """Damages a copy of a run and resumes it; called in a worker."""
     with tempfile.TemporaryDirectory(dir=case.start.parent) as folder:
         copy = Path(shutil.copytree(case.start, Path(folder) / "run"))
         damaged = copy / case.name
@@ -204,7 +204,7 @@ def resume(case: Case) -> Outcome:
         ended = run_here("train", config, f"--output={copy}", "--resume")
         problems = [ended.fault(0, 2)]
         if ended.code == 0:
-            what = "older" if "is taken" in ended.err else "same"
+            what = "older" if "is used instead" in ended.err else "same"
             if adapter_hash(copy) != adapter_hash(case.whole):
                 problems.append("exit code 0 with another adapter")
         else:
@@ -221,7 +221,7 @@ def resume(case: Case) -> Outcome:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Name to digest of every file, the lock excepted."""
+    """Returns the digest of every file except the lock, by name."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -232,9 +232,9 @@ def contents(folder: Path) -> dict[str, str]:
 def make_weights(
     campaign: Campaign, starts: Sequence[Path]
 ) -> Mapping[str, tuple[Path, Sequence[str]]]:
-    """Exports and merges the whole run; returns each folder and the command that reads it.
+    """Exports and merges the complete run; returns each folder and the command that reads it.
 
-    In the command {} stands for the folder.
+    `{}` in the command stands for the folder.
     """
     folder = campaign.folder / "damage"
     adapter, merged = folder / "exported", folder / "merged"
@@ -253,7 +253,7 @@ def make_weights(
 
 
 def read_flipped(folder: Path, arguments: Sequence[str], seed: int) -> Outcome:
-    """Changes a bit of a tensor in a copy of a folder, and reads that; called in a worker."""
+    """Flips a bit of a tensor in a copy of a folder, and reads the copy; called in a worker."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         copy = Path(shutil.copytree(folder, Path(scratch) / "copy"))
@@ -285,7 +285,7 @@ def outcome(result: "multiprocessing.pool.AsyncResult[Outcome]") -> Outcome:
 
 
 def row(what: str, found: Sequence[tuple[object, Outcome]]) -> Row:
-    """Counts the outcomes of one kind of damage."""
+    """Returns the row of one kind of damage: counts of its outcomes, and its faults."""
     counts = collections.Counter(one.what for _, one in found)
     notes = [f"{counts[key]} {text}" for key, text in ENDS.items() if counts[key]]
     others = sum(one.figures for _, one in found)

@@ -1,8 +1,8 @@
-"""Fills small disks by training, merging, exporting, quantizing and sweeping; then makes room.
+"""Fills small disks by training, merging, exporting, quantizing and sweeping; then enlarges them.
 
-Right: exit code 2 and one line of ours, little else on stderr, and nothing that is half-written
-under its final name; with room, the same command or `--resume` ends with what an ample disk gives.
-The disks are tmpfs, mounted where no other process sees them.
+Right: exit code 2, one line of ours, few other lines on stderr, and no half-written file under its
+final name. After the disk is enlarged, the same command or `--resume` gives the same files as on a
+large disk. The disks are tmpfs, mounted in a namespace that no other process sees.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ NAMESPACES = (
     ("unshare", "--mount"),
     ("unshare", "--user", "--map-root-user", "--mount"),
 )
-"""What lets a process mount, for root and for others."""
+"""Command prefixes that let a process mount, for root and for other users."""
 
 OUTPUTS: Mapping[str, Sequence[str]] = {
     "merge": ("merge", "{run}", "{out}"),
@@ -41,7 +41,7 @@ OUTPUTS: Mapping[str, Sequence[str]] = {
 
 
 def run(campaign: Campaign) -> Iterator[Row]:
-    """Yields a row for each command and place, from a process that may mount."""
+    """Yields a row for each command and full folder, from a process that may mount."""
     namespace = next((words for words in NAMESPACES if may_mount(words, campaign.folder)), None)
     if namespace is None:
         yield Row(part="disks", what="full disks", tried=0, note="no tmpfs can be mounted here")
@@ -58,7 +58,7 @@ def run(campaign: Campaign) -> Iterator[Row]:
 
 
 def may_mount(namespace: Sequence[str], folder: Path) -> bool:
-    """Whether a tmpfs can be mounted with these words before the command."""
+    """Returns whether a tmpfs can be mounted with this command prefix."""
     words = [*namespace, "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     with contextlib.suppress(OSError):
         return subprocess.run(words, capture_output=True).returncode == 0
@@ -67,7 +67,7 @@ def may_mount(namespace: Sequence[str], folder: Path) -> bool:
 
 @contextlib.contextmanager
 def disk(folder: Path, size: int) -> Iterator[Callable[[], object]]:
-    """Mounts a disk of so many bytes; yields what gives it room."""
+    """Mounts a disk of `size` bytes; yields a function that enlarges it to `AMPLE`."""
 
     def mount(*options: str, size: int) -> None:
         option = ",".join([*options, f"size={size}"])
@@ -82,24 +82,24 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[], object]]:
 
 
 def used(folder: Path) -> int:
-    """Bytes of a disk that are in use."""
+    """Returns the bytes of a disk that are in use."""
     status = os.statvfs(folder)
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
 def sizes(campaign: Campaign, what: str, need: int, whole: int) -> list[int]:
-    """Sizes of disks at random, spread evenly up to what suffices."""
+    """Returns random sizes of disks in bytes, spread evenly up to `need`, which suffices."""
     times, rng = campaign.times(whole), campaign.rng("disks", what)
     return [int(need * (i + rng.random()) / times) for i in range(times)]
 
 
 @dataclasses.dataclass
 class Tally:
-    """What the tries of one row found.
+    """Counts and faults of the tries of one row.
 
     Attributes:
-      what: of the row.
-      usual: lines on stderr of the command on an ample disk.
+      what: text of the row.
+      usual: lines on stderr of the command on a large disk.
     """
 
     what: str
@@ -110,7 +110,7 @@ class Tally:
     places: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def filled(self, ended: Ended, size: int, place: str, halves: Sequence[str]) -> None:
-        """Takes the end of a command on a small disk, and what it left there."""
+        """Records the end of a command on a small disk, and the half-written files there."""
         self.tried += 1
         self.places["fits" if ended.code == 0 else place] += 1
         if ended.code != 0:
@@ -121,7 +121,7 @@ class Tally:
         self.add(size, place, problems)
 
     def with_room(self, ended: Ended, size: int, same: Callable[[], bool]) -> None:
-        """Takes the end of the command that goes on, and whether it gave the right bytes."""
+        """Records the end of the command on the enlarged disk, and whether its bytes are right."""
         fault = ended.fault(0)
         self.add(size, "with room", [fault or (None if same() else "other bytes")])
 
@@ -137,12 +137,12 @@ class Tally:
 
 
 def train(campaign: Campaign, folder: Path, config: Path) -> Iterator[Row]:
-    """Trains on disks that fill at every stage of a run."""
+    """Trains on disks that become full at every stage of a run."""
     whole, mounted = folder / "whole", folder / "disk"
     ended = command("train", config, f"--output={whole}")
     with disk(mounted, AMPLE):
         shutil.copytree(whole, mounted / "run")
-        need = int(1.3 * used(mounted))  # a third checkpoint is written before the first goes
+        need = int(1.3 * used(mounted))  # a third checkpoint is written before the first is removed
     tally = Tally("train", len(ended.err.splitlines()))
     for size in sizes(campaign, "train", need, 20):
         with disk(mounted, size) as grow:
@@ -156,7 +156,7 @@ def train(campaign: Campaign, folder: Path, config: Path) -> Iterator[Row]:
 
 
 def alone(campaign: Campaign, folder: Path, config: Path, usual: int) -> Iterator[Row]:
-    """Goes on with a run of which one folder is on a full disk of its own."""
+    """Resumes a run with one of its folders on a separate full disk."""
     whole, midway = folder / "whole", folder / "midway"
     Trial(config, environment=os.environ | {"PYTHONPATH": str(ROOT)}).hit(midway, Moment(step=8))
     for name, room in {"tensorboard": 1, "checkpoints": 60}.items():
@@ -180,7 +180,7 @@ def alone(campaign: Campaign, folder: Path, config: Path, usual: int) -> Iterato
 
 
 def stage(output: Path) -> str:
-    """What a run had still to write when it ended."""
+    """Returns the stage at which a run ended, by the first file that is missing."""
     steps = saved_steps(output)
     stages = {
         "the manifest": (output / "manifest.json").exists(),
@@ -193,7 +193,7 @@ def stage(output: Path) -> str:
 
 
 def halves(output: Path, whole: Path) -> list[str]:
-    """Files of a run that are there, and not whole."""
+    """Returns the files of a run that exist but are not complete."""
     checks: Mapping[str, Callable[[Path], object]] = {
         "manifest.json": lambda path: json.loads(path.read_bytes()),
         "config.yaml": lambda path: path.read_bytes().endswith(b"\n"),
@@ -210,12 +210,12 @@ def halves(output: Path, whole: Path) -> list[str]:
 
 
 def same_run(a: Path, b: Path) -> bool:
-    """Whether two runs ended with the same adapter and figures."""
+    """Returns whether two runs ended with the same adapter and figures."""
     return adapter_hash(a) == adapter_hash(b) and figures(a) == figures(b)
 
 
 def outputs(campaign: Campaign, folder: Path) -> Iterator[Row]:
-    """Writes folders of other commands on full disks."""
+    """Runs the commands of `OUTPUTS` on full disks."""
     mounted = folder / "disk"
     for what, template in OUTPUTS.items():
         out = mounted / "out"
@@ -239,7 +239,7 @@ def outputs(campaign: Campaign, folder: Path) -> Iterator[Row]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Name to digest of a folder's files."""
+    """Returns the digest of each file of a folder, by name."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -248,12 +248,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def same_folder(out: Path, right: Mapping[str, str]) -> bool:
-    """Whether a folder holds what it should."""
+    """Returns whether a folder holds exactly the files with the digests of `right`."""
     return contents(out) == right
 
 
 def sweep(campaign: Campaign, folder: Path) -> Iterator[Row]:
-    """Sweeps on full disks, whose cells write files and long rows."""
+    """Runs a sweep on full disks; its cells write files and long rows."""
     experiment = folder / "full.py"
     experiment.write_text(SWEEP, encoding="utf-8")
     mounted = folder / "disk"
@@ -275,7 +275,7 @@ def sweep(campaign: Campaign, folder: Path) -> Iterator[Row]:
 
 
 def main() -> None:
-    """Prints the rows as JSON, one a line."""
+    """Prints the rows as JSON, one per line."""
     values = json.loads(sys.argv[1])
     folder = Path(values.pop("folder"))
     campaign = Campaign(folder=folder, say=lambda line: print(line, file=sys.stderr), **values)

@@ -1,6 +1,6 @@
 """Runs commands where something is missing: files, memory, a home, a terminal, a locale.
 
-A command ends well there, or with one line that says what is missing.
+Right: the command succeeds, or ends with one line that says what is missing.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ Prepare = Callable[[], object]
 
 
 def limited(name: int, most: int) -> Prepare:
-    """Returns what limits a resource of the process."""
+    """Returns a function that limits a resource of its process."""
     return functools.partial(resource.setrlimit, name, (most, most))
 
 
 def closed(*descriptors: int) -> Prepare:
-    """Returns what closes standard streams."""
+    """Returns a function that closes standard streams."""
 
     def close() -> None:
         for descriptor in descriptors:
@@ -34,7 +34,7 @@ def closed(*descriptors: int) -> Prepare:
 
 
 def full(descriptor: int) -> Prepare:
-    """Returns what leads a standard stream to a device that is always full."""
+    """Returns a function that redirects a standard stream to a device that is always full."""
     return lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
 
 
@@ -65,7 +65,7 @@ VARIABLES: Mapping[str, Mapping[str, str | None]] = {
     "jax on a platform of no such name": {"JAX_PLATFORMS": "nonsense"},
 }
 NAMES = ("a\nb", "a\x1b[2Jb", "-a", "a b'\"c", "\u4f60\u597d", "a\udcff", "x" * 255, "%s{}")
-"""Names of folders."""
+"""Unusual names of folders."""
 COMMANDS = (
     ("train", "{}/a.yaml", "--overwrite", "--train.steps=2", "--output={}/environment"),
     ("generate", "{}/run", "--prompt=\u4f60 zip", "--max-new-tokens=4"),
@@ -73,11 +73,11 @@ COMMANDS = (
 
 
 def run(campaign: Campaign) -> Iterator[Row]:
-    """Yields a row for each kind of lack, and one for names of folders."""
+    """Yields a row for each kind of environment, and one for names of folders."""
     seeds = formats.make(campaign)
     usual = {each[0]: len(_run(each, seeds).err.splitlines()) for each in COMMANDS}
     for what, prepare in LIMITS.items():
-        # where stderr is lost, so is the line
+        # without stderr there is no line to check
         codes = (0, 2) if "stderr" not in what and "all" not in what else (0,)
         yield _row(what, seeds, usual, codes, prepare=prepare)
     for what, environment in VARIABLES.items():
@@ -88,7 +88,7 @@ def run(campaign: Campaign) -> Iterator[Row]:
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
         ended = command("train", seeds / "a.yaml", "--train.steps=2", f"--output={folder}/run")
-        if "\x1b" in ended.err:  # stdout is no terminal here and has names as they are
+        if "\x1b" in ended.err:  # stdout is no terminal here, so it may print names unchanged
             faults.append(f"{name!r}: an escape code is printed")
         if fault := ended.fault(0, 2):
             faults.append(f"{name!r}: {fault}")
@@ -106,7 +106,7 @@ def _row(
     codes: tuple[int, ...],
     **changed: Any,
 ) -> Row:
-    """Runs the commands where something is lacking; `usual` is how many lines each has else."""
+    """Runs the commands in a changed environment; `usual` is their usual number of lines."""
     faults = []
     ends = []
     for arguments in COMMANDS:

@@ -1,4 +1,4 @@
-"""The formats that the campaign damages: a whole example of each, and what reads it."""
+"""Formats that the campaign damages: how to make an undamaged example of each, and to read it."""
 
 import contextlib
 import dataclasses
@@ -16,10 +16,10 @@ class Format:
     """One kind of input.
 
     Attributes:
-      name: its folder among the seeds.
-      files: the files that are damaged, of those in the folder.
-      read: reads the folder as the program does, without compiling anything.
-      arguments: a command that reads the folder; `{}` stands for it.
+      name: name of the example's folder.
+      files: names of the files in the folder to damage; a repeated name is damaged more often.
+      read: function that reads the folder as the program does, without compiling anything.
+      arguments: command that reads the folder, `{}` stands for the folder; empty for no command.
     """
 
     name: str
@@ -40,7 +40,7 @@ def read_model(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    """Loads a tokenizer, and encodes, decodes and renders with it."""
+    """Loads a tokenizer; encodes, decodes and renders text with the tokenizer."""
     from qlora_jax.text import tokenizer
 
     path = folder / "model.gguf"
@@ -57,7 +57,7 @@ def read_gguf(folder: Path) -> None:
 
 
 def read_adapter(folder: Path) -> None:
-    """Reads an adapter and compares it with the model that it belongs to."""
+    """Reads an adapter and checks that it fits its base model."""
     from qlora_jax.config import ModelConfig
     from qlora_jax.formats import peft
     from qlora_jax.formats.source import open_checkpoint
@@ -68,7 +68,7 @@ def read_adapter(folder: Path) -> None:
 
 
 def read_data(folder: Path) -> None:
-    """Reads a data set and encodes its records."""
+    """Reads a data set and encodes its training records."""
     from qlora_jax.config import DataConfig
     from qlora_jax.data import encode, sources
     from qlora_jax.text import tokenizer
@@ -105,13 +105,13 @@ def read_run(folder: Path) -> None:
 
 
 def read_results(folder: Path) -> None:
-    """Reads the results of a sweep and concludes from them."""
+    """Reads the results of a sweep and computes its verdict."""
     from qlora_jax.runtime.errors import RunFailed
     from qlora_jax.sweep import find, results
     from qlora_jax.sweep.conclude import conclude
 
     experiment = find.load_experiment(folder / "experiment.py")
-    with contextlib.suppress(RunFailed):  # figures from which nothing can be concluded
+    with contextlib.suppress(RunFailed):  # the figures allow no verdict
         conclude(experiment, results.read(folder, experiment), folder)
 
 
@@ -192,10 +192,10 @@ FORMATS = (
 
 
 def make(campaign: Campaign) -> Path:
-    """Makes a folder with a whole example of each format, and the model `base` beside them.
+    """Makes a folder with an undamaged example of each format and the model `base`; returns it.
 
     Raises:
-      RuntimeError: one of them cannot be read.
+      RuntimeError: a command that makes an example failed.
     """
     seeds = campaign.folder / "formats"
     if seeds.exists():
@@ -270,7 +270,7 @@ def _data(campaign: Campaign, seeds: Path) -> None:
 
 
 def write_gguf(model: Path, path: Path) -> None:
-    """Writes a llama of a Hugging Face folder as llama.cpp's converter lays it out."""
+    """Writes the Llama of a Hugging Face folder as GGUF, as llama.cpp's converter does."""
     import gguf
     from safetensors.numpy import load_file
 

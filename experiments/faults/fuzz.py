@@ -1,7 +1,7 @@
 """Reads 10,000 damaged files of every format, in processes that are watched.
 
-An input is right if it is read, or refused by a `UserError` of one line, within ten seconds and one
-GiB. Input NUMBER is made again by `python -m experiments.faults.fuzz FOLDER SEED NUMBER` from the
+Right: each input is read, or refused by a `UserError` of one line, within ten seconds and one GiB.
+`python -m experiments.faults.fuzz FOLDER SEED NUMBER` makes input NUMBER again; FOLDER is the
 folder of examples that `formats.make` makes.
 """
 
@@ -26,14 +26,14 @@ from qlora_jax.runtime import paths
 INPUTS = 10_000
 WORKERS = 2
 ADDRESS_SPACE = 4 * HUGE
-"""Bytes beyond what a worker has at its start, after which memory is refused to it."""
+"""Bytes of address space that a worker may add to what it has at its start."""
 
 
 def damage(seeds: Path, seed: int, number: int, folder: Path) -> tuple[formats.Format, str]:
-    """Writes an input: a copy of an example of which one file is damaged.
+    """Writes an input: a copy of an example with one damaged file.
 
     Returns:
-      Its format, and the damaged file's name.
+      Format of the input, and name of the damaged file.
     """
     rng = random.Random(f"fuzz {seed} {number}")
     chosen = rng.choice(formats.FORMATS)
@@ -45,16 +45,16 @@ def damage(seeds: Path, seed: int, number: int, folder: Path) -> tuple[formats.F
 
 
 def attempt(seeds: Path, seed: int, number: int, folder: Path) -> tuple[str, str]:
-    """Reads an input.
+    """Makes and reads an input.
 
     Returns:
-      The file's format and name, and what is wrong; empty if it was read or refused rightly.
+      FORMAT/NAME of the damaged file, and the fault; empty if the file was read or refused rightly.
     """
     from qlora_jax.runtime.errors import UserError
 
     chosen, name = damage(seeds, seed, number, folder)
     what = f"{chosen.name}/{name}"
-    Path("/proc/self/clear_refs").write_text("5")  # begins to count the highest size anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident size
     before = resident(multiprocessing.current_process().pid or 0)
     began = time.monotonic()
     try:
@@ -79,11 +79,11 @@ def attempt(seeds: Path, seed: int, number: int, folder: Path) -> tuple[str, str
 def work(
     connection: multiprocessing.connection.Connection, seeds: Path, seed: int, folder: Path
 ) -> None:
-    """Reads the inputs whose numbers come over a connection, and answers with the outcomes."""
+    """Reads the inputs whose numbers come over a connection, and sends the outcomes back."""
     from qlora_jax.config import ModelConfig
     from qlora_jax.formats.source import open_checkpoint
 
-    open_checkpoint(ModelConfig(path=str(seeds / "base")))  # imports what will be needed
+    open_checkpoint(ModelConfig(path=str(seeds / "base")))  # imports what the inputs need
     most = resident(multiprocessing.current_process().pid or 0, "VmSize") + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     folder.mkdir()
@@ -120,12 +120,12 @@ class Worker:
         self.ready = False
 
     def give(self, number: int) -> None:
-        """Hands over the next input."""
+        """Sends the number of the next input to the process."""
         self.number, self._since = number, time.monotonic()
         self.connection.send(number)
 
     def outcome(self) -> tuple[str, str] | None:
-        """Returns the outcome of the input in work, or None while there is none."""
+        """Returns the outcome of the current input, or None while the process reads it."""
         try:
             if self.connection.poll():
                 self.ready = True
@@ -135,7 +135,7 @@ class Worker:
             code = self.process.exitcode
             self._start()
             return "", f"ended its process: exit code {code}"
-        # its first input waits for the imports
+        # the first input of a process also waits for its imports
         if time.monotonic() - self._since > HANGS_AFTER * (2 if self.ready else 12):
             self.process.kill()
             self.process.join()

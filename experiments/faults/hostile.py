@@ -1,4 +1,4 @@
-"""Kinds of hostile clients, and what is wrong with what a server tells them."""
+"""Kinds of hostile clients, and checks of the server's answers to them."""
 
 import asyncio
 import contextlib
@@ -14,12 +14,12 @@ from typing import Any
 from experiments.faults.common import MIB
 
 OPEN = 64
-"""Hostile connections, most at a time."""
+"""Largest number of hostile connections at a time."""
 PATIENCE = 60.0
-"""Seconds after which a hostile client takes silence for a fault."""
+"""Seconds after which a hostile client reports silence as a fault."""
 
 Steps = Iterator[bytes | float]
-"""What a client does: bytes are sent, seconds are waited."""
+"""Steps of a client: it sends bytes, and it waits for a number of seconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Kind:
     """A kind of hostile client.
 
     Attributes:
-      group: the row of the table.
-      steps: what it does, of a random generator and the folder with the files that it names.
-      reads: whether it reads until the server closes; else it hangs up after its steps.
-      answered: whether silence until the close is a fault.
-      refused: whether an answer of 200 is a fault.
+      group: row of the table.
+      steps: function from a random generator and the folder of files to the client's steps.
+      reads: whether the client reads until the server closes; if not, it closes after its steps.
+      answered: whether a close without an answer is a fault.
+      refused: whether an answer with status 200 is a fault.
     """
 
     group: str
@@ -50,7 +50,7 @@ def request(
     length: object = None,
     further: Sequence[str] = ("Content-Type: application/json", "Connection: close"),
 ) -> bytes:
-    """Returns a request as bytes; a body that is not bytes is written as JSON."""
+    """Returns an HTTP request as bytes; a body that is not bytes is encoded as JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     size = len(data) if length is None else length
     head = [f"{method} {path} HTTP/1.1", f"Host: {host}", *further, f"Content-Length: {size}"]
@@ -76,7 +76,7 @@ def _wrong_type(rng: random.Random) -> dict[str, Any]:
 
 
 def _number(name: str, literal: bytes) -> bytes:
-    """A completion's JSON in which one number is written as given."""
+    """Returns a completion request's JSON with `literal` as the value of field `name`."""
     return json.dumps(ASKED | {name: "@"}).encode().replace(b'"@"', literal)
 
 
@@ -106,7 +106,7 @@ BODIES: dict[str, Callable[[random.Random], object]] = {
     "a long message": lambda r: CHAT | {"messages": MESSAGES * 50_000},
     "more than is taken": lambda r: ASKED | {"prompt": "a" * (5 << 20)},
 }
-"""Bodies of requests: malformed ones, and ones as large as the server takes."""
+"""Bodies of requests: malformed, or near the largest size that the server accepts."""
 
 ZEROS = b"0" * (1 << 16)
 CHUNKED = ("Content-Type: application/json", "Transfer-Encoding: chunked")
@@ -158,7 +158,7 @@ RAW: dict[str, Callable[[random.Random], bytes]] = {
         ASKED, further=["Connection: upgrade, close", f"Upgrade: {r.choice(['websocket', 'h2c'])}"]
     ),
 }
-"""Requests that are wrong as HTTP, or ask for what is not there."""
+"""Requests that are invalid as HTTP, or ask for something that the server does not offer."""
 
 
 def _bytewise(data: bytes, pause: float, begun: bytes = b"") -> Steps:
@@ -185,7 +185,7 @@ CONNECTIONS: dict[str, tuple[Callable[[random.Random, Path], Steps], bool, bool]
     "a stream not read": (lambda r, f: iter([request(STREAM), 8 * r.random()]), False, False),
     "a hang-up": (_hang_up, False, False),
 }
-"""Clients that are slow or leave: steps, whether they read, and whether they get an answer."""
+"""Clients that are slow or leave: `steps`, `reads` and `answered` of their `Kind`."""
 
 HOSTS = ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example"]
 HOSTS += ["localhost@evil.example", "[::1].evil.example", "localhost,evil.example", ""]
@@ -248,7 +248,7 @@ KINDS = {
 
 
 async def _visit(port: int, kind: Kind, rng: random.Random, folder: Path) -> str | None:
-    """Plays one client; returns what is wrong with what it was told, or None."""
+    """Plays one client; returns what is wrong with the server's answers, or None."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     said = bytearray()
     heard = asyncio.ensure_future(_listen(reader, said)) if kind.reads else asyncio.Future()
@@ -277,7 +277,7 @@ async def _play(writer: asyncio.StreamWriter, steps: Steps, heard: asyncio.Futur
 
 
 async def _listen(reader: asyncio.StreamReader, said: bytearray) -> bool:
-    """Keeps what the server says; returns whether it closed and did not reset the connection."""
+    """Appends the server's bytes to `said`; returns whether the server closed without a reset."""
     with contextlib.suppress(ConnectionError):
         while part := await reader.read(1 << 16):
             said += part
@@ -286,19 +286,20 @@ async def _listen(reader: asyncio.StreamReader, said: bytearray) -> bool:
 
 
 class _File(io.BytesIO):
-    """What a connection said, as the socket that http.client reads answers from."""
+    """The bytes of a connection, as a socket from which http.client reads answers."""
 
     def makefile(self, mode: str) -> "_File":
         return self
 
     def close(self) -> None:
-        """Stays open for the next answer."""
+        """Does nothing, so that the next answer can be read."""
 
 
 def wrong(said: bytes, kind: Kind, whole: bool) -> str | None:
-    """Returns what is wrong with all that a connection said, or None.
+    """Returns what is wrong with all bytes that a connection received, or None.
 
-    A connection that is reset, as one is that still sends when it is refused, may lose its answer.
+    A connection that was reset (not `whole`) may lose its answer: the server resets a client that
+    still sends when the server refuses it.
     """
     file, count = _File(said), 0
     while file.tell() < len(said):
@@ -329,16 +330,16 @@ def _wrong_answer(status: int, body: bytes, refused: bool) -> str | None:
 
 
 Found = list[tuple[str, str | None]]
-"""The kind of each hostile client, and what was wrong with what it was told."""
+"""Kind of each hostile client, and what was wrong with the answers that it got."""
 
 
 def attack(port: int, names: Sequence[str], rate: float, seed: str, folder: Path) -> Found:
-    """Sends a hostile client of each name, so many a second; returns what they found."""
+    """Runs one hostile client per name, `rate` new ones per second; returns what they found."""
     return asyncio.run(_attack(port, names, rate, random.Random(seed), folder))
 
 
 def names(rng: random.Random, count: int) -> list[str]:
-    """Returns kinds in any order, each at least once."""
+    """Returns names of kinds in random order, each at least once."""
     names = [*KINDS, *rng.choices(list(KINDS), k=max(0, count - len(KINDS)))]
     rng.shuffle(names)
     return names

@@ -1,7 +1,7 @@
-"""Kills runs and sweeps at random moments, starts them again, and compares with whole ones.
+"""Kills runs and sweeps at random moments, resumes them, and compares them with undisturbed ones.
 
 Right: the adapter has the same bytes, the last checkpoint holds the same state, and every step or
-cell is recorded once with the same figures, those of the clock excepted.
+cell is recorded once with the same figures, except those of the clock.
 """
 
 import json
@@ -28,7 +28,7 @@ from experiments.tools.kill_resume import (
 
 STEPS = 60
 CLOCK = ("train/seconds", "train/tokens_per_s", "train/update_ms")
-"""Figures that alone may differ."""
+"""The only figures that may differ."""
 
 RUNS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "a row for each example": (16, {"data__packing": False}),
@@ -40,19 +40,19 @@ RUNS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
             "optimizer__schedule": "cosine",
         },
     ),
-    # blocks of 8 bits begin at arrays of 4096 elements
+    # only arrays of 4096 elements or more get 8-bit moments
     "moments of 8 bits": (12, {"lora__rank": 64, "optimizer__moments": "int8"}),
     "moments on the host": (12, {"optimizer__offload": "host"}),
     "DoRA": (12, {"lora__variant": "dora"}),
     "PiSSA and LoRA+": (12, {"lora__init": "pissa", "optimizer__lora_plus_ratio": 4}),
 }
-"""Kind of run to the kills of the whole campaign, and its settings."""
+"""Kind of run to its number of kills in the whole campaign, and its settings."""
 
 SWEEPS: Mapping[str, tuple[int, str, int]] = {
     "a sweep": (11, "None", 2),
     "a sweep of populations": (11, "Population(together, key=lambda cell: 0, largest=3)", 1),
 }
-"""Kind of sweep to the kills of the whole campaign, its population, and its --jobs."""
+"""Kind of sweep to its number of kills in the whole campaign, its population, and its --jobs."""
 
 MODULE = """
 from qlora_jax import config as configs
@@ -85,7 +85,7 @@ CELLS = 6
 
 def run(campaign: Campaign) -> Iterator[Row]:
     """Yields a row for each kind of run and of sweep."""
-    # jax is imported in a process of its own: this one forks
+    # a separate process imports jax, because this one forks
     with multiprocessing.get_context("spawn").Pool(1) as reader:
         for name in RUNS:
             yield train(campaign, name, lambda output: reader.apply(state, (output,)))
@@ -94,7 +94,7 @@ def run(campaign: Campaign) -> Iterator[Row]:
 
 
 def train(campaign: Campaign, name: str, read_state: Callable[[Path], Any]) -> Row:
-    """Kills one kind of run."""
+    """Kills and resumes one kind of run; returns its row."""
     kills, settings = RUNS[name]
     folder = campaign.folder / "kills" / name
     shape = {"train__steps": STEPS, "train__save_every": 2}
@@ -103,7 +103,8 @@ def train(campaign: Campaign, name: str, read_state: Callable[[Path], Any]) -> R
     trial = Trial(config, environment=environment)
     whole, killed = folder / "whole", folder / "killed"
     rng = campaign.rng("kills", name)
-    # The first kill ends the start that compiles, so that the whole run tells how long others take.
+    # The first killed run compiles, so the undisturbed run measures how long later ones need to
+    # log a step.
     hits = [trial.hit(killed, Moment(step=1))]
     saving = 0
     try:
@@ -128,13 +129,13 @@ def train(campaign: Campaign, name: str, read_state: Callable[[Path], Any]) -> R
 
 
 def in_saving(hit: Hit, output: Path) -> bool:
-    """Whether a kill came while a checkpoint was written, as what it left tells."""
+    """Returns whether a kill came while a checkpoint was written, by the files that remain."""
     left = any((output / "checkpoints").glob("*orbax-checkpoint-tmp*"))
     return hit.sent and hit.moment.saving and left
 
 
 def differences(whole: Path, killed: Path, read_state: Callable[[Path], Any]) -> list[str]:
-    """What a killed and finished run has other than the whole one."""
+    """Returns how a killed and then finished run differs from the undisturbed one."""
     kinds: Mapping[str, Callable[[Path], Any]] = {
         "the adapter's bytes": adapter_hash,
         "the last checkpoint's state": read_state,
@@ -148,7 +149,7 @@ def differences(whole: Path, killed: Path, read_state: Callable[[Path], Any]) ->
 
 
 def state(output: Path) -> dict[str, str]:
-    """Digests of what the last checkpoint holds, by name."""
+    """Returns the digest of each array in the last checkpoint, by name."""
     import orbax.checkpoint as ocp
 
     from qlora_jax.runtime import digests
@@ -161,14 +162,14 @@ def state(output: Path) -> dict[str, str]:
 
 
 def figures(output: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl by step, without the clock's figures."""
+    """Returns the rows of metrics.jsonl by step, without the clock's figures."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_bytes().splitlines()]
     rows.sort(key=lambda row: (row["step"], "eval/loss" in row))
     return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
 
 
 def sweep(campaign: Campaign, name: str) -> Row:
-    """Kills one kind of sweep."""
+    """Kills and resumes one kind of sweep; returns its row."""
     kills, population, jobs = SWEEPS[name]
     folder = campaign.folder / "kills" / name
     experiment = write_experiment(campaign, folder, population)
@@ -179,7 +180,7 @@ def sweep(campaign: Campaign, name: str) -> Row:
         return command("sweep", experiment, "--out", out, "--jobs", str(jobs), timeout=600, hit=hit)
 
     ended = start(whole)
-    seconds = ended.seconds / 2  # it compiled, which later ones do not
+    seconds = ended.seconds / 2  # this sweep compiled; later ones do not
     faults = [fault] if (fault := ended.fault(0)) else []
     landed = with_rows = 0
     killed = [folder / "killed-0"]
@@ -207,7 +208,7 @@ def sweep(campaign: Campaign, name: str) -> Row:
 
 
 def write_experiment(campaign: Campaign, folder: Path, population: str) -> Path:
-    """Writes an experiment of six cells that train, and the config that it starts from."""
+    """Writes an experiment of six cells that train, and its config; returns the experiment."""
     shape = {"train__steps": 6, "train__batch_size": 2}
     config = campaign.config(folder / "config.yaml", **shape)
     path = folder / "killed.py"
@@ -216,7 +217,7 @@ def write_experiment(campaign: Campaign, folder: Path, population: str) -> Path:
 
 
 def kill_when(out: Path, rows: int, seconds: float | None) -> Callable[[Popen[str]], None]:
-    """Returns a `hit` that kills a sweep after a time, or once so many rows are recorded."""
+    """Returns a `hit` that kills a sweep after `seconds`; if None, once `rows` are recorded."""
 
     def hit(process: Popen[str]) -> None:
         began = time.monotonic()
@@ -231,7 +232,7 @@ def kill_when(out: Path, rows: int, seconds: float | None) -> Callable[[Popen[st
 
 
 def records(out: Path) -> list[dict[str, Any]]:
-    """The whole lines of results.jsonl without their times."""
+    """Returns the complete lines of results.jsonl, without their times."""
     path = out / "results.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
@@ -239,9 +240,10 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 def sweep_differences(whole: Path, killed: Path) -> list[str]:
-    """What a killed and finished sweep has other than the whole one.
+    """Returns how a killed and then finished sweep differs from the undisturbed one.
 
-    Of several lines of a cell the last counts: a group of which some are there runs again, whole.
+    If a cell has several lines, the last counts, because a group of cells of which only some are
+    recorded runs again as a whole.
     """
     there, here = ({row["id"]: row for row in records(out)} for out in (whole, killed))
     found = [

@@ -1,4 +1,4 @@
-"""Damages the bytes of a file, at random or where a reader looks at them."""
+"""Damages the bytes of a file, at random places or in parts that a reader interprets."""
 
 import json
 import random
@@ -14,7 +14,7 @@ VALUES = (
     *('"\\ud800"', '"\\u0000"', '"../../x"', '"/dev/zero"', '["a", 1, null]', '{"a": {"b": []}}'),
     *(f'"{"x" * 100_000}"', DIGITS, DEEP, '"nan"', '"\\u001b[2J"', '"' + "(a+)+" * 8 + '$"'),
 )
-"""JSON text that a reader of settings may not expect."""
+"""JSON values that a reader of settings may not expect."""
 
 NUMBERS = (0, 1, 2, 7, 0x7F, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 1e38)
@@ -44,7 +44,7 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 
 
 def cut(data: bytes, rng: random.Random) -> bytes:
-    """Keeps a prefix."""
+    """Keeps a random prefix."""
     return data[: rng.randrange(len(data) + 1)]
 
 
@@ -55,7 +55,7 @@ def drop(data: bytes, rng: random.Random) -> bytes:
 
 
 def insert(data: bytes, rng: random.Random) -> bytes:
-    """Inserts bytes that mean something to many formats, or random ones."""
+    """Inserts bytes with a meaning in many formats, or random bytes."""
     at = rng.randrange(len(data) + 1)
     new = rng.choice(WORDS) * rng.choice((1, 1, 100)) if rng.random() < 0.7 else rng.randbytes(16)
     return data[:at] + new + data[at:]
@@ -76,7 +76,7 @@ def zero(data: bytes, rng: random.Random) -> bytes:
 
 
 def garbage(data: bytes, rng: random.Random) -> bytes:
-    """Replaces the file by random bytes, or by none."""
+    """Replaces the file by random bytes, or by an empty file."""
     return rng.randbytes(rng.choice((0, 1, 8, 1000)))
 
 
@@ -84,7 +84,7 @@ BYTES: tuple[Mutation, ...] = (flip, cut, drop, insert, repeat, zero, garbage)
 
 
 def any_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Damages bytes without regard to the format."""
+    """Damages bytes at random, for any format."""
     return rng.choice(BYTES)(data, rng)
 
 
@@ -141,7 +141,7 @@ def _get(node: Any, key: Any) -> Any:
 
 
 def _places(node: Any, limit: int = 2000) -> Any:
-    """Yields (container, key) of every value in a tree, of large containers some."""
+    """Yields (container, key) of every value in a tree; of large containers, the first ones."""
     entries = list(node.items()) if isinstance(node, dict) else list(enumerate(node))
     for key, value in entries[:limit]:
         yield node, key
@@ -150,7 +150,7 @@ def _places(node: Any, limit: int = 2000) -> Any:
 
 
 def header(data: bytes, rng: random.Random) -> bytes:
-    """Changes the JSON header of a safetensors file, or its length, or bytes of its tensors."""
+    """Changes a safetensors file: its JSON header, the header's length, or bytes of tensors."""
     size = int.from_bytes(data[:8], "little")
     text, rest = data[8 : 8 + size], data[8 + size :]
     kind = rng.random()
@@ -167,7 +167,7 @@ def header(data: bytes, rng: random.Random) -> bytes:
 
 
 def gguf(data: bytes, rng: random.Random) -> bytes:
-    """Overwrites integers and text near the start of a GGUF file, where its header lies."""
+    """Overwrites places near the start of a GGUF file, where its header is, with numbers."""
     end = max(1, data.rfind(b"blk.") + 200)
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
@@ -223,11 +223,11 @@ YAML = (
     "a: !!float x\n",
     "\t a: 1\n",
 )
-"""Documents at the limits of YAML."""
+"""Documents at the limits of the YAML format."""
 
 
 def yaml(data: bytes, rng: random.Random) -> bytes:
-    """Replaces a YAML file by a hostile one, adds one to it, or damages it."""
+    """Replaces a YAML file by a hostile one, or damages its values or bytes."""
     kind = rng.random()
     if kind < 0.2:
         return rng.choice(YAML).encode()
@@ -257,4 +257,4 @@ BY_SUFFIX: Mapping[str, Mutation] = {
     ".jinja": template,
     ".yaml": yaml,
 }
-"""How a file is damaged, by the end of its name; others by `any_bytes`."""
+"""Suffix of a file's name to the mutation of the file; `any_bytes` damages all others."""

@@ -1,6 +1,7 @@
 """Sends SIGINT and SIGTERM to commands at random moments, most in their first seconds.
 
-A command that is stopped ends by the signal, or with 128 + its number and one line of ours.
+Right: a stopped command ends by the signal itself, or with exit code 128 + the number of the signal
+and one line of ours.
 """
 
 import signal
@@ -12,9 +13,10 @@ from experiments.faults import formats
 from experiments.faults.common import Campaign, Ended, Row, command
 
 TIMES = 60
-"""Signals of each kind in the whole campaign."""
+"""Tries of each kind of signal in the whole campaign."""
 FIRST, LAST = 0.2, 6.0
-"""Seconds between which a signal comes; before, Python itself starts. Half come in a quarter."""
+"""Range of the seconds before the first signal; before FIRST, Python itself starts. Every second
+try draws from the range up to LAST / 4."""
 COMMANDS = (
     ("--help",),
     ("train", "{}/a.yaml", "--overwrite", "--output={}/signalled"),
@@ -25,7 +27,7 @@ COMMANDS = (
 
 
 def run(campaign: Campaign) -> Iterator[Row]:
-    """Yields a row for one signal, and one for two of them."""
+    """Yields a row for each signal sent once, and for each sent twice."""
     seeds = formats.make(campaign)
     for number in (signal.SIGINT, signal.SIGTERM):
         for count in (1, 2):
@@ -40,7 +42,7 @@ def run(campaign: Campaign) -> Iterator[Row]:
                     a.replace("{}", str(seeds)).replace("{n}", f"{number}-{count}-{i}")
                     for a in arguments
                 ]
-                # The signal itself ends a process that has not begun, or has nothing left to do.
+                # The signal itself ends a process that has not begun, or has finished, the command.
                 ended = _signalled(replaced, number, moments)
                 if fault := ended.fault(0, -number, 128 + number):
                     when = " and ".join(f"{each:.2f} s" for each in moments)

@@ -1,4 +1,4 @@
-"""Stand-ins for large packages that others import beside their models, and do not need for them."""
+"""Stand-ins for large packages that model packages import but do not need for their models."""
 
 import contextlib
 import importlib.abc
@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 NAMES = ("tensorflow", "tensorflow_datasets", "tensorboard")
-"""kauldron, whose annotations and modules gemma uses, imports them for training loops."""
+"""kauldron imports these packages for training loops; gemma uses its annotations and modules."""
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -31,9 +31,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextlib.contextmanager
 def standing_in() -> Iterator[None]:
-    """Lets packages be imported whose imports of `NAMES` would fail; those installed are used."""
+    """Replaces packages of `NAMES` that are not installed by stand-ins, for imports in the body."""
     finder = _Finder()
-    sys.meta_path.append(finder)  # last: what is installed is found before
+    sys.meta_path.append(finder)  # last, so that installed packages are found first
     try:
         yield
     finally:

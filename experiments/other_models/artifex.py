@@ -10,7 +10,7 @@ from experiments.other_models.cases import BATCH, HIDDEN, Case, drawn
 
 
 def dit(seed: int) -> nnx.Module:
-    """A DiT for images of 8 x 8 in 4 patches, with classes."""
+    """Returns a DiT with classes for images of 8 x 8 pixels in 4 patches."""
     from artifex.generative_models.models.backbones.dit import DiffusionTransformer
 
     model = DiffusionTransformer(
@@ -26,7 +26,7 @@ def dit(seed: int) -> nnx.Module:
 
 
 def example() -> tuple[Any, ...]:
-    """Images, times and classes."""
+    """Returns images, times and classes."""
     images = jax.random.normal(jax.random.key(9), (BATCH, 8, 8, 3))
     return images, jnp.array([10.0, 500.0]), jnp.array([1, 7])
 

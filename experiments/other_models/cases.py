@@ -1,4 +1,4 @@
-"""A model of another package, what is quantized and adapted in it, and its loss."""
+"""A model of another package, the weights to quantize and to adapt, and its loss."""
 
 import dataclasses
 import zlib
@@ -12,23 +12,23 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 BATCH, LENGTH, VOCABULARY, HIDDEN, RANK = 2, 16, 128, 64, 4
-"""Shapes of every case. A contraction of 64 is one block of 4-bit codes."""
+"""Sizes of every case. A contraction over 64 features is one block of 4-bit codes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model that somebody else wrote.
+    """A model of another package.
 
     Attributes:
-      name: package and model.
-      module: name of the package, whose presence shows that it is installed.
-      build: makes the model from a seed, and for Linen the module and its params.
-      example: makes the arguments of the model's call.
-      outputs: picks logits or other outputs from what the call returns.
+      name: name of the package and of the model.
+      module: import name of the package, to find out whether it is installed.
+      build: function from a seed to the model; for Linen, to the module and its params.
+      example: function that returns the arguments of the model's call.
+      outputs: function that picks logits or other outputs from the call's result.
       kernels: `where` of the weights to quantize.
       adapted: `where` of the weights that get adapters.
-      linen: whether it is a Linen module.
-      dtype: dtype of its weights and of its computation.
+      linen: whether the model is a Linen module.
+      dtype: dtype of the weights and of the computation.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Case:
 
 
 def random_weights(params: Any, seed: int) -> Any:
-    """Returns params of which those with two axes or more are drawn, with deviation 0.1.
+    """Returns params with random numbers, of deviation 0.1, in the arrays of two axes or more.
 
-    Packages start some kernels at zero, and a comparison of zeros says nothing.
+    Some packages initialize kernels with zeros, and a comparison of zeros shows nothing.
 
     Args:
       params: tree of arrays or variables.
-      seed: seed of the drawing; a leaf's numbers depend on its path as well.
+      seed: seed of the random numbers; those of a leaf also depend on its path.
     """
     key = jax.random.key(seed)
 
@@ -69,15 +69,15 @@ def drawn(model: nnx.Module, seed: int) -> nnx.Module:
 
 
 def tokens() -> jax.Array:
-    """Random tokens, int32[BATCH, LENGTH]."""
+    """Returns random tokens, int32[BATCH, LENGTH]."""
     return jax.random.randint(jax.random.key(7), (BATCH, LENGTH), 1, VOCABULARY)
 
 
 def loss(outputs: jax.Array) -> jax.Array:
-    """Returns how far outputs are from fixed targets: a scalar.
+    """Returns the loss of outputs against fixed targets, a scalar.
 
-    For logits [BATCH, LENGTH, VOCABULARY] it is the mean cross-entropy of the next token of
-    `tokens`, for others the mean squared distance from random numbers.
+    The loss of logits [BATCH, LENGTH, VOCABULARY] is the mean cross-entropy of the next token of
+    `tokens`; the loss of other outputs is the mean squared distance from random numbers.
     """
     if outputs.shape == (BATCH, LENGTH, VOCABULARY):
         logits = outputs[:, :-1].astype(jnp.float32)

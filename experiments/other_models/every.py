@@ -1,4 +1,4 @@
-"""All cases, and which of them this environment can build."""
+"""All cases, and a check whether this environment can build a case."""
 
 import importlib.util
 
@@ -9,5 +9,5 @@ CASES: tuple[Case, ...] = (*tunix.CASES, *gemma.CASES, *artifex.CASES, *maxtext.
 
 
 def installed(case: Case) -> bool:
-    """Tells whether a case's package is installed."""
+    """Returns whether a case's package is installed."""
     return importlib.util.find_spec(case.module) is not None

@@ -10,7 +10,7 @@ from experiments.other_models.cases import HIDDEN, VOCABULARY, Case, random_weig
 
 
 def gemma3(seed: int) -> tuple[Any, Any]:
-    """Returns the module and its params; one layer slides, the other is global."""
+    """Returns the module and its params; one layer has sliding-window attention, one global."""
     with absent.standing_in():
         from gemma import gm
         from gemma.gm.nn import _config, _modules

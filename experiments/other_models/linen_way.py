@@ -1,4 +1,4 @@
-"""How a Linen model is quantized, adapted and trained: the calls that a user makes."""
+"""Quantizes, adapts and splits a Linen model for training, by the calls that a user makes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Model(NamedTuple):
 
 
 def build(case: Case, seed: int) -> Model:
-    """Makes the model as its package does."""
+    """Returns the model as its package builds it."""
     return Model(*case.build(seed))
 
 
@@ -29,7 +29,7 @@ def quantize(case: Case, model: Model) -> Model:
 
 
 def adapt(case: Case, model: Model) -> Model:
-    """Returns the model with the case's adapters."""
+    """Returns the model with the case's adapters added."""
     params = qj.linen.add_lora(
         model.module,
         model.params,
@@ -43,12 +43,12 @@ def adapt(case: Case, model: Model) -> Model:
 
 
 def call(case: Case, model: Model) -> jax.Array:
-    """Calls the model with the case's example."""
+    """Calls the model with the case's example; returns its outputs."""
     return case.outputs(qj.linen.apply(model.module, model.params, *case.example()))
 
 
 def split(model: Model) -> tuple[Any, Any, Callable[[Any, Any], Model]]:
-    """Returns what is trained, what is frozen, and what puts the two together."""
+    """Returns the trained arrays, the frozen arrays, and a function that joins them to a model."""
     trained, frozen = qj.linen.split(model.params)
 
     def join(trained: Any, frozen: Any) -> Model:
@@ -58,12 +58,12 @@ def split(model: Model) -> tuple[Any, Any, Callable[[Any, Any], Model]]:
 
 
 def whole(model: Model) -> tuple[Any, Callable[[Any], Model]]:
-    """Returns the params of any model, and what makes them the model again."""
+    """Returns the params of any model, and a function from params to the model."""
     return model.params, lambda params: Model(model.module, params)
 
 
 def merge(case: Case, model: Model) -> Model:
-    """Returns the model as plain arrays."""
+    """Returns the model merged into plain arrays."""
     return Model(model.module, qj.linen.merge(model.params))
 
 

@@ -10,7 +10,7 @@ HEADS, HEAD = 4, 16
 
 
 class Layer(nnx.Module):
-    """Attention and a gated product, of maxtext's `DenseGeneral` alone."""
+    """Attention and a gated MLP; every linear is maxtext's `DenseGeneral`."""
 
     def __init__(self, rngs: nnx.Rngs):
         from maxtext.layers.linears import DenseGeneral

@@ -1,4 +1,4 @@
-"""How an NNX model is quantized, adapted and trained: the calls that a user makes."""
+"""Quantizes, adapts and splits an NNX model for training, by the calls that a user makes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from experiments.other_models.cases import RANK, Case
 
 
 def build(case: Case, seed: int) -> nnx.Module:
-    """Makes the model as its package does."""
+    """Returns the model as its package builds it."""
     return case.build(seed)
 
 
@@ -28,24 +28,24 @@ def adapt(case: Case, model: nnx.Module) -> nnx.Module:
 
 
 def call(case: Case, model: nnx.Module) -> jax.Array:
-    """Calls the model with the case's example."""
+    """Calls the model with the case's example; returns its outputs."""
     return case.outputs(model(*case.example()))
 
 
 def split(model: nnx.Module) -> tuple[Any, Any, Callable[[Any, Any], nnx.Module]]:
-    """Returns what is trained, what is frozen, and what puts the two together."""
+    """Returns the trained arrays, the frozen arrays, and a function that joins them to a model."""
     graph, trained, frozen = qj.split(model)
     return trained, frozen, lambda trained, frozen: qj.join(graph, trained, frozen)
 
 
 def whole(model: nnx.Module) -> tuple[Any, Callable[[Any], nnx.Module]]:
-    """Returns the arrays of any model, and what makes them the model again."""
+    """Returns the arrays of any model, and a function from arrays to the model."""
     graph, state = nnx.split(model)
     return state, lambda state: nnx.merge(graph, state, copy=True)
 
 
 def merge(case: Case, model: nnx.Module) -> nnx.Module:
-    """Returns the model as plain arrays."""
+    """Returns the model merged into plain arrays."""
     return qj.merge(model)
 
 

@@ -16,7 +16,7 @@ from experiments.other_models.cases import (
     tokens,
 )
 
-# a down projection sums over 96, which is no whole number of blocks
+# a down projection contracts 96 features, which is no multiple of the block size 64
 SIZES: dict[str, Any] = {
     "num_layers": 2,
     "embed_dim": HIDDEN,
@@ -31,7 +31,7 @@ QUERY_VALUE = r"layers\.\d+\.attn\.[qv]_proj\.w"
 
 
 def qwen3(seed: int, **changes: Any) -> nnx.Module:
-    """Qwen 3 with a head of its own."""
+    """Returns Qwen 3 with an untied head."""
     from tunix.models.qwen3 import model as qwen
 
     config = qwen.ModelConfig(**SIZES | ROTARY | changes)
@@ -39,12 +39,12 @@ def qwen3(seed: int, **changes: Any) -> nnx.Module:
 
 
 def qwen3_moe(seed: int) -> nnx.Module:
-    """Qwen 3 with four experts, of which a token takes two, and a tied head."""
+    """Returns Qwen 3 with four experts, two for each token, and a tied head."""
     return qwen3(seed, num_experts=4, num_experts_per_tok=2, use_tied_embedding=True)
 
 
 def llama3(seed: int, remat: str = "NONE") -> nnx.Module:
-    """Llama 3."""
+    """Returns Llama 3."""
     from tunix.models.llama3 import model as llama
 
     config = llama.ModelConfig(**SIZES, **ROTARY, remat_config=llama.RematConfig[remat])
@@ -52,7 +52,7 @@ def llama3(seed: int, remat: str = "NONE") -> nnx.Module:
 
 
 def gemma3(seed: int, **changes: Any) -> nnx.Module:
-    """Gemma 3; keys and values are one stacked kernel."""
+    """Returns Gemma 3; keys and values share one stacked kernel."""
     from tunix.models.gemma3 import model as gemma
 
     own = {"num_embed": VOCABULARY, "sliding_window_size": 8, "param_dtype": jnp.float32}
@@ -61,14 +61,14 @@ def gemma3(seed: int, **changes: Any) -> nnx.Module:
 
 
 def example() -> tuple[Any, ...]:
-    """Tokens, positions, no cache and a causal mask."""
+    """Returns tokens, positions, no cache and a causal mask."""
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), (BATCH, LENGTH, LENGTH))
     return tokens(), positions, None, mask
 
 
 def logits(result: Any) -> jax.Array:
-    """The first of what a call returns; the second is the cache."""
+    """Returns the logits, the first result of a call; the second is the cache."""
     return result[0]
 
 

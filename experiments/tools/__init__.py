@@ -1,1 +1,1 @@
-"""Programs that make the documentation's tables, and that check what takes a test too long."""
+"""Programs that make the documentation's tables, and checks that take too long for a test."""

@@ -1,6 +1,6 @@
-"""Does one config train alike on one device, on several, and by two processes?
+"""Checks that one config trains equally on one device, on several, and in two processes.
 
-Expected: losses equal to 1e-5, relative to their size; float32's rounding is what differs.
+Expected: losses equal to a relative 1e-5; they differ only by the rounding of float32.
 Cost: one run of the config for each mesh.
 Command: python -m experiments.tools.devices configs/quickstart.yaml \\
            --output docs/results/devices --model.compute_dtype=float32 \\
@@ -25,15 +25,15 @@ from qlora_jax.runtime.versions import versions
 from qlora_jax.train.metrics import read_metrics
 
 BOUND = 1e-5
-"""Largest relative difference of a loss, as the command is asked to hold it."""
+"""Largest relative difference of a loss that the check accepts."""
 
 
 class Devices(NamedTuple):
-    """Names the devices of a run.
+    """The devices of a run.
 
     Attributes:
-      data, fsdp: sizes of its mesh.
-      processes: number of processes that share its devices.
+      data, fsdp: sizes of the axes of the mesh.
+      processes: number of processes that share the devices.
     """
 
     data: int = 1
@@ -51,10 +51,10 @@ TRIED = (Devices(), Devices(1, 2), Devices(1, 8))
 
 
 def places(count: int) -> list[dict[str, str]]:
-    """Returns the variables that make each of several processes of this machine one of a run.
+    """Returns, for each process of a run on this machine, the variables that make it join the run.
 
     Args:
-      count: number of processes; a single one needs no variables.
+      count: number of processes; a single process needs no variables.
     """
     if count == 1:
         return [{}]
@@ -70,11 +70,11 @@ def ended(
     """Waits for processes; returns the exit code, stdout and stderr of each.
 
     Args:
-      processes: with pipes for both streams.
-      timeout: seconds for each; None waits for any time.
+      processes: processes with pipes for both streams.
+      timeout: seconds for each process; None for no limit.
 
     Raises:
-      subprocess.TimeoutExpired: one took longer.
+      subprocess.TimeoutExpired: a process took longer.
     """
     streams = [process.communicate(timeout=timeout) for process in processes]
     return [(process.returncode, *text) for process, text in zip(processes, streams)]
@@ -86,9 +86,9 @@ def start(
     """Starts the processes of a run on devices of this CPU.
 
     Args:
-      config: YAML file, or a run directory.
-      run: the run directory.
-      on: the mesh and the number of processes.
+      config: YAML file or run directory of the config.
+      run: run directory to write.
+      on: mesh and number of processes.
       settings: further arguments of every process.
       each: further arguments of each process.
     """
@@ -119,19 +119,19 @@ def losses(run: Path) -> list[float]:
 def compare(
     config: str, folder: Path, settings: Sequence[str], tried: Sequence[Devices] = TRIED
 ) -> dict[Devices, list[float]]:
-    """Trains on each of the devices, one after another; a run that is finished is taken as it is.
+    """Trains on each of the devices, one after another; does not repeat a finished run.
 
     Args:
       config: YAML file.
-      folder: gets a run directory for each.
+      folder: folder for the run directories, one per entry of `tried`.
       settings: further arguments of every run.
-      tried: the devices of each run.
+      tried: devices of each run.
 
     Returns:
-      The losses of each.
+      Losses of each run, one per step.
 
     Raises:
-      RuntimeError: a run failed; says how.
+      RuntimeError: a run failed; the message holds its exit code and last line.
     """
     found = {}
     for on in tried:
@@ -145,20 +145,20 @@ def compare(
 
 
 def differences(found: Mapping[Devices, Sequence[float]]) -> dict[Devices, list[float]]:
-    """Returns how far each loss is from the first run's, relative to it."""
+    """Returns the relative difference of each loss from that of the first run."""
     first = next(iter(found.values()))
     return {on: [abs(x / y - 1) for x, y in zip(own, first)] for on, own in found.items()}
 
 
 def draw(found: Mapping[Devices, Sequence[float]], path: Path) -> None:
-    """Draws the losses, and below them how far they are from the first run's."""
+    """Draws the losses, and below them their relative differences from the first run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for order, (on, own) in enumerate(found.items()):
         steps = range(1, len(own) + 1)
-        # the widest first, so that equal curves are all to be seen
+        # the widest line first, so that equal curves all stay visible
         above.plot(steps, own, label=str(on), linewidth=2 * (len(found) - order), alpha=0.8)
     for on, own in list(differences(found).items())[1:]:
         below.semilogy(range(1, len(own) + 1), [max(x, 1e-9) for x in own], "o-", label=str(on))
@@ -172,13 +172,13 @@ def draw(found: Mapping[Devices, Sequence[float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Compares, prints and writes OUTPUT.json and OUTPUT.png."""
+    """Compares, prints, and writes OUTPUT.json and OUTPUT.png."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("config")
-    parser.add_argument("--output", type=Path, required=True, help="without .json and .png")
+    parser.add_argument("--output", type=Path, required=True, help="path without .json and .png")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "devices")
     parser.add_argument(
-        "--processes", action="append", type=int, default=[], help="that share eight devices, too"
+        "--processes", action="append", type=int, default=[], help="also try this many processes"
     )
     options, settings = parser.parse_known_args()
     configs.parse_overrides(settings)

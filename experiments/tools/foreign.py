@@ -1,9 +1,10 @@
-"""What does the product make of other tools' files?
+"""Opens other tools' files, and checks their logits and token ids.
 
-Every model folder, adapter folder and .gguf file below a folder is opened as `generate` opens it.
-Where a `reference.npz` lies beside it, with `tokens` and `logits`, the logits in float32 are
-compared with those; where a tokenizer.json does, the ids of some texts with the ids that the
-`tokenizers` library gives. An adapter's model is the folder beside it whose name starts with base.
+Every model folder, adapter folder and .gguf file below FOLDER is opened as `generate` opens it. If
+the folder holds a `reference.npz` with `tokens` and `logits`, the logits in float32 are compared
+with the reference. If it holds a tokenizer.json, the ids of some texts are compared with those of
+the `tokenizers` library. The model of an adapter is the folder next to it whose name starts with
+"base".
 
 Expected: each is right, or refused in one line that names the file and the remedy.
 Cost: a second or two for each tiny model.
@@ -24,17 +25,17 @@ import numpy as np
 from qlora_jax.runtime.errors import UserError
 
 TOLERANCE = 1e-5
-"""Largest difference of logits that is rounding, relative to the largest logit."""
+"""Largest difference of logits that counts as rounding, relative to the largest logit."""
 TEXTS = ("\n\n1.", "hello 123", "  def f(x):\n\treturn x\n", "naïve 漢字かな 한국 🙂‍↔️", "a  b   c ")
 
 
 class Outcome(NamedTuple):
-    """How one file was read.
+    """Result of opening one file or folder.
 
     Attributes:
-      path: the file or folder.
+      path: path of the file or folder.
       verdict: right, read (there is nothing to compare with), refused, wrong or failed.
-      detail: the difference, the message or the error.
+      detail: difference, message or error.
     """
 
     path: str
@@ -43,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    """Opens everything below a folder, prints the outcomes and returns the exit code."""
+    """Opens all models and adapters below a folder, prints the outcomes, returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true")
@@ -67,13 +68,13 @@ def candidates(root: Path) -> Iterator[Path]:
 
 
 def outcome(path: Path, root: Path) -> Outcome:
-    """Opens one model or adapter and compares it with what lies beside it."""
+    """Opens one model or adapter and compares it with its references."""
     shown = str(path.relative_to(root))
     try:
         differences = compare(path)
     except UserError as e:
         return Outcome(shown, "refused", str(e).replace(str(root), "."))
-    except Exception as e:  # any other error is a fault, whatever it is
+    except Exception as e:  # every other exception is a fault
         return Outcome(shown, "failed", f"{type(e).__name__}: {e}")
     if not differences:
         return Outcome(shown, "read", "nothing to compare with")
@@ -82,7 +83,7 @@ def outcome(path: Path, root: Path) -> Outcome:
 
 
 def compare(path: Path) -> list[tuple[bool, str]]:
-    """Returns, for logits and for ids, whether they are right, and a text about it.
+    """Returns, for logits and for ids, whether they are right, and a text about the comparison.
 
     Raises:
       UserError: the file is refused.

@@ -1,9 +1,9 @@
-"""Do the kernels, and all that `qlora-jax bench gpu` runs, compile for GPUs that are not here?
+"""Checks that the kernels and the programs of `qlora-jax bench gpu` compile for absent GPUs.
 
-Expected: every implementation of `kernels/select.py`, in each of its dtypes, for every GPU it runs
-  on: no spill, no more shared memory than there is, no buffer of the weight in floats. On a
-  T4, which has no such kernel, products of float16 stay float16. Every program of `bench gpu`, for
-  an h100 and an a100, without an error.
+Expected: every implementation of `kernels/select.py` compiles, in each of its dtypes, for every GPU
+  that it supports: no spilled register, no more shared memory than the GPU has, no buffer of the
+  weight in floats. On a T4, which has no such kernel, products of float16 stay float16. Every
+  program of `bench gpu` compiles for an h100 and an a100 without an error.
 Cost: half an hour on 2 CPU cores; no GPU, no driver. Needs the extra `gpu-check`.
 Command: make gpu-check
 """
@@ -23,14 +23,14 @@ from qlora_jax.kernels.select import FUSED, usable
 from qlora_jax.runtime.display import counted
 
 PRODUCTS = ((1, 4096, 4096), (32, 4096, 4096), (512, 4096, 4096), (512, 4096, 11008))
-"""Rows, K and N: registers that suffice for one shape need not for another."""
+"""Rows, K and N. Several shapes, because registers that suffice for one may not for another."""
 
 PLAIN = tuple(gpu for gpu in GPUS if not usable(read_gpu(gpu).capability, "float16"))
 """GPUs without a fused kernel."""
 
 
 def cases() -> list[GpuProduct]:
-    """Every kernel for every GPU, and decoding first for the GPUs that have none."""
+    """Returns every kernel for every GPU, and decoding first for the GPUs without a kernel."""
     fused = [
         GpuProduct(gpu, name, *product, dtype, direction)
         for gpu, name in itertools.product(GPUS, FUSED)
@@ -45,7 +45,7 @@ def cases() -> list[GpuProduct]:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
-    """The last line: what compiled, of the fused kernels alone."""
+    """Returns the last line: how many fused kernels compiled, and how many spilled."""
     fused = [r for r in records if r["implementation"] in FUSED]
     gpus = {r["gpu"] for r in fused}
     each = sum(r["error"] is None for r in fused) / max(1, len(gpus))
@@ -54,7 +54,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_kernels() -> tuple[list[str], list[dict[str, Any]], bool]:
-    """Returns lines to print, a record of each kernel, and whether all are right."""
+    """Returns the lines to print, a record of each kernel, and whether all are right."""
     asked = cases()
     with counted("kernels", len(asked)) as advance:
         records = []
@@ -90,8 +90,8 @@ CHECKS = {"kernels": check_kernels, "programs": check_programs}
 
 def main() -> int:
     parser = program.parser(__doc__)
-    parser.add_argument("--json", action="store_true", help="print records, not lines")
-    parser.add_argument("--only", choices=CHECKS, help="check these alone")
+    parser.add_argument("--json", action="store_true", help="print records instead of lines")
+    parser.add_argument("--only", choices=CHECKS, help="check only these")
     options = parser.parse_args()
     done = {name: check() for name, check in CHECKS.items() if options.only in (None, name)}
     if options.json:

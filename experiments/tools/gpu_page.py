@@ -1,7 +1,7 @@
-"""Puts the reports of GPUs into docs/gpu.md.
+"""Writes the reports of GPUs into docs/gpu.md.
 
 Expected: a section for each docs/results/gpu/DEVICE.json, in the order of the names, with its
-  targets; without a report, the targets as not measured.
+  targets; without any report, the targets marked as not measured.
 Cost: none.
 Command: make gpu-report (on a GPU), or python -m experiments.tools.gpu_page --write docs/gpu.md
 """
@@ -19,7 +19,7 @@ NOTHING: Report = {"checks": [], "figures": []}
 
 
 def section(reports: Path) -> str:
-    """Returns the text for all reports in a folder, which need not be there."""
+    """Returns the text for all reports in a folder; the folder may be missing."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(reports.glob("*.json"))]
     if not found:
         return "No report from a GPU is here yet.\n\n" + page.target_table(NOTHING)
@@ -28,7 +28,7 @@ def section(reports: Path) -> str:
 
 def main() -> int:
     parser = program.parser(__doc__)
-    parser.add_argument("--write", type=Path, help="page with the two markers; else printed")
+    parser.add_argument("--write", type=Path, help="page with the two markers; default: print")
     parser.add_argument("--reports", type=Path, default=REPORTS, help=f"default {REPORTS}")
     options = parser.parse_args()
     text = section(options.reports)

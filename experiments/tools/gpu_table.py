@@ -1,16 +1,16 @@
-"""What would the kernels cost on GPUs that are not here, and when is decoding first quicker?
+"""Models the time of the kernels on absent GPUs, and shows when decoding first is faster.
 
-Every product is compiled for every GPU; registers, shared memory and the main loop's instructions
-are read from the machine code, and `qlora_jax/gpu/roofline.py` turns them into a modelled time.
+Every product is compiled for every GPU. Registers, shared memory and the instructions of the main
+loop are read from the machine code; `qlora_jax/gpu/roofline.py` computes a modelled time from them.
 
 Expected: decoding inside the product moves a fifth of the bytes, so it can win at few rows; at many
-  rows it wins where its main loop issues no slower than the tensor cores multiply.
+  rows it wins if its main loop issues no slower than the tensor cores multiply.
 Cost: about 10 minutes per implementation on 2 CPU cores; no GPU. Needs the extra `gpu-check`.
-  With --only or --gpu, what the file of --json holds of all others is kept.
-GPUs that `qlora-jax bench gpu` has a report of get a second table of times, at measured rates.
-  That compiles nothing; --only without a name, with --json, compiles nothing at all.
+  With --only or --gpu, the file of --json keeps its records of all other products.
+A GPU with a report of `qlora-jax bench gpu` gets a second table of times, at measured rates. This
+  table compiles nothing. --only without a name, with --json, compiles nothing at all.
 Command: python -m experiments.tools.gpu_table --write docs/gpu.md --json docs/gpu.json
-  --rows prints the table FUSED_ROWS of qlora_jax/kernels/select.py, from the reports' times.
+  --rows prints the table FUSED_ROWS of qlora_jax/kernels/select.py, from the times in reports.
 """
 
 import itertools
@@ -25,7 +25,7 @@ import jax
 import jaxlib
 
 from experiments.tools import pages, program
-from qlora_jax.gpu import measured, picks
+from qlora_jax.gpu import kernel_rows, measured
 from qlora_jax.gpu.case import DECODE_FIRST, DIRECTIONS, GpuProduct, tile
 from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.measured import GpuReport
@@ -37,11 +37,11 @@ from qlora_jax.kernels.target import half_dtype
 ROWS = (1, 16, 512, 2048, 8192)
 SHAPES = ((4096, 4096), (4096, 11008))
 SHOWN = (1, 16, 512)
-"""Rows in the table of kernels; beyond, tiles stay the same."""
+"""Rows of x in the table of kernels; products with more rows use the same tiles."""
 
 MARKS = pages.Marks("<!-- gpu_table.py begins -->", "<!-- gpu_table.py ends -->")
 HMMA = 2 * 16 * 8 * 16
-"""Flop of the usual tensor instruction, by which others are counted."""
+"""Flop of the usual tensor instruction, m16n8k16; others count as a multiple of it."""
 
 REPORTS = Path(__file__).parents[2] / "docs" / "results" / "gpu"
 
@@ -49,7 +49,7 @@ Record = Mapping[str, Any]
 
 
 def cases(gpus: Sequence[str]) -> list[GpuProduct]:
-    """All products, grouped by GPU and implementation."""
+    """Returns all products, grouped by GPU and implementation."""
     found = []
     for gpu in gpus:
         capability = read_gpu(gpu).capability
@@ -61,7 +61,7 @@ def cases(gpus: Sequence[str]) -> list[GpuProduct]:
 
 
 def tables(records: Sequence[Record], reports: Sequence[GpuReport] = ()) -> str:
-    """Markdown: what the kernels are made of, the modelled times, and those at measured rates."""
+    """Returns Markdown tables: the kernels' resources, modelled times, times at measured rates."""
     parts = [
         f"Compiled, not run: jax {jax.__version__}, jaxlib {jaxlib.__version__}.",
         _kernels(records),
@@ -78,7 +78,7 @@ def tables(records: Sequence[Record], reports: Sequence[GpuReport] = ()) -> str:
 
 
 def at_measured_rates(records: Sequence[Record], report: GpuReport) -> list[Record]:
-    """The records of a report's GPU: `seconds` at its rates, `measured` seconds or None."""
+    """Returns the records of a report's GPU with `seconds` at its rates and `measured` or None."""
     found: list[Record] = []
     for r in records:
         rates = report.ceilings(r["dtype"])
@@ -89,9 +89,9 @@ def at_measured_rates(records: Sequence[Record], report: GpuReport) -> list[Reco
 
 
 def rows_table(reports: Sequence[GpuReport]) -> str:
-    """`FUSED_ROWS` as Python, from the times of the reports."""
+    """Returns `FUSED_ROWS` as Python source, from the times of the reports."""
     lines = ["FUSED_ROWS: Mapping[str, Mapping[tuple[int, int], tuple[range, ...]]] = {"]
-    for name, by_capability in picks.table(reports).items():
+    for name, by_capability in kernel_rows.table(reports).items():
         lines.append(f'    "{name}": {{' + ("" if by_capability else "},"))
         for capability, rows in by_capability.items():
             texts = ", ".join(map(_range, rows)) + ("," if len(rows) == 1 else "")
@@ -133,7 +133,7 @@ def _kernels(records: Sequence[Record]) -> str:
                 *(name, r["gpu"], r["rows"], "x".join(map(str, block)), kernel["registers"]),
                 f"{kernel['shared_bytes'] / 1e3:.1f}",
                 f"{resident} ({threads:.0%})",
-                # a tcgen05 instruction does not say what it multiplies
+                # a tcgen05 instruction does not state the shape of its product
                 f"{sum(kernel['main_loop'].values()) / count:.1f}" if count else "",
                 f"{r['moved_bytes'] / r['floor_bytes']:.2f}",
             ]
@@ -183,7 +183,7 @@ def main() -> int:
     parser = program.parser(__doc__)
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=GPUS)
     parser.add_argument("--only", nargs="*", choices=(DECODE_FIRST, *FUSED), help="implementations")
-    parser.add_argument("--write", type=Path, help="page with the two markers; else printed")
+    parser.add_argument("--write", type=Path, help="page with the two markers; default: print")
     parser.add_argument("--json", type=Path, help="file of all the figures")
     parser.add_argument("--reports", type=Path, default=REPORTS, help="folder; (%(default)s)")
     parser.add_argument("--rows", action="store_true", help="print FUSED_ROWS, and nothing else")
@@ -204,7 +204,7 @@ def main() -> int:
     ]
     for i, compiled in enumerate(compile_all(asked) if asked else ()):
         known[asked[i]] = compiled
-        if options.json:  # at once: an hour's figures outlive an interrupt
+        if options.json:  # after each product, so that an interrupt loses no figures
             kept = [known[case] for case in everything if case in known]
             options.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
         print(f"\r{i + 1} of {len(asked)}", end="", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Does a run that is killed again and again end with the same bytes as one that is not?
+"""Checks that a run that is killed repeatedly ends with the same bytes as an undisturbed run.
 
-Expected: yes, whatever the moment: importing, loading, compiling, between steps, while saving or
-  after the last step.
-Cost: two runs of the config, and the start of one more for each kill.
+Expected: equal bytes after kills at any moment: during import, loading or compilation, between
+  steps, while saving, or after the last step.
+Cost: two runs of the config, and one more start of the command for each kill.
 Command: python -m experiments.tools.kill_resume configs/quickstart.yaml --kills 5 --seed 0
   Further arguments are settings for both runs, such as --train.steps=20.
 """
@@ -29,13 +29,13 @@ POLL_SECONDS = 0.002
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """When to send which signal.
+    """Conditions that must all hold before a signal is sent, and the signal.
 
     Attributes:
-      after: seconds that the process has to be old.
-      step: that has to be logged.
-      saving: whether it has to be writing a checkpoint, too.
-      number: the signal.
+      after: smallest age of the process, in seconds.
+      step: training step that must be logged; 0 for none.
+      saving: whether the process must be writing a checkpoint.
+      number: signal to send.
     """
 
     after: float = 0.0
@@ -52,14 +52,14 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """What a signal did.
+    """Result of waiting for a moment to send a signal.
 
     Attributes:
-      moment: what was waited for.
-      sent: whether it came; else the process ended before.
-      code: of the process, as subprocess tells it.
-      step: the last one logged.
-      saved: the last one with a whole checkpoint.
+      moment: conditions that were waited for.
+      sent: whether the signal was sent; if not, the process ended first.
+      code: exit code of the process; negative for a signal.
+      step: last step that was logged.
+      saved: last step with a complete checkpoint.
     """
 
     moment: Moment
@@ -70,7 +70,7 @@ class Hit:
 
 
 class Trial:
-    """Runs of one config, each in a process and in an output directory of its own."""
+    """Runs of one config, each in its own process and output directory."""
 
     def __init__(
         self,
@@ -82,10 +82,10 @@ class Trial:
         self._environment = dict(os.environ if environment is None else environment)
 
     def finish(self, output: Path) -> float:
-        """Runs, or resumes, to the end; returns the seconds before a step was logged.
+        """Runs, or resumes, to the end; returns the seconds until a step was logged.
 
         Raises:
-          RuntimeError: the command failed; says how.
+          RuntimeError: the command failed; the message holds its exit code and last line.
         """
         began = time.monotonic()
         process = self._start(output)
@@ -98,7 +98,7 @@ class Trial:
         return first
 
     def hit(self, output: Path, moment: Moment) -> Hit:
-        """Runs, or resumes, and sends the signal when its moment comes."""
+        """Runs, or resumes, and sends the signal when the conditions of `moment` hold."""
         began = time.monotonic()
         process = self._start(output)
         sent = False
@@ -122,7 +122,7 @@ class Trial:
 
 
 def last_step(output: Path) -> int:
-    """The last training step that the run has logged; 0 for none."""
+    """Returns the last training step that the run has logged; 0 for none."""
     try:
         lines = (output / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -132,21 +132,21 @@ def last_step(output: Path) -> int:
 
 
 def saved_steps(output: Path) -> list[int]:
-    """The steps of the whole checkpoints."""
+    """Returns the steps of the complete checkpoints, in order."""
     folder = output / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def adapter_hash(output: Path) -> str:
-    """SHA-256 of the adapter's file."""
+    """Returns the SHA-256 of the adapter's file."""
     return hashlib.sha256((output / ADAPTER).read_bytes()).hexdigest()
 
 
 def choose(
     rng: random.Random, reached: int, steps: int, kills_left: int, start_seconds: float
 ) -> Moment:
-    """A random moment, with room for the kills that are still to come."""
+    """Returns a random moment that leaves steps for the remaining kills."""
     kind = rng.choice(["starting", "stepping", "saving"])
     if kind == "starting":
         return Moment(after=rng.uniform(0.0, start_seconds))
@@ -165,7 +165,7 @@ def _log(output: Path) -> Path:
 
 def _is_saving(output: Path) -> bool:
     folder = output / "checkpoints"
-    # orbax writes a step under a name of this kind and renames it when it is whole.
+    # orbax writes a step under a temporary name and renames it when it is complete.
     return folder.is_dir() and any("orbax-checkpoint-tmp" in p.name for p in folder.iterdir())
 
 

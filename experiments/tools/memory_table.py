@@ -1,10 +1,10 @@
-"""What the papers promise of memory, as the compilers of the GPUs see it.
+"""Compares the memory claims of the papers with programs that are compiled for the GPUs.
 
-Question: do 7B fit into a T4 and 65B under 48 GB, and what is it that takes the memory?
+Question: do 7B parameters fit into a T4 and 65B under 48 GB, and what takes the memory?
 Expected: every case of the table in docs/memory.md fits, below its target.
 Cost: about 6 minutes on 2 CPU cores and 2 GB of RAM; no GPU. Needs the extra `gpu-check`.
 Command: python -m experiments.tools.memory_table [--write docs/memory.md] [--json docs/memory.json]
-  The tables replace what stands in the page between the comments named plans and contexts.
+  The tables replace the text of the page between the comments named plans and contexts.
 """
 
 import json
@@ -31,10 +31,10 @@ CONTEXT_MARKS = pages.Marks("<!-- begin contexts -->", "<!-- end contexts -->")
 
 
 class Case(NamedTuple):
-    """A run and what is said about it: by the article or the paper, and our own target, in GiB.
+    """A run, the claim of the article or the paper about it, and our own target in GiB.
 
-    With `at_once`, nothing is clipped and each layer is updated on the way back; otherwise the
-    gradients are clipped and those of `micro_batches` are added up.
+    With `at_once`, gradients are not clipped and each layer is updated in the backward pass.
+    Otherwise gradients are clipped, and those of `micro_batches` micro-batches are summed.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The longest sequence of a model, rank 32, on a GPU: what Unsloth says, and our target."""
+    """A model at rank 32 on a GPU: Unsloth's longest sequence and our target, in tokens."""
 
     model: str
     gpu: str
@@ -82,7 +82,10 @@ HOST = {"optimizer.offload": "host", "model.remat": "host"}
 
 
 def longest(context: Context) -> dict[str, Any]:
-    """The longest sequence that fits, moments and layers' inputs on the host, nothing clipped."""
+    """Finds the longest sequence that fits, without clipping.
+
+    Moments and the layers' inputs are in host memory.
+    """
     settings = {"lora.rank": "32", "optimizer.clip_norm": "0", **HOST}
     config, model = command.of_model(context.model, settings), find(context.model)
     start = time.perf_counter()
@@ -102,7 +105,7 @@ def _say(line: str) -> None:
 
 
 def contexts_table(rows: list[dict[str, Any]]) -> str:
-    """The longest sequences as Markdown."""
+    """Formats the longest sequences as Markdown."""
     lines = [
         "| model, rank 32, one row | GPU | Unsloth says, tokens | target | longest, tokens "
         "| host memory for it, GiB | plan took, s |",
@@ -118,7 +121,10 @@ def contexts_table(rows: list[dict[str, Any]]) -> str:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The plan of a case, moments and layers' inputs on the host, with its own cost."""
+    """Plans a case; returns the plan's figures, and the seconds and memory of planning.
+
+    Moments and the layers' inputs are in host memory.
+    """
     settings = {
         "lora.rank": "64",
         "data.sequence_length": str(case.sequence),
@@ -145,7 +151,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as Markdown."""
     lines = [
         "| model, tokens, adapters | updates | GPU | said | target, GiB | device, GiB "
         "| of it arguments | gradients | temporaries | host, GiB | may use, GiB | plan took, s |",

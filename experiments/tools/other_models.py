@@ -1,11 +1,11 @@
-"""Models of other packages, quantized, adapted and trained without a change to their code.
+"""Quantizes, adapts and trains models of other packages without a change to their code.
 
-Question: do the library's calls work on models that were written without it?
-Expected: fresh adapters change nothing; what is computed in 4 bits, and with adapters, is what the
-  decoded and merged weights give, up to the rounding of float32; training lowers the loss.
+Question: do the library's calls work on models that were not written for it?
+Expected: fresh adapters change no output; 4-bit weights give the outputs of the decoded weights,
+  and adapters those of the merged weights, up to the rounding of float32; training lowers the loss.
 Cost: some minutes on 2 CPU cores; no GPU. Needs the environment of `make test-models`.
 Command: python -m experiments.tools.other_models [--only PART] [--write PAGE] [--json FILE]
-  The table replaces what stands in the page between the comments named other models.
+  The table replaces the text of the page between the comments named other models.
 """
 
 import json
@@ -33,13 +33,13 @@ HEAD = (
 
 
 class Row(NamedTuple):
-    """What was found of one model; differences are relative to the largest output.
+    """Figures of one model; differences are relative to the largest output.
 
     Attributes:
-      model: package and model.
-      parameters: all of the model's.
-      quantized: those that are in 4 bits.
-      bytes: what these take.
+      model: name of the package and of the model.
+      parameters: number of all parameters.
+      quantized: number of the parameters that are in 4 bits.
+      bytes: bytes of the parameters that are in 4 bits.
       fresh: difference that fresh adapters make.
       decoded: difference between 4-bit and decoded weights.
       merged: difference between adapters and merged weights.
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def row(case: Case) -> Row:
-    """Measures one case."""
+    """Quantizes, adapts and trains one case; returns its row."""
     way = measure.way_of(case)
     parameters = sum(np.size(x) for x in way.weights(way.build(case, 0)).values())
     model = way.quantize(case, way.build(case, 0))
@@ -93,7 +93,7 @@ def line(row: Row) -> str:
 
 def main() -> int:
     parser = program.parser(__doc__)
-    parser.add_argument("--only", default="", help="a part of the models' names")
+    parser.add_argument("--only", default="", help="run only models whose names contain this text")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()

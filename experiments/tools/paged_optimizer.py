@@ -1,13 +1,13 @@
-"""The spike that paged optimizers exist for: a batch with one long sequence.
+"""Measures the memory peak of a batch with one long sequence, for which paged optimizers exist.
 
-Question: what do moments in host memory save when a long sequence comes, and what do they cost?
-  (QLoRA, section 3: paged optimizers)
-Expected: on a T4, a 7B model's step of 4096 tokens passes through a peak that is lower by all of
-  the moments, 1.2 GiB; not a bit of the result depends on where they live.
-Cost: about 5 minutes on 2 CPU cores. The plan needs the extra `gpu-check`; without it, that part is
-  left out.
+Question: how much device memory do moments in host memory save at a long sequence, and what do they
+  cost? (QLoRA, section 3: paged optimizers)
+Expected: on a T4, the peak of a 7B model's step of 4096 tokens is lower by the size of all moments,
+  1.2 GiB; no bit of the result depends on the place of the moments.
+Cost: about 5 minutes on 2 CPU cores. The plan needs the extra `gpu-check`; without the extra, the
+  plan is omitted.
 Command: python -m experiments.tools.paged_optimizer [--out docs/results/paged_optimizer]
-  writes OUT.json and OUT.png
+  Writes OUT.json and OUT.png.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from qlora_jax.runtime import compilation, hugepages
 from qlora_jax.runtime.atomic import write_text
 
 LENGTHS = (256, 256, 256, 1024, 256, 256, 256, 256)
-"""Tokens of the steps on this machine; those on the GPU are four times as long."""
+"""Tokens of the steps on this machine; steps on the GPU have `TIMES` times as many."""
 
 TIMES = 4
 MODEL, PLANNED, GPU = "random-smollm2-135m", "llama-7b", "t4"
@@ -33,7 +33,7 @@ GIB = 2**30
 
 
 def on_the_gpu() -> dict[str, list[float]] | None:
-    """GiB on the device, step by step, for each home of the moments; None without the compiler."""
+    """Plans the device GiB of each step, by the place of the moments; None without the compiler."""
     from qlora_jax.commands import plan as command
     from qlora_jax.gpu.compile import has_plugin
     from qlora_jax.gpu.described import read_gpu
@@ -57,11 +57,11 @@ def on_the_gpu() -> dict[str, list[float]] | None:
 
 
 def here(home: str, steps: int) -> dict[str, Any]:
-    """Real steps on this machine: peak resident MiB and milliseconds of each, and a digest.
+    """Runs steps on this machine; returns peak MiB and milliseconds of each, and a digest.
 
     Args:
-      home: where moments live.
-      steps: this many, over `LENGTHS` again and again.
+      home: place of the moments, "device" or "host".
+      steps: number of steps; their lengths repeat `LENGTHS`.
     """
     import jax
 
@@ -107,7 +107,7 @@ def here(home: str, steps: int) -> dict[str, Any]:
 
 
 def _batch(random: np.random.Generator, length: int) -> dict[str, np.ndarray]:
-    """One micro-batch of one row of random tokens."""
+    """Returns one micro-batch of one row of random tokens."""
     tokens = random.integers(0, 49152, (1, 1, length + 1)).astype(np.int32)
     ones = np.ones((1, 1, length), np.int32)
     return {
@@ -120,7 +120,7 @@ def _batch(random: np.random.Generator, length: int) -> dict[str, np.ndarray]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Memory over steps: planned for the GPU, measured here."""
+    """Draws the memory over steps: planned for the GPU, and measured here."""
     import matplotlib.figure
 
     plans, runs = result["planned"], result["measured"]
@@ -148,10 +148,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("paged_optimizer"))
     options = parser.parse_args()
-    # resident memory is what is measured here, also where there is a GPU
+    # this measures resident memory, so it uses the CPU even if there is a GPU
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     hugepages.restart()
-    compilation.widen()
+    compilation.use_wide_vectors()
     result: dict[str, Any] = {"lengths": LENGTHS, "planned": on_the_gpu(), "measured": {}}
     for home in ("device", "host"):
         print(f"{options.steps} steps, moments on the {home}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Pages of the documentation of which a program writes a part, the one between two marks."""
+"""Writes a program's part of a documentation page, between two marks."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,17 +8,17 @@ from qlora_jax.runtime.errors import UserError
 
 
 class Marks(NamedTuple):
-    """The lines of a page before and after a program's part, each once on it."""
+    """The lines before and after a program's part of a page; the page has each line once."""
 
     begin: str
     end: str
 
 
 def replaced(page: str, marks: Marks, text: str) -> str:
-    """Returns the page with `text` in place of what stood between the marks.
+    """Returns the page with `text` in place of the text between the marks.
 
     Raises:
-      ValueError: the page does not have each mark once, the end after the beginning.
+      ValueError: the page does not have each mark once, the end mark after the begin mark.
     """
     head, _, rest = page.partition(marks.begin)
     _, end, tail = rest.partition(marks.end)

@@ -1,4 +1,4 @@
-"""How often a layer's step passes over its activations, beside the products.
+"""Counts how often a layer's step reads or writes its activations outside matrix products.
 
 Question: how much of a step is elementwise work over tokens x hidden that XLA did not fuse?
 Expected: a few operations in the forward pass of a layer, and some two dozen in its backward pass.
@@ -21,12 +21,15 @@ NAME = "experiments.tools.passes"
 
 
 def of_model(model: str, gpu: str, length: int) -> dict[str, list[Pass]]:
-    """The passes over arrays of tokens x hidden or more, by program; layers are recomputed."""
+    """Returns, by program, the passes over arrays of at least tokens x hidden.
+
+    The model recomputes its layers (remat policy `full`).
+    """
     settings = {"data.sequence_length": str(length), "model.remat": "full", "lora.rank": "32"}
     decoder = find(model)
     step = compiled_memory.abstract_step(command.of_model(model, settings), decoder, read_gpu(gpu))
     found = {}
-    for piece in compiled_memory.gradient_pieces(step):
+    for piece in compiled_memory.list_gradient_programs(step):
         compiled = compile_for(gpu, piece.function, *piece.arguments, donate=piece.donate)
         found[piece.name] = passes(compiled.as_text() or "", 2 * length * decoder.hidden_size)
     return found
@@ -39,7 +42,7 @@ def main() -> int:
     parser.add_argument("--seq", type=int, default=8192, metavar="N")
     options = parser.parse_args()
     if FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
-        # jax reads these when it is first imported
+        # jax reads these flags at its first import, so the process starts again with them
         os.execve(sys.executable, [sys.executable, "-m", NAME, *sys.argv[1:]], environment())
     for name, found in of_model(options.model, options.gpu, options.seq).items():
         arrays = sum(row.arrays for row in found)

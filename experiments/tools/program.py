@@ -1,4 +1,4 @@
-"""How the programs of this folder read their arguments and end."""
+"""Argument parser and exit codes of the programs in this folder."""
 
 import argparse
 import sys
@@ -9,12 +9,12 @@ from qlora_jax.runtime.errors import UserError
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
-    """Returns a parser whose help shows a module's docstring, `text`, line by line."""
+    """Returns a parser whose help shows `text`, the docstring of a module, line by line."""
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawTextHelpFormatter)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `main`; a `UserError` is one line and exit code 2."""
+    """Ends the process with the exit code of `main`; prints a `UserError` and exits with 2."""
     try:
         sys.exit(main())
     except UserError as e:

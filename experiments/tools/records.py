@@ -1,10 +1,10 @@
-"""What does the product make of people's records?
+"""Shows the training examples that the program makes of people's records.
 
-Every data file below a folder is read and encoded as `train --preview` does, and its first examples
-are shown with the part that carries loss marked. A chat_template.jinja beside a file is used as
-`data.chat_template`. Folders named `folder` are read as data sets.
+Every data file below FOLDER is read and encoded as by `train --preview`. Its first examples are
+shown, with the tokens that carry loss marked. A chat_template.jinja next to a file is used as
+`data.chat_template`. A folder named `folder` is read as one data set.
 
-Expected: each file is read, with a line for all that is not, or refused in one line.
+Expected: each file is read, with one line about records that are left out, or refused in one line.
 Cost: a second for each file.
 Command: python -m experiments.tools.records FOLDER [--model MODEL] [--examples N]
 """
@@ -25,11 +25,11 @@ TEMPLATE = "chat_template.jinja"
 
 
 def main(arguments: list[str]) -> int:
-    """Previews everything below a folder, and returns the exit code."""
+    """Previews every source below a folder; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="gives the tokenizer")
-    parser.add_argument("--examples", type=int, default=2, help="shown of each file")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="its tokenizer is used")
+    parser.add_argument("--examples", type=int, default=2, help="examples to show per file")
     options = parser.parse_args(arguments)
     for source in sources(options.folder):
         print(f"=== {source.relative_to(options.folder)}")
@@ -47,7 +47,7 @@ def sources(folder: Path) -> Iterator[Path]:
 
 
 def described(source: Path, model: str, examples: int) -> str:
-    """Returns the first examples of a source and what is told of it, or why it is refused."""
+    """Returns the first examples of a source and its description, or why it is refused."""
     beside = source.with_name(TEMPLATE)
     config = Config(
         model=ModelConfig(path=model),

@@ -10,7 +10,7 @@ from flax import nnx
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
-from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
+from qlora_jax.bench.measure import OtherProcesses, PeakMemory, figure
 from qlora_jax.bench.options import GenerateOptions, to_tree
 from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
@@ -91,7 +91,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     ids, first = answer()
     memory.restart()
-    with Neighbours() as neighbours:
+    with OtherProcesses() as neighbours:
         answers = [answer() for _ in range(options.samples)]
     times = [(seen[0], seen[-1]) for _, seen in answers]
     figures = measure.answer_figures(times, options.tokens, options.rows)

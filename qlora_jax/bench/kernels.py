@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qlora_jax.bench import measure
 from qlora_jax.bench.cases import BLOCK_SIZE, CODEBOOK, OperationCase, case_figure, cases, settle
 from qlora_jax.bench.jax_timing import Inputs, copies, drawn, seconds
-from qlora_jax.bench.measure import Figure, Neighbours
+from qlora_jax.bench.measure import Figure, OtherProcesses
 from qlora_jax.bench.options import KernelOptions, to_tree
 from qlora_jax.bench.worker import OURS
 from qlora_jax.kernels import IMPLEMENTATIONS, dense, matmul
@@ -40,7 +40,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
     options = settle(options, backend)
     figures: dict[str, dict[str, Figure]] = {}
     notes = dict.fromkeys(filter(None, [warn_if_gpu_idle()]))
-    with Neighbours() as neighbours:
+    with OtherProcesses() as neighbours:
         for case in cases(options):
             for variant in variants(case, backend):
                 try:

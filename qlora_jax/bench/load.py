@@ -7,7 +7,7 @@ import jax
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
-from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
+from qlora_jax.bench.measure import OtherProcesses, PeakMemory, figure
 from qlora_jax.bench.options import LoadOptions, to_tree
 from qlora_jax.bench.worker import OURS
 from qlora_jax.config import ModelConfig, QuantConfig
@@ -28,7 +28,7 @@ def run(options: LoadOptions) -> dict[str, Any]:
     memory = PeakMemory()
     jax.devices()
     imported = time.perf_counter()
-    with Neighbours() as neighbours:
+    with OtherProcesses() as neighbours:
         checkpoint = open_checkpoint(ModelConfig(path=options.model))
         model = load_model(checkpoint, quant=QuantConfig(), dtype="bfloat16")
         weights = jax.block_until_ready(trees.split(model, "full")[1])

@@ -85,12 +85,12 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-class Neighbours:
+class OtherProcesses:
     """A context that counts in `cores` the cores used by other processes; None if unknown."""
 
     cores: float | None = None
 
-    def __enter__(self) -> Neighbours:
+    def __enter__(self) -> OtherProcesses:
         self._began = _busy(), time.process_time(), time.perf_counter()
         return self
 

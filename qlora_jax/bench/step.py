@@ -12,7 +12,7 @@ from flax import nnx
 
 from qlora_jax.bench import measure
 from qlora_jax.bench.device import device_memory
-from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
+from qlora_jax.bench.measure import OtherProcesses, PeakMemory, figure
 from qlora_jax.bench.options import StepOptions, to_tree
 from qlora_jax.bench.random_codes import random_model
 from qlora_jax.bench.worker import OURS
@@ -99,7 +99,7 @@ def _measured(options: StepOptions) -> dict[str, Any]:
         state = jax.block_until_ready(program.update(state, grads, figures.finite))
         return time.perf_counter() - start
 
-    with Neighbours() as neighbours:
+    with OtherProcesses() as neighbours:
         seconds = measure.take(step, options.steps)
         # Timed apart from the steps, which do not wait between the gradient and the update.
         updates = [update() for _ in range(min(options.steps, UPDATES))]

@@ -25,7 +25,7 @@ def main() -> int:
         from qlora_jax.runtime import compilation, cuda_toolkit, hugepages
 
         hugepages.restart()
-        compilation.widen()
+        compilation.use_wide_vectors()
         cuda_toolkit.point()
     module = f"qlora_jax.bench.{what}" if tool == OURS else f"qlora_jax.bench.peers.{tool}_{what}"
     # Import this module first: its `STARTED` is the time from which imports are counted.

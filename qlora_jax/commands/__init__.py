@@ -1,6 +1,7 @@
 """The commands of `qlora-jax`, one module each.
 
-A command is `TEXT`, what it does in a line; `add_arguments(parser)`; and `run(options, settings,
-command)` with its options, the `--section.key=value` settings (where its parser has the default
-`settings=True`), and the command line that was given. Modules import jax in `run` alone.
+The module of a command has three names. `TEXT` says in one line what the command does.
+`add_arguments(parser)` adds the command's options. `run(options, settings, command)` runs the
+command. Its parameters are the parsed options, the settings `--section.key=value` (if the parser
+has the default `settings=True`), and the command line. Only `run` may import jax.
 """

@@ -1,4 +1,4 @@
-"""`qlora-jax bench`."""
+"""The command `qlora-jax bench`."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ from qlora_jax.bench.options import (
     Options,
     StepOptions,
 )
-from qlora_jax.commands import ahead, gpu_report
+from qlora_jax.commands import gpu_report, time_notice
 from qlora_jax.commands.common import count as _count
 from qlora_jax.commands.common import say
 from qlora_jax.runtime import paths
@@ -43,9 +43,9 @@ WHAT = {
 
 
 GPU = "gpu"
-"""Checks and reports everything, by options of its own: `gpu_report`."""
+"""Name of the benchmark with options in `gpu_report`; it checks and reports everything."""
 
-TEXT = "Measure this machine, beside installed peers if given."
+TEXT = "Measure this machine, and installed peers for comparison."
 
 
 def add_arguments(parser: Any) -> None:
@@ -63,13 +63,13 @@ def add_arguments(parser: Any) -> None:
             action="append",
             default=[],
             metavar="PYTHON",
-            help="interpreter with bitsandbytes (and PEFT, transformers) or, for kernels, qwix: "
-            "measured beside, alternating; may be repeated",
+            help="Python interpreter with bitsandbytes (and PEFT, transformers) or, for kernels, "
+            "qwix, to measure in alternation with this package; may be repeated",
         )
         own.add_argument(
-            "--rounds", type=_count, metavar="N", help="runs of each; default 1, with peers 3"
+            "--rounds", type=_count, metavar="N", help="runs per tool; default 1, or 3 with peers"
         )
-        own.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
+        own.add_argument("--plot", type=Path, metavar="FILE", help="PNG file to draw")
         _add_common(own, "print the summary and every run as JSON")
     own = benchmarks.add_parser(
         GPU,
@@ -83,13 +83,13 @@ def add_arguments(parser: Any) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, json_help: str) -> None:
-    # SUPPRESS: what stands before WHAT must not be reset
+    # SUPPRESS: the default must not overwrite an option that was given before WHAT
     for flag, text in {"--json": json_help, "--debug": "show the traceback of an error"}.items():
         parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Measures and prints.
+    """Runs the benchmark and prints the results.
 
     Raises:
       UserError: a peer, the model or a file cannot be used.
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     sides = [tools.ours(), *(tool for python in options.peer for tool in tools.peers(python, what))]
     chosen = with_model(chosen, len(sides) > 1, say)
     count = options.rounds or (3 if len(sides) > 1 else 1)
-    ahead.tell(f"bench {what}", runs=count * len(sides), **_amounts(chosen))
+    time_notice.tell_expected_time(f"bench {what}", runs=count * len(sides), **_amounts(chosen))
     rounds = []
     for i in range(count):
         if count > 1:
@@ -123,10 +123,10 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 
 def _amounts(options: Options) -> dict[str, float]:
-    """Returns what a run of a benchmark has to do, for `runtime.expected`.
+    """Returns the amounts of work in one run of a benchmark, for `runtime.time_estimates`.
 
     Raises:
-      UserError: the model cannot be opened, or rows are longer than it can read.
+      UserError: the model cannot be opened, or has fewer positions than a row.
     """
     from qlora_jax.bench.cases import cases, settle
     from qlora_jax.commands.plan import of_model, shapes
@@ -134,7 +134,7 @@ def _amounts(options: Options) -> dict[str, float]:
     if isinstance(options, KernelOptions):
         return {"calls": options.samples * len(list(cases(settle(options, "cpu"))))}
     decoder = shapes(of_model(options.model, {}))
-    found: dict[str, float] = {"parameters": ahead.parameters(decoder)}
+    found: dict[str, float] = {"parameters": time_notice.parameters(decoder)}
     if isinstance(options, StepOptions):
         from qlora_jax.bench.step import check_length
 
@@ -146,10 +146,15 @@ def _amounts(options: Options) -> dict[str, float]:
 
 
 def with_model(options: Options, peers: bool, say: Callable[[str], None]) -> Options:
-    """The options with the name of a random model replaced by its folder.
+    """Returns the options, with the name of a random model replaced by its folder.
+
+    Args:
+      options: options of the benchmark.
+      peers: whether peers are measured, too.
+      say: function called with lines for the user.
 
     Raises:
-      UserError: a model that peers cannot read, or the cache cannot be written to.
+      UserError: peers cannot read the model, or the cache cannot be written.
     """
     model = getattr(options, "model", None)
     if model is None:
@@ -163,13 +168,14 @@ def with_model(options: Options, peers: bool, say: Callable[[str], None]) -> Opt
         return dataclasses.replace(options, model=str(random_models.folder(model, say)))  # type: ignore[arg-type]
     if peers and not paths.is_dir(model):
         raise UserError(
-            f"{model}: peers read a Hugging Face folder alone; give one, or random weights: "
+            f"{model}: peers can only read a Hugging Face folder; give one, or random weights: "
             f"{', '.join(random_models.SHAPES)}"
         )
     return options
 
 
 def options_of(parsed: argparse.Namespace) -> Options:
+    """Returns the options of a benchmark from parsed arguments."""
     kind = BENCHMARKS[parsed.what]
     return kind(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)})
 
@@ -180,46 +186,50 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
         type=_list(_shape),
         default=(),
         metavar="KxN,...",
-        help="of weights; default 4096x4096, on a GPU 4096x11008 and 8192x28672, too",
+        help="shapes of the weights; default 4096x4096, on a GPU also 4096x11008 and 8192x28672",
     )
     parser.add_argument(
         "--rows",
         type=_list(_count),
         default=(),
         metavar="M,...",
-        help="default 1,16,512,2048, on a GPU 4, 64 and 8192, too",
+        help="rows of the products; default 1,16,512,2048, on a GPU also 4, 64 and 8192",
     )
     parser.add_argument(
         "--dtypes",
         type=_list(_one_of(DTYPES)),
         default=(),
         metavar="DTYPE,...",
-        help="default bfloat16,float32, on a GPU bfloat16",
+        help="dtypes of the products; default bfloat16,float32, on a GPU bfloat16",
     )
     parser.add_argument(
         "--operations",
         type=_list(_one_of(OPERATIONS)),
         default=OPERATIONS,
         metavar="NAME,...",
-        help=f"default {','.join(OPERATIONS)}",
+        help=f"operations to time; default {','.join(OPERATIONS)}",
     )
     _add_count(parser, "samples", 10, "timed calls of each case")
     parser.set_defaults(device="")
 
 
 def step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `bench step` to its parser."""
     _model(parser, PUBLISHED_HELP)
-    parser.add_argument("--method", choices=METHODS, default="qlora", help="default qlora")
+    parser.add_argument("--method", choices=METHODS, default="qlora", help="method; default qlora")
     _compute(parser)
     parser.add_argument(
-        "--remat", choices=REMAT, default="dots", help="default dots; peers know none and full"
+        "--remat",
+        choices=REMAT,
+        default="dots",
+        help="remat policy; default dots; peers have only none and full",
     )
-    _add_count(parser, "batch", 2, "rows")
-    _add_count(parser, "seq", 256, "tokens a row")
-    _add_count(parser, "rank", 16, "of the adapters")
+    _add_count(parser, "batch", 2, "rows of a batch")
+    _add_count(parser, "seq", 256, "tokens per row")
+    _add_count(parser, "rank", 16, "rank of the adapters")
     _add_count(parser, "steps", 6, "timed steps")
     parser.add_argument(
-        "--alpha", type=_positive, metavar="X", help="of the adapters; default twice the rank"
+        "--alpha", type=_positive, metavar="X", help="alpha of the adapters; default twice the rank"
     )
     parser.add_argument(
         "--target-modules",
@@ -232,14 +242,14 @@ def step_arguments(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=OFFLOAD,
         default="device",
-        help="where moments live; peers: host is a paged optimizer; default device",
+        help="place of the moments; for peers, host is a paged optimizer; default device",
     )
     _kernel(parser)
     parser.add_argument(
         "--no-prepare",
         dest="prepare",
         action="store_false",
-        help="peers: without peft.prepare_model_for_kbit_training",
+        help="for peers: do not call peft.prepare_model_for_kbit_training",
     )
     parser.set_defaults(seed=0, shape=None)
 
@@ -251,9 +261,9 @@ def _load(parser: argparse.ArgumentParser) -> None:
 def _generate(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     _compute(parser)
-    _add_count(parser, "prompt", 34, "tokens to read")
-    _add_count(parser, "tokens", 64, "tokens to write")
-    _add_count(parser, "rows", 1, "answers at one time")
+    _add_count(parser, "prompt", 34, "tokens of the prompt")
+    _add_count(parser, "tokens", 64, "tokens to generate")
+    _add_count(parser, "rows", 1, "answers generated together")
     _kernel(parser)
     _add_count(parser, "samples", 5, "timed answers")
     parser.set_defaults(seed=0)
@@ -281,7 +291,8 @@ def _kernel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel",
         choices=KERNELS,
-        help="ours: always this product with 4-bit weights; default by device, dtype and rows",
+        help="for this package: implementation of every product with 4-bit weights; default by "
+        "device, dtype and rows",
     )
 
 

@@ -1,4 +1,4 @@
-"""`qlora-jax chat`."""
+"""The command `qlora-jax chat`."""
 
 import argparse
 import contextlib
@@ -21,46 +21,47 @@ from qlora_jax.runtime.streams import to_read
 from qlora_jax.train.interrupt import Requests
 
 if TYPE_CHECKING:
-    from qlora_jax.serve.conversation import Answered, Conversation
-    from qlora_jax.serve.lineup import Lineup
+    from qlora_jax.serve.conversation import Conversation, TimedAnswer
+    from qlora_jax.serve.lineup import ModelWithAdapters
 
-TEXT = "Talk with a run's model or a plain one in the terminal; switch adapters as you talk."
+TEXT = "Chat with a run's model or a plain model in the terminal; switch between adapters."
 
 EPILOG = """Each line is a turn, and the whole conversation goes through the model's chat template.
-/help lists what else may be written. Ctrl-C stops an answer, whose text so far stays in the
-conversation; Ctrl-D ends. The first --adapter answers first, else the run's own. Lines may come
-from a pipe: then only answers go to stdout, and the exit code is 2 if a line got none."""
+/help lists the chat's commands. Ctrl-C stops an answer; its text so far stays in the conversation.
+Ctrl-D ends the chat. The first --adapter answers first, else the run's adapter. Lines may come from
+a pipe: then only answers go to stdout, and the exit code is 2 if a line got no answer."""
 
 MOST = 512
 BURST = 2
-"""Tokens between two pieces of text, and before Ctrl-C acts."""
+"""Number of tokens between two pieces of text; Ctrl-C acts after at most so many tokens."""
 SMALLEST = 512
-"""Positions of the cache at least: a program for each size takes longer to compile than these."""
+"""Smallest number of positions of the cache: to compile a program for each smaller size would take
+longer than to decode with this many positions."""
 PATIENCE = 2.0
-"""Seconds without a first text after which a line says what is done."""
+"""Seconds without text after which a line says why the answer takes long."""
 
-HELP = """/adapter        lists who may answer
-/adapter NAME   has another adapter answer; base is the model without one
-/system TEXT    changes the system turn; /system shows it, /system "" takes it away
+HELP = """/adapter        lists the adapters
+/adapter NAME   switches to another adapter; base is the model without an adapter
+/system TEXT    changes the system turn; /system shows it, /system "" removes it
 /reset          begins a new conversation
-/exit           ends, as Ctrl-D does; Ctrl-C stops an answer
-//TEXT          says /TEXT to the model"""
+/exit           ends the chat, as Ctrl-D does; Ctrl-C stops an answer
+//TEXT          sends /TEXT to the model"""
 
 ENDS: Mapping[str, str] = {
     "length": "the answer was cut at --max-new-tokens {most}; ask to go on, or give more",
     "full": "the answer was cut: the conversation fills the model's {length} positions; /reset "
     "begins a new one",
-    "interrupted": "stopped; what was said so far stays in the conversation",
+    "interrupted": "stopped; the text so far stays in the conversation",
 }
-"""Maps what ended an answer, other than the model, to the line that tells it."""
-UNSAID = "stopped before the answer began; the question is forgotten"
+"""Maps the reason for the end of an answer to a line for the user; `stop` has no line."""
+UNSAID = "stopped before the answer began; the question is not in the conversation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `chat`."""
+    """Adds the arguments of `chat` to its parser."""
     parser.epilog = EPILOG
     parser.add_argument(
-        "path", metavar="MODEL_OR_RUN", help="a run directory, or what model.path takes"
+        "path", metavar="MODEL_OR_RUN", help="a run directory, or a model as in model.path"
     )
     parser.add_argument("--base", action="store_true", help="begin without an adapter")
     add_sampling_options(parser, most=MOST)
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Talks until the input ends."""
+    """Answers lines until the input ends."""
     chat = _opened(options)
     decorated = sys.stdin.isatty() and sys.stdout.isatty()
     if decorated:
@@ -132,12 +133,12 @@ def _opened(options: argparse.Namespace) -> "_Chat":
     return _Chat(conversation, scheduler.models, lineup.first, limits, options.json)
 
 
-def _check_template(path: str, lineup: "Lineup") -> None:
-    """Raises UserError if the model knows text alone, and no turns."""
+def _check_template(path: str, lineup: "ModelWithAdapters") -> None:
+    """Raises UserError if the model cannot chat, because it was made for text without turns."""
     remedy = f'continue a text with: qlora-jax generate {path} --prompt "..."'
     if not lineup.base.tokenizer.has_chat_template:
         raise UserError(
-            f"{path}: the tokenizer has no chat template, so there are no turns to talk in; give "
+            f"{path}: the tokenizer has no chat template, so it cannot chat; give "
             f"an instruct model, or {remedy}"
         )
     if lineup.base.asking.template == "none":
@@ -148,17 +149,17 @@ def _check_template(path: str, lineup: "Lineup") -> None:
 
 
 class _Chat:
-    """A conversation at a terminal or a pipe: lines in, answers out.
+    """A chat at a terminal or a pipe; takes lines and prints answers.
 
     Args:
-      conversation: the turns so far, which answers are added to.
-      models: the names of those who may answer.
-      first: who answers first.
-      limits: figures that lines about cut answers name.
-      as_json: print one object per answer.
+      conversation: turns so far; each answer is added to them.
+      models: names of the model and of the adapters that can answer.
+      first: name in `models` that answers first.
+      limits: values for the placeholders in `ENDS`.
+      as_json: whether to print one JSON object per answer.
 
     Attributes:
-      model: the name of who answers.
+      model: name in `models` that answers now.
     """
 
     def __init__(
@@ -179,10 +180,10 @@ class _Chat:
         }
 
     def take(self, line: str) -> bool:
-        """Does what a line says; false ends the chat.
+        """Executes a line: a command or a question; returns False if the chat ends.
 
         Raises:
-          UserError: there is no such command or adapter, or the question cannot be answered.
+          UserError: the command or adapter does not exist, or the question cannot be answered.
         """
         name, _, rest = line.strip().partition(" ")
         if line.startswith("//") or not line.startswith("/"):
@@ -193,7 +194,7 @@ class _Chat:
             self._commands[name](rest.strip())
         else:
             raise UserError(
-                f"{name}: no such command; /help lists them, and //TEXT says /TEXT to the model"
+                f"{name}: no such command; /help lists them, and //TEXT sends /TEXT to the model"
             )
         return True
 
@@ -206,8 +207,8 @@ class _Chat:
             say(f"{name} answers from here on")
         else:
             raise UserError(
-                f"/adapter {name}: no such adapter; there are {names}; others are given by "
-                "--adapter NAME=DIR, and the base by --base, when the chat starts"
+                f"/adapter {name}: no such adapter; there are {names}; start the chat with "
+                "--adapter NAME=DIR for another adapter, or with --base for the base"
             )
 
     def _system(self, text: str) -> None:
@@ -234,7 +235,7 @@ class _Chat:
         if requests.signal == signal.SIGTERM:
             raise Terminated(signal.SIGTERM)
 
-    def _tell(self, question: str, answered: "Answered") -> None:
+    def _tell(self, question: str, answered: "TimedAnswer") -> None:
         if self._json:
             row = {"prompt": question, "adapter": self.model, "answer": answered.text}
             figures = answered._asdict()
@@ -250,9 +251,9 @@ class _Chat:
 
 @contextlib.contextmanager
 def _waiting() -> Iterator[threading.Timer]:
-    """Says what takes long, unless the yielded timer is cancelled before."""
+    """Prints after `PATIENCE` seconds why the answer takes long, unless the timer is cancelled."""
     timer = threading.Timer(
-        PATIENCE, say, ["reading the conversation; a first answer of its length compiles, too ..."]
+        PATIENCE, say, ["reading the conversation; the first answer of a length also compiles ..."]
     )
     timer.daemon = True
     timer.start()
@@ -263,7 +264,7 @@ def _waiting() -> Iterator[threading.Timer]:
 
 
 def _typed() -> Iterator[str]:
-    """Lines of a person, who may edit them and go back to earlier ones."""
+    """Yields the lines that a person types, with line editing and history."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() uses it)
     while True:
@@ -275,11 +276,11 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    """Lines of a file or a program."""
+    """Yields the lines of a file or a program."""
     try:
         for line in sys.stdin:
             yield line.rstrip("\r\n")
     except UnicodeDecodeError:
         raise UserError(
-            "stdin: a line is not UTF-8; convert it, as by iconv -f LATIN1 -t UTF-8"
+            "stdin: a line is not UTF-8; convert the text, such as with: iconv -f LATIN1 -t UTF-8"
         ) from None

@@ -1,4 +1,4 @@
-"""`qlora-jax combine`."""
+"""The command `qlora-jax combine`."""
 
 import argparse
 import json
@@ -7,21 +7,23 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands import ahead
+from qlora_jax.commands import time_notice
 from qlora_jax.commands.common import count, say, show
 from qlora_jax.runtime.errors import UserError
 
-TEXT = "A weighted sum of adapters as an adapter of its own."
+TEXT = "Write a weighted sum of adapters as one new adapter."
 
-EPILOG = """The sum is exact: ranks add up. --rank shortens it to the nearest adapter of that rank,
-by singular values, and says how much of it is lost. A negative weight subtracts."""
+EPILOG = """The sum is exact; its rank is the sum of the ranks. --rank replaces it by the nearest
+adapter of a lower rank (from the singular values), and prints the error of that. A negative weight
+subtracts an adapter."""
 
 NEGATIVE = re.compile(r"-[\d.]")
-"""What begins a value and not an option, so that --adapter -0.5=DIR is one."""
+"""Pattern of a value that begins with a minus sign; without it, argparse would take the value in
+`--adapter -0.5=DIR` for an option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `combine`."""
+    """Adds the arguments of `combine` to its parser."""
     parser.epilog = EPILOG
     parser._negative_number_matcher = NEGATIVE
     parser.add_argument("out", metavar="OUT", help="folder to write, in PEFT's format")
@@ -33,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHT=DIR",
         help="a folder in PEFT's format or a run directory; may be repeated",
     )
-    parser.add_argument("--rank", type=count, metavar="R", help="largest rank of any linear")
+    parser.add_argument(
+        "--rank", type=count, metavar="R", help="largest rank of a linear in the result"
+    )
 
 
 def _weighted(text: str) -> tuple[float, str]:
@@ -43,12 +47,12 @@ def _weighted(text: str) -> tuple[float, str]:
     except ValueError:
         value = math.nan
     if not (equals and folder and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be WEIGHT=DIR, as -0.5=my-adapter is, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be WEIGHT=DIR, for example -0.5=DIR, not {text!r}")
     return value, folder
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Reads, adds up and writes."""
+    """Reads the adapters, adds them up, and writes the sum."""
     if not options.adapter:
         raise UserError("--adapter is missing; give --adapter WEIGHT=DIR")
     from qlora_jax.formats import peft
@@ -65,8 +69,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         for path, own in adapters.items():
             if shapes.setdefault(path, own.shape) != own.shape:
                 raise UserError(
-                    f"{folder}: {path} is {list(own.shape)} (in, out), and {list(shapes[path])} in "
-                    "an adapter before it; leave out the one that is for another model"
+                    f"{folder}: {path} is {list(own.shape)} (in, out), but {list(shapes[path])} in "
+                    "an earlier adapter; leave out the adapter that is for another model"
                 )
         terms.append((weight, adapters))
     bases = list(dict.fromkeys(read.base_name for read in stored))
@@ -74,7 +78,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
         say(f"warning: the adapters name different base models: {', '.join(map(repr, bases))}")
     total, error = combine(terms), 0.0
     if options.rank is not None:
-        ahead.tell("combine", linears=len(total))
+        time_notice.tell_expected_time("combine", linears=len(total))
         shorter = truncate(total, options.rank)
         total, error = shorter.adapters, shorter.error
         where, most = shorter.worst

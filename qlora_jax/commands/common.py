@@ -1,4 +1,4 @@
-"""What several commands share: values on the command line, the config, lines for the user."""
+"""Functions that several commands share: parse values, add options, read configs, print lines."""
 
 import argparse
 import contextlib
@@ -15,27 +15,27 @@ from qlora_jax.train import rundir
 
 N = TypeVar("N", int, float)
 
-CHANGED = "A config's settings can be changed by --section.key=value, as for train."
+CHANGED = "--section.key=value changes a setting of the config, as in train."
 
 
 def say(line: str) -> None:
-    """Prints a line for the user, beside the results."""
+    """Prints a line for the user to stderr; results go to stdout."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Prints a result."""
+    """Prints a result to stdout."""
     print(to_read(text))
 
 
 def start_jax(distributed: bool = False) -> None:
-    """Starts jax, and says so where a GPU is there and jax does not use it.
+    """Starts jax, and warns if the machine has a GPU that jax does not use.
 
     Args:
-      distributed: whether this is one of several processes of a run.
+      distributed: whether this process is one of several processes of a run.
 
     Raises:
-      UserError: jax cannot start, or the other processes cannot be found.
+      UserError: jax cannot start, or this process cannot connect to the others.
     """
     if distributed:
         processes.join()
@@ -46,7 +46,7 @@ def start_jax(distributed: bool = False) -> None:
 
 
 def named_folder(text: str) -> tuple[str, str]:
-    """NAME=DIR of a command line."""
+    """Parses a value NAME=DIR of the command line."""
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
         raise argparse.ArgumentTypeError(f"must be NAME=DIR, not {text!r}")
@@ -54,19 +54,19 @@ def named_folder(text: str) -> tuple[str, str]:
 
 
 def by_name(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Name to folder of several `--adapter NAME=DIR`.
+    """Returns the values of `--adapter NAME=DIR` as a dict from name to folder.
 
     Raises:
-      UserError: a name comes twice.
+      UserError: a name is given twice.
     """
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"--adapter {twice}=...: the name is given twice; give each its own")
+        raise UserError(f"--adapter {twice}=...: the name is given twice; use one name per adapter")
     return dict(pairs)
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
-    """Adapters over a model, and how a model that is no run directory is held and computed."""
+    """Adds the options for adapters, and for bits and dtype of a model that is not a run."""
     parser.add_argument(
         "--adapter",
         action="append",
@@ -79,20 +79,20 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
         "--bits",
         type=int,
         choices=(4, 16),
-        help="of a model's linears; default 4: NF4. A run directory has its own",
+        help="bits of the linears' weights; default 4 (NF4). Not for a run directory",
     )
     parser.add_argument(
         "--dtype",
         choices=get_args(configs.FloatType),
-        help="of a model's computation; default bfloat16. A run directory has its own",
+        help="compute dtype; default bfloat16. Not for a run directory",
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, most: int) -> None:
-    """The system turn, and how and how far an answer is drawn.
+    """Adds the options for the system turn, the length of an answer, and the sampling.
 
     Args:
-      parser: gets the options.
+      parser: parser to which the options are added.
       most: default of `--max-new-tokens`.
     """
     parser.add_argument(
@@ -105,22 +105,26 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, most: int) -> None:
         type=count,
         default=most,
         metavar="N",
-        help=f"tokens of an answer; default {most}",
+        help=f"largest number of tokens of an answer; default {most}",
     )
     parser.add_argument(
-        "--temperature", type=temperature, default=0.0, metavar="T", help="0, the default: greedy"
+        "--temperature", type=temperature, default=0.0, metavar="T", help="default 0: greedy"
     )
     parser.add_argument(
-        "--top-p", type=share, default=1.0, metavar="P", help="sample from this share; default 1"
+        "--top-p", type=share, default=1.0, metavar="P", help="top-p probability; default 1"
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sampling")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the sampling")
 
 
 def config_of(path: str, settings: Sequence[str]) -> configs.Config:
-    """The config of a YAML file or of a run directory, with settings laid over it.
+    """Returns the config of a YAML file or a run directory, changed by settings.
+
+    Args:
+      path: YAML file or run directory.
+      settings: settings, each as `--section.key=value`.
 
     Raises:
-      UserError: it cannot be read, or a setting is not allowed.
+      UserError: the config cannot be read, or a setting is not allowed.
     """
     return rundir.config_at(path, configs.parse_overrides(settings))
 

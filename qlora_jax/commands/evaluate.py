@@ -1,4 +1,4 @@
-"""`qlora-jax evaluate`."""
+"""The command `qlora-jax evaluate`."""
 
 import argparse
 import dataclasses
@@ -13,53 +13,56 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 if TYPE_CHECKING:
-    from qlora_jax.evaluate.heldout import HeldOut, Other
+    from qlora_jax.evaluate.heldout import EvaluationData, HeldOut
     from qlora_jax.evaluate.multiple_choice import Accuracy, Result
     from qlora_jax.evaluate.questions import Question
     from qlora_jax.train.restore import Restored
 
-TEXT = "Held-out loss or multiple-choice accuracy of a run, or of a config's base model."
+TEXT = "Compute held-out loss or multiple-choice accuracy of a run, or of a config's base model."
 CHOICE_ONLY = ("shots", "split", "examples", "name", "by")
-"""Options that only `--multiple-choice` reads."""
+"""Options that are only valid with `--multiple-choice`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `evaluate`."""
+    """Adds the arguments of `evaluate` to its parser."""
     parser.epilog = (
-        f"{CHANGED} A run directory takes those of data: --data.source=FILE is evaluated whole."
+        f"{CHANGED} For a run directory, only settings of data are valid; --data.source=FILE "
+        "evaluates all of FILE."
     )
     parser.set_defaults(settings=True)
     parser.add_argument("path", metavar="RUN_DIR|CONFIG")
-    parser.add_argument("--base", action="store_true", help="the model before training")
+    parser.add_argument("--base", action="store_true", help="evaluate the model before training")
     parser.add_argument(
         "--multiple-choice",
         metavar="DATA",
-        help="accuracy on questions in MMLU's format: a .csv, .jsonl or .parquet file, MMLU's own "
-        "folder, or a hub id",
+        help="compute the accuracy on questions in MMLU's format: a .csv, .jsonl or .parquet file, "
+        "the folder of MMLU, or a hub id",
     )
     parser.add_argument(
         "--shots",
         type=int,
         choices=range(6),
         metavar="N",
-        help="solved examples, 0 to 5; default 0",
+        help="number of solved examples, 0 to 5; default 0",
     )
-    parser.add_argument("--split", metavar="NAME", help="of a folder or hub id; default test")
+    parser.add_argument("--split", metavar="NAME", help="split of a folder or hub id; default test")
     parser.add_argument(
-        "--examples", metavar="DATA", help="solved examples; default: split dev of the same data"
+        "--examples", metavar="DATA", help="data of the solved examples; default: split dev of DATA"
     )
     parser.add_argument("--name", metavar="NAME", help="configuration of a hub id")
     parser.add_argument(
-        "--by", choices=("letter", "text"), help="compare letters (default), or the choices' text"
+        "--by",
+        choices=("letter", "text"),
+        help="compare letters (default) or the texts of the choices",
     )
-    parser.add_argument("--batch-size", type=count, metavar="N", help="rows at once; default 8")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="rows per batch; default 8")
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Evaluates and prints."""
+    """Evaluates the model and prints the result."""
     is_run = paths.is_dir(options.path)
     if options.multiple_choice is None and (given := _given(options)):
-        raise UserError(f"--{given[0]} is read with --multiple-choice only; remove it")
+        raise UserError(f"--{given[0]} is only valid with --multiple-choice; remove it")
     config = rundir.open_run(options.path) if is_run else config_of(options.path, settings)
     other = _other(options, config, settings) if is_run and settings else None
     asked = None if options.multiple_choice is None else _questions(options)
@@ -78,22 +81,24 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     _show_losses(held_out_loss(restored, other, say), options.json)
 
 
-def _other(options: argparse.Namespace, config: configs.Config, settings: Sequence[str]) -> "Other":
-    """The data that a run is evaluated on instead of its own.
+def _other(
+    options: argparse.Namespace, config: configs.Config, settings: Sequence[str]
+) -> "EvaluationData":
+    """Returns the data on which the run is evaluated instead of its held-out data.
 
     Raises:
-      UserError: a setting may not be given.
+      UserError: a setting is not allowed.
     """
     from qlora_jax.evaluate.heldout import other_data
 
     other = other_data(config, configs.parse_overrides(settings))
     if options.multiple_choice is not None:
-        raise UserError(f"{settings[0]}: not read with --multiple-choice; remove it")
+        raise UserError(f"{settings[0]}: not valid with --multiple-choice; remove it")
     return other
 
 
 def _show_losses(found: Mapping[str, "HeldOut"], as_json: bool) -> None:
-    """Prints the result of each held-out set; as JSON the first one's, and all in `sets`."""
+    """Prints the result of each held-out set; JSON has the first result, and all under `sets`."""
     named = {name: dataclasses.asdict(result) for name, result in found.items() if name}
     if as_json:
         first = dataclasses.asdict(next(iter(found.values())))
@@ -112,10 +117,10 @@ def _given(options: argparse.Namespace) -> list[str]:
 
 
 def _questions(options: argparse.Namespace) -> tuple[list["Question"], list["Question"], str]:
-    """What is asked, the solved examples, and the metric's name.
+    """Returns the questions, the solved examples, and the name of the metric.
 
     Raises:
-      UserError: they cannot be read, or a file has no examples of its own.
+      UserError: the data cannot be read, or DATA is one file and `--examples` is missing.
     """
     from qlora_jax.evaluate import questions
 
@@ -176,11 +181,11 @@ def _show_choices(result: "Result", as_json: bool) -> None:
     table.add_row("mean of subjects", "", f"{result.macro:.1%}", "")
     Console().print(table)
     for number, what in (
-        (result.shortened, "had fewer examples than asked for"),
-        (result.cut, "lost their beginning"),
+        (result.shortened, "had fewer solved examples than --shots"),
+        (result.cut, "were cut at their beginning"),
     ):
         if number:
-            say(f"{number:,} questions {what}, for lack of positions")
+            say(f"{number:,} questions {what}, because the model has too few positions")
 
 
 def _cells(own: "Accuracy") -> tuple[str, str, str]:

@@ -1,11 +1,11 @@
-"""`qlora-jax export`."""
+"""The command `qlora-jax export`."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands import ahead
+from qlora_jax.commands import time_notice
 from qlora_jax.commands.common import say, show, start_jax
 from qlora_jax.commands.plan import shapes
 from qlora_jax.runtime.errors import UserError
@@ -16,9 +16,11 @@ FORMATS = ("peft",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `export`."""
+    """Adds the arguments of `export` to its parser."""
     parser.add_argument("path", metavar="RUN_DIR")
-    parser.add_argument("out", metavar="OUT_DIR", help="a new folder, or an adapter's to replace")
+    parser.add_argument(
+        "out", metavar="OUT_DIR", help="a new folder, or the folder of an adapter to replace"
+    )
     parser.add_argument("--format", choices=FORMATS, default="peft", help="default: peft")
 
 
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.train.export import export_adapter
     from qlora_jax.train.restore import restore
 
-    ahead.tell("export", parameters=ahead.parameters(shapes(config)))
+    time_notice.tell_expected_time("export", parameters=time_notice.parameters(shapes(config)))
     restored = restore(options.path, base=False, warn=say)
     folder = Path(options.out)
     export_adapter(restored.config, restored.model, folder)

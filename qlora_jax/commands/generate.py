@@ -1,4 +1,4 @@
-"""`qlora-jax generate`."""
+"""The command `qlora-jax generate`."""
 
 import argparse
 import dataclasses
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
     from qlora_jax.lora import LoraSet
     from qlora_jax.serve.base import Base
 
-TEXT = "Answer prompts with a run's model, a plain model, or several adapters side by side."
+TEXT = "Answer prompts with a run's model, a plain model, or several adapters for comparison."
 
-EPILOG = """With --adapter every prompt is answered under each adapter, and with --base by the base
-too, all in one batch; a run's own adapter takes no part unless it is named. Adapters of embedding
-or head are tried one after another."""
+EPILOG = """With --adapter, each adapter answers every prompt, and with --base also the base; all
+answers are one batch. The run's own adapter answers only if it is one of them. If an adapter
+changes the embedding or the head, the adapters answer one after another."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `generate`."""
+    """Adds the arguments of `generate` to its parser."""
     parser.epilog = EPILOG
     parser.add_argument(
         "path",
         metavar="MODEL_OR_RUN",
-        help="a run directory, or what model.path takes",
+        help="a run directory, or a model as in model.path",
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--base", action="store_true", help="without the adapter")
+    parser.add_argument("--base", action="store_true", help="answer without the adapter")
     add_sampling_options(parser, most=128)
     add_adapter_options(parser)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Generates and prints."""
+    """Generates the answers and prints them."""
     if not options.prompt:
         raise UserError('--prompt is missing; give --prompt "..."')
     if options.adapter:
@@ -63,9 +63,9 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 
 def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
-    """Every prompt under every adapter."""
+    """Answers every prompt with every adapter, and shows the answers."""
     start_jax()
-    from qlora_jax.models.parts import outer_modules
+    from qlora_jax.models.weight_shapes import outer_modules
     from qlora_jax.serve.base import is_run, open_base, read_named
 
     named = read_named(adapters)
@@ -90,7 +90,7 @@ def _compare(options: argparse.Namespace, adapters: Mapping[str, str]) -> None:
 def _show_answers(
     options: argparse.Namespace, names: Sequence[str | None], answers: Sequence[Sequence[str]]
 ) -> None:
-    """Shows each prompt's answers, in the order of the adapters' names; None is the base."""
+    """Shows the answers to each prompt, in the order of `names`; the name None is the base."""
     rows = [
         {"prompt": prompt, "adapter": name, "answer": answer}
         for prompt, own in zip(options.prompt, answers)
@@ -107,7 +107,7 @@ def _show_answers(
 def _side_by_side(
     options: argparse.Namespace, base: "Base", adapters: "Sequence[LoraSet]"
 ) -> list[list[str]]:
-    """Each prompt's answers under every adapter, all in one batch; an empty one is the base."""
+    """Returns each prompt's answers, one per adapter, in one batch; an empty adapter: the base."""
     from qlora_jax.lora.weights import largest_rank
     from qlora_jax.models.adapters import attach_bank, put_adapter
 
@@ -127,12 +127,12 @@ def _side_by_side(
 def _in_turn(
     options: argparse.Namespace, base: "Base", adapters: "Sequence[LoraSet]"
 ) -> list[list[str]]:
-    """The same, one adapter after another: banks have none of the embedding or the head."""
-    from qlora_jax.models.adapters import wear
+    """Returns the same from one batch per adapter; banks have no adapters of embedding and head."""
+    from qlora_jax.models.adapters import set_adapter
 
     found = []
     for own in adapters:
-        wear(base.model, own)
+        set_adapter(base.model, own)
         found.append(_answers(options, base))
     return [list(answers) for answers in zip(*found)]
 
@@ -140,7 +140,7 @@ def _in_turn(
 def _answers(
     options: argparse.Namespace, base: "Base", slots: Sequence[int] | None = None
 ) -> list[str]:
-    """Each prompt's answer, or its answers under the adapters in these slots of the banks."""
+    """Returns one answer per prompt, or one per prompt and slot if `slots` are given."""
     from qlora_jax.serve.answers import answers
 
     asking = base.asking

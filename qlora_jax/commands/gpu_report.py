@@ -1,4 +1,4 @@
-"""`qlora-jax bench gpu`."""
+"""The command `qlora-jax bench gpu`."""
 
 import argparse
 import json
@@ -11,39 +11,60 @@ from qlora_jax.runtime import paths
 from qlora_jax.runtime.atomic import write_text
 from qlora_jax.runtime.errors import RunFailed, UserError, first_line
 
-TEXT = "everything on the GPU at hand: kernels checked, products and steps timed, runs trained"
-DESCRIPTION = """Check, measure and report what this package does on the GPU at hand.
+TEXT = "everything on this machine's GPU: check kernels, time products and steps, train runs"
+DESCRIPTION = """Check and measure this package on this machine's GPU, and write a report.
 
-Writes DIR/DEVICE.json, .md and .png; DEVICE is the GPU's name. The files hold no paths and no
-host's name. Results are written at once to DIR/lines.jsonl, so that nothing is lost where it is
-ended; a second call with the same DIR adds to them."""
+Writes DIR/DEVICE.json, .md and .png; DEVICE is the GPU's name. The files contain no paths and no
+host name. Each result is written to DIR/lines.jsonl at once, so that no result is lost if the
+command is stopped; a second call with the same DIR adds its results."""
 OUTPUT = Path("gpu_report")
 SECONDS = 570
 REHEARSAL_SECONDS = 1800
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Adds the arguments of `bench gpu` to its parser."""
     add = parser.add_argument
-    add("--rehearse", action="store_true", help="tiny shapes on the CPU: does everything run?")
-    add("--budget", type=count, metavar="SECONDS", help=f"for all; default {SECONDS}")
-    add("--only", type=_names, default=(), metavar="PART,...", help="these parts; see --list")
-    add("--skip", type=_names, default=(), metavar="PART,...", help="all parts but these")
-    add("--list", action="store_true", help="print the parts with their limits, and end")
-    add("--output", type=Path, default=OUTPUT, metavar="DIR", help=f"default {OUTPUT}")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="run everything on the CPU with tiny shapes, as a test",
+    )
+    add(
+        "--budget",
+        type=count,
+        metavar="SECONDS",
+        help=f"time limit for all parts; default {SECONDS}",
+    )
+    add(
+        "--only",
+        type=_names,
+        default=(),
+        metavar="PART,...",
+        help="run only these parts; see --list",
+    )
+    add("--skip", type=_names, default=(), metavar="PART,...", help="run all parts except these")
+    add("--list", action="store_true", help="only print the parts with their time limits")
+    add(
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        metavar="DIR",
+        help=f"folder of the files; default {OUTPUT}",
+    )
     add(
         "--peer",
         action="append",
         default=[],
         metavar="PYTHON",
-        help="interpreter that has bitsandbytes and PEFT; default: the one that runs this",
+        help="Python interpreter with bitsandbytes and PEFT; default: the one of this command",
     )
     add(
         "--lines",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="run nothing; make the report from the lines.jsonl of earlier calls",
+        help="run no parts; make the report from the lines.jsonl of earlier calls",
     )
 
 
@@ -51,8 +72,8 @@ def run(options: argparse.Namespace, command: str) -> None:
     """Runs the parts, writes the report and prints it.
 
     Raises:
-      UserError: unknown parts, no GPU, or a folder that cannot be written to.
-      RunFailed: a part failed; the message is the report's last line.
+      UserError: a part is unknown, there is no GPU, or the folder cannot be written.
+      RunFailed: a part failed; the message is the last line of the report.
     """
     from qlora_jax.bench.gpu import conduct, lane, page, parts, record, report
     from qlora_jax.runtime.device import has_nvidia_gpu
@@ -89,7 +110,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     write_text(whole.with_suffix(".md"), page.text(made))
     try:
         page.picture(made, whole.with_suffix(".png"))
-    except Exception as e:  # the figures are worth more than their picture
+    except Exception as e:  # a missing picture must not lose the report
         say(f"warning: the picture was not drawn: {first_line(e)}")
     print(json.dumps(made) if options.json else page.text(made))
     last = report.last_line(made, made["backend"] == "cpu")

@@ -1,4 +1,4 @@
-"""`qlora-jax merge`."""
+"""The command `qlora-jax merge`."""
 
 import argparse
 import dataclasses
@@ -6,42 +6,48 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands import ahead
+from qlora_jax.commands import time_notice
 from qlora_jax.commands.common import count, say, show, start_jax
 from qlora_jax.commands.plan import shapes
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
-TEXT = "Merge a run's adapter into its model, as a folder that transformers loads."
+TEXT = "Merge a run's adapter into its model; writes a folder for transformers."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `merge`."""
+    """Adds the arguments of `merge` to its parser."""
     parser.add_argument("path", metavar="RUN_DIR")
     parser.add_argument("out", metavar="OUT", help="a new or an empty folder")
     parser.add_argument(
         "--base",
         choices=("dequantized", "original"),
         default="dequantized",
-        help="what the adapter is added to: the 4-bit weights that it was trained on (default), "
-        "or the checkpoint's",
+        help="weights to which the adapter is added: the dequantized 4-bit weights of the training "
+        "(default), or the weights of the original checkpoint",
     )
     parser.add_argument(
         "--to",
         choices=("bfloat16", "float16", "float32", "nf4"),
         default="bfloat16",
-        help="default bfloat16; nf4 rounds to bitsandbytes' 4 bits again, with a report",
+        help="dtype of the files; default bfloat16. nf4 quantizes again, and writes a report",
     )
     parser.add_argument(
-        "--report", action="store_true", help="compare the ways to merge, in OUT/merge_report.md"
+        "--report",
+        action="store_true",
+        help="compare the ways to merge; writes OUT/merge_report.md",
     )
     parser.add_argument(
-        "--rows", type=count, default=64, metavar="N", help="of held-out text for it; default 64"
+        "--rows",
+        type=count,
+        default=64,
+        metavar="N",
+        help="held-out rows for the report; default 64",
     )
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Merges, writes and shows what was written."""
+    """Merges the adapter, writes the model, and prints a summary."""
     config = rundir.open_run(options.path)
     start_jax()
     from rich.console import Console
@@ -61,13 +67,13 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if original and config.method == "full":
         raise UserError("--base original: method full trains every weight; leave it out")
     model = shapes(config)
-    ahead.tell(
+    time_notice.tell_expected_time(
         "merge",
         *(["merge report"] if quantized or options.report else []),
-        parameters=ahead.parameters(model),
+        parameters=time_notice.parameters(model),
         tokens=options.rows * config.data.sequence_length,
         ways=len(merging.ROUTES),
-        linears=ahead.matrices(model),
+        linears=time_notice.matrices(model),
     )
     restored = restore(options.path, base=False, warn=say)
     checkpoint = restored.checkpoint
@@ -88,7 +94,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
     def add(folder: Path) -> None:
         if report:
-            merging.write(report, folder)
+            merging.write_report(report, folder)
 
     with counted(f"merging {options.path}", len(source.names())) as advance:
         size = write_model(source, out, quant if quantized else None, dtype, advance, add=add)

@@ -1,4 +1,4 @@
-"""`qlora-jax plan`: the ledger beside the compiler's figures, for one GPU or for all."""
+"""The command `qlora-jax plan`: memory by the ledger and by the compiler, for one or more GPUs."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax import config as configs
-from qlora_jax.commands import ahead
+from qlora_jax.commands import time_notice
 from qlora_jax.commands.common import CHANGED, config_of, say
 from qlora_jax.config import Config, MeshConfig
 from qlora_jax.models.config import DecoderConfig
@@ -18,23 +18,24 @@ from qlora_jax.runtime.errors import UserError
 GIB = 2**30
 ALL = "all"
 SEARCH = 12
-"""Compilations of a search for the largest batch and sequence, usually."""
+"""Usual number of compilations in a search for the largest batch and the longest sequence."""
 
 BEYOND = 2**20
-"""Tokens of the longest sequence that is looked for with --beyond-positions."""
+"""Longest sequence, in tokens, that a search with --beyond-positions tries."""
 
 NOT_RUN = "Compiled for these GPUs, not run on one."
 ESTIMATE = (
     "Estimate: the ledger alone. For the compiler's own figures install the compile-only GPU "
-    "packages: make install EXTRA=gpu-check"
+    "packages: `make install EXTRA=gpu-check` in a clone of the repository, or "
+    "`pip install 'qlora-jax[gpu-check]'` beside the installed package"
 )
 
 
-TEXT = "What a run needs on a GPU, by that GPU's compiler, before it is rented."
+TEXT = "Compute the memory that a run needs on a GPU, without the GPU: XLA compiles for it."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `plan`."""
+    """Adds the arguments of `plan` to its parser."""
     parser.usage = (
         "qlora-jax plan (CONFIG | --model NAME) [--gpu NAMES] [--rank N] [--seq N] [--mesh AXES] "
         "[--no-search] [--beyond-positions] [--plot FILE] [--json] [--debug] "
@@ -44,34 +45,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(settings=True)
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file, or a run directory")
     parser.add_argument(
-        "--model", metavar="NAME", help="published shapes, without weights: llama-7b, qwen2.5-7b, …"
+        "--model", metavar="NAME", help="published shapes, no weights: llama-7b, qwen2.5-7b, …"
     )
     parser.add_argument("--rank", type=int, metavar="N", help="lora.rank")
     parser.add_argument("--seq", type=int, metavar="N", help="data.sequence_length")
     parser.add_argument(
-        "--mesh", metavar="AXES", help="none, fsdp=8 or data=2,fsdp=4: so many GPUs of one kind"
+        "--mesh", metavar="AXES", help="none, fsdp=8 or data=2,fsdp=4: mesh of equal GPUs"
     )
     parser.add_argument(
-        "--gpu", default=ALL, metavar="NAMES", help="t4, rtx4090, …, or *.txtpb, with commas"
+        "--gpu",
+        default=ALL,
+        metavar="NAMES",
+        help="names t4, rtx4090, … or files *.txtpb; default all",
     )
     parser.add_argument(
         "--no-search",
         action="store_true",
-        help="one GPU: not the largest batch and sequence that fit",
+        help="with one GPU: do not search the largest batch and sequence that fit",
     )
     parser.add_argument(
         "--beyond-positions",
         action="store_true",
-        help=f"look for sequences of up to {BEYOND:,} tokens, also where the model has less",
+        help=f"search sequences of up to {BEYOND:,} tokens, even if the model has fewer positions",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG")
 
 
 def short_forms(options: argparse.Namespace) -> dict[str, str]:
-    """The overrides that `--rank`, `--seq` and `--mesh` stand for.
+    """Returns the settings that `--rank`, `--seq` and `--mesh` set.
 
     Raises:
-      UserError: a mesh that is not one.
+      UserError: the value of `--mesh` is not a mesh.
     """
     short = {"lora.rank": options.rank, "data.sequence_length": options.seq}
     given = {key: str(value) for key, value in short.items() if value is not None}
@@ -79,10 +83,10 @@ def short_forms(options: argparse.Namespace) -> dict[str, str]:
 
 
 def mesh_settings(text: str) -> dict[str, str]:
-    """The overrides that `--mesh none` or `--mesh data=2,fsdp=4` stands for.
+    """Returns the settings for a value of `--mesh`, such as `none` or `data=2,fsdp=4`.
 
     Raises:
-      UserError: neither.
+      UserError: the value is not a mesh.
     """
     if text == "none":
         return {"mesh": text}
@@ -97,10 +101,10 @@ def mesh_settings(text: str) -> dict[str, str]:
 
 
 def of_model(name: str, overrides: dict[str, str]) -> Config:
-    """A QLoRA run of published shapes, one row a step on each device.
+    """Returns the config of a QLoRA run for a model name, with one row per step and device.
 
     Raises:
-      UserError: a setting that is not allowed.
+      UserError: a setting is not allowed.
     """
     config = configs.from_tree(
         {
@@ -119,15 +123,15 @@ def of_model(name: str, overrides: dict[str, str]) -> Config:
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Plans, prints, draws.
+    """Computes the plan for each GPU, prints it, and draws it.
 
     Raises:
-      UserError: unknown GPU or model, settings that do not go together, or a run that fits on none
-        of the GPUs, after all is printed.
-      RunFailed: a compiler ended its process.
+      UserError: a GPU or the model is unknown, settings contradict each other, or the run fits on
+        none of the GPUs; the last is raised after everything was printed.
+      RunFailed: the process of a compiler died.
     """
     if (options.config is None) == (options.model is None):
-        raise UserError("give a CONFIG, or --model NAME for published shapes; one of them")
+        raise UserError("give either a CONFIG, or --model NAME for published shapes")
     given = configs.parse_overrides(settings) | short_forms(options)
     if options.model is not None:
         config = of_model(options.model, given)
@@ -137,8 +141,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     from qlora_jax.gpu.described import GPUS, read_gpu
     from qlora_jax.models.shapes import find
     from qlora_jax.plan.plan import SEARCHES, planned
+    from qlora_jax.train.initial_values import resolved
     from qlora_jax.train.mesh import check_rows
-    from qlora_jax.train.start import resolved
 
     config = resolved(config)
     check_rows(config)
@@ -149,7 +153,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     names.sort(key=lambda name: read_gpu(name).memory)
     search = SEARCHES if len(names) == 1 and not options.no_search else ()
     if has_plugin():
-        ahead.tell("plan", compilations=SEARCH if search else len(names))
+        time_notice.tell_expected_time("plan", compilations=SEARCH if search else len(names))
     rows = []
     for name in names:
         own = config if options.config else suited(config, read_gpu(name).capability)
@@ -170,17 +174,17 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     if not any(row["fits"] for row in rows):
         over = rows[-1]["device_gib"] - rows[-1]["limit_gib"]
         raise UserError(
-            f"{title(config)}: does not fit; the roomiest GPU asked for, {rows[-1]['gpu']}, lacks "
-            f"{over:.2f} GiB{' a device' if config.mesh.devices > 1 else ''}; give a roomier "
-            "--gpu, or smaller batches, rows or ranks"
+            f"{title(config)}: does not fit; the largest GPU given, {rows[-1]['gpu']}, lacks "
+            f"{over:.2f} GiB{' per device' if config.mesh.devices > 1 else ''}; give a larger "
+            "--gpu, or a smaller batch, sequence length or rank"
         )
 
 
 def shapes(config: Config) -> DecoderConfig:
-    """The model's shapes: those to pretrain, published ones by name, else from its files.
+    """Returns the shapes of a model: from `pretrain`, the published shapes, or the model's files.
 
     Raises:
-      UserError: no shapes by that name, and no files either.
+      UserError: the name has no published shapes, and the model has no files.
     """
     from qlora_jax.formats import fresh
     from qlora_jax.formats.source import open_checkpoint
@@ -194,7 +198,7 @@ def shapes(config: Config) -> DecoderConfig:
 
 
 def suited(config: Config, capability: tuple[int, int]) -> Config:
-    """With float16 where a GPU has no bfloat16 units (before compute capability 8.0)."""
+    """Returns the config, with float16 for GPUs without bfloat16 (compute capability below 8.0)."""
     from qlora_jax.kernels.target import half_dtype
 
     if half_dtype(capability) == "bfloat16":
@@ -206,16 +210,16 @@ def suited(config: Config, capability: tuple[int, int]) -> Config:
 def describe(
     model: DecoderConfig, config: Config, gpu: str, answer: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """One GPU's plan as plain values.
+    """Returns the plan for one GPU as JSON values.
 
     Args:
-      model: shapes.
-      config: of the run.
-      gpu: name.
-      answer: of `plan.planned`; None leaves the ledger alone.
+      model: shapes of the model.
+      config: config of the run.
+      gpu: name of the GPU.
+      answer: result of `plan.planned`; None uses only the ledger.
     """
     from qlora_jax.gpu.described import read_gpu
-    from qlora_jax.plan import exchanged
+    from qlora_jax.plan import traffic_text
     from qlora_jax.plan.advice import changes
     from qlora_jax.plan.ledger import ledger, total
 
@@ -243,7 +247,7 @@ def describe(
     if plan:
         row["programs"] = [{**p._asdict(), "device": p.device} for p in plan.programs]
         row["temporaries"] = [t._asdict() for t in plan.temporaries]
-        row |= exchanged.described(plan)
+        row |= traffic_text.described(plan)
     if answer:
         row |= {key: value for key, value in answer.items() if key != "plan"}
     if not row["fits"]:
@@ -254,7 +258,7 @@ def describe(
 
 
 def title(config: Config) -> str:
-    """The run in a few words."""
+    """Returns a short description of the run."""
     parts = [f"{config.model.path}, {config.method}"]
     if config.method != "full":
         parts.append(f"rank {config.lora.rank}")
@@ -265,13 +269,13 @@ def title(config: Config) -> str:
 
 
 def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -> str:
-    """What is printed."""
-    from qlora_jax.plan import exchanged, paper_claims
+    """Returns the text to print."""
     from qlora_jax.plan import ledger as ledgers
+    from qlora_jax.plan import paper_claims, traffic_text
 
     lines = [title(config), NOT_RUN if rows[0]["compiled"] else ESTIMATE, ""]
     if config.mesh.devices > 1:
-        lines += [f"Each of {config.mesh.devices} GPUs holds what is listed.", ""]
+        lines += [f"The figures are for each of the {config.mesh.devices} GPUs.", ""]
     lines.append("gpu      device GiB  may use  host GiB  moments  remat  verdict")
     for row in rows:
         margin = row["limit_gib"] - row["device_gib"]
@@ -297,7 +301,7 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
             place = row["source"] or row["operation"]
             lines.append(f"  {row['bytes'] / 2**20:8.1f} MiB  {row['shape']:28} {place}")
     if "traffic" in shown:
-        lines += ["", *exchanged.lines(shown)]
+        lines += ["", *traffic_text.lines(shown)]
     if "largest_batch" in shown:
         lines += [
             "",
@@ -318,7 +322,7 @@ def text(model: DecoderConfig, config: Config, rows: Sequence[dict[str, Any]]) -
 
 
 def _by_ledger(model: DecoderConfig, config: Config, limit: int) -> tuple[str, str]:
-    """Returns `optimizer.offload` and `model.remat`; auto is decided by the ledger."""
+    """Returns `optimizer.offload` and `model.remat`; the ledger decides a value `auto`."""
     from qlora_jax.plan.choose import POLICIES
     from qlora_jax.plan.ledger import ledger, total
 

@@ -1,9 +1,9 @@
-"""`qlora-jax pretrain`."""
+"""The command `qlora-jax pretrain`."""
 
 import argparse
 from collections.abc import Sequence
 
-from qlora_jax.commands import ahead, train
+from qlora_jax.commands import time_notice, train
 from qlora_jax.commands.common import config_of
 from qlora_jax.runtime.errors import UserError
 
@@ -11,7 +11,7 @@ TEXT = "Train a small model from random values; writes a run directory and a Hug
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `pretrain`: those of `train`."""
+    """Adds the arguments of `pretrain` to its parser; they are the arguments of `train`."""
     train.add_arguments(parser)
     parser.usage = str(parser.usage).replace("qlora-jax train", "qlora-jax pretrain")
 
@@ -20,19 +20,21 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     """Trains from scratch and shows the result.
 
     Raises:
-      UserError: the config names a model that is there already.
+      UserError: the config names an existing model.
     """
     from qlora_jax.formats.fresh import NAME, shapes
 
     config = config_of(options.config, settings)
     if (path := config.model.path) != NAME:
-        raise UserError(f"model.path {path}: pretrain starts from nothing; set it to {NAME}")
-    if config.train.epochs is None:  # else the steps are known once the text is read
+        raise UserError(f"model.path {path}: pretrain trains a new model; set it to {NAME}")
+    if (
+        config.train.epochs is None
+    ):  # with epochs, the number of steps is only known after the data is read
         train_ = config.train
         rows = train_.step_count * train_.batch_size * train_.gradient_accumulation
-        ahead.tell(
+        time_notice.tell_expected_time(
             "pretrain",
-            parameters=ahead.parameters(shapes(config.pretrain)),
+            parameters=time_notice.parameters(shapes(config.pretrain)),
             tokens=rows * config.data.sequence_length,
         )
     train.run(options, settings, command)

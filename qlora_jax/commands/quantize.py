@@ -1,21 +1,23 @@
-"""`qlora-jax quantize`."""
+"""The command `qlora-jax quantize`."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.commands import ahead
+from qlora_jax.commands import time_notice
 from qlora_jax.commands.common import count, say, show, start_jax
 from qlora_jax.config import ModelConfig, QuantConfig
 
-TEXT = "Write a model in bitsandbytes' 4 bits, as a folder that transformers loads."
+TEXT = "Quantize a model to the 4-bit format of bitsandbytes; writes a folder for transformers."
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `quantize`."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, .gguf file, built-in or hub id")
+    """Adds the arguments of `quantize` to its parser."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder, .gguf file, built-in model or hub id"
+    )
     parser.add_argument("out", metavar="OUT", help="a new or an empty folder")
     default = QuantConfig()
     parser.add_argument("--codebook", default=default.codebook, help="nf4 (default) or fp4_bnb")
@@ -26,18 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--double-quant",
         action=argparse.BooleanOptionalAction,
         default=default.double_quant,
-        help="the scales in 8 bits (default)",
+        help="store the absmax values in 8 bits (default)",
     )
     parser.add_argument(
         "--compute-dtype",
         choices=DTYPES,
         default=DTYPES[0],
-        help="to compute in, and of all that is not quantized; default bfloat16",
+        help="compute dtype, and dtype of all tensors that are not quantized; default bfloat16",
     )
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Quantizes, writes and says what was written."""
+    """Quantizes the model, writes it, and prints a summary."""
     quant = QuantConfig(
         codebook=options.codebook,
         block_size=options.block_size,
@@ -53,11 +55,11 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     out = Path(options.out)
     check_new(out)
     checkpoint = open_checkpoint(ModelConfig(path=options.model), say)
-    ahead.tell("quantize", parameters=ahead.parameters(checkpoint.config))
+    time_notice.tell_expected_time("quantize", parameters=time_notice.parameters(checkpoint.config))
     with counted(f"quantizing {options.model}", len(checkpoint.names())) as advance:
         size = write_model(checkpoint, out, quant, options.compute_dtype, advance)
     if options.json:
         print(json.dumps({"out": options.out, "bytes": size}))
         return
     what = describe_quantization(quant)
-    show(f"{options.out}: {what}; the rest {options.compute_dtype}; {size / 2**20:.1f} MiB")
+    show(f"{options.out}: {what}; other tensors {options.compute_dtype}; {size / 2**20:.1f} MiB")

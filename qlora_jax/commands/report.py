@@ -1,4 +1,4 @@
-"""`qlora-jax report`."""
+"""The command `qlora-jax report`."""
 
 import argparse
 import json
@@ -10,22 +10,22 @@ RESULTS = Path("runs") / "sweeps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `report`."""
+    """Adds the arguments of `report` to its parser."""
     parser.add_argument(
         "results",
         nargs="?",
         type=Path,
         default=RESULTS,
         metavar="RESULTS",
-        help=f"folder of sweeps; default {RESULTS}",
+        help=f"folder that contains sweeps; default {RESULTS}",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page; default RESULTS/report.html"
+        "--out", type=Path, metavar="FILE", help="page to write; default RESULTS/report.html"
     )
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Writes the page and names it."""
+    """Writes the page and prints its path."""
     from qlora_jax.sweep.report import report
 
     page = options.out or options.results / "report.html"

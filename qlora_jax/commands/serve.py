@@ -1,4 +1,4 @@
-"""`qlora-jax serve`."""
+"""The command `qlora-jax serve`."""
 
 import argparse
 import contextlib
@@ -25,73 +25,88 @@ if TYPE_CHECKING:
     from qlora_jax.serve.app import Service
     from qlora_jax.serve.door import Check
 
-TEXT = "Serve a model and its adapters over HTTP, as OpenAI's completions API."
+TEXT = "Serve a model and its adapters over HTTP, with the API of OpenAI's completions."
 
 EPILOG = """Endpoints: /v1/models, /v1/completions, /v1/chat/completions, /v1/load_lora_adapter,
-/v1/unload_lora_adapter, /health. A request's "model" is an adapter's name, or the base's.
-A run directory brings its own adapter, named as the directory is. See docs/serving.md."""
+/v1/unload_lora_adapter, /health. The field "model" of a request is the name of an adapter
+or of the base. The adapter of a run directory has the directory's name. See docs/serving.md
+in the repository."""
 
 DEFAULT_LENGTH = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `serve`."""
+    """Adds the arguments of `serve` to its parser."""
     parser.epilog = EPILOG
-    parser.add_argument("path", metavar="MODEL_OR_RUN", help="as model.path, or a run directory")
-    parser.add_argument("--name", help="of the base; default: its path")
-    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
-    parser.add_argument("--port", type=port, default=8000, help="default 8000; 0: any free one")
     parser.add_argument(
-        "--slots", type=count, default=8, metavar="N", help="rows that decode at a time; default 8"
+        "path", metavar="MODEL_OR_RUN", help="a run directory, or a model as in model.path"
+    )
+    parser.add_argument("--name", help="name of the base; default: its path")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address; default 127.0.0.1: this machine only"
+    )
+    parser.add_argument(
+        "--port", type=port, default=8000, help="port; default 8000; 0: any free port"
+    )
+    parser.add_argument(
+        "--slots", type=count, default=8, metavar="N", help="answers generated at a time; default 8"
     )
     parser.add_argument(
         "--max-length",
         type=count,
         metavar="N",
-        help="tokens of prompt and answer; default 2048, or the model's positions",
+        help="largest number of tokens of prompt and answer; default 2048, or the model's "
+        "positions if fewer",
     )
     parser.add_argument(
         "--max-adapters",
         type=whole,
         metavar="N",
-        help="room for so many; default 4, or those given",
+        help="largest number of adapters; default 4, or the number given if larger",
     )
     parser.add_argument(
-        "--max-rank", type=count, metavar="R", help="largest rank; default 16, or the largest given"
+        "--max-rank",
+        type=count,
+        metavar="R",
+        help="largest rank; default 16, or the largest rank given",
     )
     parser.add_argument(
-        "--queue", type=whole, default=64, metavar="N", help="requests that may wait; default 64"
+        "--queue",
+        type=whole,
+        default=64,
+        metavar="N",
+        help="largest number of waiting requests; default 64",
     )
     parser.add_argument(
         "--timeout",
         type=positive,
         default=600.0,
         metavar="S",
-        help="seconds a request may take; default 600",
+        help="time limit of a request in seconds; default 600",
     )
     parser.add_argument(
         "--grace",
         type=positive,
         default=10.0,
         metavar="S",
-        help="seconds to finish in when stopped; default 10",
+        help="seconds to complete answers after a stop signal; default 10",
     )
     parser.add_argument(
         "--allow-loading",
         action="store_true",
-        help="load adapters by request on other hosts than loopback, too",
+        help="let clients load adapters also if --host is not a loopback address",
     )
     parser.add_argument(
         "--load-timeout",
         type=positive,
         default=60.0,
         metavar="S",
-        help="seconds that reading an adapter by request may take; default 60",
+        help="time limit for loading an adapter by request, in seconds; default 60",
     )
     parser.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help="keys, one in a line; requests must bring one as Authorization: Bearer KEY",
+        help="file of API keys, one per line; requests must send one as Authorization: Bearer KEY",
     )
     parser.add_argument(
         "--allowed-host",
@@ -99,20 +114,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=host_name,
         metavar="NAME",
-        help="answer requests to this host name, too; may be repeated. On loopback, localhost, "
-        "127.0.0.1, [::1] and --host are always answered; elsewhere, without this option, all are",
+        help="host name that requests may use; may be repeated. If --host is a loopback address, "
+        "localhost, 127.0.0.1, [::1] and --host are allowed, too; else, without this option, "
+        "every name is",
     )
     parser.add_argument(
         "--max-connections",
         type=count,
         metavar="N",
-        help="at a time; default 1024, or half of the files that the process may open",
+        help="largest number of connections; default 1024, or half of the process's file limit",
     )
     add_adapter_options(parser)
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Loads the model and serves until a signal."""
+    """Loads the model and serves it until a signal arrives."""
     from qlora_jax.serve.signals import until_signal
 
     service, listener, connections = until_signal(lambda: _ready(options))
@@ -120,7 +136,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 
 
 def _ready(options: argparse.Namespace) -> "tuple[Service, socket.socket, int]":
-    """Loads the model and opens the port; returns both and the most connections at a time."""
+    """Loads the model, opens the port; returns service, listener and the limit of connections."""
     adapters = by_name(options.adapter)
     from qlora_jax.serve.connections import most_connections
     from qlora_jax.serve.door import read_keys
@@ -134,8 +150,8 @@ def _ready(options: argparse.Namespace) -> "tuple[Service, socket.socket, int]":
         loopback = on_loopback(listener)
         if keys is None and not loopback:
             say(
-                f"warning: whoever reaches {address(listener)} may use it; --api-key-file asks for "
-                "a key"
+                f"warning: everyone who can reach {address(listener)} can use it; --api-key-file "
+                "requires a key"
             )
         checks = _checks(options, keys, loopback)
         loading = options.allow_loading or loopback
@@ -162,7 +178,7 @@ def _serve(
 
 
 def _checks(options: argparse.Namespace, keys: list[str] | None, loopback: bool) -> "list[Check]":
-    """Returns what checks each request: its Host header, and its key."""
+    """Returns the checks of each request: of the Host header, and of the API key."""
     from qlora_jax.serve.door import LOOPBACK, known_hosts, known_keys
 
     checks = []
@@ -180,7 +196,7 @@ def _service(
     checks: "Sequence[Check]",
     loading: bool,
 ) -> "Service":
-    """The model with its adapters, ready to answer: everything is compiled but longer prompts."""
+    """Loads the model and its adapters, and compiles all programs except those for long prompts."""
     from qlora_jax.lora.weights import largest_rank
     from qlora_jax.models.generate import cached_positions
     from qlora_jax.serve.app import Service
@@ -223,16 +239,16 @@ def _service(
 
 
 def on_loopback(listener: socket.socket) -> bool:
-    """Whether only this machine reaches a listener."""
+    """Returns whether only this machine can reach a listening socket."""
     found = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
     return (mapped or found).is_loopback
 
 
 def host_name(text: str) -> str:
-    """A host's name or address, as --allowed-host takes it."""
+    """Parses a value of --allowed-host: the name or address of a host."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(text.removeprefix("[").removesuffix("]")))
     if re.fullmatch(r"[\w.-]+", text, re.ASCII):
         return text
-    raise argparse.ArgumentTypeError(f"must be a host's name without a port, not {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a host name without a port, not {text!r}")

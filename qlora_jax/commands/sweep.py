@@ -1,4 +1,4 @@
-"""`qlora-jax sweep`."""
+"""The command `qlora-jax sweep`."""
 
 import argparse
 import collections
@@ -15,35 +15,48 @@ from qlora_jax.sweep.find import find, load_experiment, where, with_axes
 from qlora_jax.sweep.inputs import make, missing
 
 if TYPE_CHECKING:
-    from qlora_jax.sweep.cost import Work
+    from qlora_jax.sweep.cost import RemainingWork
 
-TEXT = "Run an experiment's grid of cells, and say what it means for the paper's claim."
+TEXT = "Run an experiment's grid of cells, and compare the result with the paper's claim."
 FOLDER = Path("runs") / "sweeps"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `sweep`."""
-    parser.epilog = "The same command goes on where a sweep was stopped; docs/experiments.md."
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="a name, or a .py file")
+    """Adds the arguments of `sweep` to its parser."""
+    parser.epilog = (
+        "The same command continues a stopped sweep. The experiments that have names are "
+        "in the folder\nexperiments/ of the repository, and docs/experiments.md there explains "
+        "them."
+    )
+    parser.add_argument(
+        "experiment", metavar="EXPERIMENT", help="name of an experiment, or a .py file"
+    )
     parser.add_argument(
         "--where",
         action="append",
         default=[],
         metavar="AXIS=VALUE[,VALUE]",
-        help="only cells that have one of the values; may be repeated",
+        help="only run cells with one of these values; may be repeated",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="AXIS=VALUE[,VALUE]",
-        help="other values on an axis, such as config=configs/rank.yaml; may be repeated",
+        help="replace the values of an axis, as in config=configs/rank.yaml; may be repeated",
     )
-    parser.add_argument("--seeds", type=_seeds, metavar="0,1,2", help="instead of its own")
-    parser.add_argument("--jobs", type=count, metavar="N", help="cells at a time; default 1")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: {FOLDER}/NAME")
     parser.add_argument(
-        "--engine", choices=["local", "ray", "slurm"], default="local", help="what runs the cells"
+        "--seeds", type=_seeds, metavar="0,1,2", help="replace the experiment's seeds"
+    )
+    parser.add_argument("--jobs", type=count, metavar="N", help="tasks at a time; default 1")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder of the results; default {FOLDER}/NAME"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray", "slurm"],
+        default="local",
+        help="engine that runs the cells",
     )
     parser.add_argument(
         "--resource",
@@ -51,19 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_resource,
         metavar="NAME=VALUE",
-        help="of a cell, for ray (num_gpus=1) or slurm (slurm_partition=gpu); may be repeated",
+        help="resource per task, for ray (num_gpus=1) or slurm (slurm_partition=gpu); repeatable",
     )
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--dry-run", action="store_true", help="list the cells and their cost")
-    only.add_argument("--analyse-only", action="store_true", help="analyse what is there")
+    only.add_argument("--dry-run", action="store_true", help="only list the cells and their cost")
+    only.add_argument(
+        "--analyse-only", action="store_true", help="only analyse the existing results"
+    )
 
 
 def _seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be whole numbers as 0,1,2, not {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers such as 0,1,2, not {text!r}"
+        ) from None
 
 
 def _resource(text: str) -> tuple[str, Any]:
@@ -77,11 +94,11 @@ def _resource(text: str) -> tuple[str, Any]:
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Runs what is left, and prints the verdict.
+    """Runs the unfinished cells, analyses the results, and prints the verdict.
 
     Raises:
       UserError: the experiment, a condition or the folder cannot be used.
-      RunFailed: cells failed, the analysis, or what makes an input.
+      RunFailed: a cell, the analysis, or a command that makes an input failed.
     """
     path = find(options.experiment)
     experiment = with_axes(load_experiment(path), options.set)
@@ -89,7 +106,7 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     out = options.out or FOLDER / experiment.name
     if options.resource and options.engine == "local":
         raise UserError(
-            "--resource: engine local takes none; leave it out, or give another --engine"
+            "--resource: engine local has no resources; leave it out, or give another --engine"
         )
     if options.dry_run:
         _show_plan(experiment, cells, out, options)
@@ -132,8 +149,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
 def _before(
     experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
 ) -> None:
-    """Tells how long the sweep takes, and makes what its cells read."""
-    from qlora_jax.runtime.expected import SHORT
+    """Prints the estimated time of the sweep, and makes the missing inputs of its cells."""
+    from qlora_jax.runtime.time_estimates import SHORT
     from qlora_jax.sweep.cost import sentence, time_of
 
     found, jobs = _work(experiment, cells, out, options), options.jobs or 1
@@ -144,7 +161,7 @@ def _before(
 
 
 def _make_inputs(experiment: Experiment, cells: Sequence[Cell]) -> None:
-    """Makes what the cells that are to run read and is not there; tells what, and its cost."""
+    """Makes the missing inputs of the cells; prints each input and its cost first."""
     for wanted in missing(experiment, cells):
         say(str(wanted))
         make(wanted)
@@ -153,7 +170,7 @@ def _make_inputs(experiment: Experiment, cells: Sequence[Cell]) -> None:
 def _show_plan(
     experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
 ) -> None:
-    from qlora_jax.sweep.cost import sentence, time_of, whole
+    from qlora_jax.sweep.cost import sentence, time_of, total_cost_text
 
     found, jobs = _work(experiment, cells, out, options), options.jobs or 1
     expected = time_of(experiment, found, out, jobs)
@@ -191,16 +208,16 @@ def _show_plan(
     more = f", {again:,} of them done and run again with their group" if again else ""
     print(f"{len(cells):,} cells chosen: {finished}{len(found.running):,} to run{more}")
     if found.running:
-        besides = "; besides what is made first, below" if absent else ""
+        besides = "; not counting the inputs below, which are made first" if absent else ""
         print(f"{sentence(expected, jobs)}{besides}")
-    print(f"the whole experiment: {whole(experiment)}")
+    print(f"the whole experiment: {total_cost_text(experiment)}")
     for one in absent:
         print(one)
 
 
 def _work(
     experiment: Experiment, cells: Sequence[Cell], out: Path, options: argparse.Namespace
-) -> "Work":
+) -> "RemainingWork":
     from qlora_jax.sweep.cost import work
 
     return work(experiment, cells, out, options.retry_failed)
@@ -209,8 +226,8 @@ def _work(
 AGAIN = "run again with its group"
 
 
-def _state(cell: Cell, found: "Work") -> tuple[str, str]:
-    """Returns a cell's state and what there is to say of it."""
+def _state(cell: Cell, found: "RemainingWork") -> tuple[str, str]:
+    """Returns the state of a cell and a remark about it, which may be empty."""
     if cell.id in found.reasons:
         return "skipped", found.reasons[cell.id]
     record = found.records.get(cell.id)

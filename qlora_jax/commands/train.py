@@ -1,4 +1,4 @@
-"""`qlora-jax train`."""
+"""The command `qlora-jax train`."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ TEXT = "Fine-tune a model; writes a run directory."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `train`."""
+    """Adds the arguments of `train` to its parser."""
     parser.usage = (
         "qlora-jax train CONFIG [--resume | --overwrite | --preview N] "
         "[--force] [--distributed] [--json] [--debug] [--section.key=value ...]"
@@ -23,18 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _settings()
     parser.set_defaults(settings=True)
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or a run directory")
-    parser.add_argument("--resume", action="store_true", help="go on where the run stopped")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that is there")
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run")
+    parser.add_argument("--overwrite", action="store_true", help="delete the existing run")
     parser.add_argument(
-        "--preview", type=count, metavar="N", help="print N examples, loss marked, and stop"
+        "--preview",
+        type=count,
+        metavar="N",
+        help="only print N examples, with the loss tokens marked",
     )
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="one process of several, on one host or more; srun, mpirun and torchrun need not say",
+        help="this is one of several processes; not needed with srun, mpirun and torchrun",
     )
     parser.add_argument(
-        "--force", action="store_true", help="run even where the device's memory is too small"
+        "--force", action="store_true", help="run even if the device's memory is too small"
     )
 
 
@@ -47,14 +50,14 @@ def _settings() -> str:
 
 
 def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> None:
-    """Fine-tunes, or prints what would be read, and shows the result."""
+    """Trains the model and prints the result; with `--preview`, only prints examples."""
     config = config_of(options.config, settings)
     if options.resume and options.overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
     if config.mesh.devices > 1:
         compilation.overlap()
-    start_jax(options.distributed or processes.several())
-    with processes.heard(), processes.failing_together():
+    start_jax(options.distributed or processes.has_several_processes())
+    with processes.only_first_prints(), processes.failing_together():
         _run(options, config, command)
 
 
@@ -63,10 +66,10 @@ def _run(options: argparse.Namespace, config: Config, command: str) -> None:
 
     from qlora_jax.plan.training import train_placed
     from qlora_jax.train.examples import describe_data, read_data
-    from qlora_jax.train.finish import made
+    from qlora_jax.train.finish import existing_outputs
+    from qlora_jax.train.initial_values import resolved
     from qlora_jax.train.report import describe_export, describe_losses, print_samples
     from qlora_jax.train.setup import open_model
-    from qlora_jax.train.start import resolved
 
     config = resolved(config)
     if options.preview is not None:
@@ -93,5 +96,5 @@ def _run(options: argparse.Namespace, config: Config, command: str) -> None:
         print(line)
     if summary.exported_step is not None:
         show(f"exported: {describe_export(summary)}")
-    names = [f"{name}/" if "." not in name else name for name in made(config)]
+    names = [f"{name}/" if "." not in name else name for name in existing_outputs(config)]
     show(f"run directory: {summary.run_dir} ({', '.join(names)})")

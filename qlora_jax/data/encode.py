@@ -13,7 +13,7 @@ from qlora_jax.config import DataConfig
 from qlora_jax.data.bad_records import BadRecords
 from qlora_jax.data.layouts import RecordText, lay_out
 from qlora_jax.data.records import Record
-from qlora_jax.data.tokens import Tokens, mark, parted
+from qlora_jax.data.tokens import Tokens, mark, split_at_answers
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.chat import Span
 from qlora_jax.text.tokenizer import Tokenizer
@@ -190,9 +190,9 @@ def _examples(
     whole = functools.partial(_whole, layout, tokenizer=tokenizer, config=config, notes=notes)
     examples = [
         whole(text, [span], Tokens(*tokenizer.encode_with_offsets(text)))
-        for text, span in found.apart
+        for text, span in found.separate
     ]
-    if found.spans or not found.apart:
+    if found.spans or not found.separate:
         examples.insert(0, whole(layout.text, found.spans, tokens))
     return examples
 
@@ -209,7 +209,7 @@ def _whole(
 ) -> Example:
     """Returns a text of a record as one example, without truncation."""
     if not layout.chunked:
-        tokens, merged = parted(text, [start for start, _ in spans], tokens, tokenizer)
+        tokens, merged = split_at_answers(text, [start for start, _ in spans], tokens, tokenizer)
         if merged:
             notes[MERGED] += merged
     return _finish(

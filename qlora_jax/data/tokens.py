@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
     offsets: np.ndarray
 
 
-def parted(
+def split_at_answers(
     text: str, starts: Sequence[int], tokens: Tokens, tokenizer: Tokenizer
 ) -> tuple[Tokens, int]:
     """Encodes a text in parts, cut where an answer's tokens would merge with its prompt.

@@ -36,7 +36,7 @@ class HeldOut:
 
 
 @dataclasses.dataclass(frozen=True)
-class Other:
+class EvaluationData:
     """Data for an evaluation that differs from the run's own held-out data.
 
     Attributes:
@@ -51,7 +51,7 @@ class Other:
     capped: bool
 
 
-def other_data(config: Config, overrides: Mapping[str, str]) -> Other:
+def other_data(config: Config, overrides: Mapping[str, str]) -> EvaluationData:
     """Applies settings of the data to the config of a run.
 
     If the settings name another `data.source`, all of it is evaluated, because the run trained on
@@ -79,12 +79,12 @@ def other_data(config: Config, overrides: Mapping[str, str]) -> Other:
         reset = {name: getattr(defaults, name) for name in (*OWN, "eval_source", "eval_split")}
         data = dataclasses.replace(config.data, **reset, eval_fraction=0.0)
         config = dataclasses.replace(config, data=data)
-    return Other(configs.changed(config, overrides), whole, not whole or ROWS in overrides)
+    return EvaluationData(configs.changed(config, overrides), whole, not whole or ROWS in overrides)
 
 
 def held_out_loss(
     restored: Restored,
-    other: Other | None = None,
+    other: EvaluationData | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, HeldOut]:
     """Evaluates a model on the held-out rows of its run, or on other data.
@@ -101,7 +101,7 @@ def held_out_loss(
     Raises:
       UserError: the config has no held-out data, or the data cannot be used.
     """
-    other = other or Other(restored.config, whole=False, capped=True)
+    other = other or EvaluationData(restored.config, whole=False, capped=True)
     config, method = other.config, restored.config.method
     batches = _batches(other, restored, say)
     if not batches:
@@ -117,7 +117,7 @@ def held_out_loss(
 
 
 def _batches(
-    other: Other, restored: Restored, say: Callable[[str], None]
+    other: EvaluationData, restored: Restored, say: Callable[[str], None]
 ) -> Mapping[str, Sequence[Batch]]:
     """Returns the batches to evaluate, by the name of the set."""
     config, text = other.config, restored.tokenizer

@@ -164,7 +164,7 @@ def shares(model: Any, quant: QuantConfig, counted: Counted = _silent) -> list[S
             plain = to_float32(linear.weight.get_value()[i])
             values = _share(
                 plain,
-                linear.adapter.change(plain, i),
+                linear.adapter.weight_update(plain, i),
                 quant.codebook,
                 quant.block_size,
                 quant.double_quant,
@@ -252,7 +252,7 @@ of it is rounded away and what is left is noise, so a merged model is best kept 
 """
 
 
-def write(report: MergeReport, folder: Path) -> None:
+def write_report(report: MergeReport, folder: Path) -> None:
     """Writes merge_report.md, .json and .png.
 
     Raises:

@@ -136,7 +136,7 @@ def _tie(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> tying.Tie
         alike = floats and embed.shape == head.shape and len(embed.shape) == 2
         return alike and tying.equal_rows(embed.shape[0], embed.rows, head.rows)
 
-    return tying.settle(config, stored, equal)
+    return tying.resolve_tying(config, stored, equal)
 
 
 def _shapes(

@@ -13,13 +13,13 @@ from qlora_jax.config import QuantConfig
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.families import Names
-from qlora_jax.models.parts import linears
 from qlora_jax.models.sharding import LAYERS, shardings
+from qlora_jax.models.weight_shapes import linears
 from qlora_jax.quant import QTensor, dequantize, quantize
 from qlora_jax.quant.stack import empty_stack, with_layer
 from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.runtime.mesh import sent
+from qlora_jax.runtime.mesh import put_on_devices
 
 StoredWeight = jax.Array | QTensor
 Split = Callable[[str, jax.Array, Callable[[jax.Array], StoredWeight]], StoredWeight]
@@ -96,7 +96,7 @@ def _put(
     if mesh is not None:
         shapes = jax.eval_shape(functools.partial(empty_stack, layers=layers), value)
         homes = shardings(mesh, LAYERS, shapes, shapes)
-        value = sent(value, shardings(mesh, LAYERS, shapes, value))
+        value = put_on_devices(value, shardings(mesh, LAYERS, shapes, value))
     if stack is None:
         stack = empty_stack(value, layers, homes)
     return with_layer(stack, value, index)
@@ -105,7 +105,7 @@ def _put(
 def _split_outer(mesh: Mesh, names: Names, name: str, value: jax.Array) -> jax.Array:
     """Places an array outside the layers on the devices of a mesh."""
     paths = {f"{names.embed}.weight": "embed", f"{names.head}.weight": "head"}
-    return sent(value, shardings(mesh, paths.get(name, name), value, value))
+    return put_on_devices(value, shardings(mesh, paths.get(name, name), value, value))
 
 
 def _stacks(checkpoint: Checkpoint) -> tuple[list[tuple[int, int]], list[int]]:

@@ -15,7 +15,7 @@ from qlora_jax.lora import Adapter
 from qlora_jax.lora.linear import LoraLinear, merged
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.parts import expected_shapes
+from qlora_jax.models.weight_shapes import expected_shapes
 
 
 @dataclasses.dataclass(frozen=True)

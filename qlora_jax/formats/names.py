@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD, Names
-from qlora_jax.models.parts import expected_shapes
+from qlora_jax.models.weight_shapes import expected_shapes
 from qlora_jax.runtime.errors import UserError
 
 SHOWN = 4
@@ -48,7 +48,7 @@ def check_shapes(
 
     A tensor that the decoder does not have is an error: without it, the decoder would compute
     another function. Two kinds of extra tensors are allowed: a head with tied embeddings, which
-    `tying.settle` has compared with the embedding, and tensors that are not weights
+    `tying.resolve_tying` has compared with the embedding, and tensors that are not weights
     (`is_ignored`).
 
     Args:

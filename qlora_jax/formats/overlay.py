@@ -11,7 +11,7 @@ from qlora_jax.formats import tying
 from qlora_jax.formats.bitsandbytes import Quantization
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.parts import expected_shapes
+from qlora_jax.models.weight_shapes import expected_shapes
 from qlora_jax.quant import QTensor
 
 

@@ -20,7 +20,7 @@ Rows = Callable[[int, int], np.ndarray]
 
 
 class Tie(NamedTuple):
-    """The result of `settle`.
+    """The result of `resolve_tying`.
 
     Attributes:
       config: config, with `tie_embeddings` set from the stored tensors.
@@ -33,7 +33,7 @@ class Tie(NamedTuple):
     note: str | None
 
 
-def settle(config: DecoderConfig, found: Container[str], equal: Callable[[], bool]) -> Tie:
+def resolve_tying(config: DecoderConfig, found: Container[str], equal: Callable[[], bool]) -> Tie:
     """Decides from the stored tensors whether embedding and head are tied.
 
     They are tied if only one of them is stored, or if both are stored and equal.

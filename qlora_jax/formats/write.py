@@ -12,7 +12,7 @@ from qlora_jax.formats import bitsandbytes
 from qlora_jax.formats.checkpoint import Checkpoint
 from qlora_jax.formats.folder import write_folder
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.parts import linears
+from qlora_jax.models.weight_shapes import linears
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.tokenizer import Tokenizer
 

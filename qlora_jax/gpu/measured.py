@@ -1,7 +1,7 @@
 """Reads reports of `qlora-jax bench gpu`: the rates and times that were measured on a GPU.
 
-A report is the file DEVICE.json in a folder of reports. `Head`, `Copy`, `Matmul` and `Timed` define
-its fields.
+A report is the file DEVICE.json in a folder of reports. `ReportFields`, `Copy`, `Matmul` and
+`Timed` define its fields.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Head:
+class ReportFields:
     """The top-level fields of a report; each entry of `figures` is checked by its kind."""
 
     schema: Literal[1]
@@ -84,7 +84,7 @@ class GpuReport:
         Raises:
           UserError: the file cannot be read or is damaged; the message names the file and the key.
         """
-        head: Head = _checked(path, "", Head, _json(path))
+        head: ReportFields = _checked(path, "", ReportFields, _json(path))
         major, minor = map(int, head.capability.split("."))
         self.path, self.device, self.capability = path, head.device, (major, minor)
         self.gpu = target(head.device)

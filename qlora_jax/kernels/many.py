@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from qlora_jax.kernels.matmul import backward, check, kind, matmul, product_of, readable
+from qlora_jax.kernels.matmul import backward, check, kind, matmul, product_of, to_kernel_form
 from qlora_jax.kernels.select import FUSED, module_of, pick
 from qlora_jax.quant import QLayer, QTensor
 from qlora_jax.quant.stack import is_sharded
@@ -71,7 +71,7 @@ def _product_of_several(implementation: str) -> Callable[..., list[jax.Array]]:
     kernel, module = FUSED[implementation], module_of(implementation)
 
     def function(x: jax.Array, qs: list[QTensor | QLayer]) -> list[jax.Array]:
-        return module.several(x, [readable(kernel, q) for q in qs])
+        return module.several(x, [to_kernel_form(kernel, q) for q in qs])
 
     product = custom_vmap(function)
 

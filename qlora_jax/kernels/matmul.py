@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from qlora_jax.kernels import parts
-from qlora_jax.kernels.parts import Product
+from qlora_jax.kernels import row_parts
+from qlora_jax.kernels.row_parts import Product
 from qlora_jax.kernels.select import FUSED, IMPLEMENTATIONS, FusedProduct, module_of, pick
 from qlora_jax.quant import QLayer, QTensor
 from qlora_jax.quant.qtensor import with_plain_scales
 from qlora_jax.quant.sharded import Sharded
-from qlora_jax.quant.stack import Matrix, cut, is_sharded
+from qlora_jax.quant.stack import Matrix, as_qtensor, is_sharded
 from qlora_jax.runtime.errors import UserError
 
 
@@ -76,7 +76,7 @@ def _matmul(implementation: str, x: jax.Array, q: Matrix) -> jax.Array:
 
 def _gathered(q: Matrix) -> QTensor | QLayer:
     if isinstance(q, Sharded) or is_sharded(q):
-        return cut(q)
+        return as_qtensor(q)
     return q
 
 
@@ -104,13 +104,13 @@ def backward(implementation: str, q: Matrix, g: jax.Array) -> tuple[jax.Array, N
 _matmul.defvjp(_forward, backward)
 
 
-def readable(kernel: FusedProduct | None, q: QTensor | QLayer) -> QTensor | QLayer:
+def to_kernel_form(kernel: FusedProduct | None, q: QTensor | QLayer) -> QTensor | QLayer:
     """Returns the weight in a form that the kernel accepts; None is xla, which takes a QTensor."""
     if kernel is None:
-        return cut(q)
+        return as_qtensor(q)
     if kind(q)[-1].name not in kernel.scales:
-        return with_plain_scales(cut(q))
-    return q if kernel.stacks else cut(q)
+        return with_plain_scales(as_qtensor(q))
+    return q if kernel.stacks else as_qtensor(q)
 
 
 @functools.cache
@@ -120,9 +120,9 @@ def product_of(implementation: str, direction: str) -> Product:
     plain = getattr(module_of(implementation), direction)
 
     def whole(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
-        return plain(x, readable(kernel, q))
+        return plain(x, to_kernel_form(kernel, q))
 
-    function = whole if kernel is None else parts.divided(whole)
+    function = whole if kernel is None else row_parts.split_rows(whole)
     product = custom_vmap(function)
 
     @product.def_vmap
@@ -135,10 +135,10 @@ def product_of(implementation: str, direction: str) -> Product:
             return product(x, q), True
 
         def alone(x: jax.Array, q: QTensor | QLayer) -> jax.Array:
-            return function(x, cut(q))
+            return function(x, as_qtensor(q))
 
         rows = math.prod(x.shape[:-1]) * (1 if batched[0] else size)
-        if kernel is not None and parts.split(rows, q, x.dtype.itemsize)[0] > 1:
+        if kernel is not None and row_parts.split(rows, q, x.dtype.itemsize)[0] > 1:
 
             def one(i: jax.Array) -> jax.Array:
                 xi, qi = jax.tree.map(

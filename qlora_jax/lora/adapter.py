@@ -56,9 +56,9 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Returns scale * (x @ A) @ B of one layer, in x's dtype; without a key no dropout."""
-        return dense(self.low(x, key), self.b.get_value())
+        return dense(self.project_down(x, key), self.b.get_value())
 
-    def low(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def project_down(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Returns scale * (x @ A) of one layer, [..., r] in x's dtype.
 
         Args:
@@ -132,7 +132,7 @@ class Adapter(nnx.Module):
         """Returns the rank, alpha and scale of one layer; `layer` is as in `weights`."""
         return self.specs[layer[0] if layer else 0]
 
-    def change(self, weight: jax.Array, *layer: int) -> jax.Array:
+    def weight_update(self, weight: jax.Array, *layer: int) -> jax.Array:
         """Returns scale * A @ B, the update of a layer's weight.
 
         Args:

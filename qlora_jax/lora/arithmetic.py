@@ -55,7 +55,7 @@ def _of_scale_1(a: np.ndarray, b: np.ndarray) -> LoraWeights:
     return LoraWeights(a.astype(np.float32), b.astype(np.float32), alpha=1.0, scale=1.0)
 
 
-def difference(now: LoraWeights, start: LoraWeights, scaling: str) -> LoraWeights:
+def adapter_difference(now: LoraWeights, start: LoraWeights, scaling: str) -> LoraWeights:
     """Returns the adapter of twice the rank with the update of `now` minus the update of `start`.
 
     scale * [A_now, A_start] @ [B_now; -B_start] = scale * (A_now @ B_now - A_start @ B_start)

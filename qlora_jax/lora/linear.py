@@ -157,4 +157,6 @@ def merged(
       Merged weight, dtype[in, out].
     """
     plain = to_float32(weight)
-    return (plain if adapter is None else plain + adapter.change(plain, *layer)).astype(dtype)
+    return (plain if adapter is None else plain + adapter.weight_update(plain, *layer)).astype(
+        dtype
+    )

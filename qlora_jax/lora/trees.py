@@ -23,9 +23,6 @@ from qlora_jax.lora.where import Where, chosen
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.runtime.errors import UserError
 
-FRESH = ("kaiming-uniform", "gaussian")
-"""Keys of `INITS` that draw A without using the weight."""
-
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["alpha", "scale"]
@@ -76,10 +73,10 @@ def init(
     Raises:
       UserError: `where` matches nothing, or the rank, scaling or init is not allowed.
     """
-    if rank < 1 or scaling not in SCALINGS or init not in FRESH:
+    if rank < 1 or scaling not in SCALINGS or init not in INITS:
         raise UserError(
             f"rank {rank}, scaling {scaling!r}, init {init!r}: rank must be 1 or more, "
-            f"scaling one of {', '.join(SCALINGS)}, init one of {', '.join(FRESH)}"
+            f"scaling one of {', '.join(SCALINGS)}, init one of {', '.join(INITS)}"
         )
     found = {}
     for path, leaf in chosen(where, _matrices(params), "leaves").items():

@@ -12,7 +12,7 @@ from qlora_jax.models.decoder import Decoder, attach, detach, run_length
 from qlora_jax.runtime.errors import UserError
 
 
-def wear(model: Decoder, adapters: LoraSet) -> None:
+def set_adapter(model: Decoder, adapters: LoraSet) -> None:
     """Replaces the adapters of a model by one given adapter, in place.
 
     Args:

@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
         Returns:
           dtype[B, T, hidden].
         """
-        x, shared, own = self.begin(tokens, segments, positions, dtype, key)
+        x, shared, own = self.layer_inputs(tokens, segments, positions, dtype, key)
         for place, run in enumerate(self.runs):
             layer_at, weights = _layers(run)
 
@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
             x, _ = jax.lax.scan(REMAT[remat](body), x, (weights, self.part(own, place)))
         return self.norm(x)
 
-    def begin(
+    def layer_inputs(
         self,
         tokens: jax.Array,
         segments: jax.Array,
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
         """
         lengths = segment_lengths(segments, positions) if self.config.varying_rope else None
         shared = shared_inputs(self.config, in_segments(segments), positions, lengths)
-        return self.enter(tokens, positions, dtype), shared, own_inputs(self.config, key)
+        return self.embed_tokens(tokens, positions, dtype), shared, own_inputs(self.config, key)
 
     def cached(
         self,
@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
         The caller must keep positions below `config.longest_cached`, because beyond it the rope
         frequencies change.
         """
-        x = self.enter(tokens, positions, dtype)
+        x = self.embed_tokens(tokens, positions, dtype)
         shared = shared_inputs(self.config, up_to(positions), positions, None)
         everything = own_inputs(self.config, None), cache
         written = []
@@ -185,7 +185,7 @@ class Decoder(nnx.Module):
         new = jax.tree.map(lambda *parts: jnp.concatenate(parts), *written)
         return self.norm(x), jax.tree.map(lambda all, x: all.at[:, *rows].set(x), cache, new)
 
-    def enter(
+    def embed_tokens(
         self, tokens: jax.Array, positions: jax.Array, dtype: jax.typing.DTypeLike
     ) -> jax.Array:
         """Returns the first layer's input, dtype[B, T, hidden]; arguments as in `hidden`."""
@@ -213,7 +213,7 @@ class Decoder(nnx.Module):
         stored, vocab_axis = self.stored_head()
         weight = whole(stored)
         logits = product(hidden, weight.astype(hidden.dtype), 1 - vocab_axis)
-        if (update := self.head_update(hidden, None)) is not None:
+        if (update := self.head_delta(hidden, None)) is not None:
             low, b = update
             logits = logits + product(low, b.astype(low.dtype), 0)
         cap = self.config.final_softcap
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
         stored, axis = (self.embed, 0) if self.head is None else (self.head, 1)
         return stored.get_value(), axis
 
-    def head_update(
+    def head_delta(
         self, hidden: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array] | None:
         """Returns the two factors of the term that the head's adapter adds, or None without one.
@@ -242,7 +242,7 @@ class Decoder(nnx.Module):
             return None
         # the layers use the numbers 0 to num_layers - 1
         own = None if key is None else dropout.fold_in(key, self.config.num_layers)
-        return self.head_adapter.low(hidden, own), self.head_adapter.b.get_value()
+        return self.head_adapter.project_down(hidden, own), self.head_adapter.b.get_value()
 
     def outer_adapters(self) -> dict[str, Adapter]:
         """Returns the adapters of the embedding and the head, by Hugging Face module path."""

@@ -39,7 +39,7 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.stored import StoredParameter, stored
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.runtime.mesh import mesh_place
+from qlora_jax.runtime.mesh import replicated_sharding
 
 ROWS = (0x9E3779B9, 0xBF58476D, 0x94D049BB, 0xD6E8FEB8)
 COLUMNS = (0x7F4A7C15, 0x1CE4E5B9, 0x133111EB, 0x6659FD93)
@@ -89,7 +89,7 @@ def sums(model: Decoder) -> list[tuple[StoredParameter, list[jax.Array]]]:
     for part in stored(model):
         rows, columns = (1, *_shape(part))[-2:]
         keys = _keys(rows, ROWS), _keys(columns, COLUMNS)
-        home = mesh_place(part.value)
+        home = replicated_sharding(part.value)
         layers = [
             _sums(part.value, i if part.stacked else None, *keys, part.transposed, home)
             for i in range(len(part.names))

@@ -14,8 +14,8 @@ from qlora_jax.lora.linear import LoraLinear, side_by_side
 from qlora_jax.lora.variables import Vector
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.inputs import KVCache, LayerInputs, SharedInputs, Slots
-from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import rotate
+from qlora_jax.models.weight_shapes import linears, norms
 from qlora_jax.quant import QTensor
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {

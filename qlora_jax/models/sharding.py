@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from qlora_jax.models.trees import flatten
 from qlora_jax.quant import QTensor
 from qlora_jax.quant.sharded import Sharded
-from qlora_jax.runtime.mesh import DATA, FSDP, ROWS, on_devices, sent
+from qlora_jax.runtime.mesh import DATA, FSDP, ROWS, on_devices, put_on_devices
 
 WHOLE_BELOW = 2**12
 """An array of a layer with fewer elements than this is not split: every device holds all of it."""
@@ -50,27 +50,29 @@ class MeshLayout(NamedTuple):
         """Returns the partition specs of both trees."""
         return specs(trained, self.trained), specs(frozen, self.frozen)
 
-    def in_parts(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
+    def local_parts(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
         """Returns this device's part of both trees, from which a model can be built.
 
         Call it inside `on_devices`.
         """
         return in_parts(trained, self.trained), in_parts(frozen, self.frozen)
 
-    def homes(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
+    def shardings(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
         """Returns the sharding of each leaf of both trees."""
         return (
             _shardings(self.mesh, trained, self.trained),
             _shardings(self.mesh, frozen, self.frozen),
         )
 
-    def placed(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
+    def put_on_devices(self, trained: Any, frozen: Any) -> tuple[Any, Any]:
         """Returns both trees with every leaf placed on the devices by its sharding."""
-        return sent((trained, frozen), self.homes(trained, frozen))
+        return put_on_devices((trained, frozen), self.shardings(trained, frozen))
 
-    def everywhere(self, tree: Any) -> Any:
+    def replicate(self, tree: Any) -> Any:
         """Returns a tree whose leaves are replicated: every device holds every leaf whole."""
-        return sent(tree, jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree))
+        return put_on_devices(
+            tree, jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
+        )
 
     def moments(self, unit: Mapping[str, Any], state: Any) -> Any:
         """Returns the shardings of the optimizer state of one layer.
@@ -182,7 +184,7 @@ def _divided(shape: Sequence[int], most: int, parts: int) -> int | None:
     return next((a for a in range(-most, 0) if shape[a] % parts == 0), None)
 
 
-def undivided(tree: Any, axes: Axes) -> dict[str, int]:
+def unsplit_bytes(tree: Any, axes: Axes) -> dict[str, int]:
     """Returns path to bytes of each weight that should be split, but that no axis allows to split.
 
     Every device holds such a weight whole.
@@ -225,7 +227,7 @@ def in_parts(tree: Any, axes: Axes) -> Any:
     return jax.tree.unflatten(structure, marked)
 
 
-def added_up(gradients: Any, axes: Axes) -> Any:
+def sum_gradients(gradients: Any, axes: Axes) -> Any:
     """Returns the gradients summed over all devices. Call it inside `jax.shard_map`.
 
     The gradient of a split array is summed over `DATA` only: the transpose of the gather has

@@ -17,7 +17,7 @@ from flax import nnx
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.modules.effects import Effects, before, do_again, effects, packed, unpacked
 from qlora_jax.modules.kernel import Kernel, of_array
-from qlora_jax.modules.known import axes_of
+from qlora_jax.modules.kernel_rules import axes_of
 from qlora_jax.modules.trace import run
 from qlora_jax.modules.uses import PATH, Use, recorded
 from qlora_jax.modules.variables import QWeight

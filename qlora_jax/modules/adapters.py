@@ -49,7 +49,7 @@ def names_of(path: str) -> tuple[str, str]:
     return path, path.rpartition(".")[0]
 
 
-def made(
+def make_adapter(
     path: str,
     weight: StoredWeight,
     lora: LoraConfig,

@@ -12,7 +12,7 @@ from qlora_jax.lora.where import Where, chosen, matching
 from qlora_jax.modules.adapt import variables_of
 from qlora_jax.modules.axes import Axes, all_matrices_shape, checked
 from qlora_jax.modules.checks import warn_left_out
-from qlora_jax.modules.known import axes_of, check_stack, is_table, is_understood
+from qlora_jax.modules.kernel_rules import axes_of, check_stack, is_table, is_understood
 from qlora_jax.modules.variables import FOUND, QWeight
 from qlora_jax.runtime.errors import UserError
 

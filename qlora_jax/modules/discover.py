@@ -9,7 +9,7 @@ from flax import nnx
 from qlora_jax.modules.adapt import adapt, is_adapted, restore
 from qlora_jax.modules.axes import TABLE, Axes
 from qlora_jax.modules.candidates import check_model, owned
-from qlora_jax.modules.known import axes_of
+from qlora_jax.modules.kernel_rules import axes_of
 from qlora_jax.modules.uses import PATH, Use, recording
 from qlora_jax.modules.variables import FOUND, KnownVariable
 

@@ -16,7 +16,7 @@ from qlora_jax.formats.shards import read_header
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.where import LISTED
-from qlora_jax.modules.adapters import lora_settings, made, strength
+from qlora_jax.modules.adapters import lora_settings, make_adapter, strength
 from qlora_jax.runtime import atomic, json_files, paths
 from qlora_jax.runtime.errors import UserError
 
@@ -189,7 +189,7 @@ def check_fits(
 def built(path: str, weight: Any, variant: str, saved: Saved) -> Adapter:
     """Makes an adapter with saved values for a weight of matrices [*stack, *batch, K, N]."""
     lora = lora_settings(variant=variant, rank=saved.spec.rank, alpha=saved.spec.alpha)
-    _, adapter = made(path, weight, lora, saved.spec, jax.random.key(0))
+    _, adapter = make_adapter(path, weight, lora, saved.spec, jax.random.key(0))
     replace_values(adapter, saved)
     return adapter
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.dropout import DropoutKeys
+from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.spec import check_patterns, spec_of
 from qlora_jax.lora.variables import LoraParam
 from qlora_jax.lora.where import Where
@@ -15,7 +16,7 @@ from qlora_jax.modules.adapt import ADAPTERS, adapt, adapters_of, is_adapted, ke
 from qlora_jax.modules.adapters import (
     check_together,
     lora_settings,
-    made,
+    make_adapter,
     names_of,
     on_with,
     strength,
@@ -152,18 +153,19 @@ def add_lora(
     for candidate in found:
         spec = spec_of(lora, *names_of(candidate.path))
         key = rngs.params()
-        stored, adapter = made(
+        stored, adapter = make_adapter(
             candidate.path, matrices_of(candidate), lora, spec, key, quantization
         )
         others = adapters_of(*candidate.owners[0])
         check_together(candidate.path, on_with(others, name, adapter))
         results.append((stored, adapter))
     for candidate, (stored, adapter) in zip(found, results):
-        if lora.init == "loftq":
-            put_quantized(candidate, stored)
-        elif lora.init == "pissa":
-            weight = from_matrices(stored, candidate.axes, candidate.own_shape)
-            candidate.variable.set_raw_value(weight)
+        if lora.init in INITIALIZERS:
+            if isinstance(stored, QTensor):
+                put_quantized(candidate, stored)
+            else:
+                weight = from_matrices(stored, candidate.axes, candidate.own_shape)
+                candidate.variable.set_raw_value(weight)
         attach(candidate, name, adapter)
     return model
 

@@ -64,7 +64,7 @@ def product(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     return [y.transpose(*places).astype(aval.dtype)]
 
 
-def looked_up(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
+def gather_vectors(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any] | None:
     """Carries out a gather of whole rows of a table; otherwise returns None."""
     held, index = inputs
     p = equation.params

@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from qlora_jax.modules.kernel import Kernel
 from qlora_jax.modules.lazy import Lazy, as_array, bound, is_stack, layer_of, lazy
-from qlora_jax.modules.products import looked_up, product
+from qlora_jax.modules.products import gather_vectors, product
 from qlora_jax.modules.stacks import sliced, sliced_at, squeezed
 from qlora_jax.modules.uses import Use
 
@@ -187,6 +187,6 @@ HANDLERS: Mapping[str, Callable[[JaxprEqn, Sequence[Any]], list[Any] | None]] = 
     "dynamic_slice": sliced_at,
     "squeeze": squeezed,
     "dot_general": product,
-    "gather": looked_up,
+    "gather": gather_vectors,
 }
 """JAX primitive to its handler for lazy weights; a handler that returns None needs arrays."""

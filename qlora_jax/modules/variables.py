@@ -32,7 +32,7 @@ class KnownVariable(NamedTuple):
     table: bool
 
 
-class StandsFor(NamedTuple):
+class ReplacedParam(NamedTuple):
     """Description of the parameter that a `QWeight` has replaced.
 
     Attributes:
@@ -56,7 +56,7 @@ class QWeight(nnx.Variable):
     """
 
     @property
-    def stands_for(self) -> StandsFor:
+    def stands_for(self) -> ReplacedParam:
         """Returns the description of the parameter that this weight has replaced."""
         return self.get_metadata("stands_for")
 
@@ -110,10 +110,10 @@ def in_place_of(variable: nnx.Variable, q: QTensor, axes: Axes, table: bool) -> 
       table: True for a table whose rows are looked up.
     """
     value, metadata = variable.get_raw_value(), tuple(variable.get_metadata().items())
-    was = StandsFor(axes.own(value.shape), value.dtype.name, type(variable), metadata)
+    was = ReplacedParam(axes.own(value.shape), value.dtype.name, type(variable), metadata)
     return QWeight(q, stands_for=was, kernel_found=KnownVariable(axes, table))
 
 
-def restored(was: StandsFor, value: jax.Array) -> nnx.Variable:
+def restored(was: ReplacedParam, value: jax.Array) -> nnx.Variable:
     """Makes the replaced parameter again, with a new value."""
     return was.kind.from_metadata(value, dict(was.metadata))

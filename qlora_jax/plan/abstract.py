@@ -16,9 +16,9 @@ from qlora_jax.data.packing import DTYPES
 from qlora_jax.models import trees
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_kernel
-from qlora_jax.models.parts import expected_shapes, linears
 from qlora_jax.models.sharding import MeshLayout, layout_of
 from qlora_jax.models.trees import SplitModel
+from qlora_jax.models.weight_shapes import expected_shapes, linears
 from qlora_jax.quant import QTensor, quantize
 from qlora_jax.runtime.mesh import DATA, FSDP
 from qlora_jax.train import layer_groups
@@ -70,10 +70,10 @@ def mesh_in_shapes(asked: MeshConfig) -> AbstractMesh | None:
     return AbstractMesh((asked.data, asked.fsdp), (DATA, FSDP))
 
 
-def spread(mesh: Mesh | AbstractMesh, parts: SplitModel) -> tuple[SplitModel, MeshLayout]:
+def with_shardings(mesh: Mesh | AbstractMesh, parts: SplitModel) -> tuple[SplitModel, MeshLayout]:
     """Returns a model of shapes with their shardings on a mesh, and the layout of the model."""
     layout = layout_of(mesh, parts.trained, parts.frozen)
-    homes = layout.homes(parts.trained, parts.frozen)
+    homes = layout.shardings(parts.trained, parts.frozen)
     trained, frozen = (_living(tree, home) for tree, home in zip(parts[1:], homes))
     return SplitModel(parts.graph, trained, frozen), layout
 

@@ -16,8 +16,8 @@ from qlora_jax.kernels.attention import reference
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD
 from qlora_jax.models.layers import ACTIVATIONS, mlp_parts
-from qlora_jax.models.parts import linears, norms
 from qlora_jax.models.rope import by_layer
+from qlora_jax.models.weight_shapes import linears, norms
 from qlora_jax.quant.dynamic8 import BLOCK
 from qlora_jax.train.loss import COLUMNS, ROWS
 from qlora_jax.train.offload import memory_of

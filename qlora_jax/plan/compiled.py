@@ -140,7 +140,7 @@ def gradient(step: AbstractStep, gpu: str, gemm: str, mesh: Mesh | None) -> list
       mesh: devices over which the model is split; None is one device.
     """
     made = []
-    for piece in compiled_memory.gradient_pieces(step):
+    for piece in compiled_memory.list_gradient_programs(step):
         with tempfile.TemporaryDirectory() as folder:
             options = {"xla_dump_to": folder, **GEMMS[gemm]}
             program = compile_for(

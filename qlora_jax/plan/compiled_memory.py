@@ -19,12 +19,12 @@ from qlora_jax.plan.abstract import (
     abstract_key,
     abstract_model,
     everywhere,
-    spread,
     spread_moments,
+    with_shardings,
 )
+from qlora_jax.plan.device_bytes import nbytes
 from qlora_jax.plan.exact import gradients
 from qlora_jax.plan.gradient_programs import GradientProgram, gradient_programs
-from qlora_jax.plan.share import nbytes
 from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import assemble
@@ -94,7 +94,7 @@ def abstract_step(
     """
     model, layout = abstract_model(config, decoder, choose_kernel(config, hardware)), None
     if mesh is not None:
-        model, layout = spread(mesh, model)
+        model, layout = with_shardings(mesh, model)
     program, state, frozen = assemble(config, model, device=hardware, layout=layout)[1:]
     rest = abstract_batch(config), abstract_key(config)
     if layout is not None:
@@ -125,13 +125,13 @@ def step_of(
 def gradient_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
     """Compiles the gradient's programs; their memory is without moments (see `with_moments`)."""
     made = []
-    for piece in gradient_pieces(step):
+    for piece in list_gradient_programs(step):
         compiled = compile_(piece.function, *piece.arguments, donate=piece.donate)
         made.append(memory_of(piece, compiled))
     return made
 
 
-def gradient_pieces(step: AbstractStep) -> list[GradientProgram]:
+def list_gradient_programs(step: AbstractStep) -> list[GradientProgram]:
     """Returns the programs of a step's gradient."""
     return list(gradient_programs(step.program, step.state, step.frozen, step.batch, step.key))
 
@@ -182,7 +182,7 @@ def update_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
     at_once = step.program.direct is not None
     alive = nbytes((step.state.trained, step.gradients, step.frozen))
     if at_once:  # the update runs during the backward pass, with the gradients of one layer
-        alive = max(piece.alive for piece in gradient_pieces(step))
+        alive = max(piece.alive for piece in list_gradient_programs(step))
     made = []
     for name, update, arguments in layer_updates(step):
         compiled = compile_(update, *arguments, donate=(0, 3))

@@ -22,10 +22,10 @@ from qlora_jax.plan.abstract import (
     abstract_key,
     abstract_model,
     mesh_in_shapes,
-    spread,
     spread_moments,
+    with_shardings,
 )
-from qlora_jax.plan.share import nbytes
+from qlora_jax.plan.device_bytes import nbytes
 from qlora_jax.quant import QTensor
 from qlora_jax.train import layer_groups
 from qlora_jax.train import step as steps
@@ -132,7 +132,7 @@ def _count(model: DecoderConfig, settings: bytes) -> Exact:
     run = CONFIG.validate_json(settings)
     parts, layout = abstract_model(run, model, None), None
     if (mesh := mesh_in_shapes(run.mesh)) is not None:
-        parts, layout = spread(mesh, parts)
+        parts, layout = with_shardings(mesh, parts)
     moments, counters = optimizer_bytes(parts.trained, run, layout)
     slopes = gradients(parts.trained, run.train.gradient_accumulation)
     return Exact(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.plan.device_bytes import nbytes
 from qlora_jax.plan.exact import gradients
-from qlora_jax.plan.share import nbytes
 from qlora_jax.train import layered
 from qlora_jax.train import step as steps
 from qlora_jax.train.state import TrainState
@@ -60,7 +60,7 @@ def _by_layer(
     program: steps.StepProgram, trained: Any, frozen: Any, batch: Any, key: Any, alive: int
 ) -> Iterator[GradientProgram]:
     parts = program.parts
-    (trees, groups, layers), leaves = layered.taken_apart(trained, frozen)
+    (trees, groups, layers), leaves = layered.split_layers(trained, frozen)
     micro = batch["mask"].shape[0]
     rows = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
     if key is not None:  # each row has its own key

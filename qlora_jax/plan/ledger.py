@@ -13,11 +13,11 @@ from typing import NamedTuple
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import WHOLE_LAYERS
-from qlora_jax.models.parts import expected_shapes
+from qlora_jax.models.weight_shapes import expected_shapes
 from qlora_jax.plan.abstract import abstract_batch
 from qlora_jax.plan.activations import estimates
+from qlora_jax.plan.device_bytes import nbytes
 from qlora_jax.plan.exact import count
-from qlora_jax.plan.share import nbytes
 from qlora_jax.train.assemble import updates_at_once
 from qlora_jax.train.offload import memory_of
 

@@ -13,9 +13,9 @@ from qlora_jax.gpu.links import link_of
 from qlora_jax.gpu.roofline import RATES
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import WHOLE_LAYERS
-from qlora_jax.models.parts import linears
 from qlora_jax.models.sharding import LAYERS
 from qlora_jax.models.trees import flatten
+from qlora_jax.models.weight_shapes import linears
 from qlora_jax.plan.compiled_memory import AbstractStep
 
 WEIGHTS, ADAPTERS, GRADIENTS, REST = PARTS = ("weights", "adapters", "gradients", "rest")

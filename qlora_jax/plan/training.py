@@ -7,10 +7,10 @@ import jax
 from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.plan.fit import GIB, Fit, fit
+from qlora_jax.train.initial_values import resolved
 from qlora_jax.train.offload import PLACEMENTS, Memory
 from qlora_jax.train.report import RunSummary
 from qlora_jax.train.run import train
-from qlora_jax.train.start import resolved
 
 
 def train_placed(

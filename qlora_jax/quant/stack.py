@@ -50,7 +50,7 @@ Matrix = QTensor | QLayer | Sharded
 """A matrix in 4 bits: a QTensor, a layer of a stack, or a sharded matrix."""
 
 
-def cut(q: Matrix) -> QTensor:
+def as_qtensor(q: Matrix) -> QTensor:
     """Returns a matrix as a QTensor: sliced from its stack, and gathered if it is sharded."""
     return q.cut() if isinstance(q, QLayer) else whole(q)
 

@@ -37,7 +37,7 @@ WORTH_A_TRIM = 0.5
 """Minimum compile time in seconds for `trim`, which itself takes up to 0.2 s."""
 
 
-def widen(environment: MutableMapping[str, str] = os.environ) -> None:
+def use_wide_vectors(environment: MutableMapping[str, str] = os.environ) -> None:
     """Makes XLA:CPU use 512-bit vectors if the processor has them; call before jax starts.
 
     XLA's default of 256 bits makes decoding one token a fifth slower. The user's flags take
@@ -61,7 +61,7 @@ def overlap(environment: MutableMapping[str, str] = os.environ) -> None:
     environment["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 
-def keep(environment: MutableMapping[str, str] = os.environ) -> None:
+def enable_cache(environment: MutableMapping[str, str] = os.environ) -> None:
     """Makes jax cache compiled programs in the user's cache folder; call before importing jax.
 
     Variables that are already set are not changed: `JAX_COMPILATION_CACHE_DIR` names another
@@ -81,7 +81,7 @@ def give_memory_back() -> None:
 
     The compiler frees about 200 MB, which malloc would keep in addition to the program's buffers.
     """
-    import jax  # not at the top: `keep` must run before jax is imported
+    import jax  # not at the top: `enable_cache` must run before jax is imported
 
     def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED and duration_secs > WORTH_A_TRIM:

@@ -9,7 +9,7 @@ THREADS = 4
 FLAG = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
 
-def asked() -> int:
+def requested_devices() -> int:
     """Returns the number of CPU devices that the environment asks for."""
     flag = FLAG.search(os.environ.get("XLA_FLAGS", ""))
     named = os.environ.get("JAX_NUM_CPU_DEVICES", "")
@@ -23,5 +23,5 @@ def give_threads() -> None:
     same time, and each wait blocks a thread. If the pool has only one thread per core, the device
     for which the others wait may get no thread, and XLA aborts the process.
     """
-    if (devices := asked()) > 1:
+    if (devices := requested_devices()) > 1:
         os.environ.setdefault("PJRT_NPROC", str(THREADS * devices))

@@ -16,14 +16,14 @@ def restart() -> None:
     considerable share of a training step. `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` switches this
     off.
     """
-    environment = asking(os.environ)
+    environment = environment_with_hugepages(os.environ)
     if environment is not None and on_request():
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def asking(environment: Mapping[str, str]) -> dict[str, str] | None:
+def environment_with_hugepages(environment: Mapping[str, str]) -> dict[str, str] | None:
     """Returns the environment with huge pages on; None if it already has the setting."""
     tunables = environment.get("GLIBC_TUNABLES", "")
     if TUNABLE in tunables:

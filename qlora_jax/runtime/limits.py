@@ -29,7 +29,7 @@ def check() -> None:
         )
 
 
-def told(error: Exception) -> str | None:
+def limit_remedy(error: Exception) -> str | None:
     """Returns a remedy for an error caused by a system limit; None for any other error."""
     if isinstance(error, MemoryError):
         return "out of memory; end other programs, or use a smaller model, batch or sequence"

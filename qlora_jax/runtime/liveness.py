@@ -36,7 +36,7 @@ FINISHED = "finished"
 """Last heartbeat of a process that has finished its part of the run."""
 
 
-class Signs:
+class Heartbeats:
     """The newest heartbeats of the other processes.
 
     Args:
@@ -74,7 +74,7 @@ class Signs:
         return all(self._newest.get(i, ("", 0))[0] == FINISHED for i in self._others)
 
 
-class Watch:
+class HeartbeatThread:
     """A thread that sends heartbeats, and ends this process if another process sends none.
 
     Args:
@@ -85,7 +85,7 @@ class Watch:
 
     def __init__(self, client: Any, index: int, count: int):
         self._client, self._index, self._count = client, index, count
-        self._signs = Signs(index, count, time.monotonic())
+        self._signs = Heartbeats(index, count, time.monotonic())
         self._last: str | None = None
         self._giving, self._over = threading.Lock(), threading.Event()
         # jax aborts this process if process 0 or its host is gone. A handler of Python's `signal`
@@ -132,7 +132,7 @@ class Watch:
 
     def _run(self) -> None:
         for beat in itertools.count():
-            with contextlib.suppress(Exception):  # `Signs` reports a service without answer
+            with contextlib.suppress(Exception):  # `Heartbeats` reports a service without answer
                 self._give(str(beat))
                 found = self._client.key_value_dir_get(FOLDER)
                 newest = {int(key.rpartition("/")[2]): sign for key, sign in found}

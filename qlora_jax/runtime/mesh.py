@@ -74,7 +74,7 @@ def on_devices(
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=results, check_vma=False)
 
 
-def sent(tree: Any, shardings: Any) -> Any:
+def put_on_devices(tree: Any, shardings: Any) -> Any:
     """Puts arrays on the devices; each process has the whole array and stores only its shards.
 
     Args:
@@ -84,7 +84,7 @@ def sent(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(_sent, tree, shardings)
 
 
-def mesh_place(tree: Any) -> NamedSharding | None:
+def replicated_sharding(tree: Any) -> NamedSharding | None:
     """Returns the sharding of an array replicated on the tree's mesh; None without a mesh."""
     first = jax.tree.leaves(tree)[0]
     if isinstance(first, jax.core.Tracer) or not isinstance(first.sharding, NamedSharding):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from qlora_jax.runtime import json_files, paths
 from qlora_jax.runtime.errors import FULL_MEMORY, RunFailed, UserError, first_line
-from qlora_jax.runtime.liveness import RESUME, SILENT_S, Watch
+from qlora_jax.runtime.liveness import RESUME, SILENT_S, HeartbeatThread
 from qlora_jax.runtime.versions import versions
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ WAIT_MS = 30 * 60 * 1000
 """Milliseconds that a process waits for another one, which may delete an old run."""
 
 NEVER_S = 24 * 60 * 60
-"""Seconds until jax itself would abort without a clear message; longer than `Watch` needs."""
+"""Seconds until jax itself would abort without a clear message; a `HeartbeatThread` is faster."""
 
 DONE, FAULT = "done", "fault: "
 """Messages of process 0 after an action: success, or `FAULT` and the text of the error."""
@@ -40,10 +40,10 @@ AHEAD = 3
 
 _numbers = itertools.count()
 _here = (1, 0)
-_watch: Watch | None = None
+_watch: HeartbeatThread | None = None
 
 
-def several() -> bool:
+def has_several_processes() -> bool:
     """Returns whether the environment says that this is one of several processes."""
     return any(os.environ.get(name, "1") not in ("", "0", "1") for name in SIZES)
 
@@ -60,7 +60,8 @@ def join() -> None:
     import jax
 
     global _here, _watch
-    # If a process dies, `Watch` ends the others with a clear message; jax would abort them.
+    # If a process dies, the `HeartbeatThread` of each other process ends it with a clear message.
+    # jax would abort it.
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
@@ -72,7 +73,7 @@ def join() -> None:
             f"set {', '.join(OWN)} for each"
         ) from e
     _here = (jax.process_count(), jax.process_index())
-    _watch = Watch(_client(), index(), count())
+    _watch = HeartbeatThread(_client(), index(), count())
 
 
 def _place() -> dict[str, Any]:
@@ -225,7 +226,7 @@ def failing_together() -> Iterator[None]:
         ) from e
 
 
-def tell(message: str) -> None:
+def tell_others(message: str) -> None:
     """Sends the reason why this process ends to the others, so that they end, too."""
     if _watch is not None:
         _watch.tell(message)
@@ -247,7 +248,7 @@ def leave(code: int) -> None:
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[None]:
+def only_first_prints() -> Iterator[None]:
     """Silences all processes except process 0 in the `with` block."""
     with contextlib.ExitStack() as quiet:
         if count() > 1:

@@ -9,8 +9,8 @@ def prepare() -> None:
     The function may restart the process, so call it before anything else.
     """
     hugepages.restart()
-    compilation.widen()
+    compilation.use_wide_vectors()
     cpu_devices.give_threads()
     gpu_memory.claim()
     cuda_toolkit.point()
-    compilation.keep()
+    compilation.enable_cache()

@@ -1,1 +1,1 @@
-"""Serving a model and its adapters over HTTP."""
+"""Serves a model and its adapters over HTTP."""

@@ -1,25 +1,25 @@
-"""The text of an answer while its tokens arrive."""
+"""Turns the token ids of an answer into text while they arrive."""
 
 from collections.abc import Callable, Sequence
 
 INCOMPLETE = "�"
-"""What a decoder writes for bytes that are no whole character, or not yet one."""
+"""The character that a decoder writes for bytes that do not form a whole character."""
 
 
 class Answer:
-    """Turns a row's ids into text that never has to be taken back.
+    """The text of one answer, returned in parts that never change later.
 
-    Held back are a character whose bytes are not all there, and what may be the beginning of a
-    stop text.
+    The answer holds text back in two cases: a character is incomplete because some of its bytes
+    are missing, or the text may be the beginning of a stop text.
 
     Args:
-      decode: ids to text.
-      stop: texts that end the answer; they and what follows are no part of it. Of several, the
-        one that is whole after the fewest ids ends it.
+      decode: function from ids to text.
+      stop: stop texts. The answer ends before the first of them. If the answer contains several,
+        the one that is complete after the fewest ids ends it.
 
     Attributes:
-      tokens: how many ids the answer took, those of the stop text included.
-      stopped: whether a stop text came.
+      tokens: number of ids of the answer, including the ids of the stop text.
+      stopped: whether a stop text ended the answer.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()):
@@ -33,7 +33,7 @@ class Answer:
         return len(self._ids)
 
     def add(self, ids: Sequence[int]) -> str:
-        """The text that these further ids make certain; after a stop text, nothing."""
+        """Adds ids and returns the new text that can no longer change; empty after a stop text."""
         if self.stopped:
             return ""
         before = len(self._ids)
@@ -43,7 +43,7 @@ class Answer:
         if end is None:
             return self._show(text, self._certain(text))
         self.stopped = True
-        # which id completed it must not depend on how many came at once
+        # find the id that completed the stop text, so that the result does not depend on the chunks
         count = next(
             n
             for n in range(before + 1, len(self._ids) + 1)
@@ -54,7 +54,7 @@ class Answer:
         return self._show(text, self._found(text) or 0)
 
     def finish(self) -> str:
-        """What was held back; no more ids come."""
+        """Ends the answer and returns the text that was held back."""
         text = "" if self.stopped else self._decode(self._ids)
         return self._show(text, len(text))
 
@@ -63,7 +63,7 @@ class Answer:
         return min(places, default=None)
 
     def _certain(self, text: str) -> int:
-        """How much of the text can neither change nor turn out to begin a stop text."""
+        """Returns the length of the text that cannot change and does not begin a stop text."""
         whole = text.rstrip(INCOMPLETE)
         held = max(
             (

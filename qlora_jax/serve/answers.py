@@ -1,4 +1,4 @@
-"""Answers prompts with a model: from text to text."""
+"""Answers prompts with a model; prompts and answers are text."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from qlora_jax.data.prompts import ask
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.generate import generate
-from qlora_jax.serve.base import Asking
+from qlora_jax.serve.base import PromptSettings
 from qlora_jax.text.tokenizer import Tokenizer
 
 
@@ -17,7 +17,7 @@ def answers(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    asking: Asking,
+    asking: PromptSettings,
     dtype: DTypeLike,
     max_new_tokens: int,
     temperature: float,
@@ -25,23 +25,24 @@ def answers(
     seed: int,
     slots: Sequence[int] | None = None,
 ) -> list[str]:
-    """Returns each prompt's answer, or its answers under several adapters.
+    """Returns one answer per prompt, or one answer per prompt and adapter.
 
     Args:
-      model: with or without adapters.
-      tokenizer: the model's.
-      prompts: as people write them.
-      asking: how they become what the model reads.
-      dtype: of computation.
-      max_new_tokens: most tokens of an answer.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_p: draws from the fewest tokens that together have this probability.
-      seed: of the draws.
-      slots: the adapters in the model's banks that answer each prompt, one after another; None for
-        a model without banks.
+      model: model with or without adapters.
+      tokenizer: tokenizer of the model.
+      prompts: prompts as the user wrote them.
+      asking: settings that turn a prompt into model input.
+      dtype: compute dtype.
+      max_new_tokens: largest number of tokens of an answer.
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_p: probability p; a token is drawn from the smallest set of most likely tokens whose
+        probabilities add up to p or more.
+      seed: seed of the random draws.
+      slots: slots of the adapters in the model's banks. Each prompt is answered with each of them,
+        and the answers to one prompt are adjacent. None for a model without banks.
 
     Raises:
-      UserError: the chat template refuses a prompt; or as `models.generate`.
+      UserError: the chat template refuses a prompt, or `models.generate` fails.
     """
     questions = [
         ask(prompt, tokenizer, system_prompt=asking.system_prompt, template=asking.template)

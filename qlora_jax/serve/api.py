@@ -1,4 +1,4 @@
-"""Requests and responses of OpenAI's completions API, as far as they are served here."""
+"""Requests and responses of the part of OpenAI's completions API that the server supports."""
 
 import json
 import re
@@ -25,21 +25,21 @@ IGNORED = (
     "store",
     "user",
 )
-"""Fields that do not change an answer of this server."""
+"""Fields of a request that the server accepts and ignores."""
 
 
 _NO_TOOLS = "no tools are called here; leave it out"
 _ONE_ANSWER = "a request has one answer here; leave it out, and send several requests"
 _NO_FIGURES = "no probabilities are returned here; leave it out"
-_NO_CHANGES = "probabilities are drawn from as they are, by temperature and top_p; leave it out"
+_NO_CHANGES = "the probabilities change only by temperature and top_p; leave it out"
 UNSUPPORTED: Mapping[str, str] = {
     "tools": _NO_TOOLS,
     "tool_choice": _NO_TOOLS,
     "functions": _NO_TOOLS,
     "function_call": _NO_TOOLS,
-    "tool_calls": "turns hold text alone here; write the call into content",
-    "tool_call_id": "turns hold text alone here; write the tool's result into a user's content",
-    "role": "a turn is of system, developer, user or assistant; give one of these",
+    "tool_calls": "a message holds only text here; write the call into content",
+    "tool_call_id": "a message holds only text here; write the tool's result into a user's content",
+    "role": "a role is system, developer, user or assistant; give one of these",
     "response_format": 'answers are text here; leave it out, or give {"type": "text"}',
     "n": _ONE_ANSWER,
     "best_of": _ONE_ANSWER,
@@ -49,22 +49,22 @@ UNSUPPORTED: Mapping[str, str] = {
     "frequency_penalty": _NO_CHANGES,
     "presence_penalty": _NO_CHANGES,
     "echo": "answers come without their prompt here; leave it out",
-    "suffix": "answers continue the prompt and meet no suffix here; leave it out",
+    "suffix": "text is not inserted before a suffix here; leave it out",
     "audio": "answers are text here; leave it out",
     "modalities": "answers are text here; leave it out",
 }
-"""Fields whose values mostly cannot be used, to why and what to do."""
+"""Unsupported or partly supported fields; the value says why, and what the client can do."""
 
 
 class Problem(Exception):
-    """A request that is answered by an error of OpenAI's form.
+    """An error that is sent to the client in the format of OpenAI's API.
 
     Args:
-      status: of HTTP.
-      message: one line for the client.
-      param: the field of the request that is at fault.
-      code: OpenAI's name of the error.
-      headers: further ones of the answer.
+      status: HTTP status.
+      message: message for the client, one line.
+      param: name of the wrong field of the request, or None.
+      code: OpenAI's name of the error, or None.
+      headers: additional headers of the response.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """Returns the JSON body of the response."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             kind = "rate_limit_error"
@@ -89,12 +89,12 @@ class Problem(Exception):
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """Returns the HTTP response."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 def event(tree: Mapping[str, Any]) -> str:
-    """A server-sent event of a stream."""
+    """Returns JSON data as one server-sent event."""
     return f"data: {json.dumps(tree)}\n\n"
 
 
@@ -106,7 +106,7 @@ REFUSALS: Mapping[Reason, tuple[HTTPStatus, str | None, str]] = {
     "stopping": (HTTPStatus.SERVICE_UNAVAILABLE, None, "stopping"),
     "failed": (HTTPStatus.INTERNAL_SERVER_ERROR, None, "internal_error"),
 }
-"""Why the scheduler refuses, to status, parameter and code."""
+"""HTTP status, parameter and code of the error, by the scheduler's reason to refuse a job."""
 
 
 def _texts(value: Any) -> Any:
@@ -145,16 +145,17 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """`stream_options`."""
+    """The field `stream_options`."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class GenerationRequest(_Strict):
-    """What both kinds of completion take.
+    """Fields that text completions and chat completions have in common.
 
-    Fields that would change the answer and are not supported take their neutral value alone.
+    A field that is not supported and would change the answer is accepted only with the value that
+    changes nothing.
     """
 
     model: str
@@ -175,7 +176,7 @@ class GenerationRequest(_Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
     max_tokens: int = Field(16, ge=1)
@@ -184,7 +185,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class Turn(_Strict):
-    """A message of a chat."""
+    """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_text_content)]
@@ -192,13 +193,13 @@ class Turn(_Strict):
 
 
 class TextFormat(_Strict):
-    """`response_format`."""
+    """The field `response_format`."""
 
     type: Literal["text"]
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: list[Turn] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -209,25 +210,25 @@ class ChatRequest(GenerationRequest):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of the answer; None leaves it to the server."""
+        """Largest number of tokens of the answer; None: the server chooses the limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def conversation(self) -> list[Message]:
-        """The messages as chat templates know them."""
+        """The messages in the form that a chat template takes; role developer becomes system."""
         roles = {"developer": "system"}
         return [{"role": roles.get(t.role, t.role), "content": t.content} for t in self.messages]
 
 
 class LoadAdapter(_Strict):
-    """POST /v1/load_lora_adapter."""
+    """Body of POST /v1/load_lora_adapter."""
 
     lora_name: str = Field(min_length=1, max_length=256)
     lora_path: Annotated[str, Field(min_length=1), AfterValidator(_without_null)]
 
 
 class UnloadAdapter(_Strict):
-    """POST /v1/unload_lora_adapter."""
+    """Body of POST /v1/unload_lora_adapter."""
 
     lora_name: str
 
@@ -236,21 +237,22 @@ R = TypeVar("R", bound=BaseModel)
 
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
-"""Found in every body that holds one: escaped, in UTF-8, and what is in all of UTF-16."""
+"""Matches every body that may contain a surrogate: as an escape, as bytes of UTF-8, or in UTF-16
+(JSON in UTF-16 always contains null bytes)."""
 
 
 def parse(kind: type[R], body: bytes | bytearray) -> R:
-    """A request's JSON, checked; null is the same as an absent field.
+    """Parses and checks the JSON of a request; a field with value null counts as absent.
 
     Raises:
-      Problem: not JSON, or a field that is missing, unknown or not allowed.
+      Problem: the body is not a JSON object, or a field is missing, unknown or has a wrong value.
     """
     try:
         tree = json_files.parse(body)
         if isinstance(tree, dict):
             tree = _present({key: value for key, value in tree.items() if key not in IGNORED})
             if SURROGATE.search(body):
-                json.dumps(tree, ensure_ascii=False).encode()  # refuses half a pair
+                json.dumps(tree, ensure_ascii=False).encode()  # fails for half of a pair
     except (ValueError, RecursionError) as e:
         raise Problem(
             HTTPStatus.BAD_REQUEST, f"the body is not valid JSON ({e}); send one JSON object"
@@ -261,7 +263,7 @@ def parse(kind: type[R], body: bytes | bytearray) -> R:
         return kind.model_validate(tree)
     except ValidationError as e:
         errors = e.errors(include_url=False, include_context=False, include_input=False)
-        # a field that is not known may be why another is missing
+        # report an unknown field first: it may be the missing field, misspelled
         first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
         where = ".".join(map(str, first["loc"]))
         message = _sentence(where, first["loc"], first["type"], first["msg"])
@@ -269,7 +271,7 @@ def parse(kind: type[R], body: bytes | bytearray) -> R:
 
 
 def _sentence(where: str, place: Sequence[int | str], kind: str, said: str) -> str:
-    """What is wrong with a field and what to do, from an error of pydantic."""
+    """Returns a message from an error of pydantic: what is wrong with a field, and what to do."""
     if kind == "missing":
         return f"{where} is missing; give it"
     name = next((name for name in reversed(place) if isinstance(name, str)), "")
@@ -289,11 +291,11 @@ def _present(value: Any) -> Any:
 
 
 class AnswerReply:
-    """The JSON of one answer, whole or in pieces.
+    """Builds the JSON of one answer, as one response or as the chunks of a stream.
 
     Args:
-      request: what is answered.
-      prompt_tokens: of the prompt.
+      request: request that is answered.
+      prompt_tokens: number of tokens of the prompt.
     """
 
     def __init__(self, request: CompletionRequest | ChatRequest, prompt_tokens: int):
@@ -303,22 +305,22 @@ class AnswerReply:
         self._created = int(time.time())
 
     def whole(self, text: str, tokens: int, finish: str) -> dict[str, Any]:
-        """The answer to a request without `stream`."""
+        """Returns the whole answer, for a request without `stream`."""
         message = {"role": "assistant", "content": text}
         content: dict[str, Any] = {"message": message} if self._chat else {"text": text}
         kind = "chat.completion" if self._chat else "text_completion"
         return self._envelope(kind, content, finish) | {"usage": self._usage(tokens)}
 
     def first(self) -> dict[str, Any] | None:
-        """The chunk that names the role; completions have none."""
+        """Returns the first chunk of a chat, which names the role; None for text completions."""
         return self._chunk({"role": "assistant", "content": ""}, None) if self._chat else None
 
     def piece(self, text: str, finish: str | None) -> dict[str, Any]:
-        """A chunk with further text."""
+        """Returns a chunk with new text."""
         return self._chunk({"content": text} if text else {}, finish, text)
 
     def usage(self, tokens: int) -> dict[str, Any] | None:
-        """The chunk after the last, if the request asks for it."""
+        """Returns the last chunk, with the token counts; None if the request does not want it."""
         if not self._wants_usage:
             return None
         return self._chunk({}, None) | {"choices": [], "usage": self._usage(tokens)}

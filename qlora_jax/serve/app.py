@@ -1,4 +1,4 @@
-"""The HTTP endpoints: requests become jobs of the worker, pieces become responses."""
+"""The HTTP endpoints: turn requests into jobs of the worker, and answers into responses."""
 
 import asyncio
 import contextlib
@@ -23,8 +23,8 @@ from qlora_jax.runtime import compilation
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve import api
 from qlora_jax.serve.api import AnswerReply, ChatRequest, CompletionRequest, Problem, event
-from qlora_jax.serve.door import HEALTH, Check, Door
-from qlora_jax.serve.ending import LastWords
+from qlora_jax.serve.door import HEALTH, Check, RequestChecks
+from qlora_jax.serve.ending import CutOpenAnswers
 from qlora_jax.serve.engine import SamplingSettings
 from qlora_jax.serve.loading import read_regular
 from qlora_jax.serve.pool import Pool
@@ -35,9 +35,10 @@ from qlora_jax.text.tokenizer import Tokenizer
 T = TypeVar("T")
 
 LEAST_BODY, TOKEN_BODY, MOST_BODY = 1 << 18, 64, 4 << 20
-"""Bytes of a request: allowed by every model, by a model per token of its length, and by none."""
+"""Limit of a request's size in bytes: smallest limit, bytes per position, largest limit."""
 LARGE_BODY = 1 << 16
-"""Bytes of a request from which on parsing it may take longer than others should wait."""
+"""Size in bytes above which a request is parsed in the pool `Service.large`, because parsing may
+take long."""
 ENDPOINTS = (
     "/v1/models",
     "/v1/completions",
@@ -47,26 +48,26 @@ ENDPOINTS = (
     HEALTH,
 )
 BODY_SECONDS = 30
-"""In which a request's body must have arrived."""
+"""Seconds in which the body of a request must arrive."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """What the endpoints stand on.
+    """The objects and settings that the endpoints use.
 
     Attributes:
-      worker: answers.
-      tokenizer: of the model.
-      model: the model that adapters must fit; None compares them with none.
-      vocabulary: ids are below this.
-      length: most tokens of prompt and answer.
-      timeout: seconds a request may take, waiting included.
-      loading: whether adapters are loaded and unloaded by request.
-      load_timeout: seconds that reading an adapter may take, waiting for other readers included.
-      checks: of the head of each request, in this order.
-      readers: read adapters. A disk that does not answer may hold them for ever, and only them.
-      parsers: read requests.
-      large: reads those of more than `LARGE_BODY`, one at a time, so that others need not wait.
+      worker: worker that generates the answers.
+      tokenizer: tokenizer of the model.
+      model: model that loaded adapters must fit; None: adapters are not compared with a model.
+      vocabulary: size of the vocabulary; token ids are smaller.
+      length: largest number of tokens of prompt and answer together.
+      timeout: seconds in which a request must be answered, including the time in the queue.
+      loading: whether clients may load and unload adapters.
+      load_timeout: seconds in which an adapter must be read, including the wait for a free reader.
+      checks: checks of the head of each request, in the order in which they are made.
+      readers: threads that read adapters. A dead disk may block these threads, but no others.
+      parsers: threads that parse requests.
+      large: one thread that parses requests above `LARGE_BODY`, so that smaller ones do not wait.
     """
 
     worker: Worker
@@ -84,17 +85,17 @@ class Service:
 
     @property
     def most_body(self) -> int:
-        """Bytes of a request at most: those of longer ones could not be answered."""
+        """Largest size of a request in bytes; a longer prompt could not be answered."""
         return min(MOST_BODY, max(LEAST_BODY, TOKEN_BODY * self.length))
 
 
 def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = ()) -> Starlette:
-    """The ASGI application.
+    """Returns the ASGI application.
 
     Args:
-      service: what the endpoints stand on.
-      cut: ends all answers when it is set.
-      checks: of the head of each request, before the service's.
+      service: objects and settings that the endpoints use.
+      cut: event that ends all open answers when it is set.
+      checks: checks of the head of each request, made before the checks of `service`.
     """
 
     async def completions(request: Request) -> Response:
@@ -150,8 +151,8 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
             Route(HEALTH, health),
         ],
         middleware=[
-            Middleware(LastWords, cut),
-            Middleware(Door, [*checks, *service.checks]),
+            Middleware(CutOpenAnswers, cut),
+            Middleware(RequestChecks, [*checks, *service.checks]),
         ],
         exception_handlers={
             Problem: _problem,
@@ -162,7 +163,7 @@ def application(service: Service, cut: asyncio.Event, checks: Sequence[Check] = 
             Exception: _problem,
         },
     )
-    app.router.redirect_slashes = False  # an answer without OpenAI's form
+    app.router.redirect_slashes = False  # a redirect would not have the format of OpenAI's API
     return app
 
 
@@ -192,7 +193,7 @@ def _as_problem(error: Exception, request: Request | None = None) -> Problem:
 
 
 def _no_endpoint(status: HTTPStatus, request: Request, headers: Mapping[str, str]) -> str | None:
-    """What is said where no endpoint takes a request; None for other errors."""
+    """Returns a message if no endpoint takes the request; None for other errors."""
     if status == HTTPStatus.NOT_FOUND:
         return f"there is no endpoint {request.url.path!r:.200}; there are: {', '.join(ENDPOINTS)}"
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -210,11 +211,12 @@ def _check_loading(service: Service) -> None:
 
 
 async def _parsed(service: Service, request: Request, kind: type[api.R]) -> api.R:
-    """The body, checked.
+    """Reads, parses and checks the body of a request; its content-type must be application/json.
 
-    A browser asks before it sends JSON to another site's server, and is not answered. So no web
-    page of another site posts here; one that takes this server's address for its own name is
-    refused by the name (`known_hosts`).
+    This content-type keeps out web pages of other sites: before a browser sends JSON to another
+    site, it asks that site for permission (a CORS preflight request), and this server never gives
+    it. A page whose own name resolves to this server's address does not need the permission; the
+    check of the Host header (`known_hosts`) refuses such a page.
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
@@ -243,7 +245,7 @@ async def _parsed(service: Service, request: Request, kind: type[api.R]) -> api.
 
 
 def _parse_large(kind: type[api.R], body: bytearray) -> api.R:
-    compilation.trim()  # of what the one before took
+    compilation.trim()  # return the memory of the previous large request to the system
     return api.parse(kind, body)
 
 
@@ -270,7 +272,7 @@ async def _answer(
     loop = asyncio.get_running_loop()
 
     def listen(piece: AnswerPiece | Refused) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+        with contextlib.suppress(RuntimeError):  # if the server has closed the loop
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     prompt = await service.parsers.run(_prompt, service, asked)
@@ -351,7 +353,7 @@ async def _collect(
 
 
 async def _unless_gone(request: Request, result: Awaitable[T]) -> T:
-    """The result, or ClientDisconnect as soon as the client hangs up."""
+    """Returns the result, or raises ClientDisconnect as soon as the client disconnects."""
     wanted, gone = asyncio.ensure_future(result), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -368,7 +370,7 @@ async def _unless_gone(request: Request, result: Awaitable[T]) -> T:
 async def _events(
     reply: AnswerReply, piece: AnswerPiece, pieces: asyncio.Queue[AnswerPiece | Refused]
 ) -> AsyncIterator[str]:
-    """Server-sent events from the first piece to [DONE], or to an error."""
+    """Yields the server-sent events of an answer; the last is [DONE] or an error."""
     if first := reply.first():
         yield event(first)
     try:
@@ -385,7 +387,7 @@ async def _events(
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `on_end` is called however they end, a client that hangs up included."""
+    """A response of server-sent events; calls `on_end` at its end or if the client disconnects."""
 
     def __init__(self, events: AsyncIterator[str], on_end: Callable[[], Any]):
         super().__init__(

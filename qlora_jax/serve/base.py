@@ -1,4 +1,4 @@
-"""A model to put adapters on, from a run directory or from what a config's `model` may name."""
+"""Loads a model that answers, from a run directory or from a path as in `model.path`."""
 
 import contextlib
 import dataclasses
@@ -24,18 +24,18 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.loading import regular_folder
 from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
+from qlora_jax.train.initial_values import resolved
 from qlora_jax.train.pretrained import load_adapted, load_base, open_pretrained
 from qlora_jax.train.restore import Restored, from_config, restore
-from qlora_jax.train.start import resolved
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking:
-    """How prompts are written.
+class PromptSettings:
+    """The settings that turn a prompt into model input.
 
     Attributes:
-      system_prompt: the system turn put before them, or None.
-      template: auto, through the chat template if there is one; none, as they are.
+      system_prompt: text of the system turn before the prompt; None for no system turn.
+      template: `auto` uses the chat template if the tokenizer has one; `none` never uses it.
     """
 
     system_prompt: str | None = None
@@ -44,32 +44,32 @@ class Asking:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A model that answers.
+    """A loaded model with its tokenizer and settings.
 
     Attributes:
-      name: what the model is called: `model.path`.
+      name: name of the model, `model.path`.
       model: the model.
-      tokenizer: its tokenizer.
-      dtype: of computation.
-      asking: how prompts are written.
+      tokenizer: tokenizer of the model.
+      dtype: compute dtype.
+      asking: settings of the prompts.
     """
 
     name: str
     model: Decoder
     tokenizer: Tokenizer
     dtype: FloatType
-    asking: Asking = Asking()
+    asking: PromptSettings = PromptSettings()
 
 
 def is_run(path: str) -> bool:
-    """Whether a path names a run directory."""
+    """Returns whether a path is a run directory."""
     return paths.is_file(Path(path) / rundir.CONFIG)
 
 
 def own_adapter(path: str) -> dict[str, str]:
-    """The adapter that a run directory brings: its name, the directory's, to its folder.
+    """Returns the adapter of a run directory: the directory's name to the adapter's folder.
 
-    Empty for other models, and for a run that trained every weight.
+    The result is empty if the path is not a run directory, and for a run with method `full`.
     """
     if not is_run(path) or rundir.open_run(path).method == "full":
         return {}
@@ -84,20 +84,22 @@ def open_base(
     warn: Callable[[str], None],
     adapter: Path | None = None,
 ) -> Base:
-    """Loads a model without adapters, or with those of one folder.
+    """Loads a model without adapters, or with the adapters of one folder.
 
-    A run that trained every weight is loaded with what it trained.
+    A run with method `full` is loaded with its trained weights.
 
     Args:
-      path: a run directory, whose own settings hold; or a folder, a .gguf file, a built-in or a
-        hub id.
-      bits: 4, which None stands for, holds the linears in NF4, 16 as they are; None for a run.
-      dtype: of computation; None is bfloat16, and the run's own for a run.
-      warn: called with lines for the user.
-      adapter: a folder in PEFT's format whose adapters the model gets, of any kind; not for a run.
+      path: a model folder, a .gguf file, the name of a built-in model or a hub id; or a run
+        directory, whose config gives all settings.
+      bits: 4 stores the linears in NF4, 16 does not quantize them; None is 4. Must be None for a
+        run.
+      dtype: compute dtype; None is bfloat16. Must be None for a run.
+      warn: function called with lines for the user.
+      adapter: folder in PEFT's format with adapters of any kind, to load into the model; ignored
+        for a run.
 
     Raises:
-      UserError: it cannot be loaded, or bits or dtype are given for a run.
+      UserError: the model cannot be loaded, or `bits` or `dtype` are given for a run.
     """
     if not is_run(path):
         return open_plain(_settings(path, bits, dtype), adapter, warn)
@@ -111,15 +113,15 @@ def open_base(
 
 
 def open_plain(settings: ModelSettings, adapter: Path | None, warn: Callable[[str], None]) -> Base:
-    """Loads a model that is no run, without adapters or with those of one folder.
+    """Loads a model that is not a run, without adapters or with the adapters of one folder.
 
     Args:
-      settings: of the model; nothing else is needed.
-      adapter: a folder in PEFT's format whose adapters the model gets, of any kind.
-      warn: called with lines for the user.
+      settings: settings of the model.
+      adapter: folder in PEFT's format with adapters of any kind, to load into the model; or None.
+      warn: function called with lines for the user.
 
     Raises:
-      UserError: it cannot be loaded.
+      UserError: the model cannot be loaded.
     """
     _check_model(settings.model.path)
     if adapter is not None:
@@ -141,17 +143,17 @@ def open_trained(
     dtype: FloatType | None,
     warn: Callable[[str], None],
 ) -> Base:
-    """Loads a run's model with what the run trained; or a model that is no run, as `open_base`.
+    """Loads a run's model with its trained weights; loads any other model as `open_base` does.
 
     Args:
-      path: as for `open_base`.
-      base: leave what a run trained as it was before the first step.
-      bits: as for `open_base`.
-      dtype: as for `open_base`.
-      warn: called with lines for the user.
+      path: model or run directory, as in `open_base`.
+      base: whether to load a run's model as it was before the first step.
+      bits: bits of the stored weights, as in `open_base`.
+      dtype: compute dtype, as in `open_base`.
+      warn: function called with lines for the user.
 
     Raises:
-      UserError: as `open_base`; the run has no checkpoint.
+      UserError: `open_base` fails, or the run has no checkpoint.
     """
     if not is_run(path):
         return open_base(path, bits=bits, dtype=dtype, warn=warn)
@@ -161,7 +163,7 @@ def open_trained(
 
 def _of_run(restored: Restored) -> Base:
     config = restored.config
-    asking = Asking(config.data.system_prompt, config.data.template)
+    asking = PromptSettings(config.data.system_prompt, config.data.template)
     return Base(
         config.model.path, restored.model, restored.tokenizer, config.model.compute_dtype, asking
     )
@@ -177,7 +179,7 @@ def _check_left_to_run(path: str, bits: int | None, dtype: FloatType | None) -> 
 
 
 def _check_model(path: str) -> None:
-    """Raises UserError for a folder that is neither a run directory nor a model."""
+    """Raises UserError if a folder is neither a run directory nor a model."""
     folder = Path(path).expanduser()
     if paths.is_dir(folder) and not paths.exists(folder / huggingface.CONFIG):
         raise UserError(
@@ -195,29 +197,31 @@ def _settings(path: str, bits: int | None, dtype: FloatType | None) -> ModelSett
 
 
 def _unsplit(path: str, config: Config, warn: Callable[[str], None]) -> Config:
-    """The run's config with whole weights: pissa and loftq leave the base without a part of them.
+    """Returns the run's config with the default `lora.init`, so that the base keeps all of W.
 
-    The run's adapter is for whole weights. Rounded to 4 bits they are not the sum that was trained.
+    The initializers pissa and loftq subtract a part of W from the base. The exported adapter of the
+    run belongs to the whole W (`train.export`). In 4 bits the result differs from the trained
+    model, because the run rounded another matrix; the function warns of it.
     """
     if config.lora.init not in INITIALIZERS:
         return config
     if config.method == "qlora":
         warn(
-            f"warning: {path}: its adapter is held over the model in 4 bits, and it was trained "
-            f"over what lora.init {config.lora.init} left of it, so its answers differ a little "
-            "from the run's own; merge it for these"
+            f"warning: {path}: the run trained its adapter on the weights that lora.init "
+            f"{config.lora.init} had changed; here the base is the pretrained model in 4 bits, so "
+            "the answers differ a little from the run's; merge the run to get the same answers"
         )
     lora = dataclasses.replace(config.lora, init=LoraConfig().init)
     return dataclasses.replace(config, lora=lora)
 
 
-class Named(NamedTuple):
-    """An adapter of a command line.
+class NamedAdapter(NamedTuple):
+    """An adapter that the user gave as `--adapter NAME=FOLDER`.
 
     Attributes:
-      name: the name that it was given there.
-      folder: its folder in PEFT's format.
-      stored: what the folder holds.
+      name: name that the user gave to the adapter.
+      folder: the adapter's folder, in PEFT's format.
+      stored: content of the folder.
     """
 
     name: str
@@ -225,19 +229,20 @@ class Named(NamedTuple):
     stored: AdapterSet
 
     def on(self, model: Decoder) -> LoraSet:
-        """Returns its weights, if it is plain LoRA that fits the model.
+        """Returns the adapter's weights, if it is plain LoRA that fits the model.
 
         Raises:
-          UserError: as `plain`; the name is given.
+          UserError: the adapter is not plain LoRA or does not fit; the message begins with the
+            adapter's name.
         """
         with _naming(self.name):
             return plain(self.folder, self.stored, model)
 
     def in_bank_of(self, model: Decoder) -> LoraSet:
-        """Returns its weights, if it can share a bank with others.
+        """Returns the adapter's weights, if it can share a bank with other adapters.
 
         Raises:
-          UserError: as `on`; or embedding or head are adapted.
+          UserError: `on` fails, or the adapter changes the embedding or the head.
         """
         found = self.on(model)
         with _naming(self.name):
@@ -245,20 +250,20 @@ class Named(NamedTuple):
         return found
 
 
-def read_named(adapters: Mapping[str, str]) -> list[Named]:
-    """Reads the adapters of a command line.
+def read_named(adapters: Mapping[str, str]) -> list[NamedAdapter]:
+    """Reads the adapters that the user gave as `--adapter NAME=FOLDER`.
 
     Args:
-      adapters: names to folders.
+      adapters: name to folder.
 
     Raises:
-      UserError: one cannot be read; its name is given.
+      UserError: an adapter cannot be read; the message begins with its name.
     """
     found = []
     for name, path in adapters.items():
         with _naming(name):
             folder = regular_folder(path)
-            found.append(Named(name, folder, read_adapter(folder)))
+            found.append(NamedAdapter(name, folder, read_adapter(folder)))
     return found
 
 

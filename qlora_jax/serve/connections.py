@@ -1,4 +1,4 @@
-"""Connections of clients: how many there are, and how long one may take to say what it wants."""
+"""Limits of client connections: their number, and the time in which a client must act."""
 
 import asyncio
 import functools
@@ -18,27 +18,27 @@ from qlora_jax.serve.api import Problem
 from qlora_jax.serve.door import HEALTH, Check
 
 HEAD_SECONDS = 10
-"""In which the head of a request must have arrived, counted from the connection's beginning or
-from the answer before."""
+"""Seconds in which the head of a request must arrive, counted from the beginning of the connection
+or from the end of the previous answer."""
 READING_SECONDS = 30
-"""In which a client must take a part of its answer, before the connection is closed."""
+"""Seconds in which a client must read some bytes of its answer; else the connection is closed."""
 MOST = 1024
-"""Connections at a time, where the process may open files enough."""
+"""Largest number of connections at a time, if the process may open enough files."""
 RETRY_SECONDS = 1.0
-"""Until a connection is accepted again after the system could not give one."""
+"""Seconds to wait after the system failed to accept a connection."""
 
 log = logging.getLogger(__name__)
 
 
 def most_connections(asked: int | None) -> int:
-    """How many connections there may be at a time.
+    """Returns the largest number of connections at a time.
 
     Args:
-      asked: by the user; None is half of the files that the process may open, at most `MOST`. The
-        other half is for files.
+      asked: number that the user gave. None is half of the number of files that the process may
+        open, at most `MOST`; the other half is for files.
 
     Raises:
-      UserError: the process may not open so many files.
+      UserError: `asked` is more than half of the number of files that the process may open.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     room = MOST if files == resource.RLIM_INFINITY else max(1, files // 2)
@@ -53,10 +53,11 @@ def most_connections(asked: int | None) -> int:
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol with limits for clients that are slow or say nothing.
+    """The HTTP protocol of uvicorn with time limits for slow and silent clients.
 
     Attributes:
-      since: when it began to wait for a request, in the event loop's seconds.
+      since: time when the connection began to wait for a request, by the event loop's clock, in
+        seconds.
     """
 
     _head: asyncio.TimerHandle
@@ -78,7 +79,7 @@ class Connection(H11Protocol):
             self._head.cancel()
 
     def on_response_complete(self) -> None:
-        # first, since the next request may be here already
+        # before the call of super(), which may begin the next request
         self._wait_for_head()
         super().on_response_complete()
 
@@ -96,7 +97,7 @@ class Connection(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """Whether the client has no whole request here that is being answered."""
+        """Whether the server waits for the client; False while it answers a complete request."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _wait_for_head(self) -> None:
@@ -116,7 +117,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _refuse(self, problem: Problem) -> None:
-        """Answers in place of the application, if nothing is answered yet, and closes."""
+        """Sends an error, if no part of a response was sent yet, and closes the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(problem.body()).encode()
             headers = [
@@ -130,17 +131,18 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-class Crowd:
-    """Accepts connections, a limited number at a time.
+class ConnectionLimiter:
+    """Accepts connections, up to a limit.
 
-    At the limit, the connection that has waited longest without a whole request makes room: so
-    clients that connect and say nothing keep nobody out. Where every connection is being answered,
-    a further one is accepted as surplus, for `not_surplus` to refuse.
+    At the limit, the connection that has waited longest for a complete request is closed, so that
+    silent clients cannot block others. If the server is answering on every connection, the new one
+    is accepted as a surplus connection, and `not_surplus` refuses its requests.
 
     Args:
-      make: a new connection's protocol; its argument is whether it is surplus.
-      present: the connections that there are; kept by uvicorn.
-      most: how many there may be.
+      make: function that returns the protocol of a new connection; its argument says whether the
+        connection is a surplus connection.
+      present: the open connections; uvicorn updates this set.
+      most: largest number of connections.
     """
 
     def __init__(self, make: Callable[[bool], Connection], present: set[Connection], most: int):
@@ -148,7 +150,7 @@ class Crowd:
         self._told = False
 
     async def accept(self, listener: socket.socket) -> None:
-        """Accepts until it is cancelled."""
+        """Accepts connections of a listening socket until the task is cancelled."""
         loop = asyncio.get_running_loop()
         listener.setblocking(False)
         while True:
@@ -157,30 +159,34 @@ class Crowd:
                 surplus = not await self._make_room(self._most)
                 await loop.connect_accepted_socket(functools.partial(self._make, surplus), accepted)
             except ConnectionError:
-                continue  # the client has left
+                continue  # the client closed the connection
             except OSError as e:
                 self._tell(e)
                 await self._make_room(len(self._present))
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _make_room(self, most: int) -> bool:
-        """Closes connections until there are fewer than `most`; False if all are answered."""
+        """Closes waiting connections until fewer than `most` are open.
+
+        Returns:
+          False if no more connection waits, and `most` or more are open.
+        """
         while len(self._present) >= most:
             waiting = [connection for connection in self._present if connection.waits]
             if not waiting:
                 return False
             min(waiting, key=lambda connection: connection.since).transport.abort()
-            await asyncio.sleep(0)  # then it has left `present`
+            await asyncio.sleep(0)  # uvicorn removes the connection from `present`
         return True
 
     def _tell(self, error: OSError) -> None:
         if not self._told:
-            log.error("connections are not accepted for now: %s; this is said once", error.strerror)
+            log.error("cannot accept connections at present: %s; logged once", error.strerror)
         self._told = True
 
 
 def not_surplus(most: int) -> Check:
-    """Refuses what comes by a surplus connection; only HEALTH is answered there."""
+    """Returns a check that refuses all requests of surplus connections, except for `HEALTH`."""
 
     def check(scope: Scope) -> Problem | None:
         if not scope["state"].get(SURPLUS) or scope["path"] == HEALTH:
@@ -196,4 +202,4 @@ def not_surplus(most: int) -> Check:
 
 
 SURPLUS = "surplus"
-"""The key of a connection's state that says so."""
+"""Key of a connection's state; its value says whether the connection is a surplus connection."""

@@ -1,4 +1,4 @@
-"""A conversation with a model: whole turns in, text as it is generated out."""
+"""A conversation with a model: takes whole turns, returns text while it is generated."""
 
 import time
 from collections.abc import Callable
@@ -11,19 +11,20 @@ from qlora_jax.text.messages import Message
 from qlora_jax.text.tokenizer import Tokenizer
 
 Finish = Literal["stop", "length", "full", "interrupted"]
-"""Who or what ended an answer: the model, the limit of its tokens, of all positions, the user."""
+"""Reason for the end of an answer: `stop`, the model; `length`, the limit of the answer's tokens;
+`full`, the limit of the conversation's positions; `interrupted`, the user."""
 
 
-class Answered(NamedTuple):
-    """An answer.
+class TimedAnswer(NamedTuple):
+    """An answer and its measurements.
 
     Attributes:
-      text: the text, as it was handed on.
-      finish: what ended it.
-      prompt_tokens: ids of the conversation before it.
-      tokens: ids it took, a stop id included.
-      first_s: seconds to its first text.
-      seconds: seconds to its end.
+      text: text of the answer, equal to the pieces passed to `on_text`.
+      finish: reason for the end of the answer.
+      prompt_tokens: number of ids of the conversation before the answer.
+      tokens: number of ids of the answer, including a stop id.
+      first_s: seconds until the first piece.
+      seconds: seconds until the end.
     """
 
     text: str
@@ -35,19 +36,20 @@ class Answered(NamedTuple):
 
 
 class Conversation:
-    """The turns so far, all of which go through the chat template for each answer.
+    """The turns of a conversation; each answer renders all of them with the chat template.
 
     Args:
-      scheduler: answers one at a time, and nobody else uses it.
-      tokenizer: the model's; it has a chat template.
-      length: most positions of a conversation.
-      settings: how answers are drawn.
-      most: most tokens of an answer.
-      system: the system turn, or None.
+      scheduler: scheduler that only this conversation uses.
+      tokenizer: tokenizer of the model; must have a chat template.
+      length: largest number of positions of the conversation.
+      settings: settings for drawing the tokens.
+      most: largest number of tokens of an answer.
+      system: text of the system turn, or None.
 
     Attributes:
-      system: the system turn; it may be changed, and holds for the whole conversation.
-      messages: the turns after it.
+      system: text of the system turn. The caller may change it; the change is valid for the whole
+        conversation.
+      messages: turns after the system turn.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Conversation:
         self.messages: list[Message] = []
 
     def reset(self) -> None:
-        """Forgets the turns; the system turn stays."""
+        """Removes all turns except the system turn."""
         self.messages = []
 
     def ask(
@@ -75,17 +77,20 @@ class Conversation:
         model: str,
         on_text: Callable[[str], None],
         stopped: Callable[[], bool] = lambda: False,
-    ) -> Answered:
-        """Answers a question. What was said of the answer, if anything, stays with it.
+    ) -> TimedAnswer:
+        """Answers a question, and adds question and answer to the conversation.
+
+        If the answer was stopped, the text so far is added; if there was no text, nothing is added.
 
         Args:
-          question: the user's turn.
-          model: name of who answers.
-          on_text: called with each further piece of text; pieces are never taken back.
-          stopped: asked between pieces; true ends the answer.
+          question: text of the user's turn.
+          model: name of the adapter, or of the model, that answers.
+          on_text: function called with each new piece of text; a piece never changes later.
+          stopped: function called between the pieces; True stops the answer.
 
         Raises:
-          UserError: the template refuses the conversation, or it is too long. It stays as it was.
+          UserError: the template refuses the conversation, or the conversation is too long. The
+            conversation does not change.
         """
         asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
         prompt = self._prompt(asked)
@@ -94,7 +99,7 @@ class Conversation:
         times: list[float] = []
 
         def listen(piece: AnswerPiece | Refused) -> None:
-            assert isinstance(piece, AnswerPiece), piece  # one job at a time is never refused later
+            assert isinstance(piece, AnswerPiece), piece  # a single job is only refused by `submit`
             pieces.append(piece)
             times.append(time.monotonic())
             if piece.text:
@@ -119,7 +124,7 @@ class Conversation:
             finish = "full"
         if text or finish != "interrupted":
             self.messages = [*asked, {"role": "assistant", "content": text}]
-        return Answered(
+        return TimedAnswer(
             text,
             finish,
             len(prompt),
@@ -135,7 +140,7 @@ class Conversation:
         prompt = self._tokenizer.encode(self._tokenizer.render([*system, *messages], True))
         if len(prompt) >= self._length:
             raise UserError(
-                f"the conversation has {len(prompt)} tokens with this turn, and the model has room "
-                f"for {self._length} with the answer; /reset begins a new one, or write less"
+                f"the conversation has {len(prompt)} tokens with this turn, but conversation and "
+                f"answer together can have {self._length}; enter /reset or write less"
             )
         return prompt

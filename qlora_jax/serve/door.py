@@ -1,4 +1,4 @@
-"""Who is answered: checks of a request's head, before anything else is done for it."""
+"""Checks the head of a request (host name, API key) before the application gets the request."""
 
 import hashlib
 import hmac
@@ -15,24 +15,24 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.api import Problem
 
 Check = Callable[[Scope], Problem | None]
-"""Looks at the head of a request; a problem is its answer."""
+"""Function that checks the head of a request; it returns the error to answer with, or None."""
 
 HEALTH = "/health"
-"""The endpoint that is answered without a key, and when all connections are in use."""
+"""Endpoint that is answered without an API key, and also when all connections are in use."""
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-"""What a client calls the machine that it runs on."""
+"""Names by which a client reaches the machine that it runs on."""
 
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
-"""A Host header: name, IPv4 address or IPv6 address in brackets; perhaps a port."""
+"""A Host header: a name, an IPv4 address or an IPv6 address in brackets; a port may follow."""
 
 
-class Door:
-    """ASGI middleware: a request goes on to the application if every check lets it.
+class RequestChecks:
+    """ASGI middleware that passes a request to the application only if every check allows it.
 
     Args:
-      app: the application.
-      checks: in the order they are asked.
+      app: application that answers the requests.
+      checks: checks, in the order in which they are made.
     """
 
     def __init__(self, app: ASGIApp, checks: Sequence[Check]):
@@ -46,14 +46,14 @@ class Door:
 
 
 def known_hosts(names: Iterable[str]) -> Check:
-    """Lets requests in whose Host header is one of the names, with any port.
+    """Returns a check that allows requests whose Host header is one of the names, with any port.
 
-    A web page may point its own name at 127.0.0.1 (DNS rebinding). Its requests then reach a
-    server on its reader's machine, and the browser takes the two for one site. The Host header
-    still holds the page's name.
+    The check protects against DNS rebinding: the owner of a web site can let the site's name
+    resolve to 127.0.0.1. A page of the site then reaches a server on the reader's machine, and the
+    browser treats both as one site. But the Host header still holds the site's name.
 
     Args:
-      names: host names and addresses without a port; of IPv6 with or without brackets.
+      names: host names and addresses without a port; IPv6 addresses with or without brackets.
     """
     known = {_written(name) for name in names}
 
@@ -71,15 +71,15 @@ def known_hosts(names: Iterable[str]) -> Check:
 
 
 def _written(name: str) -> str:
-    """A name as a Host header has it."""
+    """Returns a name as it is written in a Host header."""
     return f"[{name}]".lower() if ":" in name and not name.startswith("[") else name.lower()
 
 
 def known_keys(keys: Iterable[str]) -> Check:
-    """Lets requests in that bring one of the keys as `Authorization: Bearer KEY`.
+    """Returns a check that allows requests with one of the keys as `Authorization: Bearer KEY`.
 
-    How long a comparison takes tells nothing about a key: digests of equal length are compared,
-    with all keys each time.
+    The time of a check reveals nothing about the keys: it compares digests of equal length, and
+    always compares with all keys.
     """
     known = [_digest(key.encode()) for key in keys]
 
@@ -87,7 +87,7 @@ def known_keys(keys: Iterable[str]) -> Check:
         if scope["path"] == HEALTH:
             return None
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1"))  # as starlette decoded it
+        given = _digest(key.strip().encode("latin-1"))  # starlette decodes headers as latin-1
         right = [hmac.compare_digest(given, digest) for digest in known]
         if any(right) and scheme.lower() == "bearer":
             return None
@@ -106,10 +106,10 @@ def _digest(key: bytes) -> bytes:
 
 
 def read_keys(path: str) -> list[str]:
-    """The keys in a file: one in a line; empty lines and lines that begin with # do not count.
+    """Reads API keys from a file, one key per line; skips empty lines and lines that begin with #.
 
     Raises:
-      UserError: the file cannot be read or holds no key, or a line is no key.
+      UserError: the file cannot be read or holds no key, or a line is not a key.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -120,8 +120,8 @@ def read_keys(path: str) -> list[str]:
     keys = {n: line.strip() for n, line in enumerate(lines, 1)}
     keys = {n: key for n, key in keys.items() if key and not key.startswith("#")}
     if not keys:
-        raise UserError(f"--api-key-file {path}: holds no key; write one in a line")
+        raise UserError(f"--api-key-file {path}: holds no key; write one key per line")
     for n, key in keys.items():
         if len(key.split()) > 1:
-            raise UserError(f"--api-key-file {path}: line {n}: a key holds no space; one in a line")
+            raise UserError(f"--api-key-file {path}: line {n}: a key has no spaces; one per line")
     return list(keys.values())

@@ -1,4 +1,4 @@
-"""The last words of a server to those who still wait for an answer."""
+"""Ends the open answers with an error message when the server stops."""
 
 import asyncio
 import contextlib
@@ -9,18 +9,19 @@ from qlora_jax.serve.api import REFUSALS, Problem, event
 
 CUT = "the server is stopping and cut this answer; ask again once it is back"
 WORDS_SECONDS = 0.5
-"""In which a client must take the last words; it may have stopped reading."""
+"""Seconds in which a client must read the error; a client may have stopped reading."""
 STREAM = b"text/event-stream"
 
 
-class LastWords:
-    """ASGI middleware: ends every answer once `cut` is set, whatever it waits for.
+class CutOpenAnswers:
+    """ASGI middleware that ends every open answer with an error as soon as `cut` is set.
 
-    An answer that has not begun becomes an error of OpenAI's form; a stream's last event is one.
+    The error has the format of OpenAI's API. It is the whole response if no part of the response
+    was sent yet, and the last event of a stream that was begun.
 
     Args:
-      app: the application.
-      cut: set when the server has no more time.
+      app: application that answers the requests.
+      cut: event that is set when the server has no more time.
     """
 
     def __init__(self, app: ASGIApp, cut: asyncio.Event):
@@ -30,11 +31,11 @@ class LastWords:
         said = _Said(send)
         answering = asyncio.ensure_future(self._app(scope, receive, said))
         cut = asyncio.ensure_future(self._cut.wait())
-        # Cancelled from outside: the event loop ends without `cut`, as after a second signal.
+        # The event loop cancels this task if it ends before `cut` is set: after a second signal.
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({answering, cut}, return_when=asyncio.FIRST_COMPLETED)
         cut.cancel()
-        # the event loop's end cancels both, in any order
+        # when the event loop ends, it cancels both tasks, in any order
         if answering.done() and not answering.cancelled():
             return answering.result()
         answering.cancel()
@@ -45,14 +46,14 @@ class LastWords:
 
 
 class _Said:
-    """Passes an answer on and remembers how far it came."""
+    """A `send` function that also records which parts of the response were sent."""
 
     def __init__(self, send: Send):
         self._send = send
         self._begun = self._ended = self._stream = False
 
     async def __call__(self, message: Message) -> None:
-        await self._send(message)  # who is cancelled within has sent nothing
+        await self._send(message)  # if cancelled here, nothing was sent
         if message["type"] == "http.response.start":
             self._begun = True
             media = dict(message["headers"]).get(b"content-type", b"")
@@ -61,7 +62,7 @@ class _Said:
             self._ended = not message.get("more_body", False)
 
     async def finish(self, scope: Scope, receive: Receive) -> None:
-        """Says why the answer ends here."""
+        """Sends the error that says why the answer ends."""
         status, param, code = REFUSALS["stopping"]
         problem = Problem(status, CUT, param=param, code=code)
         if not self._begun:

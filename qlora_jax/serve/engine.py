@@ -1,4 +1,4 @@
-"""Rows of one KV cache that prompts enter and leave while others decode."""
+"""Decodes the rows of one KV cache; prompts enter and leave a row while other rows decode."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -27,7 +27,7 @@ from qlora_jax.models.inputs import KVCache
 
 
 class SamplingSettings(NamedTuple):
-    """How a row is drawn; as for `generate`."""
+    """Settings for drawing the tokens of a row, as in `generate`."""
 
     temperature: float
     top_p: float
@@ -35,7 +35,7 @@ class SamplingSettings(NamedTuple):
 
 
 class EngineState(NamedTuple):
-    """All rows, on the device."""
+    """State of all rows, on the device."""
 
     cache: KVCache
     rows: RowState
@@ -43,23 +43,23 @@ class EngineState(NamedTuple):
 
 
 class Engine:
-    """A fixed number of rows that decode together, each under its own adapter and settings.
+    """A fixed number of rows that decode together, each with its own adapter and settings.
 
-    The cache has as many positions as the longest open row asks for, padded as `generate` pads
-    them, since every token attends over all of it. Decoding is one program for each such size,
-    whatever the rows hold; reading a prompt is one per padded length. A row's ids are those of
-    `generate` for its prompt, settings and adapter, whatever the others do. One thread at a time
-    may use an engine.
+    Every token attends over the whole cache, so the cache has only the positions that the longest
+    open row needs, padded as in `generate`. One decoding program is compiled per cache size, and
+    one prefill program per padded prompt length. The ids of a row equal the ids of `generate` for
+    the same prompt, settings and adapter; they do not depend on the other rows. Only one thread at
+    a time may use an engine.
 
     Args:
-      model: with banks (`attach_bank`).
-      rows: how many.
-      length: most positions of a row, prompt and answer together.
-      stop_ids: tokens that end a row.
-      pad_id: fills what is never seen.
-      dtype: of computation and cache.
-      smallest: fewest positions of the cache, unless `length` is less; more of them make each token
-        slower, and fewer sizes to compile for.
+      model: model with banks (`attach_bank`).
+      rows: number of rows.
+      length: largest number of positions of a row, prompt and answer together.
+      stop_ids: token ids that end a row.
+      pad_id: token id for padding; no token sees it.
+      dtype: compute dtype, also the dtype of the cache.
+      smallest: smallest number of positions of the cache, unless `length` is smaller. With a larger
+        value each token takes longer, but fewer cache sizes are compiled.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Engine:
         self._structure, self._weights = nnx.split(model)
         self._adapters = np.zeros(rows, np.int32)
         self._open = np.zeros(rows, bool)
-        self._ends = np.zeros(rows, np.int64)  # positions of each row that may be written
+        self._ends = np.zeros(rows, np.int64)  # number of positions that each row may have written
         zeros = jnp.zeros(rows, jnp.int32)
         self._state = EngineState(
             empty_cache(model.config, rows, min(smallest, length), dtype),
@@ -92,13 +92,13 @@ class Engine:
         self._set_rows()
 
     def warm_up(self) -> None:
-        """Compiles what decodes and what reads short prompts."""
+        """Compiles the decoding program and the prefill program for short prompts."""
         self.enter(0, [self._pad], 0, SamplingSettings(1.0, 1.0, 0))
         self.advance(1)
         self.leave(0)
 
     def put_adapter(self, slot: int, adapter: LoraSet) -> None:
-        """Writes an adapter into a slot of the banks, which no open row may use."""
+        """Writes an adapter into a slot of the banks; no open row may use this slot."""
         put_adapter(self._model, slot, adapter)
         self._structure, self._weights = nnx.split(self._model)
         self._set_rows()
@@ -109,10 +109,13 @@ class Engine:
         """Reads a prompt into a free row and draws its first token.
 
         Args:
-          row: from 0.
+          row: number of the row, from 0.
           prompt: token ids, fewer than `length`.
-          adapter: slot of the banks.
-          settings: of the draws.
+          adapter: number of the adapter's slot in the banks.
+          settings: settings for drawing the tokens.
+
+        Returns:
+          The first token id.
         """
         size = min(padded_size(len(prompt)), self.length)
         tokens = np.full((1, size), self._pad, np.int32)
@@ -139,7 +142,8 @@ class Engine:
         """Draws up to `steps` tokens, at most `generate.CHUNK`, for each open row.
 
         Returns:
-          int32[rows, steps]; what stands after a stop id, or in a row that is not open, is void.
+          The ids, int32[rows, steps]. Ids after a stop id, and ids of rows that are not open, have
+          no meaning.
         """
         self._ends += steps
         self._fit(0)
@@ -163,7 +167,7 @@ class Engine:
         self._open[row] = False
 
     def _fit(self, least: int) -> None:
-        """Gives the cache `least` positions, and those that open rows need."""
+        """Resizes the cache to hold `least` positions and the positions of all open rows."""
         config, cache = self._model.config, self._state.cache
         needed = max(least, *np.where(self._open, self._ends, 0).tolist())
         size = min(padded_size(needed, self._smallest), self.length)
@@ -183,9 +187,10 @@ class Engine:
 def _placed(
     cache: KVCache, rows: RowState, sampling: Sampling, one: EngineState, row: jax.typing.ArrayLike
 ) -> EngineState:
-    """The state with one row's own in its place; the cache's later positions keep what they have.
+    """Returns the state with the row's part replaced by the state of one prompt.
 
-    Nothing sees a position before the token that belongs there has been written.
+    Positions after the prompt keep old values in the cache. No token attends to such a position
+    before a new token has been written there.
     """
 
     def cached(all: jax.Array, part: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Adapters read from folders that somebody else names."""
+"""Reads adapters from folders that a client names, and refuses files that are not regular."""
 
 import stat
 from pathlib import Path
@@ -17,14 +17,15 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-"""What a path may be instead of a regular file."""
+"""File types other than a regular file, by their bits in `st_mode`."""
 
 
 def read_regular(path: str, model: Decoder | None = None) -> LoraSet:
-    """Reads an adapter as `read_plain` does, from regular files only.
+    """Reads an adapter as `read_plain` does, but only from regular files.
 
     Raises:
-      UserError: as `read_plain`; a file is not regular; or embedding or head are adapted.
+      UserError: `read_plain` fails, a file is not regular, or the adapter changes the embedding or
+        the head.
     """
     folder = regular_folder(path)
     found = read_plain(folder, model)
@@ -33,17 +34,17 @@ def read_regular(path: str, model: Decoder | None = None) -> LoraSet:
 
 
 def regular_folder(path: str) -> Path:
-    """Returns the PEFT folder that a path names, once its files are known to be regular ones.
+    """Returns the PEFT folder that a path names, after a check that its files are regular files.
 
-    A FIFO or a device may give no byte, or bytes without end. So the files are looked at before
-    they are opened.
+    The type of a file is checked before the file is opened, because reading a FIFO or a device may
+    block or never end.
 
     Raises:
       UserError: a file is not regular.
     """
     try:
         folder = adapter_folder(path)
-    except RuntimeError:  # of pathlib, for ~NAME
+    except RuntimeError:  # raised by pathlib for ~NAME
         raise UserError(f"{path}: no such user here; give the folder's whole path") from None
     for name in (CONFIG, WEIGHTS):
         _check_regular(folder / name)
@@ -54,7 +55,7 @@ def _check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return  # who reads it says so
+        return  # the reader of the file reports this
     except OSError as e:
         raise paths.unreadable(path, e) from None
     if not stat.S_ISREG(mode):

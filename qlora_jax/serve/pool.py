@@ -1,4 +1,4 @@
-"""Threads that do blocking work for the event loop and never keep the process alive."""
+"""Threads for blocking calls of the event loop; they do not keep the process alive."""
 
 import asyncio
 import functools
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class Pool:
-    """A few daemon threads.
+    """A few daemon threads that make blocking calls.
 
-    Python waits at its end for the threads of asyncio's and concurrent.futures' pools; one that
-    reads from a disk that does not answer would keep the process for ever.
+    The pools of asyncio and concurrent.futures are not suitable: Python waits for their threads
+    before it exits, so a thread that reads from a dead disk would keep the process alive for ever.
 
     Args:
-      name: of the threads.
-      threads: most that there are; each starts when it is needed.
+      name: name of the threads.
+      threads: largest number of threads; a thread is started when it is needed.
     """
 
     def __init__(self, name: str, threads: int):
@@ -31,18 +31,19 @@ class Pool:
     async def run(self, function: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
         """Calls the function in a thread and waits for its result.
 
-        Whoever is cancelled while waiting leaves the thread in its call; a call that has not begun
-        never begins.
+        If the waiting task is cancelled, a call that has begun goes on in its thread, and a call
+        that has not begun is dropped.
 
         Raises:
-          Exception: what the function raises.
+          Exception: the function raised it.
         """
         future: Future[T] = Future()
         try:
             self._put(future, function, arguments, options)
             return await asyncio.wrap_future(future)
         finally:
-            # An exception holds this frame: without the cycle, what it holds goes at once.
+            # An exception refers to this frame. Deleting these names breaks the reference cycle, so
+            # that the objects are freed at once.
             del future, arguments, options
 
     def _put(
@@ -64,7 +65,7 @@ def _do(future: Future, function: Callable, arguments: tuple, options: dict) -> 
         return
     try:
         future.set_result(function(*arguments, **options))
-    except BaseException as e:  # whoever waits gets it, whatever it is
+    except BaseException as e:  # the waiting task gets every exception
         future.set_exception(e)
     finally:
         del future, function, arguments, options  # as in `run`

@@ -1,4 +1,4 @@
-"""Rows that answer with a model and its named adapters."""
+"""Opens an engine and a scheduler for a model with named adapters."""
 
 from collections.abc import Mapping
 
@@ -23,22 +23,23 @@ def open_rows(
     burst: int = BURST,
     smallest: int = SMALLEST,
 ) -> tuple[Engine, Scheduler]:
-    """Returns an engine over the model, and the scheduler that knows its adapters by name.
+    """Returns an engine for the model, and a scheduler with the adapters loaded by name.
 
     Args:
-      base: the model; where there are slots it gets banks in place of adapters that it has.
-      adapters: names to weights; there are slots for all of them.
-      name: the model's own name, without one of these adapters.
-      rows: answers that are generated at a time.
-      length: most positions of a prompt with its answer.
-      slots: most adapters at a time; with 0 the model stays as it is.
-      rank: largest rank that the banks have room for; None is the largest of the adapters'.
-      waiting: most answers that wait for a row.
-      burst: tokens that are generated between two looks at what else there is to do.
-      smallest: as for `Engine`.
+      base: loaded model; if `slots` > 0, its adapters are replaced by banks, in place.
+      adapters: name to adapter weights, at most `slots` of them.
+      name: name of the model without an adapter.
+      rows: largest number of answers that are generated at a time.
+      length: largest number of positions of a prompt with its answer.
+      slots: largest number of adapters at a time; with 0 the model is not changed.
+      rank: largest rank that fits the banks; None is the largest rank of `adapters`.
+      waiting: largest number of requests that wait for a row.
+      burst: largest number of tokens per row that are generated in one step of the scheduler.
+      smallest: smallest number of positions of the cache, as in `Engine`.
 
     Raises:
-      UserError: an adapter has the model's name or a larger rank, or there are more than slots.
+      UserError: an adapter has the model's name or a rank larger than `rank`, or there are more
+        adapters than slots.
     """
     dtype = base.dtype
     if slots:

@@ -1,4 +1,4 @@
-"""Which request has which row, and what becomes of it: continuous batching without HTTP."""
+"""Assigns requests to rows of an engine (continuous batching); does not use HTTP."""
 
 import dataclasses
 import time
@@ -14,7 +14,8 @@ from qlora_jax.serve.answer import Answer
 from qlora_jax.serve.engine import SamplingSettings
 
 BURST = 8
-"""Tokens that rows of a server decode between two looks at who is waiting."""
+"""Largest number of tokens per row that a server decodes before it gives free rows to waiting
+requests."""
 
 STOPPING = "the server is stopping; send the request again once it is back"
 
@@ -22,7 +23,7 @@ Reason = Literal["unknown model", "busy", "too long", "timeout", "stopping", "fa
 
 
 class Refused(Exception):
-    """A request that gets no answer, or no more of it; `reason` says of what kind."""
+    """An error that ends a request before its answer is complete; `reason` is its kind."""
 
     def __init__(self, reason: Reason, message: str):
         super().__init__(message)
@@ -30,12 +31,13 @@ class Refused(Exception):
 
 
 class AnswerPiece(NamedTuple):
-    """A further piece of an answer.
+    """The next piece of an answer.
 
     Attributes:
-      text: new text, which may be empty.
-      tokens: ids the answer took so far, a stop id included.
-      finish: set on the last piece: a stop id or text came, or max_tokens did.
+      text: new text; may be empty.
+      tokens: number of ids of the answer so far, including a stop id.
+      finish: reason for the end of the answer, in the last piece: `stop` after a stop id or a stop
+        text, `length` after `max_tokens` ids. None in all other pieces.
     """
 
     text: str
@@ -45,16 +47,17 @@ class AnswerPiece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
-    """A request.
+    """A request for one answer.
 
     Attributes:
       prompt: token ids.
-      model: an adapter's name, or the base's.
-      max_tokens: most ids of the answer.
-      settings: of the draws.
+      model: name of an adapter, or of the base.
+      max_tokens: largest number of ids of the answer.
+      settings: settings for drawing the tokens.
       stop: texts that end the answer.
-      timeout: seconds from its arrival until it is given up.
-      listen: called with each piece, or with what ended the job instead of a last piece.
+      timeout: seconds after `Scheduler.submit` in which the answer must be complete.
+      listen: function called with each piece of the answer. If the job fails, it is called with
+        the error instead of a last piece.
     """
 
     prompt: Sequence[int]
@@ -67,7 +70,7 @@ class Job:
 
 
 class BatchEngine(Protocol):
-    """What the scheduler asks of an `Engine`."""
+    """The attributes and methods of `Engine` that the scheduler uses."""
 
     rows: int
     length: int
@@ -93,18 +96,18 @@ class _Active:
 
 
 class Scheduler:
-    """Waiting and running jobs over an engine's rows; adapters by name in its slots.
+    """The waiting and running jobs of an engine, and its adapters by name.
 
-    Not thread-safe: everything, listeners included, happens in the thread that calls.
+    The scheduler is not thread-safe. It calls the listeners of jobs in the thread that calls it.
 
     Args:
-      engine: an `Engine`.
-      decode: ids to text.
-      base: the name of the model without an adapter.
-      slots: how many adapters the engine's banks hold.
-      waiting: most jobs that wait for a row.
-      burst: tokens that rows decode between two looks at who waits.
-      clock: seconds.
+      engine: engine that decodes the rows.
+      decode: function from ids to text.
+      base: name of the model without an adapter.
+      slots: number of adapters that the engine's banks can hold.
+      waiting: largest number of jobs that wait for a row.
+      burst: largest number of tokens per row that are decoded in one step.
+      clock: function that returns the time in seconds.
     """
 
     def __init__(
@@ -128,19 +131,19 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything for `step` to do."""
+        """Whether a job waits or runs."""
         return bool(self._queue or self._running)
 
     @property
     def models(self) -> list[str]:
-        """The base's name, then the adapters'."""
+        """The name of the base, followed by the names of the adapters."""
         return [self._base, *self._names]
 
     def load(self, name: str, adapter: LoraSet) -> None:
-        """Takes an adapter in; it is there for jobs that come after.
+        """Loads an adapter into a free slot; later jobs can use it.
 
         Raises:
-          UserError: the name is taken, no slot is free, or the rank is too large.
+          UserError: the name is in use, no slot is free, or the rank is too large.
         """
         if name in self.models:
             raise UserError(f"{name!r} is loaded already; unload it, or give another name")
@@ -155,10 +158,10 @@ class Scheduler:
         self._names[name] = slot
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter; jobs that use it go on, and its slot is free after the last.
+        """Removes an adapter. Jobs that use it go on; its slot is free after the last of them.
 
         Raises:
-          Refused: no such adapter.
+          Refused: no adapter has this name.
         """
         if name not in self._names:
             raise Refused(
@@ -169,15 +172,16 @@ class Scheduler:
         del self._names[name]
 
     def submit(self, job: Job) -> None:
-        """Takes a job in.
+        """Adds a job to the queue.
 
         Raises:
-          Refused: unknown model, too long, too many waiting, or stopping.
+          Refused: the model is unknown, prompt and answer are too long, too many jobs wait, or the
+            server is stopping.
         """
         if job.model not in self.models:
             known = ", ".join(self.models)
             raise Refused(
-                "unknown model", f"the model {job.model!r} is not here; give one of: {known}"
+                "unknown model", f"the model {job.model!r} is not loaded; give one of: {known}"
             )
         if self._stopping:
             raise Refused("stopping", STOPPING)
@@ -196,24 +200,24 @@ class Scheduler:
         self._queue.append(_Active(job, slot, self._clock() + job.timeout, answer))
 
     def cancel(self, job: Job) -> None:
-        """Drops a job without a word to its listener; nothing if it has ended."""
+        """Drops a job without calling its listener; does nothing if the job has ended."""
         for active in self._all():
             if active.job is job:
                 self._drop(active)
 
     def stop(self) -> None:
-        """Refuses what waits and what comes from now on; running jobs go on."""
+        """Refuses all waiting jobs and all new jobs; running jobs go on."""
         self._stopping = True
         for active in list(self._queue):
             self._refuse(active, Refused("stopping", STOPPING))
 
     def refuse_all(self, why: Refused) -> None:
-        """Ends every job."""
+        """Ends every waiting and running job with an error."""
         for active in self._all():
             self._refuse(active, why)
 
     def step(self) -> None:
-        """Gives free rows to those who wait, then has all rows decode a burst."""
+        """Ends late jobs, gives free rows to waiting jobs, then decodes a burst in all rows."""
         now = self._clock()
         for active in self._all():
             if now >= active.deadline:
@@ -242,7 +246,7 @@ class Scheduler:
         self._take(active, [self._engine.enter(row, job.prompt, active.slot, job.settings)])
 
     def _take(self, active: _Active, ids: list[int]) -> None:
-        """Hands on what was drawn for a row, and ends the job where it has come to its end."""
+        """Passes the drawn ids of a row to its job, and drops the job if its answer is complete."""
         job, answer = active.job, active.answer
         ids = ids[: job.max_tokens - active.drawn]
         ends = next((i for i, token in enumerate(ids) if token in self._engine.stop_ids), None)

@@ -1,4 +1,4 @@
-"""The server's life: its port, its connections, its end."""
+"""Runs the HTTP server: takes the port, accepts connections, stops on a signal."""
 
 import asyncio
 import contextlib
@@ -11,15 +11,17 @@ import uvicorn
 
 from qlora_jax.runtime.errors import RunFailed, Terminated, UserError
 from qlora_jax.serve.app import Service, application
-from qlora_jax.serve.connections import MOST, SURPLUS, Connection, Crowd, not_surplus
+from qlora_jax.serve.connections import MOST, SURPLUS, Connection, ConnectionLimiter, not_surplus
 from qlora_jax.serve.signals import signals
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Takes a port; 0 is any free one. Who connects waits until the server runs.
+    """Returns a socket that listens on a port; port 0 picks a free one.
+
+    Clients that connect before the server runs wait until it runs.
 
     Raises:
-      UserError: it is in use or may not be taken, or the host is not this machine's.
+      UserError: the port is in use or not permitted, or the host is not an address of this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -40,12 +42,14 @@ def listen(host: str, port: int) -> socket.socket:
             raise UserError(
                 f"--port {port}: in use on {host}; give another, or 0 for a free one"
             ) from None
-        raise UserError(f"--host {host} --port {port}: {e.strerror or e}; give others") from None
+        raise UserError(
+            f"--host {host} --port {port}: {e.strerror or e}; give another host or port"
+        ) from None
     return listener
 
 
 def address(listener: socket.socket) -> str:
-    """The URL at which it is reached."""
+    """Returns the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -58,38 +62,40 @@ def serve(
     connections: int = MOST,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what runs; a second signal acts at once.
+    """Serves until SIGINT or SIGTERM, then completes running answers; a second signal ends at once.
 
     Args:
-      service: what the endpoints stand on; its worker is started here. At the end it is closed, or
-        left alive where it is within a step that does not end in time, such as a compilation.
-      listener: from `listen`; closed at the end.
-      grace: seconds from the signal to the end. Running answers have nine tenths of them (all but
-        one second, if that is more); then they are cut, and their clients are told.
-      connections: most at a time.
-      on_ready: called when requests are answered.
+      service: objects and settings that the endpoints use. `serve` starts its worker and closes it
+        at the end. If the worker's current step does not end in time, for example a compilation,
+        the worker's thread stays alive.
+      listener: socket from `listen`; closed at the end.
+      grace: seconds from the signal to the end of the server. Running answers may take nine tenths
+        of this time, or all but one second if that is more; then each unfinished answer ends with
+        an error.
+      connections: largest number of connections at a time.
+      on_ready: function called when the server answers requests.
 
     Raises:
-      Terminated: by the signal, once all is finished.
+      Terminated: a signal arrived, and the server has ended.
       RunFailed: the worker failed.
     """
     asyncio.run(_serve(service, listener, grace, connections, on_ready))
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with its own way to accept connections and to end.
+    """uvicorn's server with a limit of connections and a time limit for its end.
 
-    Signals are left to `_serve`.
+    It does not handle signals; `_serve` does.
 
     Args:
-      config: its application ends all answers when `cut` is set.
-      cut: see `LastWords`.
-      grace: seconds from `stop` to the end.
-      connections: most at a time.
+      config: config of uvicorn; its application ends all open answers when `cut` is set.
+      cut: event that ends all open answers (`CutOpenAnswers`).
+      grace: seconds from `stop` to the end of the server.
+      connections: largest number of connections at a time.
 
     Attributes:
-      ends: when all must have ended, by the event loop's clock; set by `stop`. What is left of the
-        grace is for the end of the process.
+      ends: time by which every connection must have ended, by the event loop's clock; set by
+        `stop`. The part of `grace` after it is for the end of the process.
     """
 
     ends: float
@@ -103,7 +109,7 @@ class _Server(uvicorn.Server):
         self._accepting: list[asyncio.Task] = []
 
     def stop(self) -> None:
-        """Begins to end: answers that run have until shortly before the grace is over."""
+        """Begins the end: running answers may go on until shortly before `grace` is over."""
         loop, words = asyncio.get_running_loop(), min(1, self._grace / 10)
         self.ends = loop.time() + self._grace - words / 2
         self._timers = [
@@ -119,7 +125,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
         present = cast(set[Connection], self.server_state.connections)
-        crowd = Crowd(self._connection, present, self._connections)
+        crowd = ConnectionLimiter(self._connection, present, self._connections)
         self._accepting = [asyncio.ensure_future(crowd.accept(s)) for s in sockets or []]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -136,14 +142,14 @@ class _Server(uvicorn.Server):
         return Connection(self.config, self.server_state, {SURPLUS: surplus})
 
     def _abort(self) -> None:
-        """Ends connections whose clients do not take even the last words, and waits no longer."""
+        """Closes connections whose clients did not read their last message, and ends the wait."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         self.force_exit = True
 
 
 def http_server(service: Service, grace: float, connections: int = MOST) -> _Server:
-    """The server of the endpoints, without a worker's or a signal's life."""
+    """Returns a server for the endpoints; it does not start the worker and handles no signals."""
     cut = asyncio.Event()
     config = uvicorn.Config(
         application(service, cut, [not_surplus(connections)]),
@@ -151,8 +157,8 @@ def http_server(service: Service, grace: float, connections: int = MOST) -> _Ser
         http=Connection,
         ws="none",
         lifespan="off",
-        log_config=None,  # it would close the handlers that other libraries have
-        log_level="error",  # warnings are what clients do wrong, and they can do it without end
+        log_config=None,  # a config would close the log handlers of other libraries
+        log_level="error",  # warnings report faults of clients, which could fill the log
         access_log=False,
         server_header=False,
     )

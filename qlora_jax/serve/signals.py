@@ -1,4 +1,4 @@
-"""Signals that end a server, noted at once whatever the main thread would be doing."""
+"""Receives SIGINT and SIGTERM at once, also while the process compiles or imports."""
 
 import asyncio
 import contextlib
@@ -12,16 +12,16 @@ from qlora_jax.serve.pool import Pool
 T = TypeVar("T")
 
 
-class Received(asyncio.Event):
-    """Set by a signal, whose number it keeps."""
+class SignalEvent(asyncio.Event):
+    """An event that a signal sets; `number` is the number of the signal."""
 
     number = signal.SIGTERM
 
 
 @contextlib.asynccontextmanager
-async def signals(loop: asyncio.AbstractEventLoop) -> AsyncIterator[Received]:
-    """Inside, the first SIGINT or SIGTERM is noted; the next acts as if nobody listened."""
-    received, numbers = Received(), (signal.SIGINT, signal.SIGTERM)
+async def signals(loop: asyncio.AbstractEventLoop) -> AsyncIterator[SignalEvent]:
+    """Yields an event that the first SIGINT or SIGTERM sets; the next has its usual effect."""
+    received, numbers = SignalEvent(), (signal.SIGINT, signal.SIGTERM)
 
     def note(number: signal.Signals) -> None:
         received.number = number
@@ -39,14 +39,14 @@ async def signals(loop: asyncio.AbstractEventLoop) -> AsyncIterator[Received]:
 
 
 def until_signal(function: Callable[[], T]) -> T:
-    """Calls a function in a thread of its own, which a signal leaves to itself.
+    """Calls a function in a new thread until it returns or a signal arrives.
 
-    In the main thread a signal would wait for the end of what runs there, such as a compilation,
-    or be lost in it, as in an import.
+    The main thread must stay free: there, Python would handle a signal only after a long call such
+    as a compilation, or would lose it in an import. After a signal the thread may still run.
 
     Raises:
-      Terminated: at once, by SIGINT or SIGTERM.
-      Exception: what the function raises.
+      Terminated: SIGINT or SIGTERM arrived.
+      Exception: the function raised it.
     """
     return asyncio.run(_until_signal(function))
 

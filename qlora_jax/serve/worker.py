@@ -1,4 +1,4 @@
-"""The thread that owns the scheduler; others talk to it by a queue."""
+"""The thread that owns the scheduler; other threads send it functions through a queue."""
 
 import queue
 import threading
@@ -14,11 +14,12 @@ BROKEN = "the server failed and is stopping; start it again"
 
 
 class Worker:
-    """Steps a scheduler while it is busy and does what it is asked between steps.
+    """A thread that steps a scheduler and, between two steps, calls the functions sent to it.
 
     Args:
-      scheduler: used by this thread alone from `start` on.
-      on_failure: called once, in the thread, with what a step raised; the worker ends.
+      scheduler: scheduler that only this thread uses after `start`.
+      on_failure: function called once, in this thread, with the exception that a step raised. The
+        thread then ends.
     """
 
     def __init__(
@@ -30,16 +31,20 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Begins to work."""
+        """Starts the thread."""
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether requests will be answered."""
+        """Whether the thread runs, so that requests are answered."""
         return self._thread.is_alive()
 
     def call(self, function: Callable[[Scheduler], T]) -> Future[T]:
-        """Has the thread call a function with the scheduler; a failed worker refuses."""
+        """Calls a function with the scheduler, in the worker's thread.
+
+        If the worker's thread has ended, the calling thread calls the function, and the scheduler
+        refuses new jobs.
+        """
         future: Future[T] = Future()
 
         def work() -> None:
@@ -56,10 +61,11 @@ class Worker:
         return future
 
     def close(self, timeout: float | None = None) -> None:
-        """Ends the thread after the step it is in; jobs that are left are dropped.
+        """Ends the thread after its current step; unfinished jobs are dropped.
 
         Args:
-          timeout: seconds to wait for that; then the thread is left to itself. None is no limit.
+          timeout: seconds to wait for the end of the thread. After them the method returns and
+            the thread may still run. None is no limit.
         """
         self._inbox.put(None)
         self._thread.join(timeout)
@@ -77,7 +83,11 @@ class Worker:
             self._refuse_inbox()
 
     def _answer_inbox(self) -> bool:
-        """Does what was asked, and waits for it while there is nothing else to do."""
+        """Calls the functions of the queue, and waits for one if the scheduler has no jobs.
+
+        Returns:
+          False after `close`.
+        """
         try:
             while (work := self._inbox.get(block=not self._scheduler.busy)) is not None:
                 work()
@@ -86,7 +96,7 @@ class Worker:
         return False
 
     def _refuse_inbox(self) -> None:
-        """Work that comes after the end finds the scheduler refusing."""
+        """Calls the functions left in the queue with a scheduler that refuses new jobs."""
         self._scheduler.stop()
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Grids of runs: what an experiment declares, and what runs, keeps and judges its cells."""
+"""Runs the grid of cells that an experiment declares, stores the results and analyses them."""
 
 from qlora_jax.sweep.experiment import Analysis as Analysis
 from qlora_jax.sweep.experiment import Cell as Cell

@@ -1,4 +1,4 @@
-"""From the records of a sweep to its table, its pages and its verdict."""
+"""Analyses the records of a sweep and writes its table, page, pictures and verdict."""
 
 import json
 import math
@@ -23,18 +23,18 @@ def conclude(
     """Writes results.parquet, analysis.md, its pictures and verdict.json.
 
     Returns:
-      The verdict: question, paper, ours, interval and verdict; None where no cell is done, so that
-      there is nothing to analyse.
+      The content of verdict.json: experiment, question, paper, ours, interval and verdict. None if
+      no cell is done, because then there is nothing to analyse.
 
     Raises:
-      UserError: the folder cannot be written to.
-      RunFailed: the experiment's analysis does.
+      UserError: the folder cannot be written.
+      RunFailed: the experiment's analysis failed.
     """
     write_parquet(out, records.values())
     if not any(record.status == DONE for record in records.values()):
         return None
     try:
-        analysis = experiment.analyse(table.of(arranged(experiment, records.values())))
+        analysis = experiment.analyse(table.table_of(arranged(experiment, records.values())))
     except (RunFailed, UserError):
         raise
     except Exception as e:
@@ -42,7 +42,7 @@ def conclude(
         raise RunFailed(
             f"{experiment.name}: the analysis failed, {type(e).__name__}: {first_line(e)}; it may "
             f"need cells that are not run ({done} of {len(experiment.cells())} are done); the "
-            "results are kept, --analyse-only tries again"
+            "results are kept: --analyse-only repeats the analysis"
         ) from e
     verdict = _verdict(experiment, analysis)
     for name, figure in analysis.pictures.items():
@@ -54,7 +54,7 @@ def conclude(
 
 
 def arranged(experiment: Experiment, records: Iterable[CellRecord]) -> list[CellRecord]:
-    """Records in the order of the axes, seeds innermost, in whatever order cells were finished."""
+    """Returns the records sorted by the values of the axes; the seed varies fastest."""
     places = {
         axis: {text(value): place for place, value in enumerate(values)}
         for axis, values in experiment.axes.items()

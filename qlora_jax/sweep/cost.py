@@ -1,4 +1,4 @@
-"""How much of a sweep is still to run, and how long that takes."""
+"""Finds which cells of a sweep are still to run, and estimates how long they take."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,22 +7,22 @@ from typing import NamedTuple
 
 from qlora_jax.runtime import manifest, paths
 from qlora_jax.runtime.device import cpu_cores, cpu_name
-from qlora_jax.runtime.expected import about
+from qlora_jax.runtime.time_estimates import about
 from qlora_jax.sweep.experiment import Cell, Estimate, Experiment
 from qlora_jax.sweep.record import DONE, CellRecord
 from qlora_jax.sweep.results import NAME, read
-from qlora_jax.sweep.run import left, unfinished
+from qlora_jax.sweep.run import unfinished_cells, unfinished_groups
 
 
-class Work(NamedTuple):
-    """The cells that are asked for, with their records and which are to run.
+class RemainingWork(NamedTuple):
+    """The remaining work of a sweep over the chosen cells.
 
     Attributes:
-      records: by cell, of the whole folder.
-      reasons: why cells cannot run, by cell.
-      left: the cells that are not finished.
-      tasks: the cells that run, in the groups that run together. A group with one unfinished cell
-        runs whole, finished cells too.
+      records: id of a cell to its record, for all cells in the folder.
+      reasons: id of a chosen cell that cannot run, to the reason.
+      left: cells that are not finished.
+      tasks: groups of cells that run together. If one cell of a group is unfinished, the whole
+        group runs, including its finished cells.
     """
 
     records: Mapping[str, CellRecord]
@@ -32,19 +32,20 @@ class Work(NamedTuple):
 
     @property
     def running(self) -> list[Cell]:
-        """The cells that run."""
+        """The cells of all tasks."""
         return [cell for task in self.tasks for cell in task]
 
 
 class CellTime(NamedTuple):
-    """The time that cells take.
+    """The estimated time and memory of the cells that are to run.
 
     Attributes:
-      seconds: wall clock, at best where several run at a time: they share the cores.
-      memory_bytes: at the peak, by the experiment's estimate; 0 where it declares none.
-      measured: how many cells are counted by finished cells of their kind.
-      declared: how many are counted by the experiment's estimate.
-      unknown: how many are counted by neither; the seconds are without them.
+      seconds: wall-clock seconds. If several tasks run at a time, this is a lower bound, because
+        they share the cores.
+      memory_bytes: peak memory by the experiment's estimate; 0 if the experiment declares none.
+      measured: number of cells with a time from finished cells of their kind.
+      declared: number of cells with a time from the experiment's estimate.
+      unknown: number of cells without a time; `seconds` does not include them.
     """
 
     seconds: float
@@ -55,46 +56,47 @@ class CellTime(NamedTuple):
 
     @property
     def source(self) -> str | None:
-        """`measured`, `declared`, both, or None: where the seconds come from."""
+        """Source of `seconds`: `measured`, `declared`, `measured and declared`, or None."""
         used = [name for name in ("measured", "declared") if getattr(self, name)]
         return " and ".join(used) or None
 
 
 def work(
     experiment: Experiment, cells: Sequence[Cell], out: Path, retry_failed: bool = False
-) -> Work:
-    """Finds what a sweep over these cells would run; nothing is written.
+) -> RemainingWork:
+    """Finds what a sweep over these cells would run; writes nothing.
 
     Args:
-      experiment: the experiment.
-      cells: the cells asked for.
-      out: folder of the results, which need not be there.
-      retry_failed: count failed cells as unfinished.
+      experiment: experiment of the cells.
+      cells: chosen cells.
+      out: folder of the results; it need not exist.
+      retry_failed: whether failed cells count as unfinished.
 
     Raises:
-      UserError: as `results.read`.
+      UserError: `results.read` fails.
     """
     records = read(out, experiment) if paths.is_file(out / NAME) else {}
     reasons = {cell.id: reason for cell in cells if (reason := experiment.skip(cell))}
     able = [cell for cell in cells if cell.id not in reasons]
-    waiting = left(able, records, retry_failed)
-    return Work(
-        records, reasons, waiting, unfinished(able, waiting, records, experiment.population)
+    waiting = unfinished_cells(able, records, retry_failed)
+    return RemainingWork(
+        records, reasons, waiting, unfinished_groups(able, waiting, records, experiment.population)
     )
 
 
-def time_of(experiment: Experiment, found: Work, out: Path, jobs: int = 1) -> CellTime:
+def time_of(experiment: Experiment, found: RemainingWork, out: Path, jobs: int = 1) -> CellTime:
     """Estimates how long the tasks take.
 
-    A cell takes the mean time of the finished cells of its kind, if any ran in this folder and on
-    this machine, else the experiment's own estimate. Cells are of one kind where the experiment's
-    estimate is the same; without an estimate all are.
+    The time of a cell is the mean time of the finished cells of its kind, if this machine ran all
+    sessions of this folder; else it is the experiment's estimate. Two cells are of one kind if the
+    experiment estimates the same time and memory for them. If an experiment estimates nothing, all
+    its cells are of one kind.
 
     Args:
-      experiment: the experiment.
-      found: what is to run.
+      experiment: experiment of the cells.
+      found: remaining work.
       out: folder of the results.
-      jobs: tasks at a time.
+      jobs: largest number of tasks at a time.
     """
     known = _measured(experiment, found.records) if _ran_here(out) else {}
     declared = experiment.estimate or _unknown
@@ -120,14 +122,14 @@ def time_of(experiment: Experiment, found: Work, out: Path, jobs: int = 1) -> Ce
 
 
 def sentence(found: CellTime, jobs: int = 1) -> str:
-    """The time of at least one cell in words, with where it comes from."""
+    """Returns the estimated time and its source in words; at least one cell must be to run."""
     parts = {
         "finished cells of their kind, measured on this machine": found.measured,
         "the experiment's own estimate, not measured on this machine": found.declared,
     }
     used = {source: number for source, number in parts.items() if number}
     if not used:
-        return "time: not known; no such cell is finished here, and the experiment tells none"
+        return "time: not known; no such cell is finished here, and the experiment estimates none"
     by = " and ".join(
         f"{source} ({number:,} cells)" if len(used) > 1 else source
         for source, number in used.items()
@@ -138,8 +140,8 @@ def sentence(found: CellTime, jobs: int = 1) -> str:
     return f"time: about {about(found.seconds)}{best}{memory}, by {by}{more}"
 
 
-def whole(experiment: Experiment) -> str:
-    """The cost of all its cells in words, by its own estimate and in its own words."""
+def total_cost_text(experiment: Experiment) -> str:
+    """Returns the cost of the whole experiment in words, from its `estimate` and its `cost`."""
     cells = [cell for cell in experiment.cells() if not experiment.skip(cell)]
     estimates = [experiment.estimate(cell) for cell in cells] if experiment.estimate else []
     if not estimates or None in estimates:
@@ -166,7 +168,7 @@ def _measured(
 
 
 def _ran_here(out: Path) -> bool:
-    """Tells whether every session of a sweep's folder ran on this machine, by its manifest."""
+    """Returns whether all sessions of a sweep ran on this machine, according to its manifest."""
     if not paths.is_file(out / manifest.NAME):
         return False
     told = manifest.read(out)

@@ -1,7 +1,7 @@
-"""Where tasks run: processes of this machine, Ray, or SLURM.
+"""Engines that run the tasks of a sweep: processes of this machine, Ray, or SLURM.
 
-An engine is (tasks, setup) to an iterator of (task, reply), as they end. Stopping the iterator
-stops the workers.
+An engine is a function from (tasks, setup) to an iterator. The iterator yields (task, reply) when a
+task ends. Closing the iterator stops the workers.
 """
 
 import collections
@@ -24,21 +24,22 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.sweep.perform import CellTask, WorkerReply, failed, perform
 
 POLL_SECONDS = 2.0
-"""Between looks at SLURM's jobs."""
+"""Seconds between two checks of SLURM's jobs."""
 
 END_SECONDS = 10.0
-"""What a worker is given to end by itself."""
+"""Seconds in which a worker must end by itself, before it is killed."""
 
 
-class Setup(NamedTuple):
-    """What engines are given besides tasks.
+class EngineSettings(NamedTuple):
+    """The settings that an engine gets besides the tasks.
 
     Attributes:
-      jobs: tasks at a time; None leaves it to the engine (local: one).
-      resources: what the engine asks for a task, by its own names.
-      lock: file descriptor of the folder's lock, which outlives us in our workers.
-      folder: for the engine's files.
-      progress: shows a few words of a running task.
+      jobs: largest number of tasks at a time; None: the engine chooses (`local`: one).
+      resources: resources per task, by the engine's names for them.
+      lock: file descriptor of the folder's lock. Local workers inherit it, so the folder stays
+        locked until they end, even if the main process dies.
+      folder: folder for the engine's files.
+      progress: function that shows a few words about a running task.
     """
 
     jobs: int | None
@@ -49,7 +50,7 @@ class Setup(NamedTuple):
 
 
 class _Held:
-    """A file descriptor that a spawned process inherits."""
+    """A file descriptor that is passed on to a spawned process when this object is pickled."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -63,12 +64,12 @@ def _taken(passed: Any) -> int:
 
 
 class _Worker:
-    """A process that stays: what it compiled for one task serves the next."""
+    """A process that runs one task after another, so that later tasks reuse compiled programs."""
 
     def __init__(self, lock: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        # no daemon: those may not start processes, and a cell may want to
+        # not a daemon: daemons may not start processes, and a cell may need to start some
         self.process = context.Process(target=_serve, args=(theirs, _Held(lock)))
         self.process.start()
         theirs.close()
@@ -77,11 +78,11 @@ class _Worker:
 
     def give(self, task: CellTask) -> None:
         self.task, self.began = task, time.perf_counter()
-        with contextlib.suppress(BrokenPipeError):  # it died: `reply` tells
+        with contextlib.suppress(BrokenPipeError):  # the process died; `reply` reports it
             self.pipe.send(task)
 
     def reply(self, progress: Callable[[str], None]) -> WorkerReply | None:
-        """What it says of its task; None where it only tells how far it is."""
+        """Returns the worker's reply to its task; None if the worker only reported its progress."""
         assert self.task is not None
         try:
             if self.pipe.poll():
@@ -105,8 +106,10 @@ class _Worker:
             self.process.join()
 
 
-def local(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, WorkerReply]]:
-    """Processes of this machine, `setup.jobs` of them; a task whose process dies has failed."""
+def local(
+    tasks: Sequence[CellTask], setup: EngineSettings
+) -> Iterator[tuple[CellTask, WorkerReply]]:
+    """Runs tasks in `setup.jobs` processes of this machine; if a process dies, its task failed."""
     waiting = collections.deque(tasks)
     workers: list[_Worker] = []
     try:
@@ -134,8 +137,8 @@ def local(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, W
 
 
 def _serve(pipe: connection.Connection, lock: int) -> None:
-    """A worker's life. It holds the lock with its parent, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches us too; the parent ends us
+    """Runs the tasks that arrive on the pipe and holds the folder's lock; ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the parent ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -154,10 +157,10 @@ def _death(process: SpawnProcess) -> str:
     return f"worker died ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
 
 
-def ray(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, WorkerReply]]:
-    """Tasks of Ray: of the cluster that `RAY_ADDRESS` names, else of one started here.
+def ray(tasks: Sequence[CellTask], setup: EngineSettings) -> Iterator[tuple[CellTask, WorkerReply]]:
+    """Runs tasks with Ray, on the cluster at `RAY_ADDRESS`; else on a cluster started here.
 
-    Resources are those of `ray.remote`, such as num_gpus.
+    `setup.resources` are arguments of `ray.remote`, such as num_gpus.
     """
     library = _package("ray")
     if mine := not library.is_initialized():
@@ -178,11 +181,13 @@ def ray(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, Wor
             library.shutdown()
 
 
-def slurm(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, WorkerReply]]:
-    """An array of SLURM's jobs by submitit; its files are in the folder slurm.
+def slurm(
+    tasks: Sequence[CellTask], setup: EngineSettings
+) -> Iterator[tuple[CellTask, WorkerReply]]:
+    """Runs tasks as a SLURM job array with submitit; its files are in the folder `slurm`.
 
-    Resources are those of `submitit.AutoExecutor.update_parameters`, such as slurm_partition or
-    timeout_min, and `cluster` (local: processes of this machine).
+    `setup.resources` are arguments of `submitit.AutoExecutor.update_parameters`, such as
+    slurm_partition or timeout_min, and `cluster` (`local`: processes of this machine).
     """
     submitit = _package("submitit", "slurm")
     resources = dict(setup.resources)
@@ -197,7 +202,7 @@ def slurm(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, W
             task = running.pop(job)
             try:
                 yield task, job.result()
-            except Exception as e:  # submitit's own: perform raises none
+            except Exception as e:  # raised by submitit, because perform raises none
                 yield task, failed(task, f"job {job.job_id} died ({type(e).__name__})")
     finally:
         for job in running:
@@ -205,7 +210,7 @@ def slurm(tasks: Sequence[CellTask], setup: Setup) -> Iterator[tuple[CellTask, W
 
 
 ENGINES: Mapping[
-    str, Callable[[Sequence[CellTask], Setup], Iterator[tuple[CellTask, WorkerReply]]]
+    str, Callable[[Sequence[CellTask], EngineSettings], Iterator[tuple[CellTask, WorkerReply]]]
 ] = {
     "local": local,
     "ray": ray,

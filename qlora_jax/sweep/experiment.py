@@ -1,4 +1,4 @@
-"""What an experiment declares: its question, its grid, what a cell runs and what the rows mean."""
+"""The declaration of an experiment: question, grid of cells, functions to run and to analyse."""
 
 import dataclasses
 import hashlib
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from qlora_jax.sweep.statistics import Interval
 
 SEED = "seed"
-"""The axis that `Experiment.seeds` spans."""
+"""Name of the axis with the values `Experiment.seeds`."""
 
 Row = Mapping[str, Any]
-"""Figure to value: numbers, text, None, or lists and dicts of them."""
+"""Name of a figure to its value: a number, text, None, or lists and dicts of these."""
 
 Rows = Row | Sequence[Row]
-"""What a cell gives: one row, or several, such as one a step."""
+"""Result of a cell: one row, or several rows, for example one per step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Cell:
     """One point of the grid.
 
     Attributes:
-      id: 12 hex digits, a function of the experiment's name and version and of the values alone.
-      values: axis to value, the seed among them; also `cell[axis]`.
+      id: 12 hex digits, computed only from the experiment's name and version and from `values`.
+      values: axis to value, including the seed; `cell[axis]` returns one of them.
     """
 
     id: str
@@ -45,12 +45,12 @@ class Cell:
 
 
 class Context(NamedTuple):
-    """What a cell is given besides its values.
+    """The objects that a cell gets besides its values.
 
     Attributes:
-      folder: for files, there already. A cell that was killed finds what it left there, so a
-        training run in it can resume.
-      progress: shows a few words, such as "step 3/10", beside the sweep's bar.
+      folder: existing folder for the cell's files. If a cell was killed and runs again, its files
+        are still there, so a training run can resume.
+      progress: function that shows a few words, such as "step 3/10", beside the progress bar.
     """
 
     folder: Path
@@ -58,11 +58,11 @@ class Context(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What a cell is expected to take.
+    """The expected time and memory of a cell.
 
     Attributes:
-      seconds: wall clock.
-      memory_bytes: at the peak, of a GPU's memory or else of the host's.
+      seconds: wall-clock seconds.
+      memory_bytes: peak memory in bytes, on the GPU if the cell uses one, else of the host.
     """
 
     seconds: float
@@ -73,9 +73,9 @@ class Input(NamedTuple):
     """A file or folder that cells read and that a command of `qlora-jax` can make.
 
     Attributes:
-      path: where cells look for it; it is there once it is whole.
-      arguments: arguments of the command. Run again, the command goes on where it was stopped.
-      cost: what making it takes, in words.
+      path: path at which cells read it. The path exists only when the input is complete.
+      arguments: arguments of the command. If the command was stopped, the same command continues.
+      cost: time and resources to make it, in words.
     """
 
     path: Path
@@ -92,14 +92,15 @@ class Input(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Population:
-    """How cells run together, in one program.
+    """The functions that run several cells together in one program.
 
     Attributes:
-      run: (cells, context) to the rows of each, in order; an exception in a cell's place fails
-        that cell alone. The context is the first cell's. A cell left over goes to the
-        experiment's own `run`.
-      key: cells of equal keys may run together; one of key None runs by itself.
-      largest: most cells at a time.
+      run: function from (cells, context) to the rows of each cell, in order; the context is the
+        first cell's. An exception in place of a cell's rows fails this cell only. A single cell is
+        run by the experiment's `run` instead.
+      key: function from a cell to its key. Cells with equal keys may run together; a cell with key
+        None runs alone.
+      largest: largest number of cells that run together.
     """
 
     run: Callable[[Sequence[Cell], Context], Sequence[Rows | Exception]]
@@ -108,12 +109,12 @@ class Population:
 
 
 class Verdict(NamedTuple):
-    """What the measurement says of the paper's claim.
+    """The result of an experiment, compared with the paper's claim.
 
     Attributes:
-      ours: the finding, in words and numbers.
-      interval: of the number that decides.
-      verdict: agrees, contradicts or undecided (`statistics.within`).
+      ours: our result, in words and numbers.
+      interval: confidence interval of the number that decides; None if there is none.
+      verdict: `agrees`, `contradicts` or `undecided` (`statistics.within`).
     """
 
     ours: str
@@ -123,12 +124,12 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What the rows amount to.
+    """The analysis of all rows of an experiment.
 
     Attributes:
-      verdict: one line.
-      tables: title to markdown (`table.markdown`).
-      pictures: file stem to matplotlib Figure.
+      verdict: verdict about the paper's claim.
+      tables: title to table in markdown (`table.markdown`).
+      pictures: file name without ending to matplotlib Figure.
     """
 
     verdict: Verdict
@@ -146,25 +147,30 @@ def _nothing(cell: Cell) -> Sequence[Input]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One question put to a grid of cells; `EXPERIMENT` in a file experiments/NAME.py.
+    """A question and the grid of cells that answers it; `EXPERIMENT` in a file experiments/NAME.py.
 
     Attributes:
-      name: of its file, without the ending.
-      question: that it answers.
-      paper: what the paper says, and where.
-      expected: what should come out here, and why.
-      cost: memory and device of the whole grid in words, and the time where `estimate` tells none.
-      axes: axis to values; cells are their product.
-      run: (cell, context) to its rows. Runs in another process; raises to fail the cell.
-      analyse: the table of all rows to tables, pictures and a verdict.
-      more: cells that the product lacks, each a mapping over the same axes; given every seed.
-      seeds: values of the axis `seed`; none where nothing is random.
-      skip: why a cell cannot run, such as a rank above the matrix; None where it can.
-      inputs: files that a cell reads and a command can make. Missing ones are made first.
-      estimate: what a cell takes; None where it is not known. Cells of equal estimates are of one
-        kind: where some are finished, their measured time counts for the rest.
-      population: how cells run together; None runs each by itself.
-      version: to raise when results made before no longer count.
+      name: name of the experiment's file, without the ending.
+      question: question that the experiment answers.
+      paper: claim of the paper, with its section, table or figure.
+      expected: expected result, and the reason.
+      cost: memory and device of the whole grid in words; also the time, if `estimate` gives none.
+      axes: axis to its values. The cells are the product of the axes.
+      run: function from (cell, context) to the cell's rows. It runs in another process; an
+        exception fails the cell.
+      analyse: function from the table of all rows to tables, pictures and a verdict.
+      more: additional cells outside the product, each a mapping over the same axes; each is run
+        with every seed.
+      seeds: values of the axis `seed`; empty if nothing is random.
+      skip: function from a cell to the reason why it cannot run, such as a rank larger than the
+        matrix; None if it can run.
+      inputs: function from a cell to the files that it reads and that a command can make. Missing
+        files are made before the sweep.
+      estimate: function from a cell to its estimated time and memory, None if unknown. Cells with
+        equal estimates are of one kind: the measured time of finished cells of a kind is used for
+        the other cells of this kind.
+      population: functions to run cells together; None runs each cell alone.
+      version: version of the experiment; raise it when earlier results are no longer valid.
     """
 
     name: str
@@ -184,32 +190,32 @@ class Experiment:
     version: int = 1
 
     def cells(self, seeds: Sequence[int] | None = None) -> list[Cell]:
-        """Every cell once, in the order of the axes, seeds innermost.
+        """Returns every cell once, in the order of the axes; the seed varies fastest.
 
         Args:
-          seeds: in place of the experiment's own.
+          seeds: seeds to use instead of the experiment's; None uses the experiment's.
 
         Raises:
-          UserError: a value that JSON does not have, or cells of differing axes.
+          UserError: JSON cannot represent a value, or a cell has other axes than the experiment.
         """
         seeds = self.seeds if seeds is None else seeds
         product = itertools.product(*self.axes.values())
         points = [dict(zip(self.axes, values)) for values in product] + [dict(p) for p in self.more]
         if odd := next((p for p in points if p.keys() != self.axes.keys()), None):
             raise UserError(
-                f"experiment {self.name}: a cell with {', '.join(odd)}; "
+                f"experiment {self.name}: a cell of `more` has the axes {', '.join(odd)}; "
                 f"each must give {', '.join(self.axes)}"
             )
         if SEED in self.axes:
-            raise UserError(f"experiment {self.name}: seeds are no axis; give them as seeds")
+            raise UserError(f"experiment {self.name}: no axis can be called seed; give seeds")
         spread = [p | {SEED: s} for p in points for s in seeds] if seeds else points
         return list({cell.id: cell for cell in map(self.cell, spread)}.values())
 
     def cell(self, values: Mapping[str, Any]) -> Cell:
-        """The cell of these values, whatever their order.
+        """Returns the cell with these values; its id does not depend on their order.
 
         Raises:
-          UserError: a value that JSON does not have.
+          UserError: JSON cannot represent a value.
         """
         whole = {"experiment": self.name, "version": self.version, "values": dict(values)}
         try:
@@ -222,5 +228,5 @@ class Experiment:
 
 
 def text(value: Any) -> str:
-    """A value as it is shown, and given to --where."""
+    """Returns a value as text, as shown to the user and as written for `--where`."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Experiments by name, and cells by what they must have."""
+"""Finds and loads experiments by name, and selects cells by conditions on their values."""
 
 import ast
 import dataclasses
@@ -16,27 +16,40 @@ from qlora_jax.runtime.errors import UserError, first_line
 from qlora_jax.sweep.experiment import Cell, Experiment, text
 
 NAME = "EXPERIMENT"
-FOLDERS = Path("experiments"), Path(__file__).parents[2] / "experiments"
-"""Where experiments are looked for: the current folder's, then this checkout's."""
+FOLDER = "experiments"
+FOLDERS = Path(FOLDER), Path(__file__).parents[2] / FOLDER
+"""Folders to search for experiments: in the current folder, then in the clone of the repository."""
+
+IN_REPOSITORY = (
+    f"The experiments in {FOLDER}/ are part of the repository, not of the installed package: start "
+    "the command in a clone of the repository"
+)
+"""Part of the error message if no experiments are found."""
 
 
 def find(name: str, folders: Iterable[Path] = FOLDERS) -> Path:
-    """The file of an experiment: a path of a .py file, or a name such as `rank` or `part/rank`.
+    """Returns the file of an experiment.
+
+    Args:
+      name: path of a .py file, or a name such as `rank` or `part/rank`.
+      folders: folders to search; the first folder with the name counts.
 
     Raises:
-      UserError: there is none; the nearest name is given.
+      UserError: there is no such file or experiment; the message contains the nearest name.
     """
     if name.endswith(".py"):
         if not paths.is_file(name):
-            raise UserError(f"{name}: no such file; give an experiment's name or its .py file")
+            told = f"{name}: no such file; give an experiment's name or its .py file"
+            missing = Path(name).parts[:1] == (FOLDER,) and not Path(FOLDER).is_dir()
+            raise UserError(f"{told}. {IN_REPOSITORY}" if missing else told)
         return Path(name).resolve()
     known = {n: path for folder in reversed(list(folders)) for n, path in _experiments(folder)}
     if name in known:
         return known[name]
     if not known:
         raise UserError(
-            f"{name}: no such experiment: there is no folder experiments/ with any; start where "
-            "there is one, or give the experiment's .py file"
+            f"{name}: no such experiment; the current folder has no folder {FOLDER}/ that holds "
+            f"one. {IN_REPOSITORY}, or give an experiment's .py file"
         )
     nearest = max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
     raise UserError(
@@ -45,14 +58,14 @@ def find(name: str, folders: Iterable[Path] = FOLDERS) -> Path:
 
 
 def load_experiment(path: Path) -> Experiment:
-    """The experiment that a file declares.
+    """Returns the experiment that a file declares.
 
-    A file in a package is loaded as a module of it: it imports the package's other modules as
-    usual, `from experiments import cells`, from wherever the program is started. Any other file
-    can import the modules beside it by their names.
+    A file in a package is loaded as a module of this package. It can import the other modules of
+    the package (`from experiments import cells`), also if the program was started in another
+    folder. A file outside a package can import the modules in its folder by their names.
 
     Raises:
-      UserError: the file cannot be run, or declares none.
+      UserError: the file raises an exception, or declares no experiment.
     """
     try:
         package = _package(path.parent.resolve())
@@ -70,13 +83,13 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def _package(folder: Path) -> str:
-    """Imports the package that a folder is, after those it lies in, and returns its dotted name.
+    """Imports the package in a folder, after its parent packages, and returns its dotted name.
 
     Returns:
-      An empty string for a folder that is no package.
+      The name; an empty string if the folder is not a package.
 
     Raises:
-      UserError: a package of this name was imported from another folder.
+      UserError: a package with this name was already imported from another folder.
     """
     init = folder / "__init__.py"
     if not init.is_file():
@@ -90,16 +103,17 @@ def _package(folder: Path) -> str:
 
 
 def _own_name(path: Path) -> str:
-    """Returns a module name for a file in no package, and lets it import what lies beside it."""
-    # As Python does for a script, but last: the file's neighbours hide no installed package.
+    """Returns a module name for a file outside a package; lets it import modules of its folder."""
+    # The folder comes last in the path (Python puts a script's folder first), so that a module in
+    # it cannot hide an installed package.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    # two folders may have files of one name
+    # the hash tells files with the same name in two folders apart
     return f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _run(name: str, path: Path) -> ModuleType:
-    """Runs a file as the module of this name, which others can import from then on."""
+    """Runs a file as a module with this name; afterwards other modules can import it."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -113,13 +127,15 @@ def _run(name: str, path: Path) -> ModuleType:
 
 
 def with_axes(experiment: Experiment, settings: Sequence[str]) -> Experiment:
-    """The experiment with other values on some axes, each given as `axis=value,value`.
+    """Returns the experiment with new values on some axes.
 
-    A value is JSON where it can be read as such, else text. Cells beside the grid (`more`) take
-    every new value too.
+    Args:
+      experiment: experiment to change.
+      settings: new values of an axis, each entry as `axis=value,value`. A value is parsed as JSON
+        if possible; else it is text. Each cell in `more` is repeated for every new value.
 
     Raises:
-      UserError: an axis that the experiment does not have.
+      UserError: the experiment does not have such an axis.
     """
     for setting in settings:
         axis, equals, wanted = setting.partition("=")
@@ -146,10 +162,11 @@ def _read(option: str) -> Any:
 
 
 def where(cells: Sequence[Cell], conditions: Sequence[str]) -> list[Cell]:
-    """The cells that meet every condition `axis=value` or `axis=value,value`.
+    """Returns the cells that meet every condition `axis=value` or `axis=value,value`.
 
     Raises:
-      UserError: a condition on an axis or a value that no cell has, or that together none meets.
+      UserError: a condition names an axis or a value that no cell has, or no cell meets all
+        conditions.
     """
     left = list(cells)
     for condition in conditions:
@@ -160,7 +177,7 @@ def where(cells: Sequence[Cell], conditions: Sequence[str]) -> list[Cell]:
         if axis not in axes:
             raise UserError(f"--where {condition}: no such axis; there are: {', '.join(axes)}")
         values = {text(cell[axis]): cell[axis] for cell in cells}
-        # a value may have commas of its own
+        # a value itself may contain commas
         options = [wanted] if wanted in values else wanted.split(",")
         for option in options:
             if not any(_is(option, value) for value in values.values()):
@@ -193,7 +210,7 @@ def _experiments(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _declares(path: Path) -> bool:
-    """Whether a file assigns the name at its top level; it is not run."""
+    """Returns whether a file assigns `EXPERIMENT` at its top level; does not run the file."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):

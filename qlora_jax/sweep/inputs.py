@@ -1,4 +1,4 @@
-"""What cells read and a command can make: which of it is not there, and how it is made."""
+"""Finds missing inputs of cells, and runs the commands that make them."""
 
 import subprocess
 import sys
@@ -9,18 +9,18 @@ from qlora_jax.sweep.experiment import Cell, Experiment, Input
 
 
 def missing(experiment: Experiment, cells: Iterable[Cell]) -> list[Input]:
-    """Returns what these cells read and is not there, each once."""
+    """Returns the inputs of these cells that do not exist, each once."""
     read = dict.fromkeys(one for cell in cells for one in experiment.inputs(cell))
     return [one for one in read if not one.path.exists()]
 
 
 def make(wanted: Input) -> None:
-    """Makes an input, in a process that is given the device and gives it back.
+    """Makes an input with its command, in a new process that frees the device when it ends.
 
-    What the command prints goes to stderr.
+    The output of the command goes to stderr.
 
     Raises:
-      RunFailed: the command failed, or made something else.
+      RunFailed: the command failed, or did not make the input.
     """
     done = subprocess.run([sys.executable, "-m", "qlora_jax", *wanted.arguments], stdout=2)
     if done.returncode or not wanted.path.exists():

@@ -1,4 +1,4 @@
-"""What cells measure and tables show of it: figures by name and columns by title, as data."""
+"""Metrics: how a cell measures a figure, and how a table shows this figure as a column."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -8,35 +8,35 @@ from qlora_jax.sweep.statistics import mean
 from qlora_jax.sweep.table import Table
 
 Made = TypeVar("Made")
-"""What a cell makes and measures, such as a trained model."""
+"""Type of the object that a cell makes and measures, such as a trained model."""
 
 Column = Callable[[Table], Any]
-"""Gives the entry of a line, from the rows that the line stands for."""
+"""Function that computes one entry of a table, from the rows that its line summarizes."""
 
 
 def average(figure: str) -> Column:
-    """Returns a column of a figure's mean."""
+    """Returns a column with the mean of a figure."""
     return lambda rows: mean(rows.column(figure)).mean
 
 
 def interval(figure: str) -> Column:
-    """Returns a column of a figure's mean with its interval, as text."""
+    """Returns a column with the mean of a figure and its confidence interval, as text."""
     return lambda rows: str(mean(rows.column(figure)))
 
 
 def first(figure: str) -> Column:
-    """Returns a column of a figure that all rows of a line have in common; None where none has."""
+    """Returns a column with a figure that all rows of a line share; None if they do not have it."""
     return lambda rows: rows.rows[0].get(figure)
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric(Generic[Made]):
-    """A figure: how a cell measures it, and how a table shows it.
+    """A figure with the functions to measure it and to show it in a table.
 
     Attributes:
-      measure: the figure of what a cell made.
-      title: the title of its column; empty for a figure that is kept and not shown.
-      show: makes the column from the figure's name.
+      measure: function from the object that a cell made to the figure.
+      title: title of the column; empty for a figure that is stored but not shown.
+      show: function from the figure's name to its column.
     """
 
     measure: Callable[[Made], Any]
@@ -45,18 +45,18 @@ class Metric(Generic[Made]):
 
 
 def measured(metrics: Mapping[str, Metric[Made]], made: Made) -> dict[str, Any]:
-    """Returns every figure of what a cell made, by name: a row, or a part of one."""
+    """Returns all figures of the object that a cell made, by name; a row or a part of a row."""
     return {name: metric.measure(made) for name, metric in metrics.items()}
 
 
 def columns(metrics: Mapping[str, Metric[Any]], leading: Sequence[str] = ()) -> dict[str, Column]:
-    """Returns the columns of the metrics that have a title, by title.
+    """Returns the columns of all metrics with a title, by title.
 
-    Rows from before a metric was added are left out of its column.
+    A column leaves out rows without its figure: they were stored before the metric was added.
 
     Args:
-      metrics: by name of the figure.
-      leading: names whose columns come first.
+      metrics: name of the figure to metric.
+      leading: names of the figures whose columns come first.
     """
     found = {}
     for name in dict.fromkeys([*leading, *metrics]):
@@ -79,7 +79,7 @@ def line(rows: Table, columns: Mapping[str, Column]) -> dict[str, Any]:
 
 
 def lines(table: Table, axes: Sequence[str], columns: Mapping[str, Column]) -> list[dict[str, Any]]:
-    """Returns a line for each group of rows that have equal values on some axes, values first."""
+    """Returns one line per group of rows with equal values on `axes`; these values come first."""
     return [
         {**dict(zip(axes, values)), **line(rows, columns)}
         for values, rows in table.groups(*axes).items()

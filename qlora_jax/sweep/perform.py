@@ -1,4 +1,4 @@
-"""What a worker does: the cells of one task, from their values to their rows."""
+"""Runs the cells of one task in a worker, and returns their rows."""
 
 import contextlib
 import errno
@@ -19,18 +19,18 @@ from qlora_jax.sweep.record import DONE, FAILED
 from qlora_jax.sweep.results import RESERVED, plain
 
 LOG = "log.txt"
-"""In a cell's folder: what it printed, and the traceback of what failed it."""
+"""File in a task's folder: the output of its cells, and the tracebacks of their exceptions."""
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT
 
 
 class CellTask(NamedTuple):
-    """Cells for one worker, to be run together.
+    """The cells that one worker runs together.
 
     Attributes:
-      experiment: its file.
-      cells: values of each.
-      folder: the first cell's, made by the worker.
+      experiment: file of the experiment.
+      cells: values of each cell.
+      folder: folder of the first cell; the worker makes it.
     """
 
     experiment: Path
@@ -39,7 +39,7 @@ class CellTask(NamedTuple):
 
 
 class CellOutcome(NamedTuple):
-    """Of one cell: done with rows, or failed with an error."""
+    """The outcome of one cell: `done` with rows, or `failed` with an error."""
 
     status: str
     error: str
@@ -47,13 +47,13 @@ class CellOutcome(NamedTuple):
 
 
 class WorkerReply(NamedTuple):
-    """What a worker says of a task.
+    """A worker's reply to a task.
 
     Attributes:
-      outcomes: one for each cell.
-      wall_s: of the whole task.
-      versions: of the worker's packages.
-      disk_full: what ended the task, where that is what did: its cells have no outcome then.
+      outcomes: one outcome per cell; empty if the disk was full.
+      wall_s: wall-clock seconds of the whole task.
+      versions: versions of Python and of the worker's packages.
+      disk_full: error message if a full disk ended the task, else empty.
     """
 
     outcomes: Sequence[CellOutcome]
@@ -63,12 +63,12 @@ class WorkerReply(NamedTuple):
 
 
 def failed(task: CellTask, error: str, wall_s: float = 0.0) -> WorkerReply:
-    """A reply in the name of a worker that cannot."""
+    """Returns the reply for a task whose worker died: every cell has failed with this error."""
     return WorkerReply([CellOutcome(FAILED, error, [])] * len(task.cells), wall_s, versions())
 
 
 def perform(task: CellTask, progress: Callable[[str], None] = lambda words: None) -> WorkerReply:
-    """Runs a task in this process; an exception of its cells is their outcome."""
+    """Runs a task in this process; never raises: a cell's exception becomes its outcome."""
     began = time.perf_counter()
 
     def reply(outcomes: Sequence[CellOutcome], disk_full: str = "") -> WorkerReply:
@@ -126,7 +126,7 @@ def _failure(error: Exception) -> CellOutcome:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Sends what this process and its children print to a file."""
+    """Redirects stdout and stderr of this process and of its children to a file."""
     with path.open("ab") as log:
         _flush()
         before = [os.dup(number) for number in (1, 2)]

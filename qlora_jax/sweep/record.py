@@ -1,4 +1,4 @@
-"""What is kept of a cell that ended."""
+"""The record of a finished cell."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,16 +7,17 @@ DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 
 
 class CellRecord(NamedTuple):
-    """One line of results.jsonl.
+    """The record of one cell, a line of results.jsonl.
 
     Attributes:
-      id: the cell's.
+      id: id of the cell.
       values: axis to value.
-      status: done, failed or skipped.
-      error: why it failed or was skipped; empty where done.
-      rows: figure to value, each.
-      wall_s: that it took; its share where cells ran together.
-      versions: of Python and the packages that computed it.
+      status: `done`, `failed` or `skipped`.
+      error: reason why the cell failed or was skipped; empty if `status` is `done`.
+      rows: rows that the cell returned; each maps the name of a figure to its value.
+      wall_s: wall-clock seconds of the cell. If cells ran together, their time divided by their
+        number.
+      versions: versions of Python and of the packages that ran the cell.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""The results of many sweeps as one HTML page that needs no network."""
+"""Writes the results of several sweeps as one HTML page that needs no network."""
 
 import base64
 import os
@@ -18,11 +18,11 @@ from qlora_jax.sweep.results import NAME, PARQUET
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 TITLE = "qlora_jax: the papers' questions"
 FACTS = ("command", "cells", "seeds", "wall_s", "finished", "machine", "versions", "git")
-"""What the page tells of a sweep's manifest, where it is there."""
+"""Keys of a sweep's manifest that the page shows, if the manifest has them."""
 
 
 class Section(NamedTuple):
-    """One sweep's part of the page; tables are HTML, pictures base64 by file name."""
+    """One sweep's part of the page; `tables` is HTML, `pictures` maps file names to base64 text."""
 
     name: str
     question: str
@@ -36,18 +36,16 @@ class Section(NamedTuple):
 
 
 def report(results: Path, page: Path, command: str) -> int:
-    """Writes the page.
+    """Writes the page and returns the number of sweeps on it.
 
     Args:
-      results: a folder of sweeps' folders, or a sweep's own.
-      page: the file.
-      command: what made it, for its foot.
-
-    Returns:
-      How many sweeps are on it.
+      results: folder of one sweep, or a folder that contains the folders of sweeps.
+      page: file to write.
+      command: command line that made the page, shown at its foot.
 
     Raises:
-      UserError: no finished sweep is there, one is damaged, or the page cannot be written.
+      UserError: the folder contains no finished sweep, a sweep is damaged, or the page cannot be
+        written.
     """
     folders = sorted(path.parent for path in results.glob(f"**/{VERDICT}"))
     if not folders:
@@ -62,10 +60,14 @@ def report(results: Path, page: Path, command: str) -> int:
 
 
 def section(folder: Path, beside: Path) -> Section:
-    """Reads a sweep's folder; links are relative to the folder `beside`.
+    """Reads the folder of a sweep and returns its part of the page.
+
+    Args:
+      folder: folder of the sweep.
+      beside: folder of the page; links are relative to this folder.
 
     Raises:
-      UserError: its verdict is not whole.
+      UserError: the verdict cannot be read, or is incomplete.
     """
     verdict = _json(folder / VERDICT)
     made = _json(folder / manifest.NAME) if paths.is_file(folder / manifest.NAME) else {}
@@ -92,7 +94,7 @@ def section(folder: Path, beside: Path) -> Section:
 
 
 def _tables(page: Path) -> Markup:
-    """The page's parts from its first table's title on, as HTML."""
+    """Returns the HTML of a sweep's page from its first table on, without the pictures."""
     text = page.read_text(encoding="utf-8") if paths.is_file(page) else ""
     _, found, rest = text.partition("\n## ")
     kept = [line for line in ("## " + rest).splitlines() if not line.startswith("![")]

@@ -1,7 +1,7 @@
-"""results.jsonl, the truth about a sweep: a line a finished cell, appended and kept.
+"""Reads and writes results.jsonl, which has one line per finished cell; lines are only appended.
 
-A process may be killed at any moment: a last line without its end is dropped, and its cell runs
-again. Of several lines of a cell the last counts.
+A process may be killed at any moment. If the last line is incomplete, it is dropped and its cell
+runs again. If a cell has several lines, the last line is valid.
 """
 
 import contextlib
@@ -26,26 +26,26 @@ NAME = "results.jsonl"
 PARQUET = "results.parquet"
 LOCK = ".lock"
 FORMAT = 1
-"""Of a line."""
+"""Version of the format of a line."""
 
 RESERVED = "id", "status", "error", "wall_s"
-"""Columns of the table beside axes and figures."""
+"""Columns of the table besides axes and figures; a figure may not have such a name."""
 
 LOCK_SECONDS = 5.0
-"""How long a lock is waited for: the workers of a killed sweep hold it until they notice."""
+"""Seconds to wait for the lock: the workers of a killed sweep hold it until they end."""
 
 
 _RECORD = TypeAdapter(CellRecord)
 
 
 class Results:
-    """The records of a sweep in a folder that no other process writes to; a context manager."""
+    """The records of a sweep, in a folder locked against other processes; a context manager."""
 
     def __init__(self, folder: Path, experiment: Experiment) -> None:
-        """Reads what is there, after having taken the folder's lock.
+        """Locks the folder and reads its records.
 
         Raises:
-          UserError: another sweep has the folder, it cannot be written to, or its results are of
+          UserError: another sweep uses the folder, it cannot be written, or its results have
             another format, experiment or version.
         """
         self.path = folder / NAME
@@ -75,10 +75,10 @@ class Results:
         self._opened.close()
 
     def add(self, record: CellRecord) -> None:
-        """Appends a line, which is on the disk when this returns.
+        """Appends a record; the record is on the disk when the method returns.
 
         Raises:
-          UserError: it does not fit; the lines before it are kept.
+          UserError: the disk is full; earlier records are kept.
         """
         line = json.dumps(self._head | record._asdict(), allow_nan=False).encode() + b"\n"
         end = self._file.seek(0, os.SEEK_END)
@@ -95,10 +95,10 @@ class Results:
 
 
 def read(folder: Path, experiment: Experiment) -> dict[str, CellRecord]:
-    """The records by cell, of a sweep that may be running.
+    """Returns the records of a sweep by cell id; the sweep may be running.
 
     Raises:
-      UserError: there is none, or it is of another format, experiment or version.
+      UserError: the folder has no results, or they have another format, experiment or version.
     """
     path = folder / NAME
     if not paths.is_file(path):
@@ -111,12 +111,13 @@ def read(folder: Path, experiment: Experiment) -> dict[str, CellRecord]:
 
 
 def plain(value: Any) -> Any:
-    """A figure as JSON has it: numpy's scalars as Python's, what is not finite as None.
+    """Returns a figure as a JSON value.
 
-    Halves of surrogate pairs in text are escaped: UTF-8 has none, so no report could hold them.
+    Scalars of numpy become Python scalars, and numbers that are not finite become None. Halves of
+    surrogate pairs in text are escaped, because UTF-8 cannot represent them.
 
     Raises:
-      TypeError: JSON has no such thing.
+      TypeError: JSON cannot represent the figure.
     """
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -134,13 +135,13 @@ def plain(value: Any) -> Any:
 
 
 def write_parquet(folder: Path, records: Iterable[CellRecord]) -> None:
-    """Writes the table: a line for each row of each record, cells without rows one line.
+    """Writes results.parquet: one line per row of each record, and one per cell without rows.
 
-    Columns are id, status, error, wall_s, the axes and the figures; one whose values are of
-    several kinds, not scalars, or integers of over 64 bits holds JSON.
+    The columns are id, status, error, wall_s, the axes and the figures. A column contains JSON text
+    if its values have several types, are not scalars, or are integers of more than 64 bits.
 
     Raises:
-      UserError: the folder cannot be written to.
+      UserError: the folder cannot be written.
     """
     import pyarrow
     from pyarrow import parquet
@@ -168,7 +169,7 @@ def _column(values: list[Any]) -> list[Any]:
 
 
 def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, CellRecord], int]:
-    """The records, and the bytes of the file that hold whole lines."""
+    """Returns the records by cell id, and the size in bytes of all complete lines of the file."""
     data = path.read_bytes() if path.exists() else b""
     size = data.rfind(b"\n") + 1
     found: dict[str, CellRecord] = {}
@@ -189,7 +190,7 @@ def _read(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, CellRecord], i
         for key, ours in head.items():
             if theirs[key] != ours:
                 raise UserError(
-                    f"{path}: results of {key} {theirs[key]}, this is {key} {ours}; give another "
+                    f"{path}: has results of {key} {theirs[key]}, not {key} {ours}; give another "
                     "--out, or move the folder away"
                 )
     return found, size

@@ -1,4 +1,4 @@
-"""A sweep: the cells that are left, in tasks, and a record of each."""
+"""Runs the unfinished cells of a sweep and stores a record of each."""
 
 import contextlib
 import math
@@ -12,14 +12,14 @@ from qlora_jax.runtime.device import cpu_cores, cpu_name
 from qlora_jax.runtime.display import ProgressLine, duration
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.runtime.versions import versions
-from qlora_jax.sweep.engines import ENGINES, Setup
+from qlora_jax.sweep.engines import ENGINES, EngineSettings
 from qlora_jax.sweep.experiment import SEED, Cell, Experiment, Population
 from qlora_jax.sweep.perform import LOG, CellTask, WorkerReply
 from qlora_jax.sweep.record import DONE, FAILED, SKIPPED, CellRecord
 from qlora_jax.sweep.results import Results
 
 WORK = "work"
-"""Folder of the cells' own folders."""
+"""Name of the folder that contains one folder per task."""
 
 
 def sweep(
@@ -37,35 +37,35 @@ def sweep(
     """Runs the cells that are not finished.
 
     Args:
-      path: the experiment's file, which workers load.
-      experiment: what it declares.
-      cells: that are asked for.
-      out: folder of the results; what they say is finished is not run again.
-      command: for the manifest.
-      engine: a key of `engines.ENGINES`.
-      jobs: tasks at a time; None leaves it to the engine.
-      resources: that the engine asks for a task.
-      retry_failed: run failed cells again.
+      path: file of the experiment; workers load it.
+      experiment: experiment that the file declares.
+      cells: chosen cells.
+      out: folder of the results; cells with a record there do not run again.
+      command: command line, for the manifest.
+      engine: key of `engines.ENGINES`.
+      jobs: largest number of tasks at a time; None: the engine chooses.
+      resources: resources that the engine requests for each task.
+      retry_failed: whether failed cells run again.
 
     Returns:
-      The records of every cell that the folder knows.
+      The records of all cells in the folder, by cell id.
 
     Raises:
-      UserError: the folder cannot be used, or its disk is full; what is finished is kept.
+      UserError: the folder cannot be used, or its disk is full; records of finished cells are kept.
     """
     began = time.perf_counter()
     with Results(out, experiment) as results:
         manifest.write(
             out, _described(experiment, cells, command), resumed=(out / manifest.NAME).exists()
         )
-        skip(experiment, cells, results)
-        waiting = left(cells, results.records, retry_failed)
+        record_skipped(experiment, cells, results)
+        waiting = unfinished_cells(cells, results.records, retry_failed)
         tasks = [
             CellTask(path, [cell.values for cell in group], out / WORK / group[0].id)
-            for group in unfinished(cells, waiting, results.records, experiment.population)
+            for group in unfinished_groups(cells, waiting, results.records, experiment.population)
         ]
         with _Display(sum(len(task.cells) for task in tasks)) as display:
-            setup = Setup(jobs, resources or {}, results.lock, out, display.words)
+            setup = EngineSettings(jobs, resources or {}, results.lock, out, display.words)
             running = ENGINES[engine](tasks, setup)
             with contextlib.closing(running):  # type: ignore[type-var]
                 for task, reply in running:
@@ -76,8 +76,8 @@ def sweep(
         return results.records
 
 
-def skip(experiment: Experiment, cells: Sequence[Cell], results: Results) -> None:
-    """Records the cells that cannot run, with the reason, unless that is recorded already."""
+def record_skipped(experiment: Experiment, cells: Sequence[Cell], results: Results) -> None:
+    """Stores a record with the reason for each cell that cannot run, unless one is stored."""
     for cell in cells:
         before = results.records.get(cell.id)
         reason = experiment.skip(cell)
@@ -85,24 +85,24 @@ def skip(experiment: Experiment, cells: Sequence[Cell], results: Results) -> Non
             results.add(CellRecord(cell.id, cell.values, SKIPPED, reason, [], 0.0, versions()))
 
 
-def left(
+def unfinished_cells(
     cells: Sequence[Cell], records: Mapping[str, CellRecord], retry_failed: bool = False
 ) -> list[Cell]:
-    """The cells that are still to run."""
+    """Returns the cells that are still to run."""
     over = {DONE, SKIPPED} if retry_failed else {DONE, SKIPPED, FAILED}
     return [c for c in cells if c.id not in records or records[c.id].status not in over]
 
 
-def unfinished(
+def unfinished_groups(
     cells: Sequence[Cell],
     waiting: Sequence[Cell],
     records: Mapping[str, CellRecord],
     population: Population | None,
 ) -> list[list[Cell]]:
-    """The groups of which a cell is still to run, whole.
+    """Returns all groups that contain a cell that is still to run.
 
-    A cell's last digits depend on which cells run beside it: a sweep that goes on has the groups
-    of one that was left alone.
+    A group runs as a whole, because the last digits of a cell's figures depend on the cells that
+    run beside it. So a continued sweep has the same groups as a sweep that was never stopped.
     """
     skipped = {id for id, record in records.items() if record.status == SKIPPED}
     wanted = {cell.id for cell in waiting}
@@ -111,7 +111,7 @@ def unfinished(
 
 
 def groups(cells: Sequence[Cell], population: Population | None) -> list[list[Cell]]:
-    """The cells in the groups that run together: single ones without a population."""
+    """Returns the cells in groups that run together; without a population, one cell per group."""
     if population is None:
         return [[cell] for cell in cells]
     by_key: dict[Hashable, list[Cell]] = {}
@@ -128,7 +128,7 @@ def _records(
     if reply.disk_full:
         raise UserError(
             f"{out}: no space left on this disk ({reply.disk_full}); finished cells are kept: free "
-            "some, and the same command goes on"
+            "some space, then repeat the command to continue"
         )
     share = reply.wall_s / len(task.cells)
     for values, outcome in zip(task.cells, reply.outcomes):
@@ -151,7 +151,7 @@ def _described(experiment: Experiment, cells: Sequence[Cell], command: str) -> d
 
 
 class _Display:
-    """Cells done, the time left, and a line for each that failed; a context manager."""
+    """A progress line (cells done, time left) and a line per failed cell; a context manager."""
 
     def __init__(self, total: int) -> None:
         self._line = ProgressLine("cells", total, 0, None, time.monotonic)
@@ -169,11 +169,11 @@ class _Display:
             self._line.stop()
 
     def words(self, words: str) -> None:
-        """Shows how far a cell is."""
+        """Shows the progress of a cell."""
         self._line.update(self._done, f"{self._eta()}  {words}")
 
     def finished(self, record: CellRecord, log: Path) -> None:
-        """Counts a cell, and tells why it failed."""
+        """Counts a finished cell; if the cell failed, shows the reason."""
         self._done += 1
         self._line.update(self._done, self._eta())
         if record.status == FAILED:

@@ -1,4 +1,4 @@
-"""Means and paired differences with their intervals, and what an interval says of a claim."""
+"""Computes means and paired differences with confidence intervals, and judges claims by them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,13 +13,13 @@ AGREES, CONTRADICTS, UNDECIDED = "agrees", "contradicts", "undecided"
 
 
 class Interval(NamedTuple):
-    """A mean and its confidence interval, in the unit of what was averaged.
+    """A mean and its confidence interval, in the unit of the averaged values.
 
     Attributes:
-      mean: of the sample.
-      low: end of the interval; minus infinity for a single number.
-      high: end of the interval; infinity for a single number.
-      size: of the sample.
+      mean: mean of the sample.
+      low: lower end of the interval; minus infinity for a single value.
+      high: upper end of the interval; infinity for a single value.
+      size: number of values in the sample.
     """
 
     mean: float
@@ -34,17 +34,17 @@ class Interval(NamedTuple):
 
 
 def mean(values: Sequence[float], *, level: float = LEVEL, method: str = "t") -> Interval:
-    """The mean of independent values.
+    """Returns the mean of independent values, with its confidence interval.
 
     Args:
-      values: at least one, all finite.
-      level: of confidence.
-      method: "t", Student's, exact for normal values and right for a few seeds; "bootstrap", the
-        percentiles of resampled means, for many values of no known distribution (of fewer than
-        about ten it is too narrow).
+      values: sample of at least one value, all finite.
+      level: confidence level.
+      method: "t" is Student's interval, exact for normally distributed values and suitable for a
+        few seeds. "bootstrap" takes the percentiles of resampled means; it suits many values of an
+        unknown distribution, and is too narrow for fewer than about ten values.
 
     Raises:
-      ValueError: no values, or one that is not finite.
+      ValueError: there are no values, or a value is not finite.
     """
     sample = np.asarray(values, np.float64)
     if not sample.size or not np.isfinite(sample).all():
@@ -59,10 +59,13 @@ def mean(values: Sequence[float], *, level: float = LEVEL, method: str = "t") ->
 def difference(
     a: Sequence[float], b: Sequence[float], *, level: float = LEVEL, method: str = "t"
 ) -> Interval:
-    """The mean of a - b over pairs that have all but one thing in common, such as their seed.
+    """Returns the mean of a - b over pairs, with its confidence interval.
+
+    The two values of a pair have everything in common, such as the seed, except for the property
+    that is compared.
 
     Raises:
-      ValueError: as `mean`, or lists of different lengths.
+      ValueError: the lists have different lengths, or `mean` fails.
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values cannot be paired with {len(b)}")
@@ -71,10 +74,11 @@ def difference(
 
 
 def within(interval: Interval, low: float = -np.inf, high: float = np.inf) -> str:
-    """What an interval says of the claim that the true value lies from `low` to `high`.
+    """Judges the claim that the true value is in [low, high], by a confidence interval.
 
     Returns:
-      agrees where the whole interval lies there, contradicts where none of it does, else undecided.
+      `agrees` if the whole interval is in [low, high], `contradicts` if no part of it is, else
+      `undecided`.
     """
     if low <= interval.low and interval.high <= high:
         return AGREES

@@ -1,4 +1,4 @@
-"""The rows of a sweep, as an analysis takes them."""
+"""The table of a sweep's rows, for analyses."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +9,11 @@ from qlora_jax.sweep.record import DONE, CellRecord
 
 
 class Table:
-    """Rows of finished cells: every row has its cell's values and its own figures.
+    """The rows of finished cells; each row holds the cell's values and the row's figures.
 
     Attributes:
-      rows: column to value, each.
-      missing: cells that have none, failed or skipped.
+      rows: rows; each maps a column to its value.
+      missing: records of the cells without rows: failed and skipped cells.
     """
 
     def __init__(
@@ -26,27 +26,27 @@ class Table:
         return len(self.rows)
 
     def where(self, **values: Any) -> "Table":
-        """The rows that have these values."""
+        """Returns the rows that have these values."""
         return Table(
             row for row in self.rows if all(row.get(k) == value for k, value in values.items())
         )
 
     def column(self, name: str) -> list[Any]:
-        """One column, in the rows' order.
+        """Returns one column, in the order of the rows; None for a row without it.
 
         Raises:
-          RunFailed: no row has it.
+          RunFailed: no row has the column.
         """
         if not any(name in row for row in self.rows):
             raise RunFailed(f"no row has {name}: run the cells that give it, then analyse again")
         return [row.get(name) for row in self.rows]
 
     def values(self, name: str) -> list[Any]:
-        """A column's distinct values, in order of appearance."""
+        """Returns the distinct values of a column, in order of appearance."""
         return list({json.dumps(value): value for value in self.column(name)}.values())
 
     def groups(self, *names: str) -> dict[tuple[Any, ...], "Table"]:
-        """The rows apart by the values of these columns, in order of appearance."""
+        """Returns the rows grouped by their values in these columns, in order of appearance."""
         found: dict[str, tuple[tuple[Any, ...], list[Mapping[str, Any]]]] = {}
         for row in self.rows:
             key = tuple(row.get(name) for name in names)
@@ -56,21 +56,22 @@ class Table:
     def paired(
         self, figure: str, axis: str, first: Any, second: Any, by: Sequence[str]
     ) -> tuple[list[float], list[float]]:
-        """A figure where `axis` is `first` and where it is `second`, matched by other columns.
+        """Returns a figure for two values of an axis, paired by other columns.
 
         Args:
-          figure: the column compared.
-          axis: the column whose values are set against each other.
-          first: value of the axis.
-          second: value of the axis.
-          by: columns that both sides of a pair have in common, such as `["seed"]`; together with
-            the axis they single out a row.
+          figure: column to compare.
+          axis: column with the two values.
+          first: value of the axis in the first row of a pair.
+          second: value of the axis in the second row of a pair.
+          by: columns in which both rows of a pair are equal, such as `["seed"]`. The axis and
+            these columns together must identify one row.
 
         Returns:
-          Two lists of equal length. Rows without a counterpart are left out.
+          The figures of the first rows and of the second rows, two lists of equal length. Rows
+          without a partner are left out.
 
         Raises:
-          RunFailed: nothing is left, or the columns do not single out a row.
+          RunFailed: there is no pair, or several rows have equal values in the axis and `by`.
         """
         sides = []
         for value in (first, second):
@@ -88,15 +89,15 @@ class Table:
         return [sides[0][key] for key in common], [sides[1][key] for key in common]
 
 
-def of(records: Iterable[CellRecord]) -> Table:
-    """The table of a sweep's records."""
+def table_of(records: Iterable[CellRecord]) -> Table:
+    """Returns the table of a sweep's records."""
     records = list(records)
     rows = [{**r.values, **row} for r in records if r.status == DONE for row in r.rows]
     return Table(rows, [r for r in records if r.status != DONE])
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows as a table in markdown; numbers to four significant digits, nothing for None."""
+    """Returns rows as a markdown table: floats with four significant digits, None as empty text."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[_text(row.get(name)) for name in columns] for row in rows]

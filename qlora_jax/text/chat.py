@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from qlora_jax.runtime.errors import UserError
+from qlora_jax.text.content_positions import ContentPositions, locate_contents
 from qlora_jax.text.messages import Message, Variables
-from qlora_jax.text.placing import Placed, place
 from qlora_jax.text.tokenizer import NO_VARIABLES, Tokenizer
 
 Span = tuple[int, int]
@@ -36,12 +36,12 @@ class LocatedAnswers(NamedTuple):
 
     Attributes:
       spans: characters of each answer in the conversation's text, with its end-of-turn text.
-      apart: separate texts, each of which ends with one answer, and the span of this answer.
+      separate: separate texts, each of which ends with one answer, and the span of this answer.
       notes: maps a warning about answers to the number of these answers.
     """
 
     spans: list[Span]
-    apart: list[tuple[str, Span]]
+    separate: list[tuple[str, Span]]
     notes: Mapping[str, int]
 
 
@@ -129,22 +129,22 @@ class _Chat:
         return self.write(self.messages, ask=False)
 
     @functools.cached_property
-    def whole(self) -> Placed:
-        return place(self.messages, functools.partial(self.write, ask=False), self.text)
+    def whole(self) -> ContentPositions:
+        return locate_contents(self.messages, functools.partial(self.write, ask=False), self.text)
 
     def write(self, messages: Sequence[Message], ask: bool) -> str:
         """Renders turns; with `ask`, the text ends with the generation prompt."""
         return self.tokenizer.render(messages, ask, self.variables)
 
-    def through(self, turn: int) -> Placed:
+    def through(self, turn: int) -> ContentPositions:
         """Renders the conversation up to and including a turn."""
         if turn + 1 == len(self.messages):
             return self.whole
-        return place(self.messages[: turn + 1], functools.partial(self.write, ask=False))
+        return locate_contents(self.messages[: turn + 1], functools.partial(self.write, ask=False))
 
-    def before(self, turn: int, text: str) -> Placed:
+    def before(self, turn: int, text: str) -> ContentPositions:
         """Finds the contents of the turns in `text`, the prompt of a turn."""
-        return place(self.messages[:turn], functools.partial(self.write, ask=True), text)
+        return locate_contents(self.messages[:turn], functools.partial(self.write, ask=True), text)
 
     def content(self, turn: int) -> str:
         """Returns the content of a turn, or an empty string if there is none."""
@@ -199,7 +199,9 @@ def _answer(chat: _Chat, turn: int) -> _Answer:
     return found._replace(notes=(*found.notes, UNREASONED)) if left_out else found
 
 
-def _is_better(own: _Answer, found: _Answer, alone: Placed, whole: Placed, reasoning: str) -> bool:
+def _is_better(
+    own: _Answer, found: _Answer, alone: ContentPositions, whole: ContentPositions, reasoning: str
+) -> bool:
     """Returns whether the separate text `own` is closer to generation than `found`."""
     if len(own.notes) != len(found.notes):
         return len(own.notes) < len(found.notes)
@@ -222,14 +224,14 @@ def _check_written(chat: _Chat, asked: str, turn: int) -> None:
                 raise chat.fault(j, "leaves out")
 
 
-def _is_missing(chat: _Chat, placed: Placed, turn: int) -> bool:
+def _is_missing(chat: _Chat, placed: ContentPositions, turn: int) -> bool:
     calls = chat.messages[turn].get("tool_calls")  # missing text gives BESIDE_CALLS
     if calls or not chat.content(turn):
         return False
     return turn not in placed.ends if placed.known else chat.content(turn) not in placed.text
 
 
-def _locate(chat: _Chat, placed: Placed, asked: str, turn: int) -> _Answer | None:
+def _locate(chat: _Chat, placed: ContentPositions, asked: str, turn: int) -> _Answer | None:
     """Locates an answer in a rendering; None if the text before it is not the answer's prompt.
 
     Args:
@@ -261,7 +263,7 @@ def _locate(chat: _Chat, placed: Placed, asked: str, turn: int) -> _Answer | Non
     return _Answer(None, span, notes)
 
 
-def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int | None:
+def _shared(chat: _Chat, placed: ContentPositions, header: str, at: int, turn: int) -> int | None:
     """Counts the characters of the answer's header that are also before the answer in `placed`.
 
     Args:
@@ -293,7 +295,7 @@ def _shared(chat: _Chat, placed: Placed, header: str, at: int, turn: int) -> int
     return shared
 
 
-def _splice(chat: _Chat, alone: Placed, asked: str, turn: int) -> _Answer:
+def _splice(chat: _Chat, alone: ContentPositions, asked: str, turn: int) -> _Answer:
     """Joins the prompt of an answer with the answer as the template writes it after other text.
 
     Raises:
@@ -314,7 +316,7 @@ def _splice(chat: _Chat, alone: Placed, asked: str, turn: int) -> _Answer:
     return _Answer(head + answer, (len(head), len(head) + len(answer)), (APART,))
 
 
-def _end(chat: _Chat, placed: Placed, turn: int, start: int) -> int:
+def _end(chat: _Chat, placed: ContentPositions, turn: int, start: int) -> int:
     """Returns the end of an answer, after its end-of-turn text.
 
     The answer ends after the stop texts between its content (or tool calls) and the next content.

@@ -43,7 +43,7 @@ class Training(NamedTuple):
         """Returns the model like `model`, but with the whole trained tree on every device."""
         layout, trained = self.program.recipe.layout, self.state.trained
         if layout is not None:
-            trained = layout.everywhere(trained)
+            trained = layout.replicate(trained)
         return nnx.merge(self.graph, trained, self.frozen)
 
 
@@ -78,7 +78,7 @@ def assemble(
     program = program_of(config, parts.graph, Memory(moments, remat), layout)
     if layout is None and remat in WHOLE_LAYERS and goes_by_layer(device or jax.local_devices()[0]):
         inputs = PLACEMENTS["host" if remat == "host" else "device"]
-        program = layered.of(program, moments, inputs, updates_at_once(config))
+        program = layered.by_layer(program, moments, inputs, updates_at_once(config))
     return Training(parts.graph, program, state, parts.frozen)
 
 

@@ -8,12 +8,12 @@ from qlora_jax.formats.merged import MergedCheckpoint
 from qlora_jax.formats.source import open_checkpoint
 from qlora_jax.formats.write import write_model
 from qlora_jax.lora import LoraSet
-from qlora_jax.lora.arithmetic import difference
+from qlora_jax.lora.arithmetic import adapter_difference
 from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.parts import adaptable
+from qlora_jax.models.weight_shapes import adaptable
 from qlora_jax.text.tokenizer import Tokenizer
-from qlora_jax.train.start import split_values
+from qlora_jax.train.initial_values import split_values
 
 FOLDER = "adapter"
 MODEL = "model"
@@ -41,7 +41,9 @@ def export_adapter(config: Config, model: Decoder, folder: Path) -> None:
     found, lora = adapters(model), config.lora
     if lora.init in INITIALIZERS:
         start = split_values(config, open_checkpoint(config.model))
-        found = {path: difference(now, start[path], lora.scaling) for path, now in found.items()}
+        found = {
+            path: adapter_difference(now, start[path], lora.scaling) for path, now in found.items()
+        }
     replaced = peft.Replaced()
     if lora.from_adapter is not None:
         replaced = peft.read_adapter(Path(lora.from_adapter)).replaced

@@ -31,7 +31,7 @@ from qlora_jax.train.report import (
 from qlora_jax.train.samples import answer
 
 
-def made(config: Config) -> list[str]:
+def existing_outputs(config: Config) -> list[str]:
     """Returns the names of the results for users in the directory of a finished run."""
     own = {export.FOLDER: config.method != "full", export.MODEL: config.model.path == fresh.NAME}
     return ["report.md", *(name for name, there in own.items() if there), "checkpoints"]
@@ -52,7 +52,7 @@ def finished(config: Config) -> RunSummary | None:
     folder = Path(config.output)
     if not resume.is_same(rundir.open_run(folder), config):
         return None
-    found = _results(folder, made(config))
+    found = _results(folder, existing_outputs(config))
     return None if found is None else read_summary(found, config.output)
 
 

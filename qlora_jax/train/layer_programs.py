@@ -123,7 +123,7 @@ def _enter(
 ) -> tuple[jax.Array, SharedInputs, LayerInputs]:
     decoder = _decoder(recipe, trees, model)
     tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
-    return decoder.begin(tokens, segments, positions, recipe.compute_dtype, key)
+    return decoder.layer_inputs(tokens, segments, positions, recipe.compute_dtype, key)
 
 
 def _layer(

@@ -24,7 +24,7 @@ from qlora_jax.train.state import TrainState
 from qlora_jax.train.step import Figures, StepProgram, figures_of
 
 
-class Walk(NamedTuple):
+class LayerOrder(NamedTuple):
     """The order in which the programs visit the layers of a model.
 
     Attributes:
@@ -39,7 +39,9 @@ class Walk(NamedTuple):
     layers: Sequence[tuple[int, int]]
 
 
-def of(program: StepProgram, moments: Placement, inputs: Placement, at_once: bool) -> StepProgram:
+def by_layer(
+    program: StepProgram, moments: Placement, inputs: Placement, at_once: bool
+) -> StepProgram:
     """Returns the functions of a step whose gradient is computed layer by layer.
 
     Args:
@@ -72,7 +74,7 @@ def gradient(
       inputs: placement of the stored layer inputs.
       state, frozen, batch, key: arguments of `StepProgram.gradient`.
     """
-    way, model = taken_apart(state.trained, frozen)
+    way, model = split_layers(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
     steps = batch["mask"].shape[0]
     keys = [None] * steps if key is None else jax.random.split(key, batch["mask"].shape[:2])
@@ -85,8 +87,8 @@ def gradient(
 
     for step, own in enumerate(keys):
         rows = {name: x[step] for name, x in batch.items()}
-        up = ascend(parts, inputs, way, model, rows, own, factor)
-        descend(parts, inputs, way, model, rows, up, add)
+        up = forward_pass(parts, inputs, way, model, rows, own, factor)
+        backward_pass(parts, inputs, way, model, rows, up, add)
         total += up.total
     grads, figures = parts.finish(sums, total, count, state.scale)
     return jax.tree.unflatten(way.trees.trained, grads), figures
@@ -114,7 +116,7 @@ def step(
       moments: placement of the optimizer state.
       state, frozen, batch, key: arguments of `StepProgram.gradient`, with one micro-batch.
     """
-    way, model = taken_apart(state.trained, frozen)
+    way, model = split_layers(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
     leaves, states = list(model.trained), list(state.optimizer)
     first = _first_units(way)
@@ -146,19 +148,19 @@ def step(
     rows = {name: x[0] for name, x in batch.items()}
     key = None if key is None else jax.random.split(key, batch["mask"].shape[:2])[0]
     model = LayeredModel(leaves, model.frozen)
-    up = ascend(parts, inputs, way, model, rows, key, factor)
+    up = forward_pass(parts, inputs, way, model, rows, key, factor)
     if program.recipe.clip_norm:
         again = up._replace(g=jnp.copy(up.g), waiting=list(up.waiting))
-        descend(parts, inputs, way, model, rows, again, measure)
+        backward_pass(parts, inputs, way, model, rows, again, measure)
         shrink = parts.shrink(square)
-    descend(parts, inputs, way, model, rows, up, update)
+    backward_pass(parts, inputs, way, model, rows, up, update)
     figures = figures_of(up.total, count, jnp.sqrt(square))
     counters = program.count((state.step, state.scale, state.finite_steps), figures.finite)
     trained = jax.tree.unflatten(way.trees.trained, leaves)
     return TrainState(trained, tuple(states), *counters), figures
 
 
-class Ascent(NamedTuple):
+class ForwardResult(NamedTuple):
     """The results of the forward pass that the backward pass needs.
 
     Attributes:
@@ -177,21 +179,21 @@ class Ascent(NamedTuple):
     own: Any
 
 
-def ascend(
+def forward_pass(
     parts: Layered,
     inputs: Placement,
-    way: Walk,
+    way: LayerOrder,
     model: LayeredModel,
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
     factor: jax.Array,
-) -> Ascent:
+) -> ForwardResult:
     """Runs all layers forward, then computes the loss and its gradient.
 
     Args:
       parts: gradient programs, from `compiled`.
       inputs: placement of the stored layer inputs.
-      way, model: results of `taken_apart`.
+      way, model: results of `split_layers`.
       batch: batch arrays, [B, T].
       key: random key of dropout; None without dropout.
       factor: factor on the loss before it is differentiated.
@@ -205,23 +207,23 @@ def ascend(
         if len(waiting) > 1:
             inputs.wait(waiting[-2])
     total, g, outer = parts.top(way.trees, model, x, batch, key, factor)
-    return Ascent(total, g, outer, waiting, shared, own)
+    return ForwardResult(total, g, outer, waiting, shared, own)
 
 
-def descend(
+def backward_pass(
     parts: Layered,
     inputs: Placement,
-    way: Walk,
+    way: LayerOrder,
     model: LayeredModel,
     batch: Mapping[str, jax.Array],
-    up: Ascent,
+    up: ForwardResult,
     use: Callable[[layer_groups.LayerGroup, int, Leaves], None],
 ) -> None:
     """Runs all layers backward, and passes the gradients of each layer to `use`.
 
     Args:
-      parts, inputs, way, model, batch: arguments of `ascend`.
-      up: result of `ascend`; `up.g` is donated, and `up.waiting` is empty afterwards.
+      parts, inputs, way, model, batch: arguments of `forward_pass`.
+      up: result of `forward_pass`; `up.g` is donated, and `up.waiting` is empty afterwards.
       use: function (group, index, gradients), called for each layer from the last to the first and
         then for the group outside the layers. The function may replace the layer's trained leaves.
     """
@@ -239,7 +241,7 @@ def descend(
         use(groups[None], 0, [a + b for a, b in both])
 
 
-def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, LayeredModel]:
+def split_layers(trained: Any, frozen: Any) -> tuple[LayerOrder, LayeredModel]:
     """Returns the order of the layers of a model, and the leaves of its two trees."""
     trained_leaves, trained_structure = jax.tree.flatten(trained)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
@@ -251,10 +253,10 @@ def taken_apart(trained: Any, frozen: Any) -> tuple[Walk, LayeredModel]:
     layers = [(place, i) for place in sorted(sizes) for i in range(sizes[place])]
     groups = {group.run: group for group in layer_groups.find_groups(trained)}
     trees = Trees(trained_structure, frozen_structure)
-    return Walk(trees, groups, layers), LayeredModel(trained_leaves, frozen_leaves)
+    return LayerOrder(trees, groups, layers), LayeredModel(trained_leaves, frozen_leaves)
 
 
-def _first_units(way: Walk) -> dict[int | None, int]:
+def _first_units(way: LayerOrder) -> dict[int | None, int]:
     """Returns, for each group, the number of layers in the groups before it."""
     starts = itertools.accumulate((group.size for group in way.groups.values()), initial=0)
     return dict(zip(way.groups, starts))

@@ -25,7 +25,7 @@ from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.lora.variables import LoraScale
 from qlora_jax.models import trees
 from qlora_jax.models.decoder import Decoder, attach, detach
-from qlora_jax.runtime.mesh import DATA, on_devices, sent
+from qlora_jax.runtime.mesh import DATA, on_devices, put_on_devices
 from qlora_jax.train import export, layer_groups
 from qlora_jax.train import step as steps
 from qlora_jax.train.assemble import optimizer_of, program_of
@@ -166,7 +166,7 @@ def placed(mesh: Mesh | None, adapters: Adapters) -> Adapters:
     own, same = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((DATA,), ()))
 
     def on(home: NamedSharding, tree: Any) -> Any:
-        return sent(tree, jax.tree.map(lambda _: home, tree))
+        return put_on_devices(tree, jax.tree.map(lambda _: home, tree))
 
     return adapters._replace(
         trained=on(own, adapters.trained),

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from qlora_jax.config import Config
-from qlora_jax.models.sharding import MeshLayout, layout_of, undivided
+from qlora_jax.models.sharding import MeshLayout, layout_of, unsplit_bytes
 from qlora_jax.models.trees import SplitModel
 from qlora_jax.runtime.device import describe_devices
 from qlora_jax.runtime.errors import UserError
@@ -60,7 +60,9 @@ def split_over(
       The model on the mesh, and its layout.
     """
     layout = layout_of(mesh, parts.trained, parts.frozen)
-    whole = undivided(parts.trained, layout.trained) | undivided(parts.frozen, layout.frozen)
+    whole = unsplit_bytes(parts.trained, layout.trained) | unsplit_bytes(
+        parts.frozen, layout.frozen
+    )
     if whole and mesh.shape[FSDP] > 1:
         n = mesh.shape[FSDP]
         warn(
@@ -69,5 +71,5 @@ def split_over(
             f"{sum(whole.values()) / 2**20:.1f} MiB in place of "
             f"{sum(whole.values()) / n / 2**20:.1f}"
         )
-    trained, frozen = layout.placed(parts.trained, parts.frozen)
+    trained, frozen = layout.put_on_devices(parts.trained, parts.frozen)
     return SplitModel(parts.graph, trained, frozen), layout

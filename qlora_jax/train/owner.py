@@ -64,7 +64,7 @@ class Guest(Owner):
 
 
 @contextlib.contextmanager
-def own(folder: Path) -> Iterator[Owner]:
+def claim_folder(folder: Path) -> Iterator[Owner]:
     """Holds the lock of a folder; if the process dies, the kernel releases the lock.
 
     Raises:
@@ -89,7 +89,7 @@ def check_free(folder: Path) -> None:
     """
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # no lock file yet, or a problem that `own` will report
+    except OSError:  # no lock file yet, or a problem that `claim_folder` will report
         return
     try:
         _take(folder, lock)

@@ -17,7 +17,7 @@ from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.spec import AdapterSpec
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, attach, use_attention, use_kernel
-from qlora_jax.models.parts import outer_modules
+from qlora_jax.models.weight_shapes import outer_modules
 from qlora_jax.quant.codebooks import codebook
 from qlora_jax.quant.qtensor import check_block_size
 from qlora_jax.runtime import compilation
@@ -25,8 +25,8 @@ from qlora_jax.runtime.display import progress
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tokenizer
 from qlora_jax.text.tokenizer import Tokenizer
+from qlora_jax.train.initial_values import Splitter, given_values, with_replaced
 from qlora_jax.train.quantization import describe_stored
-from qlora_jax.train.start import Splitter, given_values, with_replaced
 from qlora_jax.train.targets import targets
 
 

@@ -14,9 +14,9 @@ from qlora_jax.text.tokenizer import Tokenizer
 from qlora_jax.train import rundir
 from qlora_jax.train.assemble import assemble
 from qlora_jax.train.checkpoint import Checkpoints
+from qlora_jax.train.initial_values import resolved
 from qlora_jax.train.loop import best_step, read_progress
 from qlora_jax.train.setup import load_run_model, open_model
-from qlora_jax.train.start import resolved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from qlora_jax.config import Config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.train.finish import describe_finished, finish, finished
 from qlora_jax.train.fit import begin, fit
+from qlora_jax.train.initial_values import resolved
 from qlora_jax.train.offload import Memory, memory_of
 from qlora_jax.train.prepare import PrepareRequest, build, open_inputs
 from qlora_jax.train.report import RunSummary
-from qlora_jax.train.start import resolved
 
 
 def train(

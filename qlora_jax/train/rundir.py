@@ -168,7 +168,7 @@ def _claimed(
         raise UserError(f"{folder}: no folder can be made there; give another --output") from None
     except OSError as e:
         raise storage_error(folder, e) or e from None
-    with owner.own(folder) as owned:
+    with owner.claim_folder(folder) as owned:
         # check again: another run may have begun and ended before this one got the lock
         _check_contents(config, folder, resume=resume, overwrite=overwrite)
         if not holds_run(folder) or overwrite:

@@ -48,7 +48,7 @@ def init_state(
     # step and finite_steps need separate buffers, because both are donated
     step, finite_steps = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     if layout is not None:
-        step, scale, finite_steps = layout.everywhere((step, scale, finite_steps))
+        step, scale, finite_steps = layout.replicate((step, scale, finite_steps))
     first = jax.jit(partial(init_layer_state, optimizer, layout))
     states = layer_groups.init_layers(trained, lambda layer: moments.store(first(layer)))
     return moments.begin(TrainState(trained, states, step, scale, finite_steps))

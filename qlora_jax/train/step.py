@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.sharding import SPLIT, MeshLayout, added_up
+from qlora_jax.models.sharding import SPLIT, MeshLayout, sum_gradients
 from qlora_jax.runtime.mesh import ROWS, on_devices
 from qlora_jax.train.loss import token_loss
 from qlora_jax.train.offload import ON_DEVICE, Placement
@@ -67,7 +67,7 @@ class Recipe:
     def model(self, trained: Any, frozen: Any) -> Decoder:
         """Returns the model; inside `jax.shard_map`, the model of this device's shards."""
         if self.layout is not None:
-            trained, frozen = self.layout.in_parts(trained, frozen)
+            trained, frozen = self.layout.local_parts(trained, frozen)
         return nnx.merge(self.graph, trained, frozen)
 
 
@@ -196,7 +196,7 @@ def loss_of(
         vocab_axis=axis,
         train_head=recipe.method == "full",
         softcap=model.config.final_softcap,
-        update=model.head_update(hidden, key),
+        update=model.head_delta(hidden, key),
     )
 
 
@@ -307,7 +307,7 @@ def _micro_gradient(
 
     (_, total), grads = jax.value_and_grad(scaled, has_aux=True)(trained)
     if recipe.layout is not None:
-        return added_up(grads, recipe.layout.trained), jax.lax.psum(total, ROWS)
+        return sum_gradients(grads, recipe.layout.trained), jax.lax.psum(total, ROWS)
     return grads, total
 
 

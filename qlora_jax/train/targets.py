@@ -6,7 +6,7 @@ from qlora_jax.config import LoraConfig
 from qlora_jax.lora import AdapterSpec, choose_adapters
 from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.parts import layer_linears, outer_modules
+from qlora_jax.models.weight_shapes import layer_linears, outer_modules
 from qlora_jax.runtime.errors import UserError
 
 

@@ -219,7 +219,7 @@ def test_a_peer_needs_a_folder(run_cli: RunCli, make_peer: Callable[..., Path]) 
     peer = make_peer("peer", TORCH)
     ended = run_cli("bench", "load", "smollm2-135m-instruct", "--peer", peer)
     assert ended.code == 2
-    assert "peers read a Hugging Face folder alone; give one, or random weights: " in ended.err
+    assert "peers can only read a Hugging Face folder; give one, or random weights: " in ended.err
 
 
 @pytest.mark.parametrize(("code", "ends"), [(2, 2), (1, 1), (137, 1)])

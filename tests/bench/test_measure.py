@@ -75,7 +75,7 @@ def test_peak_memory_sees_what_was_given_back() -> None:
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux alone tells")
 def test_neighbours_do_not_count_this_process() -> None:
-    with measure.Neighbours() as neighbours:
+    with measure.OtherProcesses() as neighbours:
         end = time.perf_counter() + 0.5
         while time.perf_counter() < end:
             pass

@@ -17,7 +17,7 @@ from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load_model
 from qlora_jax.models.config import from_hugging_face
-from qlora_jax.models.parts import expected_shapes
+from qlora_jax.models.weight_shapes import expected_shapes
 from qlora_jax.quant import QTensor, bits_per_parameter, quantize
 from qlora_jax.runtime.errors import UserError
 

@@ -10,10 +10,10 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.peft import Replaced, check_fits, read_adapter, write_adapter
-from qlora_jax.lora.arithmetic import difference
+from qlora_jax.lora.arithmetic import adapter_difference
 from qlora_jax.lora.spec import SCALINGS
 from qlora_jax.lora.weights import LoraWeights
-from qlora_jax.models.parts import adaptable
+from qlora_jax.models.weight_shapes import adaptable
 from qlora_jax.runtime import json_files
 from qlora_jax.runtime.errors import UserError
 
@@ -370,14 +370,14 @@ def test_modules_to_save_are_those_that_end_in_a_name(models: Path) -> None:
 def test_a_difference_is_the_update_less_the_first_one(scaling) -> None:
     now, start = make(4, 8), make(4, 8)
     start = start._replace(a=start.a + 1, b=start.b - 2)
-    made = difference(now, start, scaling)
+    made = adapter_difference(now, start, scaling)
     expected = factor(now, scaling) * (now.a @ now.b - start.a @ start.b)
     np.testing.assert_allclose(
         factor(made, scaling) * made.a @ made.b, expected, rtol=1e-4, atol=1e-3
     )
     assert (made.rank, made.a.shape, made.b.shape) == (8, (64, 8), (8, 32))
     with pytest.raises(ValueError, match="differ in rank"):
-        difference(now, make(2, 8), scaling)
+        adapter_difference(now, make(2, 8), scaling)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from qlora_jax.formats.gguf import open_gguf
 from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.load import load_model
 from qlora_jax.formats.write import write_model
-from qlora_jax.runtime import expected
+from qlora_jax.runtime import time_estimates
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text import tokenizer
 
@@ -209,9 +209,9 @@ def test_the_command_writes_and_says_so(run_cli, tiny_model, tmp_path, monkeypat
     again = run_cli("quantize", tiny_model, tmp_path / "out")
     assert again.code == 2
     assert "exists already" in again.message
-    monkeypatch.setattr(expected, "SHORT", 0.5)
+    monkeypatch.setattr(time_estimates, "SHORT", 0.5)
     text = run_cli("quantize", tiny_model, tmp_path / "b", "--no-double-quant")
     first, second, *_ = text.err.splitlines()
     assert first == "quantize: about 4 s on 2 CPU cores (an estimate)"
     assert second.startswith("quantizing ")
-    assert "nf4, block 64; the rest bfloat16" in text.out
+    assert "nf4, block 64; other tensors bfloat16" in text.out

@@ -137,7 +137,7 @@ def test_without_the_compiler_the_remedy_is_named() -> None:
     )
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last == "the compile-only GPU packages are not installed: make gpu-check"
+    assert last == "the compile-only GPU packages are not installed; run make gpu-check"
 
 
 @pytest.mark.skipif(not has_plugin(), reason=WITHOUT)

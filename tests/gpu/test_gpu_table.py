@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 
 from experiments.tools import gpu_table, program
+from qlora_jax.gpu.kernel_rows import table
 from qlora_jax.gpu.measured import GpuReport
-from qlora_jax.gpu.picks import table
 from qlora_jax.kernels.select import EVERY
 
 FUSED = {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.gpu import picks, roofline
+from qlora_jax.gpu import kernel_rows, roofline
 from qlora_jax.gpu.case import GpuProduct, tile
 from qlora_jax.gpu.described import GPUS, read_gpu
+from qlora_jax.gpu.kernel_rows import fused_rows
 from qlora_jax.gpu.measured import GpuReport, reports, target
-from qlora_jax.gpu.picks import fused_rows
 from qlora_jax.gpu.roofline import RATES, Ceilings, KernelTime
 from qlora_jax.gpu.times import seconds_at
 from qlora_jax.kernels.select import EVERY, FUSED_ROWS
@@ -188,13 +188,13 @@ def test_one_slower_product_decides() -> None:
 
 
 def test_the_table_keeps_what_was_not_measured(write_report) -> None:
-    assert picks.table([]) == FUSED_ROWS
-    assert picks.table([GpuReport(write_report())]) == FUSED_ROWS
+    assert kernel_rows.table([]) == FUSED_ROWS
+    assert kernel_rows.table([GpuReport(write_report())]) == FUSED_ROWS
     path = write_report(TIMES)
-    made = picks.table([GpuReport(path)])
+    made = kernel_rows.table([GpuReport(path)])
     assert made["mosaic"] == {**FUSED_ROWS["mosaic"], (9, 0): (range(512),)}
     assert made["triton"] == {}
     # two GPUs of one capability count as one
     slow = {**TIMES, ("mosaic", 1): 21, ("mosaic", 512): 1}
     both = [GpuReport(path), GpuReport(write_report(slow, device="NVIDIA H200"))]
-    assert picks.table(both)["mosaic"][9, 0] == ()
+    assert kernel_rows.table(both)["mosaic"][9, 0] == ()

@@ -39,7 +39,7 @@ def test_a_compiler_that_aborts_takes_one_case_with_it(monkeypatch: pytest.Monke
 
 def test_without_the_compiler_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "has_plugin", lambda: False)
-    with pytest.raises(UserError, match="not installed: make gpu-check"):
+    with pytest.raises(UserError, match="not installed; run make gpu-check"):
         next(compile_all([CASE]))
 
 

@@ -141,7 +141,7 @@ def test_a_kernel_for_an_a100() -> None:
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assemble, "find_spec", lambda name: None)
     monkeypatch.setattr(assemble.shutil, "which", lambda name, path=None: None)
-    with pytest.raises(assemble.UserError, match="ptxas is not installed: make gpu-check"):
+    with pytest.raises(assemble.UserError, match="ptxas is not installed; run make gpu-check"):
         assemble.program("ptxas")
 
 

@@ -31,7 +31,7 @@ def adapter():
 def test_delta_is_the_scaled_product(adapter, layer):
     a, b = (np.asarray(x.get_value(), np.float64)[layer] for x in (adapter.a, adapter.b))
     scale = SPECS[layer].scale if SPECS[layer] else 0.0
-    found = adapter.change(jnp.zeros((96, 40)), layer)
+    found = adapter.weight_update(jnp.zeros((96, 40)), layer)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, scale * (a @ b), rtol=1e-5, atol=1e-5)
 
@@ -42,7 +42,7 @@ def test_the_sum_is_rounded_once(adapter, stored, dtype):
     w = jnp.asarray(np.random.default_rng(1).normal(size=(96, 40)), jnp.float32)
     weight = quantize(w) if stored == "nf4" else w.astype(stored)
     wide = np.asarray(dequantize(weight) if stored == "nf4" else weight, np.float32)
-    change = adapter.change(jnp.asarray(wide), 0)
+    change = adapter.weight_update(jnp.asarray(wide), 0)
     expected = (wide + np.asarray(change)).astype(dtype)
     np.testing.assert_array_equal(merged(weight, adapter, 0, dtype=dtype), expected)
     np.testing.assert_array_equal(merged(weight, None, 0, dtype=dtype), wide.astype(dtype))

@@ -21,9 +21,9 @@ from qlora_jax.formats.write import write_model
 from qlora_jax.lora import LoraWeights
 from qlora_jax.lora.variables import LoraB, LoraParam
 from qlora_jax.models import trees
-from qlora_jax.models.adapters import wear
+from qlora_jax.models.adapters import set_adapter
 from qlora_jax.models.decoder import attach
-from qlora_jax.models.parts import layer_linears, outer_modules
+from qlora_jax.models.weight_shapes import layer_linears, outer_modules
 from qlora_jax.train import layer_groups
 from qlora_jax.train.export import adapters
 from qlora_jax.train.step import Recipe, loss_sum
@@ -76,7 +76,7 @@ def test_logits_of_an_adapted_head_in_closed_form(models, kind):
     weight = embed.T if model.head is None else np.asarray(model.head.get_value())
     hidden, _ = computed(model)
     own = drawn(model.config, ["lm_head"])
-    wear(model, own)
+    set_adapter(model, own)
     found, logits = computed(model)
     # a tied embedding is not the head's
     np.testing.assert_array_equal(found, hidden)
@@ -92,7 +92,7 @@ def test_an_adapted_embedding_is_one_with_other_rows(models, kind):
     model, other = base(models / kind), base(models / kind)
     path = model.config.names.embed
     own = drawn(model.config, [path])
-    wear(model, own)
+    set_adapter(model, own)
     embed = np.asarray(other.embed.get_value(), np.float64)
     changed = embed + 2.0 * np.asarray(own[path].a, np.float64) @ own[path].b
     assert np.abs(changed - embed).max() > 1e-2
@@ -120,7 +120,7 @@ def reference(model, trained_of, tokens, targets_, mask):
 def test_gradients_are_those_of_whole_logits(models, kind):
     model = base(models / kind)
     names = [model.config.names.embed, "lm_head", f"{model.config.names.layers}.0.self_attn.q_proj"]
-    wear(model, drawn(model.config, names))
+    set_adapter(model, drawn(model.config, names))
     graph, trained, frozen = trees.split(model, "lora")
     assert set(trees.flatten(trained)) == {
         *(f"{name}.{side}" for name in ("embed_adapter", "head_adapter") for side in "ab"),
@@ -194,12 +194,12 @@ def test_dropout_is_on_the_heads_input_in_training_alone(models):
     attach(model, specs, jax.random.key(0), dropout=0.5, values=values)
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(64, model.config.hidden_size)))
     key = jax.random.key(3)
-    kept, _ = model.head_update(hidden, None)
-    dropped, _ = model.head_update(hidden, key)
+    kept, _ = model.head_delta(hidden, None)
+    dropped, _ = model.head_delta(hidden, key)
     a = np.asarray(values["lm_head"].a)
     np.testing.assert_allclose(kept, 32 / 4 * (hidden @ a), rtol=1e-4)
     assert np.abs(dropped - kept).max() > 0.1
-    np.testing.assert_array_equal(dropped, model.head_update(hidden, key)[0])
+    np.testing.assert_array_equal(dropped, model.head_delta(hidden, key)[0])
     # the layers' keys are others
     layers = jax.random.split(key, model.config.num_layers)
     own = jax.random.fold_in(key, model.config.num_layers)
@@ -214,7 +214,7 @@ def test_what_is_exported_is_read_back(models, tmp_path, kind):
     model = base(models / kind)
     linear = next(iter(layer_linears(model.config)))
     own = drawn(model.config, [linear, *outer_modules(model.config)])
-    wear(model, own)
+    set_adapter(model, own)
     write_adapter(tmp_path / "adapter", adapters(model), base_name="base")
     back = read_adapter(tmp_path / "adapter").adapters
     assert back.keys() == own.keys()
@@ -256,7 +256,7 @@ def test_a_merged_folder_computes_what_the_adapted_model_does(
     model = base(folder)
     outer = list(outer_modules(model.config))
     linear = next(iter(layer_linears(model.config)))
-    wear(model, drawn(model.config, [linear, *(outer if only is None else [outer[only]])]))
+    set_adapter(model, drawn(model.config, [linear, *(outer if only is None else [outer[only]])]))
     source = MergedCheckpoint(model, open_folder(folder), original)
     write_model(source, tmp_path / "merged", None, "float32")
     merged = base(tmp_path / "merged")
@@ -271,7 +271,7 @@ def test_a_merged_folder_computes_what_the_adapted_model_does(
 def test_a_tied_model_stays_tied_where_only_layers_are_adapted(models):
     source = open_folder(models / "qwen2")
     model = base(models / "qwen2")
-    wear(model, drawn(model.config, [next(iter(layer_linears(model.config)))]))
+    set_adapter(model, drawn(model.config, [next(iter(layer_linears(model.config)))]))
     merged = MergedCheckpoint(model, source)
     assert merged.config == source.config
     assert merged.names() == source.names()

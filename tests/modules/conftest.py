@@ -1,4 +1,4 @@
-"""Weights as kernels, and what they must compute: plain JAX on the whole weight."""
+"""Builds kernels and their independent reference: plain JAX on the whole float weight."""
 
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ SPEC = AdapterSpec(3, 6, 2.0)
 
 
 class Made(NamedTuple):
-    """A kernel, what is trained of it, and a function from that to the whole weight.
+    """A kernel, its trained arrays, and a function from these arrays to the whole weight.
 
-    The function is plain JAX, of which any gradient can be taken.
+    `whole` is plain JAX, so JAX can differentiate it; it is the reference of the tests.
     """
 
     kernel: Kernel
@@ -29,7 +29,7 @@ class Made(NamedTuple):
     whole: Any
 
     def with_trained(self, trained):
-        """The kernel with other values of A, B and DoRA's magnitude."""
+        """Returns the kernel with the given values of A, B and DoRA's magnitude."""
         if not trained:
             return self.kernel
         adapter = jax.tree.map(lambda x: x, self.kernel.adapters["default"])
@@ -77,7 +77,7 @@ def kernel_of(shape, axes=MATRIX, stack=(), quantized=True, variant=None, dtype=
     def whole(trained):
         w = plain + SPEC.scale * trained["a"] @ trained["b"]
         if variant == "dora":
-            # the norm is a constant to the gradient (DoRA, section 4.3)
+            # the gradient treats the norm as a constant (DoRA, section 4.3)
             norm = jax.lax.stop_gradient(jnp.linalg.norm(w, axis=-2))
             w = w * (trained["magnitude"] / norm)[..., None, :]
         return from_matrices(w, axes, shape)
@@ -87,5 +87,5 @@ def kernel_of(shape, axes=MATRIX, stack=(), quantized=True, variant=None, dtype=
 
 @pytest.fixture(scope="session")
 def make_kernel():
-    """Makes a kernel of a layer's shape, of random values, for `Made`."""
+    """Returns `kernel_of`, which makes a `Made` of random values from the shape of a layer."""
     return kernel_of

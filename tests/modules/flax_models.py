@@ -1,4 +1,4 @@
-"""Small models after the patterns of other packages, for the tests of this folder."""
+"""Small models in the style of other packages, for the tests of this folder."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from qlora_jax.modules.nnx_model import all_adapters
 
 
 class Block(nnx.Module):
-    """Attention and an MLP of flax's own layers."""
+    """Attention and an MLP, made of flax's layers."""
 
     def __init__(self, features: int, rngs: nnx.Rngs):
         self.attn = nnx.MultiHeadAttention(
@@ -45,7 +45,7 @@ def language(seed: int = 0, **sizes: int) -> Language:
 
 
 def trained(model: nnx.Module, seed: int = 0) -> nnx.Module:
-    """Returns the model with B, too, drawn at random, in place."""
+    """Fills B of every adapter with random values, in place, and returns the model."""
     for i, (_, _, adapter) in enumerate(all_adapters(model)):
         b = adapter.b.get_value()
         key = jax.random.fold_in(jax.random.key(seed), i)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 D, H = 32, 2
-"""Size of an input's last axis; heads."""
+"""Size of the last axis of an input; number of heads."""
 
 
 def draw(*shape, seed=0):
@@ -21,9 +21,9 @@ class Case(NamedTuple):
 
     Attributes:
       make: makes the model from `nnx.Rngs`.
-      call: the call, of the model alone; it returns a pytree.
-      where: the weights that are adapted.
-      embeddings: whether tables are among them.
+      call: function that calls the model, its only argument, and returns a pytree.
+      where: patterns of the weights to adapt.
+      embeddings: whether embedding tables are among these weights.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -37,7 +37,7 @@ TOKENS = jnp.asarray([[1, 2, 2], [0, 9, 4]])
 
 
 class Tied(nnx.Module):
-    """An embedding that is the head, too."""
+    """An embedding whose table is also the head."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(10, D, rngs=rngs)
@@ -91,7 +91,7 @@ class Layers(nnx.Module):
 
 
 class Scanned(nnx.Module):
-    """A stack of layers that are gone through with nnx.scan."""
+    """A stack of layers that nnx.scan calls one after the other."""
 
     def __init__(self, rngs, block=Block):
         made = nnx.split_rngs(splits=3)(nnx.vmap(block, in_axes=(0,), out_axes=0))
@@ -111,7 +111,7 @@ class Ensemble(Scanned):
 
 
 class Twice(nnx.Module):
-    """One module in two places, and called twice."""
+    """One module under two attributes; both are called."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(D, D, rngs=rngs)
@@ -134,7 +134,7 @@ class OneVariable(nnx.Module):
 
 
 class Einsum(nnx.Module):
-    """A class of its own with an equation and a weight, after tunix's pattern."""
+    """A custom module with an einsum equation and a weight, in the style of tunix."""
 
     def __init__(self, einsum_str, shape, rngs):
         self.einsum_str, self.shape = einsum_str, shape
@@ -154,7 +154,7 @@ class Tunix(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Bare parameters with an axis of experts, which only `discover` knows."""
+    """Bare parameters with an axis of experts; only `discover` can find their axes."""
 
     def __init__(self, rngs):
         self.router = nnx.Linear(D, 3, rngs=rngs)
@@ -168,7 +168,7 @@ class Experts(nnx.Module):
 
 
 class Looped(nnx.Module):
-    """A module whose own method scans its own stacked parameters."""
+    """A module whose method scans over the stacked parameters of the module."""
 
     def __init__(self, rngs):
         self.w = nnx.Param(0.2 * jax.random.normal(rngs.params(), (3, D, D)))
@@ -183,7 +183,7 @@ class Looped(nnx.Module):
 
 
 class Busy(nnx.Module):
-    """A bare kernel beside all that changes in a call."""
+    """A bare kernel beside everything that a call can change: statistics, keys, counters."""
 
     def __init__(self, rngs):
         self.w = nnx.Param(0.2 * jax.random.normal(rngs.params(), (D, D)))
@@ -205,14 +205,14 @@ class Pair(NamedTuple):
 
 
 class Gelu:
-    """A callable that, unlike a function, is no method where a class holds it."""
+    """A callable object: as a class attribute it does not become a method, unlike a function."""
 
     def __call__(self, x):
         return jax.nn.gelu(x)
 
 
 class Structured(nnx.Module):
-    """Methods and arguments of all kinds."""
+    """A module whose methods take and return arguments of all kinds."""
 
     act = Gelu()
 
@@ -232,7 +232,7 @@ class Structured(nnx.Module):
 
 
 class Mixin:
-    """A method of a class that is no module."""
+    """A class with a method that reads `self.kernel`, although the class is no module."""
 
     def doubled(self, x):
         return 2 * (x @ self.kernel[...])
@@ -244,7 +244,7 @@ class Mixed(Mixin, nnx.Linear):
 
 
 class Outside(nnx.Module):
-    """A module that multiplies with the kernel of another."""
+    """A module that multiplies its input by the kernel of another module."""
 
     def __init__(self, rngs):
         self.inner = nnx.Linear(D, D, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Adapters of an NNX model as a folder: what is read is what was saved."""
+"""Adapters of an NNX model in a folder: loading gives the saved values back."""
 
 import json
 

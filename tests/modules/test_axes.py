@@ -1,4 +1,4 @@
-"""Weights as matrices and back, and einsum's equations against einsum itself."""
+"""Converts weights to matrices and back; checks the einsum equations against np.einsum."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.quick
 
 @st.composite
 def weights(draw):
-    """A stack's sizes, a layer's sizes, and the parts that a permutation of its axes is cut in."""
+    """Draws a stack's sizes, a layer's sizes, and a permutation of its axes cut in three parts."""
     stack = draw(st.lists(st.integers(1, 3), max_size=2))
     ndim = draw(st.integers(2, 5))
     order = draw(st.permutations(range(ndim)))
@@ -43,7 +43,7 @@ def test_matrices_are_the_weight_in_another_order(made):
     assert (np.asarray(from_matrices(jnp.asarray(matrices), axes, tuple(shape))) == w).all()
     assert axes.stack(w.shape) == tuple(stack)
     assert axes.own(w.shape) == tuple(shape)
-    # entry by entry: K counts the contracted axes, N the kept ones
+    # the reference places entry by entry: K enumerates the contracted axes, N the kept ones
     for index in np.ndindex(*shape):
         batch, k, n = ([index[i] for i in part] for part in (axes.batch, axes.contract, axes.keep))
         sizes = [[shape[i] for i in part] for part in (axes.contract, axes.keep)]
@@ -73,7 +73,7 @@ def test_an_equation_is_einsum(equation):
     if "..." in equation:
         x = x[None]
     matrices = np.asarray(to_matrices(jnp.asarray(w, jnp.float32), axes))
-    # x with its axes in the order that the matrices have: [*batch, rows, K]
+    # the axes of x in the order of the matrices: [*batch, rows, K]
     names = "".join(w_names[i] for i in axes.batch), "".join(w_names[i] for i in axes.contract)
     free = "".join(c for c in x_names.replace("...", "z") if c not in names[0] + names[1])
     moved = np.einsum(f"{x_names.replace('...', 'z')}->{names[0]}{free}{names[1]}", x)

@@ -1,4 +1,4 @@
-"""Axes from one abstract call, from a registered class, and what `summary` tells of them."""
+"""Axes found by one abstract call or by a registered class, and the report of `summary`."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 class Bare(nnx.Module):
-    """Weights of all sorts: a table, a product of three axes, a factor, one that is summed up."""
+    """Four kinds of weights: a table, a product over three axes, a factor, a summed array."""
 
     def __init__(self, rngs: nnx.Rngs):
         def draw(*shape):

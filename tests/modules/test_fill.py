@@ -1,4 +1,4 @@
-"""An abstract model that is filled computes what a model does that was quantized whole."""
+"""A model filled from an abstract one equals the same model quantized with all its values."""
 
 import weakref
 
@@ -75,7 +75,7 @@ def test_nothing_is_quantized_without_where(values):
 
 
 def test_one_value_at_a_time(values):
-    """A value that is quantized is let go of before the next is read."""
+    """The float array of a quantized weight is freed before the next value is read."""
     read_before = []
 
     def read(path, shape):

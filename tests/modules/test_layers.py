@@ -1,4 +1,4 @@
-"""NNX models of every kind, in 4 bits and adapted, against plain models of the same weights."""
+"""NNX models of every kind, 4-bit and with adapters, against plain models of equal weights."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from qlora_jax.modules.nnx_model import all_adapters
 
 pytestmark = pytest.mark.quick
 SCALE = 2.0
-OFTEN = ("bfloat16", "Tied", "scan", "experts")
 """alpha / rank."""
+OFTEN = ("bfloat16", "Tied", "scan", "experts")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +42,7 @@ def adapted(case, quantized, **settings):
 
 
 def trained(model, seed=3):
-    """The model as after some training: B is not zero any more."""
+    """Gives B random values, as after some training, in place, and returns the model."""
     random = np.random.default_rng(seed)
     for _, _, adapter in all_adapters(model):
         b = adapter.b.get_value()
@@ -69,9 +69,10 @@ def test_step_0_is_the_base_to_the_bit(name):
 
 @pytest.mark.parametrize("name", mostly_slow(CASES, *OFTEN))
 def test_values_and_gradients_are_those_of_plain_weights(name):
-    """With the weights that `merge` gives, whose gradients are those of A and B by the chain rule.
+    """Compares values and gradients with a plain model that holds the merged weights W + s·A·B.
 
-    d/dA = s·G·Bᵀ and d/dB = s·Aᵀ·G, G being the gradient of W + s·A·B.
+    With G the gradient of the merged weight, the chain rule gives the expected gradients:
+    d/dA = s·G·Bᵀ and d/dB = s·Aᵀ·G.
     """
     case = CASES[name]
     model = trained(adapted(case, quantized=True))

@@ -1,4 +1,4 @@
-"""Linen modules with kernels in their params, against the same modules on whole weights."""
+"""Linen modules with kernels in their params, against the same modules with plain weights."""
 
 import functools
 from types import MappingProxyType
@@ -16,19 +16,19 @@ from qlora_jax.modules.axes import from_matrices, to_matrices
 from qlora_jax.modules.kernel import Kernel
 from qlora_jax.modules.linen.params import kernels_of, replaced
 
-# a kind of key whose numbers take a tenth of the time to compile
+# the random numbers of this kind of key take a tenth of the time to compile
 key = functools.partial(jax.random.key, impl="unsafe_rbg")
 D = 32
 X = jax.random.normal(key(1), (2, 3, D))
 TOKENS = jnp.array([[1, 5, 2], [10, 0, 1]])
 DROPOUT = {"dropout": key(2)}
 
-# biases of a stack have two axes, and ".*" matches them
+# ".*" also matches the biases of a stack: they have two axes, but no product
 pytestmark = pytest.mark.filterwarnings("ignore:where matches weights that no product")
 
 
 class Einsum(nn.Module):
-    """As gemma's: its equation comes with the call."""
+    """An einsum in the style of gemma: the caller passes the equation."""
 
     shape: tuple[int, ...]
 
@@ -75,7 +75,7 @@ class Tied(nn.Module):
 
 
 class Layer(nn.Module):
-    """Two dense layers, as a body of `nn.scan`."""
+    """Two dense layers, the body of an `nn.scan`."""
 
     @nn.compact
     def __call__(self, x, _=None):
@@ -132,7 +132,7 @@ class Normed(nn.Module):
 
 
 class Inner(nn.Module):
-    """Has a weight, a submodule, a counter, a noise and a look at what it computes."""
+    """Has a weight, a submodule, a counter, random noise and a sown intermediate."""
 
     @nn.compact
     def __call__(self, x, times=1, scaled=False):
@@ -154,7 +154,7 @@ class Outer(nn.Module):
 
 
 class Holder(nn.Module):
-    """Keeps its weight as an attribute, which others read."""
+    """Keeps its weight as an attribute that other modules read."""
 
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(0.2), (8, D))
@@ -165,7 +165,7 @@ class Holder(nn.Module):
 
 
 class Reader(nn.Module):
-    """Has a weight, and reads another module's, which it is given."""
+    """Has a weight, and calls another module that it holds as an attribute."""
 
     holder: Any
 
@@ -185,7 +185,7 @@ class Reads(nn.Module):
 
 
 class Case(NamedTuple):
-    """A module, the arguments of a call, and what else `module.apply` gets."""
+    """A module, the arguments of a call, and further arguments of `module.apply`."""
 
     module: nn.Module
     args: tuple[Any, ...] = (X,)
@@ -227,7 +227,7 @@ CASES = {
 
 @functools.cache
 def initial(name):
-    """The variables of a case: its params, and all other collections."""
+    """Returns the variables of a case: its params, and all other collections."""
     case = CASES[name]
     keys = {"params": key(0), **DROPOUT}
     shapes = dict(jax.eval_shape(case.module.init, keys, *case.args))
@@ -249,7 +249,7 @@ def base(name, params):
 
 
 def with_adapters(name, quantized):
-    """A case's params with fresh adapters on every weight."""
+    """Returns the params of a case with fresh adapters on every weight."""
     case, (params, others) = CASES[name], initial(name)
     more = {k: v for k, v in case.more.items() if k != "mutable"}
     axes = qj.linen.discover(case.module, params, *case.args, variables=others, **more)
@@ -267,7 +267,7 @@ def decoded(name, params):
 
 
 def filled(params):
-    """Params with other values of A and B."""
+    """Returns the params with random values of A and B."""
     random = np.random.default_rng(5)
     trained, frozen = qj.linen.split(params)
     values = {k: jnp.float32(0.2 * random.normal(size=x.shape)) for k, x in trained.items()}
@@ -275,7 +275,7 @@ def filled(params):
 
 
 def whole(params, trained):
-    """The params as arrays, W + s * A @ B, as a function of A and B."""
+    """Returns the params as plain arrays W + s * A @ B: the reference, a function of A and B."""
 
     def one(path, kernel):
         if not isinstance(kernel, Kernel):
@@ -290,20 +290,20 @@ def whole(params, trained):
 
 
 def total(out):
-    """A scalar of all floats of a result, each with a factor of its own."""
+    """Sums all floats of a result, each times a different factor."""
     floats = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
     return sum(jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in floats)
 
 
 def near(a, b, tolerance):
-    """Asserts that arrays are equal within a part of the largest number of each."""
+    """Asserts that arrays differ by at most `tolerance` times the largest expected magnitude."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.float32(x), np.float32(y)
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * abs(y).max())
 
 
-# where the compiler adds up in another order with more to fuse, one operation after the other
 OFTEN = ("scan",)
+# run without jit: with adapters XLA fuses other operations and would add in another order
 UNFUSED = ("norm and dropout", "reads")
 
 

@@ -1,4 +1,4 @@
-"""Adapters of a Linen module as a folder, which NNX reads as well where the paths are alike."""
+"""Adapters of a Linen module in a folder; an NNX model with the same paths can load it."""
 
 import jax
 import jax.numpy as jnp

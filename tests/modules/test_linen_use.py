@@ -1,4 +1,4 @@
-"""What is done with the params of Linen modules: training, adapters by name, files, errors."""
+"""Uses of the params of Linen modules: training, named adapters, files, errors."""
 
 import contextlib
 import io
@@ -55,7 +55,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def qlora(model):
-    """Its params in 4 bits, with the adapters "default" and "other", and dropout on the latter."""
+    """The params of `model` in 4 bits, with adapter "default", and "other" with dropout."""
     module, params = model
     params = linen.quantize(module, params, [*DENSE, "embed"], TOKENS)
     params = linen.add_lora(module, params, DENSE, key=jax.random.key(1), rank=2)
@@ -86,7 +86,7 @@ def test_what_is_left_alone(model):
     found = linen.discover(Model(), jax.eval_shape(lambda: model[1]), TOKENS, deterministic=True)
     assert found["embed.embedding"].table
     assert found["conv.kernel"].axes is None
-    # the result says enough to need no example
+    # given `axes`, `quantize` needs no example input
     embeddings = linen.quantize(Model(), model[1], ["embed"], axes=found, embeddings=True)
     assert isinstance(embeddings["embed"]["embedding"], qj.linen.Kernel)
 
@@ -164,7 +164,7 @@ def test_the_dropout_of_adapters_has_a_key_of_its_own():
 
 @pytest.mark.slow
 def test_no_float_copy_of_more_than_one_layer():
-    """Stacked weights stay 4 bits in the forward and the backward pass of a scan."""
+    """Stacked weights stay in 4 bits in the forward and the backward pass of a scan."""
     x = jnp.ones((2, 96))
     params = linen.quantize(STACK, stacked(), ".*kernel", x, None)
     params = linen.add_lora(STACK, params, ".*kernel", key=jax.random.key(1), rank=2)

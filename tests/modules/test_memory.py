@@ -1,4 +1,4 @@
-"""Decoded weights are neither kept for the backward pass nor decoded before they are needed."""
+"""Decoded weights are not saved for the backward pass, and not decoded before their use."""
 
 import re
 
@@ -15,7 +15,7 @@ LAYERS = 6
 DECODED = 4 * D * 4 * D
 """Bytes of a weight in float32."""
 IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""XLA:CPU otherwise carries out at once what does not depend on each other; a GPU does not."""
+"""Without it XLA:CPU runs independent operations at the same time; a GPU does not."""
 
 
 class Block(nnx.Module):
@@ -76,7 +76,7 @@ def test_no_residual_has_a_weights_size(model, variant):
 
 @pytest.mark.parametrize("model", mostly_slow([Unrolled, Scanned], Unrolled))
 def test_a_step_decodes_one_weight_at_a_time(model):
-    """Neither pass keeps one: the temporaries are one weight's, and the activations."""
+    """Temporary memory holds one decoded weight and the activations: no pass keeps a weight."""
     graph, lora, frozen = parts(model)
     step = jax.jit(jax.value_and_grad(loss(graph))).lower(lora, frozen, X)
     temporary = step.compile(IN_ORDER).memory_analysis().temp_size_in_bytes
@@ -85,10 +85,10 @@ def test_a_step_decodes_one_weight_at_a_time(model):
 
 
 def test_the_backward_pass_decodes_again():
-    """As many decoded weights as both passes need: one program does not hold what two decode."""
+    """Counts the decodings in a step: the backward pass decodes again, and reuses no weight."""
     graph, lora, frozen = parts(Unrolled)
     step = jax.jit(jax.value_and_grad(loss(graph))).lower(lora, frozen, X)
     text = step.compile(IN_ORDER).as_text()
     decoded = re.findall(rf"= f32\[(?:{D},{4 * D}|{4 * D},{D})\]\S* fusion\(", text)
-    # 2 in each layer and pass, but for the first weight, whose input has no gradient
+    # 2 per layer and pass; not the first weight in the backward pass: x needs no gradient
     assert len(decoded) == 4 * LAYERS - 1

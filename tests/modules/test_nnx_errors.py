@@ -1,4 +1,4 @@
-"""Bad input for NNX models: one line that names what and the remedy, and a model left as it was."""
+"""Bad input for NNX models: one line names the fault and the remedy; the model is unchanged."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ RNGS = {"rngs": nnx.Rngs(1)}
 
 
 def contents(model):
-    """Classes, variables and arrays of a model, to compare."""
+    """Returns the classes, variables and arrays of a model, for comparison."""
     classes = [(path, type(m)) for path, m in nnx.iter_modules(model)]
     state = nnx.to_flat_state(nnx.state(model))
     values = [(path, type(v), [np.asarray(x) for x in jax.tree.leaves(v)]) for path, v in state]

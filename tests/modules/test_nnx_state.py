@@ -1,4 +1,4 @@
-"""What changes in a call, how models are copied and kept, and NNX's ways of training."""
+"""State that a call changes, copies and checkpoints of models, and training with NNX."""
 
 import copy
 import pickle
@@ -53,7 +53,7 @@ def same(x, y, tolerance=1e-5):
 
 
 def numbers(model):
-    """All that a call changes in `Busy`."""
+    """Returns all values of `Busy` that a call changes."""
     hidden = [float(x) for x in model.hidden.get_value()]
     values = (model.norm.mean, model.norm.var, model.count, model.drop.rngs.count)
     return [*(np.asarray(v.get_value(), np.float32) for v in values), np.asarray(hidden)]

@@ -1,4 +1,4 @@
-"""Variants, starts, dropout and several adapters on NNX models."""
+"""Variants, initializers, dropout and several adapters on NNX models."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def test_variants_start_as_the_base_and_merge(model, name):
 
 @pytest.mark.slow
 def test_dora_follows_finite_differences():
-    """In its magnitude: the norm is a constant to the other gradients."""
+    """Checks the magnitude alone: the other gradients treat the norm as a constant."""
     adapted = trained(lora(Scanned(nnx.Rngs(0)), variant="dora"))
     graph, state, frozen = qj.split(adapted)
 
@@ -159,7 +159,7 @@ def test_dropout(model):
     keys = jax.random.split(jax.random.key(0))
     np.testing.assert_array_equal(joined(keys[0]), joined(keys[0]))
     assert np.abs(joined(keys[0]) - joined(keys[1])).max() > 1e-3
-    # on average it is the model without dropout
+    # the mean over many keys is the output without dropout
     mean = np.mean([joined(k) - still for k in jax.random.split(keys[1], 200)], 0)
     spread = np.std([joined(k) for k in keys]) + 1
     assert np.abs(mean).mean() < 0.1 * spread
@@ -204,7 +204,7 @@ def test_adapters_are_switched_without_compiling_again(model, variant):
     assert len(compiled) == 1
     near(outs[()], y, 1e-6)
     assert np.abs(outs["first",] - outs["second",]).max() > 1e-2
-    # what is trained is chosen by name
+    # `split` takes the name of the adapter to train
     _, chosen, _ = qj.split(base, "second")
     assert {path[-2] for path, _ in nnx.to_flat_state(chosen)} == {"second"}
     count = 4 if model == "layers" else 2

@@ -1,4 +1,4 @@
-"""Runs the Python lines of the README and of docs/any_model.md as they are written."""
+"""Runs the Python lines of the README and of docs/any_model.md unchanged."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 class MyModel(nnx.Module):
-    """Attention and an MLP, as somebody may have it."""
+    """Attention and a linear layer: a user's model, as in the pages."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.attn = nnx.MultiHeadAttention(num_heads=2, in_features=64, decode=False, rngs=rngs)

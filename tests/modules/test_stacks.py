@@ -1,4 +1,4 @@
-"""Layers that a method takes out of its own stack by their place, against plain arrays."""
+"""Layers that a method takes by index from a stacked weight, against plain arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ EXPERTS = 3
 
 
 class Experts(nnx.Module):
-    """Experts in one variable, after tunix's mixture: a loop over them in Python, or by number."""
+    """Experts in one variable, in the style of tunix: taken in a Python loop, or by index."""
 
     def __init__(self, rngs: nnx.Rngs, how: str):
         self.w = nnx.Param(0.1 * jax.random.normal(rngs.params(), (EXPERTS, 64, 32)))

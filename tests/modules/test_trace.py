@@ -1,4 +1,4 @@
-"""Functions of a lazy weight against the same function of the whole weight as an array."""
+"""Functions of a lazy weight, against the same functions of the whole weight as an array."""
 
 import functools
 
@@ -27,7 +27,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(5, K)), jnp.float32)
 
 
 def few(names, often=(), kinds=("4 bits, lora", "array, dora", "4 bits, dora", "array, lora")):
-    """Each name with one kind of kernel in turn; those that come `often` with every kind."""
+    """Pairs each name with one kind of kernel in turn; names in `often` with every kind."""
     turns = [(name, kinds[i % len(kinds)]) for i, name in enumerate(names)]
     more = [(name, kind) for name in often for kind in KINDS]
     return list(dict.fromkeys([*turns, *more]))
@@ -38,7 +38,7 @@ def draw(*shape, seed=1):
 
 
 def check(made, function, x=X, kinds=("product",), tolerance=2e-5):
-    """Compares values, gradients of x and of what is trained, and the kinds of uses."""
+    """Compares values, gradients of x and of the trained arrays, and the kinds of uses."""
     uses: list[Use] = []
 
     def value(x, trained):
@@ -93,7 +93,7 @@ def constant_of_a_scan(w, x):
 
 
 def constant_of_a_loop(w, x):
-    # of a fixed number of steps: it has a gradient
+    # a fixed number of steps, so that the loop has a gradient
     return jax.lax.fori_loop(0, 3, lambda i, y: y.at[:, :N].add(jnp.tanh(y @ w)), x)
 
 
@@ -173,7 +173,7 @@ def test_einsums_of_any_axes(make_kernel, kind, equation):
     ("x_dtype", "wide"), [("bfloat16", True), ("bfloat16", False), ("float16", 0)]
 )
 def test_products_in_16_bits_are_products(make_kernel, kind, x_dtype, wide):
-    """With sums in a wider dtype where the caller asks for them."""
+    """Checks also sums in float32, if the caller asks for them (`wide`)."""
     made = make_kernel((K, N), dtype="bfloat16", **KINDS[kind])
 
     def function(w, x):
@@ -189,7 +189,7 @@ def test_a_wide_sum_is_not_rounded_on_the_way(make_kernel):
     f = lambda ws, x: jnp.matmul(x, ws["w"].astype(x.dtype), preferred_element_type="float32")  # noqa: E731
     wide = run(f, {"w": made.kernel}, (x,))
     exact = x.astype(jnp.float32) @ made.whole({})
-    # weights rounded to bfloat16 or not; in bfloat16 the sums alone would be off by 2e-3 of them
+    # allows weights rounded to bfloat16; sums in bfloat16 would alone have an error of 2e-3
     assert np.abs(wide - exact).mean() < 1e-3 * np.abs(exact).mean()
 
 
@@ -249,7 +249,7 @@ WHILES = {
 
 @pytest.mark.parametrize("name", mostly_slow(WHILES))
 def test_while_loops(make_kernel, name):
-    """Forward alone: they have no gradient."""
+    """Compares the forward pass only: JAX has no reverse gradient of a while loop."""
     made, uses = make_kernel((K, N), quantized=True, variant="lora"), []
     function = WHILES[name]
     y = run(lambda ws, x: function(ws["w"], x), {"w": made.kernel}, (X,), uses)
@@ -303,7 +303,7 @@ LOOKUPS = {
     "then a product": lambda w, i: jnp.nan_to_num(jnp.take(w, i, axis=0)) @ w.T,
 }
 PROMISED = {"index", "vmap", "jit"}
-"""JAX promises nothing of the gradient of their rows out of range."""
+"""Lookups for which JAX does not define the gradient of rows out of range."""
 
 
 @pytest.mark.parametrize("index", [INDEX, OUT], ids=["inside", "outside"])

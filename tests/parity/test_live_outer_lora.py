@@ -12,9 +12,9 @@ from qlora_jax.formats.peft import check_fits, write_adapter
 from qlora_jax.formats.peft import read_adapter as read
 from qlora_jax.formats.write import write_model
 from qlora_jax.lora import LoraWeights
-from qlora_jax.models.adapters import wear
+from qlora_jax.models.adapters import set_adapter
 from qlora_jax.models.decoder import attach
-from qlora_jax.models.parts import adaptable
+from qlora_jax.models.weight_shapes import adaptable
 from qlora_jax.text.bpe import train_bpe
 from qlora_jax.train.export import adapters
 from qlora_jax.train.targets import targets
@@ -59,7 +59,7 @@ def wearing(folder, adapter):
     """Our model with an adapter that fits it."""
     model, found = ours(folder), read(adapter)
     check_fits(found, model.config, adapter)
-    wear(model, found.adapters)
+    set_adapter(model, found.adapters)
     return model
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from qlora_jax.formats.peft.config import targets_of
-from qlora_jax.models.parts import adaptable, layer_linears
+from qlora_jax.models.weight_shapes import adaptable, layer_linears
 from tests.models.test_decoder_config import read
 
 peft = pytest.importorskip("peft")

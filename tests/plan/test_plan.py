@@ -109,7 +109,7 @@ def exact(parts) -> dict[str, int]:
 def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
     step = abstract(config(model__remat=remat, optimizer__clip_norm="0"), "a100")
     assert step.program.direct is not None
-    layers = {piece.name: piece for piece in compiled_memory.gradient_pieces(step)}
+    layers = {piece.name: piece for piece in compiled_memory.list_gradient_programs(step)}
     backward = layers["backward of a layer"]
     _, _, x, g, shared, own = backward.arguments
     model = nbytes((step.state.trained, step.frozen, dict(step.batch)))
@@ -119,7 +119,7 @@ def test_what_lives_beside_a_layer_is_counted_once(remat: str) -> None:
     assert backward.host == (count * nbytes(x) if remat == "host" else 0)
     whole = abstract(config(model__remat=remat), "a100")
     assert whole.program.direct is None
-    clipping = {piece.name: piece for piece in compiled_memory.gradient_pieces(whole)}
+    clipping = {piece.name: piece for piece in compiled_memory.list_gradient_programs(whole)}
     more = clipping["backward of a layer"].alive - backward.alive
     assert more == nbytes(whole.gradients)
 
@@ -131,7 +131,7 @@ def test_nothing_as_large_as_tokens_by_tokens_exists(remat: str) -> None:
     step = abstract(
         config(data__sequence_length=str(length), train__batch_size="1", model__remat=remat), "a100"
     )
-    for piece in compiled_memory.gradient_pieces(step):
+    for piece in compiled_memory.list_gradient_programs(step):
         made = compiled(piece.function, *piece.arguments, donate=piece.donate)
         assert made.memory_analysis().temp_size_in_bytes < length**2 / 2
 
@@ -373,7 +373,7 @@ def test_a_run_that_no_gpu_holds(run_cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give a CONFIG, or --model NAME"),
+        ([], "give either a CONFIG, or --model NAME"),
         (["--model", "llama-7b", "--gpu", "t5"], "GPU 't5' is not known; known: a100"),
         (["--model", "lama-7b"], "llama-7b"),
         (["--model", "llama-7b", "--rank", "0"], "lora.rank"),
@@ -413,7 +413,7 @@ def test_a_long_sequence_has_no_array_of_tokens_by_what_is_wide(tmp_path: Path) 
     run = command.of_model("llama3-8b", settings)
     step = compiled_memory.abstract_step(run, model, read_gpu("a100"))
     narrowest = length * min(length, model.vocab_size, model.intermediate_size)
-    for piece in compiled_memory.gradient_pieces(step):
+    for piece in compiled_memory.list_gradient_programs(step):
         folder = tmp_path / piece.name
         options = {"xla_dump_to": str(folder)}
         compile_for("a100", piece.function, *piece.arguments, donate=piece.donate, options=options)

@@ -16,7 +16,7 @@ from qlora_jax.gpu.compile import has_plugin
 from qlora_jax.gpu.links import link_of
 from qlora_jax.models import sharding, trees
 from qlora_jax.models.shapes import find
-from qlora_jax.plan import compiled_memory, exchanged, fit, share
+from qlora_jax.plan import compiled_memory, device_bytes, fit, traffic_text
 from qlora_jax.plan.advice import changes
 from qlora_jax.plan.exact import count
 from qlora_jax.plan.ledger import ledger, total
@@ -92,7 +92,7 @@ def test_what_a_compiled_gradient_takes_and_exchanges(
         return kept[-1]
 
     (gradient,) = compiled_memory.gradient_memory(step, compiled)
-    trees_ = share.nbytes((step.state.trained, step.frozen, dict(step.batch)))
+    trees_ = device_bytes.nbytes((step.state.trained, step.frozen, dict(step.batch)))
     assert gradient.arguments == trees_ + 4  # the loss scale
     sent = traffic(kept[0].as_text(), step, open_folder(LLAMA).config, ROW_OF_EACH["fsdp"])
     assert {one.kind for one in sent.collectives} >= {"all-gather", "reduce-scatter"}
@@ -117,9 +117,9 @@ def test_a_shape_that_does_not_say_where_it_lives_is_on_each_device() -> None:
     mesh = AbstractMesh((2, 4), ("data", "fsdp"))
     home = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     part = jax.ShapeDtypeStruct((3, 8), jnp.bfloat16, sharding=home)
-    assert share.nbytes(part) == 3 * 2 * 2
-    assert share.nbytes((part, jax.ShapeDtypeStruct((5,), jnp.int32))) == 12 + 20
-    assert share.nbytes(jnp.zeros((3, 8))) == 96
+    assert device_bytes.nbytes(part) == 3 * 2 * 2
+    assert device_bytes.nbytes((part, jax.ShapeDtypeStruct((5,), jnp.int32))) == 12 + 20
+    assert device_bytes.nbytes(jnp.zeros((3, 8))) == 96
 
 
 def test_the_ledger_is_of_one_device() -> None:
@@ -232,4 +232,4 @@ def test_compiled_for_eight_gpus(run_cli, gpu: str) -> None:
     assert row["programs"][0]["arguments"] == sum(parts.values()) - apart + 4
     assert row["traffic"]["ratio"] < 0.27
     assert row["traffic"]["gathers"] >= 2
-    assert "modelled from data sheets, not measured" in "\n".join(exchanged.lines(row))
+    assert "modelled from data sheets, not measured" in "\n".join(traffic_text.lines(row))

@@ -1,4 +1,4 @@
-"""An emulator of NVIDIA's PTX for sm_80 kernels: runs compiled kernels where there is no GPU."""
+"""An emulator of NVIDIA's PTX for sm_80: runs compiled kernels on machines without a GPU."""
 
 from ptx_emulator.block import Deadlock as Deadlock
 from ptx_emulator.launch import emulate as emulate

@@ -1,4 +1,4 @@
-"""Instructions that compute on registers."""
+"""Instructions that compute on registers: arithmetic, bits, comparisons, conversions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -72,7 +72,15 @@ def pure(
     types: Sequence[str],
     operation: Callable[..., Array],
 ) -> Form:
-    """Operands of the types to the bits of the result."""
+    """Returns the form of an instruction whose result depends on its operands alone.
+
+    Args:
+      instruction: instruction with one target and `len(types)` operands.
+      program: kernel that holds the instruction.
+      result: type of the target.
+      types: types of the operands.
+      operation: function from the operands' values to the bits of the result.
+    """
     if len(instruction.operands) != len(types) + 1:
         raise Unsupported("form")
     sources = [values_of(o, t) for o, t in zip(instruction.operands[1:], types)]

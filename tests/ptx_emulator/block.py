@@ -1,4 +1,4 @@
-"""One block of threads: its registers, memories, pending copies and barriers, and its loop."""
+"""One thread block: its registers, memories, pending copies, barriers and execution loop."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,11 @@ WINDOW_SIZE = 1 << 32
 
 
 class Deadlock(PtxError):
-    """Threads that wait for others that will not come."""
+    """Threads wait for other threads that never arrive, or a block does not end."""
 
 
 class LocalMemory:
-    """Each thread's own memory."""
+    """The local memory of each thread."""
 
     def __init__(self, threads: int, size: int) -> None:
         self.data = np.full((threads, size), 0xFF, np.uint8)
@@ -46,7 +46,7 @@ class LocalMemory:
 
 @dataclasses.dataclass
 class AsyncCopy:
-    """A cp.async under way: arrays over all threads, `mask` those still to land."""
+    """A cp.async, as arrays over all threads; `mask` marks the threads whose copy is pending."""
 
     mask: Array
     group: Array
@@ -63,7 +63,7 @@ class Barrier:
 
 
 class Block:
-    """One block: registers are unsigned arrays over its threads."""
+    """One thread block; a register is an unsigned array over the block's threads."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Block:
         raise Deadlock(f"block {self.place}: warps apart at {text}")
 
     def whole_warps(self, mask: Array) -> Array:
-        """Threads whose warp's living threads are all in mask."""
+        """Returns the threads of the warps whose running threads are all in `mask`."""
         gone = (~mask & self.alive).reshape(-1, 32).any(-1)
         return np.repeat(~gone, 32)
 
@@ -158,7 +158,7 @@ class Block:
             self.registers[name] = np.where(mask, bits, before)
 
     def places(self, space: str, addresses: Array) -> list[tuple[Any, Array, Array]]:
-        """Memories, the positions in `addresses` that go to each, and the addresses there."""
+        """Returns each memory, its positions in `addresses`, and the addresses in the memory."""
         memories = {"shared": self.shared, "local": self.local}
         if space in ("global", "const"):
             return [(self.device, np.arange(len(addresses)), addresses)]
@@ -177,7 +177,7 @@ class Block:
         return parts
 
     def read(self, space: str, addresses: Array, size: int, threads: Array) -> Array:
-        """uint8 [threads, size]."""
+        """Loads `size` bytes per thread; returns uint8 [threads, size]."""
         out = np.empty((len(threads), size), np.uint8)
         for memory, part, at in self.places(space, addresses):
             out[part] = memory.read(at, size, threads[part])
@@ -188,9 +188,9 @@ class Block:
             memory.write(at, values[part], threads[part])
 
     def land(self, mask: Array, pending: int | None) -> None:
-        """Completes copies of the threads in mask, all but their last `pending` groups.
+        """Completes the copies of the threads in `mask`, except in their last `pending` groups.
 
-        None: those of no group too.
+        If `pending` is None, completes all copies, also those that are in no group yet.
         """
         kept = []
         for copy in self.copies:
@@ -207,7 +207,11 @@ class Block:
     def arrive(
         self, barrier: int, expected: int | None, after: int, mask: Array, waits: bool
     ) -> list[tuple[int, Array]]:
-        """Threads arrive at a barrier; where the released ones go on."""
+        """Lets the threads of `mask` arrive at a barrier; returns the released threads.
+
+        Returns:
+          Pairs of the next program counter and the mask of threads that continue there.
+        """
         expected = expected or self.count
         if expected % 32 or expected > self.count:
             raise Fault(f"barrier {barrier} for {expected} of {self.count} threads")

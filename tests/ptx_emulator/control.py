@@ -1,4 +1,4 @@
-"""Instructions that move threads: branches, returns, barriers, traps."""
+"""Instructions that control threads: branches, returns, barriers, traps."""
 
 import numpy as np
 

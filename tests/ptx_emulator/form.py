@@ -1,4 +1,4 @@
-"""What an instruction does to a block, and which threads may execute it together."""
+"""Effect of an instruction on a block, and the threads that may execute it together."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,12 +17,14 @@ Work = Callable[[Block, Array], None]
 
 @dataclasses.dataclass
 class Form:
-    """How an instruction runs.
+    """Execution of an instruction; exactly one of `work` and `control` is set.
 
     Attributes:
-      work: for all but control.
-      control: from the program counter and the threads there to the threads at each next one.
-      needed: threads that may go on, for instructions that a warp executes together.
+      work: function that changes the block for the threads of a mask.
+      control: function from the program counter and its threads to the next program counters, each
+        with its threads; None if all threads continue with the next instruction.
+      needed: function that returns the threads that may execute the instruction now, if a warp
+        executes it together; None if any threads may.
     """
 
     work: Work | None = None

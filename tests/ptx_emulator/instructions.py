@@ -41,14 +41,14 @@ from ptx_emulator.warp import (
 
 
 def form_of(instruction: Instruction, program: Program) -> Form:
-    """Returns what an instruction does.
+    """Returns the form of an instruction.
 
     Args:
-      instruction: the instruction.
-      program: the kernel that holds it.
+      instruction: instruction to run.
+      program: kernel that holds the instruction.
 
     Raises:
-      Unsupported: with its text.
+      Unsupported: the emulator does not know the instruction; the message holds its text.
     """
     make = MAKERS.get(instruction.opcode[0])
     try:

@@ -26,18 +26,18 @@ def emulate(
     """Runs a kernel.
 
     Args:
-      ptx: a module's text.
-      grid: blocks along x, y and z; fewer mean 1.
-      block: threads along x, y and z, a multiple of 32 in all.
-      arguments: the entry's, in order: a contiguous array for a pointer, which the kernel changes
-        in place, or a numpy scalar.
+      ptx: text of the PTX module.
+      grid: number of blocks along x, y and z; missing axes are 1.
+      block: number of threads along x, y and z, in total a multiple of 32; missing axes are 1.
+      arguments: arguments of the kernel, in order: a contiguous array for a pointer, which the
+        kernel changes in place, or a numpy scalar.
       shared: bytes of dynamic shared memory.
-      entry: the kernel's name, where the module has several.
-      limit: instructions that one block may take.
+      entry: name of the kernel; None if the module has only one.
+      limit: largest number of instructions of one block.
 
     Raises:
-      Unsupported: an instruction that the emulator does not know.
-      Fault, Race, Deadlock: the kernel is wrong; the message has the instruction.
+      Unsupported: the emulator does not know an instruction.
+      Fault, Race, Deadlock: the kernel is wrong; the message holds the instruction.
     """
     program = parse(ptx, entry)
     code = [Step(i, form_of(i, program)) for i in program.instructions]

@@ -1,4 +1,4 @@
-"""Byte-addressed memory that refuses what a GPU would get wrong: bounds, alignment, races."""
+"""Byte-addressed memory that raises on errors of a kernel: bounds, alignment, races."""
 
 from collections.abc import Sequence
 
@@ -14,20 +14,20 @@ NOBODY, SEVERAL = -1, -2
 
 
 class Fault(PtxError):
-    """An access out of bounds, misaligned, or of memory that nothing has written."""
+    """An access that is out of bounds or misaligned, or reads bytes that nothing wrote."""
 
 
 class Race(PtxError):
-    """Threads that touch the same shared memory with no barrier between them."""
+    """Threads access the same byte of shared memory without a barrier between the accesses."""
 
 
 class Memory:
-    """Allocations with unusable gaps between them.
+    """Allocations with gaps between them, in which an access is a fault.
 
     Attributes:
       base: address of `data[0]`, a multiple of 1024.
-      data: uint8 [bytes].
-      usable: bool [bytes], false in the gaps.
+      data: contents, uint8 [bytes].
+      usable: whether a byte may be accessed, bool [bytes]; false in the gaps.
     """
 
     def __init__(self, base: int, sizes: Sequence[int], gap: int = GAP) -> None:
@@ -45,10 +45,10 @@ class Memory:
         return self.base + self.offsets[i]
 
     def rows(self, addresses: Array, size: int, threads: Array) -> Array:
-        """Indices into arrays seen as [bytes / size, size], one for each thread.
+        """Returns one index per thread into arrays of shape [bytes / size, size].
 
         Raises:
-          Fault: an address out of bounds or not a multiple of size.
+          Fault: an address is out of bounds or not a multiple of `size`.
         """
         offsets = addresses.astype(np.int64) - self.base
         inside = (offsets >= 0) & (offsets + size <= len(self.data))
@@ -71,20 +71,21 @@ class Memory:
         )
 
     def read(self, addresses: Array, size: int, threads: Array) -> Array:
-        """uint8 [threads, size]."""
+        """Loads `size` bytes per thread; returns uint8 [threads, size]."""
         return self.data.reshape(-1, size)[self.rows(addresses, size, threads)]
 
     def write(self, addresses: Array, values: Array, threads: Array) -> None:
-        """Stores uint8 [threads, size]."""
+        """Stores `values`, uint8 [threads, size]."""
         size = values.shape[1]
         self.data.reshape(-1, size)[self.rows(addresses, size, threads)] = values
 
 
 class Clocks:
-    """What each warp knows of the others, from barriers.
+    """Vector clocks: which events of other warps a warp has synchronized with, by barriers.
 
-    An event of warp w has the clock `now[w]`. Warp v may rely on it once `seen[v, w]` reaches that
-    clock; `seen[v, v]` is behind `now[v]`, for lanes of one warp need a barrier as well.
+    An event of warp w gets the clock `now[w]`. Warp v may rely on the event once `seen[v, w]`
+    reaches that clock. `seen[v, v]` is below `now[v]`, because lanes of one warp need a barrier,
+    too.
     """
 
     def __init__(self, warps: int) -> None:
@@ -92,7 +93,7 @@ class Clocks:
         self.seen = np.zeros((warps, warps), np.int64)
 
     def leave(self, warp: int) -> Array:
-        """Ends the warp's present clock; all that the warp lets others know."""
+        """Ends the current clock of a warp; returns the clocks that other warps learn from it."""
         self.seen[warp, warp] = self.now[warp]
         self.now[warp] += 1
         return self.seen[warp].copy()
@@ -102,11 +103,11 @@ class Clocks:
 
 
 class Shared(Memory):
-    """A block's shared memory, poisoned, with every byte's last accesses.
+    """The shared memory of a block, initially poisoned, with the last accesses of every byte.
 
-    Raises on a read of a byte that nothing wrote, or that another thread wrote, or that a cp.async
-    in flight will write; on a write over a byte that another thread read or wrote otherwise; each
-    unless a barrier lies between.
+    A read raises if nothing wrote the byte, if a cp.async in flight will write it, or if another
+    thread wrote it and no barrier came after the write. A write raises if a cp.async in flight will
+    write the byte, or if another thread read it, or wrote another value, and no barrier came since.
     """
 
     def __init__(self, base: int, size: int, clocks: Clocks) -> None:
@@ -120,7 +121,10 @@ class Shared(Memory):
         self.in_flight = np.full(length, NOBODY, np.int32)
 
     def read(self, addresses: Array, size: int, threads: Array, together: bool = False) -> Array:
-        """uint8 [threads, size]; `together`: every lane of the warp gets the bytes."""
+        """Loads `size` bytes per thread; returns uint8 [threads, size].
+
+        With `together`, the read counts for every lane of the warp.
+        """
         rows = self.rows(addresses, size, threads)
         warps = threads // 32
         writer = self.writer.reshape(-1, size)[rows]
@@ -153,21 +157,21 @@ class Shared(Memory):
         self._store(rows, values, addresses, threads)
 
     def launch(self, addresses: Array, size: int, threads: Array) -> None:
-        """Notes that a cp.async will write here."""
+        """Records that a cp.async will write these bytes."""
         rows = self.rows(addresses, size, threads)
         self._landed(rows, size, addresses, threads)
         self._unread(rows, size, addresses, threads)
         self.in_flight.reshape(-1, size)[rows] = threads[:, None]
 
     def land(self, addresses: Array, values: Array, threads: Array) -> None:
-        """Stores what a cp.async has brought."""
+        """Stores the bytes of a completed cp.async."""
         size = values.shape[1]
         rows = self.rows(addresses, size, threads)
         self.in_flight.reshape(-1, size)[rows] = NOBODY
         self._store(rows, values, addresses, threads)
 
     def mark(self, addresses: Array, size: int, threads: Array) -> None:
-        """Notes a write that needs no barrier, an atomic one's."""
+        """Records the write of an atomic operation, which needs no barrier."""
         rows = self.rows(addresses, size, threads)
         self.writer.reshape(-1, size)[rows] = threads[:, None]
         self.written.reshape(-1, size)[rows] = self.clocks.now[threads // 32][:, None]

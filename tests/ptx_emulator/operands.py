@@ -1,4 +1,4 @@
-"""Operands of PTX instructions as functions that read from, or write to, a block."""
+"""Makes functions that read an operand of an instruction from a block, or write it."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ Setter = Callable[[Block, Array, Array], None]
 
 
 def bits_of(operand: Operand, bits: int) -> Getter:
-    """Reads an operand as unsigned of so many bits; 1 is a predicate."""
+    """Returns a reader of an operand as unsigned integers of `bits` bits; 1 for a predicate."""
     if isinstance(operand, Number):
         if bits == 1:
             flag = np.array([operand.value != 0])
@@ -74,13 +74,13 @@ def bits_of(operand: Operand, bits: int) -> Getter:
 
 
 def values_of(operand: Operand, type: str) -> Getter:
-    """Reads an operand as the type's values."""
+    """Returns a reader of an operand as values of a type, see `values.decode`."""
     get = bits_of(operand, width(type))
     return lambda block: decode(get(block), type)
 
 
 def writer_of(operand: Operand, type: str, program: Program) -> Setter:
-    """Writes a type's bits to a register, or its parts to several."""
+    """Returns a writer of a type's bits to a register, or of their parts to several."""
     if isinstance(operand, Group):
         part = width(type) // len(operand.items)
         setters = [writer_of(item, f"b{part}", program) for item in operand.items]
@@ -111,7 +111,7 @@ def writer_of(operand: Operand, type: str, program: Program) -> Setter:
 
 
 def address_of(operand: Operand) -> Getter:
-    """uint64 over threads."""
+    """Returns a reader of an address operand, uint64 [threads]."""
     if not isinstance(operand, Address):
         raise Unsupported(f"address {operand}")
     base, offset = bits_of(operand.base, 64), np.uint64(operand.offset & (2**64 - 1))

@@ -1,4 +1,4 @@
-"""The PTX emulator on PTX written by hand: the ISA manual's definitions, and refusals."""
+"""Tests the PTX emulator on hand-written PTX: the ISA manual's definitions, and errors."""
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +11,7 @@ DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
 
 
 def module(body: str, parameters: int, outside: str = "") -> str:
-    """A kernel whose pointers are in %d0, %d1, ...; %r0 is the thread and %d9 is 4 times it."""
+    """Returns a kernel with its pointers in %d0, %d1, ..., the thread in %r0, 4 x it in %d9."""
     names = ", ".join(f".param .u64 .ptr .align 16 p{i}" for i in range(parameters))
     loads = "\n".join(
         f"ld.param.u64 %d{i}, [p{i}]; cvta.to.global.u64 %d{i}, %d{i};" for i in range(parameters)
@@ -40,7 +40,7 @@ def run(body: str, *arrays, threads: int = 32, grid: int = 1, outside: str = "")
 
 
 def words(body: str, threads: int = 32, outside: str = "") -> np.ndarray:
-    """What each thread leaves in %r1."""
+    """Returns the value of %r1 of each thread after `body`."""
     out = np.zeros(threads, np.uint32)
     run(
         f"{body}\nadd.s64 %d10, %d0, %d9; st.global.b32 [%d10], %r1;",
@@ -169,7 +169,7 @@ def test_narrow_types_round_once(type) -> None:
     ],
 )
 def test_a_fused_product_of_bfloat16_rounds_the_exact_sum(a, b, c, expected) -> None:
-    """Products halfway between two bfloat16, where a c too small for float64 decides."""
+    """The product lies halfway between two bfloat16, so c decides, but a float64 sum loses c."""
 
     def pair(value: float) -> int:
         return int(np.array([value, 1.0], ml_dtypes.bfloat16).view(np.uint32)[0])
@@ -243,7 +243,7 @@ def test_mma_by_the_manual_s_fragments(type) -> None:
 
 
 def test_ldmatrix_feeds_mma_with_row_major_tiles() -> None:
-    """The common use: A by rows, B by rows too but transposed on the way."""
+    """Loads A by rows, and B by rows with `.trans`, which is the common use."""
     random = np.random.default_rng(3)
     a = random.normal(size=(16, 16)).astype(ml_dtypes.bfloat16)
     b = random.normal(size=(16, 8)).astype(ml_dtypes.bfloat16)

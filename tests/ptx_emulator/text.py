@@ -1,4 +1,4 @@
-"""PTX text to instructions: scopes resolved, device functions put in place of their calls."""
+"""Parses PTX text into instructions, resolves scopes, and inlines device functions."""
 
 import dataclasses
 import itertools
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 
 class PtxError(Exception):
-    """PTX that the emulator cannot run, or that would go wrong on a GPU."""
+    """PTX that the emulator cannot run, or that is wrong on a GPU."""
 
 
 class Unsupported(PtxError):
-    """An instruction, or a form of one, that the emulator does not know."""
+    """An instruction, or a variant of an instruction, that the emulator does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Instruction:
     """One instruction.
 
     Attributes:
-      text: as written, for messages.
-      guard: the predicate, None if there is none.
-      opcode: the dotted words, ("ld", "global", "v4", "b32").
-      operands: in the order written.
-      scope: the block it stands in, outermost first.
+      text: source text, for messages.
+      guard: predicate of the instruction; None if there is none.
+      opcode: words between the dots, such as ("ld", "global", "v4", "b32").
+      operands: operands in the order of the source.
+      scope: numbers of the enclosing `{}` blocks, outermost first.
     """
 
     text: str
@@ -79,12 +79,12 @@ class Variable:
     """A variable or parameter.
 
     Attributes:
-      name: unique in the program.
-      space: "global", "const", "shared", "local" or "param".
-      size: bytes; None for the shared memory whose size the launch gives.
-      align: bytes.
+      name: name, unique in the program.
+      space: state space: "global", "const", "shared", "local" or "param".
+      size: size in bytes; None for dynamic shared memory, whose size the launch gives.
+      align: alignment in bytes.
       element: bytes of one element.
-      values: initial values of the elements, None if not given.
+      values: initial values of the elements; None if not given.
     """
 
     name: str
@@ -97,15 +97,15 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A kernel with its device functions in place.
+    """A kernel with its device functions inlined.
 
     Attributes:
-      name: the entry's.
-      parameters: the entry's, in order.
-      registers: type by name.
-      variables: all others.
-      instructions: the code.
-      labels: index into the code by unique name.
+      name: name of the kernel.
+      parameters: parameters of the kernel, in order.
+      registers: type of each register, by name.
+      variables: all variables and parameters except those of the kernel.
+      instructions: code of the kernel.
+      labels: index into `instructions`, by unique name.
     """
 
     name: str
@@ -123,12 +123,17 @@ _HEADER = re.compile(
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 _NAME = re.compile(r"%?[A-Za-z_$][\w$]*(?:\.[xyzw])?")
 _TYPE = re.compile(r"\.(?:pred|[busf](?:8|16|32|64))\b")
-# 0-length arrays lose their brackets in LLVM's text; this is MLIR's name for the dynamic one.
+# LLVM prints arrays of length 0 without brackets, so MLIR's dynamic shared memory is found by name.
 _DYNAMIC = re.compile(r"__dynamic_shmem__")
 
 
 def parse(ptx: str, entry: str | None = None) -> Program:
-    """The kernel `entry` of a module; its only one if None."""
+    """Parses a module; returns its kernel `entry`, or its only kernel if `entry` is None.
+
+    Raises:
+      PtxError: the text is invalid, or `entry` is None and there are several kernels or none.
+      Unsupported: the emulator does not know a statement.
+    """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", ptx, flags=re.S)
     text = re.sub(r"^\s*\.(loc|file|version|target|address_size)\b[^\n]*", "", text, flags=re.M)
     text = re.sub(r"\.section\s+\S+\s*\{[^}]*\}", "", text)
@@ -163,7 +168,7 @@ class _Function:
 
 
 def _closing(text: str, at: int) -> int:
-    """Where the block that opens at `at` has ended."""
+    """Returns the position after the end of the block that begins at `at`."""
     depth = 0
     for match in re.finditer(r"[{}]", text[at:]):
         depth += 1 if match[0] == "{" else -1
@@ -173,7 +178,7 @@ def _closing(text: str, at: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas that no bracket encloses."""
+    """Splits at the commas that no bracket encloses; returns the parts that are not empty."""
     parts, depth, last = [], 0, 0
     for i, letter in enumerate(text):
         depth += (letter in "{[(") - (letter in "}])")
@@ -222,7 +227,7 @@ class _Reader:
         return Program(entry, parameters, self.registers, tuple(self.variables), code, at)
 
     def jump(self, instruction: Instruction) -> Instruction:
-        """The instruction, its label replaced by the unique one it means."""
+        """Returns a branch with its label replaced by the label's unique name."""
         if instruction.opcode[0] != "bra":
             return instruction
         name = instruction.operands[0].name  # type: ignore[union-attr]
@@ -235,7 +240,7 @@ class _Reader:
     def body(
         self, name: str, results: tuple[Operand, ...], arguments: tuple[Operand, ...]
     ) -> tuple[tuple[Variable, ...], tuple[Variable, ...]]:
-        """Reads a function's code to the end of the code so far; its parameters and results."""
+        """Appends a function's code to the instructions; returns its parameters and results."""
         if name not in self.functions:
             raise Unsupported(f"call of {name}, which the module does not define")
         if name in self.calls:

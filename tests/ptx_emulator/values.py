@@ -1,8 +1,8 @@
 """PTX arithmetic on numpy arrays, after NVIDIA's PTX ISA manual.
 
-A register is an unsigned array over threads. `decode` gives its value as a type sees it: integers
-as they are, every floating-point type as float64, in which one operation on narrower operands is
-exact or rounds harmlessly; `encode` rounds once to the type.
+A register is an unsigned array over threads. `decode` converts its bits to values of a type:
+integers, or float64 for every floating-point type. In float64, one operation on narrower operands
+is exact, or its rounding does not change the final result. `encode` rounds once to the type.
 """
 
 import functools
@@ -26,7 +26,7 @@ UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 
 
 def width(type: str) -> int:
-    """Bits of a type; 1 for a predicate."""
+    """Returns the bits of a type; 1 for a predicate."""
     if type == "pred":
         return 1
     if type in FLOATS:
@@ -39,7 +39,7 @@ def width(type: str) -> int:
 
 
 def decode(bits: Array, type: str) -> Array:
-    """Values of unsigned [...] of the type's width; pairs become [..., 2], low half first."""
+    """Returns the values of unsigned bits [...]; pairs become [..., 2], low half first."""
     if type == "pred":
         return bits
     if type in INTEGERS:
@@ -53,7 +53,10 @@ def decode(bits: Array, type: str) -> Array:
 
 
 def encode(value: Array, type: str, mode: str = "rn") -> Array:
-    """The inverse of `decode`; mode rounds: "rn" to nearest even, "rz", "rm" or "rp"."""
+    """Returns the bits of values, the inverse of `decode`.
+
+    `mode` is the rounding: "rn" to nearest even, "rz" to zero, "rm" down or "rp" up.
+    """
     if type == "pred":
         return value.astype(bool)
     if type in INTEGERS:
@@ -78,7 +81,7 @@ def encode(value: Array, type: str, mode: str = "rn") -> Array:
 
 def _nearest(value: Array, type: str) -> Array:
     if type == "bf16":
-        # To float32 by rounding to odd, so that rounding twice is rounding once.
+        # The first rounding, to float32, is to odd, so that two roundings equal one.
         single = value.astype(np.float32)
         bits, back = single.view(np.uint32), single.astype(np.float64)
         bits = np.where(np.abs(back) > np.abs(value), bits - np.uint32(1), bits)
@@ -90,7 +93,7 @@ def _nearest(value: Array, type: str) -> Array:
 
 
 def convert(value: Array, source: str, target: str, mods: tuple[str, ...]) -> Array:
-    """`cvt`: decoded value of the type source to the bits of target."""
+    """Returns the bits in type `target` of decoded values of type `source` (`cvt`)."""
     mode = next((m for m in mods if m in ("rn", "rna", "rz", "rm", "rp")), "rn")
     whole = next((m for m in mods if m in ("rni", "rzi", "rmi", "rpi")), None)
     if source in FLOATS:
@@ -101,7 +104,7 @@ def convert(value: Array, source: str, target: str, mods: tuple[str, ...]) -> Ar
             info = np.iinfo(INTEGERS[target])
             value = np.nan_to_num(rounders[whole or "rzi"](value), nan=0.0)
             inside = np.clip(value, float(info.min), float(info.max))
-            # float(2**63 - 1) is one too large for its own type.
+            # float(2**63 - 1) rounds to 2**63, which int64 does not hold.
             exact = np.where(value >= float(info.max), info.max, inside.astype(INTEGERS[target]))
             return encode(exact, target)
         if whole:
@@ -125,7 +128,7 @@ def convert(value: Array, source: str, target: str, mods: tuple[str, ...]) -> Ar
 
 
 def flush(value: Array, type: str) -> Array:
-    """Subnormal numbers of the type to zero of the same sign."""
+    """Replaces the type's subnormal numbers by zeros of the same sign."""
     small = np.abs(value) < SMALLEST_NORMAL.get(PAIRS.get(type, type), 0.0)
     return np.where(small, np.copysign(0.0, value), value)
 
@@ -135,9 +138,9 @@ def saturate(value: Array) -> Array:
 
 
 def fused(a: Array, b: Array, c: Array) -> Array:
-    """a·b + c of float64 holding at most 24 significant bits, rounded to odd.
+    """Returns a·b + c rounded to odd; a, b and c are float64 of at most 24 significant bits.
 
-    Rounding the result to 24 bits or fewer then rounds the exact sum.
+    A second rounding, to 24 bits or fewer, then gives the rounded exact sum.
     """
     product = a * b
     total = product + c
@@ -172,7 +175,7 @@ def _quotient(type: str, mods: tuple[str, ...], a: Array, b: Array) -> Array:
     if not np.issubdtype(INTEGERS[type], np.signedinteger):
         return np.where(b == 0, ~b, a // np.where(b == 0, 1, b).astype(b.dtype))
     whole = a // np.where(b == 0, 1, b).astype(b.dtype)
-    # PTX rounds towards zero, numpy down.
+    # PTX rounds towards zero, numpy rounds down.
     return whole + ((whole * b != a) & ((a < 0) != (b < 0)))
 
 
@@ -181,7 +184,7 @@ def _remainder(type: str, mods: tuple[str, ...], a: Array, b: Array) -> Array:
 
 
 def wide(type: str) -> str:
-    """The type of a product that keeps all bits."""
+    """Returns the type of a product with all its bits: twice as wide."""
     return f"{type[0]}{width(type) * 2}"
 
 
@@ -242,7 +245,7 @@ def _reverse(type: str, mods: tuple[str, ...], a: Array) -> Array:
 
 
 def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
-    """Bit i of the table, i = 4a + 2b + c, for each bit of three uint32."""
+    """Returns bit 4a + 2b + c of `table` for each bit of three uint32 (`lop3`)."""
     out = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint32)
     for i in range(8):
         if table >> i & 1:
@@ -251,7 +254,7 @@ def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
 
 
 def prmt(a: Array, b: Array, selector: Array) -> Array:
-    """Four bytes picked from the eight of {b, a}; a nibble's high bit replicates the sign."""
+    """Selects four of the eight bytes of {b, a}; a nibble's high bit replicates the sign."""
     a, b, selector = np.broadcast_arrays(a, b, selector)
     pool = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     out = np.zeros(a.shape, np.uint64)
@@ -264,7 +267,7 @@ def prmt(a: Array, b: Array, selector: Array) -> Array:
 
 
 def extract(type: str, a: Array, position: Array, length: Array) -> Array:
-    """`bfe`."""
+    """Extracts a bit field from a (`bfe`)."""
     bits = width(type)
     out = []
     for value, at, count in zip(*(x.flat for x in np.broadcast_arrays(a, position, length))):
@@ -278,7 +281,7 @@ def extract(type: str, a: Array, position: Array, length: Array) -> Array:
 
 
 def insert(type: str, a: Array, b: Array, position: Array, length: Array) -> Array:
-    """`bfi`: the low bits of a into b."""
+    """Inserts the low bits of a into b (`bfi`)."""
     bits = width(type)
     out = []
     for x, y, at, count in zip(*(v.flat for v in np.broadcast_arrays(a, b, position, length))):
@@ -289,7 +292,7 @@ def insert(type: str, a: Array, b: Array, position: Array, length: Array) -> Arr
 
 
 def funnel(low: Array, high: Array, count: Array, mods: tuple[str, ...]) -> Array:
-    """`shf`: 32 bits of the 64 of {high, low} after a shift."""
+    """Shifts the 64 bits of {high, low}; returns 32 bits of the result (`shf`)."""
     low, high, count = np.broadcast_arrays(low, high, count)
     amount = np.minimum(count, 32) if "clamp" in mods else count & np.uint32(31)
     pool = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
@@ -329,7 +332,7 @@ SAME: dict[str, tuple[int, Operation]] = {
     "tanh": (1, lambda t, m, a: np.tanh(a)),
     "copysign": (2, lambda t, m, a, b: np.copysign(b, a)),
 }
-"""Operations whose operands and result have the instruction's type, with their arity."""
+"""Number of operands and function of the operations on operands of the instruction's type."""
 
 COUNTS: dict[str, Operation] = {
     "popc": lambda t, m, a: _count_bits(a),
@@ -363,7 +366,7 @@ LANES = np.arange(32)
 
 @functools.cache
 def fragment(name: str, depth: int) -> tuple[Array, Array]:
-    """Row and column, [32 lanes, elements], of what a lane holds of A, B or C of m16n8k{depth}.
+    """Returns row and column, [32 lanes, elements], of a lane's part of A, B or C of m16n8k{depth}.
 
     PTX ISA, "Matrix Fragments for mma.m16n8k8" and "for mma.m16n8k16": groupID = lane / 4 and
     threadID_in_group = lane % 4.
@@ -378,12 +381,14 @@ def fragment(name: str, depth: int) -> tuple[Array, Array]:
 
 
 def mma(a: Array, b: Array, c: Array, type: str, depth: int) -> Array:
-    """D = A·B + C, one rounding of the sum.
+    """Returns the registers of D = A·B + C, uint32 [warps, 32, 4]; the sum is rounded once.
 
     Args:
-      a: uint32 [warps, 32, depth/4] registers, b: uint32 [warps, 32, depth/8].
-      c: uint32 [warps, 32, 4], float32.
-      type: "f16" or "bf16".
+      a: registers of A, uint32 [warps, 32, depth/4].
+      b: registers of B, uint32 [warps, 32, depth/8].
+      c: registers of C, float32 bits, uint32 [warps, 32, 4].
+      type: type of A and B, "f16" or "bf16".
+      depth: length of the contraction, 8 or 16.
     """
     warps = len(a)
 
@@ -402,7 +407,7 @@ def mma(a: Array, b: Array, c: Array, type: str, depth: int) -> Array:
 
 
 def spread(rows: Array, transposed: bool) -> Array:
-    """What `ldmatrix` gives each lane: uint16 [..., 8 rows, 8] to uint32 [..., 32].
+    """Distributes rows to lanes, as `ldmatrix`: uint16 [..., 8 rows, 8] to uint32 [..., 32].
 
     Lane l holds elements 2(l % 4) and 2(l % 4) + 1 of row l / 4, or of column l / 4.
     """
@@ -411,14 +416,14 @@ def spread(rows: Array, transposed: bool) -> Array:
 
 
 def gather(registers: Array, transposed: bool) -> Array:
-    """The inverse of `spread`, for `stmatrix`."""
+    """Collects rows from lanes, the inverse of `spread`, for `stmatrix`."""
     matrix = np.ascontiguousarray(registers).view(np.uint16)
     matrix = matrix.reshape(*registers.shape[:-1], 8, 8)
     return np.ascontiguousarray(np.swapaxes(matrix, -1, -2)) if transposed else matrix
 
 
 def shuffle(mode: str, operand: Array, control: Array) -> tuple[Array, Array]:
-    """Source lane and predicate of `shfl.sync`, for lanes 0 to 31: operands b and c, [..., 32]."""
+    """Returns source lane and predicate of `shfl.sync` from its operands b and c, [..., 32]."""
     b, clamp = operand.astype(np.int64) & 31, control.astype(np.int64)
     segment, clamp = clamp >> 8 & 31, clamp & 31
     first, last = LANES & segment, (LANES & segment) | (clamp & ~segment & 31)

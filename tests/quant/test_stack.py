@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.kernels import matmul
 from qlora_jax.quant import QLayer, QTensor, dequantize, quantize
-from qlora_jax.quant.stack import apart, cut, joined
+from qlora_jax.quant.stack import apart, as_qtensor, joined
 
 LAYERS, K, N = 4, 96, 40
 
@@ -22,8 +22,8 @@ def test_it_is_the_matrix_in_its_place(stack: QTensor) -> None:
     for i in range(LAYERS):
         layer = QLayer(stack, jnp.int32(i))
         assert (layer.shape, layer.ndim) == ((K, N), 2)
-        jax.tree.map(np.testing.assert_array_equal, cut(layer), stack[i])
-    assert cut(stack) is stack
+        jax.tree.map(np.testing.assert_array_equal, as_qtensor(layer), stack[i])
+    assert as_qtensor(stack) is stack
 
 
 def test_a_tree_is_taken_apart_and_joined_for_each_layer(stack: QTensor) -> None:
@@ -34,7 +34,7 @@ def test_a_tree_is_taken_apart_and_joined_for_each_layer(stack: QTensor) -> None
     assert not any(isinstance(x, QTensor) for x in jax.tree.leaves(rest, is_leaf=_is_q))
     assert jax.tree.structure(stacks["q"]["weight"]) == jax.tree.structure(stack)
     one = joined(jax.tree.map(lambda x: x[2], rest), stacks, jnp.int32(2))
-    jax.tree.map(np.testing.assert_array_equal, cut(one["q"]["weight"]), stack[2])
+    jax.tree.map(np.testing.assert_array_equal, as_qtensor(one["q"]["weight"]), stack[2])
     np.testing.assert_array_equal(one["q"]["bias"], bias[2])
     np.testing.assert_array_equal(one["norm"], bias[2] + 1)
     assert one["none"] is None

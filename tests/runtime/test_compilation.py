@@ -14,7 +14,7 @@ from qlora_jax.runtime import compilation, versions
 CHILD = """
 import json
 from qlora_jax.runtime import compilation
-compilation.keep()
+compilation.enable_cache()
 import jax, jax.numpy as jnp
 jax.jit(lambda x: jnp.linalg.svd(x @ x.T)[0])(jnp.ones((9, 9))).block_until_ready()
 print(json.dumps([jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache]))
@@ -60,7 +60,7 @@ def test_programs_are_kept_in_the_users_cache(tmp_path: Path) -> None:
 )
 def test_wide_vectors_beside_the_users_flags(before: str, after: str) -> None:
     environment = {"XLA_FLAGS": before}
-    compilation.widen(environment)
+    compilation.use_wide_vectors(environment)
     assert environment == {"XLA_FLAGS": after}
 
 
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", compilation.SETTINGS)
 def test_what_is_set_stays(name: str) -> None:
     environment = {name: "7"}
-    compilation.keep(environment)
+    compilation.enable_cache(environment)
     assert environment.pop(name) == "7"
     assert environment.keys() == {compilation.FOLDER, *compilation.SETTINGS} - {name}
 

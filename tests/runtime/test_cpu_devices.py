@@ -27,7 +27,7 @@ def environment(monkeypatch):
 )
 def test_a_cpu_of_several_devices_has_threads_for_all(environment, values, devices) -> None:
     environment(**values)
-    assert cpu_devices.asked() == devices
+    assert cpu_devices.requested_devices() == devices
     cpu_devices.give_threads()
     expected = str(4 * devices) if devices > 1 else None
     assert os.environ.get("PJRT_NPROC") == expected

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments.tools.devices import ended, places
-from qlora_jax.runtime.liveness import ENDED, FINISHED, GRACE_S, SILENT_S, Signs
+from qlora_jax.runtime.liveness import ENDED, FINISHED, GRACE_S, SILENT_S, Heartbeats
 
 PART = """
 import sys, time
@@ -45,7 +45,7 @@ def test_a_slow_process_is_waited_for(seconds) -> None:
 
 
 def test_a_process_that_finished_is_not_missed() -> None:
-    signs = Signs(index=0, count=3, now=0)
+    signs = Heartbeats(index=0, count=3, now=0)
     signs.update({1: FINISHED, 2: "1"}, 1)
     signs.update({1: FINISHED, 2: "2"}, 2 + SILENT_S)
     assert signs.fault(2 + SILENT_S) is None
@@ -55,14 +55,14 @@ def test_a_process_that_finished_is_not_missed() -> None:
 
 
 def test_a_process_that_beats_is_alive() -> None:
-    signs = Signs(index=0, count=3, now=0)
+    signs = Heartbeats(index=0, count=3, now=0)
     for now in range(100):
         signs.update({0: "0", 1: str(now), 2: str(now // 3)}, now)
         assert signs.fault(now) is None
 
 
 def test_a_silent_process_is_found() -> None:
-    signs = Signs(index=0, count=2, now=0)
+    signs = Heartbeats(index=0, count=2, now=0)
     signs.update({1: "7"}, 5)
     signs.update({1: "7"}, 5 + SILENT_S)
     assert signs.fault(5 + SILENT_S) is None
@@ -71,7 +71,7 @@ def test_a_silent_process_is_found() -> None:
 
 
 def test_the_others_have_time_to_end_by_themselves() -> None:
-    signs = Signs(index=1, count=2, now=0)
+    signs = Heartbeats(index=1, count=2, now=0)
     signs.update({0: "3"}, 1)
     signs.update({0: f"{ENDED}the disk is full"}, 2)
     assert signs.fault(2 + GRACE_S) is None
@@ -79,7 +79,7 @@ def test_the_others_have_time_to_end_by_themselves() -> None:
 
 
 def test_a_service_that_does_not_answer_is_found() -> None:
-    signs = Signs(index=1, count=2, now=0)
+    signs = Heartbeats(index=1, count=2, now=0)
     signs.update({0: "1"}, 3)
     assert signs.fault(3 + SILENT_S) is None
     assert "process 0 has not answered" in str(signs.fault(4 + SILENT_S))

@@ -115,14 +115,14 @@ def test_all_stop_after_the_same_step(pretend) -> None:
 
 def test_the_environment_says_which_process_this_is(place) -> None:
     assert place() == {}
-    assert not processes.several()
+    assert not processes.has_several_processes()
     own = dict(zip(processes.OWN, ("host:1234", "4", "3")))
     assert place(**own) == {
         "coordinator_address": "host:1234",
         "num_processes": 4,
         "process_id": 3,
     }
-    assert processes.several()
+    assert processes.has_several_processes()
 
 
 def test_torchruns_variables_are_understood(place) -> None:
@@ -155,7 +155,7 @@ def test_other_code_has_another_digest(monkeypatch, tmp_path) -> None:
 def test_the_others_hear_of_a_fault_of_the_program(pretend, monkeypatch, capsys) -> None:
     pretend(1)
     told, left = [], []
-    monkeypatch.setattr(processes, "tell", told.append)
+    monkeypatch.setattr(processes, "tell_others", told.append)
     monkeypatch.setattr(processes, "leave", left.append)
     monkeypatch.setattr(cli.limits, "check", lambda: 1 / 0)
     cli.main(["train", "config.yaml"])

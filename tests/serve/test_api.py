@@ -53,7 +53,7 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
             ChatRequest,
             CHAT | {"messages": [{"role": "tool", "content": "3"}]},
             "messages.0.role",
-            "cannot be used: a turn is of system, developer, user or assistant; give one of these",
+            "cannot be used: a role is system, developer, user or assistant; give one of these",
         ),
         (
             ChatRequest,
@@ -125,7 +125,7 @@ PICTURE = [{"type": "image_url", "image_url": {"url": "x"}}]
             "echo",
             "answers come without their prompt here; ",
         ),
-        (CompletionRequest, TEXT | {"suffix": "x"}, "suffix", "meet no suffix here; leave it out"),
+        (CompletionRequest, TEXT | {"suffix": "x"}, "suffix", "before a suffix here; leave it out"),
         (
             CompletionRequest,
             TEXT | {"best_of": 3},

@@ -16,12 +16,12 @@ import pytest
 
 from qlora_jax import cli
 from qlora_jax.commands import chat
-from qlora_jax.models.adapters import wear
+from qlora_jax.models.adapters import set_adapter
 from qlora_jax.models.decoder import detach
 from qlora_jax.models.generate import generate
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve.base import open_base, read_named
-from qlora_jax.serve.conversation import Answered
+from qlora_jax.serve.conversation import TimedAnswer
 
 ROOT = Path(__file__).parents[2]
 LLAMA = ROOT / "tests" / "golden" / "models" / "llama"
@@ -42,7 +42,7 @@ class Echo:
         self.turns += 1
         text = f"{model} {self.system} {self.turns} {question}"
         on_text(text)
-        return Answered(text, "full" if question == "fill" else "stop", 1, 2, 0.1, 0.2)
+        return TimedAnswer(text, "full" if question == "fill" else "stop", 1, 2, 0.1, 0.2)
 
 
 @pytest.fixture
@@ -94,9 +94,9 @@ def test_only_answers_go_to_stdout(echo):
 def test_lines_without_an_answer_are_told_and_counted(echo):
     lines = ["/adapter two", "/reste", "too long", "Hi"]
     expected = [
-        "/adapter two: no such adapter; there are base, [one]; others are given by --adapter "
-        "NAME=DIR, and the base by --base, when the chat starts",
-        "/reste: no such command; /help lists them, and //TEXT says /TEXT to the model",
+        "/adapter two: no such adapter; there are base, [one]; start the chat with "
+        "--adapter NAME=DIR for another adapter, or with --base for the base",
+        "/reste: no such command; /help lists them, and //TEXT sends /TEXT to the model",
         "the conversation has no room; /reset begins a new one",
     ]
     ended = echo(*lines)
@@ -122,7 +122,7 @@ def test_a_line_that_is_no_text_is_refused(echo, monkeypatch, run_cli):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n\xff\n"), "utf-8"))
     ended = run_cli("chat", "model")
     assert ended.code == 2
-    assert "stdin: a line is not UTF-8; convert it" in ended.message
+    assert "stdin: a line is not UTF-8; convert the text" in ended.message
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_a_model_without_turns_is_refused(run_cli, make_model, tmp_path):
     ended = run_cli("chat", folder)
     assert ended.code == 2
     assert ended.message == (
-        f"qlora-jax: {folder}: the tokenizer has no chat template, so there are no turns to talk "
-        "in; give an instruct model, or continue a text with: qlora-jax generate "
+        f"qlora-jax: {folder}: the tokenizer has no chat template, so it cannot chat; "
+        "give an instruct model, or continue a text with: qlora-jax generate "
         f'{folder} --prompt "..."'
     )
 
@@ -170,7 +170,7 @@ class Truth:
         if name is None:
             detach(self.base.model)
         else:
-            wear(self.base.model, self.adapters[name])
+            set_adapter(self.base.model, self.adapters[name])
         (ids,) = generate(
             self.base.model,
             [self.text.encode(self.text.render(messages, True))],
@@ -267,7 +267,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(tiny_model, text, type_lines, m
     partial, _, rest = out.getvalue().partition("\n")
     assert 5 <= len(partial) < len(whole)
     assert whole.startswith(partial)
-    assert "(stopped; what was said so far stays in the conversation)" in err.getvalue()
+    assert "(stopped; the text so far stays in the conversation)" in err.getvalue()
     second = truth.answer(talk(talk([], QUESTIONS[0], partial), QUESTIONS[1], None))
     assert rest == f"{second}\n"
 
@@ -277,7 +277,7 @@ def test_a_conversation_that_is_full_offers_a_reset(tiny_model, run_cli, type_li
     type_lines("a" * 350, "b" * 200, "/reset", "c")
     ended = run_cli("chat", tiny_model, *PLAIN, "--max-new-tokens=8")
     assert ended.code == 2
-    told = "the model has room for 512 with the answer; /reset begins a new one"
+    told = "conversation and answer together can have 512; enter /reset or write less"
     assert told in " ".join(ended.err.split())
     assert len(re.findall("the answer was cut at --max-new-tokens 8", ended.err)) == 2
 
@@ -317,7 +317,9 @@ def test_a_runs_chat_begins_as_its_generate(
     type_lines(QUESTIONS[0], "/adapter run", QUESTIONS[0])
     beside = run_cli("chat", run, length, f"--adapter=one={adapters['one']}", "--json")
     assert json.loads(beside.out.splitlines()[0])["adapter"] == "one"
-    assert ("takes no part beside others" in beside.err) == (method in ("dora", "pissa", "head"))
+    assert ("cannot be used beside other adapters" in beside.err) == (
+        method in ("dora", "pissa", "head")
+    )
     refused = run_cli("chat", run, "--bits=16")
     assert refused.message.startswith(f"qlora-jax: --bits 16: {run} is a run directory and has")
 

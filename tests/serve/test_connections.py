@@ -15,7 +15,7 @@ from slow_service import connect, heard, post, raw, say_much, served
 
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.serve import connections
-from qlora_jax.serve.connections import Crowd, most_connections
+from qlora_jax.serve.connections import ConnectionLimiter, most_connections
 
 HALF = b"GET /health HTTP/1.1\r\nHost: x\r\nX-"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -209,10 +209,10 @@ def test_a_system_out_of_files_is_told_once(monkeypatch, caplog):
         monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", refuse)
         with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.5):
-                await Crowd(None, set(), 10).accept(listener)
+                await ConnectionLimiter(None, set(), 10).accept(listener)
 
     with caplog.at_level(logging.INFO):
         asyncio.run(accept())
     assert 5 < len(tries) < 60
     told = [record.getMessage() for record in caplog.records if record.name != "asyncio"]
-    assert told == ["connections are not accepted for now: Too many open files; this is said once"]
+    assert told == ["cannot accept connections at present: Too many open files; logged once"]

@@ -137,10 +137,10 @@ def test_keys_are_read_one_in_a_line(tmp_path):
     ("content", "message"),
     [
         (None, "cannot be read: No such file or directory; correct the path"),
-        (b"", "holds no key; write one in a line"),
-        (b"\n  \n# key\n", "holds no key; write one in a line"),
+        (b"", "holds no key; write one key per line"),
+        (b"\n  \n# key\n", "holds no key; write one key per line"),
         (b"\xff\xfe\n", "not text in UTF-8; give another file"),
-        (b"one\n\ntwo three\n", "line 3: a key holds no space; one in a line"),
+        (b"one\n\ntwo three\n", "line 3: a key has no spaces; one per line"),
     ],
 )
 def test_a_file_without_keys(tmp_path, content, message):

@@ -328,7 +328,7 @@ def test_a_port_in_use(server, run_cli, tiny_model):
         (["--port=0", "--host=192.0.2.1"], "--host 192.0.2.1 --port 0: Cannot assign requested"),
         (["--port=0", "--api-key-file=none"], "--api-key-file none: cannot be read: No such file"),
         (["--port=0", "--api-key-file=/dev/null"], "--api-key-file /dev/null: holds no key; write"),
-        (["--port=0", "--allowed-host=x:80"], "--allowed-host: must be a host's name without a p"),
+        (["--port=0", "--allowed-host=x:80"], "--allowed-host: must be a host name without a p"),
         (["--port=0", "--max-connections=0"], "--max-connections: must be a whole number of 1 or"),
         (["--port=0", "--max-connections=999999999"], "--max-connections 999999999: this process"),
         (["--port=0", "--load-timeout=0"], "--load-timeout: must be a number above 0, not '0'"),

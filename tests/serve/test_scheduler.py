@@ -260,7 +260,7 @@ def test_an_unloaded_adapters_slot_is_kept_until_its_jobs_have_ended(desk):
     desk.submit(1, model="a", max_tokens=30)
     desk.scheduler.step()
     desk.scheduler.unload("a")
-    with pytest.raises(Refused, match="'a' is not here; give one of: base, b"):
+    with pytest.raises(Refused, match="'a' is not loaded; give one of: base, b"):
         desk.submit(2, model="a")
     with pytest.raises(UserError, match="no room"):
         desk.scheduler.load("c", {})

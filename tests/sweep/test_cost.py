@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.runtime import manifest
 from qlora_jax.runtime.device import cpu_cores, cpu_name
 from qlora_jax.sweep import Estimate, Experiment, Population
-from qlora_jax.sweep.cost import sentence, time_of, whole, work
+from qlora_jax.sweep.cost import sentence, time_of, total_cost_text, work
 from qlora_jax.sweep.find import where
 from qlora_jax.sweep.record import DONE, FAILED
 
@@ -63,7 +63,7 @@ def test_the_estimate_is_of_the_chosen_cells(tmp_path):
         "time: about 7 min, 1.0 GiB, by the experiment's own estimate, not measured on this "
         "machine; without 4 cells of unknown time"
     )
-    assert whole(made) == "12 cells; 2 CPU cores"
+    assert total_cost_text(made) == "12 cells; 2 CPU cores"
     assert list(tmp_path.iterdir()) == []
 
 

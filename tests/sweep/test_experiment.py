@@ -16,7 +16,7 @@ from qlora_jax.sweep.conclude import arranged
 from qlora_jax.sweep.find import with_axes
 from qlora_jax.sweep.record import DONE, SKIPPED, CellRecord
 from qlora_jax.sweep.results import plain, write_parquet
-from qlora_jax.sweep.run import groups, left, unfinished
+from qlora_jax.sweep.run import groups, unfinished_cells, unfinished_groups
 
 AXES = {"rank": [8, 16], "targets": ["all-linear", ["q_proj", "v_proj"]], "rate": [1e-4]}
 SCALARS = (
@@ -86,7 +86,7 @@ def test_a_value_changes_the_id_whatever_its_type() -> None:
     ("changes", "message"),
     [
         ({"more": [{"rank": 1}]}, "each must give rank, targets, rate"),
-        ({"axes": {"seed": [1]}}, "seeds are no axis"),
+        ({"axes": {"seed": [1]}}, "no axis can be called seed"),
         ({"axes": {"x": [float("nan")]}}, "not JSON compliant"),
         ({"axes": {"x": [np.float32]}}, "not JSON serializable"),
     ],
@@ -119,13 +119,13 @@ def test_a_sweep_that_goes_on_has_the_groups_of_one_left_alone() -> None:
     skipped = CellRecord("1", cells[1].values, SKIPPED, "too large", [], 0.0, {})
     done = CellRecord("2", cells[2].values, DONE, "", [], 0.0, {})
     records = {record.id: record for record in (skipped, done)}
-    waiting = left(cells, records)
-    found = unfinished(cells, waiting, records, population)
+    waiting = unfinished_cells(cells, records)
+    found = unfinished_groups(cells, waiting, records, population)
     assert [[c["n"] for c in group] for group in found] == [[0, 2, 3], [4, 5, 6]]
     finished = {c.id: done._replace(id=c.id) for c in found[0]} | {"1": skipped}
-    found = unfinished(cells, left(cells, finished), finished, population)
+    found = unfinished_groups(cells, unfinished_cells(cells, finished), finished, population)
     assert [[c["n"] for c in group] for group in found] == [[4, 5, 6]]
-    alone = unfinished(cells, waiting, records, None)
+    alone = unfinished_groups(cells, waiting, records, None)
     assert [[c["n"] for c in group] for group in alone] == [[0], [3], [4], [5], [6]]
 
 

@@ -188,9 +188,9 @@ def test_a_line_that_is_none_is_refused(toy: Any, sweep: Sweep, line: str) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 0}, "results of format 0, this is format 1; give another --out"),
-        ({"version": 3}, "results of version 3, this is version 1; give another --out"),
-        ({"experiment": "other"}, "results of experiment other, this is experiment toy"),
+        ({"format": 0}, "has results of format 0, not format 1; give another --out"),
+        ({"version": 3}, "has results of version 3, not version 1; give another --out"),
+        ({"experiment": "other"}, "has results of experiment other, not experiment toy"),
     ],
 )
 def test_results_of_another_kind_are_refused(
@@ -251,7 +251,7 @@ def test_a_disk_that_a_cell_fills_stops_the_sweep(toy: Any, sweep: Sweep) -> Non
     ended = sweep()
     assert ended.code == 2
     assert "no space left on this disk" in ended.message
-    assert "the same command goes on" in ended.message
+    assert "repeat the command to continue" in ended.message
     assert [line["status"] for line in lines(toy)].count("done") == 4
     assert not any(line["status"] == "failed" for line in lines(toy))
     toy.write()

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.text.placing import FIRST_MARK, place
+from qlora_jax.text.content_positions import FIRST_MARK, locate_contents
 
 contents = st.text(st.sampled_from("ab \n</think>é🌞"), max_size=12)
 
@@ -17,7 +17,7 @@ def test_the_ends_are_where_the_contents_were_joined(texts, trimmed):
         written = [m["content"].strip() if trimmed else m["content"] for m in turns]
         return "".join(f"[{text}]" for text in written)
 
-    placed = place(messages, render)
+    placed = locate_contents(messages, render)
     ends, at = {}, 0
     for turn, text in enumerate(texts):
         written = text.strip() if trimmed else text
@@ -30,14 +30,14 @@ def test_the_ends_are_where_the_contents_were_joined(texts, trimmed):
 
 def test_a_content_that_is_left_out_has_no_end():
     messages = [{"role": "tool", "content": "out"}, {"role": "user", "content": "in"}]
-    placed = place(
+    placed = locate_contents(
         messages, lambda turns: "".join(m["content"] for m in turns if m["role"] == "user")
     )
     assert (placed.text, placed.ends) == ("in", {1: 2})
 
 
 def test_a_template_that_reads_the_mark_gives_no_places():
-    placed = place(
+    placed = locate_contents(
         [{"role": "user", "content": "word"}], lambda turns: str(len(turns[0]["content"]))
     )
     assert (placed.text, placed.ends, placed.known) == ("4", {}, False)
@@ -45,5 +45,5 @@ def test_a_template_that_reads_the_mark_gives_no_places():
 
 def test_a_text_with_such_characters_gives_no_places():
     text = f"a{chr(FIRST_MARK + 7)}"
-    placed = place([{"role": "user", "content": text}], lambda turns: turns[0]["content"])
+    placed = locate_contents([{"role": "user", "content": text}], lambda turns: turns[0]["content"])
     assert (placed.text, placed.known) == (text, False)

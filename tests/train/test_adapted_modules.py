@@ -14,7 +14,7 @@ from qlora_jax.formats.huggingface import open_folder
 from qlora_jax.formats.peft.plain import check_shared
 from qlora_jax.lora import LoraWeights
 from qlora_jax.models import trees
-from qlora_jax.models.parts import layer_linears
+from qlora_jax.models.weight_shapes import layer_linears
 from qlora_jax.plan.exact import count
 from qlora_jax.plan.ledger import ledger
 from qlora_jax.runtime.errors import RunFailed, UserError

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 def both(t, at_once: bool = True, home: str = "device"):
     """Returns the program of a trainer, and the same that goes layer by layer."""
     place = PLACEMENTS[home]
-    return t.program, layered.of(t.program, place, place, at_once)
+    return t.program, layered.by_layer(t.program, place, place, at_once)
 
 
 def assert_close(found, expected, tolerance=2e-6):
@@ -137,7 +137,7 @@ def test_inputs_in_8_bits_leave_the_loss_alone_and_the_gradients_close(trainer, 
     t = trainer(remat="full")
     place = PLACEMENTS["host"]
     recipe = dataclasses.replace(t.program.recipe, layer_inputs="int8")
-    packed = layered.of(dataclasses.replace(t.program, recipe=recipe), place, place, True)
+    packed = layered.by_layer(dataclasses.replace(t.program, recipe=recipe), place, place, True)
     arguments = t.start(t.moved()), t.frozen, make_batch(), None
     grads, figures = packed.gradient(*arguments)
     exact, expected = both(t)[1].gradient(*arguments)

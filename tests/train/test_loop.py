@@ -179,7 +179,7 @@ def test_ten_steps_are_five_a_restart_and_five_to_the_bit(run, metrics):
 @pytest.mark.slow
 def test_steps_that_go_by_layer_are_resumed_to_the_bit(run, tmp_path, like):
     def by_layer(t):
-        return layered.of(t.program, ON_DEVICE, ON_DEVICE, at_once=True)
+        return layered.by_layer(t.program, ON_DEVICE, ON_DEVICE, at_once=True)
 
     whole, _ = run("whole", program=by_layer)
     with pytest.raises(Stopped):

@@ -63,7 +63,7 @@ def over(t, sizes: tuple[int, int], remat: str):
     trained, frozen = t.moved(), t.frozen
     if mesh is not None:
         layout = layout_of(mesh, trained, frozen)
-        trained, frozen = layout.placed(trained, frozen)
+        trained, frozen = layout.put_on_devices(trained, frozen)
     program = steps.build(
         t.graph,
         t.optimizer,

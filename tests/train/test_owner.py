@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.runtime.errors import UserError
-from qlora_jax.train.owner import LOCK, check_free, own
+from qlora_jax.train.owner import LOCK, check_free, claim_folder
 
 HOLDER = """
 import pathlib, sys, time
@@ -22,24 +22,24 @@ with own(pathlib.Path(sys.argv[1])):
 
 
 def test_a_second_owner_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
-    with own(tmp_path) as first:
+    with claim_folder(tmp_path) as first:
         assert first.folder == tmp_path
         first.check()
         with (
             pytest.raises(UserError, match="another run is writing there; wait for it"),
-            own(tmp_path),
+            claim_folder(tmp_path),
         ):
             pass
         with pytest.raises(UserError, match="another run is writing there"):
             check_free(tmp_path)
         first.check()
     check_free(tmp_path)
-    with own(tmp_path):
+    with claim_folder(tmp_path):
         pass
 
 
 def test_an_error_lets_go(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), own(tmp_path):
+    with pytest.raises(ZeroDivisionError), claim_folder(tmp_path):
         raise ZeroDivisionError
     check_free(tmp_path)
 
@@ -55,7 +55,7 @@ def test_a_process_that_is_killed_lets_go(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    with own(tmp_path):
+    with claim_folder(tmp_path):
         pass
 
 
@@ -87,7 +87,7 @@ def emptied(folder: Path) -> None:
 def test_another_folder_is_not_written_to(tmp_path: Path, change) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    with own(folder) as owner:
+    with claim_folder(folder) as owner:
         owner.check()
         change(folder)
         with pytest.raises(UserError, match="was deleted, moved or replaced while the run was"):
@@ -97,7 +97,7 @@ def test_another_folder_is_not_written_to(tmp_path: Path, change) -> None:
 def test_a_link_to_the_folder_is_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
-    with own(tmp_path / "link") as owner:
+    with claim_folder(tmp_path / "link") as owner:
         owner.check()
         with pytest.raises(UserError, match="another run"):
             check_free(tmp_path / "run")
@@ -106,5 +106,5 @@ def test_a_link_to_the_folder_is_the_folder(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="not writable"), own(tmp_path):
+    with pytest.raises(UserError, match="not writable"), claim_folder(tmp_path):
         pass

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from qlora_jax.bench.gpu import reference
 from qlora_jax.bench.gpu.ceilings import median_seconds
-from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.kernels.attention import attend, select, triton
 from qlora_jax.kernels.attention.select import FUSED, PLAIN
@@ -89,7 +89,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
                 yield from (_program(case, name) for name in (fused, PLAIN, EXACT))
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Checks and times every case."""
     device = jax.devices()[0]
     before, triton.INTERPRET = triton.INTERPRET, lane.rehearsing
@@ -101,7 +101,7 @@ def run(lane: Lane) -> None:
         triton.INTERPRET = before
 
 
-def _run_case(lane: Lane, case: AttentionCase, fused: str, device: Any) -> None:
+def _run_case(lane: PartContext, case: AttentionCase, fused: str, device: Any) -> None:
     own = [_name(case, fused), *(f"{_name(case, x)}: time" for x in (fused, PLAIN))]
     if reason := _excuse(case, fused, lane.scale, device):
         for name in own:

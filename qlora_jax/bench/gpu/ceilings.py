@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram, compiled
 from qlora_jax.kernels.target import capability_of, half_dtype
 
@@ -42,7 +42,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     yield BenchProgram("matmul", lambda a, b: a @ b, (square, square))
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Measures and records the results of `names`."""
     device, sizes = jax.devices()[0], SIZES[lane.scale]
     copy, product = programs(lane.scale, device)
@@ -68,13 +68,13 @@ def median_seconds(call: Callable[[], Any], count: int) -> float:
     return statistics.median(times)
 
 
-def _copy(lane: Lane, copy: BenchProgram, sizes: Sizes) -> None:
+def _copy(lane: PartContext, copy: BenchProgram, sizes: Sizes) -> None:
     x = jnp.zeros((sizes.words,), jnp.uint32)
     seconds = median_seconds(functools.partial(compiled(copy), x), sizes.repeat)
     lane.record.figure(COPY, "GB/s", 8 * sizes.words / seconds / 1e9)  # 4 bytes read, 4 written
 
 
-def _matmul(lane: Lane, product: BenchProgram, sizes: Sizes) -> None:
+def _matmul(lane: PartContext, product: BenchProgram, sizes: Sizes) -> None:
     square = product.arguments[0]
     a = jax.random.normal(jax.random.key(0), square.shape, square.dtype)
     seconds = median_seconds(functools.partial(compiled(product), a, a), sizes.repeat)
@@ -82,13 +82,13 @@ def _matmul(lane: Lane, product: BenchProgram, sizes: Sizes) -> None:
     lane.record.figure("matmul", "TFLOP/s", rate, field=f"matmul {square.dtype.name}")
 
 
-def _dispatch(lane: Lane, sizes: Sizes) -> None:
+def _dispatch(lane: PartContext, sizes: Sizes) -> None:
     one, zero = jax.jit(lambda x: x + 1), jnp.int32(0)
     seconds = median_seconds(lambda: one(zero), 10 * sizes.repeat)
     lane.record.figure(DISPATCH, "us", 1e6 * seconds)
 
 
-def _host(lane: Lane, device: Any, sizes: Sizes) -> None:
+def _host(lane: PartContext, device: Any, sizes: Sizes) -> None:
     place = jax.sharding.SingleDeviceSharding(device)
     pinned = place.with_memory_kind("pinned_host")
     x = jnp.zeros((sizes.side, sizes.side), jnp.bfloat16)

@@ -16,12 +16,12 @@ def main() -> int:
     import jax
 
     from qlora_jax.bench.gpu.facts import facts
-    from qlora_jax.bench.gpu.lane import Lane
+    from qlora_jax.bench.gpu.lane import PartContext
     from qlora_jax.bench.gpu.parts import PARTS
     from qlora_jax.bench.gpu.record import Recorder
 
     (part,) = (part for part in PARTS if part.name == request["part"])
-    lane = Lane(
+    lane = PartContext(
         Recorder(Path(request["lines"]), part.name),
         request["scale"],
         began + request["seconds"],

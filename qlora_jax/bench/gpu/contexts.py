@@ -16,8 +16,8 @@ import numpy as np
 
 from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu import products, reference
-from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
-from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, PartContext
+from qlora_jax.bench.gpu.products import PLAIN, interpreted, reason_to_skip
 from qlora_jax.bench.gpu.programs import (
     BenchProgram,
     CompiledOrError,
@@ -118,7 +118,7 @@ EXACT = "float32"
 """Implementation name for decoded weights and products in float32."""
 
 
-class Corner(NamedTuple):
+class KernelContext(NamedTuple):
     """One context of products, with one implementation and one number of rows."""
 
     implementation: str
@@ -130,10 +130,10 @@ class Corner(NamedTuple):
         return f"{self.implementation} {self.what} M={self.rows}"
 
 
-def corners(scale: str) -> list[Corner]:
+def corners(scale: str) -> list[KernelContext]:
     """Returns all corners except the one beyond 2^31 elements."""
     return [
-        Corner(implementation, what, rows)
+        KernelContext(implementation, what, rows)
         for implementation in FUSED
         for what in CORNERS
         for rows in SIZES[scale].rows
@@ -147,17 +147,17 @@ def names(scale: str) -> list[str]:
 
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the programs of each corner that runs on the device, and the compared programs."""
-    able = [name for name in FUSED if not excuse(name, scale, device)]
+    able = [name for name in FUSED if not reason_to_skip(name, scale, device)]
     for corner in corners(scale):
         if corner.implementation in able:
             yield program(corner, scale)
     for what, rows in itertools.product(CORNERS, SIZES[scale].rows) if able else ():
-        yield from (program(Corner(name, what, rows), scale) for name in (PLAIN, EXACT))
+        yield from (program(KernelContext(name, what, rows), scale) for name in (PLAIN, EXACT))
     if scale == FULL:
         yield from map(_beyond, able)
 
 
-def program(corner: Corner, scale: str) -> BenchProgram:
+def program(corner: KernelContext, scale: str) -> BenchProgram:
     """Returns the program of a corner."""
     function, options = CORNERS[corner.what]
     exact = corner.implementation == EXACT
@@ -171,7 +171,7 @@ def program(corner: Corner, scale: str) -> BenchProgram:
     return BenchProgram(corner.name, run, (x, _stack(scale)), options)
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Compiles and checks every corner."""
     device = jax.devices()[0]
     with interpreted(lane):
@@ -179,7 +179,7 @@ def run(lane: Lane) -> None:
         asked = [p for p in programs(lane.scale, device) if p.name not in left_out]
         made = dict(zip((p.name for p in asked), compile_all(asked, lambda: lane.left() > 5)))
         for corner in corners(lane.scale):
-            if reason := excuse(corner.implementation, lane.scale, device):
+            if reason := reason_to_skip(corner.implementation, lane.scale, device):
                 lane.record.absent(corner.name, reason)
             elif lane.due(3, corner.name):
                 with lane.guard(corner.name, within=HANGS):
@@ -190,7 +190,7 @@ def run(lane: Lane) -> None:
 
 
 def check(
-    corner: Corner, scale: str, made: Mapping[str, CompiledOrError]
+    corner: KernelContext, scale: str, made: Mapping[str, CompiledOrError]
 ) -> reference.ErrorVerdict:
     """Returns the worst verdict of `CALLS` runs on new inputs.
 
@@ -231,9 +231,9 @@ def _beyond(implementation: str) -> BenchProgram:
     return BenchProgram(_beyond_name(implementation), product, (x, q))
 
 
-def _check_beyond(lane: Lane, implementation: str, device: Any) -> None:
+def _check_beyond(lane: PartContext, implementation: str, device: Any) -> None:
     name, (rows, k, n) = _beyond_name(implementation), BEYOND
-    reason = excuse(implementation, lane.scale, device)
+    reason = reason_to_skip(implementation, lane.scale, device)
     if lane.rehearsing or reason:
         lane.record.absent(name, reason or "takes 5 GB and minutes on a CPU")
         return

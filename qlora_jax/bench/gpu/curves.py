@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from qlora_jax.bench import random_codes
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
-from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, PartContext
+from qlora_jax.bench.gpu.products import PLAIN, interpreted, reason_to_skip
 from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.gpu.reference import FACTOR
 from qlora_jax.config import Config, from_tree
@@ -70,7 +70,7 @@ def names(scale: str) -> list[str]:
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the gradient programs of each implementation and of the float32 run; updates."""
     for name in (PLAIN, *FUSED):
-        if not excuse(name, scale, device):
+        if not reason_to_skip(name, scale, device):
             yield _gradient(f"{name}: gradient", _step(scale, name, "bfloat16"))
     exact = _step(scale, PLAIN, "float32")
     yield _gradient("float32: gradient", exact, "highest")
@@ -78,7 +78,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
         yield BenchProgram(name, update, arguments, donate=(0, 3))
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Trains with each implementation and compares the losses."""
     device, curve = jax.devices()[0], functools.partial(losses, lane.scale)
     with interpreted(lane), lane.guard(*names(lane.scale)):
@@ -88,7 +88,7 @@ def run(lane: Lane) -> None:
         limit = FACTOR * _distance(own, exact) + FLOOR
         for name in (PLAIN, *FUSED):
             fields = [f"{name}: {field}" for field in FIELDS]
-            if reason := excuse(name, lane.scale, device):
+            if reason := reason_to_skip(name, lane.scale, device):
                 for field in fields:
                     lane.record.absent(field, reason)
             elif lane.due(8, *fields):
@@ -164,7 +164,7 @@ def _distance(curve: list[float], exact: list[float]) -> float:
 
 
 def _compare(
-    lane: Lane, fields: list[str], got: list[float], exact: list[float], limit: float
+    lane: PartContext, fields: list[str], got: list[float], exact: list[float], limit: float
 ) -> None:
     distance, part = _distance(got, exact), max(1, len(got) // 10)
     lane.record.check(

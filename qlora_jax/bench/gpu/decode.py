@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.bench import generate
 from qlora_jax.bench.gpu.facts import MEMORY
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram, as_options
 from qlora_jax.bench.gpu.steps import measured, too_large
 from qlora_jax.bench.options import GenerateOptions
@@ -64,7 +64,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
             yield BenchProgram(f"{case.name}: {name}", function, arguments, as_options(case.flags))
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Measures every case, each in a process of its own."""
     memory = lane.fact(MEMORY)
     for case in CASES[lane.scale]:
@@ -77,6 +77,6 @@ def run(lane: Lane) -> None:
                 _one(lane, case)
 
 
-def _one(lane: Lane, case: DecodeCase) -> None:
+def _one(lane: PartContext, case: DecodeCase) -> None:
     report = measured(lane, "generate", case.options, case.flags)
     lane.figures(report, case.name, KINDS, rows=case.options.rows)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu.curves import TINY
-from qlora_jax.bench.gpu.lane import HANGS, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import HANGS, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.config import Config, from_tree
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
@@ -67,7 +67,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
         yield BenchProgram(case.name, function, (model.trained, model.frozen))
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Checks every case; the programs are compiled in parallel."""
     device = jax.devices()[0]
     made = compile_all(programs(lane.scale, device), lambda: lane.left() > 5)

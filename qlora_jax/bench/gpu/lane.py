@@ -42,7 +42,7 @@ SLOWER = {FULL: 1, REHEARSAL: 5}
 
 
 @dataclasses.dataclass(frozen=True)
-class Lane:
+class PartContext:
     """The context in which one part runs.
 
     Attributes:

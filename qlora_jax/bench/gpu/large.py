@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_jax.bench.gpu import steps
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.gpu.steps import StepCase, qlora
 
@@ -33,6 +33,6 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     return steps.case_programs(CASES[scale], device)
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Measures every case that fits."""
     steps.run_cases(lane, CASES[lane.scale])

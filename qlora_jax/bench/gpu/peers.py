@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_jax.bench import tools
 from qlora_jax.bench.gpu import steps, times
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.options import KernelOptions, StepOptions
 from qlora_jax.models.shapes import config_json
@@ -32,7 +32,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     yield from ()
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Measures each benchmark with the first interpreter that has bitsandbytes for it."""
     products = [case.name for case in _products(lane.scale)]
     rest = [name for name in names(lane.scale) if name not in products]
@@ -46,7 +46,7 @@ def run(lane: Lane) -> None:
                 measure(lane, tool)
 
 
-def _first(lane: Lane, what: str) -> tools.Tool | None:
+def _first(lane: PartContext, what: str) -> tools.Tool | None:
     for python in lane.peers:
         try:
             return next(tool for tool in tools.peers(python, what) if tool.name == PEER)
@@ -55,7 +55,7 @@ def _first(lane: Lane, what: str) -> tools.Tool | None:
     return None
 
 
-def _steps(lane: Lane, tool: tools.Tool) -> None:
+def _steps(lane: PartContext, tool: tools.Tool) -> None:
     for name, options in STEPS[lane.scale].items():
         shape = config_json(options.model)
         asked = dataclasses.replace(options, shape=shape, dtype=lane.dtype())
@@ -63,7 +63,7 @@ def _steps(lane: Lane, tool: tools.Tool) -> None:
         lane.figures(report, name, KINDS)
 
 
-def _kernels(lane: Lane, tool: tools.Tool) -> None:
+def _kernels(lane: PartContext, tool: tools.Tool) -> None:
     size = times.SIZES[lane.scale]
     device = "cpu" if lane.rehearsing else "gpu"
     for shape in size.shapes:

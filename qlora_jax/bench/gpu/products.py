@@ -13,7 +13,7 @@ import numpy as np
 from qlora_jax.bench import random_codes
 from qlora_jax.bench.gpu import reference
 from qlora_jax.bench.gpu.cover import pairwise
-from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.kernels import matmul, select, triton
 from qlora_jax.kernels.select import FUSED
@@ -116,11 +116,11 @@ def names(scale: str) -> list[str]:
 def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     """Yields the program of every case that runs on the device."""
     for implementation in IMPLEMENTATIONS:
-        if not excuse(implementation, scale, device):
+        if not reason_to_skip(implementation, scale, device):
             yield from (program(case) for case in cases(scale, implementation))
 
 
-def excuse(implementation: str, scale: str, device: Any) -> str:
+def reason_to_skip(implementation: str, scale: str, device: Any) -> str:
     """Returns the reason why an implementation is not run on the device; empty if it is run.
 
     A rehearsal runs Triton's kernels in Pallas' interpreter.
@@ -166,7 +166,7 @@ def _weight(shape: tuple[int, int], block_size: int, double_quant: bool) -> Any:
 
 
 @contextlib.contextmanager
-def interpreted(lane: Lane) -> Iterator[None]:
+def interpreted(lane: PartContext) -> Iterator[None]:
     """Runs Triton's kernels in an interpreter inside the `with`, if the lane rehearses."""
     before, triton.INTERPRET = triton.INTERPRET, lane.rehearsing
     try:
@@ -175,14 +175,14 @@ def interpreted(lane: Lane) -> Iterator[None]:
         triton.INTERPRET = before
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Compiles and checks every case, with new inputs in each run."""
     device, seed = jax.devices()[0], time.time_ns() % 2**31
     lane.record.fact("seed of the products", seed)
     with interpreted(lane):
         for implementation in IMPLEMENTATIONS:
             chosen = [c for c in cases(lane.scale, implementation) if c.name not in lane.told]
-            if reason := excuse(implementation, lane.scale, device):
+            if reason := reason_to_skip(implementation, lane.scale, device):
                 for case in chosen:
                     lane.record.absent(case.name, reason)
                 continue

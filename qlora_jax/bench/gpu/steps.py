@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.bench import step, tools
 from qlora_jax.bench.gpu.facts import MEMORY
-from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram, as_options
 from qlora_jax.bench.options import GenerateOptions, StepOptions
 from qlora_jax.config import Config
@@ -116,7 +116,7 @@ def step_programs(
       flags: flags for XLA.
     """
     made, options = compiled_memory.abstract_step(config, decoder, device), as_options(flags)
-    for piece in compiled_memory.gradient_pieces(made):
+    for piece in compiled_memory.list_gradient_programs(made):
         title = f"{name}: {piece.name}"
         yield BenchProgram(title, piece.function, piece.arguments, options, donate=piece.donate)
     for what, update, inputs in compiled_memory.layer_updates(made):
@@ -147,12 +147,12 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
     return case_programs(CASES[scale], device)
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Measures every case."""
     run_cases(lane, CASES[lane.scale])
 
 
-def run_cases(lane: Lane, cases: Sequence[StepCase]) -> None:
+def run_cases(lane: PartContext, cases: Sequence[StepCase]) -> None:
     """Measures some cases, each in a process of its own, and records their figures."""
     # Read the recorded fact: asking jax would take the device's memory for this process.
     memory = lane.fact(MEMORY)
@@ -169,7 +169,7 @@ def run_cases(lane: Lane, cases: Sequence[StepCase]) -> None:
 
 
 def measured(
-    lane: Lane, benchmark: str, options: StepOptions | GenerateOptions, flags: str
+    lane: PartContext, benchmark: str, options: StepOptions | GenerateOptions, flags: str
 ) -> Mapping[str, Any]:
     """Runs a benchmark in its own process with the lane's dtype and kernel; returns the report.
 
@@ -184,7 +184,7 @@ def measured(
     return tools.measured(tools.ours(), benchmark, options, print, timeout=lane.left(), flags=flags)
 
 
-def _one(lane: Lane, case: StepCase) -> None:
+def _one(lane: PartContext, case: StepCase) -> None:
     report = measured(lane, "step", case.options, case.flags)
     lane.figures(report, case.name, KINDS)
     finite = all(math.isfinite(loss) for loss in report["losses"])

@@ -13,8 +13,8 @@ import numpy as np
 from qlora_jax.bench import jax_timing, random_codes
 from qlora_jax.bench.cases import CODEBOOK
 from qlora_jax.bench.cases import OperationCase as Product
-from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, Lane
-from qlora_jax.bench.gpu.products import PLAIN, excuse, interpreted
+from qlora_jax.bench.gpu.lane import FULL, HANGS, REHEARSAL, PartContext
+from qlora_jax.bench.gpu.products import PLAIN, interpreted, reason_to_skip
 from qlora_jax.bench.gpu.programs import BenchProgram, compile_all, usable
 from qlora_jax.bench.kernels import operation
 from qlora_jax.kernels.target import capability_of, half_dtype
@@ -96,7 +96,7 @@ def program(case: TimeCase) -> BenchProgram:
     return BenchProgram(case.name, over, (jax.ShapeDtypeStruct((), jnp.int32), sets))
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Compiles and times every case, shape by shape."""
     device = jax.devices()[0]
     dtype = half_dtype(capability_of(device))
@@ -111,7 +111,7 @@ def run(lane: Lane) -> None:
             _group(lane, list(group))
 
 
-def _group(lane: Lane, group: list[TimeCase]) -> None:
+def _group(lane: PartContext, group: list[TimeCase]) -> None:
     """Times cases of one shape after compiling all, because XLA tunes on the device meanwhile."""
     made = list(compile_all(map(program, group), lambda: lane.left() > 10))
     weights: dict[bool, list[Any]] = {}
@@ -125,7 +125,7 @@ def _group(lane: Lane, group: list[TimeCase]) -> None:
             measure(lane, case, ready, own)
 
 
-def measure(lane: Lane, case: TimeCase, program: Any, weights: list[Any]) -> None:
+def measure(lane: PartContext, case: TimeCase, program: Any, weights: list[Any]) -> None:
     """Times one compiled case and records it."""
     product, quantized = case.product, case.implementation != GEMM
     keys = jax.random.split(jax.random.key(case.rows), _sets(case))
@@ -153,7 +153,7 @@ def _implementation(case: TimeCase) -> str | None:
 
 
 def _excuse(case: TimeCase, scale: str, device: Any) -> str:
-    return "" if case.implementation == GEMM else excuse(case.implementation, scale, device)
+    return "" if case.implementation == GEMM else reason_to_skip(case.implementation, scale, device)
 
 
 def _weight(case: TimeCase) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from qlora_jax.bench import generate as generation
 from qlora_jax.bench import step
 from qlora_jax.bench.gpu import steps
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.options import GenerateOptions, StepOptions
 
@@ -67,7 +67,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
         yield BenchProgram(f"answer: {name}", function, arguments)
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Traces one step and one answer."""
     sizes = SIZES[lane.scale]
     for kind, make in zip(KINDS, (_step, _answer)):
@@ -111,7 +111,7 @@ def device_events(trace: Mapping[str, Any]) -> list[Event]:
     return sorted(found, key=lambda event: event.start)
 
 
-def summarize(lane: Lane, kind: str, events: Sequence[Event]) -> None:
+def summarize(lane: PartContext, kind: str, events: Sequence[Event]) -> None:
     """Records busy time, time from the first kernel to the last, launches, and top kernels."""
     if not events:
         raise ValueError("the trace holds no event of the device")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import CUBLAS, FULL, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.programs import BenchProgram
 from qlora_jax.bench.gpu.steps import step_programs
 from qlora_jax.config import from_tree
@@ -99,7 +99,7 @@ def programs(scale: str, device: Any) -> Iterator[BenchProgram]:
         yield from step_programs(name, config, find("smollm2-135m"), device, flags)
 
 
-def run(lane: Lane) -> None:
+def run(lane: PartContext) -> None:
     """Runs the trainings in a folder that is deleted at the end."""
     with tempfile.TemporaryDirectory() as folder, lane.guard(*names(lane.scale)):
         work = Path(folder)
@@ -124,7 +124,7 @@ class Runs:
       model: value of the setting `model.path`.
     """
 
-    def __init__(self, lane: Lane, work: Path, model: str):
+    def __init__(self, lane: PartContext, work: Path, model: str):
         self.lane, self.work, self.model = lane, work, model
 
     def config(self, name: str, train: Mapping[str, Any], **more: Any) -> Path:
@@ -143,7 +143,7 @@ def settings(model: str, dtype: str, train: Mapping[str, Any]) -> dict[str, Any]
     return {**TRAINED, "model": own, "train": train}
 
 
-def base(lane: Lane, work: Path) -> str:
+def base(lane: PartContext, work: Path) -> str:
     """Returns the model to train: the built-in one if cached, else a small one pretrained here."""
     if not lane.rehearsing and cached(BUILTIN) is not None:
         return BUILTIN
@@ -155,7 +155,7 @@ def base(lane: Lane, work: Path) -> str:
     return str(work / "base" / "model")
 
 
-def quickstart(lane: Lane, runs: Runs) -> None:
+def quickstart(lane: PartContext, runs: Runs) -> None:
     """Trains as configs/quickstart.yaml does and records loss, speed and time."""
     told = runs.finish(runs.config("quickstart", SIZES[lane.scale].quickstart), "--overwrite")
     before, after = told["eval_before"], told["eval_after"]
@@ -165,7 +165,7 @@ def quickstart(lane: Lane, runs: Runs) -> None:
     lane.record.figure(QUICKSTART[2], "s", told["wall_s"], peak_bytes=told["peak_device_bytes"])
 
 
-def compared(lane: Lane, runs: Runs) -> None:
+def compared(lane: PartContext, runs: Runs) -> None:
     """Trains with moments on the device, on the host, and killed; adapters must be equal."""
     train, host = SIZES[lane.scale].compared, {"optimizer": {"offload": "host"}}
     runs.finish(runs.config("device", train), "--overwrite", exact=True)
@@ -179,7 +179,7 @@ def compared(lane: Lane, runs: Runs) -> None:
     lane.record.check(RESUMED, right, killed_with_checkpoint_of_step=saved)
 
 
-def half(lane: Lane, runs: Runs) -> None:
+def half(lane: PartContext, runs: Runs) -> None:
     """Trains in float16 with loss scaling, and records whether the loss stays finite."""
     dtype = {"compute_dtype": "float16", "storage_dtype": "float16"}
     train = {**SIZES[lane.scale].compared, "eval_rows": 2}
@@ -188,7 +188,7 @@ def half(lane: Lane, runs: Runs) -> None:
     lane.record.check(HALF, after == after, after=after, skipped_steps=told["skipped"])
 
 
-def kill(lane: Lane, config: Path, output: Path) -> int:
+def kill(lane: PartContext, config: Path, output: Path) -> int:
     """Starts a run, kills it after its first checkpoint, and returns the newest one's step."""
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_jax", "train", str(config), "--overwrite"],
@@ -229,7 +229,7 @@ def environment(exact: bool) -> dict[str, str]:
     return dict(os.environ) | ({"XLA_FLAGS": flags} if flags else {})
 
 
-def command(lane: Lane, *arguments: str, exact: bool = False) -> dict[str, Any]:
+def command(lane: PartContext, *arguments: str, exact: bool = False) -> dict[str, Any]:
     """Runs our program and returns the JSON that it prints.
 
     The lines of its standard error go to the log, each with the seconds since the program began.

@@ -7,7 +7,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
+from qlora_jax.bench.measure import OtherProcesses, PeakMemory, figure
 from qlora_jax.bench.options import GenerateOptions, to_tree
 from qlora_jax.bench.peers.torch_model import DEVICE, device_memory, load_base, synchronize
 
@@ -50,7 +50,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
 
     ids, first = answer()
     memory.restart()
-    with Neighbours() as neighbours:
+    with OtherProcesses() as neighbours:
         answers = [answer() for _ in range(options.samples)]
     times = [(seen[0], seen[-1]) for _, seen in answers]
     figures = measure.answer_figures(times, len(ids), options.rows)

@@ -37,7 +37,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
         raise UserError("--peer: the peer's torch sees no GPU; install torch for the GPU there")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     figures = {}
-    with measure.Neighbours() as neighbours:
+    with measure.OtherProcesses() as neighbours:
         for case in cases(options):
             calls = prepared(case, "cuda" if gpu else "cpu")
             times = (queued if gpu else one_by_one)(calls, options.samples)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
+from qlora_jax.bench.measure import OtherProcesses, PeakMemory, figure
 from qlora_jax.bench.options import LoadOptions, to_tree
 from qlora_jax.bench.peers.torch_model import device_memory, load_base, nbytes, synchronize
 
@@ -15,7 +15,7 @@ def run(options: LoadOptions) -> dict[str, Any]:
     """Loads the model once and returns the report."""
     memory = PeakMemory()
     imported = time.perf_counter()
-    with Neighbours() as neighbours:
+    with OtherProcesses() as neighbours:
         model = load_base(options.model, torch.bfloat16, quantized=True)
         synchronize()
         loaded = time.perf_counter()

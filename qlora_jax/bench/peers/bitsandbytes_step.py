@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from qlora_jax.bench import measure
-from qlora_jax.bench.measure import Neighbours, PeakMemory, figure
+from qlora_jax.bench.measure import OtherProcesses, PeakMemory, figure
 from qlora_jax.bench.options import StepOptions, to_tree
 from qlora_jax.bench.peers.torch_model import (
     DEVICE,
@@ -87,7 +87,7 @@ def _measured(options: StepOptions) -> dict[str, Any]:
         synchronize()
         return time.perf_counter() - start
 
-    with Neighbours() as neighbours:
+    with OtherProcesses() as neighbours:
         seconds = measure.take(step, options.steps)
         updates = [update() for _ in range(min(options.steps, UPDATES))]
     figures = measure.step_figures(seconds, options.batch * options.seq)

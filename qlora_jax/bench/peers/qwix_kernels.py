@@ -32,7 +32,7 @@ def run(options: KernelOptions) -> dict[str, Any]:
             "interpreter whose jax runs on the same device"
         )
     figures = {}
-    with measure.Neighbours() as neighbours:
+    with measure.OtherProcesses() as neighbours:
         for case in cases(options):
             if case.double and not case.rows:
                 continue

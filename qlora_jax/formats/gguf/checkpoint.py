@@ -9,8 +9,8 @@ import numpy as np
 from qlora_jax.formats import tying
 from qlora_jax.formats.gguf.architectures import ARCHITECTURES, hugging_face_name
 from qlora_jax.formats.gguf.config import config_of
-from qlora_jax.formats.gguf.parts import read_parts
 from qlora_jax.formats.gguf.rope import TABLES
+from qlora_jax.formats.gguf.split_files import read_parts
 from qlora_jax.formats.gguf.tensors import (
     Layout,
     check_dequantizable,
@@ -80,7 +80,9 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     config = config_of(header, found, path)
     # GGUF metadata does not say whether head and embedding are tied, so the note is not needed.
     matrices = tying.matrices(config)
-    config = tying.settle(config, found, lambda: _equal(*(found[n] for n in matrices))).config
+    config = tying.resolve_tying(
+        config, found, lambda: _equal(*(found[n] for n in matrices))
+    ).config
     expected = check_shapes({name: t.shape for name, t in found.items()}, config, path)
     tensors = {name: found[name] for name in expected}
     for name, tensor in tensors.items():

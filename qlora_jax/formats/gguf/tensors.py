@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, dequantize
 
 from qlora_jax.formats.gguf.architectures import Architecture
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.parts import norms
+from qlora_jax.models.weight_shapes import norms
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.text.gguf_header import GgufTensor
 

@@ -23,7 +23,7 @@ MATRICES = frozenset(
 """Names of the matrices of embedding and head in all families."""
 
 
-def within(name: str, saved: str) -> bool:
+def is_within(name: str, saved: str) -> bool:
     """Returns whether a parameter belongs to a module that `modules_to_save` names.
 
     As in PEFT, the path of such a module ends with the name, and the name need not be a whole part
@@ -61,7 +61,7 @@ class Replaced:
         PEFT loads a matrix that was saved without training into the shared matrix of both.
         """
         matrices = {name for name in self.tensors if name in MATRICES}
-        trained = any(within(name, saved) for name in matrices for saved in self.modules)
+        trained = any(is_within(name, saved) for name in matrices for saved in self.modules)
         return self.ties or not trained
 
 

@@ -4,13 +4,13 @@ from collections.abc import Collection
 
 import numpy as np
 
-from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet, listed, within
+from qlora_jax.formats.peft.adapter import CONFIG, AdapterSet, is_within, listed
 from qlora_jax.formats.tying import matrices
 from qlora_jax.lora.spec import NEW_NAMES
 from qlora_jax.lora.weights import misfits
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import HEAD
-from qlora_jax.models.parts import adaptable, expected_shapes, layer_linears, outer_modules
+from qlora_jax.models.weight_shapes import adaptable, expected_shapes, layer_linears, outer_modules
 from qlora_jax.runtime.errors import UserError
 
 
@@ -102,7 +102,7 @@ def _not_replaced(
         for name in expected_shapes(config)
         if name not in found
         and (
-            any(within(name, module) for module in replaced.modules)
+            any(is_within(name, module) for module in replaced.modules)
             or (name.endswith(".bias") and biases(name.removesuffix(".bias")))
         )
     ]

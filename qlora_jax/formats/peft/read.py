@@ -19,9 +19,9 @@ from qlora_jax.formats.peft.adapter import (
     WEIGHTS,
     AdapterSet,
     Replaced,
+    is_within,
     listed,
     tensor_keys,
-    within,
 )
 from qlora_jax.formats.peft.config import by_pattern, read_config, targets_of
 from qlora_jax.lora.spec import NEW_NAMES, SCALINGS, Scaling
@@ -150,7 +150,7 @@ def _matrix(key: str) -> str | None:
 def _whole(key: str, saved: tuple[str, ...]) -> str | None:
     """Returns the parameter's name in the base if `saved` names its module, else None."""
     name = key.removeprefix(PREFIX)
-    return name if key.startswith(PREFIX) and any(within(name, s) for s in saved) else None
+    return name if key.startswith(PREFIX) and any(is_within(name, s) for s in saved) else None
 
 
 def _missing(config: Mapping[str, Any], parts: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:

@@ -9,7 +9,7 @@ key. The arrays are not padded; elements beyond their edges are masked.
 Within the kernels scores are multiplied by log2(e), because a GPU computes exponentials of base 2.
 
 Offsets count elements in 32 signed bits, and in 64 bits if an array has more than 2^32 bytes
-(`kernels/parts.py`). An array of 16-bit values has 2^31 elements at this size, so no offset
+(`kernels/row_parts.py`). An array of 16-bit values has 2^31 elements at this size, so no offset
 overflows. A masked offset beyond the end of the last row may overflow, but it is not used.
 """
 

@@ -36,7 +36,7 @@ from qlora_jax.kernels.mosaic.scales import Scales, aside_shape
 from qlora_jax.kernels.mosaic.tiles import MosaicTile, split_count, tile_for
 from qlora_jax.quant.dynamic8 import dynamic_map
 from qlora_jax.quant.qtensor import QTensor
-from qlora_jax.quant.stack import QLayer, cut
+from qlora_jax.quant.stack import QLayer, as_qtensor
 
 DTYPES = ("bfloat16", "float16")
 PREFETCH = 8
@@ -93,7 +93,7 @@ def _stack(q: QTensor | QLayer) -> tuple[QTensor, jax.Array]:
     """Returns a stack whose columns are a multiple of EDGE, and the matrix's index, int32[1]."""
     if isinstance(q, QLayer) and q.shape[1] % EDGE == 0:
         return q.stack, q.layer.astype(jnp.int32)[None]
-    q = cut(q)  # slice first, so that only one layer is padded and not the whole stack
+    q = as_qtensor(q)  # slice first, so that only one layer is padded and not the whole stack
     n = _up(q.shape[1], EDGE)
     codes, scales = (_pad(leaf, leaf.shape[0], n) for leaf in (q.codes, q.scales))
     alone = dataclasses.replace(q, codes=codes, scales=scales)

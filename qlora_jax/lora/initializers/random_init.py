@@ -21,16 +21,14 @@ def gaussian(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jax.random.normal(key, shape) / shape[1]
 
 
-def absent(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Returns zeros, for initializers that compute A from the weight and fill it in later."""
+def zeros(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns zeros: A before an initializer computes it from the weight."""
     return jnp.zeros(shape)
 
 
 INITS: Mapping[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
     "kaiming-uniform": kaiming_uniform,
     "gaussian": gaussian,
-    "pissa": absent,
-    "loftq": absent,
 }
 """Name to a function that draws A[in, r]; B is zero, so the adapted model first equals the base."""
 
@@ -52,7 +50,7 @@ def init_adapter(
       specs: spec of each layer; None for a layer without an adapter.
       in_features: input features of each layer.
       out_features: output features of each layer.
-      init: key of `INITS`.
+      init: key of `INITS`; for any other name, A is zero until an initializer fills it.
       dropout: dropout rate on the input of A.
       dtype: dtype of A and B.
       freeze_a: True trains B alone (LoRA-FA).
@@ -63,7 +61,7 @@ def init_adapter(
     a = jnp.zeros((len(specs), in_features, top), jnp.float32)
     for rank in set(ranks) - {0}:
         places = jnp.array([i for i, own in enumerate(ranks) if own == rank])
-        draw = jax.vmap(INITS[init], in_axes=(0, None))
+        draw = jax.vmap(INITS.get(init, zeros), in_axes=(0, None))
         a = a.at[places, :, :rank].set(draw(keys[places], (in_features, rank)))
     b = jnp.zeros((len(specs), top, out_features), dtype)
     scale = jnp.array([spec.scale if spec else 0.0 for spec in specs], jnp.float32)

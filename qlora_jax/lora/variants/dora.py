@@ -28,7 +28,7 @@ from qlora_jax.lora.variables import LoraConstant, LoraVector
 from qlora_jax.lora.weights import LoraWeights
 from qlora_jax.quant import QTensor, to_float32
 from qlora_jax.quant.sharded import whole
-from qlora_jax.runtime.mesh import mesh_place
+from qlora_jax.runtime.mesh import replicated_sharding
 
 
 class DoraAdapter(Adapter):
@@ -77,7 +77,7 @@ class DoraAdapter(Adapter):
         magnitude = np.asarray(self.magnitude.get_value()[layer])
         return weights and weights._replace(magnitude=magnitude)
 
-    def change(self, weight: jax.Array, *layer: int) -> jax.Array:
+    def weight_update(self, weight: jax.Array, *layer: int) -> jax.Array:
         """Returns m / ‖W + s·A·B‖ · (W + s·A·B) - W, the update of a layer's weight."""
         if self.spec(*layer) is None:
             return jnp.zeros_like(weight)
@@ -105,7 +105,7 @@ def dora(adapter: Adapter, weight: jax.Array | QTensor) -> DoraAdapter:
       weight: stack of pretrained weights W, [L, in, out].
     """
     a, b, scale = (v.get_value() for v in (adapter.a, adapter.b, adapter.scale))
-    norm, magnitude = _measure(weight, a, b, scale, mesh_place(weight))
+    norm, magnitude = _measure(weight, a, b, scale, replicated_sharding(weight))
     return DoraAdapter(
         a, b, scale, adapter.specs, adapter.dropout, adapter.freeze_a, magnitude, norm
     )

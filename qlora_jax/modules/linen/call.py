@@ -10,7 +10,7 @@ from flax import nnx
 
 from qlora_jax.modules.kernel import Kernel
 from qlora_jax.modules.linen.choice import found_in, uses_of
-from qlora_jax.modules.linen.intercept import adapted, within
+from qlora_jax.modules.linen.intercept import adapted, kernel_within
 from qlora_jax.modules.linen.params import (
     Params,
     adapters_of,
@@ -128,7 +128,7 @@ def summary(
     check_module(module)
     values: list[tuple[str, Any]] = []
     for leaf in leaves_of(params).values():
-        kernel = within(leaf)
+        kernel = kernel_within(leaf)
         value = leaf if kernel is None else kernel.value
         values.append(("quantized" if isinstance(value, QTensor) else "frozen", value))
     for _, _, adapter in adapters_of(params):

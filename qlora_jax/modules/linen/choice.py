@@ -20,7 +20,7 @@ from qlora_jax.modules.axes import (
 from qlora_jax.modules.checks import warn_left_out
 from qlora_jax.modules.constants import arrays_of
 from qlora_jax.modules.kernel import Kernel, of_array
-from qlora_jax.modules.linen.intercept import CallRecord, Probe, adapted, within
+from qlora_jax.modules.linen.intercept import CallRecord, Probe, adapted, kernel_within
 from qlora_jax.modules.linen.params import Params, check_module, leaves_of, replaced
 from qlora_jax.modules.uses import Use
 from qlora_jax.modules.variables import KnownVariable
@@ -166,7 +166,7 @@ def _weights_of(params: Params) -> dict[str, Any]:
     """Returns the kernels, and the arrays with two or more axes, by path."""
     found = {}
     for path, leaf in leaves_of(params).items():
-        x = within(leaf) or meta.unbox(leaf)
+        x = kernel_within(leaf) or meta.unbox(leaf)
         if isinstance(x, Kernel) or len(getattr(x, "shape", ())) > 1:
             found[path] = x
     return found

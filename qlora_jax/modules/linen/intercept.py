@@ -71,7 +71,7 @@ def is_kernel(x: Any) -> bool:
     return isinstance(x, Kernel)
 
 
-def within(x: Any) -> Kernel | None:
+def kernel_within(x: Any) -> Kernel | None:
     """Returns x if it is a kernel, or the kernel in a box of metadata such as `nn.Partitioned`."""
     leaves = jax.tree.leaves(x, is_leaf=is_kernel)
     return leaves[0] if len(leaves) == 1 and isinstance(leaves[0], Kernel) else None
@@ -106,7 +106,7 @@ def _own(module: nn.Module) -> dict[str, Kernel]:
     if module.scope is None:
         return {}
     params = module.variables.get("params", {})
-    found = {name: within(x) for name, x in params.items() if not isinstance(x, Mapping)}
+    found = {name: kernel_within(x) for name, x in params.items() if not isinstance(x, Mapping)}
     return {name: kernel for name, kernel in found.items() if kernel is not None}
 
 

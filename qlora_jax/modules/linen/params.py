@@ -9,7 +9,7 @@ from flax.core import FrozenDict, freeze, meta
 
 from qlora_jax.lora.adapter import Adapter
 from qlora_jax.modules.kernel import Kernel
-from qlora_jax.modules.linen.intercept import within
+from qlora_jax.modules.linen.intercept import kernel_within
 from qlora_jax.runtime.errors import UserError
 
 Params = Mapping[str, Any]
@@ -56,7 +56,7 @@ def leaves_of(params: Params) -> dict[str, Any]:
 
 def kernels_of(params: Params) -> dict[str, Kernel]:
     """Returns the kernels of params by path."""
-    found = {path: within(leaf) for path, leaf in leaves_of(params).items()}
+    found = {path: kernel_within(leaf) for path, leaf in leaves_of(params).items()}
     return {path: kernel for path, kernel in found.items() if kernel is not None}
 
 
@@ -74,7 +74,7 @@ def replaced(params: Params, change: Callable[[str, Any], Any]) -> Any:
     """
 
     def one(parts: tuple[str, ...], leaf: Any) -> Any:
-        kernel = within(leaf)
+        kernel = kernel_within(leaf)
         new = change(".".join(map(str, parts)), meta.unbox(leaf) if kernel is None else kernel)
         return leaf.replace_boxed(new) if isinstance(leaf, meta.AxisMetadata) else new
 

@@ -12,7 +12,13 @@ from qlora_jax.lora.adapter import Adapter
 from qlora_jax.lora.initializers import INITIALIZERS
 from qlora_jax.lora.spec import check_patterns, spec_of
 from qlora_jax.lora.where import Where
-from qlora_jax.modules.adapters import check_together, lora_settings, made, names_of, on_with
+from qlora_jax.modules.adapters import (
+    check_together,
+    lora_settings,
+    make_adapter,
+    names_of,
+    on_with,
+)
 from qlora_jax.modules.axes import from_matrices
 from qlora_jax.modules.checks import (
     check_adapter,
@@ -140,7 +146,7 @@ def add_lora(
     for i, weight in enumerate(found):
         spec = spec_of(lora, *names_of(weight.path))
         own = jax.random.fold_in(key, i)
-        stored, adapter = made(weight.path, weight.matrices, lora, spec, own, quantization)
+        stored, adapter = make_adapter(weight.path, weight.matrices, lora, spec, own, quantization)
         check_together(weight.path, on_with(weight.kernel.adapters, name, adapter))
         new[weight.path] = _with(
             weight, stored if lora.init in INITIALIZERS else None, name, adapter

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from qlora_jax.bench.gpu.lane import Lane
+from qlora_jax.bench.gpu.lane import PartContext
 from qlora_jax.bench.gpu.record import Recorder
 
 request = json.loads(sys.argv[1])
@@ -21,7 +21,7 @@ if what == "hang":
     time.sleep(600)
 if what == "one case hangs":
     left = [x for x in ("to pinned host memory", "matmul", "dispatch") if x not in request["told"]]
-    lane = Lane(recorder, request["scale"], time.monotonic() + 60)
+    lane = PartContext(recorder, request["scale"], time.monotonic() + 60)
     for name in left:
         with lane.guard(name, within=1):
             if name == "matmul":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.bench.gpu import ceilings, conduct, parts, record, report
-from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, Lane
+from qlora_jax.bench.gpu.lane import FULL, REHEARSAL, PartContext
 from qlora_jax.bench.gpu.parts import PARTS, BenchPart
 from qlora_jax.runtime.errors import UserError
 
@@ -142,7 +142,7 @@ def test_the_parts() -> None:
 
 
 def test_an_error_of_one_case_is_its_reason_and_fails_the_part(tmp_path: Path) -> None:
-    lane = Lane(record.Recorder(tmp_path / "lines", "p"), REHEARSAL, time.monotonic() + 9)
+    lane = PartContext(record.Recorder(tmp_path / "lines", "p"), REHEARSAL, time.monotonic() + 9)
     lane.record.figure("a", "s", 1.0)
     with lane.guard("a", "b"):
         raise ValueError("no\nmore")

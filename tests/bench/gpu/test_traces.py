@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.bench.gpu import record, traces
-from qlora_jax.bench.gpu.lane import FULL, Lane
+from qlora_jax.bench.gpu.lane import FULL, PartContext
 
 
 def named(pid: int, tid: int, process: str, thread: str) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def test_a_gpus_streams_alone_count() -> None:
 
 
 def test_what_runs_at_the_same_time_is_busy_once(tmp_path: Path) -> None:
-    lane = Lane(record.Recorder(tmp_path / "a", "traces"), FULL, time.monotonic() + 9)
+    lane = PartContext(record.Recorder(tmp_path / "a", "traces"), FULL, time.monotonic() + 9)
     traces.summarize(lane, "step", traces.device_events({"traceEvents": GPU}))
     rows = {line["name"]: line for line in record.read([tmp_path / "a"])}
     assert rows["step: busy"]["value"] == 15 + 5

@@ -55,7 +55,7 @@ def split(rows: int, q: QTensor | QLayer, itemsize: int) -> tuple[int, int]:
     return count, -(-rows // (count * TILE)) * TILE
 
 
-def divided(product: Product) -> Product:
+def split_rows(product: Product) -> Product:
     """Returns a product that computes too many rows in equal parts, one after another.
 
     The last part ends with the last row, so it computes some rows of the part before it again. So

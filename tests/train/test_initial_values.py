@@ -20,8 +20,8 @@ from qlora_jax.models import trees
 from qlora_jax.quant import QTensor, dequantize
 from qlora_jax.runtime.errors import RunFailed, UserError
 from qlora_jax.train.export import export_adapter
+from qlora_jax.train.initial_values import Splitter, resolved, with_replaced
 from qlora_jax.train.setup import load_run_model, open_model
-from qlora_jax.train.start import Splitter, resolved, with_replaced
 
 pytestmark = pytest.mark.quick
 

@@ -20,7 +20,7 @@ MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MARKS - 1)}]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class ContentPositions:
     """A rendered conversation and the positions of its contents.
 
     Attributes:
@@ -53,9 +53,9 @@ class Placed:
         return end
 
 
-def place(
+def locate_contents(
     messages: Sequence[Message], render: Callable[[Sequence[Message]], str], text: str | None = None
-) -> Placed:
+) -> ContentPositions:
     """Renders a conversation, and finds the positions of its contents.
 
     Args:
@@ -64,7 +64,7 @@ def place(
       text: result of `render(messages)`; None: it is computed.
     """
     text = render(messages) if text is None else text
-    unknown = Placed(text, len(messages), {}, False)
+    unknown = ContentPositions(text, len(messages), {}, False)
     if len(messages) > MARKS or MARK.search(text):
         return unknown
     pairs = [_marked(turn, message) for turn, message in enumerate(messages)]
@@ -76,7 +76,7 @@ def place(
         word = pairs[turn][1]
         if text.startswith(word, at):
             ends[turn] = at + len(word)
-    return Placed(text, len(messages), ends, True)
+    return ContentPositions(text, len(messages), ends, True)
 
 
 def _marked(turn: int, message: Message) -> tuple[Message, str]:

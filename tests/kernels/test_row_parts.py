@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.kernels import matmul, parts, triton
+from qlora_jax.kernels import matmul, row_parts, triton
 from qlora_jax.quant import quantize
 from qlora_jax.quant.qtensor import QTensor
 
@@ -31,7 +31,7 @@ BOUNDED = jax.make_user_context(False)
 def bounded() -> Iterator[None]:
     """A bound that two tiles of rows of the wider side stay below, and three do not."""
     with pytest.MonkeyPatch.context() as patch, BOUNDED(True):
-        patch.setattr(parts, "LIMIT", 3 * parts.TILE * N * 2)
+        patch.setattr(row_parts, "LIMIT", 3 * row_parts.TILE * N * 2)
         yield
 
 
@@ -90,7 +90,7 @@ def test_parts_have_the_bits_of_the_whole() -> None:
 @pytest.mark.parametrize("rows", [1, 256, 257, ROWS, 1024, 1025])
 def test_the_number_of_parts(narrow, rows: int) -> None:
     program = jax.make_jaxpr(both_directions(make()))(random(rows, K), random(rows, N))
-    assert calls(program.jaxpr) == 2 * math.ceil(rows / (2 * parts.TILE))
+    assert calls(program.jaxpr) == 2 * math.ceil(rows / (2 * row_parts.TILE))
 
 
 def test_below_the_bound_there_is_one_kernel() -> None:
@@ -132,8 +132,8 @@ def test_each_of_a_batch_of_weights_is_one_kernel(narrow) -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_parts_are_equal_whole_tiles_below_the_bound(rows, k, n, itemsize) -> None:
     q = jax.eval_shape(quantize, jax.ShapeDtypeStruct((k, n), jnp.float32))
-    count, each = parts.split(rows, q, itemsize)
-    assert each % parts.TILE == 0
+    count, each = row_parts.split(rows, q, itemsize)
+    assert each % row_parts.TILE == 0
     assert (count - 1) * each < rows <= count * each
     assert each * max(k, n) * itemsize < 2**31
     # no fewer parts would do
@@ -142,8 +142,8 @@ def test_parts_are_equal_whole_tiles_below_the_bound(rows, k, n, itemsize) -> No
 
 
 def test_all_tiles_divide_the_tallest() -> None:
-    for table in (parts.mosaic_tiles.TILES, parts.triton_tiles.TILES):
-        assert all(parts.TILE % tile.m == 0 for tiles in table.values() for tile in tiles)
+    for table in (row_parts.mosaic_tiles.TILES, row_parts.triton_tiles.TILES):
+        assert all(row_parts.TILE % tile.m == 0 for tiles in table.values() for tile in tiles)
 
 
 def test_xla_is_not_divided(narrow) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.gpu import measured, picks
+from qlora_jax.gpu import kernel_rows, measured
 from qlora_jax.gpu.case import GpuProduct
 from qlora_jax.gpu.described import GPUS, read_gpu
 from qlora_jax.gpu.measured import GpuReport
@@ -53,7 +53,7 @@ def test_the_rows_that_follow_from_a_report_pass(write_report, monkeypatch) -> N
     took = {("xla", 1): 20, ("mosaic", 1): 21, ("xla", 16): 20, ("mosaic", 16): 7}
     report = GpuReport(write_report({**took, ("xla", 512): 30, ("mosaic", 512): 50}))
     assert {case.rows for case in slower(report.times, report.capability)} == {1, 512}
-    monkeypatch.setattr(select, "FUSED_ROWS", picks.table([report]))
+    monkeypatch.setattr(select, "FUSED_ROWS", kernel_rows.table([report]))
     assert slower(report.times, report.capability) == []
     with compiling_for(report.capability):
         assert [select.pick(m, "bfloat16") for m in (1, 16, 300, 512)] == [
