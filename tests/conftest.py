@@ -1,4 +1,4 @@
-"""A model, its tokenizer and data small enough to train in a second, for tests of whole runs."""
+"""Fixtures for tests of whole runs: a model, tokenizer and data that train in a second."""
 
 import atexit
 import contextlib
@@ -23,26 +23,27 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from qlora_jax import cli
 from qlora_jax.runtime import compilation, cpu_devices
 
-# What is compared to the bit with the program's own process is compiled alike.
+# Tests compare results to the bit with those of the program's process: compile in the same way.
 compilation.use_wide_vectors()
 
-# All workers, and the processes that tests start, share what they compile: most of their time.
-# Set before jax is imported; pytest's first process has the folder, and its workers inherit it.
+# All workers, and the processes that tests start, share one compilation cache, because compiling is
+# most of their time. It is set before jax is imported: pytest's first process makes the folder, and
+# its workers inherit it.
 if compilation.FOLDER not in os.environ:
     os.environ[compilation.FOLDER] = tempfile.mkdtemp()
     os.environ |= compilation.SETTINGS
     atexit.register(shutil.rmtree, os.environ[compilation.FOLDER], ignore_errors=True)
 
-# Runs on several devices are tested on a CPU that counts as eight; a program is on the first
-# unless it says otherwise. Processes that tests start inherit it.
+# The CPU counts as eight devices, for tests of runs on several devices. A program uses the first
+# one by default. Processes that tests start inherit the setting.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 cpu_devices.give_threads()
 
-# A shell starts what it puts into the background with SIGINT ignored; so are its children.
+# A shell starts a background process with SIGINT ignored, and its children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where a first example compiles, or the machine is busy, an example's time says nothing.
+# No deadline: the first example compiles, and the machine may be busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
@@ -59,7 +60,7 @@ WORDS = ("copytree", "rmtree", "sorted", "divmod", "chr", "open", "hash", "zip",
 
 
 def pytest_collection_finish() -> None:
-    """Makes garbage collection rare, and leaves imported modules out: 6 % of a run's time."""
+    """Makes garbage collection rare and without the imported modules; saves 6 % of a run's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
@@ -69,10 +70,10 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Compiles a test marked `quick`, its fixtures included, with little optimization.
 
-    The mark is for tests which compare within a tolerance, or a program with itself: what they
-    tell is of the program that jax is given. Those that compare two programs to the bit, or bound
-    the bytes that a compiled one takes, are about the compiler's code, too, and go without.
-    Bits that are equal for another reason, as those of a mask or in interpret mode, may have it.
+    The mark suits tests that compare within a tolerance, or compare a program with itself: they
+    check the program that jax is given. It does not suit tests that compare two programs to the
+    bit, or bound the memory of a compiled program: they depend on the compiler's code, too. Tests
+    of bits that are equal for another reason (masks, interpret mode) may have the mark.
     """
     if item.get_closest_marker("quick") is None:
         return (yield)
@@ -82,10 +83,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @functools.cache
 def quickly() -> Callable[[bool], contextlib.AbstractContextManager[Any]]:
-    """Gives a context, a part of the key of all that jax caches, in which it hardly optimizes.
+    """Returns a context manager within which XLA compiles with little optimization.
 
-    Elsewhere nothing changes. It reaches into jax, which has no option for one part of a process:
-    where that is not to be found, programs are compiled as ever.
+    Its state is a part of jax's cache keys; outside of it nothing changes. It patches a private
+    function of jax, because jax has no such option for a part of a process. If jax has no such
+    function, programs are compiled as usual.
     """
     import jax
     from jax._src import compiler
@@ -108,7 +110,7 @@ def quickly() -> Callable[[bool], contextlib.AbstractContextManager[Any]]:
 
 
 def is_option(name: str, value: str) -> bool:
-    """Tells whether this jaxlib's compiler has an option: they come and go."""
+    """Returns whether this jaxlib's compiler has the option; options differ between versions."""
     import jax
 
     try:
@@ -119,7 +121,7 @@ def is_option(name: str, value: str) -> bool:
 
 
 class Ended(NamedTuple):
-    """What a command left: its exit code and its two streams."""
+    """Result of a command: its exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -127,12 +129,12 @@ class Ended(NamedTuple):
 
     @property
     def message(self) -> str:
-        """The last line on stderr, the one that tells the error."""
+        """Last line on stderr, which names the error."""
         return self.err.rstrip("\n").splitlines()[-1]
 
 
 def byte_tokens() -> list[str]:
-    """GPT-2's letters for the bytes that UTF-8 uses: special tokens still fit in 256 ids."""
+    """Returns GPT-2's letters for the bytes of UTF-8; special tokens still fit in 256 ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -175,13 +177,13 @@ def byte_vocabulary() -> tuple[tuple[str, ...], str]:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Path]:
-    """Makes a Hugging Face folder of 3 layers, hidden size 64 and 246 tokens of one byte each."""
+    """Makes a Hugging Face folder: 3 layers, hidden size 64, 246 tokens of one byte each."""
     return write_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Such a folder with a ChatML template; read only."""
+    """Folder of the tiny model with a ChatML template; read only."""
     return write_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
@@ -199,8 +201,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_config(tiny_model: Path, chats: Path) -> Callable[..., Path]:
     """Writes FOLDER/config.yaml for a run of a few short steps into FOLDER/run.
 
-    Tests that leave the shapes alone share what is compiled, which is most of a run's time.
-    Keyword arguments change it, with __ for the dot: `lora__rank=8`; None removes a key.
+    Tests that do not change the shapes share the compiled programs: compiling is most of a run's
+    time. Keyword arguments change a setting, with __ for the dot: `lora__rank=8`; None removes it.
     """
 
     def write(folder: Path, **changes: Any) -> Path:
@@ -250,7 +252,7 @@ def run_cli() -> Callable[..., Ended]:
 
 @pytest.fixture(scope="session")
 def run_process() -> Callable[..., Ended]:
-    """Runs a command in a process of its own; keyword arguments are environment variables."""
+    """Runs a command in a new process; keyword arguments are environment variables."""
 
     def run(*arguments: str | os.PathLike[str], **environment: str) -> Ended:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Texts of code, CJK, emoji, digits and newlines, where tokenizers differ."""
+"""Random texts of code, CJK, emoji, digits and newlines, on which tokenizers differ."""
 
 import random
 
@@ -31,6 +31,6 @@ PARTS = [
 
 
 def mixed(count: int, seed: int = 0) -> list[str]:
-    """Texts of one to nine parts; equal seeds give equal texts."""
+    """Returns texts of one to nine parts each; equal seeds give equal texts."""
     source = random.Random(seed)
     return ["".join(source.choices(PARTS, k=source.randint(1, 9))) for _ in range(count)]

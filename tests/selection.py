@@ -1,4 +1,4 @@
-"""Which cases of a test run by default, and which with the slow tests alone."""
+"""Marks the cases of a parametrized test that run only with the slow tests."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def mostly_slow(cases: Iterable[Any], *often: Any) -> list[Any]:
-    """Returns cases as parameters of a test; all but those named run with the slow tests.
+    """Returns cases as parameters of a test; all except `often` run only with the slow tests.
 
     Args:
       cases: values of a parameter, or tuples of the values of several.

@@ -24,7 +24,7 @@ GGUF_NAMES = {
 
 
 def to_gguf(name: str, weight: np.ndarray) -> tuple[str, np.ndarray]:
-    """A tensor's name and content as llama.cpp's converter writes them."""
+    """Returns the name and content of a tensor as llama.cpp's converter writes them."""
     stem = name.removesuffix(".weight")
     heads = {"q_proj": 4, "k_proj": 2}.get(stem.rpartition(".")[2])
     if heads:
@@ -46,7 +46,7 @@ def write_gguf(path: Path, folder: Path, tokens: tuple[str, ...], template: str)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(16)
     writer.add_rope_freq_base(10000.0)
-    # An array may not be empty: this merge is of letters that the data does not have.
+    # The array of merges may not be empty, so it holds one merge that the data never uses.
     tokens = (*tokens, "ðð")
     kinds = [TokenType.CONTROL if t.startswith("<|") else TokenType.NORMAL for t in tokens]
     writer.add_tokenizer_model("gpt2")

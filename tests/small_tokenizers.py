@@ -1,4 +1,4 @@
-"""Fixtures: a small real tokenizer, byte-level BPE trained on a few sentences, with ChatML."""
+"""Fixtures: small real tokenizers trained on a few sentences, with a ChatML template."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def build_backend() -> Backend:
 
 
 def build_sentencepiece() -> Backend:
-    """Like Llama 2's: spaces are a letter, one is put in front, unknown letters become bytes."""
+    """Builds one like Llama 2's: "▁" for a space and in front, unknown letters as bytes."""
     backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -74,7 +74,7 @@ def build_fast(
 
 @pytest.fixture(scope="session")
 def make_tokenizer():
-    """Builds a Tokenizer with another template or other special tokens."""
+    """Returns a function that builds a Tokenizer with a given template or special tokens."""
 
     def make(*args, **kwargs):
         return tokenizers_.wrap(build_fast(*args, **kwargs), "test-tokenizer")
@@ -99,7 +99,7 @@ def tokenizer(make_tokenizer):
 
 @pytest.fixture(scope="session")
 def builtin_gguf() -> Path:
-    """The built-in model's file, from the cache or downloaded."""
+    """Path of the built-in model's file, from the cache or downloaded; skips without network."""
     try:
         return fetch("smollm2-135m-instruct")
     except UserError as e:

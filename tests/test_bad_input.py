@@ -24,7 +24,7 @@ Damage = Callable[[Path], None]
 
 
 def check(ended: Any, *expected: str) -> None:
-    """Exit code 2, and one last line that holds each of `expected`."""
+    """Checks exit code 2, and that the last line is the only error and holds all of `expected`."""
     assert ended.code == 2, ended.err
     lines = ended.err.rstrip("\n").splitlines()
     assert [line for line in lines if line.startswith("qlora-jax: ")] == lines[-1:]
@@ -36,7 +36,7 @@ def check(ended: Any, *expected: str) -> None:
 
 @pytest.fixture
 def fails(tmp_path: Path, write_config: WriteConfig, run_cli: RunCli) -> Callable[..., None]:
-    """Trains with a changed config; checks the line, and that no run directory appears."""
+    """Trains with a changed config; checks the error line, and that no run directory appears."""
 
     def run(*expected: str, arguments: tuple[str, ...] = (), **changes: Any) -> None:
         ended = run_cli("train", write_config(tmp_path, **changes), *arguments)
@@ -351,14 +351,14 @@ def test_an_output_that_cannot_be_written(
 def test_an_output_in_a_read_only_folder(
     tmp_path: Path, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # root may write anywhere, so the system's answer is what is replaced
+    # root may write anywhere, so the test replaces the answer of the system
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
     fails(f"{tmp_path} is not writable by this user")
 
 
 @pytest.fixture
 def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that may not be searched; root may search any, so the answers are replaced."""
+    """A folder without search permission; simulated, because root may search any folder."""
     folder = tmp_path / "locked"
 
     def deny(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line itself: arguments, help, exit codes."""
+"""The command line: arguments, help, exit codes."""
 
 import contextlib
 import os
@@ -61,7 +61,7 @@ def test_arguments_that_cannot_be_used(
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, str]]]:
-    """What `train` would read: the config's path, and the settings over it."""
+    """Collects the config paths and overrides that `train` would load."""
     seen: list[tuple[str, dict[str, str]]] = []
 
     def load(path: str | Path, overrides: dict[str, str]) -> configs.Config:
@@ -159,12 +159,12 @@ def test_each_end_has_its_code_and_line(
 def test_an_error_that_a_signal_became_is_the_signals_end(
     run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, debug: bool
 ) -> None:
-    """numpy, imported when SIGINT comes, raises ImportError."""
+    """Imitates numpy: it raises ImportError if SIGINT comes while it is imported."""
 
     def train(*_: Any) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 10)  # a place where the handler runs
+            signal.sigtimedwait([], 10)  # the signal handler runs here
         except KeyboardInterrupt:
             raise ImportError("numpy failed") from None
 
@@ -232,7 +232,7 @@ def test_help_and_early_errors_do_not_wait_for_jax(arguments: list[str]) -> None
 
 
 def shell(command: str) -> subprocess.CompletedProcess[bytes]:
-    """Runs `qlora-jax`, so named in the command, by a shell; stdout is buffered as usual."""
+    """Runs a shell command in which `qlora-jax` is the program; stdout is buffered as usual."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     define = f'qlora-jax() {{ {shlex.quote(sys.executable)} -m qlora_jax "$@"; }}; '
     return subprocess.run(
@@ -274,7 +274,7 @@ def test_results_that_do_not_fit_are_one_line(command: str) -> None:
 
 
 def in_program(code: str) -> tuple[int, str, str]:
-    """Runs code in a process that has imported `__main__`; exit code, stdout and stderr."""
+    """Runs code after importing `__main__`; returns the exit code, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-c", f"import os, signal; from qlora_jax import __main__, cli\n{code}"],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
@@ -307,7 +307,7 @@ def test_a_signal_that_python_would_drop_is_one_line() -> None:
 
 
 def test_a_signal_that_an_import_would_report_is_one_line(tmp_path: Path) -> None:
-    """Plugins of jax, imported when SIGINT comes, print a traceback."""
+    """Imitates plugins of jax: they print a traceback if SIGINT comes while they are imported."""
     module = (
         f"import os, signal, traceback\ntry: {SEND}\nexcept BaseException: traceback.print_exc()\n"
     )
@@ -336,7 +336,7 @@ def test_only_a_command_that_a_signal_ended_does_not_wait_for_threads(
 
 @pytest.fixture
 def unread() -> Iterator[TextIO]:
-    """A pipe whose reader is gone."""
+    """A writable pipe whose reading end is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", buffering=1) as stream:

@@ -1,4 +1,4 @@
-"""`qlora-jax combine`, from folders to a folder."""
+"""`qlora-jax combine`: combines adapter folders into one folder."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ RunCli = Callable[..., Any]
 
 
 def effects(folder: Path) -> dict[str, np.ndarray]:
-    """Each module's scale · B·A in PEFT's orientation, from the files by PEFT's formulas alone."""
+    """Returns scale · B·A of each module, from the files by PEFT's formulas: the reference."""
     tensors = load_file(folder / "adapter_model.safetensors")
     stored = read_adapter(folder)
     found = {}

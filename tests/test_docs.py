@@ -1,4 +1,4 @@
-"""The API reference in docs/api has every public name and every setting."""
+"""Checks that the API reference in docs/api has every public name and every setting."""
 
 import dataclasses
 import re

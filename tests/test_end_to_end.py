@@ -40,7 +40,7 @@ LISTED = {
 
 
 class Run(NamedTuple):
-    """A finished run: its directory, method, and what `--json` printed."""
+    """A finished run: its directory, its method, the output of `--json`, and stderr."""
 
     folder: Path
     method: str
@@ -89,7 +89,7 @@ def test_the_loss_falls_below_what_needs_no_context(run: Run, chats: Path) -> No
     assert list(losses) == [0, 20, 40, 60]
     assert losses[0] == run.json["eval_before"] == pytest.approx(math.log(256), abs=0.2)
     assert losses[60] < losses[40] < losses[20] < losses[0]
-    # A model blind to context, biased to each token's frequency, gets no lower than this.
+    # A model that knows only the token frequencies cannot have a loss below their entropy.
     rows = [json.loads(line)["messages"] for line in chats.read_text("utf-8").splitlines()]
     counts = Counter(token for row in rows for token in (*row[-1]["content"], "<|im_end|>"))
     total = counts.total()

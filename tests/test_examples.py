@@ -1,4 +1,4 @@
-"""Runs each file of examples/ as a reader does, and checks its printed results.
+"""Runs each file of examples/ as a user does, and checks its printed results.
 
 `sweep/test_example.py` runs examples/ranks.py.
 """
@@ -21,17 +21,17 @@ EXAMPLES = ROOT / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "colab_t4.ipynb").read_text(encoding="utf-8"))
 EPSILON = float(np.finfo(np.float32).eps)
 PRODUCTS = 30 * 7
-"""Linears of SmolLM2-135M: layers, times the linears of one."""
+"""Number of linears of SmolLM2-135M: layers times linears of a layer."""
 
 
 def run(folder: Path, *arguments: str | Path) -> str:
-    """Runs Python in a process of its own in this folder, and returns what it prints."""
+    """Runs Python in a new process in this folder, and returns its stdout."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "MPLBACKEND": "agg",
         "PYTHONPATH": str(ROOT),
     }
-    environment.pop("JAX_NUM_CPU_DEVICES", None)  # the tests' own; a reader has one device
+    environment.pop("JAX_NUM_CPU_DEVICES", None)  # the tests set it; a user has one device
     ended = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
@@ -65,12 +65,12 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 def test_qlora_step_by_step(tmp_path):
     out = run(tmp_path, EXAMPLES / "qlora_step_by_step.py")
 
-    # 4 bits, 8 for the scale of 64 weights, 32 for the scale of 256 scales: 4.127, and little more
-    # for the codebook and the offset of each layer.
+    # 4 bits + 8 per 64 weights (scale) + 32 per 256 scales (nested scale) = 4.127. The codebook and
+    # the offset of each layer add little.
     assert 4.127 <= figure(r"parameters, ([\d.]+) bits per parameter", out) < 4.13
     errors = [float(text) for text in re.findall(r"relative error ([\d.]+)", out)]
     assert len(errors) == 7
-    assert all(0.085 < error < 0.105 for error in errors)  # normal weights have 0.092
+    assert all(0.085 < error < 0.105 for error in errors)  # NF4 on normal weights: 0.092
 
     before, after = re.search(r"base before (\w+), after (\w+): unchanged", out).groups()
     assert before == after
@@ -95,7 +95,7 @@ def test_qlora_step_by_step(tmp_path):
 
 
 def error_of_nearest(weight: np.ndarray, codebook: str) -> float:
-    """Returns the relative RMS error in float64, by the distance to each of the sixteen values."""
+    """Returns the relative RMS error in float64, from the distance to each of the 16 values."""
     values = np.array(CODEBOOKS[codebook](64))
     blocks = weight.astype(np.float64).reshape(-1, 64, weight.shape[1])
     absmax = np.abs(blocks).max(axis=1, keepdims=True)
@@ -160,7 +160,7 @@ def test_the_notebook_is_valid_and_has_no_outputs():
 
 
 def test_the_notebook_computes_in_float16_on_a_t4():
-    """The settings cell gets a device that looks like a T4."""
+    """Runs the settings cell with fake devices: a T4 and an A100."""
     settings = next(code_of(cell) for cell in CODE if cell["id"] == "settings")
 
     class T4:

@@ -1,4 +1,4 @@
-"""experiments/: what each declares, and the committed results as its analysis reads them today."""
+"""Checks what each experiment declares, and that today's analysis gives the committed verdicts."""
 
 import json
 import re

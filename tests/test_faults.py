@@ -1,4 +1,4 @@
-"""experiments/faults: what it counts as a fault, and that it finds one."""
+"""Checks which results experiments/faults counts as faults, and that it finds a planted one."""
 
 import json
 import os

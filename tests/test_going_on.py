@@ -1,4 +1,4 @@
-"""Whole runs that go on with more steps, stop early and export their best step."""
+"""Whole runs that continue with more steps, stop early and export their best step."""
 
 import json
 import math
@@ -27,12 +27,12 @@ OVERFITS = {
     "train__keep_best": True,
     "train__patience": 3,
 }
-"""Trains on few examples and is evaluated on others: the held-out loss falls, then rises."""
+"""Changes that overfit: the held-out loss, on unlike texts, falls and then rises."""
 
 
 @pytest.fixture(scope="module")
 def unlike(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .jsonl file of other texts than the training's, with answers of the same letters."""
+    """A .jsonl file of texts unlike the training texts, with answers of the same letters."""
     path = tmp_path_factory.mktemp("unlike") / "unlike.jsonl"
     rows = [{"prompt": f"Who is {i}?", "completion": f"rebmun {i} zip"} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -46,7 +46,7 @@ def early(
     run_cli: Callable[..., Any],
     unlike: Path,
 ) -> tuple[Path, dict[str, Any]]:
-    """The config of a run that stopped early, and what `--json` printed."""
+    """The config of a run that stopped early, and the output of `--json`."""
     folder = tmp_path_factory.mktemp("early")
     config = write_config(folder, data__eval_source=str(unlike), **OVERFITS)
     ended = run_cli("train", config, "--json")
@@ -81,7 +81,7 @@ def test_three_steps_taken_on_to_six_are_a_run_of_six(
     told = manifest.read(parts)
     assert told["config"]["train"]["steps"] == told["results"]["steps"] == 6
     assert len(told["earlier"]) == 1
-    # with nothing left to do nothing is loaded, and the run is left alone
+    # a finished run is not loaded and not changed
     before = (parts / "manifest.json").read_bytes()
     again = run_cli("train", parts, "--resume")
     assert again.code == 0
@@ -123,7 +123,7 @@ def test_a_kill_between_manifest_and_config_is_resumed(
     assert ended.code == 0, ended.err
     assert "with 4 instead of 2 the learning rate continues at 0.005, not 0; a run" in ended.err
     assert list(trained(run)) == [1, 2, 3, 4]
-    # or the old number of steps is what was meant
+    # resuming with the old number of steps is possible, too
     ended = run_cli("train", config, "--resume", f"--output={copy}")
     assert ended.code == 0, ended.err
     assert list(trained(Path(copy))) == [1, 2]
@@ -145,11 +145,11 @@ def test_the_best_step_is_what_is_exported_evaluated_and_told(
     assert manifest.read(run)["results"]["exported_step"] == best
     text = (run / "report.md").read_text("utf-8")
     assert f"step {best} of 60, the lowest held-out loss, {found[best]:.4f}; stopped" in text
-    # the run's commands are of that step
+    # the commands read that step
     evaluated = json.loads(run_cli("evaluate", run, "--json").out)
     assert evaluated["step"] == best
     assert evaluated["loss"] == pytest.approx(found[best], abs=1e-6)
-    # and so is the adapter, from which another run starts
+    # the exported adapter has that step, too: another run starts from it
     tree = json.loads(config.read_text())
     del tree["lora"]
     tree["lora"] = {"from_adapter": str(run / "adapter")}

@@ -15,7 +15,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 def test_imports_go_one_way():
-    """The layers are those of `tool.importlinter` in pyproject.toml."""
+    """Runs import-linter; `tool.importlinter` in pyproject.toml lists the layers."""
     check = "from importlinter.cli import lint_imports_command as run; run()"
     result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -37,11 +37,11 @@ def plain(name):
 def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    # what these are for is not imported before it is asked for
+    # the code for these two extras is imported only when it is used
     lines = [*project["dependencies"], *extras["harness"], *extras["judge"]]
     declared = {plain(re.match(r"[\w.-]+", line)[0]) for line in lines}
     files = list((ROOT / "qlora_jax").rglob("*.py"))
-    peers = ROOT / "qlora_jax" / "bench" / "peers"  # run by interpreters that have them
+    peers = ROOT / "qlora_jax" / "bench" / "peers"  # other interpreters run these files
     ours = [file for file in files if peers not in file.parents]
     packages = {name.partition(".")[0] for file in ours for name in imported(file)}
     packages -= {*sys.stdlib_module_names, "qlora_jax"}
@@ -52,7 +52,7 @@ def test_what_is_imported_is_declared():
 
 
 def imported_modules(nodes):
-    """Returns the modules of ours that `from ... import` gives a file, by the names it uses."""
+    """Returns this project's modules that a file imports by `from ... import`, by local name."""
     modules = {}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in OURS:
@@ -64,7 +64,7 @@ def imported_modules(nodes):
 
 
 def stale_names(file):
-    """Yields `module.name` where a file reads a name that a module of ours does not have."""
+    """Yields each `module.name` that a file reads and that the project's module does not have."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     modules = imported_modules(nodes)
     bound = {x.id for x in nodes if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
@@ -77,6 +77,6 @@ def stale_names(file):
 
 
 def test_tests_read_names_that_exist():
-    """A renamed function is missed here, not in a test of whole runs that few people run."""
+    """Finds names that were renamed in the package, also in tests that are rarely run."""
     found = {str(f.relative_to(ROOT)): sorted(set(stale_names(f))) for f in TESTS}
     assert {name: names for name, names in found.items() if names} == {}

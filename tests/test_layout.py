@@ -1,4 +1,4 @@
-"""The folders, the import contract and the table in docs/design.md are one order."""
+"""Checks that folders, import contract and the table in docs/design.md agree."""
 
 import ast
 import graphlib
@@ -17,7 +17,7 @@ def folders() -> set[str]:
 
 
 def layers() -> list[set[str]]:
-    """The contract's layers, the lowest first; those that do not know each other in one set."""
+    """Returns the contract's layers, lowest first; a set holds independent siblings."""
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
     (contract,) = tools["importlinter"]["contracts"]
     assert contract["exhaustive"]
@@ -58,7 +58,7 @@ def test_every_folder_says_what_it_is() -> None:
 def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = grimp.build_graph("qlora_jax")
     found = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
-    graphlib.TopologicalSorter(found).prepare()  # raises CycleError with the circle
+    graphlib.TopologicalSorter(found).prepare()  # raises CycleError, which names the cycle
 
 
 def test_every_stop_of_the_walks_is_there() -> None:

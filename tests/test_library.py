@@ -1,4 +1,4 @@
-"""Models of the known families from Python: loaded, asked and trained as by the command line."""
+"""The Python API `load`, `generate` and `train`, against the command line."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_train_is_called_whatever_was_imported_before(before):
 
 
 def same(left, right):
-    """Whether two models hold the same variables, equal to the bit."""
+    """Returns whether two models hold the same variables, equal to the bit."""
     leaves = [jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(m))) for m in (left, right)]
     return len(leaves[0]) == len(leaves[1]) and all(
         path == other and x.dtype == y.dtype and np.array_equal(x, y)
@@ -71,7 +71,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def files(tiny_model, byte_vocabulary, tmp_path_factory):
-    """The tiny model as a folder and as a GGUF file, each with what opens it."""
+    """The tiny model as a folder and as a GGUF file, each with the function that opens it."""
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     write_gguf(path, tiny_model, *byte_vocabulary)
     return {"folder": (tiny_model, open_folder), "gguf": (path, open_gguf)}
@@ -162,7 +162,7 @@ def test_a_run_has_its_own_settings(tmp_path, write_config):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `train` asks for, which does not run: the config and the options."""
+    """Collects the configs and options that `train` passes on; nothing is trained."""
     calls = []
 
     def placed(config, **options):
@@ -211,7 +211,7 @@ def test_settings_at_fault_are_named(asked, tmp_path, write_config):
 
 @pytest.fixture
 def stopping(monkeypatch):
-    """Has a run stop by a signal."""
+    """Returns a function that makes the next run stop by a signal."""
 
     def by(number):
         def placed(config, **options):

@@ -1,4 +1,4 @@
-"""Runs on several devices, by the command line: trained, resumed elsewhere, read by the others."""
+"""Runs on several devices, by the command line: trained, resumed on other devices, evaluated."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from qlora_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.quick
 RANK = 64
-"""At which A and B are large enough to be split."""
+"""Adapter rank: A and B are large enough to be split over devices."""
 
 
 def adapter(run: Path) -> dict[str, np.ndarray]:
@@ -36,13 +36,13 @@ def config(tmp_path_factory, write_config) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(config: Path, run_cli: Callable[..., Any]) -> Callable[[str, str], Path]:
-    """Trains on a mesh, once; returns the run directory."""
+    """Returns a function that trains on a mesh, once per shape, and returns the run directory."""
     made: dict[tuple[str, str], Path] = {}
 
     def train(data: str, fsdp: str) -> Path:
         if (data, fsdp) not in made:
             run = config.parent / f"run-{data}-{fsdp}"
-            # answers are asked for where the test is a slow one
+            # generates samples only with fsdp 2, which only a slow test uses
             sizes = f"--mesh.data={data}", f"--mesh.fsdp={fsdp}"
             samples = f"--train.samples={int(fsdp == '2')}"
             done = run_cli("train", config, f"--output={run}", *sizes, samples)
@@ -82,7 +82,7 @@ def test_rows_by_themselves_and_micro_batches_too(config, run_cli, tmp_path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [("1", "1"), ("1", "2"), ("2", "2"), ("2", "4")])
 def test_a_run_resumes_on_other_devices(config, runs, run_cli, tmp_path, sizes) -> None:
-    """Saved on eight devices after two steps; the same eight give the same bits."""
+    """Saves after two steps on eight devices; resuming on the same mesh gives the same bits."""
     whole, run = runs("2", "4"), tmp_path / "run"
     both = ["--mesh.data=2", "--mesh.fsdp=4"]
     assert run_cli("train", config, f"--output={run}", *both, "--train.steps=2").code == 0
@@ -169,7 +169,7 @@ def test_two_processes_train_one_run(config, runs, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_all(config, runs, run_cli, tmp_path, killed) -> None:
-    """The other ends with a line; what was saved is resumed by one process, or by two."""
+    """The other process ends with an error line; one process resumes the saved checkpoint."""
     run, steps = tmp_path / "run", ("--train.steps=400", "--train.eval_every=0")
     both = start(config, run, TWO, "--train.save_every=1", "--train.samples=0", *steps)
     waiting = time.monotonic()

@@ -23,7 +23,7 @@ def trained(
     write_config: Callable[..., Path],
     run_cli: Callable[..., Any],
 ) -> Path:
-    """A config whose run has ended."""
+    """The config of a finished run."""
     config = write_config(tmp_path_factory.mktemp("old"))
     ended = run_cli("train", config)
     assert ended.code == 0, ended.err
@@ -31,7 +31,7 @@ def trained(
 
 
 def rewrite(folder: Path, **hashes: str) -> None:
-    """Gives the manifest these hashes instead of its own."""
+    """Replaces the hashes in the manifest by the given ones."""
     told = manifest.read(folder)
     told.pop("base_hash", None)
     told.pop("base_sha256", None)
@@ -78,7 +78,7 @@ def test_other_weights_are_found_in_both_versions(
     assert before is not None
     with pytest.raises(UserError, match=before):
         check_base(folder, restore(folder, base=False, warn=pytest.fail))
-    shutil.rmtree(folder / "adapter")  # it is made again, which loads the model
+    shutil.rmtree(folder / "adapter")  # the run then exports again, and loads the model
     ended = run_cli("train", trained, "--resume", "--train.steps=5")
     assert ended.code == 0, ended.err
     assert CHANGED in ended.err

@@ -1,4 +1,4 @@
-"""Runs that adapt head and embedding: exact resumption, and what the commands make of them."""
+"""Runs that adapt head and embedding: exact resumption, and the commands on such runs."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ PROMPT = "What does rmtree do?"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, write_config, run_cli) -> Path:
-    """A finished run of four steps, with a checkpoint of each second one."""
+    """A finished run of four steps, with a checkpoint every second step."""
     folder = tmp_path_factory.mktemp("outer")
     config = write_config(
         folder,
@@ -72,7 +72,7 @@ def loss(ended) -> float:
 def test_evaluating_going_on_and_merging(run, tmp_path, run_cli, write_config):
     live = loss(run_cli("evaluate", run, "--json"))
     assert live < loss(run_cli("evaluate", run, "--base", "--json")) - 1e-3
-    # a run from the exported adapter starts where that one ended
+    # a run from the exported adapter starts with the final loss of the first run
     config = write_config(
         tmp_path, lora__from_adapter=str(run / "adapter"), lora__rank=None, lora__alpha=None
     )
@@ -94,7 +94,7 @@ def test_evaluating_going_on_and_merging(run, tmp_path, run_cli, write_config):
         f"--output={tmp_path / 'other'}",
         "--method=lora",
         "--train.steps=1",
-        "--model.storage_dtype=float32",  # as it was merged: bfloat16 would round its weights
+        "--model.storage_dtype=float32",  # dtype of the merged weights; bfloat16 would round
     )
     assert ended.code == 0, ended.err
     merged = loss(run_cli("evaluate", tmp_path / "other", "--base", "--json"))

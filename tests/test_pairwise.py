@@ -1,4 +1,4 @@
-"""The sample of combinations: every pair that may be is in a row, and nothing that may not."""
+"""The pairwise sample: its rows hold every allowed pair of choices, and no forbidden one."""
 
 import importlib.util
 import itertools

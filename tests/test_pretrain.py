@@ -1,4 +1,4 @@
-"""A model from scratch, through the command line, to a folder that is read like any other."""
+"""Pretrains a model from scratch by the command line; its folder loads like any other."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_a_run_directory_is_evaluated_like_any_other(
 def test_a_run_resumes(
     run: Path, write_config: Callable[..., Path], run_cli: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """One whose checkpoints stop halfway ends with the same weights."""
+    """A run that resumes from an earlier checkpoint ends with the same weights."""
     import shutil
 
     shutil.copytree(run, tmp_path / "run")

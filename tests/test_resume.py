@@ -1,4 +1,4 @@
-"""A run that is stopped, killed and resumed ends as one that was left alone, bit for bit."""
+"""A run that is stopped, killed and resumed equals an uninterrupted run, bit for bit."""
 
 import json
 import os
@@ -21,17 +21,17 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 STEPS = 40
 LEFT_OUT = ("train/seconds", "train/tokens_per_s")
-"""Figures of the clock, which alone may differ."""
+"""Metrics of time: the only ones that may differ."""
 
 
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    """experiments/tools/kill_resume.py, which does the same with any config."""
+    """The module experiments/tools/kill_resume.py, which interrupts and resumes any config."""
     return kill_resume
 
 
 class Runs(NamedTuple):
-    """The same run twice; `hits` tells what interrupted the second."""
+    """An uninterrupted run and an interrupted one; `hits` lists the interruptions."""
 
     whole: Path
     killed: Path
@@ -76,7 +76,7 @@ def runs(
 
 
 def state(run: Path, step: int) -> dict[str, np.ndarray]:
-    """Everything in a checkpoint but `extra`, by name."""
+    """Returns all arrays of a checkpoint, without `extra`, by name."""
     manager = ocp.CheckpointManager(run / "checkpoints")
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
     manager.close()
@@ -141,7 +141,7 @@ def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(
     changed[len(changed) // 2] ^= 1
     data.write_bytes(bytes(changed))
     config = runs.whole / "config.yaml"
-    shutil.rmtree(damaged / "adapter")  # else the run has nothing left to do
+    shutil.rmtree(damaged / "adapter")  # with an adapter the run would be finished
     ended = run_cli("train", config, f"--output={damaged}", "--resume")
     assert ended.code == 0, ended.err
     before = STEPS - 4

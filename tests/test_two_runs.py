@@ -1,4 +1,4 @@
-"""A run's folder is its own while it runs: other runs are refused, and a deleted one is noticed."""
+"""Two runs cannot use one folder, and a run notices if its folder is deleted."""
 
 import json
 import shutil
@@ -21,14 +21,14 @@ SECONDS = 120
 
 @pytest.fixture
 def config(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
-    """Of a run that takes longer than its test."""
+    """Config of a run that takes longer than its test."""
     long = {"train__steps": 5000, "train__eval_every": 0, "train__save_every": 50}
     return write_config(tmp_path, **long)
 
 
 @pytest.fixture
 def running(config: Path) -> Iterator[subprocess.Popen[str]]:
-    """That run in a process, once it has saved a checkpoint."""
+    """Process of the run of `config`, after its first checkpoint."""
     command = [sys.executable, "-m", "qlora_jax", "train", str(config)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -46,7 +46,7 @@ def wait(condition: Callable[[], bool]) -> None:
 
 
 def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Asks a run to stop; gives its exit code and the last line that it said."""
+    """Asks a run to stop; returns its exit code and the last line on stderr."""
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=SECONDS)
     return process.returncode, said.strip().splitlines()[-1]

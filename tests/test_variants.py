@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, write_config: Callable[..., Path], run_cli: Callable[..., Any]):
-    """A run of DoRA in 4 bits and its summary."""
+    """Folder of a run with 4-bit DoRA, and its summary."""
     folder = tmp_path_factory.mktemp("dora")
     config = write_config(folder, lora__variant="dora", lora__target_modules=["q_proj", "up_proj"])
     ended = run_cli("train", config, "--json")
@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_the_adapter_of_another(first, write_config, run_cli,
     before = run_cli("evaluate", tmp_path / "run", "--base", "--json")
     assert json.loads(before.out)["loss"] == pytest.approx(second["eval_before"], abs=1e-6)
     assert run_cli("generate", tmp_path / "run", "--prompt", "What?").code == 0
-    # a run that is over and resumed has nothing to do: its config is the same one
+    # resuming the finished run changes nothing, because its config is equal
     assert run_cli("train", config, "--resume").code == 0
 
 
@@ -91,7 +91,7 @@ def test_full_fine_tuning_has_no_adapter_to_export(write_config, run_cli, tmp_pa
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A setting that cannot be used, and what the message says."""
+    """A setting that cannot be used, and the text of its error message."""
 
     changes: dict[str, Any]
     says: str

@@ -1,4 +1,4 @@
-"""Builds a wheel, installs it beside the dependencies alone, and runs the commands from it."""
+"""Builds a wheel, installs it beside only its dependencies, and runs its commands."""
 
 import importlib.metadata
 import json
@@ -47,7 +47,7 @@ class Installed:
         self.python, self.wheel, self.folder = python, wheel, folder
 
     def start(self, *arguments: str | Path) -> Ended:
-        """Runs a program of the environment, from the folder."""
+        """Runs a program of the environment in `folder`."""
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         for name in ("PYTHONPATH", "JAX_NUM_CPU_DEVICES"):
             environment.pop(name, None)
@@ -150,7 +150,7 @@ def test_a_plan_names_what_the_compiler_needs(installed: Installed) -> None:
     ended = installed("plan", "--model", "llama-7b", "--gpu", "t4", "--no-search")
     assert ended.code == 0, ended.err
     assert "fits" in ended.out
-    if "Estimate: the ledger alone" in ended.out:  # without the packages of the extra gpu-check
+    if "Estimate: the ledger alone" in ended.out:  # the extra gpu-check is not installed
         assert "pip install 'qlora-jax[gpu-check]'" in ended.out
 
 

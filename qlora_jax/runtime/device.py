@@ -113,7 +113,10 @@ def warn_if_gpu_idle() -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return f"{warning}unset CUDA_VISIBLE_DEVICES, which is {visible!r}"
-    return f"{warning}run `make install EXTRA=cuda13` (EXTRA=cuda12 for a driver before 580)"
+    return (
+        f"{warning}run `make install EXTRA=cuda13`, or without the repository "
+        "`pip install 'qlora-jax[cuda13]'` (cuda12 for a driver before 580)"
+    )
 
 
 def has_nvidia_gpu(root: str | Path = "/") -> bool:

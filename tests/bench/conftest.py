@@ -1,4 +1,4 @@
-"""An interpreter that answers as a peer would, without any peer installed."""
+"""Fixtures: a fake interpreter that answers like a peer, so that no peer must be installed."""
 
 import json
 import sys
@@ -25,9 +25,9 @@ sys.exit({code})
 
 @pytest.fixture
 def make_peer(tmp_path: Path) -> Callable[..., Path]:
-    """Makes an interpreter that has `packages` and answers every run with `figures`.
+    """Returns a function that makes a fake interpreter with `packages`; every run gives `figures`.
 
-    Its runs are logged beside it, in `<name>.log`: tool, benchmark and options.
+    The interpreter logs tool, benchmark and options of each run to the file `<name>.log` beside it.
     """
 
     def make(
@@ -63,7 +63,7 @@ def make_peer(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def runs_of() -> Callable[[Path], list[Any]]:
-    """What a made peer was asked for."""
+    """Returns a function that reads the logged runs of a fake peer."""
 
     def read(peer: Path) -> list[Any]:
         return [json.loads(line) for line in Path(f"{peer}.log").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""`qlora-jax bench`: runs in processes of their own, peers that are no real ones, and mistakes."""
+"""Tests `qlora-jax bench`: runs in separate processes, fake peers, and user errors."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def ms(value: float) -> dict[str, Any]:
 
 @pytest.fixture
 def as_ours(make_peer: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Puts an interpreter that answers at once in the place of ours."""
+    """Returns a function that replaces our interpreter with a fake one, which answers at once."""
 
     def make(figures: dict[str, Any], **more: Any) -> Path:
         made = make_peer("ours", [], figures, device="a device", variants={}, **more)
@@ -59,7 +59,7 @@ def test_kernels_beside_two_peers(
     ] * 2
     settled = rounds[0][0]["options"]
     assert settled["shapes"] == [[128, 64]]
-    assert settled["device"]  # peers are told which
+    assert settled["device"]  # peers get the device, too
     assert runs_of(bnb) == [["bitsandbytes", "kernels", settled]] * 2
     assert runs_of(qwix) == [["qwix", "kernels", settled]] * 2
     (row,) = [row for row in result["summary"]["rows"] if row["figure"] == NAME]

@@ -1,4 +1,4 @@
-"""What rounds add up to, checked against numbers worked out by hand."""
+"""Tests the summary of rounds against numbers computed by hand."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_medians_are_of_rounds_and_ratios_within_one() -> None:
         "ours": {"median": 12, "low": 10, "high": 30},
         "theirs": {"median": 10, "low": 5, "high": 48},
     }
-    # the ratio of the medians would be 1.2
+    # The median of the rounds' ratios, not the ratio of the medians, which is 1.2.
     assert row["ratios"] == {"theirs": {"median": 2, "low": 0.25, "high": 3, "each": [2, 3, 0.25]}}
 
 
@@ -46,7 +46,7 @@ def test_spread_is_the_quartiles_of_all_samples() -> None:
         return report("ours", 0) | {"figures": figures}
 
     (row,) = summarize([[sampled(1, 2, 9)], [sampled(3, 4, 5)]])["rows"]
-    # 1 2 3 4 5 9: a quarter of the way is 2.25, three quarters 4.75; the rounds' medians are 2, 4
+    # The quartiles of 1 2 3 4 5 9 are 2.25 and 4.75; the medians of the rounds are 2 and 4.
     assert row["cells"]["ours"] == {"median": 3, "low": 2.25, "high": 4.75}
     assert row["ratios"] == {}
 
@@ -90,7 +90,7 @@ def test_table() -> None:
         "ours / theirs",
     ]
     assert set(rule.replace("|", "").split()) == {"---"}
-    # half of 30 - 10 is 83% of 12; half of 48 - 5 is 215% of 10
+    # (30 - 10) / 2 is 83% of 12; (48 - 5) / 2 is 215% of 10.
     cells = ["decode, tokens/s", "12 ±83%", "10 ±215%", "2 (0.25 to 3)"]
     assert [c.strip() for c in row.split("|")[1:-1]] == cells
     assert len(header) == len(rule) == len(row)

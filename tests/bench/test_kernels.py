@@ -1,4 +1,4 @@
-"""The cases that are timed: the right functions on the right inputs, each call once."""
+"""Tests the timed cases: the right function, the right inputs, each call made once."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def test_bytes_are_those_of_operands_and_result(operation: str, double: bool) ->
     )
     arguments = kernels.arguments(case)
     result = jax.eval_shape(kernels.operation(case, None), *arguments)
-    # the codebook and the offset are small, and no part of the count
+    # The count leaves out the codebook (64 bytes) and the offset (4 bytes).
     small = 64 + 4 * double
     assert case.nbytes() == nbytes((arguments, result)) - small
     if case.rows:
@@ -90,7 +90,8 @@ def test_a_figure_of_a_case_has_what_its_time_amounts_to() -> None:
         OperationCase("forward", 4096, 4096, "bfloat16", 2048), [1e-3, 3e-3, 2e-3]
     )
     assert (figure["value"], figure["unit"], figure["samples"]) == (2, "ms", [1, 3, 2])
-    # 2 * 2048 * 4096**2 flop and 2**23 + 2**18 + 2**12 + 2**25 bytes in 2 ms
+    # In 2 ms: 2 * 2048 * 4096**2 flop, and bytes of codes 2**23, scales 2**18, nested scales 2**12,
+    # x and y 2**25.
     assert figure["TFLOP/s"] == pytest.approx(34.36, rel=1e-3)
     assert figure["GB/s"] == pytest.approx(21.11, rel=1e-3)
     assert "TFLOP/s" not in cases.case_figure(OperationCase("dequantize", 64, 64, "float32"), [1.0])
@@ -157,7 +158,7 @@ def test_inputs_are_normal_numbers_on_any_device(
         assert float(values.std()) == pytest.approx(1, abs=0.05)
     if backend == "cpu":
         np.testing.assert_array_equal(w, case.weight())
-    # the weight is not the operand's beginning
+    # The weight and the operand must have different random numbers.
     assert not x.size or abs(float(w[0, 0]) - float(x[0, 0])) > 1e-6
 
 
@@ -168,7 +169,7 @@ def test_copies_share_no_buffer() -> None:
 
 
 def test_one_program_goes_over_all_inputs_in_every_pass() -> None:
-    """As many products are run as a GPU's time is divided by."""
+    """The number of products that run must equal the divisor of the measured time."""
     ran: list[float] = []
 
     def function(x: jax.Array) -> jax.Array:
@@ -199,12 +200,13 @@ def test_seconds_within_a_program_are_those_of_one_call(count: int) -> None:
     sets = [(jnp.float32(i),) for i in range(count)]
     times = jax_timing.program_seconds(jax_timing.compiled(function, sets), sets, samples=3)
     assert len(times) == 3
-    # a sleep is never shorter, but for the dispatch; how much longer, a busy machine decides
+    # Only a lower bound: a sleep is never shorter, less the dispatch, but a busy machine
+    # lengthens it.
     assert min(times) > 0.9 * 0.002
 
 
 def test_as_many_passes_as_a_sample_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of its own: a call takes 3 us and a dispatch 70."""
+    """On a fake clock: a call takes 3 us and a dispatch 70 us."""
     asked: list[int] = []
 
     def timed(call: Callable[[], Any]) -> float:
@@ -224,17 +226,18 @@ def test_as_many_passes_as_a_sample_takes(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(not has_plugin(), reason="needs the compile-only GPU packages")
 @pytest.mark.parametrize("implementation", ["xla", None])
 def test_on_a_gpu_every_pass_is_computed(implementation: str | None) -> None:
-    """No product, and no decoding, is moved out of the loop, and no weight is copied."""
+    """XLA must not move a product or a decoding out of the loop, and must not copy a weight."""
     program = f"""
 import functools, jax, jax.numpy as jnp
 from qlora_jax.bench import jax_timing, kernels
-from qlora_jax.bench.cases import Case
+from qlora_jax.bench.cases import OperationCase
 from qlora_jax.gpu.compile import compile_for
 from qlora_jax.quant import quantize
 x = jax.ShapeDtypeStruct((16, 1024), jnp.bfloat16)
 w = jax.ShapeDtypeStruct((1024, 2048), jnp.float32)
 w = jax.eval_shape(quantize, w) if {implementation!r} else w
-function = kernels.operation(Case("forward", 1024, 2048, "bfloat16", 16), {implementation!r})
+case = OperationCase("forward", 1024, 2048, "bfloat16", 16)
+function = kernels.operation(case, {implementation!r})
 over_all = functools.partial(jax_timing.over_all, function)
 passes = jax.ShapeDtypeStruct((), jnp.int32)
 print(compile_for("a100", over_all, passes, [(x, w)] * 3).as_text())
@@ -249,7 +252,7 @@ print(compile_for("a100", over_all, passes, [(x, w)] * 3).as_text())
     }
     gemm = re.compile(r"gemm_fusion|__cublas|__triton_gemm")
     products = [set(re.findall(r"%(\S*gemm_fusion\S*) = ", parts[body])) for body in bodies]
-    assert sorted(map(len, products)) == [0, 3]  # a pass, and a round within
+    assert sorted(map(len, products)) == [0, 3]  # the outer loop, then the inner loop
     assert not gemm.search(parts["ENTRY"])
     assert "[1024,2048]" not in "".join(re.findall(r".* = .*copy\(.*", done.stdout))
 

@@ -1,4 +1,4 @@
-"""Arithmetic of figures, and that what a peer's interpreter imports needs neither jax nor torch."""
+"""Tests the arithmetic of figures, and that a peer's modules need neither jax nor torch."""
 
 import itertools
 import subprocess
@@ -44,7 +44,7 @@ def test_step_figures() -> None:
 def test_answer_figures_count_neither_the_prompt_nor_its_token_as_decoding() -> None:
     figures = measure.answer_figures([(0.5, 2.5), (0.25, 4.25), (0.75, 1.75)], 9)
     assert figures["prefill"]["value"] == 500
-    # 8 tokens in 2, 4 and 1 seconds
+    # 8 tokens in 2, 4 and 1 seconds give 4, 2 and 8 tokens/s.
     assert figures["decode"] == {"unit": "tokens/s", "value": 4, "samples": [4, 2, 8]}
     assert "decode" not in measure.answer_figures([(0.5, 0.5)], 1)
 
@@ -62,7 +62,7 @@ def test_inputs_and_targets_are_one_token_apart() -> None:
 def test_peak_memory_sees_what_was_given_back() -> None:
     memory = measure.PeakMemory()
     before = memory.process()
-    # more than what earlier tests in this process held at their worst and gave back
+    # Larger than the memory that earlier tests in this process used at their peak and freed.
     block = np.ones(int(before - (memory.now() or 0) + 128) * 2**17)
     del block
     whole = memory.process()
@@ -84,7 +84,7 @@ def test_neighbours_do_not_count_this_process() -> None:
 
 
 def test_a_peer_needs_neither_jax_nor_our_dependencies() -> None:
-    """Modules that peers import, in a Python where everything else is out of reach."""
+    """Imports the modules that peers need in a Python that blocks our dependencies."""
     program = f"""
 import sys
 for name in ("jax", "flax", "torch", "pydantic", "transformers"):

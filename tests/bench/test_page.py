@@ -1,4 +1,4 @@
-"""experiments/benchmarks/compare.py: what is kept of earlier rounds, and the page it fills in."""
+"""Tests experiments/benchmarks/compare.py: which earlier rounds it keeps, and its page."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from qlora_jax.runtime.errors import UserError
 def compare(
     make_peer: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> ModuleType:
-    """The script with one section, and ours an interpreter that answers at once."""
+    """Returns the script with one section and a fake interpreter of ours, which answers at once."""
     figures = {"load": {"unit": "s", "value": 1}}
     ours = make_peer("ours", [], figures, device="a device", variants={})
     monkeypatch.setattr(tools, "ours", lambda: tools.Tool("qlora-jax", str(ours)))

@@ -1,4 +1,4 @@
-"""Models of random codes: the statistics of what they decode to, and what making them takes."""
+"""Tests models of random codes: statistics of the decoded weights, and memory to make them."""
 
 import math
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_decoded_weights_have_the_spread_of_an_initialized_model(
     q = draw(512, 512, name, double)
     w = np.asarray(dequantize(q), np.float64)
     np.testing.assert_array_equal(q.codebook, np.tile(codebook(name), (4, 1)))
-    # a million values: standard errors of 2e-5, and the same for the scales' part of the mean
+    # A million values: the standard error of the mean is 2e-5, and the scales add as much.
     assert w.std() == pytest.approx(0.02, rel=0.01)
     book = codebook(name).astype(np.float64)
     assert w.mean() == pytest.approx(0.02 * book.mean() / book.std(), abs=2e-4)
@@ -104,7 +104,7 @@ def test_rows_beyond_the_weight_hold_the_code_of_zero(
 def test_every_axis_changes_the_values() -> None:
     codes = np.asarray(stack(512, 512, "nf4", True).codes, np.float64) - 127.5
     flat = codes.reshape(4, -1)
-    # correlations of independent values have a deviation of 1 / sqrt(count)
+    # Correlations of independent values have a standard deviation of 1 / sqrt(count).
     layers = np.corrcoef(flat) - np.eye(4)
     assert np.abs(layers).max() < 5 / math.sqrt(flat.shape[1])
     for shift in ((1, 0), (0, 1), (1, 1), (32, 0), (0, 128)):
@@ -113,11 +113,11 @@ def test_every_axis_changes_the_values() -> None:
 
 
 def test_a_leaf_of_more_elements_than_32_bits_count() -> None:
-    """Layers of 2**32 elements: a flat index of 32 bits would give each the same values."""
+    """A layer has 2**32 elements: a flat 32-bit index would repeat the values in every layer."""
     corner = jax.jit(lambda: random_codes._noise(jnp.uint32(1), (3, 2**16, 2**16))[:, -9:, -9:])
     program = corner.lower().compile()
     found: Any = program.memory_analysis()
-    assert found.temp_size_in_bytes < 2**24  # nothing but the corner is computed
+    assert found.temp_size_in_bytes < 2**24  # only the corner is computed
     assert len(np.unique(program())) == 3 * 9 * 9
 
 
@@ -195,7 +195,7 @@ def test_the_loss_of_a_random_model_is_finite_and_that_of_chance(method: str, fa
         method="qlora",
     )
     total, count = program.evaluate(trained, frozen, batch)
-    # logits of deviation 0.02 * sqrt(160) add half their variance
+    # log(vocab) plus half the logits' variance; their deviation is 0.02 * sqrt(160).
     assert float(total / count) == pytest.approx(math.log(512) + 0.02**2 * 160 / 2, abs=0.15)
 
 

@@ -1,4 +1,4 @@
-"""Step, load and generation on a tiny model: what the reports hold and how their figures relate."""
+"""Tests step, load and generation on a tiny model: reports and relations between figures."""
 
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,15 @@ def test_step(model: str, method: str) -> None:
         assert tokens_per_s == pytest.approx(2 * 16 / ms * 1e3, rel=2e-3)
     assert median["value"] == np.median(median["samples"])
     assert value(report, "step, quickest") == min(median["samples"])
-    assert len(report["losses"]) == 4  # the warm-up's, too
+    assert len(report["losses"]) == 4  # the warm-up step has a loss, too
     assert report["losses"][0] == pytest.approx(np.log(128), rel=0.05)
     assert report["losses"][-1] < report["losses"][0]
-    # rank 2 on q, k, v, o, gate, up and down of two layers
+    # Inputs plus outputs of q, k, v, o, gate, up and down; rank 2, two layers.
     ends = [64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 96, 64 + 96, 96 + 64]
     assert report["trainable"] == 2 * 2 * sum(ends)
     assert value(report, "peak memory") >= (value(report, "peak memory, training") or 0)
 
-    # two moments of four bytes, beside counters of each of two layers
+    # Two moments of four bytes; the tolerance covers the counters of each layer.
     assert value(report, "moments") == pytest.approx(8 * report["trainable"] / 2**20, rel=0.01)
     assert len(report["figures"]["update"]["samples"]) == 3
     assert value(report, "update") > 0
@@ -69,7 +69,7 @@ def test_step(model: str, method: str) -> None:
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A tiny published model."""
+    """Registers a tiny model among the published shapes; returns its name."""
     row = shapes._Row("llama", 64, 96, 2, 4, 2, 128, 64, 1e-5, 1e4, False)
     monkeypatch.setitem(shapes._ROWS, "tiny-1m", row)
     monkeypatch.setitem(shapes.SHAPES, "tiny-1m", from_hugging_face(row._asdict(), "tiny-1m"))
@@ -97,7 +97,7 @@ def test_a_published_shape(published: str, method: str, offload: str) -> None:
 
 @pytest.mark.parametrize(("method", "offload"), [("qlora", "device"), ("full", "host")])
 def test_memory_is_planned_as_fit_does(published: str, method: str, offload: str) -> None:
-    """The plan of the programs that run is that of a run's config, before there are weights."""
+    """The reference is the plan from the config alone, without weights."""
     options = StepOptions(published, method, "float32", "full", 2, 16, 2, 3, offload=offload)
     planned = value(step.run(options), "planned, device")
     tree = {
@@ -115,7 +115,7 @@ def test_memory_is_planned_as_fit_does(published: str, method: str, offload: str
     updates = compiled_memory.update_memory(abstract, fit.compiled)
     _, programs = compiled_memory.place_moments(abstract, offload, gradients, updates, 0)
     expected = max(program.device for program in programs) / 2**20
-    assert planned == pytest.approx(expected, rel=1e-3)  # four digits are reported
+    assert planned == pytest.approx(expected, rel=1e-3)  # the report has four digits
 
 
 def test_adapters_of_chosen_linears(published: str) -> None:
@@ -157,7 +157,7 @@ def test_load(model: str) -> None:
     embeddings, norms = 128 * 64, 5 * 64
     linears = random_models.parameters(config) - embeddings - norms
     expected = (2 * (embeddings + norms) + 4.2 / 8 * linears) / 2**20
-    # tiny scales' blocks are not full and every layer holds a codebook
+    # The tolerance covers the layers' codebooks and the part-filled blocks of nested scales.
     assert expected < value(report, "weights") < 1.1 * expected
     assert value(report, "load") > 0
     assert value(report, "peak memory") > value(report, "weights")
@@ -169,7 +169,7 @@ def test_generate(model: str) -> None:
     assert len(report["ids"]) == tokens
     assert all(0 <= i < 128 for i in report["ids"])
     assert len(report["figures"]["prefill"]["samples"]) == 2
-    # all decoding takes less than a whole answer with compiling, but not nothing
+    # The first answer includes compiling, so decoding alone must be faster.
     least = (tokens - 1) / value(report, "first answer")
     assert value(report, "decode") > least
     assert report["figures"]["decode"]["unit"] == "tokens/s"

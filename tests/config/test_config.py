@@ -25,7 +25,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def refusal(load, tmp_path):
-    """The one line that a config is refused with, less the folder."""
+    """Returns the error line that refuses a config, without the folder."""
 
     def refusal(text, overrides=None):
         with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""configs/: every key valid, a header that says what to expect, a GPU that suffices."""
+"""Checks configs/: every key is valid, the header is complete, and the run fits its GPU."""
 
 import math
 import re
@@ -29,10 +29,10 @@ HEADER = re.compile(
 )
 PRETRAIN = {"pretrain_1m": 1e6, "pretrain_4m": 4e6, "pretrain_12m": 12e6}
 RUN_HERE = {"quickstart", "lora16", "full", "small", *PRETRAIN}
-"""What a CPU runs in minutes."""
+"""Configs that run on a CPU in minutes."""
 
 FREE = 0.07
-"""Share of a card that CUDA's context and fragments may take."""
+"""Share of GPU memory left for CUDA's context and for fragmentation."""
 
 
 def header(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A small real tokenizer and the settings of data, for tests of records."""
+"""Fixtures for tests of records: a small real tokenizer and data settings."""
 
 import pytest
 from small_tokenizers import make_fast as make_fast

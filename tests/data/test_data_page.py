@@ -1,4 +1,4 @@
-"""docs/data.md says what the code does."""
+"""Checks docs/data.md against the code: field names, file endings, examples."""
 
 import json
 import re
@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
 
 
 def names(table):
-    """The words of a table of names, however it is nested."""
+    """Returns all names in a nested table of names."""
     return {table} if isinstance(table, str) else {n for part in table for n in names(part)}
 
 

@@ -20,7 +20,7 @@ LLAMA2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
     "[/INST]{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-THINKING = (  # as Qwen3: an empty thinking block before the last answer alone
+THINKING = (  # like Qwen3: writes an empty thinking block, only before the last answer
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -49,7 +49,7 @@ TWO = chat(
 
 
 def written(example, tokenizer):
-    """The runs of targets, decoded: what the model is asked to write."""
+    """Returns the runs of target tokens, decoded: the text that the loss covers."""
     edges = np.flatnonzero(np.diff(example.target.astype(int))) + 1
     parts = zip(np.split(example.ids, edges), np.split(example.target, edges))
     return [tokenizer.decode(i, skip_special_tokens=False) for i, t in parts if t[0]]
@@ -103,7 +103,7 @@ def test_every_answer_is_a_target_whatever_is_in_it(tokenizer, data_config, ques
     record = chat(("user", question), ("assistant", a), ("user", "x"), ("assistant", b))
     example = one(record, tokenizer, data_config(sequence_length=4096))
     runs = written(example, tokenizer)
-    # Newlines that the answer starts with may join the template's own in one token.
+    # Newlines at the start of the answer may merge with the template's newline into one token.
     assert [r.removesuffix("<|im_end|>").lstrip() for r in runs] == [a.lstrip(), b.lstrip()]
     assert all(r.endswith("<|im_end|>") for r in runs)
 
@@ -211,7 +211,7 @@ def test_an_example_without_target_is_dropped_or_refused(tokenizer, data_config)
 def test_an_error_leaves_no_thread_that_python_would_wait_for(tokenizer, data_config):
     before = threading.enumerate()
     mute = chat(("user", "hello"), where="chat.jsonl:7")
-    with pytest.raises(UserError) as kept:  # as what handles the error keeps its frames
+    with pytest.raises(UserError) as kept:  # keeps the frames, as an error handler does
         encode([mute], tokenizer, data_config(on_no_target="error"))
     assert threading.enumerate() == before
     del kept
@@ -283,7 +283,7 @@ def test_reasoning_that_is_dropped_from_earlier_turns_is_trained_in_an_example_o
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), max_size=3),
 )
 def test_mark_against_brute_force(widths, pieces):
-    """Tokens tile the text; an empty one stands for the character before it."""
+    """Tokens cover the text without gaps; an empty token counts as the character before it."""
     ends = np.cumsum(widths)
     offsets = np.stack([ends - widths, ends], axis=1)
     spans = [(a, a + n) for a, n in pieces]
@@ -332,17 +332,17 @@ def test_renderings_do_not_grow_with_the_turns(tokenizer, data_config, monkeypat
     assert sum(rendered[2:]) < 64**2
 
 
-PHI3 = (  # the end of the text after the last turn alone
+PHI3 = (  # writes the end-of-text token only after the last turn
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-MISTRAL = (  # the system text in the last turn, if that is the user's
+MISTRAL = (  # puts the system text in the last turn if it is a user turn
     "{% set s = messages[0].content if messages[0].role == 'system' else '' %}"
     "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
     "{{ s + ' ' if s and loop.last else '' }}{{ m.content }}[/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-OPENS = (  # as R1: asks with a block that it never writes
+OPENS = (  # like R1: the prompt opens a block that no rendered answer contains
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}"
     "<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -350,7 +350,7 @@ OPENS = (  # as R1: asks with a block that it never writes
 
 
 def parts(examples, tokenizer):
-    """Each example's text before its answers and the answers, one after the other."""
+    """Returns for each example the texts outside and inside its answers, in turn."""
     found = []
     for e in examples:
         edges = np.flatnonzero(np.diff(e.target)) + 1

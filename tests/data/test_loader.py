@@ -16,7 +16,7 @@ PACKING = pytest.mark.parametrize("packing", [True, False])
 
 
 def make_examples(n, seed=0):
-    """Examples that can be told apart by their first id, which nothing else uses."""
+    """Makes examples with a distinct first id each, which no other token has."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, T + 2, n)
     return [
@@ -43,7 +43,7 @@ def take_epoch(loader):
 
 
 def content(batches):
-    """The examples in batches: (ids read, ids predicted under the mask), with multiplicity."""
+    """Counts the examples in batches, as pairs (input ids, target ids under the mask)."""
     found = collections.Counter()
     for batch in batches:
         flat = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()}
@@ -162,7 +162,7 @@ def test_the_steps_of_epochs_are_those_that_pass_them(data_config, packing, epoc
     for _ in range(steps):
         next(loader)
         reached.append(loader.epoch)
-    # the first step by which so many have passed, rounding aside
+    # the last step is the first to reach `epochs`; 1e-6 allows for rounding
     assert reached[-1] >= epochs - 1e-6
     assert steps == 1 or reached[-2] < epochs - 1e-6
 

@@ -29,7 +29,7 @@ def test_every_example_is_in_one_row_that_holds_it(problem):
 
 @given(problems())
 def test_no_two_rows_could_be_one(problem):
-    """Of any two rows open together, the later one's first example did not fit the earlier."""
+    """No two rows fit in one: the first example of a row did not fit in any earlier row."""
     lengths, capacity, order = problem
     rows = pack(lengths, capacity, order)
     totals = [sum(lengths[i] for i in row) for row in rows]
@@ -37,7 +37,7 @@ def test_no_two_rows_could_be_one(problem):
 
 
 def test_best_fit_picks_the_fullest_row_with_room():
-    # Rows after three examples: 6, 7, 8 of 10; 2 goes with 8, 3 with 7, 4 with 6.
+    # After three examples the rows hold 6, 7 and 8 of 10; then 2 joins 8, 3 joins 7, 4 joins 6.
     assert pack([6, 7, 8, 2, 3, 4], 10, range(6)) == [[0, 5], [1, 4], [2, 3]]
 
 

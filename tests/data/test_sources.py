@@ -28,7 +28,7 @@ def rows(n):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the hub: a split's rows, or the error it raises."""
+    """Replaces the hub: it gives the rows of a split, or raises the given error."""
     calls = []
 
     def serve(answer):
@@ -174,7 +174,7 @@ def test_a_text_file_is_not_a_conversation(tmp_path, data_config):
 
 
 def found(config):
-    """The lines that reading leaves for the user, without the folder."""
+    """Returns the lines that reading a source shows to the user, without the folder."""
     folder = str(config.source).rpartition("/")[0]
     return [line.replace(f"{folder}/", "") for line in sources.read(config).found.lines()]
 

@@ -15,7 +15,7 @@ def read(*given):
 
 
 def one(turn):
-    """The message of one turn."""
+    """Returns the message that one turn becomes."""
     (message,), _ = read(turn)
     return message
 

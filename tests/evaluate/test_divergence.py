@@ -1,4 +1,4 @@
-"""KL and loss against float64 arithmetic on whole logits."""
+"""KL divergence and loss; the reference is float64 arithmetic on the full logits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The adapter within the harness itself; skipped where lm_eval is not installed (harness extra)."""
+"""QloraJaxLM in the real lm_eval harness; skipped without lm_eval (the harness extra)."""
 
 import json
 import math

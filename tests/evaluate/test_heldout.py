@@ -1,4 +1,4 @@
-"""Held-out loss against one example at a time, in float64 from the logits on."""
+"""Held-out loss; the reference evaluates one example at a time, in float64 after the logits."""
 
 import json
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture(scope="module")
 def make_restored(tiny_model, chats):
-    """The model of a config over the tiny one, with adapters that do something."""
+    """Builds the tiny model from a config, with random adapters that change its outputs."""
 
     def make(**data):
         tree = {
@@ -45,7 +45,7 @@ def make_restored(tiny_model, chats):
 
 
 def one_by_one(restored):
-    """Summed loss and number of targets, each example in a row of its own."""
+    """Returns the summed loss and the number of targets; each example has its own row."""
     structure, weights = nnx.split(restored.model)
 
     @jax.jit
@@ -84,7 +84,7 @@ def test_nothing_held_out(make_restored):
 
 @pytest.fixture
 def more(tmp_path):
-    """A .jsonl file of 3 examples, of which one alone has an answer."""
+    """A .jsonl file of 3 examples; only one has an answer."""
     path = tmp_path / "more.jsonl"
     rows = [{"prompt": "Two?", "completion": "2."}, *[{"prompt": "", "completion": ""}] * 2]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,7 +96,7 @@ def test_another_source_is_evaluated_whole(make_restored, chats, more):
     said = []
     other = other_data(restored.config, {"data.source": str(chats)})
     (found,) = held_out_loss(restored, other, said.append).values()
-    # every example, though one run holds out a part of 9 and evaluates on 64 rows at most
+    # uses every example, although the run holds out a part of 9 and evaluates at most 64 rows
     whole = make_restored(eval_source=str(chats))
     total, count = one_by_one(whole)
     assert found.tokens == count

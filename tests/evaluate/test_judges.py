@@ -34,7 +34,7 @@ def test_a_reply_without_a_verdict_is_refused():
 
 
 class Endpoint(http.server.BaseHTTPRequestHandler):
-    """Prefers the answer that says `right`; fails for the model `broken`."""
+    """A server whose judge prefers the answer `right`; it fails for the model `broken`."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,4 +1,4 @@
-"""Merging a run from the command line, and its report against independent arithmetic."""
+"""Merges a run from the command line; checks the report against independent numpy arithmetic."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def make_run(run_cli, write_config, tmp_path_factory):
-    """Trains a few steps; returns the run's folder and what was said."""
+    """Trains a few steps; returns the run's folder and the ended command with its messages."""
 
     def make(**changes):
         folder = tmp_path_factory.mktemp("merge")
@@ -134,7 +134,7 @@ def test_a_full_run_is_its_weights(run_cli, make_run, tmp_path):
 def test_a_run_on_4_bit_weights_defers_to_them(
     run_cli, make_run, write_config, tiny_model, tmp_path
 ):
-    """Trained, told, resumed into the manifest, merged; other methods are refused."""
+    """Checks the message, the manifest and merging of such a run; other methods are refused."""
     ended = run_cli("quantize", tiny_model, tmp_path / "m", "--codebook", "fp4_bnb")
     assert ended.code == 0, ended.err
     folder, ended = make_run(model__path=str(tmp_path / "m"))
@@ -157,7 +157,7 @@ def test_a_run_on_4_bit_weights_defers_to_them(
 
 
 class OneLinear:
-    """What `shares` asks of a model."""
+    """A model of one linear, with the only method that `shares` calls."""
 
     def __init__(self, linear):
         self.linear = linear

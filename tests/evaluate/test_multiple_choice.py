@@ -41,7 +41,7 @@ def restored(tiny_model):
 
 @pytest.fixture(scope="module")
 def log_likelihood(restored):
-    """Of a text that follows another, byte by byte, from all logits in float64."""
+    """Computes the log-likelihood of a continuation, byte by byte, from all logits in float64."""
     model = restored.model
 
     @jax.jit
@@ -91,7 +91,7 @@ def test_letters_by_hand(restored, log_likelihood):
         context = prompt(question, [], "letter")
         letters = "ABCD"[: len(question.choices)]
         values = [log_likelihood(context, f" {letter}") for letter in letters]
-        assert np.diff(sorted(values)).min() > 1e-3  # no tie that rounding would break
+        assert np.diff(sorted(values)).min() > 1e-3  # no two letters so close that rounding decides
         right.append(int(np.argmax(values)) == question.answer)
     result = run(restored, ASKED)
     assert (result.total.correct, result.total.count) == (sum(right), 4)
@@ -101,7 +101,7 @@ def test_letters_by_hand(restored, log_likelihood):
 
 
 def test_texts_by_hand_and_by_length(restored, log_likelihood):
-    """Every choice is right once: the model's own must be found, the length divided out."""
+    """Makes each choice the answer in turn; only the best by log-likelihood / length is correct."""
     for question in ASKED:
         context = prompt(question, [], "text")
         values = [log_likelihood(context, f" {c}") / len(c) for c in question.choices]

@@ -21,12 +21,12 @@ def model():
 
 
 def test_every_window_is_what_the_reference_logits_say(model):
-    """The logits are those that transformers computed for two windows of 33 tokens."""
+    """The reference logits are from transformers, for two windows of 33 tokens."""
     reference = np.load(LLAMA / "reference.npz")
     tokens, logits = reference["tokens"], reference["logits"]
     log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
     expected = -np.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-    ids = np.append(tokens.reshape(-1), [1, 2, 3])  # the rest is no whole window
+    ids = np.append(tokens.reshape(-1), [1, 2, 3])  # 3 more tokens, which fill no window
     for batch in (1, 2, 4):
         got = text_loss(model, ids, window=33, batch=batch)
         np.testing.assert_allclose(got.windows, expected.sum(axis=1), rtol=1e-5)

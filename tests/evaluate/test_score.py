@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def logits(model):
-    """Ids to float64 logits [n, vocab], each row alone; what follows it in the row is not seen."""
+    """Returns a function from ids to float64 logits [n, vocab]; later padding has no effect."""
 
     @jax.jit
     def padded(tokens):
@@ -40,7 +40,7 @@ def logits(model):
 
 
 def dense(logits, pair: Pair, limit: int):
-    """The log-likelihood by a softmax over all logits, in float64."""
+    """Computes the log-likelihood by a softmax over all logits, in float64: the reference."""
     ids = [*pair.context, *pair.continuation][-(limit + 1) :]
     found = logits(ids[:-1])[-len(pair.continuation) :]
     p = np.exp(found) / np.exp(found).sum(-1, keepdims=True)

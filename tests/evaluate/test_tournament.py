@@ -33,7 +33,7 @@ def test_one_game_is_elos_formula():
 
 
 def test_many_games_approach_the_rating_that_the_win_rate_means():
-    # with a constant share of wins p, the ratings' gap settles where the expectation equals p
+    # at a constant win rate p, the rating gap settles where the expected score equals p
     random = np.random.default_rng(0)
     matches = [Match(i, "a", "b", float(random.random() < 0.75)) for i in range(400)]
     share = np.mean([m.score for m in matches])

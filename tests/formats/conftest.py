@@ -9,7 +9,7 @@ MODELS = Path(__file__).parents[1] / "golden" / "models"
 
 @pytest.fixture
 def models() -> Path:
-    """The reference models; read only."""
+    """Folder of the reference models; read only."""
     return MODELS
 
 

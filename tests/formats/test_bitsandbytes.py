@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit weights, both ways, against its own bytes, values and logits."""
+"""Reads and writes bitsandbytes 4-bit weights; its bytes, values and logits are the reference."""
 
 import json
 import math
@@ -30,11 +30,11 @@ GOLDEN = ChainMap(*FILES)
 FOLDERS = sorted({k.rpartition("/")[0] for k in GOLDEN if k.count("/") == 2})
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 SUBNORMAL = ("tiny.", "subnormal.")
-"""XLA:CPU flushes such scales."""
+"""Golden cases to skip: XLA:CPU flushes subnormal scales to zero."""
 
 
 def stored(folder: str, double: bool) -> tuple[StoredLayout, dict[str, np.ndarray]]:
-    """A golden weight as bitsandbytes stores it, by what follows its name."""
+    """Returns a golden weight as bitsandbytes stores it: the layout, and tensors by name suffix."""
     case, spec = folder.split("/")
     kind, block = spec.split(".b")
     dtype = DTYPES[case.rpartition(".")[2]]
@@ -106,7 +106,7 @@ def test_every_golden_weight_is_read_with_its_values_and_written_with_its_bytes(
 
 
 def random_stored(shape: tuple[int, int], block: int, kind: str = "fp4", nested: int | None = 256):
-    """Random codes and scales, which no quantizer would give."""
+    """Returns a stored weight of random codes and scales, which no quantizer would produce."""
     random = np.random.default_rng(sum(shape) + block)
     count = math.prod(shape)
     scales = -(-count // block)
@@ -127,7 +127,7 @@ def random_stored(shape: tuple[int, int], block: int, kind: str = "fp4", nested:
 
 
 def values_one_by_one(state, tensors) -> np.ndarray:
-    """bitsandbytes' rule in numpy, [out, in]."""
+    """Dequantizes by bitsandbytes' rule in numpy: the reference, [out, in]."""
     codes = np.stack([tensors[""] >> 4, tensors[""] & 15], axis=-1).reshape(-1)
     codes = codes[: math.prod(state["shape"])]
     scales = tensors[".absmax"]
@@ -223,14 +223,14 @@ def test_layers_that_are_stored_unlike_make_runs(models):
     assert [kind is QTensor for kind in kinds] == [True, False, True]
     run = model.runs[0].linears()
     assert run["mlp.gate_proj"].weight.get_value().block_size == 32
-    # dequantized values stay in the dtype of their state; what never was 4-bit follows the config
+    # a dequantized weight keeps the dtype of its quant_state; a float weight gets `dtype`
     assert run["mlp.down_proj"].weight.get_value().dtype == jnp.float32
     assert model.runs[1].linears()["mlp.up_proj"].weight.get_value().dtype == jnp.bfloat16
 
 
 @pytest.fixture
 def nf4(models: Path, tmp_path: Path) -> Path:
-    """A copy of a stored model that a test may damage."""
+    """A copy of a bitsandbytes NF4 model that a test may damage."""
     folder = tmp_path / "nf4"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -257,7 +257,7 @@ def shorter(part: str):
 
 
 def restated(kind: str = "nf4", **changes: object):
-    """Another quant_state; a value of None removes the key."""
+    """Returns a change of the quant_state's keys and kind; the value None removes a key."""
 
     def change(tensors) -> None:
         state = json.loads(tensors.pop(f"{WEIGHT}.quant_state.bitsandbytes__nf4").tobytes())

@@ -1,4 +1,4 @@
-"""What is said of a folder that is not what was asked for."""
+"""Messages for a folder that holds something else than a model or an adapter."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ WHEEL = Wheel(
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that is the only thing pip may see, and an empty cache."""
+    """A folder of wheels as the only source of pip, and an empty cache."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as archive:

@@ -33,7 +33,7 @@ def test_values_have_the_stated_deviation():
             continue
         narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = 0.02 / 4 if narrow else 0.02
-        n = values.size  # the sample deviation has a relative deviation of 1 / sqrt(2n)
+        n = values.size  # the relative standard error of a sample deviation is 1 / sqrt(2n)
         assert values.std() == pytest.approx(std, rel=5 / math.sqrt(2 * n))
         assert abs(values.mean()) < 5 * std / math.sqrt(n)
 
@@ -49,9 +49,9 @@ def test_values_depend_on_seed_and_name_alone():
 
 @pytest.mark.quick
 def test_it_knows_nothing():
-    """A normalized state meets random embeddings: logits of variance 0.02² · hidden.
+    """Random embeddings and a normalized hidden state give logits of variance 0.02² · hidden.
 
-    The token that was read is left out: tied embeddings make it likelier.
+    The input token is left out of the softmax, because tied embeddings make it likelier.
     """
     model = load_model(FreshCheckpoint(shapes(PRETRAIN), 0), quant=None, dtype=jnp.float32)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 500, (8, 32)), jnp.int32)

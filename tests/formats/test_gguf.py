@@ -26,7 +26,7 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
 
 def llama_cpp_order(heads: int) -> np.ndarray:
-    """For every row of the file, the Hugging Face row it holds, one by one."""
+    """Returns the index of the Hugging Face row for every row of the file, row by row."""
     order = np.empty(heads * HEAD_DIM, int)
     for head in range(heads):
         for pair in range(HEAD_DIM // 2):
@@ -56,7 +56,7 @@ def write(
     drop: tuple[str, ...] = (),
     **metadata: object,
 ) -> dict[str, np.ndarray]:
-    """Writes a file as llama.cpp's converter does; returns what reading it should give."""
+    """Writes a file as llama.cpp's converter does; returns the tensors expected from reading it."""
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=metadata.pop("part", 0))
     writer.add_context_length(512)
     writer.add_embedding_length(64)
@@ -113,7 +113,7 @@ def weights(models: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def parts(tmp_path: Path, weights) -> list[Path]:
-    """A model in parts of 12 tensors, as llama-gguf-split and the `gguf` package write them."""
+    """A model split in files of 12 tensors, as llama-gguf-split and the `gguf` package write it."""
     write(tmp_path / "m.gguf", weights, part=12)
     return sorted(tmp_path.glob("m-*-of-*.gguf"))
 
@@ -202,7 +202,7 @@ OTHERS = [k for k in Type if not is_dequantizable(k)]
 
 
 def write_blocks(path: Path, kind: Type) -> dict[str, np.ndarray]:
-    """A decoder of one layer, all of whose matrices are 256 by 256; returns their raw blocks."""
+    """Writes a decoder of one layer with 256 x 256 matrices of random bytes; returns the bytes."""
     random = np.random.default_rng(kind.value)
     block, width = gguf.GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -233,7 +233,7 @@ def test_the_types_in_use_can_be_dequantized() -> None:
     assert in_use <= set(DEQUANTIZABLE)
 
 
-# random scales are now and then too large, or no number
+# the random bytes hold some scales that overflow or are NaN
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("kind", DEQUANTIZABLE, ids=lambda kind: kind.name)
 def test_blocks_of_any_bytes_are_read_as_the_gguf_package_does(tmp_path: Path, kind: Type) -> None:
@@ -352,7 +352,7 @@ def test_rope_scaling_of_metadata(tmp_path: Path, weights, kind, rope, expected)
 
 
 def ggml_yarn(position: int, dims: int, base: float, factor: float, original: int) -> np.ndarray:
-    """Cosines as ggml's rope_yarn computes them with ext_factor 1 and attn_factor 1."""
+    """Computes the cosines of ggml's rope_yarn with ext_factor 1 and attn_factor 1."""
 
     def dim(rotations: float) -> float:
         return dims * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -378,7 +378,7 @@ def test_yarn_is_ggmls(tmp_path: Path, weights, theta: float, original: int) -> 
 
 
 def llama3_table(factor: float, theta: float, low: float = 1, high: float = 4) -> np.ndarray:
-    """llama.cpp's rope_freqs.weight, frequency by frequency."""
+    """Computes llama.cpp's rope_freqs.weight, frequency by frequency."""
     table, length = [], 8192
     for i in range(0, HEAD_DIM, 2):
         wavelength = 2 * np.pi * theta ** (i / HEAD_DIM)
@@ -486,7 +486,7 @@ def test_damaged_bytes_of_the_header_never_escape_as_another_error(tmp_path: Pat
 
 
 def moved(data: bytes, name: str, to: Callable[[int], int]) -> bytes:
-    """The file with another offset in the entry of a tensor."""
+    """Returns the file's bytes with a changed offset in the entry of the tensor `name`."""
     at = data.index(name.encode()) + len(name)
     (axes,) = struct.unpack_from("<I", data, at)
     at += 4 + 8 * axes + 4
@@ -564,5 +564,5 @@ def test_the_builtin_model(builtin_gguf: Path) -> None:
 
 def test_the_builtin_models_shapes_are_the_published_ones(builtin_gguf):
     published = find("smollm2-135m")
-    epsilon = float(np.float32(published.norm_eps))  # as the file holds it
+    epsilon = float(np.float32(published.norm_eps))  # the file holds it in float32
     assert open_gguf(builtin_gguf).config == dataclasses.replace(published, norm_eps=epsilon)

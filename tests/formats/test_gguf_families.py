@@ -1,4 +1,4 @@
-"""Every family's .gguf, written as llama.cpp's converter does, against its Hugging Face folder."""
+"""GGUF files of every family, written like llama.cpp's converter, against the HF folders."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ ARCHITECTURES = {
 PERMUTED = ("llama", "smollm3")
 GEMMAS = ("gemma", "gemma2", "gemma3")
 UNSAID = {
-    # neither the factor on scores nor layers without rotation are in a file
+    # a GGUF file has neither the attention scale nor the list of layers without rotation
     "gemma2": {"attention_scale": 16**-0.5},
     "gemma3": {"attention_scale": 16**-0.5},
     "smollm3": {"unrotated": ()},
@@ -38,7 +38,7 @@ UNSAID = {
 
 
 def converted(name: str, weight: np.ndarray, architecture: str, raw: dict[str, Any]) -> np.ndarray:
-    """A tensor's content in the file, row by row."""
+    """Returns the content that the file holds for a tensor; permutes rows one by one."""
     heads = raw["num_attention_heads"]
     if architecture in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
         heads = heads if "q_proj" in name else raw["num_key_value_heads"]
@@ -70,7 +70,7 @@ def write(
     extra: Mapping[str, np.ndarray] | None = None,
     **metadata: Any,
 ) -> dict[str, np.ndarray]:
-    """Writes the folder as a file; returns the folder's weights."""
+    """Writes the folder's model as a GGUF file; returns the folder's weights."""
     raw = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "model.safetensors")
     rope = raw["rope_parameters"]
@@ -129,10 +129,10 @@ def test_a_file_is_the_folder_it_was_made_from(tmp_path: Path, models: Path, nam
     checkpoint, original = open_gguf(path), open_folder(models / name)
     assert checkpoint.names() == original.names()
     for key, weight in weights.items():
-        # w + 1 - 1 rounds once
+        # the file holds w + 1 for gemma's norms, so that w + 1 - 1 rounds once
         atol = 2.0**-23 if ARCHITECTURES[name] in GEMMAS and weight.ndim == 1 else 0
         np.testing.assert_allclose(checkpoint.read(key), weight, rtol=0, atol=atol)
-    epsilon = float(np.float32(original.config.norm_eps))  # as the file holds it
+    epsilon = float(np.float32(original.config.norm_eps))  # the file holds it in float32
     expected = dataclasses.replace(original.config, norm_eps=epsilon, **UNSAID.get(name, {}))
     assert checkpoint.config == expected
 

@@ -24,7 +24,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 def shard(folder: Path, parts: int = 3) -> dict[str, str]:
-    """Splits model.safetensors the way transformers does; returns the weight map."""
+    """Splits model.safetensors as transformers does; returns the weight map."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {}
@@ -103,7 +103,7 @@ def test_an_array_outlives_its_file(llama: Path) -> None:
     weight = open_folder(llama).read("lm_head.weight")
     before = weight.copy()
     (llama / "model.safetensors").write_bytes(b"\0" * 600_000)
-    weight[0, 0] = before[0, 0]  # an array of its own can be written to
+    weight[0, 0] = before[0, 0]  # the array is a copy: it can be written to
     np.testing.assert_array_equal(weight, before)
 
 
@@ -291,7 +291,7 @@ def integers(folder: Path) -> None:
 
 
 def second_copy(folder: Path) -> None:
-    """A shard holds a tensor that the index places in another."""
+    """Adds a tensor to a shard although the index places it in another shard."""
     names = shard(folder)
     last = folder / "model-00003-of-00003.safetensors"
     weights = load_file(last)
@@ -300,7 +300,7 @@ def second_copy(folder: Path) -> None:
 
 
 def unlisted_copy(folder: Path) -> None:
-    """Two shards hold a tensor, which the index does not place."""
+    """Removes a tensor from the index, and adds it to every shard."""
     names = shard(folder)
     del names["model.norm.weight"]
     index = folder / "model.safetensors.index.json"

@@ -87,7 +87,7 @@ def test_dtype_is_of_all_that_is_not_quantized(models, dtype):
     run = model.runs[0]
     assert run.input_layernorm.weight.get_value().dtype == dtype
     q = run.q_proj.weight.get_value()
-    # quantized from the file's float32 whatever dtype the rest is held in
+    # quantized from the file's float32, whatever the dtype of the other weights
     expected = quantize(stacked(open_folder(models / "llama"), "self_attn.q_proj.weight"))
     jax.tree.map(np.testing.assert_array_equal, q, expected)
     floats = load_model(open_folder(models / "llama"), quant=None, dtype=dtype)
@@ -103,7 +103,7 @@ def test_progress_counts_the_tensors(models):
 
 @pytest.mark.quick
 def test_a_weight_is_let_go_before_the_next_is_read(models, monkeypatch):
-    """Of the linears, which are quantized; what is held as it is may be the model's own."""
+    """Counts the arrays of the linears alone: the model may keep the array of a float weight."""
     alive, most = weakref.WeakSet(), []
     checkpoint = open_folder(models / "llama")
     read = type(checkpoint).read
@@ -123,7 +123,7 @@ def test_a_weight_is_let_go_before_the_next_is_read(models, monkeypatch):
 
 
 class Watched(np.ndarray):
-    """An array that can be in a set."""
+    """A hashable array, which a set can hold."""
 
     __hash__ = object.__hash__
 
@@ -190,7 +190,7 @@ print(status("VmHWM") - before)
 
 
 def write_model(folder: Path, layers: int) -> dict[str, tuple[int, ...]]:
-    """A random bfloat16 llama of large layers, and the shapes of its tensors."""
+    """Writes a random bfloat16 llama with large layers; returns the shapes of its tensors."""
     raw = {
         "model_type": "llama",
         "vocab_size": 64,
@@ -213,7 +213,7 @@ def write_model(folder: Path, layers: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read there")
 def test_peak_memory_is_the_4_bit_model_and_a_few_tensors(tmp_path):
-    """The reading process never holds the 16-bit model; the programs are compiled beforehand."""
+    """Loading never holds the 16-bit model; a first load compiles, so that only data counts."""
     shapes = write_model(tmp_path / "model", 16)
     sizes = [int(np.prod(s)) for s in shapes.values()]
     linears = [int(np.prod(s)) for name, s in shapes.items() if name.endswith("_proj.weight")]
@@ -225,7 +225,7 @@ def test_peak_memory_is_the_4_bit_model_and_a_few_tensors(tmp_path):
     tensor = max(sizes) * 4
 
     script = [sys.executable, "-c", MEASURE, str(tmp_path / "model")]
-    # what is freed leaves at once: how much of it malloc keeps differs from run to run
+    # malloc returns large freed blocks at once; else the amount that it keeps varies by run
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
     ended = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr

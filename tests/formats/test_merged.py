@@ -1,4 +1,4 @@
-"""A merged model as a checkpoint: the live model's predictions, also over several stacks."""
+"""A merged model as a checkpoint has the logits of the live model, also with several stacks."""
 
 import jax
 import jax.numpy as jnp

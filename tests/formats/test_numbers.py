@@ -1,4 +1,4 @@
-"""Numbers in files from elsewhere: of the right type, finite, and of a size that can be."""
+"""Untrusted files: numbers of a wrong type, not finite or impossibly large are refused."""
 
 import json
 import shutil

@@ -40,7 +40,7 @@ def test_other_tensors_leave_the_tie_alone(tied) -> None:
         ({EMBED: 1, HEAD: 1}, True, 1, None),
         ({EMBED: 1}, True, 1, None),  # ensure_weight_tying
         ({HEAD: 1}, True, 1, None),
-        ({EMBED: 0}, False, 0, None),  # saved as it was
+        ({EMBED: 0}, False, 0, None),  # saved without a change
         ({HEAD: 0}, False, 0, None),
     ],
 )

@@ -23,7 +23,7 @@ ROW = np.ones(64, np.float32)
 
 
 def make(rank: int, alpha: float, dtype: type = np.float32) -> LoraWeights:
-    """A random adapter [64 -> 32]."""
+    """Makes a random adapter of a linear from 64 to 32 features."""
     random = np.random.default_rng(rank)
     a = random.normal(size=(64, rank)).astype(dtype)
     b = random.normal(size=(rank, 32)).astype(dtype)
@@ -40,7 +40,7 @@ def config(folder: Path) -> dict:
 
 @pytest.fixture
 def reference(models: Path, tmp_path: Path) -> Path:
-    """A copy of an adapter that PEFT wrote, to damage."""
+    """A copy of an adapter that PEFT wrote; a test may damage it."""
     return Path(shutil.copytree(models / "llama" / "peft_lora", tmp_path / "reference"))
 
 
@@ -392,7 +392,7 @@ def test_a_difference_is_the_update_less_the_first_one(scaling) -> None:
     ],
 )
 def test_settings_that_match_nothing_in_the_model_are_no_fault(models, reference, changes) -> None:
-    """PEFT 0.21 loads each of them."""
+    """PEFT 0.21 loads an adapter with each of these settings."""
     kept = changes.pop("drop", None)
     excluded = changes.get("exclude_modules", [])
     if kept:
@@ -431,7 +431,7 @@ def test_what_the_settings_cover_is_compared_with_the_file(models, reference, da
 
 
 def test_tensors_that_peft_saves_twice_are_read_once(models: Path, tmp_path: Path) -> None:
-    """As `bias` all and `save_embedding_layers` save a module that was trained whole."""
+    """PEFT saves a fully trained module twice with `bias` all or `save_embedding_layers`."""
     folder = Path(shutil.copytree(models / "llama" / "peft_saved", tmp_path / "saved"))
     before = read_adapter(folder)
     path, key = folder / "adapter_model.safetensors", "base_model.model.lm_head"

@@ -17,7 +17,7 @@ from qlora_jax.text import tokenizer
 
 @pytest.fixture
 def snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Stands in for the hub: records what is asked for and gives that of a folder, or raises."""
+    """Replaces the hub: records the requests, and copies a folder's files or raises."""
     calls: list[tuple[str, str | None]] = []
 
     def install(result) -> list[tuple[str, str | None]]:
@@ -55,7 +55,7 @@ def test_opens_a_hub_id_at_its_revision(models: Path, snapshot) -> None:
 
 def test_all_that_is_read_is_downloaded(make_model, tmp_path: Path, snapshot) -> None:
     there = make_model(tmp_path / "there")
-    # ids that the tokenizer itself does not name as ends
+    # end-of-sequence ids that the tokenizer files do not name
     (there / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     snapshot(there)
     here = open_checkpoint(ModelConfig(path="owner/name")).tokenizer_path

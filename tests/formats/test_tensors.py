@@ -1,4 +1,4 @@
-"""What this project writes as safetensors carries digests; a file that differs is not read."""
+"""Digests in the safetensors files of this project; a file that does not match is refused."""
 
 import json
 import random
@@ -50,7 +50,7 @@ def test_no_flipped_bit_of_an_adapter_is_read_in_silence(adapter: Path, tmp_path
         except UserError:
             refused += 1
             continue
-        # what changed was a space, or a name in the metadata
+        # the flipped bit was in a space, or in a name in the metadata
         for path, one in whole.items():
             np.testing.assert_array_equal(found[path].a, one.a)
             np.testing.assert_array_equal(found[path].b, one.b)

@@ -1,4 +1,4 @@
-"""Folders of 4-bit weights: against what bitsandbytes and transformers wrote of the same model."""
+"""Folders of 4-bit weights; the reference is the folder that transformers wrote."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def test_a_model_is_the_one_that_transformers_wrote(models, tmp_path):
     assert size == sum(t.nbytes for t in found.values())
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
-        if name.endswith(".absmax"):  # bitsandbytes' table of 8-bit codes is not exact
+        if name.endswith(".absmax"):  # bitsandbytes' 8-bit table is not exact
             assert np.abs(found[name].astype(int) - tensor.astype(int)).max() <= 1
         elif "quant_state" in name:
             ours, theirs = (json.loads(x[name].tobytes()) for x in (found, expected))

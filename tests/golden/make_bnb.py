@@ -1,14 +1,15 @@
-"""Recomputes bnb.npz and bnb_rows.npz from the inputs they hold, with bitsandbytes and torch.
+"""Recomputes bnb.npz or bnb_rows.npz from the inputs in the file, with bitsandbytes and torch.
 
-Both are of the `parity` extra. bnb_rows.npz holds weights whose blocks cross the ends of rows.
+Both packages are in the `parity` extra. bnb_rows.npz holds weights whose blocks cross the ends of
+rows.
 
 usage: python tests/golden/make_bnb.py tests/golden/bnb.npz OUT.npz
 
-Keys: `CASE.DTYPE/input` as stored [out, in] (bfloat16 as uint16 bits), and under
-`CASE.DTYPE/{nf4|fp4}.b{BLOCK}/`: packed, absmax, deq, and with double quantization absmax_u8,
-nested_absmax, offset, absmax_deq, deq_dq. `deq` is code[nibble] * absmax in float32, rounded once
-to the input's dtype: bitsandbytes' own CPU kernel is wrong where the last axis is a multiple of
-16 but not of the block.
+Keys: `CASE.DTYPE/input` is the weight [out, in] (bfloat16 as uint16 bits). Under
+`CASE.DTYPE/{nf4|fp4}.b{BLOCK}/` are packed, absmax and deq, and with double quantization absmax_u8,
+nested_absmax, offset, absmax_deq and deq_dq. `deq` is code[nibble] * absmax in float32, rounded
+once to the input's dtype. This script computes `deq`, because bitsandbytes' CPU kernel is wrong if
+the last axis is a multiple of 16 but not of the block.
 """
 
 import sys

@@ -3,8 +3,8 @@
 usage: python tests/golden/make_dynamic8.py OUT.npz
 
 Keys, under `signed/` and `unsigned/`: map, input, codes, absmax, decoded, and tabulated. `codes`
-are those of bitsandbytes' kernel for any device. Its CPU kernel, which gives `tabulated`, looks
-the nearest value up in a table of 65536 evenly spaced steps of [-1, 1].
+come from bitsandbytes' kernel for any device. `tabulated` holds the codes of its CPU kernel, which
+looks up the nearest value in a table of 65536 evenly spaced steps of [-1, 1].
 """
 
 import sys
@@ -19,7 +19,10 @@ ANY_DEVICE = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutog
 
 
 def numbers(signed: bool, code: np.ndarray) -> np.ndarray:
-    """Numbers of all magnitudes, a block of zeros, one of the map's values and one of ties."""
+    """Returns numbers of many magnitudes with three special blocks.
+
+    The special blocks hold zeros, the values of the map, and the midpoints between these values.
+    """
     random = np.random.default_rng(int(signed))
     x = random.normal(size=SIZE).astype(np.float32)
     x *= np.float32(10) ** random.uniform(-8, 0, SIZE).astype(np.float32)

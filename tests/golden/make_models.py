@@ -6,17 +6,18 @@ Run in an environment with torch, transformers, peft and bitsandbytes:
 
 Every model is a Hugging Face folder with `reference.npz`: `tokens` [2, 33] and the float32
 `logits` that transformers computes for them with eager attention. `llama/peft_lora` and
-`llama/peft_rslora` are adapters made by PEFT, with B not zero, and the logits with them on;
-`llama/peft_patterns` has ranks and alphas that differ between modules. The models of `VARIANTS`
-are smaller and cover one family or one feature each: scaled rotary embeddings, sliding windows,
-biases. The adapters of `MORE` are smaller, each of a base that is named there, and their logits are
-of the first row of tokens: DoRA (with magnitudes that training moved), modules trained whole,
-biases, and DoRA on the base's linears in bitsandbytes' NF4 (`logits_nf4`).
+`llama/peft_rslora` are adapters made by PEFT, with a nonzero B, and the logits of the adapted
+model. `llama/peft_patterns` has ranks and alphas that differ between modules. The models of
+`VARIANTS` are smaller; each covers one family or one feature: scaled rotary embeddings, sliding
+windows, biases. The adapters of `MORE` are smaller; `MORE` names the base of each, and their logits
+are for the first row of tokens. They cover DoRA (with magnitudes moved as by training), modules
+trained whole, biases, and DoRA on the base's linears in bitsandbytes' NF4 (`logits_nf4`).
 `llama/bnb_nf4` is the llama in bitsandbytes' NF4 with double quantization, computed in float32.
 `llama_bnb_fp4` is a random model in FP4 whose blocks of 64 cross rows (hidden size 96, inner size
-80), with one linear left in float32; its logits are those of its weights, dequantized one by one,
-since bitsandbytes' CPU kernel is wrong for such rows. Names after the folder make those alone.
-The files in the repository came from transformers 5.23.0, PEFT 0.21.2 and torch 2.13.0.
+80), with one linear left in float32. Its logits come from weights that this script dequantizes one
+by one, because bitsandbytes' CPU kernel is wrong for such rows. Names after the folder limit the
+work to those models. The files in the repository came from transformers 5.23.0, PEFT 0.21.2 and
+torch 2.13.0.
 """
 
 import sys
@@ -130,13 +131,13 @@ VARIANTS = {
     ),
 }
 ADAPTED = ("phi3", "gpt_neox")
-"""Variants that get a `peft_lora` as well: their fused linears are adapted as one."""
+"""Variants that also get a `peft_lora`; one adapter covers each fused linear."""
 ADAPTERS = {
     "peft_lora": {},
     "peft_rslora": {"use_rslora": True},
     "peft_patterns": {
         "target_modules": r".*\.(self_attn\.[qv]_proj|mlp\.down_proj)",
-        # in alphabetical order, in which PEFT writes them: the first that matches wins
+        # The first matching pattern wins. PEFT writes the patterns in alphabetical order.
         "rank_pattern": {r".*\.2\..*v_proj": 3, "down_proj": 2, "layers.1.self_attn.q_proj": 4},
         "alpha_pattern": {"layers.0.*": 40, "v_proj": 6},
     },
@@ -174,7 +175,7 @@ def make_base(family: str, settings: dict, folder: Path, random: torch.Generator
     config = AutoConfig.for_model(family, **settings)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    # Norms that are all one and biases that are all zero would hide being left out.
+    # Norms differ from one and biases from zero, so that ignoring one changes the logits.
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
@@ -217,7 +218,7 @@ def load_4bit(folder: Path, **settings: object) -> torch.nn.Module:
         dtype=torch.float32,
         attn_implementation="eager",
     )
-    # for inference bitsandbytes may repack the weights and compute in bfloat16
+    # train(): in evaluation mode bitsandbytes may repack the weights and compute in bfloat16.
     return model.train()
 
 
@@ -277,8 +278,8 @@ def make_more(folder: Path, name: str, settings: dict) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, **plain)
         for module in model.model.modules():
             if isinstance(module, torch.nn.Linear):
-                # Not Linear4bit: its first product on a CPU packs the weight anew, and PEFT's DoRA
-                # then reads other weights.
+                # Linear4bit cannot be used: its first product on a CPU repacks the weight, and
+                # PEFT's DoRA then reads wrong values.
                 packed = quantize_4bit(module.weight, quant_type="nf4", compress_statistics=False)
                 module.weight.copy_(dequantize_4bit(*packed))
         model = PeftModel.from_pretrained(model, base).eval()

@@ -1,11 +1,11 @@
-"""Makes tests/golden/models/tokenizers.json: texts and the ids that the originals give them.
+"""Makes tests/golden/models/tokenizers.json: texts with the ids of the original tokenizers.
 
 Run in an environment with xllamacpp (llama.cpp), gguf and sentencepiece:
 
     python tests/golden/make_tokenizers.py SmolLM2-135M-Instruct.Q4_1.gguf tests/golden/models
 
 `byte_level` maps each `tokenizer.ggml.pre` to llama.cpp's ids with SmolLM2's vocabulary. llama.cpp
-only tokenizes with a model, so a one-layer one is written around the vocabulary.
+needs a model to tokenize, so the script writes the vocabulary into a one-layer model.
 `sentencepiece` is a vocabulary of 400 pieces trained on this file, with sentencepiece's own ids.
 """
 
@@ -62,7 +62,7 @@ PIECE_TEXTS = [t for t in TEXTS if "<|" not in t and "\r" not in t]
 
 
 def write_vocabulary(source: GGUFReader, pre: str, path: Path) -> None:
-    """A one-layer llama with the tokenizer of `source`, under another pre-tokenizer's name."""
+    """Writes a one-layer llama with the tokenizer of `source` and pre-tokenizer `pre`."""
     writer = GGUFWriter(path, "llama")
     for key, field in source.fields.items():
         if not key.startswith("tokenizer.") or key.endswith(".pre"):

@@ -1,4 +1,4 @@
-"""Reports of a GPU, made up."""
+"""Fixtures: made-up reports of a GPU."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,10 +10,10 @@ import pytest
 
 @pytest.fixture
 def write_report(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a report; its times are microseconds by (implementation, rows).
+    """Returns a function that writes a report from microseconds by (implementation, rows).
 
-    All are of W 4096 x 4096 in bfloat16, forward; `more` are further figures, and keyword arguments
-    replace keys of the file.
+    All times are for forward with W 4096 x 4096 in bfloat16. `more` are further figures. Keyword
+    arguments replace keys of the file.
     """
 
     def write(times: Mapping[tuple[str, int], float] = {}, *more: Any, **keys: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What devices send each other, read from programs written by hand."""
+"""Tests reading the traffic between devices from HLO programs written by hand."""
 
 import pytest
 
@@ -58,9 +58,9 @@ def test_what_a_loop_gathers_counts_once_a_turn() -> None:
 @pytest.mark.parametrize(
     ("kind", "received"),
     [
-        ("all-gather", 64 * 4 * 3 // 4),  # three of four parts
-        ("reduce-scatter", 64 * 4 * 3),  # its own part from each of the others
-        ("all-reduce", 2 * 64 * 4 * 3 // 4),  # both, one after the other
+        ("all-gather", 64 * 4 * 3 // 4),  # the 3 parts of the other devices
+        ("reduce-scatter", 64 * 4 * 3),  # its part from each of the 3 others
+        ("all-reduce", 2 * 64 * 4 * 3 // 4),  # reduce-scatter, then all-gather
         ("all-to-all", 64 * 4 * 3 // 4),
         ("collective-permute", 64 * 4),
     ],
@@ -74,7 +74,7 @@ def test_bytes_on_the_way_round_a_ring(kind: str, received: int) -> None:
 def test_what_runs_between_start_and_end() -> None:
     assert gathers(LOOP) == [
         Gather(256 * 32 * 3 // 4, 80, 1, 1),
-        Gather((64 * 4 + 8 * 4) * 3 // 4, 80, 1, 0),  # a slice hides nothing
+        Gather((64 * 4 + 8 * 4) * 3 // 4, 80, 1, 0),  # a slice is too short to hide it
         Gather(256 * 32 * 3 // 4, 80, 0, 0),
     ]
 
@@ -127,5 +127,5 @@ def test_every_gpu_has_a_link_that_joins_many() -> None:
         assert [x.bandwidth for x in links] == sorted((x.bandwidth for x in links), reverse=True)
     assert link_of("a100", 8) == LINKS["a100"][0]
     assert link_of("a6000", 2) == LINKS["a6000"][0]
-    assert link_of("a6000", 4) == PCIE_4  # a bridge joins two
+    assert link_of("a6000", 4) == PCIE_4  # an NVLink bridge joins only two GPUs
     assert link_of("own.txtpb", 2) is None

@@ -1,4 +1,4 @@
-"""Compiling where a product has no form that needs no tuning."""
+"""Tests compiling a product that XLA cannot compile for a GPU without autotuning."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ OPTIONS = {"xla_gpu_graph_min_graph_size": 1}
 
 
 class Lowered:
-    """Refuses to compile until it is given the options that avoid Triton's GEMM."""
+    """A fake program that compiles only with the options that avoid Triton's GEMM."""
 
     def __init__(self, message: str) -> None:
         self.message = message

@@ -1,4 +1,4 @@
-"""make gpu-check: what it compiles, what it says and when it fails."""
+"""Tests `make gpu-check`: its cases, its output and its failures."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def script() -> ModuleType:
 def run(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, list[str], str]]:
-    """Runs the script's check of kernels on made-up outcomes: case to error or None."""
+    """Returns a function that checks the kernels with made-up outcomes: case to error or None."""
 
     def run(outcome: Callable[[GpuProduct], str | None], keep: Callable[[GpuProduct], bool] = bool):
         def compiled(cases):
@@ -158,7 +158,7 @@ def test_every_kernel_compiles_for_every_gpu_without_spilling() -> None:
 
 @pytest.mark.skipif(not has_plugin(), reason=WITHOUT)
 def test_a_t4_that_is_given_bfloat16_multiplies_in_float32() -> None:
-    """So that silence about float16 says something."""
+    """The check must find bfloat16, which a T4 lacks; otherwise passing float16 proves nothing."""
     case = GpuProduct("t4", "xla", 32, 256, 256, "bfloat16", "forward")
     (record,) = compile_all([case])
     assert record["error"].startswith("products of bfloat16 are done in float32")

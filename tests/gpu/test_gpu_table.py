@@ -1,4 +1,4 @@
-"""The script behind the tables of docs/gpu.md, from figures that are made up."""
+"""Tests the script that writes the tables of docs/gpu.md, on made-up figures."""
 
 import contextlib
 import io
@@ -51,7 +51,7 @@ class Ended(NamedTuple):
 
 
 def run(*arguments: str) -> Ended:
-    """The script in this process: to import it again and again takes most of a test's time."""
+    """Runs the script in this process, because importing it anew takes most of a test's time."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as streams:
         patch.setattr(sys, "argv", ["gpu_table", *arguments])
@@ -86,7 +86,7 @@ def test_tables_go_between_the_markers(tmp_path: Path) -> None:
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "Compiled, not run" in text
-    # 5 x 128 of 2048 threads; 40 instructions for 4 HMMA
+    # 5 blocks of 128 threads are 31% of 2048; 40 instructions are 10 for each of 4 HMMA.
     row = "| triton forward | a100 | 16 | 16x32 | 99 | 12.8 | 5 (31%) | 10.0 | 1.05 |"
     assert row in text
     assert "| forward | a100 | xla | 38.2 (21.7 + 16.5) |" in text
@@ -116,7 +116,7 @@ def test_a_page_without_markers(tmp_path: Path) -> None:
 def test_a_gpu_with_a_report_has_times_at_its_rates(tmp_path: Path, write_report) -> None:
     figures = tmp_path / "gpu.json"
     sheet = FUSED | {"gpu": "h100", "rows": 1}
-    # 3352.32 GB/s and 989.4 TFLOP/s by the data sheet
+    # These times are at the data sheet's rates: 3352.32 GB/s and 989.4 TFLOP/s.
     sheet["seconds"] = {"bytes": 10e-6, "tensor": 8e-6, "issue": 1e-6, "total": 10e-6}
     first = sheet | {"implementation": "xla"}
     first["seconds"] = sheet["seconds"] | {"decode": 5e-6, "product": 8e-6, "total": 13e-6}
@@ -127,7 +127,7 @@ def test_a_gpu_with_a_report_has_times_at_its_rates(tmp_path: Path, write_report
     before, _, after = done.stdout.partition("Microseconds on NVIDIA H100 80GB HBM3")
     assert "| forward | h100 | triton | **10 bytes** |" in before
     assert after.startswith(" at its measured rates (and measured), W of 4096 x 4096:")
-    # 10 x 3352.32 / 3000
+    # At the report's 3000 GB/s: 10 us x 3352.32 / 3000.
     assert "| forward | h100 | triton | **11.2 bytes; measured 12.3** |" in after
     assert "; measured 99 |" in after
     assert "a100" not in after

@@ -1,4 +1,4 @@
-"""Reading a compiled program's text, on programs written by hand and on XLA's own."""
+"""Tests reading a compiled program's text, on programs written by hand and by XLA."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What `matmul` picks for a GPU, against the times measured on it, or else the modelled ones."""
+"""Checks the kernels that `matmul` picks against measured times, or modelled ones if none exist."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ REPORTS = measured.reports(DOCS / "results" / "gpu")
 
 
 def slower(times: Mapping[GpuProduct, float], capability: Capability) -> list[GpuProduct]:
-    """The products for which something slower than decoding first is picked."""
+    """Returns the products for which the picked kernel is slower than decoding first."""
     found = []
     for case, limit in times.items():
         if case.implementation == "xla":

@@ -1,4 +1,4 @@
-"""Reports of `qlora-jax bench gpu`, made up, and what follows from them."""
+"""Tests times and kernel rows that follow from reports of `qlora-jax bench gpu` (made up)."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def test_at_the_data_sheets_rates_nothing_changes() -> None:
 
 
 def test_a_fused_kernel_at_other_rates_from_its_loops_clocks() -> None:
-    """Against the sum done by hand from launch, clocks and flop; HMMA keeps its share."""
+    """The reference is the sum from launch, clocks and flop; HMMA keeps its share of the peak."""
     for record in RECORDS:
         if record["implementation"] == "xla":
             continue
@@ -132,7 +132,7 @@ def test_a_fused_kernel_at_other_rates_from_its_loops_clocks() -> None:
 
 @pytest.mark.parametrize("gpu", ["a100", "a6000", "h100", "rtx4090"])
 def test_decode_first_at_other_rates(gpu) -> None:
-    """Decoding moves codes, scales and the 16-bit weight; the product is bytes or flop."""
+    """Decoding is bound by bytes; the product is bound by the larger of bytes and flop."""
     rates = Ceilings(read_gpu(gpu).bandwidth / 2, 1e14)
     for record in RECORDS:
         if record["gpu"] != gpu or record["implementation"] != "xla":
@@ -180,7 +180,7 @@ def test_one_slower_product_decides() -> None:
     slow = GpuProduct("h100", "mosaic", 16, 4096, 4096, "bfloat16", "backward")
     assert fused_rows("mosaic", fast | other) == (range(EVERY),)
     assert fused_rows("mosaic", fast | other | {slow: 10.1}) == (range(16),)
-    # mosaic takes no float32, triton does
+    # Mosaic does not support float32, so a float32 time matters only for Triton.
     wide = {case._replace(dtype="float32"): 1.0 for case in times(xla={1: 1, 16: 1})}
     assert fused_rows("mosaic", fast | wide) == (range(EVERY),)
     assert fused_rows("triton", fast | wide) == ()
@@ -194,7 +194,7 @@ def test_the_table_keeps_what_was_not_measured(write_report) -> None:
     made = kernel_rows.table([GpuReport(path)])
     assert made["mosaic"] == {**FUSED_ROWS["mosaic"], (9, 0): (range(512),)}
     assert made["triton"] == {}
-    # two GPUs of one capability count as one
+    # Two GPUs with one capability share a row: a kernel must be fast on both.
     slow = {**TIMES, ("mosaic", 1): 21, ("mosaic", 512): 1}
     both = [GpuReport(path), GpuReport(write_report(slow, device="NVIDIA H200"))]
     assert kernel_rows.table(both)["mosaic"][9, 0] == ()

@@ -1,4 +1,4 @@
-"""Cases compiled in processes of their own, and what is refused of them."""
+"""Tests compiling products in separate processes, and the rules that refuse a program."""
 
 import sys
 
@@ -75,7 +75,7 @@ def kernel(spill: int = 0, shared: int = 1000, launch: bool = True) -> SassKerne
         (HLO, 0, [kernel(launch=False)], "holds no kernel"),
         (HLO, 128 * 128, [kernel()], "16384 bytes of temporaries beside a weight of 8192 bytes"),
         (HLO, 0, [kernel(), kernel(spill=8)], "spilling 8 bytes"),
-        # an a6000 gives a block 101376 bytes
+        # A block on an a6000 has at most 101376 bytes.
         (HLO, 0, [kernel(shared=101376 - 24)], None),
         (HLO, 0, [kernel(shared=101376)], "101400 bytes of shared memory, the limit is 101376"),
     ],

@@ -1,4 +1,4 @@
-"""The model of time against sums done by hand, and its figures against NVIDIA's data sheets."""
+"""Checks the time model against sums by hand, and its rates against NVIDIA's data sheets."""
 
 import pytest
 
@@ -15,7 +15,7 @@ PEAK_TFLOPS = {
     "h100": 989.4,
     "b200": 2250,
 }
-"""Dense, 16 bits, float32 accumulation: NVIDIA's data sheets and white papers."""
+"""Peak of dense 16-bit products with float32 sums, from NVIDIA's data sheets and white papers."""
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -37,7 +37,7 @@ def kernel(registers: int, shared: int, threads: int, code=(), blocks: int = 1) 
 @pytest.mark.parametrize(
     ("gpu", "registers", "shared", "threads", "blocks"),
     [
-        # CUDA's occupancy calculator
+        # The blocks are from CUDA's occupancy calculator; the comment names the limit.
         ("a100", 168, 29696, 128, 3),  # registers: 65536 // (4 warps x 21 x 256)
         ("a100", 32, 0, 128, 16),  # threads: 2048 // 128
         ("a100", 32, 0, 32, 32),  # blocks
@@ -67,10 +67,10 @@ def test_clocks_of_each_unit() -> None:
         "tensor": 4096 / (2048 / 4),  # 8 clocks per HMMA and scheduler
         "issue": 10,
         "integer": 4 * 2,
-        "float32": 2,  # 64 lanes, which IMAD shares
+        "float32": 2,  # 64 lanes; IMAD uses them, too
         "multiply": 2,
         "float16": 2 * 2,
-        "memory": 4 * 4,  # four passes, the unit is one for four schedulers
+        "memory": 4 * 4,  # four passes; four schedulers share one unit
     }
     h100 = pipe_clocks(LOOP[:-1], RATES["h100"])
     assert h100["tensor"] == pytest.approx(4096 / (4096 * 0.63 / 4))
@@ -78,7 +78,7 @@ def test_clocks_of_each_unit() -> None:
 
 
 def test_time_of_a_kernel_by_hand() -> None:
-    # 109 blocks on 108 multiprocessors: one has two, so all is as for 216
+    # One of 108 multiprocessors has two of the 109 blocks, so the time equals that of 216.
     turns, warps, blocks = 64, 4, 109
     flop = turns * warps * blocks * 4096
     time = roofline.fused_time(kernel(64, 0, 128, LOOP, blocks), "a100", flop, 2_039_040)

@@ -1,4 +1,4 @@
-"""Reading machine code: on listings written by hand, and on a kernel compiled for a real GPU."""
+"""Tests reading machine code, on listings by hand and on a kernel compiled for a real GPU."""
 
 import collections
 import json
@@ -48,7 +48,7 @@ def test_the_main_loop_is_the_innermost_one_with_tensor_instructions() -> None:
     assert code[4] == Instruction("LDS.128", "R8, [R1]", labels=(".L_ready",))
     assert code[3].conditional
     loop = kernel(code).main_loop()
-    # the store behind the loop is not in it, though the slow way round jumps back over it
+    # The store after the loop is not in it, although the slow path jumps back over the store.
     assert [i.name.partition(".")[0] for i in loop] == [
         *("SYNCS", "BRA", "LDS", "PRMT", "HMMA", "BRA"),
         *("NANOSLEEP", "SYNCS", "BRA", "BRA"),
@@ -130,7 +130,7 @@ def test_a_kernel_for_an_a100() -> None:
     assert seen["target"] == "sm_80"
     assert 32 <= seen["registers"] <= 255
     assert seen["spill"] == 0
-    # a tile of 64 x 64, 4 warps: a group of 64 along K in each turn of the loop
+    # 4 warps compute a tile of 64 x 64; each turn of the loop covers 64 of K.
     assert seen["launch"][:2] == [2, 128]
     assert seen["flop"] * 4 == 2 * 64 * 64 * 64
     assert seen["classes"]["tensor"] == seen["flop"] // 4096

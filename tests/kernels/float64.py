@@ -1,4 +1,4 @@
-"""Products in float64, and how far a product in fewer bits may be from them."""
+"""Products in float64, and the error bound of a product in fewer bits."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""The Mosaic kernels' device code once more, in plain JAX, for Pallas' interpreter.
+"""The device code of the Mosaic kernels, written again in plain JAX for Pallas' interpreter.
 
 The interpreter runs pipelines, shared memory and copies, and looks for races among them, but it
-cannot run code written for threads: here is what that code means.
+cannot run code written for threads. This module computes the same values without threads.
 """
 
 import jax
@@ -18,7 +18,7 @@ from qlora_jax.quant.qtensor import block_scales
 
 
 def device_code(kernel: MosaicKernel, count: int) -> DeviceCode:
-    """Stands in for `mosaic.device_code`."""
+    """Replaces `mosaic.device_code`."""
     operand, dtype = kernel.operand, kernel.dtype
 
     def scales_of(scales, layer, o, step) -> jax.Array:
@@ -56,7 +56,7 @@ def device_code(kernel: MosaicKernel, count: int) -> DeviceCode:
         scale = now[...]
         if not operand.transposed:
             scale = _value(lax.bitcast_convert_type(scale, jnp.uint32) & 0xFFFF, dtype)
-        # else XLA would keep the product in float32 on its way into the next one
+        # without this rounding, XLA would pass the product to the next one in float32
         bits = jnp.finfo(dtype)
         w = lax.reduce_precision(
             w * jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0), bits.nexp, bits.nmant
@@ -70,7 +70,7 @@ def device_code(kernel: MosaicKernel, count: int) -> DeviceCode:
             for a, b in zip(lefts, jnp.split(right, parts))
         ]
         product = jnp.concatenate(products)
-        # where the device code has a barrier
+        # the device code has a barrier here
         plgpu.commit_smem()
         return total + (product.T if operand.form == "wgmma" else product)
 
@@ -88,7 +88,7 @@ def _value(bits: jax.Array, dtype) -> jax.Array:
 
 
 def rounded_weight(q, dtype) -> np.ndarray:
-    """The weight that the kernels multiply by, float64: codebook, scale and product rounded."""
+    """Returns the kernels' weight in float64: codebook, scale and product rounded to dtype."""
     codes = np.asarray(q.codes)
     halves = [half.reshape(-1, 32, codes.shape[1]) for half in (codes & 15, codes >> 4)]
     index = np.concatenate(halves, axis=1).reshape(-1, codes.shape[1])[: q.in_features]

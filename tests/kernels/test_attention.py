@@ -10,13 +10,13 @@ from qlora_jax.kernels.attention import attend, reference
 
 @pytest.fixture(autouse=True, params=[(256, 1024), (2, 4), (2, 2)], ids=str)
 def blocks(request, monkeypatch):
-    """Every test with all queries and keys at a time, and in small blocks, ragged ones as well."""
+    """Runs every test with one block of all queries and keys, and with small (also ragged) ones."""
     monkeypatch.setattr(reference, "QUERIES", request.param[0])
     monkeypatch.setattr(reference, "KEYS", request.param[1])
 
 
 def make(seed: int = 0) -> list[np.ndarray]:
-    """q [2, 3, 4, 8], k and v [2, 5, 2, 8], first and last keys, a cotangent [2, 3, 32]."""
+    """Makes q [2, 3, 4, 8], k and v [2, 5, 2, 8], first and last keys, cotangent [2, 3, 32]."""
     random = np.random.default_rng(seed)
     q, g = random.normal(size=(2, 2, 3, 4, 8)).astype(np.float32)
     k, v = random.normal(size=(2, 2, 5, 2, 8)).astype(np.float32)
@@ -34,7 +34,7 @@ def dense(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> np.ndarray:
-    """Attention head by head, float64, the heads side by side."""
+    """Computes attention head by head in float64; concatenates the heads."""
     out = np.zeros(q.shape)
     places = np.arange(k.shape[1])
     seen = (places >= first[..., None]) & (places <= last[..., None])

@@ -1,6 +1,6 @@
-"""The attention kernels compiled for GPUs that are not here: no spill, nothing of T x T in memory.
+"""The attention kernels compiled for absent GPUs: no spill, no T x T array in memory.
 
-Run as a script with a GPU it prints, as JSON, what its compilations are like.
+Run as a script with the name of a GPU, it compiles all KINDS and prints the figures as JSON.
 """
 
 import json
@@ -35,7 +35,7 @@ KERNELS = {"attention_forward_kernel", "attention_queries_kernel", "attention_ke
 
 
 def compiled(gpu: str, size: int, dtype: str, softcap: float | None) -> dict[str, Any]:
-    """Figures of a forward and a backward pass over one row."""
+    """Compiles a forward and a backward pass over one row; returns the figures."""
 
     def array(*shape: int, of: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *shape), of)
@@ -77,7 +77,7 @@ def test_kernels_fit(gpu: str) -> None:
         for figures in made["kernels"].values():
             assert not figures["spilled"], made
             assert figures["shared"] <= read_gpu(gpu).shared, made
-        # what the forward pass keeps for the backward one; scores would be hundreds of times that
+        # the bound fits the arrays that the forward pass saves; T x T scores would be far larger
         size = made["kind"][0]
         assert made["temporaries"] <= 2 * LENGTH * HEADS * size * 2, made
 

@@ -27,7 +27,7 @@ SHORT = ("bfloat16", "float16")
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreted() -> Iterator[None]:
-    """Kernels as plain JAX, in blocks small enough that sequences have several, ragged ones."""
+    """Runs kernels as plain JAX, in small blocks: several for a sequence, the last ragged."""
     small = Blocks(Block(32, 16, 1, 1), Block(16, 32, 1, 1), Block(16, 16, 1, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton, "INTERPRET", True)
@@ -36,7 +36,7 @@ def interpreted() -> Iterator[None]:
 
 
 class Inputs(NamedTuple):
-    """q and g [B, T, H, D], k and v [B, T, H_kv, D], first and last int32[B, T]."""
+    """Inputs: q and g [B, T, H, D], k and v [B, T, H_kv, D], first and last int32[B, T]."""
 
     q: jax.Array
     k: jax.Array
@@ -73,7 +73,7 @@ def make(
 
 
 def dense(q, k, v, first, last, softcap: float | None = None) -> jax.Array:
-    """All scores at once, in float32."""
+    """Computes attention from all scores at once, in float32: the reference."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("bthd,bshd->bhts", q, k, precision="highest") * q.shape[-1] ** -0.5
@@ -87,7 +87,7 @@ def dense(q, k, v, first, last, softcap: float | None = None) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("kernel", "softcap"))
 def results(inputs: Inputs, kernel: bool, softcap: float | None = None) -> tuple[jax.Array, ...]:
-    """The attention and the gradients of q, k and v."""
+    """Returns the attention and the gradients of q, k and v."""
     *qkv, first, last, g = inputs
     if kernel:
         function = functools.partial(attend, softcap=softcap, implementation="triton")
@@ -98,20 +98,20 @@ def results(inputs: Inputs, kernel: bool, softcap: float | None = None) -> tuple
 
 
 def errors(found: tuple[jax.Array, ...], exact: tuple[jax.Array, ...]) -> list[float]:
-    """The largest error of each array, in units of its largest element."""
+    """Returns the largest error of each array, relative to its largest element."""
     pairs = ((np.asarray(x, np.float32), np.asarray(e, np.float32)) for x, e in zip(found, exact))
-    # one key alone has no slope: such an array is compared with the result's size
+    # with a single key, q and k have zero gradients: divide by the size of the result instead
     least = np.abs(exact[0]).max()
     return [float(np.abs(x - e).max() / (np.abs(e).max() or least)) for x, e in pairs]
 
 
 def assert_right(inputs: Inputs, softcap: float | None = None) -> None:
-    """Rounded once to the dtype, and weights and slopes once within sums of many."""
+    """Allows one rounding of each result, and one of the weights and slopes in the sums."""
     wide = Inputs(*(x if x.dtype == jnp.int32 else x.astype(jnp.float32) for x in inputs))
     found, exact = results(inputs, True, softcap), results(wide, False, softcap)
     epsilon = EPSILON[inputs.q.dtype.name]
     assert [x.dtype for x in found] == [inputs.q.dtype] * 4
-    # what float32 adds up is rounded many times, by half of epsilon each
+    # float32 sums round at every addition, by up to half of epsilon each
     assert max(errors(found, exact)) <= (16 if epsilon == EPSILON["float32"] else 2) * epsilon
 
 
@@ -142,7 +142,7 @@ def test_a_soft_cap(dtype: str) -> None:
 
 
 def test_a_soft_cap_of_scores_far_above_it() -> None:
-    """Each score is 0 or at least 2500 in size, and exact, whatever the order of its sum."""
+    """Each score is 0 or at least 2500 in size; it is exact in any order of summation."""
     inputs = make()
     assert_right(inputs._replace(q=jnp.round(inputs.q) * 1e4, k=jnp.round(inputs.k)), softcap=1.5)
 
@@ -167,7 +167,7 @@ def test_other_lengths(length: int) -> None:
 
 @pytest.mark.slow
 def test_ranges_in_any_order() -> None:
-    """Not of training, but no less right: also keys after the query, and more keys than queries."""
+    """Cases that training does not have: keys after the query, and more keys than queries."""
     random = np.random.default_rng(1)
     inputs = make(length=90)
     ends = np.sort(random.integers(0, 90, (2, 3, 40)), axis=0).astype(np.int32)
@@ -195,7 +195,7 @@ def test_rows_are_independent() -> None:
 
 
 def test_a_key_has_no_influence_beyond_its_range() -> None:
-    """Query 50 of row 0 alone sees keys 40 to 45."""
+    """Only query 50 of row 0 sees keys 40 to 45."""
     inputs = make()
     first, last = (np.minimum(x, 39) for x in (inputs.first, inputs.last))
     first[0, 50], last[0, 50] = 40, 45
@@ -240,7 +240,7 @@ def test_under_vmap_and_recomputed() -> None:
             np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-6)
 
 
-# ---- the choice
+# ---- choice of the implementation
 
 
 def test_the_pick_follows_device_dtype_and_shapes() -> None:
@@ -279,7 +279,7 @@ def test_a_right_kernel_agrees(monkeypatch, softcap: float | None) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 0, 1, 2, 3])
 def test_a_wrong_vector_is_seen(monkeypatch, wrong: int | None) -> None:
-    """A fifth too much in one query or key, of the result or of one gradient."""
+    """One query or key is 20% too large, in the result or in one gradient."""
 
     def module_of(name: str) -> SimpleNamespace:
         def returned(i: int, x: jax.Array) -> jax.Array:

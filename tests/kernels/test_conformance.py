@@ -1,7 +1,7 @@
-"""The contract of `matmul`, which every implementation keeps.
+"""The contract of `matmul`, which every implementation must keep.
 
-An implementation is added to `IMPLEMENTATIONS` here, and all of these tests run on it. What is
-particular to one implementation (tiles, layouts, memory) is tested in a file of its own.
+To run all of these tests on a new implementation, add it to `IMPLEMENTATIONS`. Properties of a
+single implementation (tiles, layouts, memory) are tested in a separate file.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ class Implementation(NamedTuple):
     """One implementation under test.
 
     Attributes:
-      name: its name in `kernels.IMPLEMENTATIONS`.
-      dtypes: dtypes of x that it takes.
-      runs: a context in which it runs on the CPU.
-      weight: (q, dtype) to the weight [K, N] that it multiplies by, after its roundings.
+      name: name in `kernels.IMPLEMENTATIONS`.
+      dtypes: supported dtypes of x.
+      runs: context manager in which the implementation runs on the CPU.
+      weight: function (q, dtype) -> weight [K, N] with the roundings of the implementation.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Implementation(NamedTuple):
 
 
 def decoded(q: QTensor, dtype: str) -> np.ndarray:
-    """The weight decoded in float32 and rounded once."""
+    """Returns the weight decoded in float32 and rounded once to dtype."""
     return to_float64(jax.jit(dequantize, static_argnums=1)(q, dtype))
 
 
 def rounded(q: QTensor, dtype: str) -> np.ndarray:
-    """The weight as codebook times scale, each rounded before and their product after."""
+    """Returns codebook times scale; both are rounded to dtype, and so is their product."""
     from plain_mosaic import rounded_weight
 
     return rounded_weight(q, jnp.dtype(dtype))
@@ -62,7 +62,7 @@ def interpreted_triton() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interpreted_mosaic() -> Iterator[None]:
-    """Pallas' interpreter, which also looks for races, with the device code in plain JAX."""
+    """Runs Pallas' interpreter, which also looks for races, with device code in plain JAX."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from plain_mosaic import device_code
 
@@ -107,12 +107,12 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def both(name: str, x: jax.Array, q: QTensor | QLayer, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The product x @ W, and the gradient of x for the gradient g of the product."""
+    """Returns the product x @ W, and the gradient of x for the gradient g of the product."""
     y, pull = jax.vjp(lambda x: matmul(x, q, name), x)
     return y, pull(g)[0]
 
 
-# Without the shrinking phase: each example of new shapes compiles for a second or more.
+# No shrinking phase, because each example of new shapes compiles for a second or more.
 @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     m=st.integers(2, 70),

@@ -10,7 +10,7 @@ from qlora_jax.kernels.dense import dense, product
 
 
 def make(compute: str, storage: str, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [2, 5, 48], w [48, 24] and a cotangent [2, 5, 24]."""
+    """Makes x [2, 5, 48], w [48, 24] and a cotangent [2, 5, 24]."""
     random = np.random.default_rng(seed)
     x = jnp.asarray(random.normal(size=(2, 5, 48)), compute)
     w = jnp.asarray(random.normal(size=(48, 24)) / 7, storage)

@@ -1,4 +1,4 @@
-"""Where the fused kernels run."""
+"""Devices and dtypes on which the fused kernels run, and their tiles."""
 
 import jax
 import pytest

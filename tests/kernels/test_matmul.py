@@ -1,4 +1,4 @@
-"""What `matmul` promises beside the contract of test_conformance.py: memory, one row, errors."""
+"""Properties of `matmul` beyond the contract of test_conformance.py: memory, one row, errors."""
 
 import functools
 
@@ -25,7 +25,7 @@ def make(k, n, block_size, dtype=jnp.float32, seed=0, lead=()):
 @pytest.mark.parametrize(
     ("dtype", "k", "n", "block_size", "double_quant"),
     [
-        (dtype, *shape, bool((i + j) % 2))  # every shape and every dtype with either
+        (dtype, *shape, bool((i + j) % 2))  # every shape and every dtype, both with and without
         for i, dtype in enumerate(EPSILON)
         for j, shape in enumerate([*SHAPES, (64, 1, 64), (576, 192, 4096)])
     ],
@@ -60,7 +60,7 @@ def test_gradient_is_the_finite_difference():
 
 
 def chain(x, stack, wrap):
-    """x through tanh(x @ W_i) for every layer of a stack, summed."""
+    """Applies tanh(x @ W_i) for every layer of a stack; returns the sum of the result."""
 
     def body(x, q):
         return jnp.tanh(matmul(x, q)), None
@@ -80,7 +80,7 @@ def test_the_backward_pass_keeps_the_codes_and_never_the_weight(double_quant):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_a_scanned_backward_pass_stores_activations_alone(wrap):
-    """The forward scan puts out neither floats of a weight's shape nor copies of the codes."""
+    """The forward scan stores neither floats of a weight's shape nor copies of the codes."""
     layers, k = 8, 256
     x, stack = make(k, k, 64, lead=(layers,))
     gradient = jax.grad(functools.partial(chain, wrap=wrap))

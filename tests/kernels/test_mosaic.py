@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels: in Pallas' interpreter, and their device code's plan of registers."""
+"""The Mosaic GPU kernels in Pallas' interpreter, and the register layouts of their operands."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_every_step_of_the_pipeline_counts(interpreted, m: int, k: int) -> None:
 @pytest.mark.parametrize(("m", "inner"), [(3, 4096), (3, 5376), (20, 2048), (40, 1600)])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_blocks_share_a_long_contraction(interpreted, m: int, inner: int, direction: str) -> None:
-    """They do so evenly, in 16 and 16 steps, or not, in 21 and 25."""
+    """Covers equal parts, of 16 and 16 steps, and unequal parts, in 21 and 25 steps."""
     random = np.random.default_rng(0)
     shape = (inner, 128) if direction == "forward" else (128, inner)
     q = quantize(random.normal(size=shape).astype(np.float32))
@@ -109,7 +109,7 @@ def operands() -> list["Operand"]:
 
 @needs_mosaic
 def test_the_right_operand_is_where_the_ptx_manual_has_it() -> None:
-    """m16n8k16, matrix B: lane 4g + t holds rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g."""
+    """PTX ISA, m16n8k16, B: lane 4g + t holds rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g."""
     layout = MMALayouts("bfloat16", m_warps=1).rhs
     held = operand.ownership(layout, (64, 128)).reshape(4, 32, -1)
     g, t = np.arange(32) // 4, np.arange(32) % 4
@@ -160,8 +160,10 @@ def test_a_place_is_a_sum_over_warp_and_lane() -> None:
 
 @needs_mosaic
 def test_wgmma_takes_and_gives_what_the_ptx_manual_says() -> None:
-    """Matrix A in registers and D of wgmma m64: lane 4g + t of warp w holds rows 16w + g, + 8 and
-    columns 2t, 2t + 1 of every eight."""
+    """PTX ISA, wgmma m64, A in registers and D: the elements of lane 4g + t of warp w.
+
+    The lane holds rows 16w + g and 16w + g + 8, and columns 2t and 2t + 1 of every eight.
+    """
     held = operand.ownership(operand.WGMMA_LAYOUT, (128, 64)).reshape(4, 32, -1)
     for warp in range(4):
         for lane in range(32):

@@ -1,8 +1,8 @@
-"""The Mosaic kernels as they are compiled for sm_80, executed by an emulator of PTX.
+"""The Mosaic kernels, compiled for sm_80 and executed by a PTX emulator.
 
-Shared memory's swizzles, asynchronous copies, ldmatrix, the look-ups and the tensor cores'
-fragments are all in what runs here; the emulator knows them from NVIDIA's manual alone. It
-reports races, reads of what was never written and accesses out of bounds.
+The compiled code includes swizzles of shared memory, asynchronous copies, ldmatrix, look-ups and
+fragments of the tensor cores. The emulator is an independent reference: it follows NVIDIA's manual
+alone. It reports races, reads of memory that was never written, and accesses out of bounds.
 """
 
 import functools
@@ -75,7 +75,7 @@ def test_compiled_kernel_finds_its_matrix_in_a_stack(m, k, n, double_quant, dire
 
 
 def assert_product(y: np.ndarray, x: jax.Array, q: QTensor, direction: str) -> None:
-    """y is the product to float32 accumulation and one rounding."""
+    """Asserts that y is the product within float32 accumulation and one rounding."""
     dtype = x.dtype
     weight = rounded_weight(q, dtype)
     weight = weight if direction == "forward" else weight.T
@@ -87,7 +87,7 @@ def assert_product(y: np.ndarray, x: jax.Array, q: QTensor, direction: str) -> N
 
 @pytest.mark.parametrize("columns", [(64, 64), (128, 64, 192)])
 def test_compiled_kernel_of_several_weights(columns) -> None:
-    """Two weights in two parts each, and three that differ in columns, equal to those alone."""
+    """Two weights in two parts each, and three of different widths, equal each weight alone."""
     k = 4096 if len(columns) == 2 else 512
     random = np.random.default_rng(k)
     qs = [quantize(random.normal(size=(k, n)).astype(np.float32)) for n in columns]
@@ -100,7 +100,7 @@ def test_compiled_kernel_of_several_weights(columns) -> None:
 
 
 def emulated(product, x: jax.Array, q):
-    """The product with the kernel's part done by the emulator."""
+    """Returns the product; the emulator runs the kernel."""
     kernels, left, weights = captured(product, x, q)
     launch = functools.partial(mosaic.launch, kernels)
     (compiled,) = ptx_compile.kernels(launch, left, weights).values()
@@ -114,7 +114,7 @@ def emulated(product, x: jax.Array, q):
 
 
 def captured(product, x: jax.Array, q) -> tuple:
-    """What the product's launch is called with."""
+    """Returns the arguments with which the product calls its launch."""
     calls = []
 
     def called(kernels, left, weights):
@@ -127,7 +127,7 @@ def captured(product, x: jax.Array, q) -> tuple:
 
 
 def launched(product, x: jax.Array, q, launch):
-    """The product for an sm_80, with another function for its launch."""
+    """Returns the product as computed for sm_80, with `launch` in place of the real launch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mosaic, "launch", launch)
         patch.setattr(mosaic.utils, "_infer_arch", lambda: (8, 0))

@@ -1,4 +1,4 @@
-"""Compiled Mosaic kernels in the emulator: the launch and the order of operands are read right."""
+"""Compiled Mosaic kernels in the emulator: launch parameters and operand order are correct."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ M, K, N = 128, 192, 64
 
 
 def product(x, w, bias):
-    """x [M, K] @ w [K, N] + bias [N] in tiles of 64 rows, loads under way while it multiplies."""
+    """Computes x [M, K] @ w [K, N] + bias [N] in tiles of 64 rows; loads overlap with products."""
     from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -1,4 +1,4 @@
-"""Products that are done in parts along the rows, the Triton kernels in interpret mode."""
+"""Products split into parts along the rows, with Triton kernels in interpret mode."""
 
 import contextlib
 import math
@@ -24,12 +24,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BOUNDED = jax.make_user_context(False)
-"""Part of the key of all that jax caches: no program is used under another bound than its own."""
+"""Part of jax's cache keys, so that no program is reused under another bound than its own."""
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """A bound that two tiles of rows of the wider side stay below, and three do not."""
+    """Sets a bound that two row tiles of the wider side stay below, and three do not."""
     with pytest.MonkeyPatch.context() as patch, BOUNDED(True):
         patch.setattr(row_parts, "LIMIT", 3 * row_parts.TILE * N * 2)
         yield
@@ -42,7 +42,7 @@ def narrow() -> Iterator[None]:
 
 
 def whole_and_divided(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[Any, Any]]:
-    """Pairs of a function's results without and with the narrow bound."""
+    """Returns pairs of a function's results, without and with the narrow bound."""
     whole = function(*arguments)
     with bounded():
         divided = function(*arguments)
@@ -66,7 +66,7 @@ def both_directions(q: QTensor) -> Callable[..., Any]:
 
 
 def calls(jaxpr, times: int = 1) -> int:
-    """How often the kernels of a program run."""
+    """Counts how often the kernels of a program run."""
     found = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
@@ -136,7 +136,7 @@ def test_parts_are_equal_whole_tiles_below_the_bound(rows, k, n, itemsize) -> No
     assert each % row_parts.TILE == 0
     assert (count - 1) * each < rows <= count * each
     assert each * max(k, n) * itemsize < 2**31
-    # no fewer parts would do
+    # fewer parts would exceed the bound
     largest = (2**31 - 1) // (max(k, n) * itemsize) // 128 * 128
     assert count == math.ceil(rows / largest)
 

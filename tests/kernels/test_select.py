@@ -1,4 +1,4 @@
-"""The trial of kernels on a device, and the choice among them."""
+"""The check of a kernel on a device, and the choice of an implementation."""
 
 import jax.numpy as jnp
 import pytest
@@ -15,7 +15,7 @@ A100, ADA, LATER = (8, 0), (8, 9), (12, 0)
 
 @pytest.fixture(params=["forward", "backward"])
 def broken(request, monkeypatch):
-    """Triton's module with one direction off by a percent in a single row."""
+    """Makes a single row of one direction of Triton's module 20% too large."""
     for direction in ("forward", "backward"):
         monkeypatch.setattr(triton, direction, getattr(xla, direction))
     right = getattr(xla, request.param)

@@ -1,4 +1,4 @@
-"""Grids and tiles of the Triton kernels, in interpret mode; test_conformance.py has products."""
+"""Grids and tiles of the Triton kernels in interpret mode; test_conformance.py has products."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def interpreted():
 
 
 def kernels(jaxpr) -> list:
-    """Grids of the kernels in a jaxpr and all it calls."""
+    """Returns the grids of the kernels in a jaxpr and in all jaxprs that it calls."""
     found = []
     for e in jaxpr.eqns:
         if e.primitive.name == "pallas_call":

@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def models() -> Path:
-    """The reference models; read only."""
+    """The folder of the reference models; tests only read it."""
     return Path(__file__).parents[1] / "golden" / "models"

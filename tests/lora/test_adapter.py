@@ -73,7 +73,7 @@ def test_b_starts_at_zero_and_the_seed_decides_a(dtype):
 
 
 def filled(specs, seed=0, **options):
-    """An adapter whose B is random within each layer's rank."""
+    """Makes an adapter with random B within each layer's rank and zeros beyond."""
     adapter = fresh(specs, seed=seed, **options)
     b = np.random.default_rng(seed).normal(size=adapter.b.get_value().shape).astype(np.float32)
     for layer, spec in zip(b, specs):
@@ -83,7 +83,7 @@ def filled(specs, seed=0, **options):
 
 
 def apply_stack(parameters, structure, rest, x, key=None):
-    """Every layer of the stack on x[L, T, K]."""
+    """Applies each layer of the stack to its part of x [L, T, K]."""
     adapter = nnx.merge(structure, parameters, rest)
     graph, leaves = nnx.split(adapter)
     return jax.vmap(lambda leaves, x: nnx.merge(graph, leaves)(x, key))(leaves, x)

@@ -39,7 +39,7 @@ def test_a_space_lies_within_itself_and_apart_from_its_complement():
 
 
 def test_random_spaces_overlap_by_their_share_of_the_dimensions():
-    # the expected squared overlap of random i and j directions in n is i·j / (n·min(i, j))
+    # random i- and j-dimensional subspaces of R^n: expected similarity i·j / (n·min(i, j))
     random = np.random.default_rng(0)
     mean = np.mean(
         [

@@ -10,7 +10,7 @@ PATHS = ["p", "q"]
 
 
 def effect(update):
-    """The change of the weight, in float64."""
+    """Returns the change of the weight, scale * A @ B, in float64."""
     return update.scale * update.a.astype(np.float64) @ update.b.astype(np.float64)
 
 
@@ -54,7 +54,7 @@ def test_an_adapter_minus_itself_is_nothing():
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_truncation_is_the_best_of_its_rank(rank):
-    """Against the singular values of the matrix itself."""
+    """Compares with the truncated SVD of the whole matrix in float64."""
     exact = combine([(0.7, adapter(1, 3, 1.5)), (-1.2, adapter(2, 4, 0.5))])
     short = truncate(exact, rank)
     errors, totals = [], []

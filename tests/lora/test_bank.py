@@ -53,7 +53,7 @@ def adapters(models):
 
 @pytest.fixture(scope="module")
 def reference(models):
-    """Tokens, PEFT's logits under each adapter, and transformers' of the base."""
+    """Tokens, and logits: PEFT's with each adapter, then transformers' of the base."""
     base = np.load(models / "llama" / "reference.npz")
     under = [np.load(models / "llama" / name / "reference.npz")["logits"] for name in NAMES]
     return base["tokens"], [*under, base["logits"]]
@@ -87,7 +87,7 @@ def test_over_a_quantized_base_too(models, adapters, reference):
 
 
 def single(bank, adapter_index, x):
-    """What `Adapter` computes with the values of one slot."""
+    """Returns the output of an `Adapter` that holds the values of one slot."""
     a, b, s = (v.get_value()[0, adapter_index] for v in (bank.a, bank.b, bank.scale))
     return Adapter(a, b, s, [None])(x, None)
 

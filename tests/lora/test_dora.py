@@ -35,7 +35,7 @@ def weights(kind):
 
 
 def make(kind, dropout=0.0, freeze_a=False, start=None):
-    """A stack of linears with DoRA whose magnitudes are not the norms, and W in float64."""
+    """Makes a stack of DoRA linears, magnitudes unlike the norms; returns it and W in float64."""
     weight, exact = weights(kind)
     linear = LoraLinear(weight)
     key = jax.random.key(0)
@@ -47,7 +47,7 @@ def make(kind, dropout=0.0, freeze_a=False, start=None):
 
 
 def apply(linear, x, key=None):
-    """All layers at once, as the decoder scans them: [L, rows, K] to [L, rows, N]."""
+    """Applies all layers in one scan, as the decoder does: [L, rows, K] to [L, rows, N]."""
     graph, state = nnx.split(linear)
 
     def body(_, xs):

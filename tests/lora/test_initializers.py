@@ -1,4 +1,4 @@
-"""The decomposition that PiSSA and LoftQ share, and LoftQ against its algorithm in numpy."""
+"""The low-rank approximation of PiSSA and LoftQ, and LoftQ against its algorithm in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.quick
 
 
 def matrix(k, n, seed=0):
-    """Singular values that fall by a tenth each."""
+    """Makes a matrix whose singular values are 10 * 0.9^i."""
     random = np.random.default_rng(seed)
     u, _ = np.linalg.qr(random.normal(size=(k, min(k, n))))
     v, _ = np.linalg.qr(random.normal(size=(n, min(k, n))))
@@ -64,7 +64,7 @@ def test_loftq_alternates_as_in_the_paper(codebook, turns):
         u, s, vt = np.linalg.svd(w - q, full_matrices=False)
         low = ((u[:, :rank] * s[:rank]) @ vt[:rank]).astype(np.float32)
     found = np.asarray(jax.jit(to_float32)(stored))
-    # a weight within rounding of the middle between two codes may fall either way
+    # a weight that is halfway between two codes, within rounding, may get either
     assert (np.abs(found - q) > 1e-5).mean() < 2e-3
     loss = np.linalg.norm(w - q - low) / np.linalg.norm(w)
     assert error(task.weight, stored, adapter) == pytest.approx(loss, rel=1e-3)

@@ -1,4 +1,4 @@
-"""The LoRA linear by itself, without a decoder: its product, its gradient and its merged weight."""
+"""The LoRA linear without a decoder: its product, its gradient and its merged weight."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ K, N, RANK = 64, 24, 4
 
 
 def base(kind, *stack):
-    """W as it is stored, and in float64."""
+    """Returns W as stored, and its values in float64."""
     w = np.random.default_rng(0).normal(size=(*stack, K, N)).astype(np.float32)
     if kind == "nf4":
         q = quantize(w)
@@ -25,7 +25,7 @@ def base(kind, *stack):
 
 
 def make(kind, *stack):
-    """A linear whose B is not zero, and the weight it should multiply by, in float64."""
+    """Makes a linear with nonzero B; returns it and W + scale * A @ B in float64."""
     weight, exact = base(kind, *stack)
     bias = jnp.ones((*stack, N))
     linear = LoraLinear.from_weight(weight, bias, key=jax.random.key(1), rank=RANK, alpha=8.0)

@@ -1,4 +1,4 @@
-"""LoRA-FA: A is drawn and stays."""
+"""LoRA-FA (arXiv 2308.03303): A keeps its random initial values."""
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,6 @@ def test_a_has_no_gradient_and_no_moments_and_b_moves_as_with_a_trained_a(models
     start = load_model(open_folder(models / "llama"), quant=None, dtype=jnp.float32)
     attach(start, choose_adapters(CONFIG, start.linears()), jax.random.key(0))
     np.testing.assert_array_equal(moved[True][0], start.runs[0].q_proj.adapter.a.get_value())
-    # at the start B is zero, so A has no gradient and only B moves
+    # B is zero at first, so A's gradient is zero and only B moves with a trained A too
     np.testing.assert_allclose(moved[True][1], moved[False][1], atol=1e-6)
     assert np.abs(moved[True][1]).min() > 0

@@ -1,4 +1,4 @@
-"""Freezing the base by a mask gives the adapters that leaving it out of the gradient gives."""
+"""Freezing the base by a mask trains the same adapters as a gradient without the base."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ from qlora_jax.train.step import Recipe, loss_sum
 
 STEPS = 6
 LIMIT = 1.2
-"""Of the norm of the adapters' gradient, which is above it in some steps."""
+"""Clip norm of the adapters' gradient; some steps exceed it and some do not."""
 
 TOKENS = jnp.arange(33, dtype=jnp.int32)
 BATCH = {
@@ -39,7 +39,7 @@ CONFIG = LoraConfig(
 
 @pytest.fixture
 def model(models: Path) -> Decoder:
-    """A llama of three layers in bfloat16, with DoRA's adapters in float32."""
+    """A llama of three layers in bfloat16, with DoRA adapters in float32."""
     return adapted(models, None)
 
 
@@ -59,11 +59,11 @@ def by_labels(tree: Any) -> optax.GradientTransformation:
 
 
 def loss_of(graph: nnx.GraphDef, head: bool) -> Callable[[Any, Any], jax.Array]:
-    """The mean loss of the batch, given two parts of a model's state.
+    """Returns the batch's mean loss as a function of two parts of a model's state.
 
     Args:
-      graph: the model's structure.
-      head: whether the head takes a gradient.
+      graph: structure of the model.
+      head: true if the head gets a gradient.
     """
     recipe = Recipe(graph, jnp.dtype(jnp.bfloat16), "none", 0.0, "full" if head else "qlora")
 
@@ -75,14 +75,14 @@ def loss_of(graph: nnx.GraphDef, head: bool) -> Callable[[Any, Any], jax.Array]:
 
 
 class Trained(NamedTuple):
-    """What was differentiated, after the last step, and the norms of the adapters' gradients."""
+    """The differentiated tree after the last step, and the norm of each adapter gradient."""
 
     tree: Any
     norms: list[float]
 
 
 def train(loss: Callable[..., jax.Array], tree: Any, rest: Any, optimizer: Any) -> Trained:
-    """Differentiates with respect to the whole of `tree`, and updates all of it."""
+    """Trains for STEPS steps: differentiates all of `tree` and updates all of it."""
     gradient, update = jax.jit(jax.grad(loss)), jax.jit(optimizer.update)
     apply, state, norms = jax.jit(optax.apply_updates), optimizer.init(tree), []
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Merging one linear: its value in float64, and what the merged model costs to run."""
+"""Merging one linear: its value in float64, and the cost of the merged model."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def logits(model):
 
 
 def cost(model) -> tuple[float, float]:
-    """Operations and bytes of the compiled program for 2 x 16 tokens."""
+    """Returns the operations and the bytes of the compiled program for 2 x 16 tokens."""
     graph, state = nnx.split(model)
 
     def logits(state, tokens):

@@ -1,4 +1,4 @@
-"""Linears of one input, whose products with W come from one call: the same as each alone."""
+"""Linears with one input and one call for all products with W equal each linear alone."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ K = 64
 
 
 class Doubly(nnx.Module):
-    """An adapter that multiplies W by x and by something else, as DoRA does."""
+    """An adapter that needs a second product with W besides x @ W, as DoRA does."""
 
     def product(self, x, multiply, key):
         return multiply(x) + multiply(jnp.ones((1, K), x.dtype))

@@ -91,7 +91,7 @@ def test_scaling_is_by_each_modules_own_rank_and_alpha():
 
 
 def test_patterns_mean_what_they_mean_in_peft(models):
-    """Rank and factor that PEFT gave each module of llama/peft_patterns."""
+    """Expects the rank and the scale that PEFT gave each module of llama/peft_patterns."""
     config = json.loads((models / "llama" / "peft_patterns" / "adapter_config.json").read_text())
     specs = choose_adapters(
         LoraConfig(

@@ -1,4 +1,4 @@
-"""Choosing by path: expressions match the whole path, names are whole components."""
+"""Choice by path: an expression matches the whole path, a name matches whole components."""
 
 import pytest
 from hypothesis import given

@@ -14,13 +14,13 @@ MODELS = Path(__file__).parents[1] / "golden" / "models"
 
 @pytest.fixture(scope="session")
 def models() -> Path:
-    """The reference models; read only."""
+    """The folder of the reference models; tests only read it."""
     return MODELS
 
 
 @pytest.fixture(scope="session")
 def open_model() -> Callable[..., Decoder]:
-    """Loads a reference model by name in float32; a model of its own each time."""
+    """Loads a reference model by name in float32; each call returns a new model."""
 
     def read(name: str, quant: QuantConfig | None = None) -> Decoder:
         return load_model(open_folder(MODELS / name), quant=quant, dtype=jnp.float32)

@@ -47,7 +47,7 @@ def logits(structure, weights, tokens, segments, positions):
 
 @functools.partial(jax.jit, static_argnums=0)
 def step(structure, weights, tokens, positions, cache):
-    """Logits through a cache, and the cache."""
+    """Runs the tokens on a cache; returns the logits and the new cache."""
     model = nnx.merge(structure, weights)
     hidden, cache = model.cached(tokens, positions, cache, dtype=jnp.float32)
     return model.logits(hidden), cache
@@ -68,7 +68,7 @@ def test_logits_are_transformers_packed_or_not(models, open_model, name):
     model = open_model(name)
     np.testing.assert_allclose(compute(model, tokens), expected, rtol=1e-4, atol=1e-4)
 
-    # rows: the start of both sequences and padding; the second sequence, then the first
+    # row 0: the starts of both sequences and padding; row 1: the second sequence, then the first
     lengths = [[(0, 12), (1, 17)], [(1, 20), (0, 13)]]
     packed, segments, positions = (np.zeros_like(tokens) for _ in range(3))
     places = []
@@ -86,13 +86,13 @@ def test_logits_are_transformers_packed_or_not(models, open_model, name):
 
 
 def test_logits_of_another_context_differ(models, open_model):
-    """Windows, biases and rope scaling are not without effect in the reference models."""
+    """A changed first token changes later logits, but only as far as the windows reach."""
     tokens = np.load(models / "mistral_window" / "reference.npz")["tokens"]
     model = open_model("mistral_window")
     changed = tokens.copy()
     changed[:, 0] = (changed[:, 0] + 1) % 128
     before, after = compute(model, tokens), compute(model, changed)
-    # two layers of window 8 carry a change at most 14 positions on
+    # two layers with window 8 carry a change over at most 14 positions
     assert np.abs(before - after)[:, 1:15].max() > 1e-3
     np.testing.assert_array_equal(before[:, 15:], after[:, 15:])
 
@@ -106,7 +106,7 @@ def test_cached_is_uncached(models, open_model, name):
     structure, weights = nnx.split(open_model(name))
 
     cache = empty_cache(nnx.merge(structure, weights).config, 2, 40, jnp.float32)
-    # the second row's prompt is shorter: what its padding left in the cache must not be seen
+    # the second row's prompt is shorter: attention must not see its padding in the cache
     start = np.array([20, 14])
     prompt = np.where(np.arange(20) < start[:, None], tokens[:, :20], 99)
     positions = np.broadcast_to(np.arange(20), prompt.shape)
@@ -121,7 +121,7 @@ def test_cached_is_uncached(models, open_model, name):
 
 
 def stacks(checkpoint):
-    """Every layer weight by its name below a layer, [L, in, out] or [L, features]."""
+    """Returns stacked layer weights by name within a layer: [L, in, out] or [L, features]."""
     names = [n for n in checkpoint.names() if n.startswith("model.layers.0.")]
     return {
         n.removeprefix("model.layers.0."): jnp.asarray(
@@ -182,7 +182,7 @@ def test_linears_have_hugging_face_names_and_shapes(models, open_model):
 
 @pytest.fixture(scope="module")
 def deep(models):
-    """Twelve 4-bit layers with adapters, as (structure, trained, frozen)."""
+    """Twelve 4-bit layers with adapters: (structure, trained, frozen)."""
     checkpoint = open_folder(models / "llama")
     layers = {k: jnp.concatenate([w] * 4) for k, w in stacks(checkpoint).items()}
     layers |= {f"{path}.weight": quantize(layers[f"{path}.weight"]) for path in LINEARS}

@@ -155,7 +155,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
     ],
 )
 def test_the_precedence_of_rope_settings_is_transformers(settings, expected):
-    """Numbers of transformers 5.24.0; tests/parity/test_live_rope.py has the comparison itself."""
+    """Expects values of transformers 5.24.0; tests/parity/test_live_rope.py runs the comparison."""
     assert read(**settings).rope == expected
 
 
@@ -346,5 +346,5 @@ SLIDING, FULL = "sliding_attention", "full_attention"
     ],
 )
 def test_windows_are_those_of_transformers(family, settings, windows):
-    """As transformers 5.24 masks the layers; its AutoModel takes Mistral's layer_types, too."""
+    """Expects the windows of transformers 5.24; its AutoModel also reads Mistral's layer_types."""
     assert read(family, **{"sliding_window": 9} | settings).windows == windows

@@ -1,4 +1,4 @@
-"""Every family: that its options matter, its config.json of both kinds, adapters and gradients."""
+"""Every family: its options, its config.json of transformers 4 and 5, adapters and gradients."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def logits(model, tokens):
     ids=str,
 )
 def test_an_option_is_not_without_effect(models, open_model, name, changes):
-    """So the reference logits, which the decoder gives, do test it."""
+    """Another value changes the logits, so the reference logits do test the option."""
     reference = np.load(models / name / "reference.npz")
     model = open_model(name)
     changed = dataclasses.replace(model.config, **changes)
@@ -116,7 +116,7 @@ def test_pefts_adapters_of_fused_linears(models, open_model, name):
 
 @pytest.mark.parametrize("name", mostly_slow(["gemma2", "gpt_neox", "opt"], "gemma2"))
 def test_gradients_of_adapters_are_those_of_a_dense_loss(models, open_model, name):
-    """Remat, attention's own gradient and the loss's against plain differentiation."""
+    """Compares remat and the custom gradients of attention and loss with plain jax.grad."""
     tokens = jnp.asarray(np.load(models / name / "reference.npz")["tokens"])[:, :24]
     model = open_model(name)
     attach(model, choose_adapters(LoraConfig(rank=2), model.linears()), jax.random.key(0))
@@ -232,7 +232,7 @@ def test_a_rope_for_each_kind_of_layer():
     )
     assert both.rope == Rope(theta=5e5, kind="linear", factor=4.0)
     assert both.local_rope == Rope(theta=3e4, kind="linear", factor=4.0)
-    flat = read("gemma3_text", rope_parameters=linear)  # which transformers does not read
+    flat = read("gemma3_text", rope_parameters=linear)  # transformers ignores this form
     assert (flat.rope, flat.local_rope) == (Rope(theta=1e6), Rope(theta=1e4))
 
 

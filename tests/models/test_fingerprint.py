@@ -1,4 +1,4 @@
-"""The base's hash: what it is, what changes it and what does not."""
+"""The hash of the base: its definition, and the changes that affect it or do not."""
 
 import dataclasses
 import hashlib
@@ -27,11 +27,11 @@ from qlora_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = "2:11c6db3ef37261cf27df2c5f5173ae9f13e7fa510a54c450d8237553d62132c7"
-"""Of the reference llama as its file has it. A change here makes every earlier run another's."""
+"""Hash of the reference llama's file. If it changes, every earlier run has another base."""
 
 
 def mix(x):
-    """MurmurHash3's fmix32, on Python's integers or NumPy's uint64."""
+    """Computes MurmurHash3's fmix32 on Python integers or NumPy uint64."""
     x = x ^ x >> 16
     x = x * 0x85EBCA6B % 2**32
     x = x ^ x >> 13
@@ -40,7 +40,7 @@ def mix(x):
 
 
 def expected_hash(parameters):
-    """The definition again, in NumPy, from arrays by name as the checkpoint has them."""
+    """Computes the hash by its definition in NumPy, from the checkpoint's arrays by name."""
     text = "base 2\n"
     for name in sorted(parameters):
         number = np.ascontiguousarray(parameters[name].astype(np.float32))
@@ -62,7 +62,7 @@ def expected_hash(parameters):
 
 
 def decoded(q, layer):
-    """One layer of a QTensor by its invariants, element by element; float32[in, out]."""
+    """Decodes one layer of a QTensor, element by element, from its invariants: f32[in, out]."""
     part = {f.name: getattr(q, f.name) for f in dataclasses.fields(q)}
     codes, scales, nested, offset, book = (
         None if part[name] is None else np.asarray(part[name])[layer]
@@ -80,7 +80,7 @@ def decoded(q, layer):
 
 
 def as_stored(source, model):
-    """Every parameter by name: the file's, a quantized one decoded in NumPy."""
+    """Returns every parameter by name: the file's, or decoded in NumPy if it is quantized."""
     found = {name: source.read(name) for name in source.names()}
     for path, linear, layer in model.walk():
         found[f"{path}.weight"] = decoded(linear.weight.get_value(), layer).T
@@ -214,7 +214,7 @@ def test_numbers_that_some_devices_flush_are_zero(open_model):
 def test_only_the_sums_are_copied_to_the_host(open_model, monkeypatch):
     model = open_model("llama", QuantConfig())
     graph, state = nnx.split(model)
-    # what is traced cannot be copied to the host
+    # traced values cannot be copied to the host, so `sums` copies nothing
     abstract = jax.eval_shape(
         lambda tree: [layers for _, layers in fingerprint.sums(nnx.merge(graph, tree))], state
     )
@@ -254,12 +254,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pathlib import Path
 from qlora_jax.config import QuantConfig
 from qlora_jax.formats.huggingface import open_folder
-from qlora_jax.formats.load import load
+from qlora_jax.formats.load import load_model
 from qlora_jax.models import fingerprint
 
 assert len(jax.devices()) == 2
 mesh = Mesh(np.array(jax.devices()), ("x",))
-model = load(open_folder(Path("tests/golden/models/llama")), quant=QuantConfig(), dtype="bfloat16")
+source = open_folder(Path("tests/golden/models/llama"))
+model = load_model(source, quant=QuantConfig(), dtype="bfloat16")
 print(fingerprint.base_hash(model, "qlora"))
 graph, state = nnx.split(model)
 for axis in (-1, -2):

@@ -40,7 +40,7 @@ def model(open_model):
 
 @functools.partial(jax.jit, static_argnums=0)
 def last_logits(structure, weights, tokens, length):
-    """Logits of each row's token at length - 1, the whole row computed afresh."""
+    """Returns each row's logits at position length - 1, from a full forward pass."""
     model = nnx.merge(structure, weights)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = model.hidden(tokens, jnp.ones_like(tokens), positions, dtype=jnp.float32)
@@ -49,7 +49,7 @@ def last_logits(structure, weights, tokens, length):
 
 
 def without_cache(model, prompts, new):
-    """Greedy continuations by full forward passes alone."""
+    """Returns greedy continuations, computed by full forward passes only."""
     structure, weights = nnx.split(model)
     rows = [list(p) for p in prompts]
     for _ in range(new):
@@ -164,7 +164,7 @@ def test_the_cache_is_written_in_place(model):
 
 
 def reference(logits, temperature, top_p):
-    """Probabilities of each token, by the definition of nucleus sampling, in float64."""
+    """Returns each token's probability by the definition of nucleus sampling, in float64."""
     p = np.exp(logits.astype(np.float64) / temperature)
     p /= p.sum()
     order = np.argsort(-p, kind="stable")
@@ -190,7 +190,7 @@ def test_draws_follow_temperature_and_top_p(temperature, top_p):
 
 
 def test_every_position_and_row_draws_anew(open_model):
-    """Where every token is as likely as any other, a text is uniform noise."""
+    """With equal logits for all tokens, the drawn tokens are uniform and independent."""
     model = open_model("llama")
     model.head.set_value(jnp.zeros_like(model.head.get_value()))
     prompts = [[5] * 12, [5] * 12, [6] * 12, [7] * 12]
@@ -232,7 +232,7 @@ def test_no_prompts_no_text(model):
 
 
 def test_rows_have_their_own_temperature_and_top_p():
-    """Each row is drawn as if all had its settings."""
+    """Each row gets the token that it would get if all rows had its settings."""
     rows = 64
     random = np.random.default_rng(2)
     logits = jnp.asarray(random.normal(size=(rows, 40)) * 2, jnp.float32)

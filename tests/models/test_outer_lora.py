@@ -33,12 +33,12 @@ pytestmark = pytest.mark.quick
 
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 24))
 KINDS = ("llama", "qwen2", "gemma2", "gpt_neox")
-"""Untied; tied; tied, scaled and capped; with names of its own."""
+"""In order: untied; tied; tied with scaled embeddings and a soft cap; other module names."""
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def drawn(config, paths, rank=3) -> dict[str, LoraWeights]:
-    """Random adapters of scale 2."""
+    """Makes random adapters of scale 2."""
     random = np.random.default_rng(1)
     sizes = layer_linears(config) | outer_modules(config)
 
@@ -64,7 +64,7 @@ def states(graph: Any, state: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def computed(model, tokens=TOKENS) -> tuple[np.ndarray, np.ndarray]:
-    """The hidden states and the logits."""
+    """Returns the hidden states and the logits in float64."""
     hidden, logits = states(*nnx.split(model), jnp.asarray(tokens))
     return np.asarray(hidden, np.float64), np.asarray(logits, np.float64)
 
@@ -78,7 +78,7 @@ def test_logits_of_an_adapted_head_in_closed_form(models, kind):
     own = drawn(model.config, ["lm_head"])
     set_adapter(model, own)
     found, logits = computed(model)
-    # a tied embedding is not the head's
+    # the head's adapter must not change a tied embedding
     np.testing.assert_array_equal(found, hidden)
     a, b = (np.asarray(x, np.float64) for x in own["lm_head"][:2])
     expected = hidden @ weight + 2.0 * (hidden @ a) @ b
@@ -96,7 +96,7 @@ def test_an_adapted_embedding_is_one_with_other_rows(models, kind):
     embed = np.asarray(other.embed.get_value(), np.float64)
     changed = embed + 2.0 * np.asarray(own[path].a, np.float64) @ own[path].b
     assert np.abs(changed - embed).max() > 1e-2
-    if other.head is None:  # which stays what it was
+    if other.head is None:  # tied: the head keeps the old embedding
         other.head = nnx.data(type(other.embed)(other.embed.get_value().T))
     other.embed.set_value(jnp.asarray(changed, jnp.float32))
     for found, expected in zip(computed(model), computed(other)):
@@ -104,7 +104,7 @@ def test_an_adapted_embedding_is_one_with_other_rows(models, kind):
 
 
 def reference(model, trained_of, tokens, targets_, mask):
-    """The loss by whole logits, which jax differentiates by itself."""
+    """Returns the loss function from whole logits, for jax's own differentiation."""
 
     def value(trained):
         made = trained_of(trained)
@@ -180,7 +180,7 @@ def test_what_is_trained_and_counted(models):
     assert trees.parameter_counts(model, "lora") == (count, total + count)
     kinds = [type(model.head_adapter.a), type(model.head_adapter.b)]
     assert kinds == [LoraParam, LoraB]
-    # no layer has an adapter: one unit
+    # no layer has an adapter: one group, outside the layers
     trained = trees.split(model, "lora").trained
     assert [(group.layers, len(group.places)) for group in layer_groups.find_groups(trained)] == [
         (None, 4)
@@ -200,7 +200,7 @@ def test_dropout_is_on_the_heads_input_in_training_alone(models):
     np.testing.assert_allclose(kept, 32 / 4 * (hidden @ a), rtol=1e-4)
     assert np.abs(dropped - kept).max() > 0.1
     np.testing.assert_array_equal(dropped, model.head_delta(hidden, key)[0])
-    # the layers' keys are others
+    # the keys of the layers differ from the key of the head
     layers = jax.random.split(key, model.config.num_layers)
     own = jax.random.fold_in(key, model.config.num_layers)
     assert not any(
@@ -225,7 +225,7 @@ def test_what_is_exported_is_read_back(models, tmp_path, kind):
 
 
 def test_the_head_of_gpt_neox_under_its_old_name(models, tmp_path):
-    """transformers 4 calls the module embed_out."""
+    """transformers 4 calls the head embed_out."""
     model = base(models / "gpt_neox")
     own = drawn(model.config, ["lm_head", "gpt_neox.embed_in"])
     write_adapter(tmp_path / "adapter", own, base_name="base")

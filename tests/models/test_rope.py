@@ -92,7 +92,7 @@ LONGROPE = Rope(
     ids=str,
 )  # fmt: skip
 def test_scaled_frequencies_are_transformers(rope, length, expected):
-    """inv_freq of transformers 5.24.0 for theta 10000 and head_dim 16, in a sequence so long."""
+    """Expects inv_freq of transformers 5.24.0: theta 10000, head_dim 16, sequences of `length`."""
     lengths = None if length is None else jnp.full((1, 3), length)
     found = np.broadcast_to(frequencies(rope, 16, lengths), (1, 3, 1, 8))
     np.testing.assert_allclose(found[0, 1, 0], expected, rtol=2e-6)
@@ -150,7 +150,7 @@ def logits(model, tokens, segments, positions):
 )
 @pytest.mark.quick
 def test_packing_changes_no_logits(open_model, name, rope):
-    """A long and a short segment in one row, each rotated as if it were alone."""
+    """In one row, a long and a short segment are each rotated as if alone."""
     model = scaled_model(open_model, name, rope)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 128, (1, 120)), jnp.int32)
     segments = jnp.array([[1] * 90 + [2] * 30])

@@ -1,4 +1,4 @@
-"""The same layers as one stack and as several: equal predictions and gradients."""
+"""Layers in one stack and in several stacks: equal predictions and gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The table of shapes against published totals, a rule, and a file of one of the models."""
+"""The table of shapes against published parameter counts and rules; finding a shape by name."""
 
 import math
 
@@ -29,7 +29,7 @@ PARAMETERS = {
     "smollm2-1.7b": 1_711_376_384,
     "tinyllama-1.1b": 1_100_048_384,
 }
-"""The totals that the hub shows beside the weights."""
+"""Parameter counts that the hub shows beside the weights."""
 
 
 @pytest.mark.parametrize("name", SHAPES)

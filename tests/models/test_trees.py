@@ -86,7 +86,7 @@ def test_sha256_tells_one_bit_a_name_a_shape_and_a_dtype():
 
 
 def abstract(config):
-    """A decoder of shapes without data."""
+    """Returns a decoder whose leaves are shapes without data."""
     shapes = expected_shapes(config)
 
     def leaf(*shape):

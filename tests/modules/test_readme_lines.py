@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 class MyModel(nnx.Module):
-    """Attention and a linear layer: a user's model, as in the pages."""
+    """A user's model: attention and a linear layer."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.attn = nnx.MultiHeadAttention(num_heads=2, in_features=64, decode=False, rngs=rngs)

@@ -189,7 +189,7 @@ def test_a_wide_sum_is_not_rounded_on_the_way(make_kernel):
     f = lambda ws, x: jnp.matmul(x, ws["w"].astype(x.dtype), preferred_element_type="float32")  # noqa: E731
     wide = run(f, {"w": made.kernel}, (x,))
     exact = x.astype(jnp.float32) @ made.whole({})
-    # allows weights rounded to bfloat16; sums in bfloat16 would alone have an error of 2e-3
+    # allows weights rounded to bfloat16; sums in bfloat16 alone would be off by a relative 2e-3
     assert np.abs(wide - exact).mean() < 1e-3 * np.abs(exact).mean()
 
 

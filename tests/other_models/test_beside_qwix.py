@@ -1,4 +1,4 @@
-"""The comparison with qwix: what is compared is comparable, and what is counted is counted."""
+"""The comparison with qwix: the sides are comparable, and bytes and code count right."""
 
 import jax.numpy as jnp
 import pytest
@@ -26,7 +26,7 @@ def test_all_sides_have_the_same_weights_in_blocks_of_the_same_size(figures):
     ours, like, theirs = figures.values()
     assert ours.quantized == like.quantized == theirs.quantized
     assert ours.trained == like.trained == theirs.trained
-    # two implementations of one definition, and no double quantization in either
+    # two implementations of one format; neither uses double quantization
     assert like.weights == pytest.approx(theirs.weights, rel=1e-6)
     assert like.logits == pytest.approx(theirs.logits, rel=1e-4)
     assert ours.weights == pytest.approx(theirs.weights, rel=0.01)

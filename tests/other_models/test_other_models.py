@@ -1,4 +1,4 @@
-"""What holds of any model holds of models that were written without us."""
+"""Checks on models that third parties wrote, with the functions for any model."""
 
 import math
 
@@ -15,8 +15,8 @@ from experiments.other_models.every import CASES, installed
 pytestmark = pytest.mark.other_models
 
 ROUNDING = {"float32": 2e-6, "bfloat16": 0.03}
-"""Largest difference, relative to the largest output, by dtype: of sums in another order, and in
-bfloat16 of merged weights that are rounded to a relative 2^-9."""
+"""Largest allowed difference, relative to the largest output, by dtype. It allows for another order
+of sums and, in bfloat16, for merged weights that are rounded to a relative 2^-9."""
 
 
 def built(case: Case):
@@ -34,7 +34,7 @@ def adapted(case: Case):
 
 
 def moved(case: Case, model):
-    """The model with adapters that add something."""
+    """Returns the model with adapters that change the outputs."""
     trained, frozen, join = measure.way_of(case).split(model)
     return join(measure.nudged(trained), frozen)
 
@@ -62,7 +62,7 @@ def test_it_computes_with_the_decoded_weights(case):
     ours = measure.outputs(case, model)
     plain = way.merge(case, model)
     assert measure.difference(ours, measure.outputs(case, plain)) < rounding(case)
-    assert measure.difference(ours, measure.outputs(case, exact)) > 0.01  # and it is rounded
+    assert measure.difference(ours, measure.outputs(case, exact)) > 0.01  # it is quantized
     before, after = (
         measure.chosen(case, exact, case.kernels),
         measure.chosen(case, plain, case.kernels),
@@ -71,7 +71,7 @@ def test_it_computes_with_the_decoded_weights(case):
     for path in before:
         old, new = (np.asarray(weights[path], np.float32) for weights in (before, after))
         error = np.linalg.norm(new - old) / np.linalg.norm(old)
-        assert 0.07 < error < 0.12, path  # NF4's on normal numbers is 0.095
+        assert 0.07 < error < 0.12, path  # the error of NF4 on normal weights is 0.095
 
 
 @every

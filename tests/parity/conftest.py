@@ -1,6 +1,6 @@
-"""Live comparisons with bitsandbytes, transformers and PEFT, on random weights (make parity).
+"""Compares with installed bitsandbytes, transformers and PEFT on random weights (make parity).
 
-Models are tiny and everything runs in float32 on the CPU; no network, a few minutes on 2 cores.
+The models are tiny. Everything runs in float32 on the CPU without network access.
 """
 
 from pathlib import Path
@@ -9,5 +9,5 @@ import pytest
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # Collecting a module here imports torch where it is installed, which `make test` must not.
+    # Collecting a module of this folder imports torch; `make test` must not import torch.
     return True if "not parity" in config.option.markexpr else None

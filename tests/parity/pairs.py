@@ -1,4 +1,4 @@
-"""Random tiny models, each as transformers' and as ours."""
+"""Random tiny models, loaded both by transformers and by us."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,7 +92,7 @@ KINDS: Mapping[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Name to `model_type` and what differs from `SHAPE`."""
+"""Name to `model_type` and the differences from `SHAPE`."""
 
 
 def save(folder: Path, kind: str, seed: int) -> Path:
@@ -104,7 +104,7 @@ def save(folder: Path, kind: str, seed: int) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=random)
-            # norms away from one and biases away from zero: leaving one out must show
+            # Norms differ from one and biases from zero, so that ignoring one changes the logits.
             fresh = 0.06 * noise if parameter.ndim == 2 else parameter + 0.1 * noise
             parameter.copy_(fresh)
     model.save_pretrained(folder)
@@ -112,37 +112,37 @@ def save(folder: Path, kind: str, seed: int) -> Path:
 
 
 def theirs(folder: Path, **options: Any) -> Any:
-    """The model as transformers loads it, in float32 and for inference."""
+    """Loads the model with transformers, in float32 and evaluation mode."""
     options = {"dtype": torch.float32, "attn_implementation": "eager"} | options
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def ours(folder: Path, quant: QuantConfig | None = None) -> Decoder:
-    """The model as we load it, in float32."""
+    """Loads the model with our loader, in float32."""
     return load_model(open_folder(folder), quant=quant, dtype=jnp.float32)
 
 
 def tokens(model: Decoder, seed: int, rows: int = 2, length: int = 48) -> np.ndarray:
-    """Random ids, int32[rows, length]."""
+    """Returns random ids, int32[rows, length]."""
     random = np.random.default_rng(seed)
     return random.integers(0, model.config.vocab_size, (rows, length), dtype=np.int32)
 
 
 def their_logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """float32[B, T, vocab]."""
+    """Returns transformers' logits, float32[B, T, vocab]."""
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(ids).long()).logits.float().numpy()
 
 
 def our_logits(model: Decoder, ids: np.ndarray) -> np.ndarray:
-    """float32[B, T, vocab]."""
+    """Returns our logits, float32[B, T, vocab]."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     hidden = model.hidden(jnp.asarray(ids), jnp.ones_like(ids), positions, dtype=jnp.float32)
     return np.asarray(model.logits(hidden))
 
 
 def adapt(model: Decoder, config: LoraConfig, seed: int, *, zero_b: bool = False) -> None:
-    """Attaches adapters, in place, with a random B unless it is to start at zero."""
+    """Attaches adapters, in place; B is random, or zero if `zero_b`."""
     attach(model, choose_adapters(config, model.linears()), jax.random.key(seed), init=config.init)
     if zero_b:
         return
@@ -166,7 +166,7 @@ def read_adapter(model: Decoder, folder: Path) -> None:
 
 
 def adapters(model: Decoder) -> Iterator[tuple[str, Adapter, int, AdapterSpec]]:
-    """Every adapted linear: its path, the stack of adapters it is in, its index and its spec."""
+    """Yields, for every adapted linear, its path, the stacked adapter, its index and its spec."""
     for path, linear, i in model.walk():
         if linear.adapter is not None and (spec := linear.adapter.specs[i]) is not None:
             yield path, linear.adapter, i, spec

@@ -1,4 +1,4 @@
-"""The benchmarks beside the installed peers: the same work, so the same losses and tokens."""
+"""Compares our benchmarks with the installed peers: same work, so same losses and tokens."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(run_cli: Callable[..., Any]) -> Callable[..., list[dict[str, Any]]]:
-    """Reports of one round: ours and bitsandbytes'."""
+    """Returns a function that runs one round: our report and bitsandbytes' report."""
 
     def run(*arguments: Any) -> list[dict[str, Any]]:
         pytest.importorskip("bitsandbytes")
@@ -57,7 +57,7 @@ def test_step(bench: Callable[..., Any], model: Path) -> None:
 
 @pytest.mark.parametrize(("name", "method"), [("smollm2-135m", "qlora"), ("qwen2.5-0.5b", "lora")])
 def test_step_of_a_published_shape(bench: Callable[..., Any], name: str, method: str) -> None:
-    """Random weights of one deviation on both sides: as many adapters, and the loss of chance."""
+    """Both sides draw random weights of one deviation, so both first losses are near log(vocab)."""
     options = ("--seq", 16, "--batch", 1, "--steps", 1, "--rank", 4, "--method", method)
     targets = ("--target-modules", "q_proj,down_proj", "--alpha", 8)
     ours, peer = bench("step", name, *options, *targets)
@@ -81,7 +81,7 @@ def test_the_peers_random_model(family: str, tied: bool, quantized: bool) -> Non
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     assert not any(tensor.is_meta for tensor in tensors.values())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    # frequencies are those of a model that was never without memory
+    # The reference was built directly, not on the meta device, so its frequencies are right.
     whole = transformers.AutoModelForCausalLM.from_config(model.config)
     expected = whole.model.rotary_emb.inv_freq
     torch.testing.assert_close(model.model.rotary_emb.inv_freq.cpu(), expected)

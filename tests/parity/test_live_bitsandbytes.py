@@ -1,6 +1,7 @@
-"""Our quantizer and 4-bit models against the installed bitsandbytes, on random weights.
+"""Compares our quantizer and 4-bit models with the installed bitsandbytes, on random weights.
 
-The rules coincide where in_features is a multiple of the block or the weight has one row.
+bitsandbytes' blocks may cross the ends of rows. Both quantizers have the same blocks only if
+in_features is a multiple of block_size or the weight has one row.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ F = pytest.importorskip("bitsandbytes", reason=REASON).functional
 pytestmark = pytest.mark.parity
 
 SHAPES = [(48, 64), (33, 192), (192, 576), (64, 1536), (17, 4096), (1, 1000), (1, 8192)]
-"""[out, in]."""
+"""Shapes of the weights, [out, in]."""
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 BOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 CASES = [
@@ -31,7 +32,7 @@ kinds = pytest.mark.parametrize("kind", BOOKS)
 
 
 def weight(shape: tuple[int, int], dtype: str, seed: int) -> tuple[torch.Tensor, np.ndarray]:
-    """The same random numbers [out, in] for them and [in, out] for us, with zeros and outliers."""
+    """Returns one random weight with zeros and outliers: [out, in] for torch, [in, out] for us."""
     random = np.random.default_rng(seed)
     w = random.standard_normal(shape, np.float32) * 0.02
     w *= np.where(random.random(shape) < 0.01, 20, 1)
@@ -53,7 +54,7 @@ def their_codes(packed: torch.Tensor, count: int) -> np.ndarray:
 
 
 def our_codes(q: QTensor, kind: str) -> np.ndarray:
-    """Our codes in their flat order and numbering."""
+    """Returns our codes in bitsandbytes' flat order and numbering."""
     groups = [np.asarray(n).reshape(-1, 32, n.shape[-1]) for n in (q.codes & 15, q.codes >> 4)]
     index = np.stack(groups, axis=1).reshape(-1, q.codes.shape[-1])[: q.in_features]
     order = np.argsort(F.get_4bit_type(kind, device="cpu").numpy(), kind="stable")
@@ -112,7 +113,7 @@ def test_tables_are_theirs():
 @pytest.mark.parametrize("model_kind", ["llama", "qwen2", "mistral"])
 @kinds
 def test_quantized_models_have_the_same_logits(tmp_path, model_kind, kind, double_quant, tolerance):
-    """With double quantization, one scale code of difference is one 8-bit step of a scale."""
+    """Double quantization needs a larger tolerance: a scale's 8-bit code may differ by one."""
     folder = save(tmp_path / "model", model_kind, seed=3)
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -120,7 +121,7 @@ def test_quantized_models_have_the_same_logits(tmp_path, model_kind, kind, doubl
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    # for inference bitsandbytes may repack the weights and compute in bfloat16, whatever was asked
+    # train(): in evaluation mode bitsandbytes may repack the weights and compute in bfloat16.
     peer = theirs(folder, quantization_config=config, device_map={"": "cpu"}).train()
     model = ours(folder, QuantConfig(codebook=BOOKS[kind], double_quant=double_quant))
     ids = tokens(model, seed=3)

@@ -1,6 +1,6 @@
-"""Conversations under published chat templates: right, or refused in a line that is known.
+"""Checks conversations under published chat templates: right, or a known refusal.
 
-`make chats` prints the counts and draws them; a case here is a square of the picture.
+The references are transformers' text and TRL's marks. `make chats` prints and draws the counts.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from chats.judge import REFUSED, WRONG, Outcome
 
 pytestmark = pytest.mark.parity
 KNOWN = {("gptoss", "empty answer")}
-"""Refused: a middle answer's end is told from its content there."""
+"""Known refusals: GPT-OSS ends a middle answer differently; we need its content to find the end."""
 
 
 @pytest.fixture(scope="module")

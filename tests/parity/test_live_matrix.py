@@ -1,6 +1,6 @@
-"""Other tools' files, over the options of those tools: right, or refused in a line that is named.
+"""Checks files of transformers and PEFT over their options: right, or a documented refusal.
 
-`make matrix` prints the table; a case here is one of its lines.
+The references are the other tools' logits. `make matrix` prints the table of the cases.
 """
 
 import warnings

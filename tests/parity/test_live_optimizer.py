@@ -1,7 +1,8 @@
-"""Our 8-bit AdamW against the installed bitsandbytes' on a CPU, step by step.
+"""Compares our 8-bit AdamW with the installed bitsandbytes' on a CPU, step by step.
 
-Its CPU kernel takes codes from a table of 65536 steps of [-1, 1], its kernel for any device
-compares with the middles between the map's values, as ours does.
+bitsandbytes has two rules to find the nearest code. Its CPU kernel looks it up in a table of 65536
+steps of [-1, 1]. Its kernel for any device compares with the midpoints between the map's values,
+as our code does.
 """
 
 import jax
@@ -28,7 +29,7 @@ CONFIG = OptimizerConfig(
 def nearest(
     x: torch.Tensor, code: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor, block: int
 ) -> None:
-    """Stands in for the CPU kernel."""
+    """Replaces the CPU kernel with bitsandbytes' kernel for any device."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     quantize = torch.ops.bitsandbytes.quantize_blockwise.default
     for target, value in zip((codes, absmax), quantize.redispatch(keys, x, code, block)):
@@ -36,7 +37,7 @@ def nearest(
 
 
 def gradient(step: int, decades: float) -> np.ndarray:
-    """Random signs; the places' sizes are spread over so many decades, and hardly change."""
+    """Returns a gradient with random signs; magnitudes span `decades` and change little by step."""
     size = 10 ** np.random.default_rng(0).uniform(-decades, 0, SHAPE)
     random = np.random.default_rng(step + 1)
     return (size * random.uniform(0.5, 1, SHAPE) * random.choice([-1, 1], SHAPE)).astype(np.float32)
@@ -78,7 +79,7 @@ def both(decades: float):
 
 @pytest.mark.parametrize("decades", [0.3, 3])
 def test_codes_and_weights_are_theirs(monkeypatch, decades: float) -> None:
-    """A code may differ where two values of the map are equally near but for float32's rounding."""
+    """Few codes may differ: float32 rounding decides between two equally near values of the map."""
     kernels = bitsandbytes.backends.cpu.ops
     monkeypatch.setattr(kernels, "_quant_blockwise_fp32_direct", nearest)
     for (weight, *moments), (their_weight, *their_moments) in both(decades):
@@ -90,7 +91,7 @@ def test_codes_and_weights_are_theirs(monkeypatch, decades: float) -> None:
 
 
 def test_their_cpu_kernel_stays_beside_us_while_gradients_are_alike() -> None:
-    """Its table is coarse for what is far below a block's largest; factors of 2 are not."""
+    """The table is coarse only far below a block's absmax; these gradients span a factor of 2."""
     for (weight, *moments), (their_weight, *their_moments) in both(decades=0.3):
         off = np.abs(weight - their_weight) / CONFIG.learning_rate
         assert np.quantile(off, 0.99) < 0.02

@@ -1,4 +1,4 @@
-"""Adapters of the head and of the embedding between PEFT and us, both ways: the same logits."""
+"""Exchanges adapters of head and embedding with PEFT in both directions: the same logits."""
 
 import jax
 import numpy as np
@@ -27,8 +27,8 @@ TARGETS = {
     "llama": USUAL,
     "llama-tied": USUAL,
     "gemma": USUAL,
-    "gemma2": USUAL,  # caps its logits
-    "gemma3": USUAL,  # scales within the module of the embedding
+    "gemma2": USUAL,  # has a cap on the logits
+    "gemma3": USUAL,  # its embedding module also scales
     "gpt_neox": ["query_key_value", "lm_head", "embed_in"],
     "opt": USUAL,
 }
@@ -36,7 +36,7 @@ each_kind = pytest.mark.parametrize("kind", TARGETS)
 
 
 def moved(peer) -> None:
-    """Draws every matrix of the adapters, so that none is zero."""
+    """Draws every adapter matrix at random, so that none is zero."""
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for key, parameter in peer.named_parameters():
@@ -45,7 +45,7 @@ def moved(peer) -> None:
 
 
 def their_adapter(folder, out, wanted, **more):
-    """A PEFT model over a folder, whose adapter is saved."""
+    """Returns a PEFT model over a folder and saves its adapter to `out`."""
     settings = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 10, "target_modules": wanted, "task_type": "CAUSAL_LM"} | more
     )
@@ -56,7 +56,7 @@ def their_adapter(folder, out, wanted, **more):
 
 
 def wearing(folder, adapter):
-    """Our model with an adapter that fits it."""
+    """Returns our model with a saved adapter."""
     model, found = ours(folder), read(adapter)
     check_fits(found, model.config, adapter)
     set_adapter(model, found.adapters)

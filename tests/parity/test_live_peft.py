@@ -1,4 +1,4 @@
-"""Adapters between PEFT and us, both ways: the same choice of modules, factors and logits."""
+"""Exchanges adapters with PEFT in both directions: the same modules, scales and logits."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def peft_config(config: LoraConfig):
-    """The same settings in PEFT's words."""
+    """Returns the same settings as a PEFT config."""
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -62,7 +62,7 @@ def peft_config(config: LoraConfig):
 
 
 def resolved(model) -> dict[str, tuple[int, float]]:
-    """Rank and factor of every module that PEFT adapted, by the module's path in the base."""
+    """Returns rank and scale of every module that PEFT adapted, by its path in the base."""
     return {
         path.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
         for path, module in model.named_modules()

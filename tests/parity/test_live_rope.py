@@ -1,4 +1,4 @@
-"""Our reading of rope settings against transformers', and the rotations that they give."""
+"""Compares our reading of RoPE settings, and the rotations, with transformers'."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ OWN = {
     "qwen3": {"head_dim": 32},
     "phi3": {"original_max_position_embeddings": 64},
 }
-"""What a family's tiny config needs beside `SHAPE`."""
+"""Settings that a family's tiny config needs beside `SHAPE`."""
 
 FAMILIES = (
     "llama",
@@ -80,7 +80,7 @@ SCALINGS = {
     "longrope-attention": {"rope_type": "longrope", "attention_factor": 1.3},
 }
 POSITIONS = (3, 64, 65, 256, 300)
-"""Lengths of sequences; scalings above were from 64, and the models have 256 positions."""
+"""Lengths on both sides of the scalings' original 64 and the models' 256 positions."""
 
 
 def scaling_of(family: str, name: str) -> dict:
@@ -109,7 +109,10 @@ def embedding_class(family: str) -> type:
 
 
 def their_rotations(family: str, settings: dict, lengths=POSITIONS) -> list[dict]:
-    """Cosine and sine of every kind of layer, of a fresh embedding for each length."""
+    """Returns transformers' cosines and sines by kind of layer, one entry for each length.
+
+    Each length has a new embedding, because dynamic scalings keep state between calls.
+    """
     found = []
     for length in lengths:
         config = their_config(family, settings)
@@ -120,7 +123,7 @@ def their_rotations(family: str, settings: dict, lengths=POSITIONS) -> list[dict
             kinds = {kind: emb(x, places, kind) for kind in sorted(set(config.layer_types))}
         else:
             kinds = {"full_attention": emb(x, places)}
-        # their halves are alike
+        # transformers stores each cosine and sine twice; one half is enough.
         halves = {
             kind: [t[0, :, : t.shape[-1] // 2].numpy() for t in pair]
             for kind, pair in kinds.items()
@@ -357,7 +360,7 @@ def test_what_transformers_fails_on_is_refused(name):
     ],
 )
 def test_logits_of_a_scaling_written_into_a_saved_folder(tmp_path, family, name):
-    """transformers 5 saves rope_parameters; rope_scaling is added by hand, as model cards say."""
+    """transformers 5 saves rope_parameters; model cards tell users to add rope_scaling by hand."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(their_config(family, {})).float()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The modules that a config covers, by PEFT itself and by us."""
+"""Compares the modules that our code and PEFT select for the same config."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def test_the_same_modules_are_covered(family) -> None:
         }
         theirs = peft.LoraConfig(**settings)
         found = ((path, check_target_module_exists(theirs, path)) for path in modules)
-        # An excluded module is told by an object of its own kind, which is true.
+        # For an excluded module PEFT returns a truthy object of a class named Excluded...
         expected = {p for p, match in found if match and "Excluded" not in type(match).__name__}
         assert set(targets_of(settings).covered(list(linears), others, "x")) == expected, settings
         counts.add(len(expected))

@@ -1,4 +1,4 @@
-"""Ids against llama.cpp's, of a GGUF file and of the folder made of it, and transformers'."""
+"""Compares token ids with llama.cpp's and transformers', from a GGUF file and a written folder."""
 
 import json
 import unicodedata
@@ -20,7 +20,7 @@ TEXTS = mixed(1000)
 
 
 def write_vocabulary(source: Path, pre: str, file: Path) -> Path:
-    """A GGUF file without weights, which has the vocabulary of another under another name."""
+    """Writes a GGUF file without weights: the source's vocabulary, with pre-tokenizer `pre`."""
     writer = gguf.GGUFWriter(file, "llama")
     for key, value in read_header(source).metadata.items():
         match value:
@@ -65,7 +65,7 @@ def test_smollm2s_ids_are_llama_cpps(builtin_gguf: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_every_pre_tokenizer_cuts_as_llama_cpp_does(builtin_gguf: Path, tmp_path, pre) -> None:
     file = write_vocabulary(builtin_gguf, pre, tmp_path / "vocabulary.gguf")
-    # llama.cpp does not compose letters where the model's own file does
+    # llama.cpp does not apply the NFC normalization that some tokenizers apply.
     texts = [unicodedata.normalize("NFC", text) for text in TEXTS]
     loaded = tokenizers_.load_tokenizer(file)
     for text, ids in zip(texts, llama_cpp_ids(file, texts)):

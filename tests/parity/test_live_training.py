@@ -1,4 +1,4 @@
-"""A few training steps from the same adapters on the same data, losses beside PEFT's."""
+"""Compares the losses of a few training steps with PEFT's: same adapters, same data."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +22,8 @@ RUNS = {
     "plain": (LoraConfig(rank=8, alpha=16), OptimizerConfig(learning_rate=0.01)),
     "decay-rslora": (
         LoraConfig(rank=4, alpha=6, scaling="alpha/sqrt(r)", rank_pattern={"q_proj": 2}),
-        # Adam divides an element's gradient by its own size: at epsilon 1e-8 a gradient of 1e-8,
-        # which is rounding noise, can move an element by a large part of this learning rate
+        # Adam divides a gradient by its own size. With epsilon 1e-8, a gradient of 1e-8, which is
+        # rounding noise, can move a weight by a large part of the learning rate.
         OptimizerConfig(
             learning_rate=0.02, weight_decay=0.1, clip_norm=0.2, beta2=0.95, epsilon=1e-6
         ),
@@ -32,7 +32,7 @@ RUNS = {
 
 
 def batches(model, seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Inputs, targets and which of these count, another batch each step."""
+    """Returns inputs, targets and loss mask of each step; every step has another batch."""
     ids = tokens(model, seed, rows=STEPS * 3, length=33).reshape(STEPS, 3, 33)
     counted = np.random.default_rng(seed).random((STEPS, 3, 32)) < 0.6
     return list(zip(ids[..., :-1], ids[..., 1:], counted))
@@ -92,7 +92,7 @@ def their_losses(peer, config: OptimizerConfig, data) -> list[float]:
 
 
 def four_bit():
-    """NF4 without double quantization, whose weights are then bit-equal to ours."""
+    """Returns settings for NF4 without double quantization; such weights are bit-equal to ours."""
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
@@ -118,7 +118,7 @@ def test_adapter_losses_agree(tmp_path, family, method, name):
 
 
 def test_full_fine_tuning_losses_agree(tmp_path):
-    """Every weight trained, the embedding tied to the head among them."""
+    """All weights train, including the embedding, which is tied to the head."""
     folder = save(tmp_path / "model", "qwen2", seed=9)
     optimizer = OptimizerConfig(learning_rate=0.003, weight_decay=0.1)
     model = ours(folder)

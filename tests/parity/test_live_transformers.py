@@ -1,4 +1,4 @@
-"""Our decoder against transformers', on random weights of each family."""
+"""Compares our decoder with transformers', on random weights of each family."""
 
 import functools
 
@@ -47,7 +47,7 @@ def test_logits_agree(pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_4_bit_weights_and_adapters_agree(tmp_path, kind):
-    """transformers' model with our decoded weights in it, without and with PEFT's adapters."""
+    """The reference is transformers' model with our decoded weights, then also a PEFT adapter."""
     folder = save(tmp_path / "model", kind, seed=3)
     peer, model = theirs(folder), ours(folder, QuantConfig())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""DoRA and PiSSA beside PEFT's: gradients, losses of a few steps, initial values, conversion."""
+"""Compares DoRA and PiSSA with PEFT's: gradients, losses, initial values, conversion."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ FAMILIES = ("llama", "qwen2")
 
 
 def dora(folder, out, *, freeze_a=False):
-    """Our model with DoRA, B not zero, and PEFT's with the same adapter, for training."""
+    """Returns our model with DoRA and a nonzero B, and PEFT's trainable model with that adapter."""
     model = ours(folder)
     lora = LoraConfig(rank=4, alpha=6, rank_pattern={"q_proj": 2})
     specs = choose_adapters(lora, model.linears())
@@ -137,7 +137,8 @@ def test_pissa_starts_as_pefts_and_converts_to_the_same_adapter(tmp_path, scalin
         np.testing.assert_allclose((a @ b).T, theirs_.numpy(), atol=1e-5)
         base = module.base_layer.weight.detach().numpy()
         np.testing.assert_allclose(np.asarray(linear.weight.get_value()[i]).T, base, atol=1e-5)
-        # the same training on both sides: signs of singular vectors are free, so b is doubled
+        # Stands in for training: scaling B is the same change on both sides, although the signs
+        # of singular vectors may differ.
         linear.adapter.b.set_value(linear.adapter.b.get_value().at[i].multiply(1.3))
         with torch.no_grad():
             module.lora_B["default"].weight.mul_(1.3)

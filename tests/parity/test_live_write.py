@@ -1,4 +1,4 @@
-"""Folders that we write, as transformers loads them and computes with them."""
+"""Checks that transformers loads the folders that we write and computes the same logits."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def test_transformers_computes_with_our_4_bit_weights(tmp_path, family, codebook
     folder = save(tmp_path / "model", family, seed=8)
     quant = QuantConfig(codebook=codebook, double_quant=double_quant)
     write_model(open_folder(folder), tmp_path / "out", quant, "float32")
-    # for inference bitsandbytes may repack the weights and compute in bfloat16
+    # train(): in evaluation mode bitsandbytes may repack the weights and compute in bfloat16.
     peer = theirs(tmp_path / "out", **ON_CPU).train()
     assert type(peer.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     model = ours(tmp_path / "out")
@@ -60,7 +60,7 @@ def test_transformers_computes_with_our_4_bit_weights(tmp_path, family, codebook
 
 
 def test_we_read_what_transformers_saved(tmp_path):
-    """It quantizes while loading: what it has loaded in 4 bits it cannot save again."""
+    """transformers must quantize while loading: it cannot save a model that it loaded in 4 bits."""
     folder = save(tmp_path / "model", "llama", seed=9)
     write_model(open_folder(folder), tmp_path / "ours", QuantConfig(), "float32")
     settings = transformers.BitsAndBytesConfig(

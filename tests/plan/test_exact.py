@@ -1,4 +1,4 @@
-"""The exact half of the ledger: gradients against the program's, and what is counted once."""
+"""Checks the exact parts of the ledger: the program's gradients, one count for equal runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The ledger against the bytes of real trees, and against what JAX saves for the backward pass."""
+"""Checks the ledger against the bytes of real trees and of what JAX saves for the backward pass."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from qlora_jax.train.state import init_state
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 ROWS, LENGTH = 7, 24
-"""Leading sizes that no array of a reference model has."""
+"""Batch rows and length; no array of a reference model has these leading sizes."""
 
 
 def config(**changes: Any) -> Config:
@@ -53,7 +53,7 @@ def config(**changes: Any) -> Config:
 
 
 def loaded(name: str, run: Config) -> Any:
-    """(graph, trained, frozen) of a reference model as a run has them."""
+    """Returns (graph, trained, frozen) of a loaded reference model with a run's config."""
     full, lora = run.method == "full", run.lora
     model = load_model(
         open_folder(MODELS / name),
@@ -67,7 +67,7 @@ def loaded(name: str, run: Config) -> Any:
 
 
 def abstract(name: str, run: Config) -> Any:
-    """The same in shapes and dtypes, without the time that compiling the quantizer takes."""
+    """Returns the same trees as shapes and dtypes only; this saves compiling the quantizer."""
     checkpoint, quant, graphs = open_folder(MODELS / name), run.quant, []
     names = checkpoint.config.names
     full, layer = run.method == "full", f"{names.layers}.0."
@@ -118,7 +118,7 @@ def abstract(name: str, run: Config) -> Any:
 
 
 def part_of(path: str) -> str:
-    """The part that a leaf of a real tree belongs to."""
+    """Returns the ledger's part to which a leaf of a real tree belongs."""
     ends = {
         "embed": "embeddings",
         "positions": "embeddings",
@@ -332,12 +332,12 @@ def test_estimates_follow_what_they_depend_on() -> None:
     assert part("decoded weights", method="lora") == 0
     assert part("decoded weights", method="lora", model__storage_dtype="float32") == 2 * linears
     long, longer = (part("layer's working set", data__sequence_length=n) for n in (4096, 8192))
-    assert longer <= 2 * long  # no scores of all positions by all positions
+    assert longer <= 2 * long  # linear: no [length, length] scores
     one = {"train__gradient_accumulation": 1}
     assert part("gradients of a micro-batch", **one) == 0
     assert part("gradients of a micro-batch", lora__dtype="bfloat16") == 2 * 159_907_840
     assert part("loss", data__sequence_length=4096) > part("loss")
-    # a trained head's gradient is summed in float32
+    # The gradient of a trained head is summed in float32.
     full = part("loss", method="full") - part("loss")
     assert full == 4 * 32000 * 4096
     assert part("activations", lora__dropout=0.1, model__remat="none") > part(
@@ -346,7 +346,7 @@ def test_estimates_follow_what_they_depend_on() -> None:
 
 
 def test_llama_7b_by_hand() -> None:
-    """Rank 64 on all linears: the QLoRA paper's figures for storage (section 3, appendix G)."""
+    """The reference is the QLoRA paper's storage (section 3, appendix G): rank 64, all linears."""
     run = config(lora__rank=64, lora__dtype="bfloat16", train__gradient_accumulation=1)
     parts = ledger(find("llama-7b"), run)
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)

@@ -1,4 +1,4 @@
-"""The formulas against the papers' own figures."""
+"""Checks our formulas against the numbers in the LoRA and QLoRA papers."""
 
 import pytest
 
@@ -17,14 +17,14 @@ def test_a_65b_model_needs_more_than_780_gb() -> None:
 
 
 def test_gpt3_has_175_billion_parameters() -> None:
-    """12 d² for each layer make nearly all of it."""
+    """Layers of 12 d² parameters make up nearly all of the total."""
     assert gpt3_parameters() == pytest.approx(175e9, rel=3e-3)
     rest = gpt3_parameters() - 96 * 12 * 12288**2
     assert 50257 * 12288 < rest < 0.004 * 175e9
 
 
 def test_adapters_of_gpt3() -> None:
-    """LoRA's table 4: 4.7M and 37.7M trainable parameters, at ranks 1 and 8 of q and v."""
+    """LoRA, table 4: 4.7M and 37.7M trainable parameters with ranks 1 and 8 on q and v."""
     assert gpt3_adapters(1) == 96 * 2 * (12288 + 12288)
     assert gpt3_adapters(1) / 1e6 == pytest.approx(4.7, abs=0.05)
     assert gpt3_adapters(8) / 1e6 == pytest.approx(37.7, abs=0.05)
@@ -39,7 +39,7 @@ def test_lines() -> None:
     assert adam < 1.2e12 < with_gradients
     assert rank_1 == 4_718_592
     assert file == pytest.approx(35 * 2**20, rel=0.03)
-    assert weights / file == pytest.approx(10_000, rel=0.1)  # "roughly 10,000 times"
+    assert weights / file == pytest.approx(10_000, rel=0.1)  # LoRA paper: "roughly 10,000 times"
     assert str(found["LLaMA 65B, full fine-tuning"]) == (
         "LLaMA 65B, full fine-tuning: 783.428 GB (729.624 GiB); the paper: more than 780 GB"
     )

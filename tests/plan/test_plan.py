@@ -1,4 +1,4 @@
-"""The plan: accounts of programs, the search, temporaries, the refusal and the command."""
+"""Tests the plan: memory of compiled programs, search, temporaries, refusal and command."""
 
 import dataclasses
 import json
@@ -97,7 +97,8 @@ def test_arguments_are_the_trees_bytes(method: str) -> None:
     parts = ledger(open_folder(LLAMA).config, run)
     held = sum(size for name, size in exact(parts).items() if name not in ("gradients", "moments"))
     moments = sum(nbytes(unit) for unit in step.state.optimizer)
-    counters = 4 * 3 + moments - exact(parts)["moments"]  # step, scale, finite steps, counts
+    # the step, the loss scale, the finite steps and the optimizer's counts
+    counters = 4 * 3 + moments - exact(parts)["moments"]
     assert held == trained + frozen + nbytes(dict(step.batch)) + counters
 
 
@@ -158,7 +159,7 @@ def test_what_is_auto_is_the_fastest_that_fits() -> None:
 
 
 def moments_of(size: int) -> compiled_memory.AbstractStep:
-    """A step of which the bytes of its moments are known, and nothing else."""
+    """Returns a step whose moments take `size` bytes; nothing else of the step is used."""
     step = abstract(config(model__remat="dots"))
     unit = jax.ShapeDtypeStruct((size,), jnp.uint8)
     return step._replace(state=step.state._replace(optimizer=(unit,)))
@@ -204,7 +205,7 @@ allocation 9: size 4096, page 0, preallocated-temp:
  value: <4 other{} @0> (size=1024,offset=2048): f32[256]{0}
 """
 OTHER = "/home/you/qlora_jax/.venv/lib"
-"""An environment in a clone of this project: what lies there is not of this package."""
+"""A folder of an environment within the project's folder: its files are not this package's."""
 
 INLINE = """
   %wide.2 = bf16[] convert(), metadata={op_name="f/a/mul" source_file="PACKAGE/b.py" source_line=7}
@@ -245,7 +246,7 @@ def test_temporaries_with_their_lines(tmp_path: Path, program: str, outer: str) 
 
 
 class Card:
-    """A device with so much memory."""
+    """A fake device with a memory limit."""
 
     device_kind = "a card"
 
@@ -404,7 +405,7 @@ def test_compiled_for_a_t4(run_cli) -> None:
 
 @pytest.mark.skipif(not has_plugin(), reason="compile-only GPU packages absent: make gpu-check")
 def test_a_long_sequence_has_no_array_of_tokens_by_what_is_wide(tmp_path: Path) -> None:
-    """Of tokens by tokens, by the vocabulary or by the inside of the MLP."""
+    """No array is as large as [tokens, tokens], [tokens, vocab] or [tokens, intermediate]."""
     length, model = (
         32_768,
         dataclasses.replace(find("llama3-8b"), num_layers=2, windows=(None,) * 2),

@@ -1,4 +1,4 @@
-"""Plans on a mesh: bytes of one device, what devices exchange, how long that would take."""
+"""Tests plans on a mesh: bytes of one device, traffic between devices, time of the traffic."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ ROW_OF_EACH = {"data": 2, "fsdp": 4}
 
 
 class Card:
-    """A device with so much memory."""
+    """A fake device with a memory limit."""
 
     device_kind = "a card"
 
@@ -98,7 +98,7 @@ def test_what_a_compiled_gradient_takes_and_exchanges(
     assert {one.kind for one in sent.collectives} >= {"all-gather", "reduce-scatter"}
     assert all(sent.received[part] for part in ("weights", "gradients", "rest"))
     assert bool(sent.received["adapters"]) == (method != "full")
-    if method == "qlora":  # once in each pass, although layers are computed again
+    if method == "qlora":  # once in each pass, also with remat "full"
         assert sent.ratio == pytest.approx((4 + 8 / 64) / 16)
     assert as_traffic(json.loads(json.dumps(sent))) == sent
 
@@ -106,7 +106,7 @@ def test_what_a_compiled_gradient_takes_and_exchanges(
 def test_a_run_that_does_not_fit_says_so_of_each_device(small_arrays_split: None) -> None:
     with pytest.raises(UserError, match=r"on each of 8 a card, which has 0\.00; to fit") as told:
         fit.fit(small(), open_folder(LLAMA).config, Card(2**10), False)
-    assert "--train.batch_size" not in str(told.value)  # a row a device already
+    assert "--train.batch_size" not in str(told.value)  # a device already has just one row
 
 
 def of_model(name: str, **overrides: str) -> Config:
@@ -132,7 +132,7 @@ def test_the_ledger_is_of_one_device() -> None:
     assert each.moments == one.moments // 8
     assert each.gradients == one.gradients // 8
     assert each.model["norms and biases"] == one.model["norms and biases"]
-    # a row for each device: what is estimated is of one row
+    # Each device has one row, so the estimated parts are those of one row.
     estimated = total(ledger(model, changed(eight, {"optimizer.offload": "host"})), exact=False)
     assert estimated == total(ledger(model, alone), exact=False)
     copies = of_model("llama3-8b", mesh__data="8")

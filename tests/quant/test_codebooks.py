@@ -38,7 +38,7 @@ def test_int4_is_uniform_with_one_spare():
 
 
 def expected_squared_error(values: np.ndarray, block_size: int) -> float:
-    """E[(x - dequantized x)²] of a normal weight, by quadrature over the block's maximum."""
+    """Returns E[(x - dequantized x)²] of normal x, by quadrature over the block's absmax."""
 
     def given_maximum(m):
         t = np.linspace(-1, 1, 4001)

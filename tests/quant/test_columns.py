@@ -1,4 +1,4 @@
-"""Columns of a 4-bit matrix decode to the columns of the decoded matrix, to the bit."""
+"""Columns taken from a 4-bit matrix decode to the same bits as in the whole matrix."""
 
 import jax
 import numpy as np

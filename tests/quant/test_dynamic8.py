@@ -1,4 +1,4 @@
-"""8 bits a value: bitsandbytes' tables and codes, and that no value of the map is nearer."""
+"""8-bit values: bitsandbytes' tables and codes; each code is the nearest value of the map."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_the_map_is_bitsandbytes_bit_for_bit(kind: str) -> None:
 
 @kinds
 def test_codes_absmax_and_values_are_bitsandbytes(kind: str) -> None:
-    """Among the inputs are all middles between two values of the map: ties go to the lower."""
+    """The inputs include all midpoints between two values of the map: ties take the lower."""
     q = encoded(jnp.asarray(golden(kind, "input")), kind == "signed")
     np.testing.assert_array_equal(q.codes, golden(kind, "codes"))
     np.testing.assert_array_equal(q.absmax, golden(kind, "absmax"))
@@ -39,7 +39,7 @@ def test_codes_absmax_and_values_are_bitsandbytes(kind: str) -> None:
 
 @kinds
 def test_bitsandbytes_table_for_cpus_differs_only_within_a_step_of_a_middle(kind: str) -> None:
-    """Its CPU kernel moves x / absmax by up to half a step of 2/65535 before it looks it up."""
+    """The CPU kernel first rounds x / absmax to steps of 2/65535: an error of up to 1/65535."""
     x, values = golden(kind, "input").astype(np.float64), golden(kind, "map").astype(np.float64)
     scale = np.repeat(golden(kind, "absmax"), BLOCK)[: x.size]
     scaled = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
@@ -52,7 +52,7 @@ def test_bitsandbytes_table_for_cpus_differs_only_within_a_step_of_a_middle(kind
 
 @kinds
 def test_the_look_up_is_a_binary_search(kind: str) -> None:
-    """At both ends of each interval of floats with the same upper 16 bits, and at all ties."""
+    """Tests both ends of each interval of floats with equal upper 16 bits, and all ties."""
     values = dynamic_map(kind == "signed")
     middle = (values[1:] + values[:-1]) / 2
     upper = np.arange(2**16, dtype=np.uint32) << 16

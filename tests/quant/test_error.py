@@ -15,7 +15,7 @@ from qlora_jax.runtime.errors import UserError
 
 
 def exact(rows, columns, step=16):
-    """A weight of codebook values, each block's absmax 1: it decodes to itself."""
+    """Makes a weight of codebook values with absmax 1 in each block: it decodes to itself."""
     values = codebook("nf4", 64)
     index = (np.arange(rows)[:, None] + np.arange(columns)) % step
     weight = values[index]
@@ -43,13 +43,13 @@ def test_the_error_of_known_moves():
 
 
 def test_normal_weights_have_the_known_error():
-    """NF4 at block 64 is off by 9.4% of a normal weight's norm, in both halves alike."""
+    """NF4 with block_size 64 has an error of 9.4% of the norm of a normal weight."""
     weight = np.random.default_rng(0).normal(size=(2, 512, 256)).astype(np.float32)
     error = quantization_error(weight, quantize(weight, "nf4", 64, False))
     own = np.asarray(dequantize(quantize(weight, "nf4", 64, False)), np.float64) - weight
     assert error.mse == pytest.approx((own**2).mean(), rel=1e-5)
     assert math.sqrt(error.relative_mse) == pytest.approx(0.0938, abs=0.002)
-    # decoding and subtraction may be one operation, rounded once
+    # XLA may fuse decoding and subtraction, so that they round once instead of twice
     assert error.largest == pytest.approx(np.abs(own).max(), rel=2**-22)
 
 
@@ -87,7 +87,7 @@ def test_other_distributions_are_found():
 
 
 def test_a_block_does_not_cross_units():
-    """Units of very different scale are normal each; blocks across them would not be."""
+    """Each column is normal, but scales differ: a block across columns would not be normal."""
     scale = np.where(np.arange(30) % 2, 100.0, 1.0)
     weight = np.random.default_rng(3).normal(size=(128, 30)) * scale
     assert normality_rejected(weight, block_size=64) < 0.2

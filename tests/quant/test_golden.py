@@ -1,7 +1,7 @@
-"""Our quantizer against bitsandbytes', bit for bit, where the two rules coincide.
+"""Our quantizer against bitsandbytes', bit for bit, in the cases where both rules agree.
 
-They do where in_features is a multiple of the block or the weight has one row. Values at the edge
-of float32's range (`EXTREME`) are left out: XLA:CPU flushes subnormals.
+The rules agree if in_features is a multiple of block_size or if the weight has one row. Values at
+the edge of float32's range (`EXTREME`) are left out, because XLA:CPU flushes subnormals to zero.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ GOLDEN = np.load(Path(__file__).parent.parent / "golden" / "bnb.npz")
 FOLDERS = sorted({k.rpartition("/")[0] for k in GOLDEN.files if k.count("/") == 2})
 EXTREME = ("tiny.", "subnormal.", "huge.")
 COMPARED = [f for f in FOLDERS if not f.startswith(EXTREME)]
-# Weights in bfloat16 are what most models have, and 64 is the block size of most.
+# Most models have bfloat16 weights and block_size 64; the other cases are slow tests.
 CASES = [
     pytest.param(f, marks=() if re.search("bf16/.*b64$", f) else pytest.mark.slow) for f in COMPARED
 ]
@@ -30,7 +30,7 @@ BOOKS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 
 
 def weight(folder: str) -> np.ndarray:
-    """W as ours, [in, out], in the case's dtype."""
+    """Returns W in our layout, [in, out], in the case's dtype."""
     case = folder.split("/")[0]
     return view(case, GOLDEN[f"{case}/input"])
 
@@ -46,7 +46,7 @@ def quantized(folder: str, double_quant: bool):
 
 
 def bnb_codes(q) -> np.ndarray:
-    """Our codes in bitsandbytes' flat order and numbering."""
+    """Returns our codes in bitsandbytes' flat order and numbering."""
     groups = [np.asarray(n).reshape(-1, 32, n.shape[-1]) for n in (q.codes & 15, q.codes >> 4)]
     index = np.stack(groups, axis=1).reshape(-1, q.codes.shape[-1])[: q.in_features]
     values = np.asarray(q.codebook)

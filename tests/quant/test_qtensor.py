@@ -15,7 +15,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16
 
 
 def nearest(w: np.ndarray, name: str, block_size: int) -> np.ndarray:
-    """Block-wise nearest value by brute force in float64, [K, N]."""
+    """Returns the nearest decoded value of each element by brute force in float64, [K, N]."""
     values = codebook(name, block_size).astype(np.float64)
     out = np.empty(w.shape)
     for start in range(0, w.shape[0], block_size):
@@ -47,7 +47,7 @@ def test_values_are_the_nearest_of_their_block(lead, k, n, block_size, name, dty
     for ours, original in zip(values, w.reshape(-1, k, n)):
         original = original.astype(np.float64)
         expected = nearest(original, name, block_size)
-        # a tie may fall either way: equal distance is as good as an equal value
+        # a tie may take either value, so distances are compared instead of values
         np.testing.assert_allclose(
             np.abs(ours - original),
             np.abs(expected - original),
@@ -146,7 +146,7 @@ def test_abstract_shapes_need_no_data():
 def test_a_short_last_block_is_divided_and_not_multiplied_by_a_reciprocal():
     w = np.random.default_rng(3).normal(size=(1000, 1)).astype(np.float32)
     values, absmax = codebook("nf4"), np.abs(w).max()
-    # between its two neighbours a quotient that is a midpoint goes to the lower value
+    # a quotient at the midpoint of two values takes the lower value
     w[1:16, 0] = (values[1:] + values[:-1]) / 2 * absmax
     quotient = (w / absmax).astype(np.float32)
     expected = values[(quotient > (values[1:] + values[:-1]) / 2).sum(axis=-1)] * absmax

@@ -1,4 +1,4 @@
-"""The table of scale formats: an entry is all that a new format takes."""
+"""The table of scale formats: one entry is enough to add a format."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 
 def power_of_two(absmax: jax.Array, nested_block: int) -> StoredScales:
-    """The exponent of the next power of two, in 8 bits: absmax is at most the scale."""
+    """Stores the exponent of the next power of two in 8 bits, so that absmax <= scale."""
     exponent = jnp.ceil(jnp.log2(jnp.maximum(absmax, 2.0**-126)))
     return StoredScales(exponent.astype(jnp.int8))
 
@@ -29,7 +29,7 @@ def from_power(stored: StoredScales, nested_block: int) -> jax.Array:
 
 @pytest.fixture
 def one_more(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A format that is not in the table, used where double quantization is asked for."""
+    """Adds a format to the table and uses it in place of double quantization."""
     monkeypatch.setitem(SCALES, "int8", ScaleFormat(power_of_two, from_power))
     monkeypatch.setattr(qtensors, "DOUBLE", "int8")
     qtensors._quantize.clear_cache()

@@ -1,4 +1,4 @@
-"""A matrix of a stack by its place: the same product and gradient as that matrix alone."""
+"""A matrix named by its index in a stack: same product and gradient as the matrix alone."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def _is_q(x: object) -> bool:
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_a_scan_over_places_is_a_scan_over_matrices(wrap) -> None:
-    """Its gradient is the same to the bit, and neither stores codes for the backward pass."""
+    """The gradients are bit-identical, and no scan stores codes for the backward pass."""
     w = np.random.default_rng(1).normal(size=(LAYERS, N, N)).astype(np.float32)
     stack = quantize(w / np.sqrt(N), block_size=32)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, N)), jnp.bfloat16)

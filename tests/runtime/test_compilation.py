@@ -1,4 +1,4 @@
-"""Where compiled programs are kept."""
+"""Tests the folder of the compilation cache."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CHANGED = {name for name in os.environ if name.startswith(("JAX_", "XDG_CACHE", 
 
 
 def run(**environment: str) -> list:
-    """What jax is set to in a new process that compiles something."""
+    """Returns jax's cache settings in a new process that compiles a function."""
     root = Path(__file__).parents[2]
     inherited = {k: v for k, v in os.environ.items() if k not in CHANGED}
     everything = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}

@@ -1,4 +1,4 @@
-"""Pointing jax at a CUDA toolkit, with folders that look like one."""
+"""Tests how jax gets a CUDA toolkit, with folders that look like one."""
 
 import importlib.util
 import os
@@ -24,7 +24,7 @@ def toolkit(folder: Path) -> Path:
 
 @pytest.fixture
 def usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of /usr/local/cuda, and empty; pip's packages are not there."""
+    """Replaces /usr/local/cuda with a folder that does not exist; hides pip's packages."""
     monkeypatch.setattr(cuda_toolkit, "USUAL", tmp_path / "usual")
     monkeypatch.setattr(cuda_toolkit, "_nvidia", list)
     return tmp_path / "usual"
@@ -85,7 +85,7 @@ def test_pips_own_ptxas_comes_first(tmp_path, usual, monkeypatch) -> None:
     ],
 )
 def test_agrees_with_jax(tmp_path, packages, with_ptxas, finds) -> None:
-    """What jax itself answers in a process with these packages has a ptxas, or has none."""
+    """The reference is jax: whether the toolkit folder that jax finds contains ptxas."""
     nvidia = tmp_path / "nvidia"
     for name in packages:
         (nvidia / name / "lib").mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_agrees_with_jax(tmp_path, packages, with_ptxas, finds) -> None:
 
 
 def test_nothing_is_imported(tmp_path) -> None:
-    """With a package nvidia whose import fails."""
+    """The package nvidia raises when imported, so an import would fail the test."""
     (tmp_path / "nvidia").mkdir()
     (tmp_path / "nvidia" / "__init__.py").write_text("raise RuntimeError('imported')")
     code = (

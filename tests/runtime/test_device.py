@@ -124,7 +124,7 @@ def test_a_platform_that_is_not_there_is_one_line(run_process, platform):
     ids=["asked for", "interrupted", "not asked for"],
 )
 def test_a_plugin_of_jax_that_fails(tmp_path, fault, platforms, code, lines):
-    """jax goes on without it, and logs its traceback."""
+    """Without JAX_PLATFORMS, jax continues without the plugin and logs its traceback."""
     plugin = tmp_path / "jax_plugins" / "fake"
     plugin.mkdir(parents=True)
     (plugin / "__init__.py").write_text(f"import os, signal, time\ndef initialize(): {fault}\n")

@@ -102,7 +102,7 @@ def test_a_terminal_gets_a_bar(clock):
 
 @pytest.fixture
 def cell(monkeypatch):
-    """What a notebook's cell has displayed: a list for each place, of the texts that it had."""
+    """Fakes a notebook cell; each display has a handle with the texts that it showed."""
     places = []
 
     class Handle:

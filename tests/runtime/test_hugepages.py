@@ -1,4 +1,4 @@
-"""The restart that asks for huge pages."""
+"""Tests the restart that requests huge pages."""
 
 import json
 import os
@@ -21,7 +21,7 @@ print(json.dumps([os.environ["GLIBC_TUNABLES"], sys.argv[1:]]))
 
 
 def run(tunables: str) -> tuple[int, list]:
-    """How often the child started, and what it found the last time."""
+    """Returns how often the child started, and the tunables and arguments of its last start."""
     command = [sys.executable, "-c", CHILD, "a b", "--json", ""]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "GLIBC_TUNABLES": tunables}

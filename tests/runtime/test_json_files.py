@@ -1,4 +1,4 @@
-"""JSON and YAML from elsewhere: whatever is wrong with it is one line, and soon said."""
+"""Tests JSON and YAML from users: every error is one line and comes quickly."""
 
 import ast
 import json
@@ -47,7 +47,7 @@ def rows(path: Path) -> object:
 
 
 def figures(path: Path) -> object:
-    path.write_bytes(path.read_bytes() + b"\n{}\n")  # a last line may be cut off
+    path.write_bytes(path.read_bytes() + b"\n{}\n")  # only a last line may be cut off
     return read_metrics(path)
 
 
@@ -98,7 +98,7 @@ def test_bad_yaml_is_one_line(tmp_path: Path, text: str) -> None:
 
 
 OWN = ("bench", "plan/plan.py", "gpu/product.py")
-"""Modules that parse what processes of ours say."""
+"""Modules that parse the output of our own processes."""
 
 
 def test_no_other_module_parses_json_from_elsewhere() -> None:

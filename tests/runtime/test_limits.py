@@ -1,4 +1,4 @@
-"""Commands under limits of the process."""
+"""Tests commands under limits of the process."""
 
 import errno
 import os

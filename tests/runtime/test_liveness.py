@@ -1,4 +1,4 @@
-"""Signs of life between processes, and how the processes of a run end."""
+"""Tests the heartbeats between processes, and how the processes of a run end."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def run_parts(*seconds: int) -> list[tuple[int, str, str]]:
 
 @pytest.mark.parametrize("seconds", [(0, 2), (2, 0)])
 def test_a_slow_process_is_waited_for(seconds) -> None:
-    """The first process runs the service that the other one needs, so it ends last."""
+    """The first process runs the service that the other process needs, so it must end last."""
     (first, printed, err), (other, silent, lost) = run_parts(*seconds)
     assert (first, other) == (0, 0), err + lost
     assert (printed, silent) == ("returned\n", "")

@@ -21,7 +21,7 @@ def test_it_tells_files_from_folders(tmp_path):
 
 @pytest.mark.parametrize("question", ["exists", "is_file", "is_dir"])
 def test_a_folder_that_may_not_be_searched_is_the_users_to_open(tmp_path, monkeypatch, question):
-    # root may search every folder, so the system's answer is replaced
+    # Tests may run as root, who may search every folder, so the answer is faked.
     def denied(path, **_):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -34,6 +34,6 @@ def test_a_folder_that_may_not_be_searched_is_the_users_to_open(tmp_path, monkey
 def test_a_path_that_the_system_refuses_is_named():
     name = "a" * 300
     try:
-        assert not paths.exists(name)  # Python 3.14 says so of any path
+        assert not paths.exists(name)  # from Python 3.14
     except UserError as e:
         assert str(e).startswith(f"{name}: cannot be read: File name too long")  # noqa: PT017

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on, with a coordination service that is a dict."""
+"""Tests agreement between the processes of a run, with a dict as coordination service."""
 
 import threading
 
@@ -12,7 +12,7 @@ VARIABLES = {*processes.OWN, *processes.TORCHRUN, *processes.SIZES}
 
 
 class Service:
-    """Stands in for the client of jax's coordination service, for processes that are threads."""
+    """Replaces the client of jax's coordination service."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -36,7 +36,7 @@ class Service:
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Makes this process one of two; returns the service that they share."""
+    """Returns a function that makes this process one of two and returns their shared service."""
     service = Service()
     monkeypatch.setattr(processes, "_client", lambda: service)
     monkeypatch.setattr(processes, "_error", lambda: KeyError)
@@ -101,7 +101,7 @@ def test_what_differs_is_named_in_every_process(pretend) -> None:
 
 
 def test_all_stop_after_the_same_step(pretend) -> None:
-    """The process that got the signal at step 5 may be two steps behind the other one."""
+    """Process 1 gets the signal at step 5, two steps behind process 0; both stop after step 15."""
     pretend(1)
     assert processes.stop_at(15, 5) is None
     assert processes.stop_at(15, 6) is None
@@ -134,7 +134,7 @@ def test_torchruns_variables_are_understood(place) -> None:
         "process_id": 9,
         "local_device_ids": [1],
     }
-    # one process for all devices of a host
+    # A process alone on its host takes all devices of the host.
     assert "local_device_ids" not in place(**torchrun, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
 
 

@@ -1,4 +1,4 @@
-"""What is printed of names and texts from elsewhere."""
+"""Tests how names and texts from files and users are printed."""
 
 import io
 import subprocess

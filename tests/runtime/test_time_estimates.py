@@ -1,4 +1,4 @@
-"""Times told before slow work: sums by hand, and the figures in docs/benchmarks.md."""
+"""Checks time estimates against sums by hand and the figures in docs/benchmarks.md."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from qlora_jax.runtime import time_estimates
 
 BENCHMARKS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 SMOLLM2 = 134_515_008
-"""Parameters of SmolLM2-135M, by its model card's shapes."""
+"""Number of parameters of SmolLM2-135M, from the shapes in its model card."""
 
 
 def test_a_time_is_the_sum_of_its_phases(monkeypatch):
@@ -41,7 +41,7 @@ def test_about(seconds, text):
 
 
 def test_rates_agree_with_what_was_measured():
-    """Within a factor of two of the documented rates on the machine that both name."""
+    """The estimates agree within a factor of two with the rates documented for the same machine."""
     (step,) = re.findall(r"training step, SmolLM2.* / (\d+) tokens/s, 1\.56x", BENCHMARKS)
     (written,) = re.findall(r"generation in NF4.* / (\d+) tokens/s", BENCHMARKS)
     for rate, per_second in (("train", step), ("token", written)):

@@ -1,4 +1,4 @@
-"""A server of the tiny model in a process of its own, and adapters that change what it says."""
+"""Fixtures: a server of the tiny model in a separate process, and adapters for the model."""
 
 import contextlib
 import dataclasses
@@ -26,14 +26,14 @@ sys.exit(__main__.main())
 
 @dataclasses.dataclass
 class Server:
-    """A running `qlora-jax serve`."""
+    """A running `qlora-jax serve` process."""
 
     process: subprocess.Popen
     url: str
     log: Path
 
     def stop(self, number: int) -> tuple[int, str]:
-        """Sends a signal; exit code and what was said."""
+        """Sends a signal and returns the exit code and the log."""
         self.process.send_signal(number)
         code = self.process.wait(timeout=120)
         return code, self.log.read_text()
@@ -41,13 +41,13 @@ class Server:
 
 @pytest.fixture(scope="session")
 def text(tiny_model: Path) -> tokenizer.Tokenizer:
-    """The tiny model's tokenizer."""
+    """Loads the tiny model's tokenizer."""
     return tokenizer.load_tokenizer(tiny_model)
 
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters of the tiny model by name."""
+    """Returns folders of adapters for the tiny model, by name."""
     folder = tmp_path_factory.mktemp("adapters")
     names = {"one": "peft_lora", "two": "peft_patterns", "three": "peft_rslora"}
     return {n: shutil.copytree(MODELS / "llama" / f, folder / n) for n, f in names.items()}
@@ -59,9 +59,10 @@ def start(
     adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Server]]:
-    """Starts a server of the tiny model with adapters one and two; further options may follow.
+    """Returns a function that starts a server of the tiny model with adapters one and two.
 
-    `before` is Python that its process runs first; it is waited for until it says `until`.
+    The server's process first runs the Python code `before`. The function waits until the log
+    matches the pattern `until`.
     """
     processes = []
 

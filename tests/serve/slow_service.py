@@ -1,4 +1,4 @@
-"""A service in this process whose one row never comes to an end by itself."""
+"""A service in the test's process; its engine has one row, which never ends by itself."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ LENGTH = 1_000_000
 
 
 class Slow:
-    """One row that says the same letter again and again, a burst in 10 ms."""
+    """A fake engine with one row that repeats one letter, a burst every 10 ms."""
 
     rows, length, vocabulary, stop_ids = 1, LENGTH, 246, frozenset()
 
@@ -26,7 +26,7 @@ class Slow:
         self.open = set()
         self.seconds = 0.01
         self.broken = False
-        self.compiled = threading.Event()  # a row that enters waits for it
+        self.compiled = threading.Event()  # `enter` waits for this event
         self.compiled.set()
 
     def enter(self, row, prompt, adapter, settings):
@@ -48,7 +48,7 @@ class Slow:
 
 
 class Running:
-    """A service over a slow engine; `url` once it has a port."""
+    """A service over a slow engine, with its listener and an OpenAI client."""
 
     def __init__(self, text, waiting=1, timeout=600.0, loading=False, **options):
         self.engine = Slow()
@@ -97,14 +97,14 @@ def served(text, connections=100, **options):
 
 
 def post(path, body):
-    """A request's bytes."""
+    """Returns the bytes of a POST request."""
     body = json.dumps(body)
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     return f"{head}Content-Type: application/json\r\n\r\n{body}".encode()
 
 
 def connect(running, said=b""):
-    """A connection on which something was said."""
+    """Opens a connection, sends the bytes `said` and returns the socket."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(10)
@@ -114,14 +114,14 @@ def connect(running, said=b""):
 
 
 def heard(connection):
-    """What comes on a connection until its end."""
+    """Returns all bytes from a connection until its end."""
     with contextlib.suppress(ConnectionResetError):
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
     return b"reset"
 
 
 def raw(running, stream):
-    """A connection on which a long answer has begun."""
+    """Returns a connection whose long answer has begun."""
     body = {"model": "base", "prompt": "a", "max_tokens": 900_000, "stream": stream}
     connection = connect(running, post("/v1/completions", body))
     running.until(lambda: running.engine.open)
@@ -129,6 +129,6 @@ def raw(running, stream):
 
 
 def say_much(running):
-    """From now on answers fill what lies between server and client, where nobody reads them."""
+    """Makes answers fast and buffers small, so that unread answers soon fill the buffers."""
     running.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     running.engine.seconds = 0.001

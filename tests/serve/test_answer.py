@@ -12,7 +12,7 @@ def decode(ids):
 
 
 def told(ids, cuts, stop):
-    """The pieces of an answer whose ids come cut into parts, the tokens it took, and its end."""
+    """Feeds ids in parts of sizes `cuts`; returns the pieces, the token count and `stopped`."""
     answer = Answer(decode, stop)
     pieces = []
     for part in cuts:
@@ -32,7 +32,7 @@ stops = st.lists(st.text(ALPHABET, min_size=1, max_size=3), max_size=3)
 
 
 @given(texts.map(str.encode) | garbage, st.lists(st.integers(0, 4), max_size=8), stops)
-@example(b" aa", [], ["a", " aa"])  # the second begins first, the first is whole first
+@example(b" aa", [], ["a", " aa"])  # " aa" starts earlier, "a" is complete earlier
 def test_the_pieces_are_the_text_up_to_the_first_stop_however_the_ids_come(data, cuts, stop):
     pieces, tokens, stopped = told(list(data), cuts, stop)
     ends = [n for n in range(len(data) + 1) if any(s in decode(data[:n]) for s in stop)]

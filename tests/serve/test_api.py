@@ -1,4 +1,4 @@
-"""What a client is told of a request that cannot be answered: whole sentences, with a remedy."""
+"""Checks the errors for requests that cannot be answered: full sentences with a remedy."""
 
 import json
 

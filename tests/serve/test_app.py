@@ -1,4 +1,4 @@
-"""The endpoints over rows that never come to an end by themselves: hang-ups, limits, failures."""
+"""Tests the endpoints over rows that never end by themselves: hang-ups, limits, failures."""
 
 import concurrent.futures
 import os

@@ -1,4 +1,4 @@
-"""Models and runs as a base for adapters, through `generate`."""
+"""Tests models and runs as the base of adapters, through `generate`."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ PROMPT = "What does rmtree do?"
 
 @pytest.fixture
 def run(tmp_path, write_config, adapters):
-    """A run's directory as far as a base is concerned: its config and its adapter."""
+    """Makes a run directory with the files that a base needs: the config and the adapter."""
     folder = tmp_path / "mine"
     folder.mkdir()
     write_config(folder, output=str(folder))

@@ -1,4 +1,4 @@
-"""`qlora-jax chat`: lines in, answers out."""
+"""Tests `qlora-jax chat`, which reads lines and prints answers."""
 
 import io
 import json
@@ -28,7 +28,7 @@ LLAMA = ROOT / "tests" / "golden" / "models" / "llama"
 
 
 class Echo:
-    """A conversation whose answers tell what it was asked."""
+    """A fake conversation whose answers repeat its state and the question."""
 
     def __init__(self):
         self.system, self.turns = None, 0
@@ -47,7 +47,7 @@ class Echo:
 
 @pytest.fixture
 def type_lines(monkeypatch):
-    """Puts lines on stdin."""
+    """Returns a function that puts lines on stdin."""
 
     def put(*lines):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -57,7 +57,7 @@ def type_lines(monkeypatch):
 
 @pytest.fixture
 def echo(monkeypatch, type_lines, run_cli):
-    """Has a conversation that echoes take lines from a pipe."""
+    """Returns a function that runs the chat over an `Echo` with the given lines on stdin."""
 
     def run(*lines, options=()):
         type_lines(*lines)
@@ -158,7 +158,7 @@ QUESTIONS = ("What does rmtree do?", "And chr?", "Why?")
 
 
 class Truth:
-    """What `generate` says to a rendered conversation."""
+    """The reference: `generate` on the whole rendered conversation."""
 
     def __init__(self, path, text, adapters=(), most=12):
         self.base = open_base(str(path), bits=16, dtype="float32", warn=pytest.fail)
@@ -216,7 +216,7 @@ def test_each_answer_is_generates_for_the_conversation(
 
 @pytest.mark.slow
 def test_switching_adapters_compiles_nothing(tiny_model, adapters, run_cli, monkeypatch):
-    """Both conversations are as long; the second is under another adapter."""
+    """Both conversations have the same length; the second has another adapter."""
     jax.clear_caches()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -241,7 +241,7 @@ def test_switching_adapters_compiles_nothing(tiny_model, adapters, run_cli, monk
 
 
 class Interrupting(io.StringIO):
-    """Has the user press Ctrl-C once so many characters were shown."""
+    """A stdout that sends SIGINT, as Ctrl-C does, after `after` characters."""
 
     def __init__(self, after):
         super().__init__()
@@ -326,7 +326,7 @@ def test_a_runs_chat_begins_as_its_generate(
 
 @pytest.mark.slow
 def test_at_a_terminal(tiny_model):
-    """Prompt, pieces, Ctrl-C within an answer, Ctrl-D."""
+    """Checks prompt, pieces of an answer, Ctrl-C within an answer, and Ctrl-D."""
     main, other = pty.openpty()
     command = [sys.executable, "-m", "qlora_jax", "chat", str(tiny_model), *PLAIN]
     process = subprocess.Popen(

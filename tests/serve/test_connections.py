@@ -1,4 +1,4 @@
-"""Connections that say nothing, little, nonsense, or do not listen; and too many of them."""
+"""Tests connections that send nothing, little or nonsense, or do not read, and too many of them."""
 
 import asyncio
 import contextlib
@@ -24,19 +24,19 @@ ASKS = post("/v1/completions", {"model": "base", "prompt": "a", "max_tokens": 2}
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Heads must arrive in half a second."""
+    """Sets the time limit of a request's head to half a second."""
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
 
 
 def answer(connection):
-    """Status and JSON of all that comes, which must be one whole answer, until the end."""
+    """Returns status and error message; the connection must hold one whole answer, then end."""
     head, _, body = heard(connection).partition(b"\r\n\r\n")
     assert f"content-length: {len(body)}".encode() in head.lower()
     return int(head.split()[1]), json.loads(body)["error"]["message"]
 
 
 def health(running):
-    """What the endpoint says, to a connection of its own."""
+    """Returns the first 12 bytes of /health's answer on a new connection."""
     with connect(running, HEALTH) as connection:
         return connection.recv(1000)[:12]
 
@@ -57,7 +57,7 @@ def test_who_says_nothing_is_left(text, quick):
 
 
 def seconds_of_bytes(connection) -> float:
-    """Sends a byte now and then; gives the seconds until the server has closed, at most 5."""
+    """Sends a byte every 50 ms; returns the seconds until the server closed, at most 5."""
     start = time.monotonic()
     with contextlib.suppress(OSError):
         while time.monotonic() - start < 5:
@@ -78,7 +78,7 @@ def test_the_rest_of_a_request_that_is_answered_wins_no_time(text, quick):
 
 
 def test_the_time_counts_for_heads_alone(text, quick):
-    """An answer may take longer, and so may the pause before the next request."""
+    """The limit does not apply to an answer or to the pause before the next request."""
     with served(text) as running, raw(running, True) as connection:
         start = time.monotonic()
         while time.monotonic() - start < 1:
@@ -116,7 +116,7 @@ def test_nonsense_gets_openais_error_and_no_line_in_the_log(text, capfd):
         chunked += b"Transfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nzz\r\n"
         with connect(running, chunked) as connection:
             assert answer(connection)[0] == 400
-        with raw(running, True) as connection:  # an answer has begun: no second one
+        with raw(running, True) as connection:  # an answer has begun, so no error follows
             connection.sendall(b"\x16\x03\x01" * 9 + b"\r\n\r\n")
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
     assert capfd.readouterr().err == ""
@@ -134,7 +134,7 @@ def test_who_does_not_read_is_left(text, monkeypatch):
 
 def test_at_the_limit_the_one_that_waits_longest_makes_room(text):
     with served(text, connections=5) as running, contextlib.ExitStack() as stack:
-        busy = stack.enter_context(raw(running, True))  # the oldest, but it is answered
+        busy = stack.enter_context(raw(running, True))  # the oldest one, but its answer runs
         half = []
         for _ in range(20):
             half.append(stack.enter_context(connect(running, HALF)))
@@ -197,7 +197,7 @@ def test_more_connections_than_files(monkeypatch):
 
 
 def test_a_system_out_of_files_is_told_once(monkeypatch, caplog):
-    """Each refusal is waited out; there is no line for each of them."""
+    """The server waits after each failure and logs only the first one."""
     monkeypatch.setattr(connections, "RETRY_SECONDS", 0.01)
     tries = []
 

@@ -1,4 +1,4 @@
-"""A conversation over rows that count instead of thinking."""
+"""Tests a conversation over a fake engine with fixed answers."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SAID = "é, 1, 2, 3"
 
 
 class Rehearsed:
-    """One row that says the same to everything, a byte at a time, and notes what it was asked."""
+    """A fake engine: one row gives the same ids to every prompt; `asked` records the prompts."""
 
     rows, length, vocabulary = 1, LENGTH, 256
 
@@ -87,7 +87,7 @@ def test_a_stopped_answer_stays_as_far_as_it_was_shown(engine, talk):
 def test_half_a_character_is_neither_shown_nor_kept(engine, talk):
     conversation, steps = talk(most=1), []
     cut = conversation.ask("One?", "base", steps.append)
-    assert (cut.finish, cut.text) == ("length", "�")  # the end of it: nothing more comes
+    assert (cut.finish, cut.text) == ("length", "�")  # the limit ends it within a character
     conversation, steps = talk(), []
     looks = iter([False, True])
     stopped = conversation.ask("One?", "base", steps.append, lambda: next(looks))

@@ -1,4 +1,4 @@
-"""Which requests are answered at all: by the name of the host and by a key."""
+"""Tests which requests the server answers: the Host header and the API key decide."""
 
 import argparse
 import http.client
@@ -21,7 +21,7 @@ def scope(path="/v1/models", **headers):
 
 
 def get(running, path, **headers):
-    """Status, headers and JSON of an answer; of the headers, Host is the client's if not given."""
+    """Returns status, headers and JSON of an answer; http.client adds Host unless it is given."""
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
     connection.request("GET", path, headers=headers)
     response = connection.getresponse()

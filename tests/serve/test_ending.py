@@ -1,4 +1,4 @@
-"""The end of a server whose worker is within a step that does not end: a first compilation."""
+"""Tests the end of a server whose worker is in a long step, such as a first compilation."""
 
 import concurrent.futures
 import contextlib
@@ -28,10 +28,10 @@ def running(text):
 
 
 def ended(running, client, number, pause=0.0):
-    """Has a client wait, ends the server by a signal, and returns what the client got.
+    """Ends the server with a signal while a client waits; the server's grace time is 2 s.
 
     Returns:
-      That, and the seconds from the signal to the end; the server has 2.
+      The client's result, and the seconds from the signal to the server's end.
     """
 
     def told():
@@ -65,7 +65,7 @@ def test_who_waits_for_a_compilation_is_told(running, capfd, number, stream):
     assert (error.code, error.type) == ("stopping", "server_error")
     assert CUT in str(error)
     assert 1.5 < seconds < 2.2
-    assert running.service.worker.alive  # it was not waited for
+    assert running.service.worker.alive  # the server did not wait for the worker
     assert capfd.readouterr().err == ""
 
 
@@ -76,7 +76,7 @@ def test_a_stream_ends_with_an_error_event(running, capfd):
     def client():
         with connect(running, post("/v1/completions", body)) as connection:
             said = connection.recv(1 << 16)
-            running.engine.advance = lambda steps: time.sleep(8)  # a compilation, amid the stream
+            running.engine.advance = lambda steps: time.sleep(8)  # like a compilation
             return said + heard(connection)
 
     said, seconds = ended(running, client, signal.SIGTERM)
@@ -90,7 +90,7 @@ def test_a_stream_ends_with_an_error_event(running, capfd):
 
 
 def test_clients_that_do_not_read_do_not_hold_up_the_end(running, capfd):
-    """Nor do those that have sent half a request."""
+    """The same holds for clients that sent half a request."""
     running.engine.compiled.set()
     say_much(running)
 

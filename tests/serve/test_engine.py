@@ -1,4 +1,4 @@
-"""The engine's rows against `generate`, one prompt and one adapter at a time."""
+"""Checks the engine's rows against `generate` with one prompt and one adapter at a time."""
 
 import jax.numpy as jnp
 import pytest
@@ -21,7 +21,7 @@ LONG = list(range(40, 110))
 
 
 class Desk:
-    """A scheduler over a real engine; `ids` of every job by its name."""
+    """A scheduler over a real engine."""
 
     def __init__(self, model, rows):
         attach_bank(model, slots=2, rank=8, dtype=jnp.float32)
@@ -107,7 +107,7 @@ def test_each_row_amid_others_is_what_generate_writes_alone(desk):
         assert told[-1].finish == ("length" if len(text) == count else "stop")
     assert texts[5] == texts[6]
     assert len({tuple(text) for text in texts}) == len(texts) - 1
-    # and in an otherwise empty engine
+    # The same row alone in the engine gives the same text.
     again = desk.submit(*MIXTURE[1])
     desk.finish()
     assert said(again) == texts[1]

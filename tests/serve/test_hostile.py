@@ -1,4 +1,4 @@
-"""`qlora-jax serve` in a process of its own, with clients and files that mean it harm."""
+"""Tests `qlora-jax serve` in a separate process, with hostile clients and files."""
 
 import concurrent.futures
 import contextlib
@@ -29,7 +29,7 @@ def stuck(*arguments):
 
 
 def ask(server, path, body=None, headers=None, timeout=20):
-    """Status and text of a request; a body makes it a POST."""
+    """Sends a GET, or a POST if there is a body; returns status and text of the answer."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=timeout)
     data = None if body is None else json.dumps(body)
     kind = {} if body is None else {"Content-Type": "application/json"}
@@ -40,7 +40,7 @@ def ask(server, path, body=None, headers=None, timeout=20):
 
 
 def stop(server, number):
-    """Seconds and exit code of the end, and what was said after `serving`."""
+    """Stops the server; returns the seconds, the exit code and the log lines after `serving`."""
     start = time.monotonic()
     code, said = server.stop(number)
     return time.monotonic() - start, code, said.partition("serving on")[2].splitlines()[1:]
@@ -58,7 +58,7 @@ def test_a_web_page_of_another_name_cannot_load(start, adapters):
 
 
 def test_keys_on_all_addresses(start, tmp_path):
-    """There, any host is answered: it is not known by which names the server is reached."""
+    """With 0.0.0.0 every Host is answered, because the server cannot know its own names."""
     file = tmp_path / "keys"
     file.write_text("# mine\nsecret\n")
     server = start(f"--api-key-file={file}", "--host=0.0.0.0")

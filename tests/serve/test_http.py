@@ -1,4 +1,4 @@
-"""`qlora-jax serve` in a process of its own, asked by OpenAI's client and by plain sockets."""
+"""Tests `qlora-jax serve` in a separate process, with OpenAI's client and with plain HTTP."""
 
 import concurrent.futures
 import http.client
@@ -26,7 +26,7 @@ def client(server):
 
 
 def post(server, path, body, headers=None):
-    """Status and JSON of a raw request."""
+    """Sends a POST; returns status and body: JSON if the answer is JSON, otherwise text."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, data, {"Content-Type": "application/json"} | (headers or {}))
@@ -103,7 +103,7 @@ def test_a_stream_ends_with_done(server):
 
 def test_completions_take_text_or_ids_and_a_stop(client):
     by_text = client.completions.create(model="two", prompt="abc", max_tokens=20, temperature=0)
-    ids = list(b"abc")  # a token a byte
+    ids = list(b"abc")  # the tokenizer has one token for each byte
     by_ids = client.completions.create(model="two", prompt=ids, max_tokens=20, temperature=0)
     said = by_text.choices[0].text
     assert by_ids.choices[0].text == said
@@ -338,7 +338,7 @@ def test_options_that_cannot_be_used(run_cli, tiny_model, options, message):
     ended = run_cli("serve", tiny_model, *options)
     assert ended.code == 2
     assert message in ended.message
-    assert ended.err.count("\n") == 1 or "--max-length" in message  # the model is open by then
+    assert ended.err.count("\n") == 1 or "--max-length" in message  # checked with the model open
 
 
 def test_health(server):
@@ -349,7 +349,7 @@ def test_health(server):
 
 
 def test_sigterm_lets_running_answers_finish(server, client):
-    """Last in this file: it ends the server."""
+    """Must stay last in this file, because it ends the server."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         stream = ask(client, "one", stream=True, max_tokens=200)
         chunks = [next(stream)]

@@ -1,4 +1,4 @@
-"""Adapters that are loaded by request, from files that give no byte or no end of them."""
+"""Tests adapters loaded by request, from files without any bytes or without an end."""
 
 import concurrent.futures
 import contextlib
@@ -24,7 +24,7 @@ def fifo(path):
 
 
 def unix_socket(path):
-    # By its name alone: the path of a socket is at most 107 bytes.
+    # The relative name, because the path of a socket has at most 107 bytes.
     with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as bound:
         bound.bind(path.name)
 
@@ -51,7 +51,7 @@ def test_only_regular_files_are_opened(tmp_path, adapters, name, make, kind):
         read = pool.submit(read_regular, str(tmp_path / "a"))
         done = concurrent.futures.wait([read], timeout=10).done
         if not done and kind == "a FIFO":
-            file.open("wb").close()  # so that the thread, and the test, come to an end
+            file.open("wb").close()  # lets the thread and the test end
         assert done
         with pytest.raises(UserError) as error:
             read.result()
@@ -68,7 +68,7 @@ def test_links_to_regular_files_are_read(tmp_path, adapters):
 
 @pytest.fixture
 def stuck(monkeypatch):
-    """Reading an adapter as from a disk that does not answer; the event ends it."""
+    """Makes reading an adapter hang as on a dead disk; returns the event that ends the hang."""
     answers = threading.Event()
 
     def read(path, model):
@@ -98,7 +98,7 @@ def test_loads_that_hang_hold_up_nobody_else(text, stuck):
         assert {error.status_code for error in errors} == {504}
         assert "b: not read within 1 s" in str(errors[0])
         assert time.monotonic() - start < 10
-        stuck.set()  # who had given up is not read for
+        stuck.set()  # requests that timed out are not read now
         with pytest.raises(openai.BadRequestError, match="read after all"):
             load(running)
 

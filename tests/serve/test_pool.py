@@ -1,4 +1,4 @@
-"""Threads that work for the event loop."""
+"""Tests the threads that work for the event loop."""
 
 import asyncio
 import gc
@@ -10,7 +10,7 @@ from qlora_jax.serve.pool import Pool
 
 
 class Large:
-    """Stands for a request's body."""
+    """Stands in for the body of a request."""
 
 
 def refuse(large):
@@ -18,7 +18,7 @@ def refuse(large):
 
 
 def test_what_a_refused_call_was_given_goes_with_its_error(monkeypatch):
-    """Without a cycle of references nothing waits for the garbage collector."""
+    """Without a reference cycle the argument is freed at once, with no garbage collection."""
     large = Large()
     seen = weakref.ref(large)
 

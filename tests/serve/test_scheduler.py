@@ -1,4 +1,4 @@
-"""The scheduler over rows that count instead of thinking."""
+"""Tests the scheduler over a fake engine whose rows count."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,10 @@ GREEDY = SamplingSettings(0.0, 1.0, 0)
 
 
 class Counting:
-    """Rows that answer prompt [n] under adapter k with 100k + n+1, n+2, ...; stop ids at 9 mod 10
-    when the prompt has a second id."""
+    """A fake engine: prompt [n] with adapter k gives 100k + n + 1, 100k + n + 2, ...
+
+    If the prompt has a second id, the stop id replaces every number n with n % 10 == 9.
+    """
 
     def __init__(self, rows=2, length=100):
         self.rows, self.length, self.vocabulary, self.stop_ids = rows, length, 1000, {STOP}
@@ -54,7 +56,7 @@ class Clock:
 
 
 class Desk:
-    """A scheduler, and what its jobs were told."""
+    """A scheduler with a fake clock; `told` holds the pieces of each job."""
 
     def __init__(self, **options):
         self.engine, self.clock = Counting(), Clock()

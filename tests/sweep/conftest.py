@@ -1,4 +1,4 @@
-"""A made experiment whose cells tell, in files, that they ran."""
+"""Fixtures: a toy experiment whose cells record in files that they ran."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
 
 
 class Toy:
-    """The file of an experiment with 8 cells to run and 4 to skip, and what became of it."""
+    """The file and results of an experiment with 8 cells to run and 4 to skip."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.out = folder, folder / "toy.py", folder / "out"
@@ -56,7 +56,7 @@ class Toy:
         return self.path
 
     def runs(self, what: str = "ended") -> list[str]:
-        """Ids of the cells that ended, or began, one for each time."""
+        """Returns the ids of cells that `ended` or `began`, once for each time."""
         file = self.folder / what
         return file.read_text().split() if file.exists() else []
 
@@ -64,7 +64,7 @@ class Toy:
         return ["sweep", str(self.path), "--out", str(self.out), *more]
 
     def start(self, *more: str) -> "subprocess.Popen[bytes]":
-        """The sweep as a process of its own."""
+        """Starts the sweep in a separate process."""
         return subprocess.Popen(
             [sys.executable, "-m", "qlora_jax", *self.arguments(*more)],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -86,7 +86,7 @@ def toy(tmp_path: Path) -> Toy:
 
 @pytest.fixture
 def sweep(toy: Toy, run_cli: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs the made experiment in this process."""
+    """Returns a function that runs the toy experiment in this process."""
     return lambda *more: run_cli(*toy.arguments(*more))
 
 

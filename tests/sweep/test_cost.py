@@ -1,4 +1,4 @@
-"""What is still to run and how long it takes, counted by hand on a made experiment."""
+"""Tests which cells remain and how long they take, against sums by hand on a toy experiment."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def by_model(cell):
 
 
 def keep(folder: Path, made: Experiment, cells, wall_s, machine=HERE, status=DONE, earlier=()):
-    """Writes results as if these cells had ended."""
+    """Writes results as if the given cells had ended."""
     head = {"format": 1, "experiment": made.name, "version": made.version, "rows": []}
     with (folder / "results.jsonl").open("a") as file:
         for cell in cells:

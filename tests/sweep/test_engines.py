@@ -1,4 +1,4 @@
-"""Engines that need a package of their own, where it is installed; populations."""
+"""Tests optional engines, if their package is installed, and populations."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def test_cells_of_a_population_run_together_and_are_recorded_apart(toy: Any, swe
     ended = sweep()
     assert ended.code == 1, ended.err
     assert sorted((toy.folder / "together").read_text().split()) == ["lora3"] * 3 + ["qlora3"] * 3
-    assert len(toy.runs()) == 2  # the fourth of each method, by itself
+    assert len(toy.runs()) == 2  # one cell of each method ran outside the population
     records = [json.loads(x) for x in (toy.out / "results.jsonl").read_text().splitlines()]
     failed = [r for r in records if r["status"] == "failed"]
     assert [(r["values"]["rank"], r["values"]["seed"]) for r in failed] == [(16, 0)] * 2

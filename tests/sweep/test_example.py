@@ -1,4 +1,4 @@
-"""The example of docs/experiments.md: it is shown as it is, it runs, and a metric is one entry."""
+"""Tests the example of docs/experiments.md: the page shows it, it runs, a metric is one entry."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ FIRST_LINE = "METRICS: Mapping[str, Metric[Any]] = {\n"
 def page(
     run_cli: Callable[..., Any], write_config: Callable[..., Path], tmp_path: Path
 ) -> Callable[[Path], str]:
-    """Runs the experiment of a file on the tiny model, and returns its page."""
+    """Returns a function that runs an experiment file on the tiny model and returns its page."""
 
     def run(path: Path) -> str:
         config = write_config(tmp_path, train__steps=2, train__eval_rows=4)

@@ -1,4 +1,4 @@
-"""Cells and their ids, their groups, and the table an analysis is given."""
+"""Tests cells, their ids and groups, and the table for the analysis."""
 
 import random
 import re
@@ -58,7 +58,7 @@ def test_cells_are_the_product_with_every_seed() -> None:
 
 
 def test_ids_are_known() -> None:
-    """From `printf ... | sha256sum`: an id that changed would run every finished cell again."""
+    """The id is from `printf ... | sha256sum`. A changed id would run every finished cell again."""
     cell = declared().cell({"rank": 8, "seed": 0})
     assert cell.id == "206dbd7e5a7f"
     assert declared(version=2).cell({"rank": 8, "seed": 0}).id != cell.id
@@ -149,7 +149,7 @@ def test_a_table_takes_rows_apart() -> None:
 
 
 def test_pairs_are_matched_whatever_the_order() -> None:
-    shuffled = ROWS[::-1][:-1]  # (qlora, 1, seed 0) has no counterpart then
+    shuffled = ROWS[::-1][:-1]  # without (qlora, rank 1, seed 0)
     a, b = Table(shuffled).paired("loss", "rank", 2, 1, by=["method", "seed"])
     assert len(a) == len(b) == 3
     assert [round(x - y, 6) for x, y in zip(a, b)] == [0.1] * 3

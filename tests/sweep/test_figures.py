@@ -1,4 +1,4 @@
-"""Figures and columns as data: what a cell measures, and what a table shows of it."""
+"""Tests figures and columns: the measurements of a cell and their display in a table."""
 
 import pytest
 

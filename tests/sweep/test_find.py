@@ -1,4 +1,4 @@
-"""Where an experiment's file may lie, and what it can import there."""
+"""Tests where an experiment's file may be, and which modules it can import there."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def write(folder: Path, imported: str, cost: str = "nothing", package: bool = Tr
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Packages of the names used here are imported anew, and forgotten after the test."""
+    """Removes the test packages from sys.modules before and after the test: each import is new."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
     before = taken()
     yield
@@ -48,7 +48,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def taken() -> dict[str, ModuleType]:
-    """Takes the packages out of what is imported."""
+    """Removes the test packages from sys.modules and returns them."""
     names = [name for name in sys.modules if name.partition(".")[0] in ("experiments", "studies")]
     return {name: sys.modules.pop(name) for name in names}
 

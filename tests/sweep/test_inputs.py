@@ -1,4 +1,4 @@
-"""What cells read and a command can make: told by --dry-run, made before the first cell."""
+"""Tests inputs that a command can make: --dry-run lists them; a sweep makes them first."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ Sweep = Callable[..., Any]
 
 @pytest.fixture
 def commands(toy: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that were started; they make the folder, unless a file `broken` is there."""
+    """Records the started commands; each makes the folder, or fails if a file `broken` exists."""
     toy.write(more=INPUT.format(arguments=ARGUMENTS))
     started: list[list[str]] = []
 
@@ -71,7 +71,7 @@ def test_it_is_made_before_the_cells_and_once(toy: Any, commands: Any, sweep: Sw
     assert json.loads(ended.out)["cells"] == {"done": 2}
     assert commands == [list(ARGUMENTS)]
     (toy.folder / "made" / "model").rmdir()
-    assert sweep(*chosen).code == 0  # nothing is left to run
+    assert sweep(*chosen).code == 0  # no cell remains, so no input is needed
     assert sweep("--analyse-only").code == 0
     assert commands == [list(ARGUMENTS)]
 

@@ -34,7 +34,7 @@ def make(folder, **changes):
 
 
 class Page(HTMLParser):
-    """What the page refers to, and its tags: an unclosed one is an error."""
+    """A parser that collects links and text, and fails on an unclosed tag."""
 
     VOID = ("meta", "img", "link", "br")
 

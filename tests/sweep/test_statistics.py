@@ -1,4 +1,4 @@
-"""Intervals against published tables, closed forms and their own definition: coverage."""
+"""Checks intervals against published tables, closed forms and their coverage."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from qlora_jax.sweep.statistics import Interval, difference, mean, within
 
 STUDENT = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 30: 2.045}
-"""Two-sided 95% quantiles of t for samples of this size, from the usual table."""
+"""Sample size to the two-sided 95% quantile of Student's t, from published tables."""
 
 
 @pytest.mark.parametrize("count", STUDENT)

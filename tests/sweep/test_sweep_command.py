@@ -1,4 +1,4 @@
-"""`qlora-jax sweep`: what runs, what is kept, what is told; counted by files that cells write."""
+"""Tests `qlora-jax sweep`: runs, results and messages; files that the cells write count runs."""
 
 import collections
 import errno
@@ -76,7 +76,7 @@ def test_a_sweep_killed_twice_runs_no_cell_twice(toy: Any, sweep: Sweep) -> None
         process.kill()
         process.wait()
         recorded = lines(toy)
-        # a killed cell may run again; one that is recorded may not
+        # A killed cell may run again; a recorded cell must not.
         before = collections.Counter(toy.runs("began"))
     ended = sweep()
     assert ended.code == 0, ended.err
@@ -86,7 +86,7 @@ def test_a_sweep_killed_twice_runs_no_cell_twice(toy: Any, sweep: Sweep) -> None
             assert after[record["id"]] == before[record["id"]]
     done = [record["id"] for record in lines(toy) if record["status"] == "done"]
     assert len(done) == len(set(done)) == 8
-    # at most the two in flight at each kill began more than once
+    # At most two cells were running at each of the two kills and so began again.
     assert sum(after.values()) <= 8 + 4
 
 
@@ -99,7 +99,7 @@ def test_workers_of_a_killed_sweep_end(toy: Any) -> None:
     began = time.monotonic()
     with results.Results(
         toy.out, find.load_experiment(toy.path)
-    ):  # waits for the worker, which holds it
+    ):  # waits for the worker, which holds the lock
         assert time.monotonic() - began < results.LOCK_SECONDS
     assert toy.runs() == []
 
@@ -212,7 +212,7 @@ def test_results_of_another_kind_are_refused(
 
 
 def test_jobs_run_side_by_side(toy: Any, sweep: Sweep) -> None:
-    # each of the first two waits for the other
+    # The first two cells wait for each other, so jobs that run in turn would time out.
     toy.write(
         "deadline = time.monotonic() + 30\n"
         "    while len((RAN / 'began').read_text().split()) < 2:\n"

@@ -1,4 +1,4 @@
-"""A small real tokenizer for tests of texts."""
+"""Fixtures for tests of texts: a small real tokenizer."""
 
 from small_tokenizers import builtin_gguf as builtin_gguf
 from small_tokenizers import make_fast as make_fast

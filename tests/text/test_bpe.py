@@ -8,7 +8,7 @@ TEXTS = ["low low low low low", "lower lower newest newest newest newest newest 
 
 
 def test_merges_are_the_most_frequent_pairs():
-    # Counts over words: newest x6, low x5, lower x2, widest x1. "we" 8, "lo" 7, and so on.
+    # Words: newest x6, low x5, lower x2, widest x1; so the pair "we" occurs 8 times, "lo" 7.
     merges = train_bpe(TEXTS, 259 + 2, "t").fast.backend_tokenizer.to_str()
     assert '"merges":[["w","e"],["l","o"]]' in merges.replace(" ", "") or (
         '"merges":["we","lo"]' in merges.replace(" ", "")

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: against the file itself, transformers 4 and SentencePiece."""
+"""Tokenizers of Hugging Face folders, against tokenizer.json, transformers 4, SentencePiece."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def write(folder: Path, backend: Tokenizer | None, config: object = None, **sett
 
 @pytest.fixture(scope="module")
 def unusual(make_fast) -> Tokenizer:
-    """Its normalizer, pre-tokenizer and decoder are no class's own."""
+    """A tokenizer whose normalizer, pre-tokenizer and decoder belong to no transformers class."""
     backend = make_fast().backend_tokenizer
     backend.normalizer = normalizers.NFD()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -169,7 +169,7 @@ LEAVES = ("PreTrainedTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer")
 @pytest.mark.parametrize("setting", [True, False, None])
 @pytest.mark.parametrize("in_file", [True, False])
 def test_bos_is_added_as_transformers_4_does(make_fast, tmp_path, name, setting, in_file):
-    # what AutoTokenizer of transformers 4.57.1 gave for these files, where the setting is there
+    # the reference, if `setting` is given: AutoTokenizer of transformers 4.57.1 on these files
     backend = make_fast(None, "</s>", **({"bos_token": "<s>"} if in_file else {})).backend_tokenizer
     settings = {} if setting is None else {"add_bos_token": setting}
     folder = write(tmp_path, backend, tokenizer_class=name, bos_token="<s>", **settings)
@@ -183,7 +183,7 @@ def test_bos_is_added_as_transformers_4_does(make_fast, tmp_path, name, setting,
 @pytest.mark.parametrize(
     ("published", "bos"),
     [
-        # tokenizer_class, add_bos_token and whether tokenizer.json adds it, of the published files
+        # tokenizer_class, add_bos_token, and whether tokenizer.json adds BOS: the published files
         (("LlamaTokenizer", True, True), True),  # Llama 2, Mistral
         (("GemmaTokenizer", True, True), True),  # Gemma
         (("LlamaTokenizer", False, False), False),  # Phi-3
@@ -343,12 +343,12 @@ def test_damaged_files_are_one_line(unusual, tmp_path, capfd, file, content, pie
 
 @pytest.fixture(scope="module")
 def smol(builtin_gguf, tmp_path_factory):
-    """SmolLM2's tokenizer from its GGUF file, and from the folder made of it."""
+    """SmolLM2's tokenizer from its GGUF file, and from a folder saved from that tokenizer."""
     folder = tmp_path_factory.mktemp("smol")
     gguf = tokenizers_.load_tokenizer(builtin_gguf)
     gguf.save(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    # as it is published, and as transformers 5 makes it anew
+    # the class in the published folder; transformers 5 rebuilds tokenizers of this class
     settings["tokenizer_class"] = "GPT2Tokenizer"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return gguf, tokenizers_.load_tokenizer(folder)
@@ -371,6 +371,6 @@ def test_smollm2s_folder_gives_the_ids_of_its_file(smol, text):
 
 
 @given(TEXTS)
-def test_smollm2s_text_survives(smol, text):  # its vocabulary lacks bytes that no character has
+def test_smollm2s_text_survives(smol, text):  # its vocabulary lacks bytes that UTF-8 never uses
     for tokenizer in smol:
         assert tokenizer.decode(tokenizer.encode(text), False) == text

@@ -1,4 +1,4 @@
-"""Folders from elsewhere run no code: their own modules, pickles, and what a prompt would allow."""
+"""Untrusted folders run no code: no module, no pickle, nothing after a yes to a prompt."""
 
 import ast
 import io
@@ -19,13 +19,13 @@ PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "jo
 
 @pytest.fixture
 def marked(tmp_path: Path) -> Path:
-    """A file that exists once the folder's code has run."""
+    """Path of a file that exists only if the folder's code has run."""
     return tmp_path / "it_ran"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, marked: Path, make_tokenizer) -> Path:
-    """A tokenizer's folder with a module of its own."""
+    """A tokenizer folder that also holds a Python module."""
     made = tmp_path / "model"
     make_tokenizer().fast.save_pretrained(made)
     code = f"from pathlib import Path\nPath({str(marked)!r}).touch()\nclass Evil: pass\n"
@@ -71,7 +71,7 @@ def test_a_config_with_code_is_read_as_data(folder: Path, marked: Path) -> None:
 
 
 class Runs:
-    """Touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -24,7 +24,7 @@ BYTES = ["<|end|>", "<think>", "a", "b", "c", "1", "2", "3", "4", "Ġ", "ab", "a
 
 
 def byte_level(**changes: Any) -> dict[str, Any]:
-    """Metadata of a vocabulary of single bytes and four merges."""
+    """Returns GGUF metadata of a vocabulary of single bytes and four merges."""
     types = [TokenType.CONTROL, TokenType.USER_DEFINED] + [TokenType.NORMAL] * (len(BYTES) - 2)
     metadata = {
         "model": "gpt2",

@@ -1,4 +1,4 @@
-"""Contents in a rendered conversation, found by marks."""
+"""Positions of the contents in a rendered conversation, found by mark characters."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ contents = st.text(st.sampled_from("ab \n</think>é🌞"), max_size=12)
 
 @given(st.lists(contents, max_size=5), st.booleans())
 def test_the_ends_are_where_the_contents_were_joined(texts, trimmed):
-    """A template that joins contents, trimmed or as they are, has known ends."""
+    """The template joins contents, trimmed or unchanged, so that the test knows their ends."""
     messages = [{"role": "user", "content": text} for text in texts]
 
     def render(turns):

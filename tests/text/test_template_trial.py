@@ -1,4 +1,4 @@
-"""Chat templates that need more time or memory than a conversation may."""
+"""Chat templates that exceed the limits of time or memory of the trial."""
 
 import re
 

@@ -139,7 +139,7 @@ def test_importing_says_nothing_and_leaves_transformers_alone():
 
 
 class PanicException(BaseException):
-    """Of the name that Rust's has."""
+    """An exception with the name of the one that Rust code raises on a panic."""
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_ends_loading(make_tokenizer, tmp_path, monkeypatch, error, expecte
 
 
 def saved(tokenizer, folder, change):
-    """A folder with the tokenizer, its tokenizer.json changed."""
+    """Saves the tokenizer, changes its tokenizer.json with `change`, and returns the folder."""
     tokenizer.fast.save_pretrained(str(folder))
     file = folder / "tokenizer.json"
     tree = json.loads(file.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Tool calls in the form that a template writes."""
+"""Tool calls in the form that a chat template expects."""
 
 import json
 
@@ -28,7 +28,7 @@ def template(arguments, content):
         (ARGUMENTS, ADDED, Form(False, True)),
         (TEXT, NULL, Form(True, False)),
         (TEXT, ADDED, Form(False, False)),
-        (ARGUMENTS, "{{ m.content }}", Form(False, True)),  # which would write None
+        (ARGUMENTS, "{{ m.content }}", Form(False, True)),  # writes "None" if the content is None
     ],
 )
 @pytest.mark.parametrize("given", [{"a": [1, "é"]}, '{"a": [1, "é"]}'])

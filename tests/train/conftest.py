@@ -29,7 +29,7 @@ VOCAB, LENGTH, ROWS = 256, 16, 6
 
 
 class Trainer(NamedTuple):
-    """What a run builds before its loop."""
+    """The objects that a run builds before its loop."""
 
     config: Config
     graph: nnx.GraphDef
@@ -39,12 +39,12 @@ class Trainer(NamedTuple):
     program: steps.StepProgram
 
     def start(self, trained: Any = None) -> TrainState:
-        """A first state with buffers of its own, which `update` may take."""
+        """Returns an initial state; its buffers are copies, because `update` donates them."""
         trained = jax.tree.map(jnp.copy, self.trained if trained is None else trained)
         return init_state(trained, self.optimizer, self.config.model.compute_dtype == "float16")
 
     def moved(self) -> Any:
-        """The trained tree a little away from its first values, where no B is zero."""
+        """Returns the trained tree plus small random values, so that no B is zero."""
         leaves, structure = jax.tree.flatten(self.trained)
         random = np.random.default_rng(7)
         moved = [x + jnp.asarray(random.normal(size=x.shape) * 0.02, x.dtype) for x in leaves]
@@ -95,7 +95,7 @@ def build(
 
 @pytest.fixture(scope="session")
 def trainer() -> Callable[..., Trainer]:
-    """Makes a trainer of the reference llama; equal arguments give the same, compiled one."""
+    """Makes a trainer of the reference llama; equal arguments return the same compiled one."""
 
     def make(
         method: str = "lora",
@@ -136,7 +136,7 @@ def make_batch() -> Callable[..., dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def make_loader() -> Callable[[Config], Loader]:
-    """Makes a loader of short random examples, of which a step holds about half."""
+    """Makes a loader of short random examples; one step holds about half of them."""
     random = np.random.default_rng(5)
     examples = []
     for length in random.integers(4, LENGTH + 2, 16):

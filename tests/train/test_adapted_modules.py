@@ -1,4 +1,4 @@
-"""Which modules a run adapts: embedding and head by name alone, and what they are not for."""
+"""Modules that a run adapts: embedding and head only if named; settings that refuse the two."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ OUTER = ["lm_head", "embed_tokens"]
 
 @pytest.fixture
 def decoder(tiny_model):
-    """Shapes of the tiny llama."""
+    """Decoder config of the tiny llama."""
     return open_folder(tiny_model).config
 
 
@@ -131,7 +131,7 @@ def test_a_fresh_one_that_changes_something_is_named(make_config, path, leaf):
     model, _ = load_run_model(config, open_model(config)[0], pytest.fail)
     check_identity(*trees.split(model, "lora"), config)
     variable = getattr(getattr(model, leaf[0]), leaf[1])
-    # B of an embedding may be any number
+    # A of a fresh embedding adapter is zero, so its B may be any finite number
     wrong = jnp.nan if leaf == ("embed_adapter", "b") else 0.5
     variable.set_value(variable.get_value().at[-1, -1].set(wrong))
     with pytest.raises(RunFailed, match=f"first at {path};"):
@@ -152,7 +152,7 @@ def test_a_plan_counts_them_to_the_byte(make_config, decoder):
     assert more.gradients - less.gradients == size
     assert more.moments - less.moments == 2 * size
     assert more.model["adapters"] - less.model["adapters"] == size
-    # B's gradient of the loss, and what its rows add to the hidden state's
+    # the loss also holds the gradient of the head's B, and rows wider by the head's rank
     parts, before = ledger(decoder, config), ledger(decoder, without)
     assert parts["loss"].nbytes - before["loss"].nbytes >= 4 * 4 * decoder.vocab_size
     assert parts["activations"].nbytes == before["activations"].nbytes

@@ -35,7 +35,7 @@ EXTRA = {
 
 
 def dropped_by_orbax(test):
-    """Other reads or writes that orbax drops after an error complain when they are collected."""
+    """Ignores the warnings of the other reads and writes, which orbax drops after an error."""
     for kind in ("pytest.PytestUnraisableExceptionWarning", "RuntimeWarning"):
         test = pytest.mark.filterwarnings(f"ignore::{kind}")(test)
     return test
@@ -54,7 +54,7 @@ def make(step, seed=0, columns=4, **more):
         "runs": {"0": {"w": array(jnp.float32, 2, columns)}},
         **more,
     }
-    # outside the layers, then the two layers
+    # one entry for the group outside the layers, then one for each of the two layers
     optimizer = tuple(
         {"mu": array(jnp.float32, rows, columns), "count": jnp.int32(step)} for rows in (3, 1, 1)
     )
@@ -90,7 +90,7 @@ def steps(run_dir):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A run directory with a checkpoint of step 3, open for writing."""
+    """Checkpoints of a run directory, open for writing, with a checkpoint of step 3."""
     checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.save(make(3), EXTRA)
     return checkpoints
@@ -173,7 +173,7 @@ def test_another_models_state_is_refused(tmp_path, saved, like):
 
 
 def train(moments, steps, state=None):
-    """Some updates of a weight of 4160 elements, enough for 8 bits, and of a bias, which is not."""
+    """Updates a weight of 4160 elements, enough for 8-bit moments, and a bias that is too small."""
     optimizer = adamw(OptimizerConfig(moments=moments), 10)
     if state is None:
         trained = {"weight": Weight(jnp.ones((65, 64))), "bias": Vector(jnp.ones(64)), "runs": {}}
@@ -288,7 +288,7 @@ def test_a_file_size_limit_ends_in_one_clear_line(tmp_path, saved):
         f"{tmp_path / FOLDER}: a file grew past a size limit; raise it (ulimit -f), or write to "
         "another folder; the last good checkpoint is step 3"
     )
-    # opened for reading: a second writer would sweep the folder while `saved` writes there
+    # opened for reading, because a second writer would clean the folder while `saved` writes
     assert_same(Checkpoints(tmp_path).restore(make(0))[0], make(3))
     saved.save(large, {})
     assert_same(saved.restore(large)[0], large)

@@ -1,4 +1,4 @@
-"""Which step is exported and when a run stops, against what the definitions say."""
+"""The step that is exported and the step at which a run stops, against their definitions."""
 
 import dataclasses
 import json

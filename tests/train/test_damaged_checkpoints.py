@@ -1,4 +1,4 @@
-"""A damaged checkpoint is never taken in silence: an older whole one is, and a line says so."""
+"""A damaged checkpoint is reported in one line, and an older undamaged one is loaded."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from qlora_jax.runtime import digests
 from qlora_jax.runtime.errors import UserError
 from qlora_jax.train.checkpoint import FOLDER, Checkpoints
 
-# Other reads that orbax drops after an error complain when they are collected.
+# After an error orbax drops its other reads, which then warn at garbage collection.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}")
     for kind in ("pytest.PytestUnraisableExceptionWarning", "RuntimeWarning")
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen() -> Iterator[None]:
-    """Collecting passes over what other tests have left: it is a million objects."""
+    """Excludes the objects of other tests, about a million, from garbage collection."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(whole: Path, tmp_path: Path) -> Path:
-    """A copy of `whole` to be damaged."""
+    """A copy of `whole` that a test may damage."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
@@ -94,7 +94,7 @@ def test_damage_to_any_file_gives_an_older_checkpoint_or_the_same_bytes(
         checkpoints = Checkpoints(run, 2)
         state, extra = checkpoints.restore(make(0), say=said.append)
         assert extra == EXTRA
-        if not said:  # what was damaged holds nothing of the state, or nothing is left of step 5
+        if not said:  # the file held no part of the state, or nothing is left of step 5
             assert_same(state, make(5 if (run / FOLDER / "5").exists() else 3))
         else:
             assert_same(state, make(3))
@@ -104,7 +104,7 @@ def test_damage_to_any_file_gives_an_older_checkpoint_or_the_same_bytes(
             assert "\n" not in line
             assert (run / FOLDER / "damaged-5").is_dir()
             assert not (run / FOLDER / "5").exists()
-            if not is_saved_again:  # what follows the renaming is the same for every file
+            if not is_saved_again:  # once is enough: what follows does not depend on the file
                 checkpoints.save(make(5, seed=7), EXTRA)
                 assert_same(checkpoints.restore(make(0))[0], make(5, seed=7))
                 is_saved_again = True

@@ -24,7 +24,7 @@ TARGETS = r"model\.layers\.\d\.(self_attn\.q_proj|mlp\.down_proj)|model\.layers\
 
 @pytest.fixture
 def make(tiny_model):
-    """A config and its model with random adapters, the padding of smaller ranks left at zero."""
+    """Makes a config and its model with random adapters; the padding of smaller ranks is zero."""
 
     def make(**lora):
         tree = {

@@ -1,4 +1,4 @@
-"""What a run holds in memory while it trains."""
+"""Memory that a run holds while it trains."""
 
 import gc
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def test_a_resumed_run_holds_its_state_once(
     run_cli: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its first state, which gives the shapes of what is read, is let go before it trains."""
+    """The initial state, which gives the shapes of the checkpoint, is freed before training."""
     held: list[int] = []
     loop = fit.loop
 
@@ -40,5 +40,5 @@ def test_a_resumed_run_holds_its_state_once(
         assert ended.code == 0, ended.err
     assert "resumed from step 2" in ended.err
     first, resumed = held
-    # a state is the weights and two moments; the batches to evaluate on are NumPy's
+    # the state is the weights and two moments; evaluation batches are NumPy arrays, not counted
     assert resumed < 1.2 * first

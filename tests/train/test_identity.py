@@ -1,4 +1,4 @@
-"""Fresh adapters leave every linear's product as it was, and others do not."""
+"""Fresh adapters change no linear's product; the check names adapters that do."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ from qlora_jax.train.setup import load_run_model
 
 LLAMA = Path(__file__).parents[1] / "golden" / "models" / "llama"
 ADAPTED = {"q_proj": (64, 64), "down_proj": (128, 64)}
-"""The linears that get an adapter: inputs and outputs."""
+"""(in_features, out_features) of the linears that get an adapter."""
 RANK = 4
 
 
 @functools.cache
 def split(method="lora", compute="float32", **lora):
-    """(structure, trained, frozen, config) of the reference llama with fresh adapters."""
+    """Returns structure, trained, frozen and config of the reference llama, adapters fresh."""
     tree = {
         "model": {"path": str(LLAMA), "compute_dtype": compute},
         "data": {"source": "d"},
@@ -38,7 +38,7 @@ def split(method="lora", compute="float32", **lora):
 
 
 def changed(tree, path, layer, number):
-    """The tree with the first number of one layer replaced."""
+    """Returns the tree with the first number of one layer of a leaf replaced."""
     leaves, structure = jax.tree.flatten(tree)
     place = list(trees.flatten(tree)).index(path)
     first = layer, *[0] * (leaves[place].ndim - 1)
@@ -111,7 +111,7 @@ def test_both_sides_share_one_product(method, variant):
         for name, left in re.findall(r"(%[\w.-]+) = \S+ dot\((?:\S+ )?(%[\w.-]+), ", body):
             if name in rows and left in rows:
                 found.append((int(rows[left]), int(rows[name])))
-    # x @ A and its product with B are there too, so the products are in the form looked for
+    # the search finds x @ A and (x @ A) @ B too, so it would find a second product with W
     assert sorted(found) == sorted(
         product for k, n in ADAPTED.values() for product in ((k, n), (k, RANK), (RANK, n))
     )

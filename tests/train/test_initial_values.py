@@ -1,4 +1,4 @@
-"""Models that start from an adapter of PEFT's, or from their own weights."""
+"""Models with initial adapters read from a PEFT adapter, or computed from the weights."""
 
 import dataclasses
 import functools
@@ -102,7 +102,7 @@ def test_dora_on_nf4_computes_as_peft_on_bitsandbytes():
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of an adapter, to change."""
+    """A copy of an adapter that a test may change."""
     return Path(shutil.copytree(LLAMA / "peft_patterns", tmp_path / "adapter"))
 
 
@@ -174,7 +174,7 @@ def test_pissa_splits_the_weight_at_its_largest_values(tmp_path):
         )
         assert not a[:, rank:].any()
         update = float(linear.adapter.scale.get_value()[i]) * a @ b
-        # rounding turns singular vectors by its size over the gap of values (Davis and Kahan)
+        # rounding turns singular vectors by up to error / gap of singular values (Davis and Kahan)
         turned = s[0] * (1 + 2 * s[rank - 1] / (s[rank - 1] - s[rank]))
         assert np.linalg.norm(update - top, 2) <= 4 * np.finfo(np.float32).eps * turned
         np.testing.assert_allclose(np.linalg.norm(w - update), np.linalg.norm(w - top), rtol=1e-7)
@@ -186,7 +186,7 @@ def test_pissa_splits_the_weight_at_its_largest_values(tmp_path):
 
 
 def moved(model):
-    """The model after something like training: every trained number a little off."""
+    """Returns the model with every trained number changed a little, as training would."""
     graph, trained, frozen = trees.split(model, "lora")
     random = np.random.default_rng(0)
 

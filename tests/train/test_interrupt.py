@@ -12,7 +12,7 @@ class Default(Exception):
 
 @pytest.fixture
 def handlers():
-    """Handlers as they are before a run, which raise; returns the signals and their handlers."""
+    """Sets handlers that raise, as the handlers before a run; yields the handler of each signal."""
 
     def act(number, frame):
         raise Default(number)

@@ -1,4 +1,4 @@
-"""Units of the trained tree, and moments that live on the host."""
+"""Layer groups of the trained tree, and moments in host memory."""
 
 import functools
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def build(t, moments: Placement) -> steps.StepProgram:
 
 @pytest.fixture(scope="module")
 def program(trainer) -> Callable[..., steps.StepProgram]:
-    """Gives the program of a method with moments at a place, compiled once for all tests."""
+    """Builds a method's program with moments at a placement; compiled once for all tests."""
     return functools.cache(lambda method, moments: build(trainer(method), moments))
 
 
@@ -169,7 +169,7 @@ def test_the_update_of_a_layer_copies_no_stack(trainer, method) -> None:
     lowered = made.update_layer.lower(group, tall, tall, 0, state.optimizer[-1], jnp.asarray(True))
     analysis = lowered.compile().memory_analysis()
     layer = sum(x.nbytes for x in tall) / group.layers
-    # the layer's new values and both moments
+    # temporaries are about the layer's new values and its two moments, not a stack
     assert analysis.temp_size_in_bytes <= 4 * layer
     assert analysis.alias_size_in_bytes >= group.layers * layer
 

@@ -1,4 +1,4 @@
-"""The step a layer at a time is the step in one program."""
+"""The step that runs layer by layer equals the step in one program."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 def both(t, at_once: bool = True, home: str = "device"):
-    """Returns the program of a trainer, and the same that goes layer by layer."""
+    """Returns a trainer's program, and the program that runs the same step layer by layer."""
     place = PLACEMENTS[home]
     return t.program, layered.by_layer(t.program, place, place, at_once)
 
@@ -111,7 +111,7 @@ def test_a_gradient_that_is_not_finite_is_told(trainer, make_batch):
 
 
 def test_a_norm_that_is_not_finite_changes_no_layer(trainer, make_batch):
-    """The first layer's gradient alone overflows, which the way down meets last."""
+    """Only the first layer's gradient overflows; the backward pass computes it last."""
 
     def overflowing(path, x):
         name = jax.tree_util.keystr(path)

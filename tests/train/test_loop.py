@@ -1,4 +1,4 @@
-"""The loop over steps: what it logs, when it stops, and that a resumed run is the same run."""
+"""The training loop: its log, its stops, and resumed runs that equal uninterrupted ones."""
 
 import dataclasses
 import json
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.quick
 
 HALF = {"compute": "float16", "dropout": 0.1, "accumulation": 2}
 OVERFLOWING = 2.0**24
-"""A loss scale from which a few steps overflow before the first one is taken."""
+"""Initial loss scale that makes a few steps overflow before the first one is taken."""
 
 
 @pytest.fixture
 def run(tmp_path, trainer, make_loader, make_batch):
-    """Runs the loop in tmp_path/NAME, from its last checkpoint where there is one."""
+    """Runs the loop in tmp_path/NAME, from its last checkpoint if there is one."""
 
     def run(
         name="run",
@@ -95,7 +95,7 @@ def run(tmp_path, trainer, make_loader, make_batch):
 
 @pytest.fixture
 def metrics(tmp_path):
-    """Reads the lines of tmp_path/NAME/metrics.jsonl that have a key."""
+    """Reads the values of a key, by step, from tmp_path/NAME/metrics.jsonl."""
 
     def read(key, name="run"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -193,7 +193,7 @@ def test_steps_that_go_by_layer_are_resumed_to_the_bit(run, tmp_path, like):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_signal_saves_and_stops_after_the_step_on_its_way(run, tmp_path, like, number, ahead):
     whole, _ = run("whole", save_every=0)
-    # ahead, the third step's figures are read while the device computes the fourth
+    # with `ahead`, the third step's figures are read while the device computes the fourth
     last = 4 if ahead else 3
     with pytest.raises(Stopped, match=f"after step {last}") as e:
         run(save_every=0, at=(3, stop(number)), ahead=ahead)
@@ -266,7 +266,7 @@ def test_overflows_are_skipped_counted_and_logged(run, metrics, caplog):
     norms = metrics("train/grad_norm").values()
     assert [norm is None for norm in norms] == list(overflowed == 1)
     assert not caplog.records
-    # the schedule goes by the steps that were taken, as the optimizer does
+    # the schedule counts only the steps that were taken, as the optimizer does
     assert list(metrics("train/learning_rate").values()) == list(range(10) - np.array(skipped[:-1]))
 
 
@@ -295,7 +295,7 @@ def test_an_overflow_at_scale_one_stops_the_run(run):
 
 @pytest.fixture
 def judged(run):
-    """Runs the loop on held-out losses that are given by step, evaluating after every step."""
+    """Runs the loop with given held-out losses, one for each step; evaluates after every step."""
 
     def judge(losses, name="run", train=None, **more):
         def program(t):
@@ -335,7 +335,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(judged, tmp_path, like):
 
 def test_a_better_step_is_saved_whether_its_turn_has_come_or_not(judged, tmp_path):
     judged(FALLING_THEN_RISING, save_every=0, train={"keep_best": True})
-    # 1 and 2 were the best, and the newest, in their time
+    # steps 1 and 2 were saved as the best of their time, then replaced; 6 is the newest
     assert kept(tmp_path / "run") == [3, 6]
 
 
@@ -345,10 +345,10 @@ def test_training_stops_after_its_patience(judged, tmp_path, metrics, patience, 
     assert int(state.step) == end
     assert kept(tmp_path / "run") == [end]
     assert list(metrics("eval/loss")) == list(range(1, end + 1))
-    # resumed, it is over
+    # a resumed run takes no further step
     again, _ = judged(FALLING_THEN_RISING, steps=8, train={"patience": patience})
     assert int(again.step) == end
-    # and more patience takes it on
+    # patience 0 never stops early, so the run goes on
     longer, _ = judged(FALLING_THEN_RISING, steps=8, train={"patience": 0})
     assert int(longer.step) == 8
 

@@ -18,7 +18,7 @@ EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 def make(
     shape: tuple[int, ...], share: float, dtype: str = "float32", seed: int = 0, vocab: int = VOCAB
 ):
-    """hidden, head, targets and a mask that holds on about `share` of the positions."""
+    """Makes hidden, head, targets and a mask that is true at about `share` of the positions."""
     random = np.random.default_rng(seed)
     hidden = jnp.asarray(random.normal(size=(*shape, D)), dtype)
     head = jnp.asarray(random.normal(size=(D, vocab)), dtype)
@@ -27,7 +27,7 @@ def make(
 
 
 def dense(hidden, head, targets, mask, softcap=None):
-    """Sum, count, and the sum's gradients with respect to hidden and head, in float64."""
+    """Returns sum, count, and the sum's gradients of hidden and head, in float64: the reference."""
     hidden, head = (np.asarray(x).astype(np.float64) for x in (hidden, head))
     targets, mask = np.asarray(targets), np.asarray(mask)
     flat = hidden.reshape(-1, hidden.shape[-1])[mask.reshape(-1)]
@@ -48,7 +48,7 @@ def dense(hidden, head, targets, mask, softcap=None):
 
 @jax.jit
 def ours(hidden, head, targets, mask):
-    """What `dense` gives; the sum's gradient is asked for with a factor of 0.5."""
+    """Returns sum and count of `token_loss`, and the gradients of 0.5 * sum."""
 
     def half(hidden, head):
         total, count = token_loss(hidden, head, targets, mask, train_head=True)
@@ -97,7 +97,7 @@ def test_a_head_stored_with_the_vocabulary_first() -> None:
 @pytest.mark.quick
 def test_a_vocabulary_in_blocks(vocab, vocab_axis) -> None:
     hidden, head, targets, mask = make((3, 117), 0.6, vocab=vocab)
-    # the ends of blocks, and the likeliest token in the first and in the last block
+    # targets at the ends of blocks; the largest logits in the first and in the last block
     targets = targets.at[0, :4].set(jnp.array([0, COLUMNS - 1, vocab - 1, vocab - COLUMNS]))
     head = head.at[:, 0].mul(4).at[:, -1].mul(4)
 
@@ -129,14 +129,14 @@ def test_logits_with_a_soft_cap(vocab, vocab_axis) -> None:
 
 
 def make_update(shape, vocab, dtype="float32", rank=3):
-    """low [..., rank] and b [rank, vocab]."""
+    """Makes low [..., rank] and b [rank, vocab] of an adapted head."""
     random = np.random.default_rng(9)
     low = jnp.asarray(random.normal(size=(*shape, rank)), dtype)
     return low, jnp.asarray(random.normal(size=(rank, vocab)), jnp.float32)
 
 
 def with_update(hidden, head, targets, mask, low, b, softcap=None):
-    """What `dense` gives of [hidden, low] @ [head; b]; the gradients of each part."""
+    """Returns the results of `dense` for [hidden, low] @ [head; b], gradients by part."""
     wide = np.concatenate([np.asarray(x, np.float64) for x in (hidden, low)], -1)
     tall = np.concatenate([np.asarray(x, np.float64) for x in (head, b)])
     total, count, dwide, dtall = dense(wide, tall, targets, mask, softcap)
@@ -216,7 +216,7 @@ def test_gradients_in_16_bits(dtype) -> None:
 
 @pytest.mark.quick
 def test_small_probabilities_survive_float16() -> None:
-    # Each of 1000 wrong tokens has probability 1.5e-6, 25.4 of float16's smallest steps.
+    # Each of 1000 wrong tokens has probability 1.5e-6: 25.4 times float16's smallest number.
     head = np.zeros((2, 1001), np.float32)
     head[0, -1], head[1, :-1] = 13.4, 1.0
     arguments = jnp.array([[1.0, 0.0]], jnp.float16), jnp.asarray(head, jnp.float16)

@@ -1,4 +1,4 @@
-"""token_loss with a head in parts on eight CPU devices, against a whole one on one device."""
+"""token_loss with a sharded head on eight CPU devices, against a whole head on one device."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Case(NamedTuple):
-    """The vocabulary's axis, whether the head is trained, and the soft cap."""
+    """A head: the axis of its vocabulary, whether it is trained, and the soft cap."""
 
     axis: int
     trained: bool
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 def given(case: Case) -> tuple[jax.Array, ...]:
-    """Hidden states, head, targets and mask; some devices have no loss at all, some little."""
+    """Makes hidden states, head, targets and mask; two devices have no loss, one has little."""
     rng = np.random.default_rng(0)
     mask = rng.random((BATCH, LENGTH)) < 0.5
     mask[[1, 3]], mask[2, 10:] = False, False
@@ -53,7 +53,7 @@ def of(case: Case, hidden, head, targets, mask) -> jax.Array:
 
 
 def spread(case: Case):
-    """Loss and gradients over a mesh; each device has a row, and part of each vector."""
+    """Returns loss and gradients over a mesh; each device has one row and a part of the head."""
     split = P(FSDP, None) if case.axis else P(None, FSDP)
 
     def one(hidden, part, targets, mask):

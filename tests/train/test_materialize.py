@@ -1,7 +1,7 @@
-"""kernels.materialize never: the compiled gradient step holds no weight in floats.
+"""`kernels.materialize: never`: the compiled gradient step holds no dequantized weight.
 
-Run as a script with a GPU and an implementation it prints, as JSON, what the step compiled for that
-GPU holds, for each policy of recomputing.
+Run as a script with the names of a GPU and of an implementation, it compiles the step for that GPU
+with each remat policy, and prints the weights, code copies and kernel calls found as JSON.
 """
 
 import functools
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 LAYERS, HIDDEN, FEED, VOCAB = 3, 192, 320, 128
 ROWS, LENGTH = 2, 41
-"""82 rows: more than a tile. No activation has as many elements as a weight or a stack of it."""
+"""82 rows are more than a tile; no activation has as many elements as a weight or its stack."""
 
 POLICIES = ("none", "full")
 """Keys of `decoder.REMAT`: without and with a second forward pass."""
@@ -90,7 +90,7 @@ def model(implementation: str | None) -> Decoder:
 def step_hlo(
     compiled: Callable[..., jax.stages.Compiled], implementation: str | None, remat: str
 ) -> str:
-    """The gradient program of a QLoRA step in bfloat16, compiled by `compiled(function, *args)`."""
+    """Returns the HLO of a bfloat16 QLoRA gradient program, made by `compiled(function, *args)`."""
     graph, trained, frozen = trees.split(model(implementation), "qlora")
     program = steps.build(
         graph,
@@ -120,7 +120,7 @@ def on_cpu(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled
 find = functools.partial(weight_shaped, shapes=set(LINEARS.values()), layers=LAYERS)
 
 WHOLE = {(k // 2, n) for k, n in LINEARS.values() if n % 64 == 0}
-"""Shapes of one layer's codes, where no padding copies them."""
+"""Shapes of one layer's codes, for linears whose codes need no padding (padding copies them)."""
 
 find_copies = functools.partial(weight_shaped, shapes=WHOLE, dtypes=("u8",))
 
@@ -132,7 +132,7 @@ def test_the_step_on_a_cpu_in_interpret_mode(monkeypatch: pytest.MonkeyPatch, re
 
 
 def test_the_detector_finds_decoded_weights() -> None:
-    """So that an empty list says something."""
+    """Shows that an empty list of the other tests means that no weight is there."""
     found = find(step_hlo(on_cpu, "xla", "full"))
     sizes = {
         np.prod([int(d) for d in buffer.partition("[")[2][:-1].split(",")]) for buffer in found
@@ -159,7 +159,7 @@ def test_the_step_compiled_for_an_a100(implementation: str) -> None:
         buffers, copies, kernels = seen[remat]
         assert buffers == [], remat
         assert (copies == []) == FUSED[implementation].stacks, remat
-        # forward, backward and what is computed again; the last product of a layer need not be
+        # forward, backward and recomputed products; the last of a layer needs no recomputation
         assert kernels >= (3 * len(LINEARS) - 1 if remat == "full" else 2 * len(LINEARS)), remat
 
 
@@ -253,7 +253,8 @@ def test_nothing_is_tried_where_no_kernel_runs(monkeypatch) -> None:
 
 
 def main(gpu: str, implementation: str) -> None:
-    # jax 0.10 cannot fuse plain products of these odd sizes; merged ones would hide a weight
+    # jax 0.10 cannot fuse plain products of these odd sizes; merged products would hide a
+    # weight's shape
     options = {"xla_gpu_enable_triton_gemm": False, "xla_disable_hlo_passes": "dot-merger"}
     compiled = functools.partial(compile_for, gpu, options=options)
     first = step_hlo(compiled, "xla", "full")

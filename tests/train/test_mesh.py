@@ -53,12 +53,12 @@ def quantized(tree) -> list[QTensor]:
 
 
 def shape(dims: str) -> tuple[int, ...]:
-    """A shape in HLO, without axes of one element."""
+    """Returns the shape from HLO's dimensions, without axes of one element."""
     return tuple(int(n) for n in dims.split(",") if n not in ("", "1"))
 
 
 def over(t, sizes: tuple[int, int], remat: str):
-    """The trainer's program and its two trees over a mesh; sizes (1, 1) are one device."""
+    """Returns program, state and frozen tree over a mesh; sizes (1, 1) mean one device."""
     mesh, layout = device_mesh(*sizes), None
     trained, frozen = t.moved(), t.frozen
     if mesh is not None:
@@ -108,20 +108,20 @@ CASES = [
 def test_a_mesh_trains_as_one_device_does(
     trainer, rows, method, sizes, remat, accumulation, dropout
 ) -> None:
-    """Equal to float32's rounding, dropout included: what drops depends on the row alone."""
+    """Equal within float32 rounding, also with dropout: its mask depends on the row alone."""
     t = trainer(method, dropout=dropout)
     key = jax.random.key(3) if dropout else None
     alone, spread = (run(t, n, rows, remat, accumulation, key) for n in ((1, 1), sizes))
     np.testing.assert_allclose(spread.losses, alone.losses, rtol=1e-6)
     np.testing.assert_allclose(spread.evaluated, alone.evaluated, rtol=1e-6)
     for here, there in zip(spread.trained, alone.trained):
-        # Adam divides by the root of a second moment that may be rounding alone
+        # Adam divides by sqrt(nu); if nu is only rounding error, so is the update: hence atol
         np.testing.assert_allclose(here, there, atol=5e-4)
         assert np.abs(here - there).mean() < 1e-6
 
 
 def test_codes_are_what_moves_between_devices(trainer, rows) -> None:
-    """No collective has a weight in floats: not forward, not backward, not computed again."""
+    """No collective moves a dequantized weight: forward, backward or in the recomputation."""
     t = trainer("qlora")
     program, state, frozen = over(t, (1, 8), "full")
     text = program.gradient.lower(state, frozen, rows(1, 0), None).compile().as_text()
@@ -131,7 +131,7 @@ def test_codes_are_what_moves_between_devices(trainer, rows) -> None:
     in_floats = {shape(dims) for line in lines for dims in FLOAT.findall(line)}
     assert not weights & in_floats
     gathered = Counter(shape(dims) for line in lines for dims in CODES.findall(line))
-    # each of the seven linears forward and backward: computing again has no need of its own
+    # seven linears, gathered once forward and once backward; recomputation gathers no third time
     assert sum(gathered[k // 2, n] for k, n in weights) == 14
 
 

@@ -22,7 +22,7 @@ def write(run_dir, steps, start_step=0, offset=0.0):
 
 
 def events(run_dir):
-    """Every event under run_dir/tensorboard, decoded by the TFRecord format alone."""
+    """Reads every event under run_dir/tensorboard; decodes only the TFRecord format."""
     found = []
     for path in sorted((run_dir / "tensorboard").iterdir(), key=os.path.getmtime):
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Moments in fewer bits: the arithmetic in numpy, what is stored, and that training is the same."""
+"""Moments in fewer bits: against numpy, the bytes stored, and training against float32."""
 
 import functools
 from pathlib import Path
@@ -24,7 +24,7 @@ settings = pytest.mark.parametrize("moments", ENCODERS)
 
 
 def gradients(shape: tuple[int, ...], step: int) -> np.ndarray:
-    """Numbers whose size differs between places but hardly between steps."""
+    """Returns random numbers whose size differs by element, but hardly by step."""
     size = 10.0 ** np.random.default_rng(0).uniform(-4, 0, shape)
     return (np.random.default_rng(step + 1).normal(size=shape) * size).astype(np.float32)
 
@@ -41,7 +41,7 @@ def tree(seed: int) -> dict:
 
 
 class Numpy8:
-    """A moment in 8 bits by the definition: whichever of bitsandbytes' values is nearest."""
+    """A moment in 8 bits by definition: each code is the nearest value of bitsandbytes' map."""
 
     def __init__(self, kind: str, x: np.ndarray):
         self.map = GOLDEN[f"{kind}/map"]
@@ -58,7 +58,7 @@ class Numpy8:
 @pytest.mark.quick
 @pytest.mark.quick
 def test_8_bit_adamw_against_numpy() -> None:
-    """Each step starts from our state, so that one close call does not carry on."""
+    """Each reference step starts from our state, so that one differing code does not spread."""
     config = OptimizerConfig(
         learning_rate=0.02, beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.3, moments="int8"
     )
@@ -92,7 +92,7 @@ def test_8_bit_adamw_against_numpy() -> None:
             differ = np.asarray(found.codes) != theirs.codes
             assert not (differ & ~theirs.is_close_call).any()
             close += theirs.is_close_call.sum()
-    assert close < 1e-3 * 8 * np.prod(shape)  # of all codes of two moments in four steps
+    assert close < 1e-3 * 8 * np.prod(shape)  # share of all codes: two moments, four steps
 
 
 @settings
@@ -112,7 +112,7 @@ def test_the_first_update_is_that_of_float32(moments: str) -> None:
 def test_bytes_of_the_state(moments: str, bytes_each: float) -> None:
     shape = jax.ShapeDtypeStruct((4, 256, 64), jnp.float32)
     adam = stored(optax.scale_by_adam(), moments)
-    # the count beside them is an int32
+    # plus the step count, an int32
     assert nbytes(jax.eval_shape(adam.init, shape)) == bytes_each * 4 * 256 * 64 + 4
 
 
@@ -130,7 +130,7 @@ def test_small_arrays_stay_in_float32(size: int, is_small: bool) -> None:
 @settings
 @pytest.mark.quick
 def test_a_part_of_the_tree_is_updated_as_in_the_whole(moments: str) -> None:
-    """To the bit where no compiler fuses across leaves."""
+    """Bit-identical without jit; with jit, XLA may fuse across leaves and round differently."""
     optimizer = adamw(OptimizerConfig(learning_rate=0.01, weight_decay=0.1, moments=moments), 10)
     names, state = tuple(tree(0)), optimizer.init(tree(0))
     states = {name: optimizer.init({name: tree(0)[name]}) for name in names}
@@ -171,7 +171,7 @@ def test_bfloat16_is_one_of_both_neighbours_and_right_on_average() -> None:
     rounded = np.asarray(many()).astype(np.float32)
     is_high = rounded == high
     assert (is_high | (rounded == low)).all()
-    # Standard deviations of a mean of n yes or no: 5 are beyond chance.
+    # A mean of n yes/no draws has a standard deviation of at most 0.5 / sqrt(n); allow 5 of it.
     assert is_high.mean() == pytest.approx(share_high.mean(), abs=5 * 0.5 / is_high.size**0.5)
     for axis, expected in ((0, share_high), (1, share_high.mean())):
         error = np.abs(is_high.mean(axis=axis) - expected)
@@ -190,7 +190,7 @@ def test_bfloat16_values_are_kept_and_equal_steps_round_alike() -> None:
 @settings
 @pytest.mark.quick
 def test_a_second_moment_decays_slowly_in_any_storage(moments: str) -> None:
-    """500 updates without a gradient, by 0.999 each: to the nearest bfloat16 it would stay."""
+    """500 updates by 0.999 without gradient: rounding to nearest bfloat16 would change nothing."""
     adam = stored(optax.scale_by_adam(b2=0.999), moments)
     grads = jnp.linspace(0.5, 1.0, 2 * MIN_8BIT_SIZE)
 
@@ -205,17 +205,17 @@ def test_a_second_moment_decays_slowly_in_any_storage(moments: str) -> None:
         nu = GOLDEN["unsigned/map"][np.asarray(nu.codes)] * np.repeat(nu.absmax, BLOCK)
     ratio = np.asarray(nu, np.float64) / (0.001 * np.asarray(grads) ** 2 * 0.999**500)
     assert ratio.mean() == pytest.approx(1, abs=2e-3)
-    # 8 bits are half a step off at most, near the upper end of the map; bfloat16 walks at random
-    # by up to half of 1/128 a step.
+    # int8 is off by at most half a step, near the upper end of the map. bfloat16 is a random walk
+    # with steps of up to half of 1/128.
     assert ratio.std() < {"float32": 1e-5, "bfloat16": 500**0.5 / 256, "int8": 4e-3}[moments]
 
 
 @pytest.mark.slow
 @pytest.mark.quick
 def test_losses_are_those_of_float32_within_one_step(trainer, make_loader) -> None:
-    """60 steps on 16 sequences that are learnt by heart, every weight trained.
+    """Trains every weight for 60 steps on 16 sequences, until the model has memorized them.
 
-    What is rounded costs less than one step in sixty, judged by what a step gains at the end.
+    Rounded moments may raise the loss by less than one step lowers it near the end.
     """
     t, losses = trainer("full"), {}
     for moments in ENCODERS:
@@ -231,7 +231,7 @@ def test_losses_are_those_of_float32_within_one_step(trainer, make_loader) -> No
         plain, batches, found = t.start(), make_loader(t.config), []
         state = init_state(plain.trained, optimizer, False)
         for _ in range(60):
-            # compiled once: this program's own would differ in what it does not read, the moments
+            # one compilation for all: t's gradient program does not read the moments
             plain = plain._replace(trained=state.trained)
             grads, figures = t.program.gradient(plain, t.frozen, next(batches), None)
             state = program.update(state, grads, figures.finite)

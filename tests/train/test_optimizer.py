@@ -37,7 +37,7 @@ TREE = {
 
 
 def rate(config: OptimizerConfig, steps: int, step: int) -> float:
-    """The documented learning rate at a step counted from 0."""
+    """Returns the documented learning rate at a step; steps count from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     done = min((step - config.warmup_steps) / (steps - config.warmup_steps), 1)
@@ -121,7 +121,7 @@ def test_lora_plus_moves_b_by_a_multiple(ratio: float) -> None:
     grads = jax.tree.map(lambda x: jnp.full(x.shape, -0.25), tree)
     optimizer = adamw(config, 10)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tree), tree)
-    # Adam's first step has the size of the rate.
+    # Adam's first update has the size of the learning rate.
     np.testing.assert_allclose(updates["adapter"]["a"], 0.01, rtol=1e-5)
     np.testing.assert_allclose(updates["adapter"]["b"], 0.01 * ratio, rtol=1e-5)
 
@@ -164,7 +164,7 @@ def test_groups_of_every_weight_of_a_model(name: str) -> None:
     weights, found = trees.flatten(state), trees.flatten(group_labels(state))
     assert len(weights) == {"llama": 12, "qwen2": 14}[name]
     for path, weight in weights.items():
-        # the layers' leaves are stacked
+        # leaves of the layers have one more axis, the layer
         axes = weight.ndim - path.startswith("runs.")
         assert found[path] == {1: "vector", 2: "matrix"}[axes], path
 
@@ -204,7 +204,7 @@ def test_groups_go_by_kind_whatever_a_path_says() -> None:
 
 
 class NewKind(LoraParam):
-    """A kind that no group names, although it is one of a kind that a group names."""
+    """A parameter kind that no group lists, derived from one that a group lists."""
 
 
 @pytest.mark.parametrize("leaf", [NewKind(0), LoraScale(0), jnp.zeros(2)])

@@ -1,4 +1,4 @@
-"""An error that orbax raises prints nothing besides our own line."""
+"""After an error in orbax, only our own line is printed."""
 
 import logging
 import os

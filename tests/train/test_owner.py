@@ -1,4 +1,4 @@
-"""One run at a time writes to a run directory, and only to the one that it began with."""
+"""Only one run at a time writes to a run directory, and only to the folder it claimed."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ from qlora_jax.train.owner import LOCK, check_free, claim_folder
 
 HOLDER = """
 import pathlib, sys, time
-from qlora_jax.train.owner import own
-with own(pathlib.Path(sys.argv[1])):
+from qlora_jax.train.owner import claim_folder
+with claim_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -1,4 +1,4 @@
-"""A population against runs of its members one by one, and what its program holds."""
+"""A population against single runs of its members, and the arrays in its program."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def model_of(config: Config) -> Decoder:
 def alone(
     config: Config, batches: list[Any], held_out: dict[str, np.ndarray]
 ) -> tuple[list[steps.Figures], Any, float]:
-    """A run of one member by the single run's own program."""
+    """Trains one member by a single run's program; returns figures, adapters and loss."""
     model = model_of(config)
     attach(
         model,
@@ -102,14 +102,14 @@ def alone(
 
 
 class Made(NamedTuple):
-    """A population of the members above, one that diverges and a plain one, and its program."""
+    """The population of MEMBERS, a diverging and a default member, and its program."""
 
     configs: list[Config]
     adapters: mapped.Adapters
     program: mapped.PopulationProgram
 
     def fresh(self) -> mapped.Adapters:
-        """The adapters with buffers of their own, which a step may take."""
+        """Returns the adapters with copied buffers, because a step donates them."""
         return self.adapters._replace(trained=jax.tree.map(jnp.copy, self.adapters.trained))
 
 
@@ -145,7 +145,7 @@ def test_members_train_as_they_would_alone(made: Made, make_batch: Callable[...,
         clipped += sum(float(f.norm) > CLIP for f in figures)
         assert result.diverged is None
         assert list(result.held_out) == [0, 2, STEPS]
-        assert result.held_out[0] == found[0].held_out[0]  # of the base: every B is zero
+        assert result.held_out[0] == found[0].held_out[0]  # the base's loss: every B is zero
         assert result.held_out[STEPS] == pytest.approx(loss, rel=2e-6)
         assert list(result.adapters) == list(after)
         for path, adapter in result.adapters.items():
@@ -181,7 +181,7 @@ def test_padding_stays_zero_and_the_base_is_one(made: Made, make_batch: Callable
             assert flat[f"{stem}.a"][k, layer, :, :rank].all()
             assert flat[f"{stem}.b"][k, layer, :rank].all()
     assert {x.shape[0] for x in jax.tree.leaves(moments)} == {count}
-    # a weight [in, out] is decoded as it is, never once for each member
+    # a weight is decoded once as [in, out], not once for each member
     shapes = {linear.weight.get_value().shape[-2:] for _, linear, _ in model_of(common()).walk()}
     text = lowered.as_text()
     for k, n in shapes:
@@ -241,7 +241,7 @@ def test_a_population_from_a_config_is_the_run_of_each(
         {"train.seed": "5"},
         {"train.seed": "3", "optimizer.learning_rate": "0.02"},
     ]
-    # two at a time: the last is by itself, in the program of two
+    # groups of two members: the third member trains alone in the program for two
     common = configs.load_config(path, {"mesh.data": str(devices)})
     found = population.train_population(common, members, largest=2)
     settings = [f"--{key}={value}" for key, value in members[2].items()]

@@ -63,7 +63,7 @@ def summary(tmp_path):
 
 
 def cells(markdown):
-    """The cells of all table rows, each row's first cell as the key."""
+    """Returns the cells of all table rows by the first cell of the row."""
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown.splitlines() if line[:1] == "|"]
     return {row[0].strip(): [c.strip() for c in row[1:]] for row in rows}
 
@@ -103,7 +103,7 @@ def test_the_exported_step_is_named_with_its_reason(summary):
         "step 30 of 90, the lowest held-out loss, 1.2500; stopped early at step 50, no lower "
         "held-out loss in 2 evaluations in a row (train.patience)"
     ]
-    # a manifest of an earlier version does not say it
+    # manifests of earlier versions do not name the exported step
     assert "exported" not in cells(write_report(summary).read_text())
 
 

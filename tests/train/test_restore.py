@@ -1,4 +1,4 @@
-"""A run directory back into a model: the trained one, or the one it started from."""
+"""Loads a run directory as the trained model, or as the model before training."""
 
 import functools
 import os
@@ -39,7 +39,7 @@ def logits(model):
 
 @pytest.fixture
 def make_run(tmp_path, tiny_model, chats):
-    """A run directory whose checkpoint, of step 7, holds other weights than the first ones."""
+    """Makes a run directory with a checkpoint of step 7, whose weights are not the initial ones."""
 
     def make(method, compute="float32", **more):
         tree = {

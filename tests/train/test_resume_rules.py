@@ -1,4 +1,4 @@
-"""What a resumed run may change, and when it has nothing left to do; no model is loaded."""
+"""Settings that a resumed run may change, and runs that are finished; loads no model."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ RESULTS = {
     "command": "c",
     "run_dir": "where it was made",
 }
-"""As a version without held-out sets wrote them."""
+"""Results as versions without held-out sets wrote them."""
 
 
 def make(folder, **settings):
@@ -43,7 +43,7 @@ def make(folder, **settings):
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run of 6 steps; gives its folder."""
+    """The folder of a finished run of 6 steps."""
     folder = tmp_path / "run"
     for name in ("adapter", "checkpoints/4", "checkpoints/6", "checkpoints/damaged-8"):
         (folder / name).mkdir(parents=True)
@@ -55,7 +55,7 @@ def run(tmp_path):
 
 
 def other(config, key):
-    """Another value of a setting."""
+    """Returns a value that differs from the setting's value in `config`, as text."""
     settings = {s.key: s for s in configs.all_settings()}
     kind = settings[key].type
     choices = {

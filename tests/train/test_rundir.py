@@ -8,7 +8,7 @@ from qlora_jax.runtime.errors import UserError
 from qlora_jax.train import rundir
 
 BEGUN = [".lock", "config.yaml", "manifest.json"]
-"""What is in the directory of a run that has begun."""
+"""Files in the directory of a run that has begun."""
 
 
 def make(output, **train):
@@ -23,7 +23,7 @@ def claim(config, resume=False, overwrite=False):
 
 
 def killed_at(moment, config, monkeypatch):
-    """Claims a folder in a process that dies before it has written the file `moment`."""
+    """Claims a folder like a process that is killed before it writes the file `moment`."""
 
     class Killed(BaseException):
         pass
@@ -37,7 +37,7 @@ def killed_at(moment, config, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", until)
-        # a killed process does not clean up either
+        # a killed process does not clean up its files
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(Killed):
             claim(config)
@@ -256,7 +256,7 @@ def test_a_file_in_the_way_is_refused(tmp_path, flags):
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
-    # root may write everywhere, so the system's answer is replaced
+    # root may write everywhere, so os.access is replaced
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"^{tmp_path / 'a' / 'run'}: {tmp_path} is not writable"):
         claim(make(tmp_path / "a" / "run"))

@@ -1,4 +1,4 @@
-"""From a config to a model: what is refused before weights are read, and what is built."""
+"""From a config to a model: configs refused before weights are read, and the models built."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture
 def make_config(tiny_model, chats):
-    """A config over the tiny model; dotted keys, dots as __, change it."""
+    """Makes a config of the tiny model; arguments are settings, with __ for the dot."""
 
     def make(**changes):
         tree = {
@@ -86,7 +86,7 @@ def test_a_sequence_as_long_as_the_model_allows(make_config):
 
 @pytest.fixture
 def wide_tokenizer(tiny_model, tmp_path):
-    """The tiny model with tokens beyond its 256 embeddings, as Gemma 3's text models have one."""
+    """The tiny model with a token beyond its 256 embeddings, as Gemma 3's text models have."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     path = folder / "tokenizer.json"
     tree = json.loads(path.read_text(encoding="utf-8"))
@@ -179,7 +179,7 @@ def test_a_held_out_part_without_a_target_leaves_the_training(make_config, tmp_p
 
 
 def test_examples_without_a_target_are_counted(make_config):
-    # 38 to 44 tokens come before an answer
+    # prompts have 38 to 44 tokens, so 41 leaves no room for some answers
     config = make_config(data__sequence_length=41)
     data = read_data(config, open_model(config)[1], 512)
     left = len(data.train) + len(data.held_out[""])
@@ -241,7 +241,7 @@ def test_weights_are_those_of_the_files(make_config, tiny_model, method):
         if method == "qlora":
             exact = stored[f"{path}.weight"].T
             error = np.abs(np.asarray(decoded(weight))[i] - exact)
-            # NF4's widest gap is 0.304 of the block's largest, itself rounded to 8 bits
+            # half of NF4's widest gap (0.304 absmax), plus the rounding of absmax to 8 bits
             assert error.max() <= 0.16 * np.abs(exact).max()
             assert error.max() > 0
         else:

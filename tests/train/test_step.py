@@ -1,4 +1,4 @@
-"""The step's two programs against a model in numpy, float64, and against each other."""
+"""The step's two programs against a numpy model in float64, and against each other."""
 
 import math
 
@@ -22,7 +22,7 @@ def wide(tree):
 
 
 def weights(trainer, trained):
-    """Every weight by its path in float64, the 4-bit ones decoded."""
+    """Returns every weight by its path in float64; 4-bit weights are decoded."""
     return wide(decode(trainer.frozen)) | wide(trained)
 
 
@@ -35,7 +35,7 @@ def decode(tree):
 
 
 def mean_loss(w, batch):
-    """The reference: a llama's mean cross-entropy over the targets, row by row."""
+    """Returns a llama's mean cross-entropy over the targets, row by row: the reference."""
     total = 0.0
     batch = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
     for r in range(len(batch["mask"])):
@@ -94,7 +94,7 @@ def gradient(trainer, batch, trained=None, key=None, scale=None):
 
 
 def assert_close(found, expected, tolerance):
-    """Every leaf equals the expected one up to a share of its largest entry."""
+    """Asserts that each leaf is within `tolerance` of the largest entry of the expected leaf."""
     assert found.keys() == expected.keys()
     for path, exact in expected.items():
         atol = tolerance * np.abs(exact).max()
@@ -235,7 +235,7 @@ def test_bfloat16_learns_a_batch_by_heart_as_float32_does(trainer, make_batch, m
             state = t.program.update(state, grads, figures.finite)
             last[compute] = float(figures.loss)
         assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype(jnp.float32)}
-    # it starts at log(256) = 5.5
+    # the untrained loss is log(256) = 5.5
     assert last["float32"] < 3.3
     assert last["bfloat16"] == pytest.approx(last["float32"], rel=0.05)
 
@@ -245,7 +245,7 @@ def test_loss_scaling_recovers_gradients_that_underflow(trainer, make_batch):
     trained = t.moved()
 
     def faint(t):
-        # Powers of two leave the forward pass its precision.
+        # Factors that are powers of two add no rounding error to the forward pass.
         factors = {"norm.weight": 2.0**-12, "head": 2.0**-6}
         flat = flatten(t.frozen)
         leaves = [leaf * factors.get(path, 1) for path, leaf in flat.items()]
@@ -345,6 +345,6 @@ def test_adapters_may_be_held_in_16_bits(trainer, dtype):
     assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype(dtype)}
     for path, x in wide(state.trained).items():
         exact = before[path] - 0.01 * (1 + 0.1 * before[path])
-        # one rounding; and 1 - 0.999 in float32 is off by up to 3e-5, half of it after the root
+        # rtol: one rounding. atol: float32's 1 - 0.999 is off by up to 3e-5; the root halves that
         rtol, atol = float(jnp.finfo(dtype).eps), 0.01 * 1.5e-5
         np.testing.assert_allclose(x, exact, rtol=rtol, atol=atol, err_msg=path)

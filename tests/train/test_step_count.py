@@ -1,4 +1,4 @@
-"""The number of steps, and what its change does to the learning rate."""
+"""The number of steps, and the effect of a new number on the learning rate."""
 
 import math
 

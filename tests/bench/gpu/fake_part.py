@@ -1,4 +1,4 @@
-"""Stands in for a part's process: does what FAKE_PART says."""
+"""Replaces the program of a part; the environment variable FAKE_PART chooses the behaviour."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What would run on a GPU, as a list of programs, and what became of each."""
+"""Tests the list of programs that a GPU would run, and the outcome of compiling each."""
 
 import io
 import json
@@ -20,7 +20,7 @@ WITHOUT = {"peers"}
 """Parts that run no program of ours."""
 
 TRACED_LONG = {"large", "steps"}
-"""Parts whose steps of whole models take long to trace; `training` is such a step, too."""
+"""Parts that trace slowly (steps of whole models); `training` has such a step, too."""
 
 WORKER = r"""
 import json, os, sys

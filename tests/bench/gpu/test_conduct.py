@@ -1,4 +1,4 @@
-"""Parts in processes of their own: time limits, crashes, and results that nobody told of."""
+"""Tests parts in separate processes: time limits, crashes and missing results."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ PART = BenchPart("ceilings", 5, 1, "made up")
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Runs one fake part, and returns its lines."""
+    """Returns a function that runs one fake part and returns its lines."""
     monkeypatch.setattr(conduct, "MODULE", "fake_part")
     path = f"{HERE}{os.pathsep}{HERE.parents[2]}"
     monkeypatch.setenv("PYTHONPATH", path)
@@ -70,7 +70,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(run: Any) -> None:
     assert time.monotonic() - began < 30
     assert outcome(lines) == "ended after its 3 s"
     (pid,) = (line["value"] for line in lines if line["kind"] == "fact")
-    for _ in range(100):  # the signal was sent; the system takes a moment to end a process
+    for _ in range(100):  # a process takes a moment to end after the signal
         if ended(pid):
             break
         time.sleep(0.1)
@@ -101,7 +101,7 @@ def test_a_part_that_always_dies_is_given_up(run: Any, monkeypatch: pytest.Monke
 
 
 def ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie."""
+    """Tells whether a process no longer exists or is a zombie."""
     stat = Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rpartition(")")[2].split()[0] == "Z"

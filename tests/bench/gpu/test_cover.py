@@ -1,4 +1,4 @@
-"""Pairs of values, and the cases that are checked on a GPU."""
+"""Tests pairwise covering and the list of cases that a GPU checks."""
 
 import itertools
 

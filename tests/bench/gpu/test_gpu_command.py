@@ -1,4 +1,4 @@
-"""`qlora-jax bench gpu`: what it is told, and what it says."""
+"""Tests the options and the messages of `qlora-jax bench gpu`."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Lines of results, and the report that is made of them."""
+"""Tests lines of results and the report made from them."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from qlora_jax.gpu.roofline import Ceilings
 
 
 def lines(tmp_path: Path) -> Path:
-    """The lines of a made-up device; no figure in it was measured."""
+    """Writes lines of a made-up device and returns their path; no figure was measured."""
     path = tmp_path / "lines.jsonl"
     first = Recorder(path, "ceilings")
     facts = {"device": "Made Up 1", "backend": "gpu", "capability": "8.0", "versions": {"jax": "9"}}
@@ -117,7 +117,7 @@ def test_folders_are_taken_out(text: str, expected: str) -> None:
 
 def test_the_page(made: dict[str, Any]) -> None:
     text = page.text(made)
-    assert "| 1 | 5 | 9 | 1 | 2 |" in text  # rows, mosaic, xla, rates of the quickest
+    assert "| 1 | 5 | 9 | 1 | 2 |" in text  # rows, mosaic, xla, rates of the fastest
     assert "| 16 | 6 |  | 1 | 2 |" in text
     assert "| 7B | 100 |  |  | 2 | 1.95 | 1.02 |" in text
     assert "- products: mosaic b: mean 3" in text

@@ -1,4 +1,4 @@
-"""The second opinion on products: it must agree with the quantizer, and see wrong results."""
+"""Tests the NumPy reference for products: it agrees with the quantizer and finds wrong results."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -34,7 +34,7 @@ def dtype(request: pytest.FixtureRequest) -> np.dtype:
 
 @pytest.fixture
 def operands(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, W decoded, and the product as Mosaic's kernels round it."""
+    """Returns x, the decoded W, and x @ W with the roundings of Mosaic's kernels."""
     source = np.random.default_rng(1)
     q = quantize(source.normal(size=(K, N)).astype(np.float32))
     weight, x = reference.decoded(q), source.normal(size=(M, K)).astype(dtype)
@@ -70,7 +70,7 @@ def test_what_is_wrong_is_seen(operands: tuple, dtype: np.dtype) -> None:
         a[16:32, 64:128] = 0
 
     def one_row(a: np.ndarray) -> None:
-        # not the first, nor the last, nor one that is compared element by element
+        # Not the first or last row, nor a row that is compared element by element.
         a[5, :64] = a[6, :64]
 
     def percents(a: np.ndarray) -> None:

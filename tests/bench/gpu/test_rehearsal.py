@@ -1,4 +1,4 @@
-"""The whole report on a CPU, and what it says of a kernel that is wrong."""
+"""Runs the whole report on a CPU, and with a wrong kernel, which the report must find."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def changed(load):
 
 sys.meta_path.insert(0, Wrong())
 """
-"""As sitecustomize.py: Triton's forward kernel is wrong in eight numbers, in float16 alone."""
+"""A sitecustomize.py that makes eight float16 results of Triton's forward kernel wrong."""
 
 
 def rehearse(folder: Path, *arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:

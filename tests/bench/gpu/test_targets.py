@@ -1,4 +1,4 @@
-"""Targets are met by measured figures alone, and the page that shows them."""
+"""Tests that only measured figures meet a target, and the page that shows the targets."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def timed(implementation: str, rows: int, us: float, **changes: Any) -> list[dict[str, Any]]:
-    """A made-up time in both directions."""
+    """Returns rows with a made-up time in both directions."""
     own = {"part": "times", "field": "time", "implementation": implementation, "rows": rows}
     shape = {"k": 4096, "n": 11008, "value": us, "unit": "us", "name": "", "dtype": "bfloat16"}
     return [own | shape | {"direction": d} | changes for d in ("forward", "backward")]

@@ -1,4 +1,4 @@
-"""Which events of a trace are the device's, and what they add up to."""
+"""Tests which events of a trace belong to the device, and their sums."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prints what became of the conversations, and draws it: `make chats`."""
+"""Prints and draws the outcome of every conversation: `make chats`."""
 
 import argparse
 import sys

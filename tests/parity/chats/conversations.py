@@ -1,15 +1,15 @@
-"""Conversations that templates write in different ways."""
+"""Test conversations: features of chat records that templates write in different ways."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """A conversation, as a record of a data set has it.
+    """A conversation in the form of a data set's record.
 
     Attributes:
-      messages: the turns.
-      tools: functions that may be called.
+      messages: turns of the conversation.
+      tools: functions that the model may call.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -62,7 +62,7 @@ LOOKED = result('{"warmth": 12}')
 
 
 def reasoned(content: str, reasoning: str) -> dict[str, Any]:
-    """Returns an answer with its reasoning in a field of its own."""
+    """Returns an answer whose reasoning is in the separate field `reasoning_content`."""
     return {"role": "assistant", "content": content, "reasoning_content": reasoning}
 
 

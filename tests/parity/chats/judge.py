@@ -1,4 +1,7 @@
-"""What became of a conversation, by what transformers writes and by TRL's training templates."""
+"""Judges how our encoder handles a conversation under a template.
+
+The references: transformers writes the text, and TRL's training templates mark the answers.
+"""
 
 import dataclasses
 import json
@@ -21,15 +24,16 @@ LENGTH = 1 << 14
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a conversation under a template.
+    """The outcome of one conversation under one template.
 
     Attributes:
-      template: its name.
-      case: the conversation's name.
-      verdict: one of the four words; no text: the template refuses the conversation itself, or
-        has no words for a part of it.
-      detail: the message, or what is wrong.
-      compared: whether TRL marks the answers of the same text.
+      template: name of the template.
+      case: name of the conversation.
+      verdict: one of `VERDICTS`; "no text": the template refuses the conversation itself or does
+        not write a part of it.
+      detail: error message, notes, or description of the fault.
+      compared: whether TRL's training template writes the same text, so that its marks could be
+        compared.
     """
 
     template: str
@@ -63,7 +67,10 @@ def judge(template: str, name: str, case: Case) -> Outcome:
 
 
 def _peer(own: Tokenizer, messages: Sequence[Mapping[str, Any]], case: Case, ask: bool) -> str:
-    """Returns what transformers writes for turns; calls in the form that the template takes."""
+    """Returns transformers' text of the turns.
+
+    Templates expect tool calls in different forms; the first form that works is used.
+    """
     error: Exception | None = None
     for form in FORMS:
         try:
@@ -71,7 +78,7 @@ def _peer(own: Tokenizer, messages: Sequence[Mapping[str, Any]], case: Case, ask
                 [form(m) for m in messages],
                 tools=list(case.tools) or None,
                 add_generation_prompt=ask,
-                chat_template=own.template,  # in which dates are fixed
+                chat_template=own.template,  # our copy of the template, with fixed dates
                 tokenize=False,
             )
         except Exception as e:
@@ -101,7 +108,7 @@ FORMS = [_as(null, objects) for objects in (True, False) for null in (True, Fals
 
 
 def _unwritten(own: Tokenizer, case: Case) -> str:
-    """Names what a template refuses or does not write; empty for nothing."""
+    """Returns what the template refuses or leaves out; an empty string if there is nothing."""
     try:
         text = _peer(own, case.messages, case, ask=False)
         asked = "".join(_peer(own, case.messages[:turn], case, ask=True) for turn in _answers(case))
@@ -123,8 +130,11 @@ def _answers(case: Case) -> list[int]:
 
 
 def _faults(own: Tokenizer, case: Case, examples: Sequence[Example], told: str) -> Iterator[str]:
-    """Yields what is wrong: an answer that is not trained after the text that asks for it, or that
-    lacks its words or its end; or a target outside of all answers."""
+    """Yields the faults of the encoded examples.
+
+    A fault is an answer that is not a target after its prompt, an answer whose target lacks words
+    or the end of turn, or a target outside every answer.
+    """
     pieces = [piece for example in examples for piece in _targets(own, example)]
     if len(pieces) != len(_answers(case)):
         yield f"{len(pieces)} answers of {len(_answers(case))}"
@@ -141,12 +151,16 @@ def _faults(own: Tokenizer, case: Case, examples: Sequence[Example], told: str) 
 
 
 def _same(own: Tokenizer, head: list[int], prompt: list[int]) -> bool:
-    """Whether a text is a prompt. Earlier answers in it may be tokenized as they were generated."""
+    """Tells whether ids `head` are the prompt.
+
+    The texts and the last 8 ids must agree. Other ids may differ, because earlier answers may be
+    tokenized as they were generated.
+    """
     return own.decode(head, False) == own.decode(prompt, False) and head[-8:] == prompt[-8:]
 
 
 def _is_told(own: Tokenizer, head: list[int], prompt: list[int], told: str) -> bool:
-    """Whether a text is a prompt but for its end, and that is told."""
+    """Tells whether `head` is the prompt without its end, and a note in `told` names that end."""
     text, begin = own.decode(prompt, False), own.decode(head, False)
     return text.startswith(begin) and UNOPENED.format(repr(text[len(begin) :])) in told
 
@@ -165,7 +179,7 @@ def _words(
             continue
         if missing := [w for w in body.split() if w not in found]:
             yield f"turn {turn}: {missing[0]!r} is not in {found!r}"
-    if not found.endswith((*own.stop_texts, "<|end|>")):  # GPT-OSS ends all but the last so
+    if not found.endswith((*own.stop_texts, "<|end|>")):  # GPT-OSS: <|end|> but for the last
         yield f"turn {turn}: no end of turn in {found!r}"
     for other in ("How warm is it?", "tomorrow", "sailor"):
         if other in found:
@@ -173,7 +187,7 @@ def _words(
 
 
 def _targets(own: Tokenizer, example: Example) -> list[tuple[list[int], str]]:
-    """Returns each run of targets as the ids before it and its text."""
+    """Returns, for each run of targets, the ids before the run and the text of the run."""
     found, ids, target = [], example.ids.tolist(), example.target.tolist()
     for start in range(1, len(ids)):
         if target[start] and not target[start - 1]:
@@ -185,7 +199,7 @@ def _targets(own: Tokenizer, example: Example) -> list[tuple[list[int], str]]:
 def _twin(
     template: str, own: Tokenizer, case: Case, examples: Sequence[Example]
 ) -> list[str] | None:
-    """Returns the answers that TRL's training template marks; None where its text is another."""
+    """Returns the answers that TRL's training template marks; None if its text is not ours."""
     _, twin = texts(template)
     if twin is None or len(examples) != 1:
         return None
@@ -200,7 +214,7 @@ def _twin(
         return None
     theirs = [text[a:b].strip() for a, b in blocks]
     if len(theirs) > 1 and theirs[-1] == own.fast.eos_token and theirs[-2].endswith("<|end|>"):
-        theirs.pop()  # Phi-3 ends the last answer twice
+        theirs.pop()  # Phi-3 writes two end tokens after the last answer
     return theirs
 
 
@@ -208,7 +222,7 @@ def _other_marks(theirs: Sequence[str], ours: Sequence[str]) -> str:
     if len(theirs) != len(ours):
         return f"TRL marks {len(theirs)} answers, {len(ours)} here"
     for a, b in zip(theirs, ours):
-        # TRL marks the header of some, too
+        # For some templates TRL also marks the header of the answer.
         if not a.endswith(b) and not a.startswith(b):
             return f"TRL marks {a!r}, {b!r} here"
     return ""

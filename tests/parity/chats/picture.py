@@ -1,4 +1,4 @@
-"""The outcomes as a picture: a square for each conversation under each template."""
+"""Draws the outcomes: one square for each conversation under each template."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ COLOURS = {RIGHT: "#4c9f70", REFUSED: "#e0b040", WRONG: "#c0392b", NO_TEXT: "#e4
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draws conversations over templates into a PNG."""
+    """Writes a PNG with conversations as rows and templates as columns."""
     templates = list(dict.fromkeys(o.template for o in outcomes))
     cases = list(dict.fromkeys(o.case for o in outcomes))
     verdicts = {(o.case, o.template): VERDICTS.index(o.verdict) for o in outcomes}

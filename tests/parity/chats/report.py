@@ -1,4 +1,4 @@
-"""Every conversation under every template, and the counts."""
+"""Judges every conversation under every template and counts the outcomes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def every() -> list[Outcome]:
 
 
 def share_refused(outcomes: Sequence[Outcome]) -> float:
-    """Returns the part of the conversations with a text that is refused."""
+    """Returns the fraction that we refuse of the conversations that the template can write."""
     counts = Counter(o.verdict for o in outcomes)
     return counts[REFUSED] / max(1, sum(counts[v] for v in (RIGHT, REFUSED, WRONG)))
 

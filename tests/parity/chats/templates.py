@@ -1,4 +1,4 @@
-"""Tokenizers with the chat templates that TRL's wheel holds.
+"""Builds tokenizers with the chat templates of the TRL package.
 
 The vocabulary is the built-in model's, with each template's special tokens added.
 """
@@ -21,12 +21,12 @@ SPECIAL = re.compile(
 
 
 class Ends(NamedTuple):
-    """The special tokens that a model's configuration names.
+    """The special tokens in a model's configuration.
 
     Attributes:
-      eos: the end of a text.
+      eos: token at the end of a text.
       more: further tokens that end generation, from generation_config.json.
-      bos: the begin of a text, or None.
+      bos: token at the start of a text, or None.
     """
 
     eos: str
@@ -69,7 +69,7 @@ FAMILIES: Mapping[str, Ends] = {
     "qwen3_instruct_2507": CHATML,
     "mistral": Ends("</s>", (), "<s>"),
 }
-"""Names of templates, as the wheel's files have them; `mistral` is ours."""
+"""Name of each template, equal to its file name in TRL; `mistral` is defined below."""
 
 MISTRAL = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
@@ -79,11 +79,11 @@ MISTRAL = (
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
-"""By the rule of Mistral v0.3: the system text is in the last turn, if that is the user's."""
+"""Mistral v0.3's rule: the last turn holds the system text if that turn is the user's."""
 
 
 def texts(name: str) -> tuple[str, str | None]:
-    """Returns a template and its twin with `{% generation %}` blocks, or None for the twin."""
+    """Returns a template and TRL's training version with `{% generation %}` blocks, or None."""
     if name == "mistral":
         return MISTRAL, None
     folder = _folder()
@@ -94,7 +94,7 @@ def texts(name: str) -> tuple[str, str | None]:
 
 @functools.cache
 def tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a family."""
+    """Returns the tokenizer with a template and its special tokens."""
     template, _ = texts(name)
     ends = FAMILIES[name]
     fast = _fast()
@@ -110,7 +110,7 @@ def _fast() -> Any:
 
 
 def _folder() -> Path:
-    # found, not imported: TRL imports torch
+    # Only find TRL: importing it would import torch.
     spec = importlib.util.find_spec("trl")
     assert spec is not None
     assert spec.origin is not None

@@ -1,4 +1,4 @@
-"""Prints what became of the cases: `make matrix`."""
+"""Prints the outcome of every case: `make matrix`."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-# Programs run once: hardly optimized ones compile in half the time.
+# Each program runs once, so a low optimization level saves compile time.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
@@ -17,7 +17,7 @@ from matrix.judge import WRONG
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the groups asked for, prints the table and returns the exit code."""
+    """Runs the chosen groups, prints the table and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", help="parts of groups' names; left out: all")
     parser.add_argument("--alone", action="store_true", help="each choice alone over the usual")

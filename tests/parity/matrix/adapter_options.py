@@ -1,6 +1,7 @@
-"""The options of PEFT's LoraConfig and of how an adapter is saved, as data.
+"""The options of PEFT's LoraConfig and the ways of saving an adapter, as data.
 
-Names of modules are in braces: each family has its own. The first choice of an axis is the usual.
+A name in braces, such as {q}, stands for a module whose name depends on the family. The first
+choice of an axis is its default.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     },
     "opt": {"o": "out_proj", "up": "fc1", "norm": "final_layer_norm"},
 }
-"""Family to its names; where a family or a name is absent, llama's."""
+"""Family to its module names; a missing family or name takes llama's name."""
 
 BASES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "llama": ("llama", {"biases": "both"}),
@@ -37,7 +38,7 @@ BASES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "opt, tied": ("opt", {}),
 }
-"""Name to the family, and what is not the usual of its options."""
+"""Name of a base to its family and the choices that differ from the defaults."""
 
 APART = {
     ("kind", "lora_bias"),
@@ -46,7 +47,7 @@ APART = {
     *(("also", name) for name in ("layer_replication", "tokens", "tokens by name", "parameters")),
     *(("also", name) for name in ("alora", "qalora", "velora", "kasa", "bdlora", "monteclora")),
 }
-"""Choices that are tried alone: what is refused, or no adapter, hides what else is wrong."""
+"""Choices tried alone, because a refusal, or no adapter, hides other faults of the same case."""
 
 SOME = {"target_modules": ["{q}", "{o}"]}
 TARGETS: Mapping[str, Mapping[str, Any]] = {
@@ -167,7 +168,7 @@ AXES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "keys of another version": {},
     },
 }
-"""Axis to choice to arguments of LoraConfig; `saving` is in adapters.py."""
+"""Axis to choice to arguments of LoraConfig; adapters.py implements the axis `saving`."""
 
 EXPRESSIONS = ("all-linear", "expression", "expression with anchors", "head by expression")
 ENDS = ("head", "embedding", "both ends", "only the head", "head by expression")
@@ -189,14 +190,14 @@ RULES = (
         "ranks": ("rslora", "rank_pattern", "alpha_pattern", "expressions", "anchored"),
     },
 )
-"""What PEFT refuses together, keys that old files do not have, and `TOGETHER`."""
+"""Excluded combinations: PEFT refuses them, old files lack their keys, or `TOGETHER` has them."""
 
 TOGETHER = ({"targets": "both ends", "kind": "dora"},)
-"""Choices that are refused together: one case each, with the usual of all else."""
+"""Choices that we refuse together: one case each, with the defaults for all other axes."""
 
 
 def named(value: Any, family: str) -> Any:
-    """Puts a family's names of modules into a value's braces."""
+    """Replaces the names in braces with the family's module names."""
     if isinstance(value, str):
         for key, name in {**NAMES["llama"], **NAMES.get(family, {})}.items():
             value = value.replace(f"{{{key}}}", name)

@@ -1,4 +1,4 @@
-"""The cases of adapters: PEFT's LoRA over its options, on bases of several families."""
+"""Runs the adapter cases: PEFT's LoRA with many options, on bases of several families."""
 
 import json
 import tempfile
@@ -35,16 +35,16 @@ OLD_KEYS = (
     "target_modules",
     "task_type",
 )
-"""Those of PEFT 0.3; the others have their defaults."""
+"""Config keys that PEFT 0.3 writes; the file omits all others."""
 
 
 def axes() -> dict[str, list[str]]:
-    """The axes of an adapter's options, and their choices."""
+    """Returns the axes of an adapter's options with their choices."""
     return {axis: list(choices) for axis, choices in AXES.items()}
 
 
 def run_adapters(base: str, rows: list[Row], seed: int) -> Iterator[Outcome]:
-    """The outcomes of some cases over one base."""
+    """Yields the outcomes of the rows over one base."""
     family, changes = BASES[base]
     usual = {axis: choices[0] for axis, choices in axes().items()}
     with tempfile.TemporaryDirectory() as place:
@@ -64,10 +64,10 @@ def run_adapters(base: str, rows: list[Row], seed: int) -> Iterator[Outcome]:
 
 
 def write(folder: Path, base: Path, family: str, row: Row, seed: int) -> Path:
-    """Trains nothing, but moves all that would be trained; returns where the adapter is.
+    """Saves an adapter whose trainable weights are moved at random; returns its folder.
 
     Raises:
-      Exception: whatever PEFT raises where the options do not go together.
+      Exception: PEFT refuses the combination of options, with any type of error.
     """
     arguments: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     for axis, choices in AXES.items():
@@ -88,7 +88,7 @@ def write(folder: Path, base: Path, family: str, row: Row, seed: int) -> Path:
 
 
 def change_saved(folder: Path, saving: str) -> None:
-    """Makes a saved adapter as other versions of PEFT, or other programs, would have it."""
+    """Changes a saved adapter into the form that other versions of PEFT or other programs write."""
     config = json.loads((folder / CONFIG).read_text("utf-8"))
     if saving in ("bfloat16", "float16"):
         dtype = store.DTYPES[saving]
@@ -102,7 +102,7 @@ def change_saved(folder: Path, saving: str) -> None:
 
 
 def compare(group: str, case: str, base: Path, folder: Path, seed: int) -> Outcome:
-    """The outcome of an adapter folder over a model folder."""
+    """Returns the outcome of an adapter folder over a model folder."""
     row = models.ids(seed, models.LENGTHS[1])
     return judge(
         group,
@@ -114,7 +114,7 @@ def compare(group: str, case: str, base: Path, folder: Path, seed: int) -> Outco
 
 
 def load_whole(base: Path, folder: Path) -> torch.nn.Module:
-    """The model as PEFT has it, if every tensor was there."""
+    """Loads the model with PEFT; raises NoModel if the file lacks a tensor of the adapter."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(models.load_whole(base), folder)
@@ -125,6 +125,6 @@ def load_whole(base: Path, folder: Path) -> torch.nn.Module:
 
 
 def load_ours(base: Path, folder: Path) -> Decoder:
-    """The model as `generate` and `merge` have it, in float32."""
+    """Loads the model as `generate` and `merge` do, in float32."""
     opened = open_base(str(base), bits=16, dtype="float32", warn=lambda line: None, adapter=folder)
     return opened.model

@@ -1,4 +1,4 @@
-"""All cases of the matrix, group by group."""
+"""Lists all cases of the matrix by group."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -8,18 +8,18 @@ from matrix.judge import Outcome
 from matrix.pairwise import alone, sample
 
 MODELS, ADAPTERS, QUANTIZED = 12, 12, 10
-"""Pairwise cases of a family, of a base of adapters, and of 4-bit checkpoints."""
+"""Numbers of pairwise cases: for each family, for each adapter base, for 4-bit checkpoints."""
 SEED = 1
 
 Group = Callable[[], Iterator[Outcome]]
 
 
 def sampled(seed: int = SEED, times: int = 1) -> Mapping[str, Group]:
-    """The groups of a sample, each to be run.
+    """Returns the groups of a sample of cases; calling a group runs it.
 
     Args:
-      seed: of the sample and of the weights.
-      times: how many times as many pairwise cases as usual.
+      seed: seed of the sample and of the weights.
+      times: factor on the number of pairwise cases.
     """
     groups: dict[str, Group] = {}
     for family in options.AXES:
@@ -27,7 +27,7 @@ def sampled(seed: int = SEED, times: int = 1) -> Mapping[str, Group]:
         rows = sample(axes, options.APART, times * MODELS, seed, options.RULES)
         groups[family] = partial(models.run_models, family, rows, seed)
     for i, base in enumerate(adapter_options.BASES):
-        # what is refused whatever the base is counts once
+        # A refusal that does not depend on the base counts once: only the first base has it.
         apart, rules = adapter_options.APART, adapter_options.RULES
         rows = sample(adapters.axes(), apart, times * ADAPTERS, seed + i, rules)
         if base == next(iter(adapter_options.BASES)):
@@ -41,7 +41,7 @@ def sampled(seed: int = SEED, times: int = 1) -> Mapping[str, Group]:
 
 
 def one_by_one(seed: int = SEED) -> Mapping[str, Group]:
-    """The groups with each choice alone over the usual case."""
+    """Returns the groups in which each case changes one choice of the default case."""
     groups: dict[str, Group] = {
         family: partial(models.run_models, family, alone(models.axes(family)), seed)
         for family in options.AXES
@@ -53,7 +53,7 @@ def one_by_one(seed: int = SEED) -> Mapping[str, Group]:
 
 
 def apart_from_options(rows: list[dict[str, str]], seed: int) -> dict[str, Group]:
-    """The groups that are not over a family's or an adapter's options."""
+    """Returns the groups outside the options of families and adapters."""
     return {
         "4 bits": partial(quantized.run_quantized, rows, seed),
         "settings left over": partial(quantized.run_left_over, seed),

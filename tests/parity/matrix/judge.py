@@ -1,4 +1,4 @@
-"""What became of a case: right, a clear refusal, wrong, or no model to begin with."""
+"""Judges a case by its logits: right, refused clearly, wrong, or no model to compare with."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from qlora_jax.runtime.errors import UserError
 RIGHT, REFUSED, WRONG, NO_MODEL = "right", "refused", "wrong", "no model"
 
 TOLERANCE = 1e-5
-"""Largest difference that is rounding, relative to the largest logit."""
+"""Largest difference that counts as rounding, relative to the largest logit."""
 
 REFUSALS: Mapping[str, str] = {
     "a function of the MLP": r"(hidden_act|hidden_activation|activation_function) '\w+' is not",
@@ -21,24 +21,24 @@ REFUSALS: Mapping[str, str] = {
     "OPT's other norms": r"(norm_before|final_layer_norm|elementwise_affine) (True|False) is not",
     "OPT's projected embeddings": r"shapes do not agree .*embed_tokens\.weight is \[\d+, \d+\]",
     "another quantization": r"quantization_config \(.*\): ",
-    "a start that changes the base": r"init_lora_weights .* changes the base",
+    "an initializer that changes the base": r"init_lora_weights .* changes the base",
     "DoRA of embedding or head": r"use_dora with an adapter of \S+ is not supported",
     "another kind of adapter": r"is set, and only LoRA and DoRA adapters are supported",
 }
-"""Name of a kind of refusal, as docs/formats.md has it, to what its messages match."""
+"""Kind of refusal, with its name in docs/formats.md, to the pattern of its messages."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of one case.
 
     Attributes:
-      group: the family, or what else cases are counted by.
-      case: what differs from the usual.
-      verdict: one of the four words.
-      kind: of a refusal, or of what is wrong.
-      detail: the message.
-      off: largest difference of logits relative to the largest logit; NaN without logits.
+      group: group under which the case is counted, for example the family.
+      case: choices that differ from the defaults.
+      verdict: right, refused, wrong or no model.
+      kind: kind of refusal or of fault.
+      detail: error message.
+      off: largest difference of the logits relative to the largest logit; NaN without logits.
     """
 
     group: str
@@ -50,7 +50,7 @@ class Outcome:
 
 
 class NoModel(Exception):
-    """The peer has no logits for this folder."""
+    """Raised when the peer tool has no logits for a folder."""
 
 
 def judge(
@@ -60,14 +60,14 @@ def judge(
     theirs: Callable[[], list[np.ndarray]],
     ours: Callable[[], list[np.ndarray]],
 ) -> Outcome:
-    """Compares the logits of a folder.
+    """Compares our logits of a folder with the peer tool's.
 
     Args:
-      group: for the outcome.
-      case: for the outcome.
-      folder: which a refusal has to name.
-      theirs: the peer's logits, some arrays; or raises anything where there are none.
-      ours: our logits, alike.
+      group: group of the outcome.
+      case: name of the case.
+      folder: folder under test; a refusal must name it.
+      theirs: returns the peer's logits as a list of arrays; any exception means no model.
+      ours: returns our logits in the same order.
     """
     expected, why = None, ""
     try:
@@ -93,7 +93,7 @@ def judge(
 
 
 def refusal(group: str, case: str, folder: Path, message: str, why: str) -> Outcome:
-    """The outcome of an error of ours for the user."""
+    """Returns the outcome of a UserError of ours; the message must be one line with the folder."""
     if "\n" in message or str(folder) not in message:
         return Outcome(group, case, WRONG, "an unclear message", message)
     short = message.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
@@ -104,5 +104,5 @@ def refusal(group: str, case: str, folder: Path, message: str, why: str) -> Outc
 
 
 def line(error: BaseException) -> str:
-    """The error's type and the first lines of its text, in one line."""
+    """Returns the error's type and the first 200 characters of its text, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""The cases of whole models: every family, over its options and the ways of storing it."""
+"""Runs the cases of whole models: every family, its options and the ways to store it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,28 +15,28 @@ from matrix.options import AXES, BASE, OTHER_FUNCTIONS
 from matrix.pairwise import Row, describe
 
 LENGTHS = (12, 44)
-"""Tokens of a row: some ropes are others beyond a number of positions."""
+"""Lengths of the token rows: some RoPE scalings change beyond a number of positions."""
 
 
 def axes(family: str) -> dict[str, list[str]]:
-    """The axes of a family's options and of the ways of storing a model, and their choices."""
+    """Returns the axes, with their choices, of a family's options and of the ways to store it."""
     own = {axis: list(choices) for axis, choices in AXES[family].items()}
     return {"family": [family], **own, **store.STORED}
 
 
 def usual(family: str) -> Row:
-    """The first choice of every axis."""
+    """Returns the default row: the first choice of every axis."""
     return {axis: choices[0] for axis, choices in axes(family).items()}
 
 
 def run_models(family: str, rows: list[Row], seed: int) -> Iterator[Outcome]:
-    """The outcomes of a family's cases."""
+    """Yields the outcomes of a family's cases."""
     for i, row in enumerate(rows):
         yield run_model(family, row, describe(row, usual(family)), seed + i)
 
 
 def run_model(family: str, row: Row, case: str, seed: int) -> Outcome:
-    """The outcome of one case."""
+    """Writes the model of one case and returns the outcome."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         try:
@@ -47,7 +47,7 @@ def run_model(family: str, row: Row, case: str, seed: int) -> Outcome:
 
 
 def compare(group: str, case: str, folder: Path, seed: int) -> Outcome:
-    """The outcome of a model folder."""
+    """Returns the outcome of a model folder."""
     batches = [ids(seed, length) for length in LENGTHS]
 
     def expected() -> list[np.ndarray]:
@@ -62,13 +62,13 @@ def compare(group: str, case: str, folder: Path, seed: int) -> Outcome:
 
 
 def ids(seed: int, length: int) -> np.ndarray:
-    """Random tokens, int32[2, length]."""
+    """Returns random tokens, int32[2, length]."""
     random = np.random.default_rng(seed)
     return random.integers(0, BASE["vocab_size"], (2, length), dtype=np.int32)
 
 
 def load_whole(folder: Path) -> torch.nn.Module:
-    """The model as transformers has it, if every tensor was there."""
+    """Loads the model with transformers; raises NoModel if the files lack a tensor."""
     model, told = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -78,7 +78,7 @@ def load_whole(folder: Path) -> torch.nn.Module:
 
 
 def run_functions(seed: int) -> Iterator[Outcome]:
-    """The outcomes of the names of functions that are in no family's options."""
+    """Yields the outcomes of activation functions that are in no family's options."""
     row = usual("llama")
     for i, name in enumerate(OTHER_FUNCTIONS):
         with tempfile.TemporaryDirectory() as place:
@@ -89,6 +89,6 @@ def run_functions(seed: int) -> Iterator[Outcome]:
 
 
 def quiet() -> None:
-    """Turns off what transformers tells about configs, and threads that tiny models lose by."""
+    """Turns off transformers' messages, and torch's threads, which slow tiny models down."""
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)

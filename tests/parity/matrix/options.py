@@ -1,8 +1,8 @@
 """The options of each family's config class in transformers, as data.
 
-An axis is an option, or options that mean something together; its choices are named changes of a
-config.json with the keys of transformers 4. The first choice is what most cases of other axes have.
-A value is chosen so that leaving it out shows in the logits.
+An axis is one option or several that belong together. Its choices are named changes of a
+config.json with the keys of transformers 4. The first choice is the default. Each value is chosen
+so that ignoring it changes the logits.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ Choices = Mapping[str, Mapping[str, Any]]
 Axes = Mapping[str, Choices]
 
 LEFT_OUT = object()
-"""In place of a value: the key is not in the file."""
+"""Marks a key that is absent from the file."""
 
 APART = {
     ("activation", "quick_gelu"),
@@ -31,7 +31,7 @@ APART = {
     ("scale", "144.5"),
     ("rope", "partial in scaling"),
 }
-"""Choices that are tried alone: what is refused, or no model, hides what else is wrong."""
+"""Choices tried alone, because a refusal, or no model, hides other faults of the same case."""
 
 POSITIONS = 64
 LAYERS = 3
@@ -52,7 +52,7 @@ BASE: Mapping[str, Any] = {
 
 
 def each(key: str, *values: Any) -> dict[str, dict[str, Any]]:
-    """The choices of one key, each named by its value."""
+    """Returns the choices of one key; each value is the name of its choice."""
     return {("left out" if value is LEFT_OUT else str(value)): {key: value} for value in values}
 
 
@@ -61,7 +61,7 @@ def scaled(kind: str, **settings: Any) -> dict[str, Any]:
 
 
 HALF = 8
-"""Pairs of rotated channels of a head of 16."""
+"""Number of rotated channel pairs in a head of 16 channels."""
 LONG = {
     "short_factor": [1.0 + 0.1 * i for i in range(HALF)],
     "long_factor": [2.0 + 0.3 * i for i in range(HALF)],
@@ -119,7 +119,7 @@ GATED = (
     "gelu_accurate",
     "quick_gelu",
 )
-"""Names of functions that are those of the decoder, and one of another."""
+"""Names of the activation functions that the decoder supports, and one that it does not."""
 OTHER_FUNCTIONS = (
     "gelu_10",
     "hardswish",
@@ -420,7 +420,7 @@ AXES: Mapping[str, Axes] = {
         "without effect": WITHOUT_EFFECT,
     },
 }
-"""Family to axis to choice."""
+"""Family to axis to choice to changes of config.json."""
 
 LONGROPES = [name for rope in (ROPES, AXES["phi3"]["rope"]) for name in rope if "long" in name]
 RULES = (
@@ -432,7 +432,7 @@ RULES = (
     {"rope": (*LONGROPES, "yarn"), "heads": ("left out",)},
     {"rope": LONGROPES, "head_dim": ("24",)},
 )
-"""What is no model together: a head that is nowhere, and factors for another number of channels."""
+"""Excluded combinations that are no model: no stored head, or factors of the wrong length."""
 
 FAMILY_BASE: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": LEFT_OUT, "rms_norm_eps": LEFT_OUT},
@@ -443,4 +443,4 @@ FAMILY_BASE: Mapping[str, Mapping[str, Any]] = {
         "ffn_dim": 96,
     },
 }
-"""What differs from `BASE` in every case of a family."""
+"""Differences from `BASE` in every case of a family."""

@@ -1,15 +1,15 @@
-"""A sample of the combinations of some options in which pairs of choices meet early."""
+"""Samples combinations of options so that every pair of choices soon occurs together."""
 
 import itertools
 import random
 from collections.abc import Collection, Mapping, Sequence
 
 TRIES = 40
-"""Random rows among which the best is taken."""
+"""Number of random rows from which the best one is taken."""
 
 Row = dict[str, str]
 Rule = Mapping[str, Collection[str]]
-"""Axes to choices of which no row has one for each."""
+"""Axis to choices: a row breaks the rule if, for every axis, it has one of the choices."""
 
 
 def pairwise(
@@ -17,15 +17,15 @@ def pairwise(
 ) -> list[Row]:
     """Returns rows, each with one choice of every axis; the first has every axis' first choice.
 
-    A row is the one, of some random ones, with the most choices that no row before has, and among
-    those the one with the most such pairs of choices. There are no more rows once every pair of
-    choices is in one.
+    Each next row is the best of some random rows: the one with the most choices that no earlier row
+    has, then the one with the most new pairs of choices. The sample ends when every allowed pair
+    occurs in a row.
 
     Args:
-      axes: name to its choices.
-      most: number of rows, at most.
-      seed: another gives another sample.
-      rules: what no row may have together.
+      axes: name of each axis to its choices.
+      most: largest number of rows.
+      seed: seed of the sample.
+      rules: combinations that no row may have.
     """
     source = random.Random(seed)
     rows = [{axis: choices[0] for axis, choices in axes.items()}]
@@ -51,7 +51,7 @@ def pairwise(
 
 
 def breaks(row: Row, rules: Sequence[Rule]) -> bool:
-    """Whether a row, or a part of one, has together what a rule forbids."""
+    """Tells whether a row, or a part of a row, has a combination that a rule forbids."""
     return any(all(row.get(axis) in choices for axis, choices in rule.items()) for rule in rules)
 
 
@@ -62,14 +62,14 @@ def sample(
     seed: int,
     rules: Sequence[Rule],
 ) -> list[Row]:
-    """Returns `pairwise` rows without the choices set apart, and one row for each of these.
+    """Returns `pairwise` rows without the choices in `apart`, then one row for each of those.
 
     Args:
-      axes: name to its choices; the first is the usual one.
-      apart: axis and choice, of any axes.
-      most: number of pairwise rows, at most.
-      seed: of the sample.
-      rules: what no pairwise row may have together.
+      axes: name of each axis to its choices; the first is the default.
+      apart: pairs of axis and choice that get a row alone.
+      most: largest number of pairwise rows.
+      seed: seed of the sample.
+      rules: combinations that no pairwise row may have.
     """
     together = {
         axis: [choice for choice in choices if (axis, choice) not in apart]
@@ -80,16 +80,16 @@ def sample(
 
 
 def alone(axes: Mapping[str, Sequence[str]]) -> list[Row]:
-    """Returns the usual row, and for every other choice the row where it is the only change."""
+    """Returns the default row, then for every other choice the row with that one change."""
     usual = {axis: choices[0] for axis, choices in axes.items()}
     return [usual, *(usual | {a: c} for a, choices in axes.items() for c in choices[1:])]
 
 
 def describe(row: Row, usual: Row) -> str:
-    """Tells what of a row is not the usual."""
+    """Returns the choices of a row that differ from the defaults, as text."""
     return "; ".join(f"{k} {v}" for k, v in row.items() if usual[k] != v) or "as usual"
 
 
 def pairs_of(row: Row) -> set[tuple[tuple[str, str], tuple[str, str]]]:
-    """The pairs of choices that meet in a row."""
+    """Returns the pairs of choices that occur together in a row."""
     return set(itertools.combinations(row.items(), 2))

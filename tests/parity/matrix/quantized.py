@@ -1,4 +1,7 @@
-"""The cases of checkpoints in bitsandbytes' 4 bits, and of settings of a quantization left over."""
+"""Runs the cases of 4-bit bitsandbytes checkpoints and of stale quantization settings.
+
+The reference is transformers' model with the weights that bitsandbytes decodes.
+"""
 
 import json
 import shutil
@@ -23,9 +26,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "head skipped by name": {"llm_int8_skip_modules": ["lm_head"]},
     "new flags alone": {"_load_in_4bit": None, "_load_in_8bit": None},
 }
-"""What of quantization_config is not as transformers saves it; None removes a key."""
+"""Changes of the quantization_config that transformers saves; None removes a key."""
 INT8 = "int8"
-"""A kind that is tried alone."""
+"""bitsandbytes with 8 bits: tried alone, because we refuse it."""
 AXES = {
     "family": ["llama", "qwen2", "gemma2", "phi3", "gpt_neox", "opt"],
     "kind": ["nf4", "fp4", INT8],
@@ -34,7 +37,7 @@ AXES = {
     "settings": list(SETTINGS),
 }
 WHOLE_BLOCKS = {"intermediate_size": 128}
-"""bitsandbytes' CPU kernel decodes rows wrongly that are no whole number of blocks."""
+"""bitsandbytes' CPU kernel decodes wrongly if a row is not a whole number of blocks."""
 LEFT_OVER: Mapping[str, Mapping[str, Any]] = {
     "bitsandbytes": {
         "quantization_config": {
@@ -48,11 +51,11 @@ LEFT_OVER: Mapping[str, Mapping[str, Any]] = {
     "null": {"quantization_config": None},
     "empty": {"quantization_config": {}},
 }
-"""Settings of a quantization over weights that are plain floats."""
+"""Stale quantization settings in the config.json of a float checkpoint."""
 
 
 def run_quantized(rows: list[Row], seed: int) -> Iterator[Outcome]:
-    """The outcomes of 4-bit checkpoints; the first row is the usual."""
+    """Yields the outcomes of 4-bit checkpoints."""
     for row in rows:
         case = "; ".join(row.values())
         with tempfile.TemporaryDirectory() as place:
@@ -66,7 +69,7 @@ def run_quantized(rows: list[Row], seed: int) -> Iterator[Outcome]:
 
 
 def compare(case: str, folder: Path, saved: Path, seed: int) -> Outcome:
-    """The outcome of a 4-bit folder, beside the folder as transformers saved it."""
+    """Returns the outcome of a 4-bit folder; the reference is the copy that transformers saved."""
     tokens = models.ids(seed, models.LENGTHS[1])
     return judge(
         "4 bits",
@@ -78,10 +81,10 @@ def compare(case: str, folder: Path, saved: Path, seed: int) -> Outcome:
 
 
 def write(folder: Path, row: Row, seed: int) -> Path:
-    """Writes a checkpoint that transformers quantized while loading it, and saved.
+    """Writes to `folder` a checkpoint that transformers quantized, with the row's settings.
 
     Returns:
-      Where it lies as transformers saved it; in `folder` are the row's settings.
+      Folder of the same checkpoint, unchanged since transformers saved it.
     """
     floats, saved = folder.parent / "floats", folder.parent / "saved"
     family, dtype = row["family"], row["dtype"]
@@ -110,14 +113,14 @@ def write(folder: Path, row: Row, seed: int) -> Path:
 
 
 def dequantized(folder: Path) -> torch.nn.Module:
-    """The model in float32, with the values of its 4-bit weights as bitsandbytes decodes them."""
+    """Loads the model in float32 with the 4-bit weights as bitsandbytes decodes them."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, device_map={"": "cpu"}, attn_implementation="eager"
     )
     for name, module in list(model.named_modules()):
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             state = module.weight.quant_state
-            state.dtype = torch.float32  # some of its kernels round to the dtype before, some not
+            state.dtype = torch.float32  # only some kernels round to this dtype first
             weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
             plain = torch.nn.Linear(*weight.shape[::-1], bias=module.bias is not None)
             plain.weight = torch.nn.Parameter(weight.float())
@@ -128,7 +131,7 @@ def dequantized(folder: Path) -> torch.nn.Module:
 
 
 def run_left_over(seed: int) -> Iterator[Outcome]:
-    """The outcomes of settings of a quantization over weights that are floats."""
+    """Yields the outcomes of stale quantization settings over float weights."""
     tokens = models.ids(seed, models.LENGTHS[1])
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"

@@ -1,4 +1,4 @@
-"""The outcomes as a table, as counts and as JSON."""
+"""Formats the outcomes as a table with counts, and as JSON."""
 
 import dataclasses
 import json
@@ -12,13 +12,13 @@ VERDICTS = (RIGHT, REFUSED, WRONG, NO_MODEL)
 
 
 def share_refused(outcomes: Sequence[Outcome]) -> float:
-    """The part of the models and adapters that is refused."""
+    """Returns the fraction of the models and adapters that we refuse."""
     counts = Counter(o.verdict for o in outcomes)
     return counts[REFUSED] / max(1, sum(counts[v] for v in (RIGHT, REFUSED, WRONG)))
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Counts by group, kinds of refusals, and every case that is wrong."""
+    """Returns counts by group, kinds of refusals, and every wrong or unnamed case, as text."""
     lines = [f"{'':22}" + "".join(f"{v:>10}" for v in VERDICTS)]
     groups = list(dict.fromkeys(o.group for o in outcomes))
     for group in (*groups, "all"):
@@ -33,13 +33,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def describe(outcome: Outcome) -> str:
-    """One case in one line."""
+    """Returns one outcome as one line."""
     what = f"{outcome.kind} {outcome.detail}".strip() or f"{outcome.off:.1e}"
     return f"{outcome.verdict}: {outcome.group}: {outcome.case}: {what}"
 
 
 def as_json(outcomes: Sequence[Outcome]) -> str:
-    """A list of objects; a difference that is not a number is null."""
+    """Returns the outcomes as a JSON list; a missing difference is null."""
     rows = [dataclasses.asdict(o) for o in outcomes]
     rows = [row | {"off": None if math.isnan(row["off"]) else row["off"]} for row in rows]
     return json.dumps(rows, indent=1)

@@ -1,4 +1,4 @@
-"""Writes a random model of some options as a folder, in the ways such folders are found."""
+"""Writes a random model with given options as a folder, in the layouts that exist in practice."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 def raw_config(family: str, row: Mapping[str, str], changes: Mapping[str, Any] = {}) -> Raw:
-    """The config.json of a case, in transformers 4's keys; `changes` are made last."""
+    """Returns a case's config.json with transformers 4's keys; `changes` apply last."""
     raw: Raw = {"model_type": family, **BASE, **FAMILY_BASE.get(family, {})}
     for axis, choices in AXES[family].items():
         raw |= choices[row[axis]]
@@ -26,7 +26,7 @@ def raw_config(family: str, row: Mapping[str, str], changes: Mapping[str, Any] =
 
 
 def rewritten(raw: Raw) -> Raw:
-    """What transformers 5 writes having read the file."""
+    """Returns the config that transformers 5 writes after it read this one."""
     kind = transformers.CONFIG_MAPPING[raw["model_type"]]
     return json.loads(kind.from_dict(dict(raw)).to_json_string(use_diff=True))
 
@@ -39,7 +39,7 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 
 def only_differences(raw: Raw) -> Raw:
-    """Without what the class fills in anyway; sizes are in every file."""
+    """Returns the config without values equal to the class's defaults, but with the sizes."""
     usual = transformers.CONFIG_MAPPING[raw["model_type"]]().to_dict()
     kept = {k: v for k, v in raw.items() if k in SIZES or k not in usual or usual[k] != v}
     return {**kept, "model_type": raw["model_type"]}
@@ -50,13 +50,13 @@ def old_keys_too(raw: Raw) -> Raw:
 
 
 def contradiction(raw: Raw) -> Raw:
-    kind = "default" if raw["model_type"] == "phi3" else "linear"  # phi3 has no linear
+    kind = "default" if raw["model_type"] == "phi3" else "linear"  # phi3 does not support linear
     scaling = {"rope_type": kind, "factor": 3.0}
     return {**rewritten(raw), "rope_theta": 77.0, "rope_scaling": scaling}
 
 
 def theta_outside(raw: Raw) -> Raw:
-    """rope_parameters as someone renames rope_scaling by hand."""
+    """Renames rope_scaling to rope_parameters and leaves rope_theta outside, as by hand."""
     if "rope_parameters" in raw:
         return raw
     changed = dict(raw)
@@ -72,16 +72,17 @@ CONFIGS: Mapping[str, Callable[[Raw], Raw]] = {
     "contradiction": contradiction,
     "rope_parameters without theta": theta_outside,
 }
-"""How config.json is written."""
+"""Name to the function that rewrites config.json."""
 
 
 class Model:
-    """A random model of a family, and what its parts are called in a file.
+    """A random model of a family, and the names of its weights in a file.
 
     Attributes:
       model: transformers' model.
-      prefix: before the names of all parts but the head.
-      head, embedding: names of those weights.
+      prefix: prefix of all names but the head's.
+      head, embedding: full names of the head's and the embedding's weight.
+      layers: number of layers.
     """
 
     def __init__(self, raw: Raw, dtype: torch.dtype, seed: int):
@@ -97,12 +98,12 @@ class Model:
 
 
 def randomize(model: torch.nn.Module, seed: int, offset: float) -> None:
-    """Draws every weight anew, so that leaving one out shows.
+    """Draws every weight at random, in place, so that ignoring any weight changes the logits.
 
     Args:
-      model: changed in place.
-      seed: of the draw.
-      offset: of norms' weights, from which they stray.
+      model: model to change.
+      seed: seed of the random draws.
+      offset: mean of the norm weights.
     """
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -136,7 +137,7 @@ def no_head(model: Model, state: State) -> State:
 
 
 def as_in_memory(model: Model, state: State) -> State:
-    """By the names of the model's modules, of which some are others than a file's."""
+    """Returns the weights by the model's module names; some differ from the names in a file."""
     found = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     if model.head not in state:
         found.pop("lm_head.weight")
@@ -144,7 +145,7 @@ def as_in_memory(model: Model, state: State) -> State:
 
 
 def old_buffers(model: Model, state: State) -> State:
-    """With the tables that old versions of transformers kept among the weights."""
+    """Adds the buffers that old versions of transformers saved among the weights."""
     table = torch.ones(8)
     attention = "attention" if model.prefix == "gpt_neox." else "self_attn"
     for i in range(model.layers):
@@ -167,14 +168,14 @@ LAYOUTS: Mapping[str, Callable[[Model, State], State] | None] = {
     "old buffers": old_buffers,
     "as in memory": as_in_memory,
 }
-"""How the weights lie; None where transformers writes them."""
+"""Name to the function that rearranges the weights; None: transformers' files are kept."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {
     "config": list(CONFIGS),
     "layout": list(LAYOUTS),
     "dtype": list(DTYPES),
 }
-"""Axes of every family."""
+"""Axes that every family has."""
 
 
 def write(
@@ -184,10 +185,10 @@ def write(
     seed: int,
     changes: Mapping[str, Any] = {},
 ) -> None:
-    """Writes a case's folder; `changes` are those of its config.json.
+    """Writes a case's folder; `changes` apply to its config.json.
 
     Raises:
-      Exception: whatever transformers raises for options that are no model of its.
+      Exception: transformers refuses the combination of options, with any type of error.
     """
     raw = raw_config(family, row, changes)
     model = Model(raw, DTYPES[row["dtype"]], seed)
