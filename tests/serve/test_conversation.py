@@ -107,7 +107,7 @@ def test_nothing_is_cut_without_a_word(engine, talk, text):
     conversation = talk(most=100)
     assert conversation.ask("a" * 50, "base", lambda text: None).finish == "stop"
     before = list(conversation.messages)
-    with pytest.raises(UserError, match=r"has 4\d\d tokens .* room for 400 .* /reset begins a new"):
+    with pytest.raises(UserError, match=r"has 4\d\d tokens .* can have 400; enter /reset"):
         conversation.ask("a" * 300, "base", pytest.fail)
     assert conversation.messages == before
     conversation.reset()
