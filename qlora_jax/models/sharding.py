@@ -74,20 +74,20 @@ class MeshLayout(NamedTuple):
             tree, jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
         )
 
-    def moments(self, unit: Mapping[str, Any], state: Any) -> Any:
+    def moments(self, layer: Mapping[str, Any], state: Any) -> Any:
         """Returns the shardings of the optimizer state of one layer.
 
         A leaf of the state is split like the array of the layer that has the same shape. A leaf of
         any other shape is split if its size allows.
 
         Args:
-          unit: one layer of a `LayerGroup`, path to array, as `layer_groups.take_layer` returns it.
+          layer: one layer of a `LayerGroup`, path to array, as `layer_groups.take_layer` returns it.
           state: optimizer state of this layer, as arrays or shapes.
         """
         parts = self.mesh.shape[FSDP]
         known = {
             leaf.shape: _array_axis(path, leaf.shape, parts)
-            for path, each in unit.items()
+            for path, each in layer.items()
             for leaf in jax.tree.leaves(each)
         }
 

@@ -91,9 +91,9 @@ def spread_moments(layout: MeshLayout, trained: Any, states: Sequence[Any]) -> t
     made: list[Any] = []
     for group in layer_groups.find_groups(trained):
         own = [leaves[place] for place in group.places]
-        unit = jax.eval_shape(lambda own, group=group: layer_groups.take_layer(group, own, 0), own)
+        layer = jax.eval_shape(lambda own, group=group: layer_groups.take_layer(group, own, 0), own)
         first, *_ = alike = states[len(made) : len(made) + group.size]
-        made += [_living(first, layout.moments(unit, first))] * len(alike)
+        made += [_living(first, layout.moments(layer, first))] * len(alike)
     return tuple(made)
 
 

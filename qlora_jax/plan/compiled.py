@@ -71,16 +71,16 @@ class Plan:
         return self.device <= self.limit
 
 
-class Made(NamedTuple):
+class CompiledGradient(NamedTuple):
     """A compiled program of the gradient.
 
     Attributes:
-      account: memory of the program.
+      memory: memory of the program.
       largest: largest temporaries of the program.
       text: HLO text of the program.
     """
 
-    account: ProgramMemory
+    memory: ProgramMemory
     largest: list[Temporary]
     text: str
 
@@ -107,14 +107,14 @@ def make(config: Config, decoder: DecoderConfig, gpu: str) -> Plan:
     def step_of(config: Config) -> Compiled:
         step = compiled_memory.abstract_step(config, decoder, hardware, mesh)
         gradients = [made for gemm in GEMMS for made in gradient(step, gpu, gemm, mesh)]
-        found["step"], found["worst"] = step, max(gradients, key=lambda made: made.account.device)
+        found["step"], found["worst"] = step, max(gradients, key=lambda made: made.memory.device)
         updates = compiled_memory.update_memory(step, compiled)
-        return Compiled(step, [made.account for made in gradients], updates)
+        return Compiled(step, [made.memory for made in gradients], updates)
 
     choice = choose(config, limit, step_of)
-    account, largest, text = found["worst"]
+    memory, largest, text = found["worst"]
     away = choice.offload == "host"
-    host = compiled_memory.held_moments(found["step"], away, False)[1] + account.host
+    host = compiled_memory.held_moments(found["step"], away, False)[1] + memory.host
     plan = Plan(gpu, choice.offload, choice.remat, limit, host, choice.programs, largest)
     if mesh is None:
         return plan
@@ -130,7 +130,7 @@ def mesh_of(config: Config, gpu: str) -> Mesh | None:
     return None if asked.devices == 1 else mesh_for(gpu, asked.data, asked.fsdp)
 
 
-def gradient(step: AbstractStep, gpu: str, gemm: str, mesh: Mesh | None) -> list[Made]:
+def gradient(step: AbstractStep, gpu: str, gemm: str, mesh: Mesh | None) -> list[CompiledGradient]:
     """Compiles the gradient's programs with one of `GEMMS`; their memory is without moments.
 
     Args:
@@ -140,19 +140,19 @@ def gradient(step: AbstractStep, gpu: str, gemm: str, mesh: Mesh | None) -> list
       mesh: devices over which the model is split; None is one device.
     """
     made = []
-    for piece in compiled_memory.list_gradient_programs(step):
+    for part in compiled_memory.list_gradient_programs(step):
         with tempfile.TemporaryDirectory() as folder:
             options = {"xla_dump_to": folder, **GEMMS[gemm]}
             program = compile_for(
                 gpu,
-                piece.function,
-                *piece.arguments,
-                donate=piece.donate,
+                part.function,
+                *part.arguments,
+                donate=part.donate,
                 options=options,
                 mesh=mesh,
             )
-            account = compiled_memory.memory_of(piece, program)
-            named = account._replace(name=f"{account.name}, {gemm}")
+            memory = compiled_memory.memory_of(part, program)
+            named = memory._replace(name=f"{memory.name}, {gemm}")
             text: str = program.as_text()  # type: ignore[assignment]
-            made.append(Made(named, temporaries(Path(folder), LARGEST), text))
+            made.append(CompiledGradient(named, temporaries(Path(folder), LARGEST), text))
     return made

@@ -125,9 +125,9 @@ def step_of(
 def gradient_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
     """Compiles the gradient's programs; their memory is without moments (see `with_moments`)."""
     made = []
-    for piece in list_gradient_programs(step):
-        compiled = compile_(piece.function, *piece.arguments, donate=piece.donate)
-        made.append(memory_of(piece, compiled))
+    for part in list_gradient_programs(step):
+        compiled = compile_(part.function, *part.arguments, donate=part.donate)
+        made.append(memory_of(part, compiled))
     return made
 
 
@@ -182,12 +182,12 @@ def update_memory(step: AbstractStep, compile_: Compile) -> list[ProgramMemory]:
     at_once = step.program.direct is not None
     alive = nbytes((step.state.trained, step.gradients, step.frozen))
     if at_once:  # the update runs during the backward pass, with the gradients of one layer
-        alive = max(piece.alive for piece in list_gradient_programs(step))
+        alive = max(part.alive for part in list_gradient_programs(step))
     made = []
     for name, update, arguments in layer_updates(step):
         compiled = compile_(update, *arguments, donate=(0, 3))
         beside = alive - nbytes(arguments[0] if at_once else arguments[:2])
-        made.append(_account(name, compiled, beside))
+        made.append(_program_memory(name, compiled, beside))
     return made
 
 
@@ -200,7 +200,7 @@ def held_moments(step: AbstractStep, on_host: bool, updating: bool) -> tuple[int
       updating: True while a layer's update runs, whose moments are its argument; False while a
         gradient runs.
     """
-    sizes = [nbytes(unit) for unit in step.state.optimizer]
+    sizes = [nbytes(state) for state in step.state.optimizer]
     if on_host:
         return (2 * max(sizes) if updating else 0), sum(sizes)
     return sum(sizes) - (max(sizes) if updating else 0), 0
@@ -227,15 +227,15 @@ def place_moments(
     made: list[ProgramMemory] = []
     for offload in ("device", "host") if asked == "auto" else (asked,):
         away = offload == "host"
-        made = [with_moments(step, away, account, False) for account in before]
-        made += [with_moments(step, away, account, True) for account in after]
-        if max(account.device for account in made) <= limit:
+        made = [with_moments(step, away, memory, False) for memory in before]
+        made += [with_moments(step, away, memory, True) for memory in after]
+        if max(memory.device for memory in made) <= limit:
             break
     return offload, made
 
 
 def with_moments(
-    step: AbstractStep, on_host: bool, account: ProgramMemory, updating: bool
+    step: AbstractStep, on_host: bool, memory: ProgramMemory, updating: bool
 ) -> ProgramMemory:
     """Adds to a program's memory the moments on the device that are not its argument."""
     # If layers are updated during the backward pass, the moments of two layers may still be on the
@@ -243,18 +243,16 @@ def with_moments(
     device, _ = held_moments(
         step, on_host, updating or (on_host and step.program.direct is not None)
     )
-    return account._replace(elsewhere=account.elsewhere + device)
+    return memory._replace(elsewhere=memory.elsewhere + device)
 
 
-def memory_of(piece: GradientProgram, compiled: jax.stages.Compiled) -> ProgramMemory:
+def memory_of(part: GradientProgram, compiled: jax.stages.Compiled) -> ProgramMemory:
     """Returns the memory of a compiled gradient program, with the arrays that exist beside it."""
-    account = _account(piece.name, compiled, 0)
-    return account._replace(
-        elsewhere=piece.alive - account.arguments, host=account.host + piece.host
-    )
+    memory = _program_memory(part.name, compiled, 0)
+    return memory._replace(elsewhere=part.alive - memory.arguments, host=memory.host + part.host)
 
 
-def _account(name: str, compiled: jax.stages.Compiled, elsewhere: int) -> ProgramMemory:
+def _program_memory(name: str, compiled: jax.stages.Compiled, elsewhere: int) -> ProgramMemory:
     found: Any = compiled.memory_analysis()
     return ProgramMemory(
         name,

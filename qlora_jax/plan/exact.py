@@ -213,8 +213,8 @@ def optimizer_bytes(trained: Any, run: Config, layout: MeshLayout | None = None)
     if layout is not None:
         each = spread_moments(layout, single, each)
     moments, counters = 0, nbytes((state.step, state.scale, state.finite_steps))
-    for group, unit in zip(groups, each, strict=True):
-        arrays = jax.tree.leaves(unit)
+    for group, layer in zip(groups, each, strict=True):
+        arrays = jax.tree.leaves(layer)
         moments += group.size * nbytes([x for x in arrays if x.ndim])
         counters += group.size * nbytes([x for x in arrays if not x.ndim])
     return moments, counters

@@ -71,7 +71,7 @@ def planned(
     if "plan" not in answer:
         raise RunFailed(f"the compiler for {gpu} ended with {ended}")
     raw = answer.pop("plan")
-    raw["programs"] = [ProgramMemory(*account) for account in raw["programs"]]
+    raw["programs"] = [ProgramMemory(*memory) for memory in raw["programs"]]
     raw["temporaries"] = [Temporary(*row) for row in raw["temporaries"]]
     raw["traffic"] = raw["traffic"] and as_traffic(raw["traffic"])
     raw["times"] = raw["times"] and Times(*raw["times"])

@@ -69,7 +69,7 @@ def _largest(
             step = compiled_memory.abstract_step(changed, decoder, hardware, mesh)
             made = gradient(step, first.gpu, gemm, mesh)
             return max(
-                compiled_memory.with_moments(step, away, x.account, False).device for x in made
+                compiled_memory.with_moments(step, away, x.memory, False).device for x in made
             )
 
         return of

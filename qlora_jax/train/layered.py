@@ -119,7 +119,7 @@ def step(
     way, model = split_layers(state.trained, frozen)
     count, factor = parts.begin(state.scale, batch["mask"])
     leaves, states = list(model.trained), list(state.optimizer)
-    first = _first_units(way)
+    first = _first_layers(way)
     square, finite = jnp.float32(0), jnp.bool_(True)
     shrink, on_way = None, []
 
@@ -256,7 +256,7 @@ def split_layers(trained: Any, frozen: Any) -> tuple[LayerOrder, LayeredModel]:
     return LayerOrder(trees, groups, layers), LayeredModel(trained_leaves, frozen_leaves)
 
 
-def _first_units(way: LayerOrder) -> dict[int | None, int]:
+def _first_layers(way: LayerOrder) -> dict[int | None, int]:
     """Returns, for each group, the number of layers in the groups before it."""
     starts = itertools.accumulate((group.size for group in way.groups.values()), initial=0)
     return dict(zip(way.groups, starts))
