@@ -40,7 +40,7 @@ def main() -> None:
 
     assert isinstance(step, StepOptions)
     program, state, frozen, batch = prepare(step)[:4]
-    if program.parts is not None:
+    if program.layer_programs is not None:
         raise UserError(f"--remat {step.remat} compiles one program per layer; give none or dots")
     jitted = cast(jax.stages.Wrapped, program.gradient)
     gradient = jitted.lower(state, frozen, batch, None).compile()

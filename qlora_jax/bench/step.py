@@ -148,7 +148,7 @@ def prepare(options: StepOptions) -> PreparedStep:
 def compiled_gradient(prepared: PreparedStep) -> Callable[..., Any]:
     """Returns the compiled gradient; the programs of single layers run once to be compiled."""
     program, *arguments = prepared[:4]
-    if program.parts is None:
+    if program.layer_programs is None:
         whole = cast(jax.stages.Wrapped, program.gradient)
         return whole.lower(*arguments, None).compile()
     jax.block_until_ready(program.gradient(*arguments, None))

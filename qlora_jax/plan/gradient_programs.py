@@ -49,7 +49,7 @@ def gradient_programs(
       frozen, batch, key: shapes of the gradient's other arguments.
     """
     model = nbytes((state.trained, frozen, batch))
-    if program.parts is None:
+    if program.layer_programs is None:
         bare = state._replace(optimizer=())
         yield GradientProgram("gradient", program.gradient, (bare, frozen, batch, key), (), model)
         return
@@ -59,7 +59,7 @@ def gradient_programs(
 def _by_layer(
     program: steps.StepProgram, trained: Any, frozen: Any, batch: Any, key: Any, alive: int
 ) -> Iterator[GradientProgram]:
-    parts = program.parts
+    programs = program.layer_programs
     (trees, groups, layers), leaves = layered.split_layers(trained, frozen)
     micro = batch["mask"].shape[0]
     rows = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch.items()}
@@ -68,20 +68,20 @@ def _by_layer(
     number, index = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
 
     def entered(model: Any, rows: Any, key: Any) -> Any:
-        return parts.enter(trees, model, rows, key)
+        return programs.enter(trees, model, rows, key)
 
     def top(model: Any, x: Any, rows: Any, key: Any, factor: Any) -> Any:
-        return parts.top(trees, model, x, rows, key, factor)
+        return programs.top(trees, model, x, rows, key, factor)
 
     def bottom(model: Any, rows: Any, g: Any) -> Any:
-        return parts.bottom(trees, model, rows, g)
+        return programs.bottom(trees, model, rows, g)
 
     def backward(place: int, *arguments: Any) -> Any:
-        return parts.backward(trees, place, *arguments)
+        return programs.backward(trees, place, *arguments)
 
     x, shared, own = jax.eval_shape(entered, leaves, rows, key)
     away = program.recipe.remat == "host"
-    packed = nbytes(jax.eval_shape(parts.pack, x))
+    packed = nbytes(jax.eval_shape(programs.pack, x))
     waiting = packed * len(layers)
     inputs, host = (min(ON_THE_WAY * packed, waiting), waiting) if away else (waiting, 0)
     if program.direct is None:
@@ -94,7 +94,7 @@ def _by_layer(
     )
     if packed != nbytes(x):
         yield GradientProgram(
-            "a layer's input in 8 bits", parts.pack, (x,), (), alive + 2 * nbytes(x), host
+            "a layer's input in 8 bits", programs.pack, (x,), (), alive + 2 * nbytes(x), host
         )
         alive += nbytes(x)  # the unpacked input of one layer, beside all packed inputs
     alive += nbytes((x, jax.eval_shape(top, leaves, x, rows, key, number)[2]))

@@ -43,7 +43,7 @@ class LayeredModel(NamedTuple):
     frozen: Leaves
 
 
-class Layered(NamedTuple):
+class LayerPrograms(NamedTuple):
     """The compiled programs of a gradient. `trees` and `place` (index of a run) are static.
 
     Attributes:
@@ -85,13 +85,13 @@ class Layered(NamedTuple):
     scaled: Callable[..., Any]
 
 
-def compiled(recipe: Recipe) -> Layered:
+def compiled(recipe: Recipe) -> LayerPrograms:
     """Builds the gradient programs; jax compiles each program at its first call."""
     pack, unpack = _same, _same
     if recipe.layer_inputs == "int8":
         pack = jax.jit(lambda x: encode8(to_float32(x)))
         unpack = jax.jit(lambda packed: decode8(packed).astype(recipe.compute_dtype))
-    return Layered(
+    return LayerPrograms(
         begin=jax.jit(factor_of),
         enter=jax.jit(partial(_enter, recipe), static_argnums=0),
         forward=jax.jit(partial(_layer, recipe), static_argnums=(0, 1)),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.train import layer_groups
-from qlora_jax.train.layer_programs import Layered, LayeredModel, Leaves, Trees, compiled
+from qlora_jax.train.layer_programs import LayeredModel, LayerPrograms, Leaves, Trees, compiled
 from qlora_jax.train.offload import Placement
 from qlora_jax.train.state import TrainState
 from qlora_jax.train.step import Figures, StepProgram, figures_of
@@ -50,17 +50,17 @@ def by_layer(
       inputs: placement of the stored layer inputs.
       at_once: whether to update each layer as soon as its gradients exist.
     """
-    parts = compiled(program.recipe)
+    programs = compiled(program.recipe)
     return dataclasses.replace(
         program,
-        gradient=partial(gradient, parts, inputs),
-        direct=partial(step, parts, inputs, program, moments) if at_once else None,
-        parts=parts,
+        gradient=partial(gradient, programs, inputs),
+        direct=partial(step, programs, inputs, program, moments) if at_once else None,
+        layer_programs=programs,
     )
 
 
 def gradient(
-    parts: Layered,
+    programs: LayerPrograms,
     inputs: Placement,
     state: TrainState,
     frozen: Any,
@@ -70,32 +70,32 @@ def gradient(
     """Computes the gradients of the trained tree and the figures; see `StepProgram.gradient`.
 
     Args:
-      parts: gradient programs, from `compiled`.
+      programs: gradient programs, from `compiled`.
       inputs: placement of the stored layer inputs.
       state, frozen, batch, key: arguments of `StepProgram.gradient`.
     """
-    way, model = split_layers(state.trained, frozen)
-    count, factor = parts.begin(state.scale, batch["mask"])
+    order, model = split_layers(state.trained, frozen)
+    count, factor = programs.begin(state.scale, batch["mask"])
     steps = batch["mask"].shape[0]
     keys = [None] * steps if key is None else jax.random.split(key, batch["mask"].shape[:2])
-    sums, total = list(parts.zeros(steps == 1, model.trained)), jnp.float32(0)
+    sums, total = list(programs.zeros(steps == 1, model.trained)), jnp.float32(0)
 
     def add(group: layer_groups.LayerGroup, index: int, grads: Leaves) -> None:
-        added = parts.add([sums[p] for p in group.places], grads, np.int32(index))
+        added = programs.add([sums[p] for p in group.places], grads, np.int32(index))
         for p, leaf in zip(group.places, added):
             sums[p] = leaf
 
     for step, own in enumerate(keys):
         rows = {name: x[step] for name, x in batch.items()}
-        up = forward_pass(parts, inputs, way, model, rows, own, factor)
-        backward_pass(parts, inputs, way, model, rows, up, add)
-        total += up.total
-    grads, figures = parts.finish(sums, total, count, state.scale)
-    return jax.tree.unflatten(way.trees.trained, grads), figures
+        result = forward_pass(programs, inputs, order, model, rows, own, factor)
+        backward_pass(programs, inputs, order, model, rows, result, add)
+        total += result.total
+    grads, figures = programs.finish(sums, total, count, state.scale)
+    return jax.tree.unflatten(order.trees.trained, grads), figures
 
 
 def step(
-    parts: Layered,
+    programs: LayerPrograms,
     inputs: Placement,
     program: StepProgram,
     moments: Placement,
@@ -110,29 +110,29 @@ def step(
     updates the layers.
 
     Args:
-      parts: gradient programs, from `compiled`.
+      programs: gradient programs, from `compiled`.
       inputs: placement of the stored layer inputs.
       program: functions that update a layer (`update_layer`) and count a step (`count`).
       moments: placement of the optimizer state.
       state, frozen, batch, key: arguments of `StepProgram.gradient`, with one micro-batch.
     """
-    way, model = split_layers(state.trained, frozen)
-    count, factor = parts.begin(state.scale, batch["mask"])
+    order, model = split_layers(state.trained, frozen)
+    count, factor = programs.begin(state.scale, batch["mask"])
     leaves, states = list(model.trained), list(state.optimizer)
-    first = _first_layers(way)
+    first = _first_layers(order)
     square, finite = jnp.float32(0), jnp.bool_(True)
     shrink, on_way = None, []
 
     def measure(_: layer_groups.LayerGroup, __: int, grads: Leaves) -> None:
         nonlocal square, finite
-        square, finite = parts.squares(square, grads)
+        square, finite = programs.squares(square, grads)
 
     def update(group: layer_groups.LayerGroup, index: int, grads: Leaves) -> None:
         place = first[group.run] + index
         if shrink is None:
             measure(group, index, grads)
         else:
-            grads = parts.scaled(grads, shrink)
+            grads = programs.scaled(grads, shrink)
         own = [leaves[p] for p in group.places]
         own_moments = moments.fetch(states[place])
         new, own_moments = program.update_layer(
@@ -148,15 +148,15 @@ def step(
     rows = {name: x[0] for name, x in batch.items()}
     key = None if key is None else jax.random.split(key, batch["mask"].shape[:2])[0]
     model = LayeredModel(leaves, model.frozen)
-    up = forward_pass(parts, inputs, way, model, rows, key, factor)
+    result = forward_pass(programs, inputs, order, model, rows, key, factor)
     if program.recipe.clip_norm:
-        again = up._replace(g=jnp.copy(up.g), waiting=list(up.waiting))
-        backward_pass(parts, inputs, way, model, rows, again, measure)
-        shrink = parts.shrink(square)
-    backward_pass(parts, inputs, way, model, rows, up, update)
-    figures = figures_of(up.total, count, jnp.sqrt(square))
+        again = result._replace(g=jnp.copy(result.g), waiting=list(result.waiting))
+        backward_pass(programs, inputs, order, model, rows, again, measure)
+        shrink = programs.shrink(square)
+    backward_pass(programs, inputs, order, model, rows, result, update)
+    figures = figures_of(result.total, count, jnp.sqrt(square))
     counters = program.count((state.step, state.scale, state.finite_steps), figures.finite)
-    trained = jax.tree.unflatten(way.trees.trained, leaves)
+    trained = jax.tree.unflatten(order.trees.trained, leaves)
     return TrainState(trained, tuple(states), *counters), figures
 
 
@@ -180,9 +180,9 @@ class ForwardResult(NamedTuple):
 
 
 def forward_pass(
-    parts: Layered,
+    programs: LayerPrograms,
     inputs: Placement,
-    way: LayerOrder,
+    order: LayerOrder,
     model: LayeredModel,
     batch: Mapping[str, jax.Array],
     key: jax.Array | None,
@@ -191,53 +191,53 @@ def forward_pass(
     """Runs all layers forward, then computes the loss and its gradient.
 
     Args:
-      parts: gradient programs, from `compiled`.
+      programs: gradient programs, from `compiled`.
       inputs: placement of the stored layer inputs.
-      way, model: results of `split_layers`.
+      order, model: results of `split_layers`.
       batch: batch arrays, [B, T].
       key: random key of dropout; None without dropout.
       factor: factor on the loss before it is differentiated.
     """
-    x, shared, own = parts.enter(way.trees, model, batch, key)
+    x, shared, own = programs.enter(order.trees, model, batch, key)
     waiting: list[Any] = []
-    for place, index in way.layers:
-        y = parts.forward(way.trees, place, model, np.int32(index), x, shared, own)
-        waiting.append(inputs.store(parts.pack(x)))
+    for place, index in order.layers:
+        y = programs.forward(order.trees, place, model, np.int32(index), x, shared, own)
+        waiting.append(inputs.store(programs.pack(x)))
         x = y
         if len(waiting) > 1:
             inputs.wait(waiting[-2])
-    total, g, outer = parts.top(way.trees, model, x, batch, key, factor)
+    total, g, outer = programs.top(order.trees, model, x, batch, key, factor)
     return ForwardResult(total, g, outer, waiting, shared, own)
 
 
 def backward_pass(
-    parts: Layered,
+    programs: LayerPrograms,
     inputs: Placement,
-    way: LayerOrder,
+    order: LayerOrder,
     model: LayeredModel,
     batch: Mapping[str, jax.Array],
-    up: ForwardResult,
+    result: ForwardResult,
     use: Callable[[layer_groups.LayerGroup, int, Leaves], None],
 ) -> None:
     """Runs all layers backward, and passes the gradients of each layer to `use`.
 
     Args:
-      parts, inputs, way, model, batch: arguments of `forward_pass`.
-      up: result of `forward_pass`; `up.g` is donated, and `up.waiting` is empty afterwards.
+      programs, inputs, order, model, batch: arguments of `forward_pass`.
+      result: result of `forward_pass`; `g` is donated, and `waiting` is empty afterwards.
       use: function (group, index, gradients), called for each layer from the last to the first and
         then for the group outside the layers. The function may replace the layer's trained leaves.
     """
-    trees, groups, layers = way
-    g, waiting = up.g, up.waiting
+    trees, groups, layers = order
+    g, waiting = result.g, result.waiting
     ahead = inputs.fetch(waiting.pop())
     for place, index in reversed(layers):
         x, ahead = ahead, inputs.fetch(waiting.pop()) if waiting else None
-        x, beside = parts.unpack(x), (up.shared, up.own)
-        g, grads = parts.backward(trees, place, model, np.int32(index), x, g, *beside)
+        x, beside = programs.unpack(x), (result.shared, result.own)
+        g, grads = programs.backward(trees, place, model, np.int32(index), x, g, *beside)
         if place in groups:
             use(groups[place], index, grads)
     if None in groups:
-        both = zip(up.outer, parts.bottom(trees, model, batch, g))
+        both = zip(result.outer, programs.bottom(trees, model, batch, g))
         use(groups[None], 0, [a + b for a, b in both])
 
 
@@ -256,7 +256,7 @@ def split_layers(trained: Any, frozen: Any) -> tuple[LayerOrder, LayeredModel]:
     return LayerOrder(trees, groups, layers), LayeredModel(trained_leaves, frozen_leaves)
 
 
-def _first_layers(way: LayerOrder) -> dict[int | None, int]:
+def _first_layers(order: LayerOrder) -> dict[int | None, int]:
     """Returns, for each group, the number of layers in the groups before it."""
-    starts = itertools.accumulate((group.size for group in way.groups.values()), initial=0)
-    return dict(zip(way.groups, starts))
+    starts = itertools.accumulate((group.size for group in order.groups.values()), initial=0)
+    return dict(zip(order.groups, starts))

@@ -102,7 +102,7 @@ class StepProgram:
     count: Callable[..., Any]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
     direct: Callable[..., tuple[TrainState, Figures]] | None = None
-    parts: Any = None
+    layer_programs: Any = None
 
 
 def gradient_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
