@@ -81,7 +81,7 @@ class MeshLayout(NamedTuple):
         any other shape is split if its size allows.
 
         Args:
-          layer: one layer of a `LayerGroup`, path to array, as `layer_groups.take_layer` returns it.
+          layer: one layer of a `LayerGroup`: path to array, from `layer_groups.take_layer`.
           state: optimizer state of this layer, as arrays or shapes.
         """
         parts = self.mesh.shape[FSDP]
