@@ -91,8 +91,8 @@ class StepProgram:
       direct: function (state, frozen, batch, key) -> (next TrainState, Figures) that updates each
         layer as soon as its gradients exist; donates the state. None if a step needs all gradients
         before the first update. After a step that is not finite, the state must not be used.
-      layer_programs: compiled gradient programs that run layer by layer (`layered`); None if the gradient
-        is one program.
+      layer_programs: compiled gradient programs that run layer by layer (`layered`); None if the
+        gradient is one program.
     """
 
     recipe: Recipe
