@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu",
         default=ALL,
         metavar="NAMES",
-        help="names t4, rtx4090, … or files *.txtpb; default all",
+        help="names t4, rtx4090, … or files *.txtpb, separated by commas; default all",
     )
     parser.add_argument(
         "--no-search",

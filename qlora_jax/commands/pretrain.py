@@ -27,9 +27,8 @@ def run(options: argparse.Namespace, settings: Sequence[str], command: str) -> N
     config = config_of(options.config, settings)
     if (path := config.model.path) != NAME:
         raise UserError(f"model.path {path}: pretrain trains a new model; set it to {NAME}")
-    if (
-        config.train.epochs is None
-    ):  # with epochs, the number of steps is only known after the data is read
+    # with epochs, the number of steps is only known after the data is read
+    if config.train.epochs is None:
         train_ = config.train
         rows = train_.step_count * train_.batch_size * train_.gradient_accumulation
         time_notice.tell_expected_time(

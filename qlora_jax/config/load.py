@@ -25,9 +25,9 @@ def load_config(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         `model: a.gguf` means `model: {path: a.gguf}`, `data: my.jsonl` means
         `data: {source: my.jsonl}`. `mesh: none` gives a section its default settings.
       overrides: dotted key to new value as text, such as `{"lora.rank": "8"}`. If the setting is
-        text, the value is taken literally, and null or an empty value means None. Any other value
-        is read as YAML. An override of a section, such as `{"model": "a.gguf"}`, keeps the other
-        settings of the section.
+        text, the value is taken literally, and null or an empty value means None. For any other
+        setting, the value is read as YAML. An override of a section, such as
+        `{"model": "a.gguf"}`, keeps the other settings of the section.
 
     Raises:
       UserError: the file is missing or malformed, a key is unknown (the message names the nearest

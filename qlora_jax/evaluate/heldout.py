@@ -37,7 +37,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationData:
-    """Data for an evaluation that differs from the run's own held-out data.
+    """The data of an evaluation: the run's own held-out data, or other data.
 
     Attributes:
       config: config of the run, with the given settings applied.
@@ -92,7 +92,7 @@ def held_out_loss(
     Args:
       restored: model to evaluate.
       other: other data; None for the held-out data of the run.
-      say: function called with lines on the records.
+      say: function called with lines about left-out records and with warnings about the data.
 
     Returns:
       The result of each held-out set by name, in the order of the config. The name of an unnamed

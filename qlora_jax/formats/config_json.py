@@ -1,4 +1,4 @@
-"""Writes the config of a decoder as a config.json, for models that were not read from one."""
+"""Converts the config of a decoder to a config.json, for models that were not read from one."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

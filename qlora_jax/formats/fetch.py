@@ -69,7 +69,7 @@ def fetch(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path:
 
 
 def cached(name: str, builtin: Mapping[str, Wheel] = BUILTIN) -> Path | None:
-    """Returns the file of a built-in model if the cache has a copy with the right checksum."""
+    """Returns the cached file of a built-in model if its checksum is right, else None."""
     target = _target(builtin[name])
     whole = paths.is_file(target) and _sha256(target) == builtin[name].sha256
     return target if whole else None

@@ -53,7 +53,8 @@ def write_folder(
       tokenizer: tokenizer to write; None: the source's tokenizer. That of a GGUF file is converted.
       replace: whether to replace an existing model folder.
       add: function that writes more files into the folder before it gets its final name.
-      shard_bytes: largest number of bytes of weights in one file.
+      shard_bytes: largest number of bytes of weights in one file; a larger tensor gets a separate
+        file.
 
     Returns:
       Number of bytes of the weights.

@@ -50,7 +50,8 @@ def load_model(
         norms and biases are never quantized.
       dtype: dtype of all weights that are not quantized.
       progress: callback, called once per tensor that is read.
-      split: function that is called for every linear of the layers, with its full-precision weight.
+      split: function that is called for every linear of the layers, with its full-precision weight;
+        not for weights that the checkpoint stores in 4 bits.
       mesh: devices over which the weights are split; None: the default device.
 
     Raises:

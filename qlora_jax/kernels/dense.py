@@ -13,8 +13,8 @@ KEPT = "product"
 """Name of the values that `saved_for_backward` tags, for policies of `jax.checkpoint`."""
 
 SLICES = 12
-"""Most slices of a 16-bit weight that `_one_row` sums in one expression. With 16, XLA of jax 0.10
-converts the weight to float32 outside the expression."""
+"""Largest number of slices of a 16-bit weight that `_one_row` sums in one expression. With 16, XLA
+of jax 0.10 converts the weight to float32 outside the expression."""
 
 
 @jax.custom_vjp

@@ -32,9 +32,9 @@ def matmul(x: jax.Array, q: Matrix, implementation: str | None = None) -> jax.Ar
       q: one matrix [K, N]. For a stack, use `vmap`, `scan` or a QLayer. A sharded matrix is
         gathered in each pass, as codes and scales; only the shard is saved between the passes.
       implementation: "xla" decodes the weight, then multiplies; it runs on every device. "mosaic"
-        (jax 0.11; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs from sm_80
-        on, so the decoded weight is never in memory. None picks by device, dtype and rows, see
-        `select.pick`.
+        (jax 0.11 or newer; x in 16 bits) and "triton" decode inside the product, on NVIDIA GPUs
+        from sm_80 on, so the decoded weight is never in memory. None picks by device, dtype and
+        rows, see `select.pick`.
 
     Returns:
       Product, [..., N] in x's dtype.
@@ -95,7 +95,7 @@ def backward(implementation: str, q: Matrix, g: jax.Array) -> tuple[jax.Array, N
     elif isinstance(q, QTensor):
         # Without a barrier XLA would keep the weight that the forward pass decoded. The barrier
         # ties this decoding to g, so it is separate and runs after g is known. It uses the codebook
-        # because that is the smallest leaf.
+        # because that is the smallest leaf that every QTensor has.
         _, codebook = jax.lax.optimization_barrier((g, q.codebook))
         q = dataclasses.replace(q, codebook=codebook)
     return product_of(implementation, "backward")(g, q), None

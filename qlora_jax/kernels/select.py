@@ -205,7 +205,8 @@ def trusted_kernel(
 
     Raises:
       UserError: no implementation that the config allows runs on the device.
-      RunFailed: the config names a kernel that gives wrong products on the device.
+      RunFailed: the config requires a kernel, by its name or by materialize "never", and this
+        kernel gives wrong products on the device.
     """
     chosen, dtype = choose_kernel(config, device), config.model.compute_dtype
     if config.method != "qlora" or chosen == "xla":

@@ -33,7 +33,7 @@ class Adapter(nnx.Module):
       specs: rank, alpha and scale of each layer; None for a layer without an adapter. Without a
         stack there is one entry.
       dropout: dropout rate on the input of A.
-      freeze_a: True keeps A constant and trains B alone (LoRA-FA, arXiv 2308.03303).
+      freeze_a: True keeps A constant, so A is not trained (LoRA-FA, arXiv 2308.03303).
       keys: source of the dropout keys if the adapter draws its own keys; else None.
     """
 

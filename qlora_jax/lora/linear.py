@@ -107,7 +107,7 @@ class LoraLinear(nnx.Module):
         return dense(x, weight)
 
     def merge(self, *layer: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """Returns W + scale * A @ B of one layer, dtype[in, out].
+        """Returns one layer's W plus its adapter's update (LoRA: scale * A @ B), dtype[in, out].
 
         A merged weight needs one product instead of three (LoRA, section 4.1).
 

@@ -8,8 +8,8 @@ with respect to the whole tree:
     groups = {masks.TRAIN: tuned, masks.FREEZE: optax.set_to_zero()}
     optimizer = optax.partition(groups, masks.labels(tree))
 
-Both ways give the same adapters. `optax.masked` alone does not freeze the base: it passes the
-gradients of unmasked leaves through unchanged, and they would be added to the base.
+Both ways give the same adapters. `optax.masked` alone does not freeze the base: if the mask of a
+leaf is False, its gradient is passed through unchanged, and would be added to the base.
 
 The cost is the gradient of the whole base, which is computed and discarded: 13.5 GB for llama-7b in
 16 bits, while the gradient of adapters of rank 64 has 0.6 GB in float32. This does not work for a

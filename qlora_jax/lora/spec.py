@@ -92,7 +92,7 @@ def choose_adapters(
 def ranks_above_full(
     specs: Mapping[str, AdapterSpec], linears: Mapping[str, tuple[int, int]]
 ) -> list[str]:
-    """Returns the paths whose rank exceeds min(in, out), which is allowed but never useful."""
+    """Returns the paths whose rank exceeds min(in, out), which is allowed but not needed."""
     return [path for path, spec in specs.items() if spec.rank > min(linears[path])]
 
 

@@ -14,7 +14,7 @@ function (path, part) that returns bool. A name is one or more consecutive compo
 such as "query" or "attn.query"."""
 
 LISTED = 20
-"""Most paths that an error message lists."""
+"""Largest number of paths that an error message lists."""
 
 
 def chosen(where: Where, parts: Mapping[str, T], what: str) -> dict[str, T]:

@@ -164,8 +164,8 @@ class Decoder(nnx.Module):
         """Returns the output of `hidden` and the updated KV cache [L, B, S, ...].
 
         Each row is one segment. A token at position p is written to slot p and sees slots 0 to p.
-        The caller must keep positions below `config.longest_cached`, because beyond it the rope
-        frequencies change.
+        The rope frequencies are those of a sequence of at most `config.longest_cached` tokens, so
+        the caller must keep positions below this number.
         """
         x = self.embed_tokens(tokens, positions, dtype)
         shared = shared_inputs(self.config, up_to(positions), positions, None)
@@ -313,11 +313,12 @@ def attach(
       model: model without adapters; changed in place.
       specs: Hugging Face module path to rank, alpha and scale of its adapter.
       key: random key of the initial values.
-      init: a key of `lora.initializers.random_init.INITS`.
+      init: a key of `lora.initializers.random_init.INITS`. For any other name, A is zero until
+        `values` fills it.
       dropout: dropout rate on the input of A, in training.
       dtype: dtype of A and B.
       variant: a key of `VARIANTS`; the embedding and the head always get plain LoRA.
-      freeze_a: whether A is not trained.
+      freeze_a: whether A is not trained; the adapter of the embedding ignores it.
       values: path to the values that an adapter gets instead of random initial values.
     """
     values = values or {}

@@ -20,8 +20,8 @@ changes all four sums. Several changes cancel by chance with probability 2⁻³�
 in all four. The order of the additions does not matter. The sums are computed on the devices that
 hold the weights; only the sums are copied to the host.
 
-Version 1 is SHA-256 of the paths, shapes and bytes of the frozen tree (method full: of the trained
-tree), copied to the host. The constants of an adapter are part of that tree.
+Version 1 is SHA-256 of the paths, dtypes, shapes and bytes of the frozen tree (method full: of the
+trained tree), copied to the host. The constants of an adapter are part of that tree.
 """
 
 import functools

@@ -45,7 +45,7 @@ def _linear(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
 def _llama3(rope: Rope, rotated: int, lengths: jax.Array | None) -> Frequencies:
     """Returns Llama 3.1's frequencies: low ones are divided by the factor, high ones are kept.
 
-    Between the two limits, the divisor changes along a ramp that is linear in the frequency.
+    Between the two limits, the factor on the frequency is linear in the frequency.
     """
     base = _default(rope, rotated, lengths)
     turns = rope.original_positions * base / (2 * math.pi)

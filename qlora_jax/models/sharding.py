@@ -78,7 +78,7 @@ class MeshLayout(NamedTuple):
         """Returns the shardings of the optimizer state of one layer.
 
         A leaf of the state is split like the array of the layer that has the same shape. A leaf of
-        any other shape is split if its size allows.
+        any other shape is split if its shape allows.
 
         Args:
           layer: one layer of a `LayerGroup`: path to array, from `layer_groups.take_layer`.

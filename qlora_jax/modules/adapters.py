@@ -149,7 +149,7 @@ def is_on(adapter: Adapter) -> bool:
 def check_together(path: str, adapters: Mapping[str, Adapter]) -> None:
     """Raises UserError if a DoRA adapter would be on together with another adapter of the weight.
 
-    DoRA trains the lengths of the columns of W + s·B·A, so they hold for one adapter only.
+    DoRA trains the lengths of the columns of W + s·A·B, so they hold for one adapter only.
 
     Args:
       path: path of the weight, for the error.

@@ -18,7 +18,8 @@ class Use(NamedTuple):
       name: name or path of the weight.
       kind: "product", "rows" (a look-up), or "decoded" if the operation needed the whole weight.
       operation: name of JAX's primitive.
-      axes: axes found by a product or a look-up; None if the weight's axes were known before.
+      axes: axes found by a product or a look-up; None if the weight's axes were known before, or
+        the weight was decoded.
     """
 
     name: str

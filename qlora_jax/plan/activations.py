@@ -157,8 +157,9 @@ KEPT = {"none": _everything, "dots": _products, "full": _input, "host": _input}
 full: the layer's input. dots: the same, the outputs and normalizers of attention, the outputs of A
 and of the linears whose output is not only added to x, and DoRA's outputs before scaling. none: the
 norms' float32 inputs and results, the normalizers of attention, the inputs of all linears (with
-dropout also the dropped inputs and the mask), q, k and v, the parts of the activation function, and
-DoRA's outputs before scaling, in float32. If few linears have adapters, slightly less is saved.
+dropout also the inputs after dropout and the mask), q, k and v, the parts of the activation
+function, and DoRA's outputs before scaling, in float32. If few linears have adapters, slightly less
+is saved.
 """
 
 

@@ -49,7 +49,8 @@ class Plan:
         update's.
       temporaries: largest temporaries of the largest gradient program.
       traffic: bytes that a device receives in the largest gradient program; None without a mesh.
-      times: modelled seconds of a gradient; None without a mesh.
+      times: modelled seconds of a gradient; None without a mesh, or if the rates of the GPU or of
+        its links are not known.
     """
 
     gpu: str

@@ -95,7 +95,7 @@ def nearest(x: jax.Array, signed: bool = True) -> jax.Array:
 def scale_to_one(blocked: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns blocks [..., n, size] divided by their absmax, and the absmax, float32[..., n]."""
     absmax = jnp.max(jnp.abs(blocked), axis=-1)
-    # bitsandbytes multiplies by the reciprocal. Below tiny the reciprocal would be infinite.
+    # bitsandbytes multiplies by the reciprocal. Below tiny the reciprocal may be infinite.
     return blocked * (1.0 / jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny))[..., None], absmax
 
 

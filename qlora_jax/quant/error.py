@@ -85,7 +85,7 @@ def normality_rejected(weight: Any, block_size: int | None = None, level: float 
       level: significance level of the test.
 
     Raises:
-      UserError: there are fewer than three values per test.
+      UserError: there are fewer than three values per test, or a column has no whole block.
     """
     from scipy import stats
 

@@ -135,9 +135,9 @@ def quantize(
       name: name of the weight for error messages.
 
     Raises:
-      UserError: the block size is not allowed; the codebook is unknown or is not sixteen
-        non-decreasing values; the dtype is not a float; or the weight holds NaN or Inf (not checked
-        under jit).
+      UserError: the block size or the nested block is not allowed; the codebook is unknown or is
+        not sixteen non-decreasing values from -1 to 1; the dtype is not a float; the weight has
+        fewer than two axes; or it holds NaN or Inf (not checked under jit).
     """
     check_block_size(block_size)
     if nested_block < 1:

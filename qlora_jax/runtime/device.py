@@ -120,7 +120,7 @@ def warn_if_gpu_idle() -> str | None:
 
 
 def has_nvidia_gpu(root: str | Path = "/") -> bool:
-    """Returns whether the driver's files under `root`, or nvidia-smi, list a GPU; not from jax."""
+    """Returns whether the driver's files under `root`, or nvidia-smi, list a GPU; without jax."""
     root = Path(root)
     if any(root.glob("proc/driver/nvidia/gpus/*")) or any(root.glob("dev/nvidia[0-9]*")):
         return True

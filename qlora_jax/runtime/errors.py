@@ -19,11 +19,15 @@ class RunFailed(RuntimeError):
 
 
 class OutOfTime(RunFailed):
-    """An error: a time limit stopped some work, or the work could not start in time."""
+    """An error: a time limit stopped some work or kept it from starting; the work has no fault."""
 
 
 class Terminated(Exception):
-    """A signal that ends a command which runs until it gets one; exit code 128 + signal."""
+    """Raised when a signal ends a command that runs until one comes; `code` is the exit code.
+
+    Attributes:
+      code: exit code of the process, 128 + signal number.
+    """
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")

@@ -93,14 +93,14 @@ def replicated_sharding(tree: Any) -> NamedSharding | None:
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns a numpy copy of an array; gathers other processes' shards, so all must call it."""
+    """Returns an array as numpy's; gathers other processes' shards, so all must call it."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
 def stack_on_hosts(arrays: Sequence[jax.Array]) -> jax.Array | np.ndarray:
-    """Stacks arrays of one shape and sharding, without device memory for another copy.
+    """Stacks arrays of one shape and sharding, in the memory of the hosts.
 
     Returns:
       A numpy array; if other processes hold shards, an array on the same devices.

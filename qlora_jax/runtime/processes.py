@@ -60,8 +60,8 @@ def join() -> None:
     import jax
 
     global _here, _watch
-    # If a process dies, the `HeartbeatThread` of each other process ends it with a clear message.
-    # jax would abort it.
+    # If a process dies, each other process ends by its own `HeartbeatThread`, with a clear message.
+    # Without this setting, jax would abort the others.
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(

@@ -14,8 +14,8 @@ class Answer:
 
     Args:
       decode: function from ids to text.
-      stop: stop texts. The answer ends before the first of them. If the answer contains several,
-        the one that is complete after the fewest ids ends it.
+      stop: texts that end the answer; a stop text and all text after it are not part of the
+        answer. Of several, the one that is complete after the fewest ids ends it.
 
     Attributes:
       tokens: number of ids of the answer, including the ids of the stop text.

@@ -31,7 +31,7 @@ class CutOpenAnswers:
         said = _Said(send)
         answering = asyncio.ensure_future(self._app(scope, receive, said))
         cut = asyncio.ensure_future(self._cut.wait())
-        # The event loop cancels this task if it ends before `cut` is set: after a second signal.
+        # The loop cancels this task if it ends before `cut` is set, such as after a second signal.
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait({answering, cut}, return_when=asyncio.FIRST_COMPLETED)
         cut.cancel()

@@ -1,4 +1,4 @@
-"""Reads adapters from folders that a client names, and refuses files that are not regular."""
+"""Reads adapters from folders that a client or user names; refuses files that are not regular."""
 
 import stat
 from pathlib import Path

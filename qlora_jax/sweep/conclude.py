@@ -54,7 +54,7 @@ def conclude(
 
 
 def arranged(experiment: Experiment, records: Iterable[CellRecord]) -> list[CellRecord]:
-    """Returns the records sorted by the values of the axes; the seed varies fastest."""
+    """Returns the records in the order of the axes' values; the seed varies fastest."""
     places = {
         axis: {text(value): place for place, value in enumerate(values)}
         for axis, values in experiment.axes.items()

@@ -87,10 +87,10 @@ def work(
 def time_of(experiment: Experiment, found: RemainingWork, out: Path, jobs: int = 1) -> CellTime:
     """Estimates how long the tasks take.
 
-    The time of a cell is the mean time of the finished cells of its kind, if this machine ran all
-    sessions of this folder; else it is the experiment's estimate. Two cells are of one kind if the
-    experiment estimates the same time and memory for them. If an experiment estimates nothing, all
-    its cells are of one kind.
+    The time of a cell is the mean time of the finished cells of its kind, if there are any and this
+    machine ran all sessions of this folder; else it is the experiment's estimate. Two cells are of
+    one kind if the experiment estimates the same time and memory for them. If an experiment
+    estimates nothing, all its cells are of one kind.
 
     Args:
       experiment: experiment of the cells.

@@ -40,7 +40,8 @@ def sweep(
       path: file of the experiment; workers load it.
       experiment: experiment that the file declares.
       cells: chosen cells.
-      out: folder of the results; cells with a record there do not run again.
+      out: folder of the results. A cell with a record there runs again only with `retry_failed`, or
+        with an unfinished cell of its group (`unfinished_groups`).
       command: command line, for the manifest.
       engine: key of `engines.ENGINES`.
       jobs: largest number of tasks at a time; None: the engine chooses.

@@ -28,8 +28,8 @@ def read(
     """Builds the tokenizer of a tokenizer.model.
 
     The ids are the same as SentencePiece's. Special tokens in a text get their ids and cut the
-    text into parts. Each part is encoded separately, with a space in front. With `legacy: false`
-    only the first part gets the space.
+    text into parts. Each part is encoded like a separate text. With `legacy: false` the parts after
+    the first get no space in front.
 
     Args:
       path: path of the tokenizer.model.

@@ -69,8 +69,8 @@ class Tokenizer:
       template: chat template with a fixed date; None if the tokenizer has no template.
       template_source: file or folder of the template, for messages.
       vocab_size: largest id plus 1. A model's embedding may have more or fewer rows.
-      rows: number of rows of the model's embedding; a text with a larger id is refused. None if
-        the tokenizer is not bound to a model.
+      rows: number of rows of the model's embedding; a text with an id of `rows` or more is refused.
+        None if the tokenizer is not bound to a model.
     """
 
     fast: Any

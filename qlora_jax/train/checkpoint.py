@@ -101,7 +101,9 @@ class Checkpoints:
         return {}
 
     def save(self, state: TrainState, extra: Mapping[str, Any], best: int | None = None) -> None:
-        """Writes a checkpoint, waits until it is on disk, and deletes those older than `keep`.
+        """Writes a checkpoint and waits until it is on disk.
+
+        Then deletes all checkpoints except the newest `keep` and `best`.
 
         Args:
           state: training state to save.

@@ -22,7 +22,7 @@ OUTER = {"embed_adapter", "head_adapter"}
 
 
 class LayerGroup(NamedTuple):
-    """The trained leaves of one run of layers, or those outside the layers (one layer).
+    """The trained leaves of one run of layers, or those outside the layers.
 
     Attributes:
       places: indices of the group's leaves in the flattened trained tree.
@@ -30,7 +30,8 @@ class LayerGroup(NamedTuple):
       variables: structure of the variable around each leaf; the optimizer treats a leaf by the kind
         of its variable.
       run: index of the run of layers; None for the group outside the layers.
-      layers: number of layers in the stack; None for the group outside the layers.
+      layers: number of layers in the stack; None for the group outside the layers, which counts
+        as one layer (`size`).
     """
 
     places: tuple[int, ...]
@@ -51,7 +52,7 @@ def find_groups(trained: Any) -> list[LayerGroup]:
       trained: `nnx.State` or other mapping, with arrays or abstract shapes.
 
     Raises:
-      KeyError: the tree has keys outside `OUTER` but no key `STACKS`, so it has no layers.
+      KeyError: the tree has keys outside `OUTER` but no key `STACKS`, where its layers would be.
     """
     leaves, structure = jax.tree.flatten(trained)
     numbered = jax.tree.unflatten(structure, range(len(leaves)))

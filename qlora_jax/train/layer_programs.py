@@ -57,14 +57,14 @@ class LayerPrograms(NamedTuple):
         gradients of the layer's trained leaves [1, ...]; donates g.
       bottom: (trees, model, batch, g) -> gradients of the trained leaves outside the layers, with g
         the gradient of the first layer's input.
-      zeros: (True for one micro-batch, leaves) -> zeros in the shapes of the leaves and the dtypes
-        of their gradients.
+      zeros: (True for one micro-batch, leaves) -> zeros in the shapes of the leaves, for the sums
+        of gradients: in the gradients' dtypes for one micro-batch, else in float32.
       add: (sums, gradients, index) -> sums with the gradients added; donates the sums.
       finish: (sums, loss sum, count, scale) -> gradients and figures; donates the sums.
       pack: (layer input) -> stored form of the input, for the backward pass.
       unpack: (stored form) -> layer input.
-      squares: (squared norm, gradients) -> squared norm with the gradients added, and whether it
-        is finite.
+      squares: (squared norm, gradients) -> squared norm plus that of the gradients, and whether
+        the sum is finite.
       shrink: (squared norm) -> factor that clips the gradients.
       scaled: (gradients, factor) -> gradients times the factor; donates the gradients.
     """

@@ -3,8 +3,8 @@
 The forward pass runs one program for each layer, and stores each layer's input on the device or the
 host. The backward pass goes from the last layer to the first. It computes each layer again from the
 stored input, and adds the layer's gradients to those of the step, or updates the layer at once. So
-the residuals of only one layer exist at a time. If no step needs all gradients before the first
-update, the gradients of only one layer exist at a time as well.
+the residuals of only one layer exist at a time. If nothing needs all gradients before the first
+update (`assemble.updates_at_once`), the gradients of only one layer exist at a time as well.
 """
 
 import dataclasses
@@ -224,8 +224,9 @@ def backward_pass(
     Args:
       programs, inputs, order, model, batch: arguments of `forward_pass`.
       result: result of `forward_pass`; `g` is donated, and `waiting` is empty afterwards.
-      use: function (group, index, gradients), called for each layer from the last to the first and
-        then for the group outside the layers. The function may replace the layer's trained leaves.
+      use: function (group, index, gradients), called for each layer with trained leaves, from the
+        last to the first, and then for the group outside the layers, if there is one. The function
+        may replace the layer's trained leaves.
     """
     trees, groups, layers = order
     g, waiting = result.g, result.waiting

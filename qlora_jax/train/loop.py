@@ -72,7 +72,7 @@ def read_progress(values: Mapping[str, Any]) -> Progress:
 def evaluate(
     program: StepProgram, trained: Any, frozen: Any, batches: Sequence[Mapping[str, np.ndarray]]
 ) -> tuple[float, int]:
-    """Returns the mean loss in nats per target token over fixed batches, and the target tokens."""
+    """Returns the mean loss in nats per target token over batches, and the number of targets."""
     sums = [program.evaluate(trained, frozen, batch) for batch in batches]
     count = sum(float(n) for _, n in sums)
     return sum(float(s) for s, _ in sums) / max(count, 1), int(count)
@@ -126,8 +126,9 @@ def loop(
 ) -> TrainState:
     """Trains from `state` to the last step, or until the held-out loss stops falling.
 
-    A step is evaluated before it is saved, the last step too. So the counters in each checkpoint
-    hold every evaluation up to its step.
+    Evaluates every `train.eval_every` steps and after the last step of the config, if there is
+    held-out data. A step is saved after its evaluation, so the counters in each checkpoint hold
+    every evaluation up to its step.
 
     Args:
       moves: whether the moments live on the host and visit the device; if so, the transfer is
@@ -329,7 +330,10 @@ def _save(around: _Around, state: TrainState) -> None:
 
 
 def best_step(config: Config, counters: Progress) -> int | None:
-    """Returns the step whose checkpoint is never deleted; None without `train.keep_best`."""
+    """Returns the step whose checkpoint is never deleted, the best one so far, or None.
+
+    None without `train.keep_best`, and before the first evaluation.
+    """
     best = counters.choice.best
     return best.step if config.train.keep_best and best is not None else None
 

@@ -85,11 +85,12 @@ def token_loss(
 
     The loss computes `ROWS` positions at a time, positions with loss first, and the vocabulary in
     blocks of at most `COLUMNS` tokens. Chunks without any loss are skipped. The forward pass
-    computes the gradient with an online softmax:
+    computes the gradient with an online softmax. Without a softcap it is
 
         d loss / d hidden = sum over tokens v of p(v) · head[v]  -  head[target]
 
-    This is the computation of attention over the vocabulary. The gradient of the head, or of the
+    This is the computation of attention over the vocabulary. With a softcap, each vector
+    of the head is multiplied by the softcap's derivative. The gradient of the head, or of the
     matrix b of an update, computes the logits a second time.
 
     A sharded head is gathered one block of the vocabulary at a time, for `ROWS_OF_PARTS` positions.

@@ -17,7 +17,7 @@ from qlora_jax.train.moments import stored
 
 
 def schedule(config: OptimizerConfig, steps: int, ratio: float = 1.0) -> optax.Schedule:
-    """Returns the learning rate of each step, times `ratio`: warm-up, then `config.schedule`."""
+    """Returns the rate of each step, times `ratio`: linear warm-up, then `config.schedule`."""
     peak, rest = config.learning_rate * ratio, max(steps - config.warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(peak),

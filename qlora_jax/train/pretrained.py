@@ -35,7 +35,8 @@ def open_pretrained(
 ) -> tuple[Checkpoint, Tokenizer]:
     """Checks the settings, then opens a model and its tokenizer.
 
-    If `lora.from_adapter` is set, the checkpoint contains the tensors that the adapter replaces.
+    If the adapter in `lora.from_adapter` replaces tensors of the model, the returned checkpoint
+    contains the adapter's tensors in place of its own.
 
     Args:
       settings: settings of the model.

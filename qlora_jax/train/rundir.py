@@ -90,7 +90,7 @@ def _check_links(folder: Path) -> None:
 
 
 def _first_stranger(folder: Path) -> str | None:
-    """Returns the first entry that forbids a new run in the folder; entries with a dot do not."""
+    """Returns the first entry that forbids a new run in the folder; hidden entries do not."""
     if not paths.is_dir(folder):
         return None
     for name in _entries(folder):

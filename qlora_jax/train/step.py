@@ -89,8 +89,9 @@ class StepProgram:
         donates the three values.
       evaluate: function (trained, frozen, batch) -> (loss sum, token count), for a batch [B, T].
       direct: function (state, frozen, batch, key) -> (next TrainState, Figures) that updates each
-        layer as soon as its gradients exist; donates the state. None if a step needs all gradients
-        before the first update. After a step that is not finite, the state must not be used.
+        layer as soon as its gradients exist; donates the state. None if the gradient is one
+        program, or if a step needs all gradients before the first update. After a step that is not
+        finite, the state must not be used.
       layer_programs: compiled gradient programs that run layer by layer (`layered`); None if the
         gradient is one program.
     """
@@ -245,7 +246,7 @@ def gradient(
 
 
 def factor_of(scale: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the target tokens of all micro-batches, and scale / tokens, the factor on the loss.
+    """Returns the number of targets of all micro-batches, and scale / number, the loss's factor.
 
     The number of tokens is known before any loss is computed. So each micro-batch divides its loss
     by the tokens of all k micro-batches, and the k gradients add up to that of one large batch.

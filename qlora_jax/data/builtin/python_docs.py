@@ -77,7 +77,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def records(format: str = "auto", dropped: Counter[str] | None = None) -> list[Record]:
-    """Returns one record for each documented public function, class and method.
+    """Returns one record for each documented public function, class and method of Python's library.
 
     Python sources are parsed and never imported. The order of questions is shuffled but always
     the same, so that the first n records are a representative sample.

@@ -51,7 +51,7 @@ WITHOUT_EFFECT = {
     f"{SCALING}.yarn_ext_factor": 1,
     f"{SCALING}.yarn_log_multiplier": 0,
 }
-"""Key that is not read to its only allowed value, with which the key has no effect."""
+"""Key that is not read, and its only allowed value: with this value, it has no effect."""
 
 
 def rope_keys(

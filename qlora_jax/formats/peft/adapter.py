@@ -92,7 +92,7 @@ class AdapterSet:
 
     @property
     def beyond_lora(self) -> bool:
-        """Whether the folder holds more than plain LoRA and so cannot share a base with others."""
+        """Whether the set holds more than plain LoRA. Then it cannot be one of several adapters."""
         return self.dora or bool(self.replaced.tensors)
 
 

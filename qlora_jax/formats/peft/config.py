@@ -86,7 +86,7 @@ NO_EFFECT = (
 """Settings that do not change what a stored adapter computes. `init_lora_weights` has a check."""
 
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
-"""Values of `init_lora_weights` with which PEFT does not change the base when it loads."""
+"""Values of `init_lora_weights` with which PEFT loads an adapter without changing the base."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _strangers(adapters: AdapterSet, config: DecoderConfig) -> list[str]:
 def _not_replaced(
     adapters: AdapterSet, config: DecoderConfig, covered: Collection[str]
 ) -> list[str]:
-    """Returns the trained parameters of the base, by the settings, that the file lacks."""
+    """Returns the parameters of the base that the settings call trained and the file lacks."""
     replaced, found = adapters.replaced, replaced_tensors(adapters, config)
     biases = {
         "none": lambda path: False,

@@ -95,7 +95,7 @@ def check_shared(where: object, adapters: LoraSet) -> None:
 
 
 def _holds(model: Decoder, name: str, value: np.ndarray) -> bool:
-    """Returns whether a parameter of the model equals `value`, rounded to its dtype."""
+    """Returns whether a parameter equals `value`, rounded to the dtype of the parameter."""
     embed, head = matrices(model.config)
     tied = name == head and model.config.tie_embeddings
     held = parameter(model, embed if tied else name)

@@ -156,7 +156,10 @@ def _count(length: int, size: int) -> int:
 
 
 def _padded(x: jax.Array, axis: int) -> jax.Array:
-    """Pads an axis to whole blocks by repeating its last entry; up to one block is not padded."""
+    """Pads an axis to whole blocks of queries by repeating its last entry.
+
+    An axis of at most one block is not padded.
+    """
     length = x.shape[axis]
     if length <= QUERIES:
         return x

@@ -177,7 +177,10 @@ def agrees(implementation: str, kind: Kind) -> bool:
 
 
 def _inputs(kind: Kind) -> tuple[jax.Array, ...]:
-    """Returns q, k, v, first, last and g: one row with one sequence, one with packed sequences."""
+    """Returns q, k, v, first, last and g.
+
+    The first row is one sequence. The second row has packed sequences and a sliding window.
+    """
     random, (rows, length, heads) = np.random.default_rng(0), CHECKED
 
     def normal(heads: int) -> jax.Array:

@@ -346,7 +346,7 @@ def _numbers(ref: Ref, lead: tuple[jax.Array, ...], places: jax.Array, beyond: i
 
 
 def _load(ref: Ref, row: jax.Array, places: jax.Array, head: jax.Array) -> jax.Array:
-    """Loads ref[row, places, head]; the features are zero-padded to a power of two."""
+    """Loads ref[row, places, head], 0 beyond its edges; features are padded to a power of two."""
     place, inside = _at(ref, row, places, head)
     return plt.load(place, mask=inside, other=0)
 

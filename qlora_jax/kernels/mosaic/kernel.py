@@ -322,10 +322,10 @@ class DeviceCode(NamedTuple):
 def device_code(kernel: MosaicKernel, count: int) -> DeviceCode:
     """Returns the device code of a kernel whose QTensor has `count` arrays of scales.
 
-    A scale needs three dependent loads, and the first one reads device memory. So that no step
-    waits for them, the loads run in three different steps. PREFETCH steps ahead, the scale's code
-    is prefetched into the level 2 cache. Two steps ahead, the block loads the code. One step ahead,
-    the scale is decoded.
+    A scale's code is loaded from device memory, and then the code selects a value of the dynamic
+    map. So that no step waits for these loads, they run in three different steps. PREFETCH steps
+    ahead, the code and the nested scale are prefetched into the level 2 cache. Two steps ahead, the
+    block loads them. One step ahead, the scale is decoded.
     """
     return DeviceCode(_prepare(kernel, count), _multiply(kernel, count), _finish(kernel))
 

@@ -2,8 +2,8 @@
 
 This module runs when a kernel is compiled, not on a GPU. The instructions' layouts say which thread
 holds which element. For each register, `locate` finds the loaded register that holds its codes, and
-asserts that it is the same one in every thread. `ThreadIndex` asserts that the address of a scale
-is one sum over warp and lane for all threads.
+asserts that it is the same one in every thread. `ThreadIndex` asserts that an address in memory is
+one sum over warp and lane for all threads.
 """
 
 import dataclasses

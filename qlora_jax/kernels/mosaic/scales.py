@@ -36,7 +36,7 @@ class Scales:
 
     Attributes:
       operand: quantized operand of one step.
-      steps: number of steps along the contraction; a step beyond the last uses its scales.
+      steps: number of steps along the contraction; beyond them, the last step's scales are loaded.
       layer: index of the matrix in its stack.
       blocks: stored scales, float32 or uint8[L, nb, N].
       nested: scales of the scales, float32[L, ...]; None without double quantization.

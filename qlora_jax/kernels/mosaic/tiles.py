@@ -80,7 +80,8 @@ def block(
 
 SPLITS = (1, 2, 4, 8)
 SPLIT_STEPS = 8
-"""Fewest steps of a part of a split contraction, because each block first fills its table."""
+"""Fewest steps per part of a split contraction, on average over the parts. The limit exists because
+each block first fills its table."""
 
 
 def split_count(tile: MosaicTile, m: int, inner: int, outer: int) -> int:

@@ -53,7 +53,7 @@ def init_adapter(
       init: key of `INITS`; for any other name, A is zero until an initializer fills it.
       dropout: dropout rate on the input of A.
       dtype: dtype of A and B.
-      freeze_a: True trains B alone (LoRA-FA).
+      freeze_a: True keeps A constant, so A is not trained (LoRA-FA).
     """
     ranks = [spec.rank if spec else 0 for spec in specs]
     top = max(ranks)

@@ -93,7 +93,7 @@ def discover(
       params: params of the module, arrays or shapes.
       args: arguments of the call, arrays or shapes.
       method: method to call, or its name; None is `__call__`.
-      variables: other collections; leave out those that the module makes itself.
+      variables: other collections; those that the module makes itself may be left out.
       kwargs: keyword arguments of the call, and `mutable` and `rngs`.
 
     Returns:
