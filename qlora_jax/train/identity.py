@@ -36,6 +36,11 @@ def starts_as_base(config: Config) -> bool:
     return config.lora.from_adapter is None and config.lora.init not in INITIALIZERS
 
 
+def tolerance_of(variant: str) -> float:
+    """Returns the largest relative change of a product by a fresh adapter of this variant."""
+    return TOLERANCE.get(variant, ROUNDING)
+
+
 def check_identity(
     graph: nnx.GraphDef,
     trained: Any,
@@ -58,7 +63,7 @@ def check_identity(
       RunFailed: an adapter changes a product; the message names the first such module.
     """
     dtype = jnp.dtype(config.model.compute_dtype)
-    tolerance = TOLERANCE.get(config.lora.variant, ROUNDING)
+    tolerance = tolerance_of(config.lora.variant)
     model = nnx.merge(graph, trained, frozen)
     found = jax.device_get(unchanged(graph, trained, frozen, dtype, tolerance, layout))
     name = first_changed(model, found) or first_added(model, dtype)

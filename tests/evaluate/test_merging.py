@@ -84,7 +84,7 @@ def test_a_report_that_does_not_fit_leaves_nothing(run_cli, qlora, tmp_path, mon
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(merging, "write", full)
+    monkeypatch.setattr(merging, "write_report", full)
     ended = run_cli("merge", qlora, tmp_path / "out", "--to", "nf4", "--rows", "2")
     assert ended.code == 2
     assert f"{tmp_path}: no space left on this disk" in ended.err

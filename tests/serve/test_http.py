@@ -259,7 +259,7 @@ def test_bad_requests_get_openais_errors(server, path, body, status, message, pa
 
 
 def test_the_client_raises_its_own_errors(client):
-    with pytest.raises(openai.NotFoundError, match="'none' is not here") as error:
+    with pytest.raises(openai.NotFoundError, match="'none' is not loaded") as error:
         ask(client, "none")
     assert error.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as error:

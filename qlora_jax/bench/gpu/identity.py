@@ -20,7 +20,7 @@ from qlora_jax.config import Config, from_tree
 from qlora_jax.models.config import DecoderConfig, from_hugging_face
 from qlora_jax.models.shapes import find
 from qlora_jax.plan.abstract import abstract_model
-from qlora_jax.train.identity import TOLERANCE, first_changed, unchanged
+from qlora_jax.train.identity import first_changed, tolerance_of, unchanged
 
 LAYERS = 4
 
@@ -81,7 +81,7 @@ def run(lane: PartContext) -> None:
 
 
 def _unchanged(graph: Any, case: IdentityCase, trained: Any, frozen: Any) -> Any:
-    return unchanged(graph, trained, frozen, jnp.dtype(case.dtype), TOLERANCE[case.variant])
+    return unchanged(graph, trained, frozen, jnp.dtype(case.dtype), tolerance_of(case.variant))
 
 
 def _config(case: IdentityCase) -> Config:
