@@ -59,10 +59,10 @@ class ModelConfig:
     compute_dtype: FloatType = "bfloat16"
     """Dtype of activations and matrix products; float16 switches on dynamic loss scaling."""
     remat: Literal["auto", "none", "dots", "full", "host"] = "auto"
-    """What the backward pass recomputes; it always recomputes attention scores. none: nothing else;
-    dots: all but products with weights; full: whole layers; host: whole layers, with their inputs
-    in pinned host memory. auto: the first of dots, full and host that fits on the device, by the
-    plan."""
+    """Recomputation in the backward pass; attention scores are always recomputed. none: nothing
+    else; dots: all but products with weights; full: whole layers; host: whole layers, with their
+    inputs in pinned host memory. auto: the first of dots, full and host that fits on the device,
+    by the plan."""
     layer_inputs: Literal["exact", "int8"] = "exact"
     """Storage of the layers' inputs until the backward pass, on a GPU with remat full or host.
     exact: unchanged; int8: bitsandbytes' 8 bits in blocks of 256, which halves the memory and
@@ -292,7 +292,7 @@ class ModelSettings:
 
     model: ModelConfig
     method: Literal["qlora", "lora", "full"] = "qlora"
-    """What is trained. qlora: adapters on a 4-bit base; lora: adapters on a 16-bit base; full:
+    """Training method. qlora: adapters on a 4-bit base; lora: adapters on a 16-bit base; full:
     every weight."""
     quant: QuantConfig = Field(default_factory=QuantConfig)
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)

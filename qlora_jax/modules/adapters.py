@@ -83,7 +83,7 @@ def make_adapter(
     specs = [spec] * count
     adapter = init_adapter(own, specs, k, n, lora.init, lora.dropout, dtype, lora.freeze_a)
     if lora.init in INITIALIZERS:
-        flat = _started(path, flat, lora, spec, adapter, quantization)
+        flat = _fill_from_weight(path, flat, lora, spec, adapter, quantization)
     adapter = VARIANTS[lora.variant](adapter, flat)
     restack(adapter, 1, stack)
     if lora.dropout:
@@ -91,7 +91,7 @@ def make_adapter(
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), flat), adapter
 
 
-def _started(
+def _fill_from_weight(
     path: str,
     weight: StoredWeight,
     lora: LoraConfig,
@@ -116,11 +116,12 @@ def _started(
             return w.astype(dtype)
         return quantize(w, name=path, **(quantization or {}))
 
-    start, parts, values = INITIALIZERS[lora.init], [], []
+    initialize, parts, values = INITIALIZERS[lora.init], [], []
     for one in weight:
-        wide = one.astype(jnp.float32)
-        task = InitInput(wide, spec, jnp.dtype(lora.dtype), store, lora.loftq_iterations)
-        stored, value = start(task)
+        given = InitInput(
+            one.astype(jnp.float32), spec, jnp.dtype(lora.dtype), store, lora.loftq_iterations
+        )
+        stored, value = initialize(given)
         parts.append(stored)
         values.append(value)
     adapter.fill(values)
